@@ -1,0 +1,313 @@
+"""Image GPT, as the released code has it (openai/image-gpt, src/model.py).
+
+Pre-norm blocks with scale-only RMS norms, x·sigmoid(1.702x), no biases, learned absolute positions
+in raster order, an untied output table. A causal model shifts its input by a learned start vector
+and predicts every pixel; the other one (BERT) sees the pixels that a mask leaves.
+
+The layers are stacked on axis 0 and scanned, so that compilation doesn't grow with depth.
+Parameters carry logical axis names (`axes`); `parallel.sharding` says where those live.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.attention import attention
+from igpt_jax.parallel.sharding import constrain
+
+NORM_EPSILON = 1e-5
+REMAT_POLICIES = ("none", "names", "full")
+_SAVED_NAMES = ("qkv", "attention", "mlp_in")
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageGPTConfig:
+  """Everything that decides the computation. Parameters are float32 whatever `dtype` is.
+
+  Attributes:
+    n_layer, n_head, n_embd: depth, heads, width.
+    n_vocab: palette size; also the number of output classes per pixel.
+    n_positions: pixels of a picture, height × width.
+    causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
+    dtype: of activations and matmuls, "float32" or "bfloat16".
+    remat: what the backward pass recomputes: "none" keeps all activations, "names" keeps the
+      matmuls' and the attention's outputs, "full" keeps one vector per block and position.
+    attention: an implementation named in `model.attention`.
+  """
+
+  n_layer: int
+  n_head: int
+  n_embd: int
+  n_vocab: int = 512
+  n_positions: int = 1024
+  causal: bool = True
+  dtype: str = "float32"
+  remat: str = "none"
+  attention: str = "auto"
+
+  def __post_init__(self):
+    for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
+      if getattr(self, name) < 1:
+        raise UserError(f"model.{name}: {getattr(self, name)}; expected a positive number")
+    if self.n_embd % self.n_head:
+      fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+      nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
+      raise UserError(
+        f"model.n_embd: {self.n_embd} isn't divisible by model.n_head: {self.n_head}; "
+        f"heads that divide it, nearest first: {', '.join(map(str, nearest))}"
+      )
+    if self.dtype not in ("float32", "bfloat16"):
+      raise UserError(f"model.dtype: {self.dtype!r}; expected 'float32' or 'bfloat16'")
+    if self.remat not in REMAT_POLICIES:
+      raise UserError(f"model.remat: {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}")
+
+  @property
+  def head_dim(self) -> int:
+    return self.n_embd // self.n_head
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """Shape of a published model and its learning rates (paper, section 3.3 and appendix)."""
+
+  n_layer: int
+  n_embd: int
+  n_head: int
+  learning_rate: float
+  learning_rate_masked: float
+
+
+# XL's number of heads isn't published. 24 heads of 128 fill the 128 lanes of a TPU's matrix unit
+# and of a GPU's fused attention, where S, M, L's own head sizes (64, 128, 96) don't all do.
+# BERT learning rates for S, M, L are from the paper's appendix; XL was never trained with it, and
+# takes the autoregressive one.
+PRESETS = {
+  "s": Preset(24, 512, 8, 3e-3, 1e-2),
+  "m": Preset(36, 1024, 8, 3e-3, 3e-3),
+  "l": Preset(48, 1536, 16, 1e-3, 1e-3),
+  "xl": Preset(60, 3072, 24, 3e-4, 3e-4),
+}
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, axes: tuple[str, ...]):
+  return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+  """x · rsqrt(mean(x²) + 1e-5) · g, in float32. The paper calls it layer norm."""
+
+  def __init__(self, width: int):
+    self.g = nnx.Param(jnp.ones((width,), jnp.float32), axes=("norm",))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
+    return (x32 * scale * self.g[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Multi-head self-attention without biases; q, k and v come from one matmul."""
+
+  def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
+    self.config = config
+    width = config.n_embd
+    self.qkv = _normal(rngs, (3, width, width), 1 / math.sqrt(width), ("qkv", "embed", "heads"))
+    self.proj = _normal(
+      rngs, (width, width), 1 / math.sqrt(width * config.n_layer), ("heads", "embed")
+    )
+
+  def project_qkv(self, x_BxTxD: jax.Array) -> jax.Array:
+    """[B, T, D] -> queries, keys and values, [3, B, T, n_head * head_dim]."""
+    qkv = jnp.einsum("btd,sde->sbte", x_BxTxD, self.qkv[...].astype(x_BxTxD.dtype))
+    return checkpoint_name(constrain(qkv, "qkv", "batch", "length", "heads"), "qkv")
+
+  def project_out(self, heads_BxTxE: jax.Array) -> jax.Array:
+    return heads_BxTxE @ self.proj[...].astype(heads_BxTxE.dtype)
+
+
+class MLP(nnx.Module):
+  """D -> 4D -> D with x·sigmoid(1.702x) between."""
+
+  def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
+    width = config.n_embd
+    self.fc = _normal(rngs, (width, 4 * width), 0.02, ("embed", "mlp"))
+    self.proj = _normal(rngs, (4 * width, width), 0.02, ("mlp", "embed"))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = checkpoint_name(x @ self.fc[...].astype(x.dtype), "mlp_in")
+    hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
+    return hidden @ self.proj[...].astype(x.dtype)
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.ln_1 = RMSNorm(config.n_embd)
+    self.attn = Attention(config, rngs)
+    self.ln_2 = RMSNorm(config.n_embd)
+    self.mlp = MLP(config, rngs)
+
+  def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the block's output [B, T, D] and the queries, keys and values it used [3, B, T, E]."""
+    config = self.config
+    qkv = self.attn.project_qkv(self.ln_1(x_BxTxD))
+    heads = attention(
+      qkv, n_head=config.n_head, causal=config.causal, implementation=config.attention
+    )
+    return self.finish(x_BxTxD, checkpoint_name(heads, "attention")), qkv
+
+  def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+    """The rest of the block, once the heads' outputs are known; any leading axes."""
+    x = x + self.attn.project_out(heads)
+    return x + self.mlp(self.ln_2(x))
+
+
+Collect = Callable[[Block, jax.Array, jax.Array], Any]  # (block, its input, its qkv) -> pytree
+
+
+class ImageGPT(nnx.Module):
+  """Tokens [B, T] -> logits [B, T, n_vocab]: a distribution over the palette at each position.
+
+  Initial values are the released code's: wte N(0, .02), wpe N(0, .01), sos N(0, .02), q, k, v
+  N(0, 1/sqrt(D)), attention's output N(0, 1/sqrt(D·layers)), both MLP matrices N(0, .02), output
+  table 0, gains 1. (The paper's text says "as in the Sparse Transformer"; the code is what made
+  the published numbers.)
+  """
+
+  def __init__(self, config: ImageGPTConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    width = config.n_embd
+    self.wte = _normal(rngs, (config.n_vocab, width), 0.02, ("vocab", "embed"))
+    self.wpe = _normal(rngs, (config.n_positions, width), 0.01, ("position", "embed"))
+    if config.causal:
+      self.sos = _normal(rngs, (width,), 0.02, ("norm",))
+    self.blocks = jax.vmap(lambda r: Block(config, r))(rngs.split(config.n_layer))
+    self.ln_f = RMSNorm(width)
+    self.wtet = nnx.Param(jnp.zeros((config.n_vocab, width), jnp.float32), axes=("vocab", "embed"))
+
+  def __call__(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
+    """Logits in float32; position t's distribution is over tokens[:, t].
+
+    Args:
+      tokens_BxT: palette indices in raster order, T ≤ n_positions. Causal: logits at t depend on
+        tokens before t alone.
+      keep_BxT: BERT only: True where the pixel is visible; elsewhere its embedding is zeroed and
+        its position remains.
+    """
+    final, _ = self.hidden(self.embed(tokens_BxT, keep_BxT))
+    return self.logits(final)
+
+  def embed(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
+    """Token and position embeddings [B, T, D]; shifted right by the start vector if causal."""
+    dtype = jnp.dtype(self.config.dtype)
+    batch, length = tokens_BxT.shape
+    x = self.wte[...].astype(dtype)[tokens_BxT]
+    if self.config.causal:
+      if keep_BxT is not None:
+        raise ValueError("a causal model takes no mask: every pixel is predicted from those before")
+      start = jnp.broadcast_to(self.sos[...].astype(dtype), (batch, 1, x.shape[-1]))
+      x = jnp.concatenate([start, x[:, :-1]], axis=1)
+    elif keep_BxT is not None:
+      x = x * keep_BxT[..., None].astype(dtype)
+    return constrain(x + self.wpe[...].astype(dtype)[:length], "batch", "length", "channels")
+
+  def hidden(self, x_BxTxD: jax.Array, collect: Collect | None = None) -> tuple[jax.Array, Any]:
+    """Runs all blocks and the final norm.
+
+    Args:
+      x_BxTxD: embeddings.
+      collect: called in each block; what it returns comes back stacked over layers.
+
+    Returns:
+      The final norm's output [B, T, D], and what was collected ([L, ...] leaves, or None).
+    """
+
+    def body(x, block):
+      y, qkv = block(x)
+      y = constrain(y, "batch", "length", "channels")
+      return y, None if collect is None else collect(block, x, qkv)
+
+    if self.config.remat == "full":
+      body = jax.checkpoint(body, prevent_cse=False)
+    elif self.config.remat == "names":
+      policy = jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES)
+      body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    x_BxTxD, collected = jax.lax.scan(body, x_BxTxD, self.blocks)
+    return self.ln_f(x_BxTxD), collected
+
+  def logits(self, final: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [..., n_vocab]."""
+    table = self.wtet[...].astype(final.dtype)
+    return jnp.einsum("...d,vd->...v", final, table, preferred_element_type=jnp.float32)
+
+  def features(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
+    """The probe's features f^l = mean over positions of n^l, float32 [n_layer + 1, B, D].
+
+    n^l is the norm applied to block l's input, and the final norm's output for l = n_layer
+    (paper, section 2.3 and 3.4).
+    """
+    pool = lambda n: jnp.mean(n.astype(jnp.float32), axis=1)
+    final, pooled = self.hidden(
+      self.embed(tokens_BxT, keep_BxT), collect=lambda block, x, _: pool(block.ln_1(x))
+    )
+    return jnp.concatenate([pooled, pool(final)[None]])
+
+
+def init_params(config: ImageGPTConfig, key: jax.Array) -> Params:
+  """Fresh parameters: a nested dict of float32 arrays, layers stacked on axis 0 under "blocks"."""
+  return nnx.to_pure_dict(nnx.state(ImageGPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(config: ImageGPTConfig):
+  def make():
+    return ImageGPT(config, rngs=nnx.Rngs(0))
+
+  return nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+
+def bind(config: ImageGPTConfig, params: Params) -> ImageGPT:
+  """The model with these parameters (arrays or tracers)."""
+  graphdef, abstract, rest = _abstract(config)
+  state = jax.tree.map(lambda leaf: leaf, abstract)
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graphdef, state, rest)
+
+
+def param_axes(config: ImageGPTConfig) -> Params:
+  """Logical axis names of every parameter, in the structure of `init_params`' dict."""
+  _, abstract, _ = _abstract(config)
+
+  def names(path, variable):
+    stacked = ("layers",) if path[0] == "blocks" else ()
+    return stacked + variable.get_metadata()["axes"]
+
+  flat = {path: names(path, variable) for path, variable in nnx.to_flat_state(abstract)}
+  tree: Params = {}
+  for path, axes in flat.items():
+    node = tree
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = axes
+  return tree
+
+
+def abstract_params(config: ImageGPTConfig) -> Params:
+  """Shapes and dtypes of the parameters, without making them."""
+  return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def count_params(config: ImageGPTConfig) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))

@@ -1,0 +1,119 @@
+"""Where arrays live: the mesh, and the one table from logical axes to mesh axes.
+
+Only this module names mesh axes. Everything else says what an axis *means* ("embed", "batch") and
+asks here where it goes. Axis types are Auto: the partitioner propagates, and we pin what matters.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from igpt_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Parameters are split over fsdp by their width and over tensor by their
+# heads or hidden units; activations over both batch axes. What isn't here is replicated.
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+  # parameters
+  "layers": None,  # scanned over
+  "qkv": None,
+  "embed": "fsdp",  # n_embd of every weight
+  "heads": "tensor",  # n_head * head_dim
+  "mlp": "tensor",  # 4 * n_embd
+  "vocab": None,  # 512 rows: too few to split
+  "position": None,
+  "norm": None,  # gains: n_embd numbers
+  # activations
+  "batch": ("data", "fsdp"),
+  "length": None,
+  "channels": None,  # n_embd of an activation
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """Builds the (data, fsdp, tensor) mesh over `devices` (all devices by default).
+
+  Args:
+    data, fsdp, tensor: axis sizes; at most one may be -1, which takes what is left.
+    devices: the devices to use, in order.
+
+  Raises:
+    UserError: the sizes don't multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+  said = f"mesh (data, fsdp, tensor) = ({data}, {fsdp}, {tensor})"
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f"{said}: sizes must be positive, with at most one -1; fix: config.mesh")
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if free and len(devices) % fixed == 0:
+    sizes[free[0]] = len(devices) // fixed
+  if math.prod(sizes.values()) != len(devices):
+    nearest = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+    raise UserError(
+      f"{said} doesn't multiply to the {len(devices)} devices of this run; expected sizes that "
+      f"divide {len(devices)} ({', '.join(map(str, nearest))}); fix: config.mesh, or leave one "
+      "axis at -1"
+    )
+  shape = tuple(sizes.values())
+  if devices[0].platform == "tpu" and len(devices) > 1:
+    from jax.experimental import mesh_utils
+
+    grid = mesh_utils.create_device_mesh(shape, devices=devices)
+  else:
+    grid = np.asarray(devices).reshape(shape)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+  """The PartitionSpec of an array whose axes mean `logical` (None: replicated)."""
+  entries = [None if axis is None else RULES[axis] for axis in logical]
+  used = [a for entry in entries if entry for a in ([entry] if isinstance(entry, str) else entry)]
+  if len(used) != len(set(used)):
+    raise ValueError(f"axes {logical} use a mesh axis twice: {entries}")
+  return PartitionSpec(*entries)
+
+
+def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
+  return NamedSharding(mesh, spec(*logical))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+  """Pins an intermediate to the table, when there is a mesh around (`jax.set_mesh`) to pin it to."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def batch_size_per_shard(mesh: Mesh, batch_size: int, what: str = "train.batch_size") -> int:
+  """Pictures per data shard.
+
+  Raises:
+    UserError: the batch isn't divisible by the batch axes of the mesh.
+  """
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % shards:
+    below, above = batch_size // shards * shards, (batch_size // shards + 1) * shards
+    near = f"{below} or {above}" if below else f"{above}"
+    raise UserError(
+      f"{what}: {batch_size} isn't divisible by data × fsdp = {shards} of the mesh; nearest: {near}"
+    )
+  return batch_size // shards
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process' rows of a batch [B/hosts, ...] -> global arrays [B, ...], split over the batch axes."""
+  target = sharding(mesh, "batch")
+  return {
+    name: jax.make_array_from_process_local_data(target, rows) for name, rows in batch.items()
+  }
