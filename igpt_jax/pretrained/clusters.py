@@ -1,0 +1,110 @@
+"""Palettes that come with foreign checkpoints: float32 [k, 3] RGB centres in [-1, 1].
+
+The release's `kmeans_centers.npy` and Hugging Face's `preprocessor_config.json` hold the same
+numbers: a colour c in 0..255 is c / 127.5 - 1. Only those two files' formats may enter here.
+"""
+
+import json
+import os
+import stat
+from typing import Any
+
+import numpy as np
+
+from igpt_jax.errors import UserError
+
+NPY_NAME = "kmeans_centers.npy"
+JSON_NAME = "preprocessor_config.json"
+_MAX_COLOURS = 65536
+_MAX_JSON_BYTES = 16 << 20
+
+
+def read_json(path: str) -> dict[str, Any]:
+  """A JSON object of bounded size.
+
+  Raises:
+    UserError: not a regular file, too large, or not an object.
+  """
+  try:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+      raise UserError(f"file: {path}; expected a regular file")
+    if status.st_size > _MAX_JSON_BYTES:
+      raise UserError(f"file: {path}: {status.st_size} bytes; expected at most 16 MiB of JSON")
+    with open(path, "rb") as file:
+      value = json.loads(file.read(_MAX_JSON_BYTES))
+  except OSError as error:
+    raise UserError(f"file: {path}: {error.strerror}; expected a readable file") from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"file: {path}: {error}; expected JSON") from error
+  if not isinstance(value, dict):
+    raise UserError(f"file: {path}; expected a JSON object, not {type(value).__name__}")
+  return value
+
+
+def read_clusters(path: str | os.PathLike[str]) -> np.ndarray:
+  """Reads `kmeans_centers.npy` or `preprocessor_config.json`: float32 [k, 3] in [-1, 1].
+
+  Raises:
+    UserError: not such a file, or its numbers aren't colours.
+  """
+  path = os.fspath(path)
+  if path.endswith(".json"):
+    config = read_json(path)
+    if "clusters" not in config:
+      raise UserError(f"palette: {path} has no clusters; expected an ImageGPTImageProcessor's file")
+    for name in ("image_mean", "image_std"):
+      if config.get(name) not in (None, [0.5, 0.5, 0.5]):
+        raise UserError(
+          f"palette: {path}: {name} {config[name]}; expected 0.5 for every channel, as Image GPT's "
+          "colours are scaled to [-1, 1]"
+        )
+    try:
+      clusters = np.asarray(config["clusters"], dtype=np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+      raise UserError(f"palette: {path}: clusters: {error}; expected [k, 3] numbers") from error
+  else:
+    clusters = _read_npy(path)
+  if clusters.ndim != 2 or clusters.shape[1] != 3 or not 1 <= len(clusters) <= _MAX_COLOURS:
+    raise UserError(f"palette: {path}: shape {list(clusters.shape)}; expected [k, 3]")
+  if not np.all(np.abs(clusters) <= 1 + 1e-3):
+    raise UserError(
+      f"palette: {path}: centres from {clusters.min():g} to {clusters.max():g}; expected [-1, 1]; "
+      "fix: RGB values of 0 to 255 become c / 127.5 - 1"
+    )
+  return clusters
+
+
+def _read_npy(path: str) -> np.ndarray:
+  try:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      raise UserError(f"palette: {path}; expected a regular file")
+    # Mapped, so that a header can't make it allocate more than the file holds.
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+  except OSError as error:
+    raise UserError(f"palette: {path}: {error.strerror or error}; expected a .npy file") from error
+  except Exception as error:  # np.load hands on whatever its header's Python literal raises.
+    raise UserError(f"palette: {path}: {error}; expected a .npy file of numbers") from error
+  if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    raise UserError(f"palette: {path}; expected one array of numbers")
+  if array.size > 3 * _MAX_COLOURS:
+    raise UserError(f"palette: {path}: shape {list(array.shape)}; expected [k, 3]")
+  return np.array(array, dtype=np.float32)
+
+
+def find_clusters(directory: str, n_vocab: int) -> tuple[np.ndarray | None, str]:
+  """The palette lying in a checkpoint's directory, if any, and its path.
+
+  Raises:
+    UserError: there is one, but it is damaged or has another number of colours than the model.
+  """
+  for name in (NPY_NAME, JSON_NAME):
+    path = os.path.join(directory, name)
+    if os.path.exists(path):
+      clusters = read_clusters(path)
+      if len(clusters) != n_vocab:
+        raise UserError(
+          f"palette: {path} has {len(clusters)} colours; expected the model's {n_vocab}"
+        )
+      return clusters, path
+  return None, ""

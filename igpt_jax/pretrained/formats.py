@@ -1,0 +1,186 @@
+"""One door to every foreign checkpoint: which format a path holds, and reading and writing it.
+
+Only the choice between formats may enter here. Our own checkpoints are recognised, but opened by
+`igpt_jax.checkpoint`.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.pretrained import clusters as palettes
+from igpt_jax.pretrained import huggingface, openai
+from igpt_jax.pretrained.leaves import Foreign, Path, Report
+
+FORMATS = ("openai", "huggingface", "orbax")
+_BUNDLE_FILE = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
+_ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt", "descriptor")
+
+
+def detect(path: str | os.PathLike[str]) -> str:
+  """ "openai", "huggingface" or "orbax".
+
+  Args:
+    path: a TensorFlow checkpoint's prefix, one of its files, or the directory it is alone in; a
+      Hugging Face model directory or its config.json; a directory Orbax wrote, or a run's workdir
+      of such. Remote paths (gs://…) are taken for Orbax's, the only format read remotely.
+
+  Raises:
+    UserError: nothing is there, or nothing known.
+  """
+  path = os.fspath(path)
+  if "://" in path:
+    return "orbax"
+  if _bundle_prefix(path):
+    return "openai"
+  if os.path.isfile(path) and os.path.basename(path) == "config.json":
+    return "huggingface"
+  if not os.path.isdir(path):
+    what = "a file of no known format" if os.path.exists(path) else "nothing is there"
+    raise UserError(
+      f"checkpoint: {path}: {what}; expected a TensorFlow checkpoint's prefix (model.ckpt-N), a "
+      "Hugging Face directory, or a workdir of this program"
+    )
+  names = set(os.listdir(path))
+  if "config.json" in names:
+    return "huggingface"
+  if names & set(_ORBAX_FILES) or any(_holds_orbax(os.path.join(path, name)) for name in names):
+    return "orbax"
+  raise UserError(
+    f"checkpoint: {path} holds {', '.join(sorted(names)[:8]) or 'nothing'}; expected a TensorFlow "
+    "checkpoint (model.ckpt-N.index and .data files), config.json with safetensors, or a checkpoint "
+    "of this program"
+  )
+
+
+def _holds_orbax(path: str) -> bool:
+  """Whether it is one step's directory, or a directory of such."""
+  if not os.path.isdir(path):
+    return False
+  names = os.listdir(path)
+  return any(name in _ORBAX_FILES for name in names) or any(
+    os.path.exists(os.path.join(path, name, file)) for name in names for file in _ORBAX_FILES
+  )
+
+
+def _bundle_prefix(path: str) -> str | None:
+  """The TensorFlow checkpoint a path means, if any; a directory must hold just one."""
+  prefix = _BUNDLE_FILE.sub("", path)
+  if os.path.exists(prefix + ".index"):
+    return prefix
+  if not os.path.isdir(path):
+    return None
+  found = sorted(name for name in os.listdir(path) if name.endswith(".index"))
+  if len(found) > 1:
+    raise UserError(
+      f"checkpoint: {path} holds {len(found)}: {', '.join(found[:5])}; fix: name one, without .index"
+    )
+  return os.path.join(path, found[0].removesuffix(".index")) if found else None
+
+
+def open_foreign(path: str | os.PathLike[str]) -> Foreign:
+  """Opens an OpenAI or Hugging Face checkpoint and checks everything but the weights' bytes.
+
+  Raises:
+    UserError: not such a checkpoint, damaged, or of a model that ours isn't.
+  """
+  path = os.fspath(path)
+  kind = detect(path)
+  if kind == "orbax":
+    raise UserError(
+      f"checkpoint: {path} is this program's own; expected OpenAI's or Hugging Face's"
+    )
+  if kind == "huggingface":
+    return huggingface.open_directory(
+      os.path.dirname(path) or "." if os.path.isfile(path) else path
+    )
+  prefix = _bundle_prefix(path)
+  foreign = openai.open_checkpoint(prefix)
+  try:
+    clusters, palette_path = palettes.find_clusters(
+      os.path.dirname(prefix) or ".", foreign.config.n_vocab
+    )
+  except BaseException:
+    foreign.close()
+    raise
+  if clusters is None:
+    return foreign
+  notes = (*foreign.notes, f"palette from {palette_path}")
+  return dataclasses.replace(foreign, clusters=clusters, notes=notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A foreign checkpoint's content; see `leaves.Foreign` for config, clusters and notes."""
+
+  config: ImageGPTConfig
+  params: dict[str, Any]
+  clusters: np.ndarray | None
+  notes: tuple[str, ...]
+
+
+def load(
+  path: str | os.PathLike[str],
+  *,
+  place: Callable[[Path, np.ndarray], Any] | None = None,
+  dtype: Any = None,
+  report: Report | None = None,
+) -> Loaded:
+  """Reads a foreign checkpoint, one leaf in this host's memory at a time if `place` moves it on.
+
+  Args:
+    path: as for `detect`.
+    place: (path in our tree, array) -> what goes into the tree, e.g. the array on its devices.
+    dtype: of the arrays; None keeps the checkpoint's.
+    report: called with lines of progress and the notes.
+  """
+  with open_foreign(path) as foreign:
+    for note in foreign.notes if report else ():
+      report(note)
+    params = foreign.load(place=place, dtype=dtype, report=report)
+    return Loaded(foreign.config, params, foreign.clusters, foreign.notes)
+
+
+def save(
+  path: str | os.PathLike[str],
+  format: str,
+  config: ImageGPTConfig,
+  params: Mapping[str, Any],
+  *,
+  clusters: np.ndarray | None = None,
+  num_shards: int = 1,
+  fetch: Callable[[Any], np.ndarray] = np.asarray,
+  report: Report | None = None,
+) -> None:
+  """Writes parameters as "openai" (path: prefix) or "huggingface" (path: directory).
+
+  Args:
+    clusters: palette, float32 [n_vocab, 3] in [-1, 1]: goes into kmeans_centers.npy beside the
+      prefix, or into preprocessor_config.json.
+    num_shards: OpenAI's data files. Hugging Face's are cut at 2 GB.
+    fetch: brings one leaf to this host as a numpy array.
+    report: called with one line for each leaf.
+
+  Raises:
+    UserError: something is there already, or the format can't hold this model.
+  """
+  if format == "huggingface":
+    huggingface.write_directory(path, config, params, clusters=clusters, fetch=fetch, report=report)
+  elif format == "openai":
+    prefix = os.fspath(path)
+    palette = os.path.join(os.path.dirname(prefix), palettes.NPY_NAME)
+    if clusters is not None and os.path.exists(palette):
+      raise UserError(f"palette to write: {palette} exists; fix: name another target directory")
+    openai.write_checkpoint(
+      prefix, config, params, num_shards=num_shards, fetch=fetch, report=report
+    )
+    if clusters is not None:
+      np.save(palette, np.asarray(clusters, np.float32), allow_pickle=False)
+  else:
+    raise UserError(f"format: {format!r}; expected one of openai, huggingface")

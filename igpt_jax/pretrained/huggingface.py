@@ -1,0 +1,381 @@
+"""Hugging Face's Image GPT: a directory with config.json and safetensors, both ways.
+
+Only the naming and layout of transformers' ImageGPTForCausalImageModeling may enter here; neither
+torch nor transformers is needed, except that torch itself must open an old pytorch_model.bin.
+
+Its differences from the released model: the start vector is row `n_vocab` of the input table (513
+rows in, 512 out), q, k and v are one [D, 3D] matrix, and there are biases. The released weights
+leave those at zero; a fine-tuned model's non-zero ones have no place in ours and are refused by
+name, since without them it would compute something else.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import NORM_EPSILON, ImageGPTConfig
+from igpt_jax.pretrained import clusters as palettes
+from igpt_jax.pretrained.leaves import (
+  Foreign,
+  Leaf,
+  Part,
+  Report,
+  check_specs,
+  foreign_tensors,
+  listing,
+  lookup,
+)
+from igpt_jax.pretrained.weight_files import TorchSource, open_safetensors
+
+_WTE = "transformer.wte.weight"
+_HEAD = "lm_head.weight"
+_BIASES = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 4, "mlp.c_proj": 1}  # × n_embd
+_BIAS = re.compile(
+  r"^transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias$"
+)
+_LAYER = re.compile(r"^transformer\.h\.(\d{1,9})\.")
+# Causal masks that older transformers stored.
+_BUFFER = re.compile(r"^transformer\.h\.\d+\.attn\.(bias|masked_bias)$")
+
+# What the model computes under these is what ours computes; under other values it isn't.
+_REQUIRED = {
+  "model_type": "imagegpt",
+  "activation_function": "quick_gelu",
+  "layer_norm_epsilon": NORM_EPSILON,
+  "scale_attn_weights": True,
+  "scale_attn_by_inverse_layer_idx": False,
+  "add_cross_attention": False,
+}
+
+
+def table(config: ImageGPTConfig, *, tied: bool = False) -> tuple[Leaf, ...]:
+  """The tensors of ImageGPTForCausalImageModeling, by leaf of our parameters.
+
+  Args:
+    tied: the output table is the input table's first `n_vocab` rows.
+  """
+  layers, width, vocab = config.n_layer, config.n_embd, config.n_vocab
+
+  def one(path: str, name: str, *shape: int) -> Leaf:
+    return Leaf(tuple(path.split("/")), shape, (Part(name, shape),))
+
+  def stacked(path: str, name: str, *shape: int) -> Leaf:
+    parts = tuple(Part(f"transformer.h.{i}.{name}.weight", shape, (i,)) for i in range(layers))
+    return Leaf(("blocks", *path.split("/")), (layers, *shape), parts)
+
+  def rows(path: str, shape: tuple[int, ...], take) -> Leaf:
+    return Leaf((path,), shape, (Part(_WTE, (vocab + 1, width), (), take, None),))
+
+  qkv = tuple(
+    Part(
+      f"transformer.h.{i}.attn.c_attn.weight",
+      (width, 3 * width),
+      (i,),
+      to_ours=lambda w: w.reshape(width, 3, width).transpose(1, 0, 2),
+      to_theirs=lambda w: w.transpose(1, 0, 2).reshape(width, 3 * width),
+    )
+    for i in range(layers)
+  )
+  return (
+    rows("wte", (vocab, width), lambda w: w[:-1]),
+    rows("sos", (width,), lambda w: w[-1]),
+    one("wpe", "transformer.wpe.weight", config.n_positions, width),
+    rows("wtet", (vocab, width), lambda w: w[:-1]) if tied else one("wtet", _HEAD, vocab, width),
+    one("ln_f/g", "transformer.ln_f.weight", width),
+    stacked("ln_1/g", "ln_1", width),
+    Leaf(("blocks", "attn", "qkv"), (layers, 3, width, width), qkv),
+    stacked("attn/proj", "attn.c_proj", width, width),
+    stacked("ln_2/g", "ln_2", width),
+    stacked("mlp/fc", "mlp.c_fc", width, 4 * width),
+    stacked("mlp/proj", "mlp.c_proj", 4 * width, width),
+  )
+
+
+def open_directory(directory: str | os.PathLike[str]) -> Foreign:
+  """Opens a model directory and checks its configuration and every tensor's name and shape.
+
+  The weights are model.safetensors, or the files of model.safetensors.index.json, or, if neither is
+  there, pytorch_model.bin through torch's loader of weights only.
+
+  Raises:
+    UserError: damaged files, a model ours doesn't compute, or tensors that aren't an Image GPT's.
+  """
+  directory = os.fspath(directory)
+  config_path = os.path.join(directory, "config.json")
+  fields = palettes.read_json(config_path)
+  config = _model_config(fields, config_path)
+  source = _open_weights(directory)
+  try:
+    tied = _is_tied(fields, source, config, directory)
+    leaves = table(config, tied=tied)
+    depth = len({match[1] for match in map(_LAYER.match, source.specs) if match})
+    if depth != config.n_layer:
+      raise UserError(
+        f"weights: {directory} has {depth} layers; expected n_layer {config.n_layer} of config.json"
+      )
+    check_specs(leaves, source.specs, directory)
+    notes = list(_check_extra(leaves, source, directory))
+    if tied:
+      notes.append(
+        "the output table is the input table's (tie_word_embeddings): copied, now untied"
+      )
+    clusters, palette_path = palettes.find_clusters(directory, config.n_vocab)
+    if clusters is not None:
+      notes.append(f"palette from {palette_path}")
+  except BaseException:
+    source.close()
+    raise
+  return Foreign("huggingface", directory, config, leaves, source, clusters, tuple(notes))
+
+
+def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:
+  for name, wanted in _REQUIRED.items():
+    # What an older or trimmed config.json leaves out has transformers' default, which is `wanted`.
+    if fields.get(name, wanted) != wanted:
+      raise UserError(f"config.json: {name} {fields[name]!r} in {path}; expected {wanted!r}")
+  numbers = {}
+  for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+    value = fields.get(name)
+    if type(value) is not int or not 1 <= value < 1 << 31:
+      raise UserError(
+        f"config.json: {name} {str(value)[:40]} in {path}; expected a positive number"
+      )
+    numbers[name] = value
+  inner = fields.get("n_inner")
+  if inner not in (None, 4 * numbers["n_embd"]):
+    raise UserError(f"config.json: n_inner {str(inner)[:40]} in {path}; expected 4 × n_embd")
+  if numbers["vocab_size"] < 2:
+    raise UserError(
+      f"config.json: vocab_size 1 in {path}; expected the palette's size and one more"
+    )
+  return ImageGPTConfig(
+    n_layer=numbers["n_layer"],
+    n_head=numbers["n_head"],
+    n_embd=numbers["n_embd"],
+    n_vocab=numbers["vocab_size"] - 1,
+    n_positions=numbers["n_positions"],
+    causal=True,
+  )
+
+
+def _open_weights(directory: str):
+  def here(name: str) -> str:
+    return os.path.join(directory, name)
+
+  if os.path.exists(here("model.safetensors")):
+    return open_safetensors(directory, ["model.safetensors"])
+  if os.path.exists(here("model.safetensors.index.json")):
+    index_path = here("model.safetensors.index.json")
+    weight_map = palettes.read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+      raise UserError(f"weights: {index_path} has no weight_map; expected tensor names and files")
+    for name in weight_map.values():
+      if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", name):
+        raise UserError(
+          f"weights: {str(name)[:80]!r} in {index_path}; expected a .safetensors file's bare name"
+        )
+    return open_safetensors(directory, sorted(set(weight_map.values())), weight_map)
+  if os.path.exists(here("pytorch_model.bin")):
+    return TorchSource(here("pytorch_model.bin"))
+  raise UserError(
+    f"weights: {directory} has neither model.safetensors nor model.safetensors.index.json nor "
+    "pytorch_model.bin; fix: download the model's weights too"
+  )
+
+
+def _is_tied(fields: Mapping[str, Any], source, config: ImageGPTConfig, directory: str) -> bool:
+  """Whether the output table is the input table's."""
+  if not fields.get("tie_word_embeddings", False):
+    if _HEAD not in source.specs and _WTE in source.specs:
+      raise UserError(
+        f"weights: {directory} has no {_HEAD}, and its embeddings aren't tied; fix: save the "
+        "generative model (ImageGPTForCausalImageModeling), not its body or a classifier"
+      )
+    return False
+  if _HEAD in source.specs and _WTE in source.specs:
+    shape, embedding = source.specs[_HEAD][0], source.specs[_WTE][0]
+    rows = config.n_vocab
+    if shape[1:] != embedding[1:] or not np.array_equal(
+      source.read(_HEAD)[:rows], source.read(_WTE)[:rows]
+    ):
+      raise UserError(
+        f"weights: {directory}: {_HEAD} differs from {_WTE}, but config.json says they are tied; "
+        "fix: set tie_word_embeddings to what was trained"
+      )
+  return True
+
+
+def _check_extra(leaves: tuple[Leaf, ...], source, directory: str) -> Iterator[str]:
+  """Yields notes on what is left out, after refusing what would change the output."""
+  used = {part.name for leaf in leaves for part in leaf.parts} | {_HEAD}
+  extra = [name for name in source.specs if name not in used]
+  biases = [name for name in extra if _BIAS.match(name)]
+  nonzero = [name for name in biases if np.any(source.read(name))]
+  if nonzero:
+    raise UserError(
+      f"biases: {listing(nonzero)} in {directory} aren't zero; expected a model without biases, as "
+      "the released ones are; fix: a model fine-tuned with biases can't be carried over"
+    )
+  left = [name for name in extra if name not in biases and not _BUFFER.match(name)]
+  unknown = [name for name in left if name.startswith("transformer.")]
+  if unknown:
+    raise UserError(
+      f"weights: {listing(unknown)} in {directory}; expected only an Image GPT's tensors"
+    )
+  if left:
+    yield f"left out, not weights of the generative model: {listing(left)}"
+
+
+def write_directory(
+  directory: str | os.PathLike[str],
+  config: ImageGPTConfig,
+  params: Mapping[str, Any],
+  *,
+  clusters: np.ndarray | None = None,
+  max_shard_bytes: int = 2_000_000_000,
+  fetch: Callable[[Any], np.ndarray] = np.asarray,
+  report: Report | None = None,
+) -> None:
+  """Writes a directory that ImageGPTForCausalImageModeling.from_pretrained loads, or nothing.
+
+  Args:
+    directory: the target; nothing may be there.
+    config, params: our model and its parameters.
+    clusters: palette, float32 [n_vocab, 3] in [-1, 1], for preprocessor_config.json.
+    max_shard_bytes: of one file; a larger model gets several and an index. At most about one file
+      and one leaf are in memory beside `params`.
+    fetch, report: as for `leaves.foreign_tensors`.
+
+  Raises:
+    UserError: the target exists, the model is BERT, or parameters don't fit `config`.
+  """
+  directory = os.fspath(directory).rstrip("/")
+  if not config.causal:
+    raise UserError(
+      "format: huggingface; expected an autoregressive model, since transformers' Image GPT always "
+      "masks the future; fix: write a BERT model as format openai"
+    )
+  if os.path.exists(directory):
+    raise UserError(f"directory to write: {directory} exists; fix: name another target")
+  leaves = table(config)
+  sizes = {name: size for name, size in _planned(leaves, config, params)}
+  shards = _plan_shards(sizes, max_shard_bytes)
+  part = f"{directory}.part-{os.getpid()}"
+  try:
+    os.makedirs(part)
+    tensors = _their_tensors(leaves, config, params, fetch, report)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+      file = (
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else "model.safetensors"
+      )
+      batch = dict(next(tensors) for _ in shard)
+      save_file(batch, os.path.join(part, file), metadata={"format": "pt"})
+      weight_map |= dict.fromkeys(batch, file)
+      del batch
+    if shards[1:]:
+      index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+      _write_json(os.path.join(part, "model.safetensors.index.json"), index)
+    dtype = np.dtype(lookup(params, leaves[0]).dtype).name
+    _write_json(os.path.join(part, "config.json"), _config_fields(config, dtype))
+    if clusters is not None:
+      _write_json(
+        os.path.join(part, palettes.JSON_NAME), _preprocessor_fields(config, np.asarray(clusters))
+      )
+    os.rename(part, directory)
+  except OSError as error:
+    raise UserError(f"directory to write: {directory}: {error.strerror}") from error
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      shutil.rmtree(part)
+
+
+def _planned(leaves, config: ImageGPTConfig, params) -> Iterator[tuple[str, int]]:
+  """(name, bytes) of what `_their_tensors` yields, in its order, without reading anything."""
+  for leaf in leaves:
+    itemsize = np.dtype(lookup(params, leaf).dtype).itemsize
+    for part in leaf.parts:
+      if part.to_theirs is not None:
+        yield part.name, math.prod(part.shape) * itemsize
+  itemsize = np.dtype(lookup(params, leaves[0]).dtype).itemsize
+  yield _WTE, (config.n_vocab + 1) * config.n_embd * itemsize
+  for name, size in _zero_biases(config):
+    yield name, size * itemsize
+
+
+def _their_tensors(leaves, config, params, fetch, report) -> Iterator[tuple[str, np.ndarray]]:
+  yield from foreign_tensors(leaves, params, fetch=fetch, report=report)
+  wte, sos = (np.asarray(fetch(lookup(params, leaf))) for leaf in leaves[:2])
+  yield _WTE, np.concatenate([wte, sos[None]])
+  for name, size in _zero_biases(config):
+    yield name, np.zeros(size, wte.dtype)
+
+
+def _zero_biases(config: ImageGPTConfig) -> Iterator[tuple[str, int]]:
+  for i in range(config.n_layer):
+    for name, times in _BIASES.items():
+      yield f"transformer.h.{i}.{name}.bias", times * config.n_embd
+
+
+def _plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+  shards: list[list[str]] = [[]]
+  used = 0
+  for name, size in sizes.items():
+    if shards[-1] and used + size > max_bytes:
+      shards.append([])
+      used = 0
+    shards[-1].append(name)
+    used += size
+  return shards
+
+
+def _config_fields(config: ImageGPTConfig, dtype: str) -> dict[str, Any]:
+  return {
+    "architectures": ["ImageGPTForCausalImageModeling"],
+    **_REQUIRED,
+    "dtype": dtype,
+    "n_layer": config.n_layer,
+    "n_head": config.n_head,
+    "n_embd": config.n_embd,
+    "n_inner": None,
+    "n_positions": config.n_positions,
+    "vocab_size": config.n_vocab + 1,
+    "reorder_and_upcast_attn": False,
+    "tie_word_embeddings": False,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "use_cache": True,
+  }
+
+
+def _preprocessor_fields(config: ImageGPTConfig, clusters: np.ndarray) -> dict[str, Any]:
+  if clusters.shape != (config.n_vocab, 3):
+    raise UserError(f"palette: shape {list(clusters.shape)}; expected [{config.n_vocab}, 3]")
+  fields = {
+    "image_processor_type": "ImageGPTImageProcessor",
+    "clusters": clusters.astype(np.float64).tolist(),
+    "do_color_quantize": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "resample": 2,
+  }
+  side = math.isqrt(config.n_positions)
+  if side * side == config.n_positions:
+    fields["size"] = {"height": side, "width": side}
+  return fields
+
+
+def _write_json(path: str, value: dict[str, Any]) -> None:
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(value, file, indent=2, sort_keys=True)
+    file.write("\n")

@@ -1,0 +1,227 @@
+"""What every foreign checkpoint has in common: its tensors' places in our parameters.
+
+A format describes itself as a table of `Leaf`, one for each array of our parameter tree, saying
+which foreign tensors make it up and how. Reading and writing both follow that table, so a
+checkpoint that goes out is one that comes back. No file format may enter here.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import ImageGPTConfig
+
+Path = tuple[str, ...]
+Report = Callable[[str], None]
+Spec = tuple[tuple[int, ...], np.dtype | None]  # shape, dtype (None: not one numpy has)
+WEIGHT_DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+  return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One foreign tensor's share of a leaf: leaf[index] = to_ours(tensor), and back.
+
+  `to_theirs` gets leaf[index]; it is None where a tensor is made of several leaves, which the
+  format then writes itself.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  index: tuple[int, ...] = ()
+  to_ours: Callable[[np.ndarray], np.ndarray] = _same
+  to_theirs: Callable[[np.ndarray], np.ndarray] | None = _same
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One array of our parameter tree, and the foreign tensors it is made of."""
+
+  path: Path
+  shape: tuple[int, ...]
+  parts: tuple[Part, ...]
+
+
+class Source(Protocol):
+  """An opened checkpoint: what it holds, and its tensors one by one."""
+
+  specs: Mapping[str, Spec]
+
+  def read(self, name: str) -> np.ndarray: ...
+
+  def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+  """A foreign checkpoint, opened and checked, its weights not read yet. Close it, or use `with`.
+
+  Attributes:
+    format: "openai" or "huggingface".
+    path: where it is.
+    config: the model's shape and objective as the checkpoint has them; what a checkpoint doesn't
+      say (dtype of computation, remat, attention) has its default.
+    table: every leaf of our parameters.
+    source: the file reader.
+    clusters: the palette found beside the weights, float32 [n_vocab, 3] in [-1, 1], or None.
+    notes: what a person should know: tensors left out, a tied head.
+  """
+
+  format: str
+  path: str
+  config: ImageGPTConfig
+  table: tuple[Leaf, ...]
+  source: Source
+  clusters: np.ndarray | None = None
+  notes: tuple[str, ...] = ()
+
+  def __enter__(self) -> "Foreign":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def close(self) -> None:
+    self.source.close()
+
+  def dtype_of(self, leaf: Leaf) -> np.dtype:
+    """The dtype its tensors have; float32 where they differ."""
+    dtypes = {self.source.specs[part.name][1] for part in leaf.parts}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+  def stream(
+    self, *, dtype: Any = None, report: Report | None = None
+  ) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields (path in our tree, array), each array read when asked for and then forgotten.
+
+    The largest leaf comes first: whoever copies each leaf to its device before asking for the next
+    then never holds a large leaf twice while all the others are there.
+
+    Args:
+      dtype: of the arrays; None keeps the checkpoint's.
+      report: called with one line for each leaf, before it is read.
+    """
+    dtype = None if dtype is None else np.dtype(dtype)
+
+    def size(leaf: Leaf) -> int:
+      return math.prod(leaf.shape) * (dtype or self.dtype_of(leaf)).itemsize
+
+    total = sum(map(size, self.table))
+    done, start = 0, time.monotonic()
+    for i, leaf in enumerate(sorted(self.table, key=size, reverse=True)):
+      if report:
+        report(
+          f"reading {'/'.join(leaf.path)} {list(leaf.shape)} ({i + 1} of {len(self.table)}), "
+          f"{done / 1e9:.2f} of {total / 1e9:.2f} GB after {time.monotonic() - start:.0f} s"
+        )
+      out = np.empty(leaf.shape, dtype or self.dtype_of(leaf))
+      for part in leaf.parts:
+        out[part.index] = part.to_ours(self.source.read(part.name))
+      done += out.nbytes
+      yield leaf.path, out
+      del out
+    if report:
+      seconds = time.monotonic() - start
+      report(f"read {done / 1e9:.2f} GB in {seconds:.1f} s from {self.path}")
+
+  def load(
+    self,
+    *,
+    place: Callable[[Path, np.ndarray], Any] | None = None,
+    dtype: Any = None,
+    report: Report | None = None,
+  ) -> dict[str, Any]:
+    """All parameters as our nested dict.
+
+    Args:
+      place: called with each leaf's path and array; its result goes into the tree, so that a leaf
+        can be put onto its devices before the next is read. None keeps numpy arrays.
+      dtype, report: as for `stream`.
+    """
+    params: dict[str, Any] = {}
+    for path, array in self.stream(dtype=dtype, report=report):
+      node = params
+      for key in path[:-1]:
+        node = node.setdefault(key, {})
+      node[path[-1]] = array if place is None else place(path, array)
+      del array
+    return params
+
+
+def check_specs(table: tuple[Leaf, ...], specs: Mapping[str, Spec], where: str) -> None:
+  """Raises UserError naming every tensor that is missing, misshaped or not of a float type."""
+  problems = {}
+  for leaf in table:
+    for part in leaf.parts:
+      if part.name not in specs:
+        problems[part.name] = "missing"
+        continue
+      shape, dtype = specs[part.name]
+      if shape != part.shape:
+        problems[part.name] = f"has shape {list(shape)}, expected {list(part.shape)}"
+      elif dtype not in WEIGHT_DTYPES:
+        problems[part.name] = "isn't float32, float16 or bfloat16"
+  if problems:
+    raise UserError(
+      f"tensors of {where}: {listing(f'{name} {what}' for name, what in problems.items())}; "
+      "expected an Image GPT's; fix: check that this is the right checkpoint, and complete"
+    )
+
+
+def listing(names) -> str:
+  """The first few names, and how many more there are."""
+  names = list(names)
+  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+  return "; ".join(names[:5]) + more
+
+
+def foreign_tensors(
+  table: tuple[Leaf, ...],
+  params: Mapping[str, Any],
+  *,
+  fetch: Callable[[Any], np.ndarray] = np.asarray,
+  report: Report | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields every foreign tensor (name, array), one leaf on the host at a time.
+
+  Args:
+    table: as for reading; parts without `to_theirs` are left to the format.
+    params: our nested dict; leaves may be numpy or jax arrays.
+    fetch: brings one leaf to this host as a numpy array.
+    report: called with one line for each leaf.
+
+  Raises:
+    UserError: a leaf is missing or has another shape than the configuration says.
+  """
+  for i, leaf in enumerate(table):
+    if all(part.to_theirs is None for part in leaf.parts):
+      continue
+    if report:
+      report(f"writing {'/'.join(leaf.path)} {list(leaf.shape)} ({i + 1} of {len(table)})")
+    array = fetch(lookup(params, leaf))
+    for part in leaf.parts:
+      yield part.name, np.ascontiguousarray(part.to_theirs(array[part.index]))
+    del array
+
+
+def lookup(params: Mapping[str, Any], leaf: Leaf) -> Any:
+  """The leaf's array in our tree, its shape checked."""
+  node: Any = params
+  for key in leaf.path:
+    if not isinstance(node, Mapping) or key not in node:
+      raise UserError(f"parameter: {'/'.join(leaf.path)} is missing; expected it of this model")
+    node = node[key]
+  if tuple(node.shape) != leaf.shape:
+    raise UserError(
+      f"parameter: {'/'.join(leaf.path)} has shape {list(node.shape)}; expected {list(leaf.shape)}"
+    )
+  return node

@@ -1,0 +1,175 @@
+"""Safetensors files and torch's old pickles, as sources of named arrays.
+
+Only file formats may enter here; `huggingface` knows what the tensors mean. Files are untrusted:
+the safetensors library checks that offsets tile the file, and torch only ever loads weights.
+"""
+
+import os
+import stat
+import struct
+from collections.abc import Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from igpt_jax.errors import UserError
+from igpt_jax.pretrained.leaves import Spec
+
+_SAFETENSORS_DTYPES = {
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MAX_HEADER_BYTES = 4 << 20  # an L-size model's has 60 kB
+_MAX_FILES = 512
+
+
+class _SafetensorsSource:
+  """Tensors of one or several safetensors files, read with pread: nothing stays mapped."""
+
+  def __init__(self, directory: str):
+    self._directory = directory
+    self._files: dict[str, safe_open] = {}
+    self._file_of: dict[str, str] = {}
+    self.specs: dict[str, Spec] = {}
+
+  def add(self, file: str) -> None:
+    path = os.path.join(self._directory, file)
+    _check_header(path)
+    try:
+      handle = safe_open(path, framework="np", backend="pread")
+      self._files[file] = handle
+      for name in handle.keys():
+        if name in self.specs:
+          raise UserError(f"weights: {name} is in {path} and in {self._file_of[name]}")
+        view = handle.get_slice(name)
+        self.specs[name] = (tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(view.get_dtype()))
+        self._file_of[name] = file
+    except (SafetensorError, OSError, ValueError) as error:
+      raise _damaged(path, error) from error
+
+  def file_of(self, name: str) -> str | None:
+    return self._file_of.get(name)
+
+  def read(self, name: str) -> np.ndarray:
+    file = self._file_of[name]
+    try:
+      return self._files[file].get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+      raise _damaged(os.path.join(self._directory, file), error) from error
+
+  def close(self) -> None:
+    self._files.clear()
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+  return UserError(
+    f"weights: {path}: {str(error)[:300]}; expected a whole safetensors file; "
+    "fix: copy or download it again"
+  )
+
+
+def _check_header(path: str) -> None:
+  """Bounds what the library's JSON parser is given."""
+  try:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      raise UserError(f"weights: {path}; expected a regular file")
+    with open(path, "rb") as file:
+      start = file.read(8)
+  except OSError as error:
+    raise UserError(f"weights: {path}: {error.strerror}; expected a readable file") from error
+  if len(start) < 8 or struct.unpack("<Q", start)[0] > _MAX_HEADER_BYTES:
+    raise UserError(
+      f"weights: {path}: no header of at most 4 MiB; expected a safetensors file; "
+      "fix: copy or download it again"
+    )
+
+
+def open_safetensors(
+  directory: str, files: Sequence[str], weight_map: Mapping[str, str] | None = None
+) -> _SafetensorsSource:
+  """Opens files of one directory; a `weight_map` must say of each tensor which file it is in.
+
+  Raises:
+    UserError: a file is missing or damaged, or the map and the files disagree.
+  """
+  if len(files) > _MAX_FILES:
+    raise UserError(f"weights: {directory} is {len(files)} files; expected at most {_MAX_FILES}")
+  source = _SafetensorsSource(directory)
+  try:
+    for file in files:
+      source.add(file)
+    if weight_map is not None:
+      for name in sorted(set(weight_map) | set(source.specs)):
+        listed, found = weight_map.get(name), source.file_of(name)
+        if listed != found:
+          raise UserError(
+            f"weights: {name} of {directory} is listed in {listed}, but found in {found}; "
+            "fix: bring the index and all files of one model together"
+          )
+  except BaseException:
+    source.close()
+    raise
+  return source
+
+
+class TorchSource:
+  """pytorch_model.bin, through torch's loader that builds tensors and nothing else."""
+
+  def __init__(self, path: str):
+    try:
+      import torch
+    except ImportError as error:
+      raise UserError(
+        f"weights: {path} is a pickle, which only torch opens safely; fix: pip install torch, or "
+        "save the model again as safetensors"
+      ) from error
+    if not os.path.isfile(path):
+      raise UserError(f"weights: {path}; expected a regular file")
+    self._torch = torch
+    self._path = path
+    size = os.path.getsize(path)
+    try:
+      try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+      except (RuntimeError, ValueError):  # files older than torch 1.6 can't be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler hands on whatever a damaged file makes it raise
+      raise UserError(
+        f"weights: {path}: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+        "; expected torch weights; fix: copy or download it again"
+      ) from error
+    if not isinstance(state, dict):
+      raise UserError(f"weights: {path}; expected a dictionary of tensors")
+    self._state = {}
+    self.specs: dict[str, Spec] = {}
+    dtypes = {
+      torch.float32: _SAFETENSORS_DTYPES["F32"],
+      torch.float16: _SAFETENSORS_DTYPES["F16"],
+      torch.bfloat16: _SAFETENSORS_DTYPES["BF16"],
+    }
+    declared = 0
+    for name, tensor in state.items():
+      if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise UserError(f"weights: {str(name)[:80]} in {path} isn't a named tensor")
+      if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise UserError(f"weights: {name} in {path}; expected a dense tensor")
+      # Strides of zero, or one storage shared by many, would let a few bytes stand for any size;
+      # a tied table may be there twice.
+      declared += tensor.numel() * tensor.element_size()
+      if declared > 2 * size or not tensor.is_contiguous():
+        raise UserError(
+          f"weights: {name} in {path}; expected contiguous tensors of the file's size"
+        )
+      self._state[name] = tensor
+      self.specs[name] = (tuple(tensor.shape), dtypes.get(tensor.dtype))
+
+  def read(self, name: str) -> np.ndarray:
+    tensor = self._state[name].detach()
+    if tensor.dtype == self._torch.bfloat16:
+      return tensor.view(self._torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+  def close(self) -> None:
+    self._state = {}
