@@ -1,0 +1,184 @@
+"""Colours to tokens and back: the 9-bit palette of the paper, section 3.2.
+
+Holds the palette itself, on the host and on the device. Its fitting lives in `palette_fit`.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from igpt_jax import errors
+
+_UNSEEN = np.uint16(65535)  # marks a colour whose nearest centre hasn't been asked for yet
+MAX_SIZE = 65535
+_CHUNK = 8192  # colours × centres are compared in pieces of at most this many colours
+
+
+class Palette:
+  """k colours; a picture's token is the index of its pixel's nearest colour.
+
+  Nearest is exact: squared Euclidean distance, the lowest index wins ties. Where every centre is a
+  whole number of 0..255 it is computed in whole numbers, so that every backend agrees; otherwise in
+  float64, from the float32 centres as the original's kmeans_centers.npy holds them.
+
+  Attributes:
+    centers: float32 [k, 3], RGB in [-1, 1], the original's convention (x / 127.5 - 1).
+  """
+
+  def __init__(self, centers: Any, name: str = "palette"):
+    """Checks `centers`, [k, 3] in [-1, 1]; `name` is what errors call it."""
+    try:
+      array = np.asarray(centers)
+    except ValueError as error:
+      raise errors.UserError(f"{name}: {error}; expected float [k, 3] colours") from error
+    hint = "fix: make one with --config.job=fit_palette, or give the original's kmeans_centers.npy"
+    if array.ndim != 2 or array.shape[-1] != 3 or not 1 <= array.shape[0] <= MAX_SIZE:
+      raise errors.UserError(f"{name}: shape {list(array.shape)}; expected [k, 3] colours; {hint}")
+    if not np.issubdtype(array.dtype, np.floating):
+      raise errors.UserError(f"{name}: dtype {array.dtype}; expected floats in [-1, 1]; {hint}")
+    if not np.isfinite(array).all():
+      raise errors.UserError(f"{name}: has NaN or infinite colours; expected [-1, 1]; {hint}")
+    # The published palettes touch ±1; a rounding error past it is no reason to refuse one.
+    if np.abs(array).max() > 1 + 1e-4:
+      raise errors.UserError(
+        f"{name}: colours from {array.min():.4g} to {array.max():.4g}; expected [-1, 1]; {hint}"
+      )
+    self.centers = np.ascontiguousarray(array, dtype=np.float32)
+    self.centers.flags.writeable = False
+    self._table: np.ndarray | None = None
+    levels = 127.5 * (self.centers.astype(np.float64) + 1)
+    self._levels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    # float32 holds u / 127.5 - 1 to 1e-5 of a level, so that whole levels are told apart safely.
+    self.is_uint8 = bool(np.abs(levels - np.rint(levels)).max() < 1e-4)
+
+  @classmethod
+  def from_uint8(cls, levels: np.ndarray) -> Palette:
+    """From uint8 [k, 3] colours."""
+    return cls((np.asarray(levels, np.float64) / 127.5 - 1).astype(np.float32))
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str]) -> Palette:
+    """Reads a .npy file in the original's format; anything else is a UserError that names it."""
+    hint = "expected a .npy file of float [k, 3] colours in [-1, 1]"
+    try:
+      with open(path, "rb") as file:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+      raise errors.UserError(f"palette {path}: {error}; {hint}") from error
+    if not isinstance(array, np.ndarray):
+      raise errors.UserError(f"palette {path}: an archive of arrays; {hint}")
+    return cls(array, name=f"palette {path}")
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes float32 [k, 3] in [-1, 1] as .npy; the file appears whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "wb") as file:
+      np.save(file, self.centers)
+    os.replace(partial, path)
+
+  @property
+  def size(self) -> int:
+    """Number of colours, the model's n_vocab."""
+    return len(self.centers)
+
+  @property
+  def colors(self) -> np.ndarray:
+    """uint8 [k, 3]: what `decode` paints, rint(127.5 (c + 1))."""
+    return self._levels
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] to uint16 [...], the index of the nearest colour.
+
+    A table of all 2²⁴ colours, filled as colours are first met: no start-up cost, and a lookup per
+    pixel from then on. Threads may fill it together, since each writes what any other would.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.shape[-1:] != (3,):
+      raise ValueError(f"expected uint8 [..., 3], got {images.dtype} {images.shape}")
+    if self._table is None:
+      self._table = np.full(2**24, _UNSEEN, np.uint16)
+    codes = color_codes(images)
+    tokens = self._table.take(codes)
+    unseen = tokens == _UNSEEN
+    if unseen.any():
+      fresh = np.unique(codes[unseen])
+      self._table[fresh] = self._nearest(codes_to_colors(fresh))
+      tokens = self._table.take(codes)
+    return tokens.reshape(images.shape[:-1])
+
+  def decode(self, tokens: np.ndarray) -> np.ndarray:
+    """Integer [...] in 0..k-1 to uint8 [..., 3]: rint(127.5 (c + 1)), as the original does."""
+    return self._levels[np.asarray(tokens)]
+
+  def _nearest(self, colors: np.ndarray) -> np.ndarray:
+    """uint8 [n, 3] to the index of the nearest colour, int [n], uncached."""
+    pieces = np.array_split(colors, max(1, -(-len(colors) // _CHUNK)))
+    nearest = self._nearest_uint8 if self.is_uint8 else self._nearest_float
+    return np.concatenate([nearest(piece) for piece in pieces])
+
+  def _nearest_uint8(self, colors: np.ndarray) -> np.ndarray:
+    # |c|² - 2 x·c is a whole number below 2¹⁹, so float32 holds every term and sum exactly, in
+    # whatever order the matrix product adds them.
+    levels = self._levels.astype(np.float32)
+    distance = colors.astype(np.float32) @ (-2 * levels.T)
+    distance += np.square(levels).sum(-1)
+    return distance.argmin(-1)
+
+  def _nearest_float(self, colors: np.ndarray) -> np.ndarray:
+    # Differences first, then squares: expanding the square would cancel digits and break ties anew.
+    x = colors.astype(np.float64) / 127.5 - 1
+    centers = self.centers.astype(np.float64)
+    distance = np.zeros((len(colors), self.size))
+    for channel in range(3):
+      distance += np.square(x[:, channel, None] - centers[None, :, channel])
+    return distance.argmin(-1)
+
+  def __getstate__(self):
+    # The table is a cache; a worker process fills its own.
+    return {**self.__dict__, "_table": None}
+
+  def __eq__(self, other):
+    return isinstance(other, Palette) and np.array_equal(self.centers, other.centers)
+
+  def __hash__(self):
+    return hash(self.centers.tobytes())
+
+  def __repr__(self):
+    return f"Palette(size={self.size}, uint8={self.is_uint8})"
+
+
+def color_codes(images: np.ndarray) -> np.ndarray:
+  """uint8 [..., 3] to int32 [n]: r + 256 g + 65536 b of every pixel, flattened."""
+  quads = np.zeros((images.size // 3, 4), np.uint8)
+  quads[:, :3] = images.reshape(-1, 3)
+  return quads.view("<u4").reshape(-1).astype(np.int32, copy=False)
+
+
+def codes_to_colors(codes: np.ndarray) -> np.ndarray:
+  """The inverse of `color_codes`: int [n] to uint8 [n, 3]."""
+  codes = np.ascontiguousarray(codes, dtype="<u4")
+  return codes.view(np.uint8).reshape(-1, 4)[:, :3]
+
+
+def encode_on_device(images: Any, centers: Any) -> Any:
+  """`Palette.encode` in jax: uint8 [..., 3] and float [k, 3] in [-1, 1] to int32 [...].
+
+  Equal to the host's for every colour of a palette of whole levels. For other palettes float32
+  rounding may decide near-ties (under 1e-6 in squared distance) the other way.
+  """
+  import jax.numpy as jnp
+
+  # In levels a uint8 palette's differences and squares are whole numbers below 2²⁴, exact in
+  # float32. Differences, not a matrix product: no backend's reduced matmul precision can enter.
+  levels = 127.5 * (jnp.asarray(centers, jnp.float32) + 1)
+  whole = jnp.round(levels)
+  levels = jnp.where(jnp.abs(levels - whole).max() < 1e-4, whole, levels)
+  x = jnp.asarray(images).astype(jnp.float32)
+  distance = sum(jnp.square(x[..., c, None] - levels[:, c]) for c in range(3))
+  return jnp.argmin(distance, axis=-1).astype(jnp.int32)

@@ -1,0 +1,159 @@
+"""Fits a palette to pictures: one pass into a colour histogram, then weighted k-means.
+
+Holds the histogram, the clustering around scikit-learn's, and the error of a palette. The cost of
+clustering does not depend on the number of pixels, so a data set of any size is read once and whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from igpt_jax import errors
+from igpt_jax.data import palette as palette_lib
+
+_FLUSH = 2**22  # pixels gathered before they are counted
+_COARSE_BITS = 6  # bins of the first clustering: 64 levels a channel
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, orders the colours for the eye
+
+
+class ColorHistogram:
+  """How often each of the 2²⁴ colours occurs. 128 MB, whatever the number of pictures."""
+
+  def __init__(self):
+    self.n_pixels = 0
+    self._counts = np.zeros(2**24, np.int64)
+    self._waiting: list[np.ndarray] = []
+    self._n_waiting = 0
+
+  def add(self, images: np.ndarray) -> None:
+    """Counts the pixels of uint8 [..., 3]."""
+    codes = palette_lib.color_codes(images)
+    self._waiting.append(codes)
+    self._n_waiting += codes.size
+    self.n_pixels += codes.size
+    if self._n_waiting >= _FLUSH:
+      self._flush()
+
+  def _flush(self) -> None:
+    if self._waiting:
+      self._counts += np.bincount(np.concatenate(self._waiting), minlength=2**24)
+      self._waiting, self._n_waiting = [], 0
+
+  def colors(self) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct colours, uint8 [n, 3], and their counts, int64 [n]."""
+    self._flush()
+    codes = np.flatnonzero(self._counts)
+    return palette_lib.codes_to_colors(codes), self._counts[codes]
+
+
+@dataclasses.dataclass(frozen=True)
+class PaletteError:
+  """What a palette loses. `mse` is per channel, in levels² of 0..255; `psnr` in dB."""
+
+  mse: float
+  psnr: float
+  n_pixels: int
+
+
+def palette_error(palette: palette_lib.Palette, images: Iterable[np.ndarray]) -> PaletteError:
+  """Mean squared error of encoding and decoding uint8 [..., 3] pictures."""
+  total, n_values = 0, 0
+  for batch in images:
+    difference = batch.astype(np.int32) - palette.decode(palette.encode(batch))
+    total += int(np.square(difference, dtype=np.int64).sum())
+    n_values += batch.size
+  if not n_values:
+    raise errors.UserError("palette: no held-out pictures to measure its error on")
+  mse = total / n_values
+  psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
+  return PaletteError(mse, psnr, n_values // 3)
+
+
+def fit_palette(
+  images: Iterable[np.ndarray] | ColorHistogram,
+  k: int = 512,
+  *,
+  seed: int = 0,
+  round_centers: bool = True,
+) -> palette_lib.Palette:
+  """Clusters the colours of pictures.
+
+  Pictures with at most k distinct colours get exactly those colours, so the palette may be smaller
+  than k. Fit on pictures at the model's resolution: reduction narrows the distribution of colours.
+
+  Args:
+    images: uint8 [..., 3] arrays, read once; or a histogram filled before.
+    k: number of colours.
+    seed: of k-means++.
+    round_centers: to whole levels, which makes encoding exact on every backend for about 0.006 dB.
+
+  Returns:
+    The palette, its colours ordered by luminance.
+  """
+  if not 1 <= k <= palette_lib.MAX_SIZE:
+    raise errors.UserError(f"palette size: {k}; expected 1 to {palette_lib.MAX_SIZE}")
+  histogram = images
+  if not isinstance(histogram, ColorHistogram):
+    histogram = ColorHistogram()
+    for batch in images:
+      histogram.add(batch)
+  colors, counts = histogram.colors()
+  if not len(colors):
+    raise errors.UserError("palette: no pictures to fit it to; expected at least one")
+  if len(colors) <= k:
+    return palette_lib.Palette.from_uint8(_by_luminance(colors))
+  centers = _cluster(colors, counts, k, seed)
+  if not round_centers:
+    return palette_lib.Palette((_by_luminance(centers) / 127.5 - 1).clip(-1, 1).astype(np.float32))
+  levels = _distinct(np.rint(centers).clip(0, 255).astype(np.uint8), colors, counts)
+  return palette_lib.Palette.from_uint8(_by_luminance(levels))
+
+
+def _cluster(colors: np.ndarray, counts: np.ndarray, k: int, seed: int) -> np.ndarray:
+  """Weighted k-means++ and Lloyd steps on coarse bins: float64 [k, 3] in levels."""
+  from sklearn import cluster
+
+  points, weights = _coarse(colors, counts, _COARSE_BITS)
+  if len(points) <= 4 * k:  # few enough colours to be taken one by one
+    points, weights = colors.astype(np.float64), counts.astype(np.float64)
+  kmeans = cluster.KMeans(
+    n_clusters=k, init="k-means++", n_init=1, max_iter=100, tol=0, random_state=seed
+  )
+  kmeans.fit(points, sample_weight=weights)
+  return kmeans.cluster_centers_
+
+
+def _coarse(colors: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+  """Bins of 2^bits levels a channel: their mean colours, float64 [n, 3], and their pixels [n]."""
+  shift = 8 - bits
+  bins = colors.astype(np.int32) >> shift
+  codes = (bins[:, 0] << 2 * bits) | (bins[:, 1] << bits) | bins[:, 2]
+  weights = np.bincount(codes, counts, 2 ** (3 * bits))
+  used = np.flatnonzero(weights)
+  sums = [
+    np.bincount(codes, counts * colors[:, c].astype(np.float64), 2 ** (3 * bits)) for c in range(3)
+  ]
+  return np.stack(sums, -1)[used] / weights[used, None], weights[used]
+
+
+def _distinct(levels: np.ndarray, colors: np.ndarray, counts: np.ndarray) -> np.ndarray:
+  """Replaces centres that rounding made equal by the colours that cost most, so that k remain."""
+  k = len(levels)
+  levels = np.unique(levels, axis=0)
+  if len(levels) < k:
+    palette = palette_lib.Palette.from_uint8(levels)
+    nearest = palette.decode(palette.encode(colors)).astype(np.int64)
+    cost = np.square(colors - nearest).sum(-1) * counts
+    levels = np.concatenate([levels, colors[np.argsort(-cost, kind="stable")[: k - len(levels)]]])
+  return levels
+
+
+def _by_luminance(colors: np.ndarray) -> np.ndarray:
+  """Dark to bright; equal luminance by red, green, blue."""
+  values = colors.astype(np.float64)
+  order = np.lexsort((values[:, 2], values[:, 1], values[:, 0], values @ _LUMINANCE))
+  return colors[order]

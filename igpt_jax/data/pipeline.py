@@ -1,0 +1,355 @@
+"""Batches: shuffled, augmented, shared among hosts, encoded; each a function of its step alone.
+
+Holds the order of records, the tolerance of damaged ones, and everything of grain. The position in
+the stream is one integer, the step; no iterator has a state worth saving. A batch is a dict of numpy
+arrays with this host's rows of the global batch, host after host, so that the rows of all hosts put
+together are the same global batch however many hosts there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from igpt_jax import errors
+from igpt_jax.data import palette as palette_lib
+from igpt_jax.data import sources, transforms
+
+_NO_RNG = None
+
+
+# --- positions -------------------------------------------------------------------------------------
+
+
+def position(split: sources.Split, *, batch_size: int, seed: int, step: int) -> dict[str, Any]:
+  """What a checkpoint stores of the data: JSON, the same on every host and for any host count."""
+  return {
+    "next_index": step * batch_size,
+    "batch_size": batch_size,
+    "seed": seed,
+    "fingerprint": split.fingerprint,
+  }
+
+
+def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
+  """The step to go on from, if `saved` belongs to the stream that `current` describes.
+
+  Raises:
+    UserError: another data set, split, seed or batch size; continuing would silently be another run.
+  """
+  names = {"fingerprint": "data set", "batch_size": "batch size", "seed": "data seed"}
+  for key, name in names.items():
+    if saved.get(key) != current[key]:
+      raise errors.UserError(
+        f"{name}: {current[key]}; expected {saved.get(key)}, which the checkpoint was trained with; "
+        "fix: restore that setting, or start in another workdir"
+      )
+  step, rest = divmod(saved["next_index"], saved["batch_size"])
+  if rest:
+    raise errors.UserError(f"data position {saved['next_index']}: not at the start of a batch")
+  return step
+
+
+# --- one element -----------------------------------------------------------------------------------
+
+
+class _Loader:
+  """index of a record -> element of a batch. Sent to worker processes, so it holds no open thing."""
+
+  def __init__(self, split, config, palette, *, train: bool, images: bool):
+    self._split = split
+    self._config = config
+    self._palette = palette
+    self._train = train
+    self._images = images
+    self._cache: dict[int, np.ndarray] = {}
+    self._set_up()
+
+  def _set_up(self):
+    config = self._config
+    if self._train:
+      self._transform = transforms.train_transform(
+        config.augment, config.resolution, config.resample
+      )
+    else:
+      evaluate = transforms.eval_transform(config.augment, config.resolution)
+      self._transform = lambda image, rng: evaluate(image)
+
+  def __getstate__(self):
+    state = {**self.__dict__, "_cache": {}}
+    del state["_transform"]
+    return state
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._set_up()
+
+  def load(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+    """The element of one record. Raises BadRecord."""
+    split = self._split
+    if split.is_tokens:
+      record = split[index]
+      return {"tokens": record["tokens"], "label": np.int32(record["label"])}
+    if index in self._cache:
+      image, label = self._cache[index]
+    else:
+      record = split[index]
+      image, label = transforms.decode(record["image"], record["id"]), np.int32(record["label"])
+      if image.nbytes * len(split) <= self._config.cache_mb * 2**20:
+        self._cache[index] = image, label
+    image = self._transform(image, rng)
+    element = {"label": label}
+    if self._palette is not None:
+      element["tokens"] = self._palette.encode(image).reshape(-1)
+    if self._images:
+      element["image"] = image
+    return element
+
+  def empty(self) -> dict[str, Any]:
+    """An element of the same shape, for the places that no record fills."""
+    resolution = self._config.resolution
+    element: dict[str, Any] = {"label": np.int32(-1)}
+    if self._palette is not None or self._split.is_tokens:
+      element["tokens"] = np.zeros(resolution**2, np.uint16)
+    if self._images and not self._split.is_tokens:
+      element["image"] = np.zeros((resolution, resolution, 3), np.uint8)
+    return element
+
+  def train_element(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The record, or the next readable one; `index` and `n_bad` say how many were passed over."""
+    n = len(self._split)
+    # As many damaged records in a row exceed any tolerance, whatever else there is.
+    for n_bad in range(_tolerated(n, self._config) + 2):
+      try:
+        element = self.load((index + n_bad) % n, rng)
+        break
+      except transforms.BadRecord:
+        continue
+    else:
+      element = self.empty()
+    return {**element, "index": np.int32(index), "n_bad": np.int32(n_bad)}
+
+  def eval_element(self, index: int) -> dict[str, Any]:
+    """The record with mask True; or, past the end or damaged, an empty one with mask False."""
+    element, good, n_bad = None, False, 0
+    if index < len(self._split):
+      try:
+        element, good = self.load(index, _NO_RNG), True
+      except transforms.BadRecord:
+        n_bad = 1
+    element = element or self.empty()
+    inside = index if index < len(self._split) else -1
+    return {**element, "index": np.int32(inside), "n_bad": np.int32(n_bad), "mask": np.bool_(good)}
+
+
+def _tolerated(n_records: int, config: sources.DataConfig) -> int:
+  return int(n_records * config.max_bad)
+
+
+# --- iterators -------------------------------------------------------------------------------------
+
+
+class Batches:
+  """An iterator of batches that counts damaged records. Close it, or use it as a context manager.
+
+  Attributes:
+    bad: id -> reason of every record so far that could not be read.
+    wait_seconds: time spent waiting in `next`, all in all: what the data cost the loop.
+  """
+
+  def __init__(self, iterator, loader: _Loader, split: sources.Split, config: sources.DataConfig):
+    self._iterator = iterator
+    self._loader = loader
+    self._split = split
+    self._config = config
+    self.bad: dict[str, str] = {}
+    self._bad_indices: set[int] = set()
+    self.wait_seconds = 0.0
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    start = time.perf_counter()
+    batch = next(self._iterator)
+    self.wait_seconds += time.perf_counter() - start
+    n_bad = batch.pop("n_bad")
+    for row in np.flatnonzero(n_bad):
+      for offset in range(n_bad[row]):
+        self._note((int(batch["index"][row]) + offset) % len(self._split))
+    return batch
+
+  def _note(self, index: int) -> None:
+    if index in self._bad_indices:
+      return
+    self._bad_indices.add(index)
+    try:
+      self._loader.load(index, np.random.default_rng(0))
+      reason = f"{self._split.name}[{index}]: unreadable once, readable now"
+    except transforms.BadRecord as error:
+      reason = str(error)
+    self.bad[f"{self._split.name}[{index}]"] = reason
+    tolerated = _tolerated(len(self._split), self._config)
+    if len(self.bad) > tolerated:
+      shown = "; ".join(list(self.bad.values())[-3:])
+      raise errors.UserError(
+        f"unreadable records: {len(self.bad)} of {len(self._split)} in {self._split.fingerprint} "
+        f"({shown}); expected at most {tolerated} (data.max_bad={self._config.max_bad:g}); "
+        "fix: repair or remove them, or raise data.max_bad"
+      )
+    logging.getLogger(__name__).warning("skipped %s (%d so far)", reason, len(self.bad))
+
+  def close(self) -> None:
+    """Stops threads and worker processes."""
+    self._iterator.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    self.close()
+
+
+def train_batches(
+  split: sources.Split,
+  config: sources.DataConfig,
+  palette: palette_lib.Palette | None,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  images: bool = False,
+) -> Batches:
+  """The endless training stream, from `start_step` on.
+
+  Every epoch is a new permutation with new augmentations; batches straddle epochs, so no record is
+  padded or dropped. The order depends on the seed and the data alone, not on hosts, workers or
+  threads. A damaged record is replaced by the one after it.
+
+  Args:
+    split: what to read.
+    config: how to make it ready.
+    palette: None gives pictures instead of tokens. Not used if the records are tokens.
+    batch_size: global, over all hosts.
+    seed: of order and augmentation.
+    start_step: number of global batches to skip; costs nothing.
+    process_index: this host.
+    process_count: number of hosts.
+    images: give the pictures too.
+
+  Yields:
+    {"tokens": uint16 [B / hosts, T], "label": int32 [B / hosts], "index": int32 [B / hosts]} and,
+    without a palette or with `images`, "image": uint8 [B / hosts, R, R, 3]. `index` is the place in
+    the split, of the record that was drawn.
+
+  Raises:
+    UserError: while iterating, more damaged records than config.max_bad allows.
+  """
+  import grain
+
+  rows = _rows_of_host(batch_size, process_count)
+  loader = _Loader(split, config, palette, train=True, images=images or palette is None)
+  dataset = (
+    grain.MapDataset.range(len(split))
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(loader.train_element)
+    .batch(rows, drop_remainder=True, batch_fn=_stack)
+  )
+  dataset = dataset[start_step * process_count + process_index :: process_count]
+  return Batches(_start(dataset, config), loader, split, config)
+
+
+def eval_batches(
+  split: sources.Split,
+  config: sources.DataConfig,
+  palette: palette_lib.Palette | None,
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  images: bool = False,
+) -> Batches:
+  """Every picture of the split exactly once, in the split's order, without augmentation.
+
+  All hosts give the same number of batches; the places that the last ones don't fill have mask
+  False, and so has a damaged record. Arguments and errors as in `train_batches`.
+
+  Yields:
+    As `train_batches`, and "mask": bool [B / hosts]. `index` is -1 where there is no record.
+  """
+  import grain
+
+  rows = _rows_of_host(batch_size, process_count)
+  loader = _Loader(split, config, palette, train=False, images=images or palette is None)
+  n_batches = -(-len(split) // batch_size)
+  dataset = (
+    grain.MapDataset.range(n_batches * batch_size)
+    .map(loader.eval_element)
+    .batch(rows, batch_fn=_stack)
+  )
+  dataset = dataset[process_index::process_count]
+  return Batches(_start(dataset, config), loader, split, config)
+
+
+def image_stream(
+  split: sources.Split,
+  config: sources.DataConfig,
+  *,
+  augment: bool,
+  seed: int = 0,
+  batch_size: int = 128,
+) -> Iterator[np.ndarray]:
+  """One pass over the split's pictures as uint8 [n, R, R, 3], as training or as evaluation sees them."""
+  if not augment:
+    with eval_batches(split, config, None, batch_size=batch_size) as batches:
+      for batch in batches:
+        yield batch["image"][batch["mask"]]
+    return
+  left = len(split)
+  with train_batches(split, config, None, batch_size=batch_size, seed=seed) as batches:
+    while left > 0:
+      images = next(batches)["image"][:left]
+      left -= len(images)
+      yield images
+
+
+def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+  return {key: np.stack([e[key] for e in elements]) for key in elements[0]}
+
+
+def _rows_of_host(batch_size: int, process_count: int) -> int:
+  rows, rest = divmod(batch_size, process_count)
+  if rest or not rows:
+    raise errors.UserError(
+      f"batch size: {batch_size}; expected a multiple of the {process_count} hosts that share it"
+    )
+  return rows
+
+
+def _start(dataset, config: sources.DataConfig):
+  """Threads or processes at work on a dataset whose elements are batches."""
+  import grain
+
+  threads = config.threads or (1 if config.workers else max(1, min(8, (os.cpu_count() or 2) - 1)))
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  dataset = dataset.to_iter_dataset(options)
+  if config.workers:
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain asks absl for its own flags; a plain script parsed none
+      flags.FLAGS.mark_as_parsed()
+    # Batches are small enough to be sent. Shared memory would be faster only for far larger ones, and
+    # what workers have made but nobody has taken at the end is reported as leaked.
+    options = grain.experimental.DatasetOptions(min_shm_size=2**40)
+    dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+  return iter(dataset)

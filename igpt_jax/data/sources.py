@@ -1,0 +1,319 @@
+"""From a data set's name to records that can be read in any order.
+
+Holds the one config of the data room, the splits that every source shares, and the sources that
+need no library: folders of pictures and files of tokens. `tfds_source` reads everything else.
+Records are undecoded; order, augmentation and batches belong to `pipeline`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from igpt_jax import errors
+from igpt_jax.data import transforms
+
+SPLITS = ("train", "validation", "train+validation", "test")
+PICTURE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which pictures, how they are made ready, and with how much help.
+
+  Attributes:
+    name: `digits` or `photo_patches` (made on first use, nothing to download), `folder`, `tokens`,
+      or the name of a TFDS data set, such as `cifar10`, `imagenet2012`, `imagenet_resized/32x32`.
+    data_dir: where TFDS keeps prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    path: for `folder` the root (root/SPLIT/CLASS/*.jpg or root/SPLIT/*.jpg), for `tokens` a .npy
+      file, which is the test split, or a folder with train.npy, validation.npy, test.npy.
+    resolution: side of the square the model sees, in pixels.
+    augment: `none`, `paper` (random resize and crop as for ImageNet) or `cifar` (pad, crop, flip).
+    resample: of `paper` in training: `fused` (one resize) or `literal` (the two of the paper).
+    validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others'.
+    max_bad: share of a split's records that may be unreadable before it is an error.
+    threads: that load batches, in each process; 0 chooses.
+    workers: processes that load batches; 0 loads in this one.
+    cache_mb: decoded pictures of a data set that fits in this are kept, and read only once.
+  """
+
+  name: str = "digits"
+  data_dir: str = ""
+  path: str = ""
+  resolution: int = 8
+  augment: str = "none"
+  resample: str = "fused"
+  validation: float = 0.1
+  max_bad: float = 0.001
+  threads: int = 0
+  workers: int = 0
+  cache_mb: int = 512
+
+  def __post_init__(self):
+    transforms.check_recipe(self.augment, self.resolution, self.resample)
+    for field, ok, expected in (
+      ("validation", 0 <= self.validation < 1, "a share of train, 0 to below 1"),
+      ("max_bad", 0 <= self.max_bad <= 1, "a share of the records, 0 to 1"),
+      ("threads", self.threads >= 0, "0 or more"),
+      ("workers", self.workers >= 0, "0 or more"),
+      ("cache_mb", self.cache_mb >= 0, "0 or more megabytes"),
+      ("name", bool(self.name), "digits, photo_patches, folder, tokens, or a TFDS name"),
+    ):
+      if not ok:
+        raise errors.UserError(f"data.{field}: {getattr(self, field)!r}; expected {expected}")
+    if self.name in ("folder", "tokens") and not self.path:
+      raise errors.UserError(f"data.path: empty; expected where data.name={self.name} lies")
+
+
+class Records(Protocol):
+  """All records of one stored split. Picklable, for worker processes."""
+
+  name: str  # data set and version, part of the fingerprint
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Split:
+  """A random-access view of records.
+
+  `split[i]` is a dict of `label` (int, -1 if none), `id` (str, names the record to a person), and
+  either `image` (encoded bytes, or a uint8 array) or `tokens` (integer [T]).
+
+  Attributes:
+    name: train, validation, train+validation or test.
+    n_classes: number of labels, 0 if there are none.
+    class_names: n_classes names.
+    fingerprint: names data set, version, split and number of records: what a checkpoint stores, so
+      that a changed data set is noticed.
+  """
+
+  def __init__(self, records: Records, indices: np.ndarray, name: str):
+    self.records = records
+    self.name = name
+    self.class_names = tuple(records.class_names)
+    self.n_classes = len(self.class_names)
+    self.fingerprint = f"{records.name} {name}[{len(indices)} of {len(records)}]"
+    self._indices = indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < len(self):
+      raise IndexError(f"{index} is not in 0..{len(self) - 1}")
+    return self.records[int(self._indices[index])]
+
+  @property
+  def is_tokens(self) -> bool:
+    """Whether records are tokens already, which need neither decoding nor a palette."""
+    return isinstance(self.records, TokenRecords)
+
+  def __repr__(self):
+    return f"Split({self.fingerprint})"
+
+
+def open_split(config: DataConfig, split: str) -> Split:
+  """Opens one split of the configured data set.
+
+  Validation is the tail of one fixed permutation of train: the same pictures whatever the seed of
+  the run. Test is the stored test split, or the stored validation split where there is no test
+  (ImageNet); only evaluation opens it.
+
+  Raises:
+    UserError: the data set, or this split of it, isn't there; the message says how to get it.
+  """
+  if split not in SPLITS:
+    raise errors.UserError(f"split: {split!r}; expected one of {', '.join(SPLITS)}")
+  if config.name == "folder":
+    return _open_folder(config, split)
+  if config.name == "tokens":
+    return _open_tokens(config, split)
+  from igpt_jax.data import tfds_source
+
+  stored = "test" if split == "test" else "train"
+  return _view(tfds_source.open_records(config.name, config.data_dir, stored), config, split)
+
+
+def _view(records: Records, config: DataConfig, split: str) -> Split:
+  """The part of stored train, or the whole of stored test, that `split` names."""
+  n = len(records)
+  if split in ("test", "train+validation"):
+    return Split(records, np.arange(n, dtype=np.int32), split)
+  n_held_out = round(n * config.validation)
+  order = np.random.default_rng(0).permutation(n).astype(np.int32)
+  chosen = order[n - n_held_out :] if split == "validation" else order[: n - n_held_out]
+  if not len(chosen):
+    raise errors.UserError(
+      f"data.validation: {config.validation} of {n} records leaves nothing for {split}; "
+      "fix: another share" + (", or evaluate on test" if split == "validation" else "")
+    )
+  return Split(records, np.sort(chosen), split)
+
+
+# --- a folder of pictures --------------------------------------------------------------------------
+
+
+class FolderRecords:
+  """Picture files of one folder: CLASS/*.jpg, or *.jpg without labels."""
+
+  def __init__(self, root: pathlib.Path, class_names: Sequence[str] | None = None):
+    """`class_names` fixes the order of labels; default: the folder's own, sorted."""
+    self._root = root
+    subfolders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    loose = _pictures(root)
+    if subfolders and loose:
+      raise errors.UserError(
+        f"data.path {root}: has both class folders ({subfolders[0]}, …) and loose pictures "
+        f"({loose[0]}, …); expected one kind; fix: move the loose ones into a class folder"
+      )
+    self.class_names = tuple(subfolders if class_names is None else class_names)
+    strangers = sorted(set(subfolders) - set(self.class_names))
+    if strangers:
+      raise errors.UserError(
+        f"data.path {root}: class {strangers[0]!r} is not among train's ({len(self.class_names)})"
+      )
+    files = [(name, -1) for name in loose]
+    for folder in subfolders:
+      label = self.class_names.index(folder)
+      files += [(f"{folder}/{name}", label) for name in _pictures(root / folder)]
+    if not files:
+      raise errors.UserError(
+        f"data.path {root}: holds no pictures; expected CLASS/*.jpg or *.jpg "
+        f"({', '.join(sorted(PICTURE_SUFFIXES))})"
+      )
+    # A sorted folder is class after class; any stretch of this order is a mixture.
+    order = np.random.default_rng(0).permutation(len(files))
+    self._files = [files[i] for i in order]
+    digest = hashlib.sha256("\n".join(name for name, _ in files).encode()).hexdigest()[:12]
+    self.name = f"folder:{digest}"
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    name, label = self._files[index]
+    path = self._root / name
+    try:
+      return {"image": path.read_bytes(), "label": label, "id": str(path)}
+    except OSError as error:
+      raise transforms.BadRecord(f"{path}: {error.strerror}") from error
+
+
+def _pictures(folder: pathlib.Path) -> list[str]:
+  with os.scandir(folder) as entries:
+    return sorted(
+      e.name
+      for e in entries
+      if not e.name.startswith(".") and pathlib.Path(e.name).suffix.lower() in PICTURE_SUFFIXES
+    )
+
+
+def _open_folder(config: DataConfig, split: str) -> Split:
+  root = pathlib.Path(config.path).expanduser()
+  names = ("test", "val", "validation") if split == "test" else ("train",)
+  folder = next((root / name for name in names if (root / name).is_dir()), None)
+  if folder is None:
+    found = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None
+    there = (
+      "no such folder" if found is None else f"holds folders {found}" if found else "no folders"
+    )
+    raise errors.UserError(
+      f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg for split {split!r}"
+    )
+  if split != "test":
+    return _view(FolderRecords(folder), config, split)
+  train = root / "train"
+  classes = None
+  if train.is_dir():
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
+  return _view(FolderRecords(folder, classes), config, split)
+
+
+# --- files of tokens -------------------------------------------------------------------------------
+
+
+class TokenRecords:
+  """Rows of a .npy file of tokens, integer [N, T], mapped rather than read."""
+
+  class_names: tuple[str, ...] = ()
+
+  def __init__(self, path: pathlib.Path, n_positions: int):
+    """`n_positions` is the T that the model expects."""
+    self._path = path
+    try:
+      self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+      raise errors.UserError(f"data.path {path}: no such file; expected tokens [N, T]") from None
+    except (OSError, ValueError, EOFError) as error:
+      raise errors.UserError(
+        f"data.path {path}: {error}; expected a .npy of integers [N, T]"
+      ) from None
+    rows = self._rows
+    if (
+      not isinstance(rows, np.ndarray)
+      or rows.ndim != 2
+      or rows.dtype.kind not in "iu"
+      or not len(rows)
+    ):
+      found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
+      raise errors.UserError(f"data.path {path}: {found}; expected integers [N, T], N at least 1")
+    if rows.shape[1] != n_positions:
+      raise errors.UserError(
+        f"data.path {path}: {rows.shape[1]} tokens a row; expected resolution² = {n_positions}; "
+        "fix: data.resolution"
+      )
+    self.min_token, self.max_token = int(rows.min()), int(rows.max())
+    if self.min_token < 0 or self.max_token > 65535:
+      raise errors.UserError(
+        f"data.path {path}: tokens from {self.min_token} to {self.max_token}; expected 0 to 65535"
+      )
+    edges = np.ascontiguousarray(rows[[0, -1]]).tobytes()
+    self.name = f"tokens:{hashlib.sha256(edges).hexdigest()[:12]}"
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    tokens = np.asarray(self._rows[index], np.uint16)
+    return {"tokens": tokens, "label": -1, "id": f"{self._path}[{index}]"}
+
+  def __getstate__(self):
+    # A pickled map would carry the whole file.
+    return {**self.__dict__, "_rows": None}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state, _rows=np.load(state["_path"], mmap_mode="r", allow_pickle=False))
+
+
+def _open_tokens(config: DataConfig, split: str) -> Split:
+  path = pathlib.Path(config.path).expanduser()
+  n_positions = config.resolution**2
+  if path.is_dir():
+    own_validation = (path / "validation.npy").is_file()
+    if split == "validation" and own_validation:
+      records = TokenRecords(path / "validation.npy", n_positions)
+      return Split(records, np.arange(len(records), dtype=np.int32), split)
+    if split == "train" and own_validation:
+      records = TokenRecords(path / "train.npy", n_positions)
+      return Split(records, np.arange(len(records), dtype=np.int32), split)
+    if split == "train+validation" and own_validation:
+      raise errors.UserError(
+        f"data.path {path}: train and validation are two files; expected one for {split}; "
+        "fix: join them into train.npy and drop validation.npy"
+      )
+    stored = "test" if split == "test" else "train"
+    return _view(TokenRecords(path / f"{stored}.npy", n_positions), config, split)
+  if split != "test":
+    raise errors.UserError(
+      f"data.path {path}: a file of tokens is a test split; expected a folder with train.npy for {split}"
+    )
+  return _view(TokenRecords(path, n_positions), config, split)

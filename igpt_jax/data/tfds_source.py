@@ -1,0 +1,168 @@
+"""Any TFDS picture data set as records, read without TensorFlow.
+
+Holds the lookup of prepared data, the choice of the picture and label features, and the instructions
+for data that isn't there. Data sets of our own are made on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from typing import Any
+
+from igpt_jax import errors
+
+OWN = {"digits": "igpt_jax.data.digits"}
+
+
+def resolve_data_dir(data_dir: str) -> str:
+  """The folder of prepared data: as given, else $TFDS_DATA_DIR, else TFDS's own default."""
+  data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  return data_dir if "://" in data_dir else os.path.abspath(os.path.expanduser(data_dir))
+
+
+def prepare_command(name: str, data_dir: str) -> str:
+  """What a person types, once, to prepare a TFDS data set for reading in any order."""
+  return (
+    "pip install -e '.[prepare]' && "
+    f"tfds build {name} --data_dir={resolve_data_dir(data_dir)} --file_format=array_record"
+  )
+
+
+class TfdsRecords:
+  """One stored split. Opened anew in each process that it is sent to."""
+
+  def __init__(self, builder_dir: str, split: str):
+    """`builder_dir` is .../NAME/[CONFIG/]VERSION; `split` a stored split."""
+    self._builder_dir = builder_dir
+    self._split = split
+    self._open()
+
+  def _open(self) -> None:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(self._builder_dir)
+    info = builder.info
+    self.name = info.full_name
+    self._image, self._label, self._name = _choose_features(info, tfds)
+    self.class_names = tuple(info.features[self._label].names) if self._label else ()
+    try:
+      self._source = builder.as_data_source(
+        split=self._split, decoders={self._image: tfds.decode.SkipDecoding()}
+      )
+    except NotImplementedError as error:
+      raise errors.UserError(
+        f"data set {info.full_name}: stored as {info.file_format.value} in {self._builder_dir}; "
+        "expected array_record; fix: prepare it into another data_dir: "
+        + prepare_command(info.name, "DIR")
+      ) from error
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    example = self._source[index]
+    name = example[self._name].decode(errors="replace") if self._name else f"{self._split}[{index}]"
+    return {
+      "image": example[self._image],
+      "label": int(example[self._label]) if self._label else -1,
+      "id": f"{self.name} {name}",
+    }
+
+  def __getstate__(self):
+    return {"_builder_dir": self._builder_dir, "_split": self._split}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._open()
+
+
+def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
+  """Opens the stored `train` or `test` split (or ImageNet's validation, where there is no test).
+
+  Raises:
+    UserError: not prepared, or no such split.
+  """
+  import tensorflow_datasets as tfds
+
+  directory = resolve_data_dir(data_dir)
+  if name in OWN:
+    builder_dir = _make_own(name, directory)
+  else:
+    try:
+      builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+      raise errors.UserError(
+        f"data set {name}: not prepared in {directory}; expected one of our own "
+        f"({', '.join(sorted(OWN))}), folder, tokens, or a prepared TFDS data set; "
+        f"fix: {prepare_command(name, data_dir)}"
+      ) from error
+    builder_dir = str(builder.data_path)
+  splits = tfds.builder_from_directory(builder_dir).info.splits
+  names = ("test", "validation") if stored == "test" else ("train",)
+  found = next((n for n in names if n in splits and splits[n].num_examples), None)
+  if found is None:
+    raise errors.UserError(
+      f"data set {name}: has splits {', '.join(sorted(splits)) or 'none'}; expected {names[0]}"
+    )
+  return TfdsRecords(builder_dir, found)
+
+
+def _choose_features(info, tfds) -> tuple[str, str | None, str | None]:
+  """The names of the picture, the label (or None) and the record's own name (or None)."""
+  features = info.features
+  images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+  labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+  image, label = (info.supervised_keys or (None, None))[:2]
+  if image not in images:
+    image = "image" if "image" in images or len(images) != 1 else images[0]
+  if image not in images:
+    raise errors.UserError(
+      f"data set {info.full_name}: has features {', '.join(features)}; expected one picture"
+    )
+  if label not in labels:
+    label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+  names = [
+    k for k, f in features.items() if k in ("file_name", "id") and isinstance(f, tfds.features.Text)
+  ]
+  return image, label, names[0] if names else None
+
+
+def _make_own(name: str, directory: str) -> str:
+  """Prepares a data set of ours unless it is there; returns its .../NAME/VERSION folder.
+
+  Prepared beside its place and moved there in one step, so that processes may race.
+  """
+  import importlib
+  import pathlib
+  import shutil
+  import tempfile
+
+  import tensorflow_datasets as tfds
+
+  builder_class = importlib.import_module(OWN[name]).Builder
+  final = pathlib.Path(directory) / name / str(builder_class.VERSION)
+  if final.is_dir():
+    return str(final)
+  try:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=".making-", dir=final.parent)
+  except OSError as error:
+    raise errors.UserError(
+      f"data_dir {directory}: {error.strerror}; expected a folder that can be written; fix: data.data_dir"
+    ) from error
+  try:
+    builder = builder_class(data_dir=scratch, file_format="array_record")
+    # TFDS would announce the scratch folder on stdout, and draw bars for a second's work.
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare()
+    try:
+      os.rename(builder.data_dir, final)
+    except OSError:
+      if not final.is_dir():
+        raise
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return str(final)

@@ -1,0 +1,289 @@
+"""From a record's bytes to the square uint8 picture that the model sees.
+
+Holds decoding, the paper's resizing and cropping (section 3.2), and CIFAR's augmentation. Pure
+functions of one picture and, where random, of a generator that the caller seeds; nothing here knows
+of data sets, batches or palettes.
+"""
+
+from __future__ import annotations
+
+import io
+import typing
+import warnings
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from igpt_jax import errors
+
+# The pipeline parallelises over pictures; OpenCV's own pool would only fight with it for the cores.
+cv2.setNumThreads(1)
+
+# The largest picture of ImageNet has about 61 million pixels. A header that promises more than this
+# is taken for damage, before memory is spent on it.
+MAX_PIXELS = 2**26
+
+AUGMENTATIONS = ("none", "paper", "cifar")
+RESAMPLINGS = ("fused", "literal")
+PAPER_CROP = 224  # side of the crop, section 3.2
+PAPER_SHORT_SIDE = (256, 384)  # range of the random shorter side, both ends included
+
+
+class BadRecord(Exception):
+  """One record cannot be turned into a picture. The message names the record and the reason."""
+
+
+# --- decoding --------------------------------------------------------------------------------------
+
+
+def decode(data: bytes | np.ndarray, record_id: str = "picture") -> np.ndarray:
+  """Decodes one encoded picture to RGB.
+
+  Follows what TensorFlow's `decode_image(channels=3)` gives, which is what TFDS shows: grey is
+  repeated, an alpha channel is dropped (not composited), of 16 bits the high byte stays, EXIF
+  rotation is ignored, CMYK is multiplied out, and the content decides, not the file's name.
+
+  Args:
+    data: an encoded picture (JPEG, PNG, or anything Pillow reads), or an already decoded uint8 array
+      [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+    record_id: what errors call it.
+
+  Returns:
+    uint8 [H, W, 3].
+
+  Raises:
+    BadRecord: truncated, unreadable, empty, or larger than MAX_PIXELS.
+  """
+  if isinstance(data, np.ndarray):
+    return _array_to_rgb(data, record_id)
+  if data[:2] == b"\xff\xd8":
+    image = _decode_jpeg(data, record_id)
+    if image is not None:
+      return image
+  return _decode_with_pillow(data, record_id)
+
+
+def _decode_jpeg(data: bytes, record_id: str) -> np.ndarray | None:
+  """libjpeg-turbo directly: a third cheaper than through Pillow. None means: let Pillow judge."""
+  try:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(height, width, record_id)
+    if colorspace not in ("RGB", "YCbCr", "Gray"):
+      return None
+    return simplejpeg.decode_jpeg(data, "RGB")
+  except ValueError:
+    # Strict decoding also refuses harmless oddities such as stray bytes between segments, which
+    # real ImageNet files have; Pillow passes those and still refuses a truncated picture.
+    return None
+
+
+def _decode_with_pillow(data: bytes, record_id: str) -> np.ndarray:
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      picture = Image.open(io.BytesIO(data))
+      _check_size(picture.height, picture.width, record_id)
+      picture.load()
+      return _pillow_to_rgb(picture)
+  except BadRecord:
+    raise
+  except Exception as error:  # damaged bytes make Pillow's many decoders raise many kinds
+    raise BadRecord(f"{record_id}: unreadable picture ({error})") from error
+
+
+def _pillow_to_rgb(picture: Image.Image) -> np.ndarray:
+  if picture.mode == "CMYK":
+    ink = np.asarray(picture).astype(np.uint16)
+    if picture.format == "JPEG" and "adobe" not in picture.info:
+      ink = (
+        255 - ink
+      )  # Pillow inverts every CMYK JPEG as Adobe's writers need; this one isn't theirs
+    light = 255 - ink
+    return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
+  if picture.mode.startswith("I"):
+    grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535) >> 8
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+  if picture.mode == "F":
+    raise ValueError("floating point pictures have no agreed range")
+  if picture.mode == "LA":
+    picture = picture.getchannel("L")
+  elif picture.mode == "RGBA":
+    return np.ascontiguousarray(np.asarray(picture)[..., :3])
+  return np.array(picture.convert("RGB"))
+
+
+def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
+  if array.ndim == 2:
+    array = array[..., None]
+  if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+    raise BadRecord(
+      f"{record_id}: {array.dtype} {array.shape} is no uint8 [H, W, 1, 3 or 4] picture"
+    )
+  _check_size(*array.shape[:2], record_id)
+  if array.shape[-1] == 1:
+    return np.repeat(array, 3, axis=-1)
+  return np.ascontiguousarray(array[..., :3])
+
+
+def _check_size(height: int, width: int, record_id: str) -> None:
+  if height < 1 or width < 1 or height * width > MAX_PIXELS:
+    raise BadRecord(
+      f"{record_id}: implausible size {width}×{height} (at most {MAX_PIXELS:,} pixels)"
+    )
+
+
+# --- resampling ------------------------------------------------------------------------------------
+
+
+def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """uint8 [H, W, 3] to [height, width, 3]: mean over each target pixel's area.
+
+  An axis that must grow has no area to average, and is interpolated linearly.
+  """
+  if image.shape[:2] == (height, width):
+    return image
+  shrinks = image.shape[0] >= height and image.shape[1] >= width
+  method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+  return cv2.resize(image, (width, height), interpolation=method)
+
+
+def _resize_bilinear(image: np.ndarray, height: int, width: int, box=None) -> np.ndarray:
+  """Antialiased bilinear (the triangle filter widens with the reduction). box: left, top, right, bottom."""
+  picture = Image.fromarray(image)
+  return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def _scaled_to_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
+  """The size with the shorter side at `short_side` and the aspect ratio kept."""
+  if height <= width:
+    return short_side, max(short_side, round(width * short_side / height))
+  return max(short_side, round(height * short_side / width)), short_side
+
+
+class PaperCrop(typing.NamedTuple):
+  """One draw of the paper's augmentation, in pixels of the picture resized to height × width."""
+
+  height: int
+  width: int
+  top: int
+  left: int
+
+  def source_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+    """The crop as left, top, right, bottom in whole pixels of the height × width original."""
+    scale_y, scale_x = height / self.height, width / self.width
+    box_height = min(height, max(1, round(PAPER_CROP * scale_y)))
+    box_width = min(width, max(1, round(PAPER_CROP * scale_x)))
+    top = min(round(self.top * scale_y), height - box_height)
+    left = min(round(self.left * scale_x), width - box_width)
+    return left, top, left + box_width, top + box_height
+
+
+def draw_paper_crop(rng: np.random.Generator, height: int, width: int) -> PaperCrop:
+  """Shorter side uniform in PAPER_SHORT_SIDE, position uniform over the valid ones."""
+  short_side = int(rng.integers(PAPER_SHORT_SIDE[0], PAPER_SHORT_SIDE[1] + 1))
+  new_height, new_width = _scaled_to_short_side(height, width, short_side)
+  top = int(rng.integers(new_height - PAPER_CROP + 1))
+  left = int(rng.integers(new_width - PAPER_CROP + 1))
+  return PaperCrop(new_height, new_width, top, left)
+
+
+def crop_literal(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarray:
+  """The paper's words step by step: resize the whole picture, crop 224², average to resolution².
+
+  The paper names no filter. Antialiased bilinear, then the mean over areas, are this project's choice.
+  """
+  resized = _resize_bilinear(image, crop.height, crop.width)
+  window = resized[crop.top : crop.top + PAPER_CROP, crop.left : crop.left + PAPER_CROP]
+  return resize_area(np.ascontiguousarray(window), resolution, resolution)
+
+
+def crop_fused(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarray:
+  """The same crop in one step: a box of whole source pixels, averaged to resolution².
+
+  The box moves by at most half a source pixel against `crop_literal`, and the blur of its first
+  resize is missing.
+  """
+  left, top, right, bottom = crop.source_box(*image.shape[:2])
+  return resize_area(image[top:bottom, left:right], resolution, resolution)
+
+
+def crop_two_step(image: np.ndarray, box: tuple[int, int, int, int], resolution: int) -> np.ndarray:
+  """The two resizes of `crop_literal` on a given source box: what `crop_fused` is compared with."""
+  window = _resize_bilinear(image, PAPER_CROP, PAPER_CROP, box=box)
+  return resize_area(window, resolution, resolution)
+
+
+def fit(image: np.ndarray, resolution: int) -> np.ndarray:
+  """Shorter side to `resolution`, centre crop; a picture of that size is returned as it is."""
+  height, width = image.shape[:2]
+  if (height, width) == (resolution, resolution):
+    return image
+  # Cropping first spares the resize of what would be thrown away; the box is centred to the pixel.
+  side = min(height, width)
+  top, left = (height - side) // 2, (width - side) // 2
+  return resize_area(image[top : top + side, left : left + side], resolution, resolution)
+
+
+# --- the recipes -----------------------------------------------------------------------------------
+
+
+def paper_eval(image: np.ndarray, resolution: int) -> np.ndarray:
+  """Evaluation on ImageNet: shorter side 224, centre crop 224², down to resolution²."""
+  height, width = _scaled_to_short_side(*image.shape[:2], PAPER_CROP)
+  centre = PaperCrop(height, width, (height - PAPER_CROP) // 2, (width - PAPER_CROP) // 2)
+  return crop_literal(image, centre, resolution)
+
+
+def paper_train(
+  image: np.ndarray, rng: np.random.Generator, resolution: int, resample: str = "fused"
+) -> np.ndarray:
+  """Training on ImageNet: shorter side random in [256, 384], random 224² crop, down to resolution²."""
+  crop = draw_paper_crop(rng, *image.shape[:2])
+  function = crop_fused if resample == "fused" else crop_literal
+  return function(image, crop, resolution)
+
+
+def cifar_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
+  """CIFAR fine-tuning: reflect-pad 4, random crop of the picture or its mirror image."""
+  image = fit(image, resolution)
+  top, left = (int(x) for x in rng.integers(0, 9, size=2))
+  mirrored = bool(rng.integers(2))
+  padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+  window = padded[top : top + resolution, left : left + resolution]
+  return window[:, ::-1] if mirrored else window
+
+
+def train_transform(
+  augment: str, resolution: int, resample: str = "fused"
+) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
+  """The training recipe of that name: (uint8 [H, W, 3], generator) -> uint8 [R, R, 3]."""
+  check_recipe(augment, resolution, resample)
+  if augment == "paper":
+    return lambda image, rng: paper_train(image, rng, resolution, resample)
+  if augment == "cifar":
+    return lambda image, rng: cifar_train(image, rng, resolution)
+  return lambda image, rng: fit(image, resolution)
+
+
+def eval_transform(augment: str, resolution: int) -> Callable[[np.ndarray], np.ndarray]:
+  """The evaluation that goes with a training recipe: uint8 [H, W, 3] -> uint8 [R, R, 3]."""
+  check_recipe(augment, resolution)
+  if augment == "paper":
+    return lambda image: paper_eval(image, resolution)
+  return lambda image: fit(image, resolution)
+
+
+def check_recipe(augment: str, resolution: int, resample: str = "fused") -> None:
+  """Raises UserError for a recipe that doesn't exist."""
+  if augment not in AUGMENTATIONS:
+    raise errors.UserError(f"data.augment: {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
+  if resample not in RESAMPLINGS:
+    raise errors.UserError(f"data.resample: {resample!r}; expected one of {', '.join(RESAMPLINGS)}")
+  limit = PAPER_CROP if augment == "paper" else 1024
+  if not 1 <= resolution <= limit:
+    raise errors.UserError(f"data.resolution: {resolution}; expected 1 to {limit}")
+  if augment == "cifar" and resolution < 5:
+    raise errors.UserError(f"data.resolution: {resolution}; expected 5 or more to reflect 4 pixels")

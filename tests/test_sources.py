@@ -1,0 +1,289 @@
+"""Splits are disjoint, complete and fixed; missing or wrong data is refused with the way to fix it."""
+
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_jax import errors
+from igpt_jax.data import sources, transforms
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  return str(tmp_path_factory.mktemp("tfds"))
+
+
+def _folder(root, split="train", classes=("cat", "dog"), n=10):
+  for label, name in enumerate(classes):
+    (root / split / name).mkdir(parents=True)
+    for i in range(n):
+      picture = np.full((8, 8, 3), 20 * label + i, np.uint8)
+      Image.fromarray(picture).save(root / split / name / f"{i:03d}.png")
+  return root
+
+
+def _config(**changes):
+  return sources.DataConfig(**changes)
+
+
+def test_digits_are_the_scans_of_scikit_learn(data_dir):
+  from sklearn import datasets
+
+  train = sources.open_split(_config(data_dir=data_dir), "train+validation")
+  test = sources.open_split(_config(data_dir=data_dir), "test")
+  assert (len(train), len(test), train.n_classes) == (1497, 300, 10)
+  assert train.class_names == tuple("0123456789")
+  digits = datasets.load_digits()
+  expected = sorted(
+    (np.rint(i * 15.9375).astype(np.uint8).tobytes(), int(t))
+    for i, t in zip(digits.images, digits.target, strict=True)
+  )
+  found = []
+  for split in (train, test):
+    for i in range(len(split)):
+      image = transforms.decode(split[i]["image"])
+      assert (image[..., 0] == image[..., 2]).all()
+      found.append((image[..., 0].tobytes(), split[i]["label"]))
+  assert sorted(found) == expected
+
+
+def test_validation_is_a_fixed_part_of_train(data_dir):
+  config = _config(data_dir=data_dir, validation=0.1)
+  train, validation, both = (
+    [split[i]["id"] for i in range(len(split))]
+    for split in (
+      sources.open_split(config, s) for s in ("train", "validation", "train+validation")
+    )
+  )
+  assert len(validation) == 150
+  assert set(train) | set(validation) == set(both)
+  assert not set(train) & set(validation)
+  order = np.random.default_rng(0).permutation(1497)
+  assert set(validation) == {both[i] for i in order[-150:]}
+
+
+def test_fingerprint_tells_splits_and_shares_apart(data_dir):
+  prints = {
+    sources.open_split(_config(data_dir=data_dir, validation=v), s).fingerprint
+    for v in (0.1, 0.2)
+    for s in ("train", "validation", "test")
+  }
+  assert len(prints) == 5
+  assert all(p.startswith("digits/1.0.0 ") for p in prints)
+
+
+def test_processes_may_race_to_prepare(tmp_path):
+  code = (
+    "from igpt_jax.data import sources\n"
+    f"s = sources.open_split(sources.DataConfig(data_dir={str(tmp_path)!r}), 'test')\n"
+    "import sys; print(len(s), 'tensorflow' in sys.modules, 'jax' in sys.modules)"
+  )
+  runs = [
+    subprocess.Popen(
+      [sys.executable, "-c", code],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for _ in range(2)
+  ]
+  for run in runs:
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert out.split() == ["300", "False", "False"]
+  assert [p.name for p in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
+def test_splits_travel_to_other_processes(data_dir, tmp_path):
+  root = _folder(tmp_path)
+  for config in (_config(data_dir=data_dir), _config(name="folder", path=str(root))):
+    split = sources.open_split(config, "train")
+    copy = pickle.loads(pickle.dumps(split))
+    assert copy.fingerprint == split.fingerprint
+    assert copy[3] == split[3]
+
+
+def test_folder_with_classes(tmp_path):
+  root = _folder(tmp_path)
+  _folder(tmp_path, "test", ("dog",), 3)  # fewer classes, the same labels
+  config = _config(name="folder", path=str(root), validation=0.2)
+  train = sources.open_split(config, "train")
+  assert (len(train), train.class_names) == (16, ("cat", "dog"))
+  for record in (train[i] for i in range(16)):
+    assert transforms.decode(record["image"])[0, 0, 0] // 20 == record["label"]
+    assert record["label"] == train.class_names.index(pathlib.Path(record["id"]).parent.name)
+  both = sources.open_split(config, "train+validation")
+  assert len({both[i]["label"] for i in range(6)}) == 2  # not class after class
+  test = sources.open_split(config, "test")
+  assert [test[i]["label"] for i in range(3)] == [1, 1, 1]
+  assert test.class_names == ("cat", "dog")
+
+
+def test_folder_without_classes(tmp_path):
+  (tmp_path / "train").mkdir()
+  for i in range(4):
+    Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "train" / f"{i}.JPG", "jpeg")
+  (tmp_path / "train" / "notes.txt").write_text("not a picture")
+  split = sources.open_split(_config(name="folder", path=str(tmp_path)), "train+validation")
+  assert (len(split), split.n_classes, split[0]["label"]) == (4, 0, -1)
+
+
+def test_folder_fingerprint_follows_its_files(tmp_path):
+  config = _config(name="folder", path=str(_folder(tmp_path)))
+  before = sources.open_split(config, "train").fingerprint
+  assert sources.open_split(config, "train").fingerprint == before
+  (tmp_path / "train" / "cat" / "000.png").rename(tmp_path / "train" / "cat" / "new.png")
+  assert sources.open_split(config, "train").fingerprint != before
+
+
+def test_wrong_folders_are_refused_by_name(tmp_path):
+  def refused(says, split="train"):
+    with pytest.raises(errors.UserError, match=says) as caught:
+      sources.open_split(_config(name="folder", path=str(tmp_path / "root")), split)
+    assert str(tmp_path) in str(caught.value)
+
+  refused("no such folder")
+  (tmp_path / "root").mkdir()
+  refused("no folders")
+  (tmp_path / "root" / "train").mkdir()
+  refused("holds no pictures")
+  _folder(tmp_path / "root", "train2")
+  refused("holds folders", "test")
+  (tmp_path / "root" / "train").rmdir()
+  (tmp_path / "root" / "train2").rename(tmp_path / "root" / "train")
+  _folder(tmp_path / "root", "test", ("cow",), 1)
+  refused("'cow' is not among train's", "test")
+  Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "root" / "train" / "loose.png")
+  refused("loose pictures")
+  with pytest.raises(errors.UserError, match=r"data\.path"):
+    _config(name="folder")
+
+
+def test_too_small_for_a_validation_split(tmp_path):
+  config = _config(name="folder", path=str(_folder(tmp_path, n=2)), validation=0.1)
+  assert len(sources.open_split(config, "train")) == 4
+  with pytest.raises(errors.UserError, match=r"data\.validation"):
+    sources.open_split(config, "validation")
+
+
+def test_missing_data_set_says_how_to_get_it(tmp_path):
+  with pytest.raises(errors.UserError, match="cifar10") as caught:
+    sources.open_split(_config(name="cifar10", data_dir=str(tmp_path)), "train")
+  message = str(caught.value)
+  assert str(tmp_path) in message and "array_record" in message and "fix:" in message
+
+
+def test_unwritable_data_dir_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.UserError, match="data_dir"):
+    sources.open_split(_config(data_dir=str(tmp_path / "file")), "train")
+
+
+def test_any_tfds_data_set_by_its_name(tmp_path):
+  """A data set prepared elsewhere, with its own feature names and no test split."""
+  import tensorflow_datasets as tfds
+
+  class TwoSplits(tfds.core.GeneratorBasedBuilder):
+    """Coloured squares."""
+
+    VERSION = tfds.core.Version("2.0.0")
+
+    def _info(self):
+      features = {
+        "picture": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+        "kind": tfds.features.ClassLabel(names=["dark", "bright"]),
+        "id": tfds.features.Text(),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._generate_examples(6), "validation": self._generate_examples(2)}
+
+    def _generate_examples(self, n):
+      import io
+
+      for i in range(n):
+        file = io.BytesIO()
+        Image.fromarray(np.full((5, 7, 3), 100 * (i % 2), np.uint8)).save(file, "png")
+        yield i, {"picture": file.getvalue(), "kind": i % 2, "id": f"square{i}"}
+
+  for file_format, directory in (("array_record", tmp_path / "a"), ("tfrecord", tmp_path / "t")):
+    builder = TwoSplits(data_dir=directory, file_format=file_format)
+    if file_format == "array_record":
+      builder.download_and_prepare()
+  config = _config(name="two_splits", data_dir=str(tmp_path / "a"), validation=0.0)
+  train, test = (sources.open_split(config, s) for s in ("train", "test"))
+  assert (len(train), len(test)) == (6, 2)
+  assert train.class_names == ("dark", "bright")
+  for record in (train[i] for i in range(6)):
+    assert transforms.decode(record["image"]).mean() == 100 * record["label"]
+    assert "square" in record["id"]
+
+
+def _tokens(path, n=12, t=64, dtype=np.uint16):
+  rows = np.random.default_rng(n).integers(0, 17, (n, t)).astype(dtype)
+  np.save(path, rows)
+  return rows
+
+
+def test_token_file_is_a_test_split(tmp_path):
+  rows = _tokens(tmp_path / "held_out.npy", dtype=np.int64)
+  config = _config(name="tokens", path=str(tmp_path / "held_out.npy"))
+  split = sources.open_split(config, "test")
+  assert split.is_tokens and split.n_classes == 0
+  np.testing.assert_array_equal([split[i]["tokens"] for i in range(12)], rows)
+  copy = pickle.loads(pickle.dumps(split))
+  np.testing.assert_array_equal(copy[5]["tokens"], rows[5])
+  with pytest.raises(errors.UserError, match=r"train\.npy"):
+    sources.open_split(config, "train")
+
+
+def test_token_folder(tmp_path):
+  _tokens(tmp_path / "train.npy", 20)
+  config = _config(name="tokens", path=str(tmp_path))
+  assert len(sources.open_split(config, "validation")) == 2
+  _tokens(tmp_path / "validation.npy", 5)
+  assert len(sources.open_split(config, "validation")) == 5
+  assert len(sources.open_split(config, "train")) == 20
+  with pytest.raises(errors.UserError, match=r"test\.npy"):
+    sources.open_split(config, "test")
+
+
+@pytest.mark.parametrize(
+  ("array", "says"),
+  [
+    (np.zeros((4, 63), np.uint16), "63 tokens"),
+    (np.zeros((4, 64), np.float32), "float32"),
+    (np.zeros((4, 8, 8), np.uint16), r"\[4, 8, 8\]"),
+    (np.full((4, 64), -1), "-1"),
+    (np.full((4, 64), 70000), "70000"),
+    (np.array([None, {}], dtype=object), "[Oo]bject|[Pp]ickle"),
+  ],
+)
+def test_wrong_tokens_are_refused_by_name(tmp_path, array, says):
+  np.save(tmp_path / "wrong.npy", array, allow_pickle=True)
+  with pytest.raises(errors.UserError, match=says) as caught:
+    sources.open_split(_config(name="tokens", path=str(tmp_path / "wrong.npy")), "test")
+  assert "wrong.npy" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"validation": 1.0}, {"max_bad": -0.1}, {"workers": -1}, {"augment": "x"}, {"name": ""}],
+)
+def test_impossible_configs_are_refused(changes):
+  with pytest.raises(errors.UserError, match=next(iter(changes))):
+    _config(**changes)
+
+
+def test_unknown_split_is_refused(data_dir):
+  with pytest.raises(errors.UserError, match="tset"):
+    sources.open_split(_config(data_dir=data_dir), "tset")

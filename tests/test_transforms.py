@@ -1,0 +1,187 @@
+"""Decoding follows TFDS, crops follow the paper, and damage is an error that names the record."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_jax import errors
+from igpt_jax.data import transforms
+
+RNG = np.random.default_rng(7)
+SMOOTH = cv2.resize(
+  RNG.integers(0, 256, (6, 8, 3), np.uint8), (160, 120), interpolation=cv2.INTER_CUBIC
+)
+
+
+def _encode(array, kind="png", mode=None, **options):
+  picture = Image.fromarray(array)
+  if mode:
+    picture = picture.convert(mode)
+  file = io.BytesIO()
+  picture.save(file, kind, **options)
+  return file.getvalue()
+
+
+def test_png_is_exact():
+  np.testing.assert_array_equal(transforms.decode(_encode(SMOOTH)), SMOOTH)
+
+
+def test_jpeg_equals_pillow():
+  data = _encode(SMOOTH, "jpeg", quality=90)
+  np.testing.assert_array_equal(transforms.decode(data), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_grey_is_repeated():
+  grey = SMOOTH[..., 0]
+  np.testing.assert_array_equal(transforms.decode(_encode(grey)), np.stack([grey] * 3, -1))
+  jpeg = transforms.decode(_encode(grey, "jpeg", quality=95))
+  assert jpeg.shape == SMOOTH.shape
+  assert (jpeg[..., 0] == jpeg[..., 2]).all()
+  assert np.abs(jpeg[..., 0].astype(int) - grey).mean() < 3
+
+
+def test_alpha_is_dropped_not_composited():
+  alpha = RNG.integers(0, 256, (*SMOOTH.shape[:2], 1), np.uint8)
+  data = _encode(np.concatenate([SMOOTH, alpha], -1))
+  np.testing.assert_array_equal(transforms.decode(data), SMOOTH)
+  grey_alpha = np.concatenate([SMOOTH[..., :1], alpha], -1)
+  np.testing.assert_array_equal(
+    transforms.decode(_encode(grey_alpha)), np.repeat(SMOOTH[..., :1], 3, -1)
+  )
+
+
+def test_sixteen_bits_keep_the_high_byte():
+  grey = RNG.integers(0, 65536, (20, 30), np.uint16)
+  decoded = transforms.decode(_encode(grey))
+  np.testing.assert_array_equal(decoded, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, -1))
+  color = RNG.integers(0, 65536, (20, 30, 3), np.uint16)
+  data = cv2.imencode(".png", color[..., ::-1])[1].tobytes()
+  np.testing.assert_array_equal(transforms.decode(data), (color >> 8).astype(np.uint8))
+
+
+@pytest.mark.parametrize("adobe", [True, False])
+def test_cmyk_jpeg(adobe):
+  data = _encode(SMOOTH, "jpeg", mode="CMYK", quality=98, subsampling=0)
+  if not adobe:
+    data = _encode(255 - np.asarray(Image.fromarray(SMOOTH).convert("CMYK")), "tiff")
+    ink = 255 - np.asarray(Image.open(io.BytesIO(data)))
+    file = io.BytesIO()
+    Image.fromarray(ink, "CMYK").save(file, "jpeg", quality=98, subsampling=0)
+    data = file.getvalue()
+    start = data.index(b"\xff\xee")
+    length = int.from_bytes(data[start + 2 : start + 4], "big") + 2
+    # Without the Adobe segment the stored values are plain ink, so plain ink must be stored.
+    inverted = io.BytesIO()
+    Image.fromarray(255 - ink, "CMYK").save(inverted, "jpeg", quality=98, subsampling=0)
+    data = inverted.getvalue()
+    data = data[:start] + data[start + length :]
+  decoded = transforms.decode(data)
+  assert np.abs(decoded.astype(int) - SMOOTH).mean() < 4
+
+
+def test_exif_rotation_is_ignored():
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  data = _encode(SMOOTH, "jpeg", exif=exif.tobytes())
+  assert transforms.decode(data).shape == SMOOTH.shape
+
+
+def test_palette_and_bilevel_and_named_otherwise():
+  for mode in ("P", "1"):
+    data = _encode(SMOOTH, mode=mode)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(transforms.decode(data, "really.JPEG"), expected)
+
+
+def test_arrays():
+  np.testing.assert_array_equal(transforms.decode(SMOOTH), SMOOTH)
+  assert transforms.decode(SMOOTH[..., 0]).shape == SMOOTH.shape
+  with pytest.raises(transforms.BadRecord, match=r"rec7.*float64"):
+    transforms.decode(SMOOTH / 255.0, "rec7")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_truncated_is_named(kind):
+  data = _encode(SMOOTH, kind)
+  for share in (0.0, 0.02, 0.3, 0.9):
+    with pytest.raises(transforms.BadRecord, match="n01440764_tench"):
+      transforms.decode(data[: int(len(data) * share)], "n01440764_tench")
+
+
+def test_giant_header_is_refused_before_memory_is_spent():
+  data = bytearray(_encode(SMOOTH, "jpeg"))
+  frame = data.index(b"\xff\xc0")
+  data[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
+  with pytest.raises(transforms.BadRecord, match=r"implausible size|exceeds limit"):
+    transforms.decode(bytes(data))
+
+
+def test_literal_crop_is_the_papers_words():
+  image = cv2.resize(SMOOTH, (500, 375))
+  crop = transforms.PaperCrop(300, 400, 20, 110)
+  resized = np.asarray(Image.fromarray(image).resize((400, 300), Image.Resampling.BILINEAR))
+  window = resized[20:244, 110:334].astype(np.float64)
+  expected = window.reshape(32, 7, 32, 7, 3).mean((1, 3))
+  got = transforms.crop_literal(image, crop, 32)
+  assert np.abs(got - expected).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (96, 96), (224, 3000)])
+def test_drawn_crops_are_valid_and_reach_the_edges(size):
+  rng = np.random.default_rng(0)
+  lefts, sides = [], []
+  for _ in range(400):
+    crop = transforms.draw_paper_crop(rng, *size)
+    assert 256 <= min(crop.height, crop.width) <= 384
+    assert 0 <= crop.top <= crop.height - 224 and 0 <= crop.left <= crop.width - 224
+    left, top, right, bottom = crop.source_box(*size)
+    assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
+    lefts.append(crop.left / (crop.width - 224))
+    sides.append(min(crop.height, crop.width))
+  assert min(lefts) < 0.05 and max(lefts) > 0.95
+  assert min(sides) < 260 and max(sides) > 380
+
+
+@pytest.mark.parametrize("resolution", [32, 48, 64])
+def test_paper_eval_is_a_centre_crop(resolution):
+  image = np.zeros((448, 896, 3), np.uint8)
+  image[:, 224:672] = 200  # exactly the centre square
+  out = transforms.paper_eval(image, resolution)
+  assert out.shape == (resolution, resolution, 3)
+  assert (out[:, 1:-1] == 200).all()
+
+
+def test_cifar_augmentation_shifts_and_mirrors():
+  image = RNG.integers(0, 256, (32, 32, 3), np.uint8)
+  padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+  windows = {}
+  for top in range(9):
+    for left in range(9):
+      window = padded[top : top + 32, left : left + 32]
+      windows[window.tobytes()] = (top, left, False)
+      windows[window[:, ::-1].tobytes()] = (top, left, True)
+  rng = np.random.default_rng(0)
+  seen = {windows[transforms.cifar_train(image, rng, 32).tobytes()] for _ in range(2000)}
+  assert len(seen) == 162
+
+
+def test_fit():
+  image = RNG.integers(0, 256, (32, 32, 3), np.uint8)
+  assert transforms.fit(image, 32) is image
+  wide = np.concatenate(
+    [np.zeros((32, 16, 3), np.uint8), image, np.zeros((32, 16, 3), np.uint8)], 1
+  )
+  np.testing.assert_array_equal(transforms.fit(wide, 32), image)
+  mean = image.reshape(16, 2, 16, 2, 3).mean((1, 3))
+  assert np.abs(transforms.fit(image, 16) - mean).max() <= 0.5
+  assert transforms.fit(image, 64).shape == (64, 64, 3)
+
+
+def test_unknown_recipes_are_refused():
+  with pytest.raises(errors.UserError, match="papper"):
+    transforms.train_transform("papper", 32)
+  with pytest.raises(errors.UserError, match="resolution"):
+    transforms.eval_transform("paper", 225)
