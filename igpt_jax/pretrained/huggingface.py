@@ -9,7 +9,6 @@ leave those at zero; a fine-tuned model's non-zero ones have no place in ours an
 name, since without them it would compute something else.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -295,7 +294,7 @@ def write_directory(
   except OSError as error:
     raise UserError(f"directory to write: {directory}: {error.strerror}") from error
   finally:
-    with contextlib.suppress(FileNotFoundError):
+    if os.path.isdir(part):
       shutil.rmtree(part)
 
 

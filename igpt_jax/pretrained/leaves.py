@@ -7,6 +7,7 @@ checkpoint that goes out is one that comes back. No file format may enter here.
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -115,7 +116,8 @@ class Foreign:
     def size(leaf: Leaf) -> int:
       return math.prod(leaf.shape) * (dtype or self.dtype_of(leaf)).itemsize
 
-    total = sum(map(size, self.table))
+    total, largest = sum(map(size, self.table)), max(map(size, self.table))
+    check_memory(largest, f"the largest array of {self.path}")
     done, start = 0, time.monotonic()
     for i, leaf in enumerate(sorted(self.table, key=size, reverse=True)):
       if report:
@@ -147,6 +149,10 @@ class Foreign:
         can be put onto its devices before the next is read. None keeps numpy arrays.
       dtype, report: as for `stream`.
     """
+    if place is None:
+      counts = (math.prod(leaf.shape) for leaf in self.table)
+      itemsize = np.dtype(dtype or self.dtype_of(self.table[0])).itemsize
+      check_memory(sum(counts) * itemsize, self.path)
     params: dict[str, Any] = {}
     for path, array in self.stream(dtype=dtype, report=report):
       node = params
@@ -155,6 +161,16 @@ class Foreign:
       node[path[-1]] = array if place is None else place(path, array)
       del array
     return params
+
+
+def check_memory(size: int, what: str) -> None:
+  """Refuses what this machine can't hold; a sparse file can claim any size at no cost."""
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if size > memory:
+    raise UserError(
+      f"memory: {what} takes {size / 1e9:.1f} GB, this machine has {memory / 1e9:.1f}; "
+      "fix: check that this is the right checkpoint, or use a machine with more memory"
+    )
 
 
 def check_specs(table: tuple[Leaf, ...], specs: Mapping[str, Spec], where: str) -> None:
