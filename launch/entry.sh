@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs `python -m igpt_jax.main "$@"`: where every launch script ends.
+#
+#   launch/entry.sh --config=configs/quickstart.py --workdir=runs/quickstart
+#   launch/entry.sh --dry-run --config=…     print the command, run nothing
+#
+# A run that is told to stop (SIGTERM, Ctrl-C) saves a checkpoint and exits 0, as a finished one
+# does. Whoever restarts runs must tell the two apart, so after such a signal the status here is 143
+# whatever the run's own was. SIGUSR1 is handed on. PYTHON names the interpreter (default: python).
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case ${1:-} in
+  --help | -h)
+    usage
+    exit 0
+    ;;
+  --dry-run)
+    dry_run=1
+    shift
+    ;;
+esac
+
+command=("${PYTHON:-python}" -m igpt_jax.main "$@")
+if [ -n "$dry_run" ]; then
+  run "${command[@]}"
+  exit 0
+fi
+# The configs are read relative to the repository.
+cd "$REPO_DIR"
+
+child="" stopped="" signalled=""
+hand_on() {
+  signalled=1
+  [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null || true
+}
+trap 'stopped=1; hand_on TERM' TERM INT
+trap 'hand_on USR1' USR1
+
+"${command[@]}" &
+child=$!
+# A signal that came before `child` was set has not been handed on.
+[ -z "$stopped" ] || hand_on TERM
+while :; do
+  signalled="" status=0
+  wait "$child" || status=$?
+  # A trapped signal ends the wait, not the child.
+  [ -n "$signalled" ] || break
+done
+[ -z "$stopped" ] || status=143
+exit "$status"

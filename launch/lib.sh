@@ -1,0 +1,134 @@
+# shellcheck shell=bash
+# What the launch scripts share: messages, quoting, dry runs, arguments. It is sourced, never run,
+# and knows no platform: what one script alone needs stays in that script.
+
+# One second, the unit of every wait; tests make it shorter.
+TICK=${LAUNCH_TICK:-1}
+dry_run=""
+LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck disable=SC2034  # for the scripts that source this
+REPO_DIR=$(dirname "$LAUNCH_DIR")
+
+# Prints the comment at the head of the script: it is the script's manual.
+usage() {
+  awk 'NR > 1 { if (!/^#( |$)/) exit; sub(/^# ?/, ""); print }' "$0"
+}
+
+say() {
+  printf '%s: %s\n' "${0##*/}" "$*" >&2
+}
+
+# A mistake of the caller: nothing has been done yet.
+die() {
+  say "error: $*"
+  exit 2
+}
+
+# literally TEXT FROM TO: prints TEXT with every FROM replaced. ${text//from/to} gives backslashes and
+# ampersands a meaning that differs between versions of bash.
+literally() {
+  local rest=$1 out=""
+  while [[ $rest == *"$2"* ]]; do
+    out=$out${rest%%"$2"*}$3
+    rest=${rest#*"$2"}
+  done
+  printf '%s' "$out$rest"
+}
+
+# Prints the words so that any POSIX shell reads back exactly the same ones.
+shell_quote() {
+  local word line=""
+  for word in "$@"; do
+    case $word in
+      "" | *[!A-Za-z0-9_./:=@%+,-]*) line="$line '$(literally "$word" "'" "'\\''")'" ;;
+      *) line="$line $word" ;;
+    esac
+  done
+  printf '%s\n' "${line# }"
+}
+
+# Prints the words as one JSON string each, separated by commas (YAML reads them too).
+json_strings() {
+  local word line=""
+  for word in "$@"; do
+    word=$(literally "$word" "\\" "\\\\")
+    word=$(literally "$word" '"' '\"')
+    word=$(literally "$word" $'\t' '\t')
+    line="$line, \"$word\""
+  done
+  printf '%s\n' "${line#, }"
+}
+
+# Runs a command, or in a dry run prints it.
+run() {
+  if [ -n "$dry_run" ]; then shell_quote "$@"; else "$@"; fi
+}
+
+need() {
+  local tool
+  [ -z "$dry_run" ] || return 0
+  for tool in "$@"; do
+    command -v "$tool" >/dev/null ||
+      die "missing tool: $tool; expected on PATH; fix: install it, see launch/README.md"
+  done
+}
+
+# need_option NAME VALUE: an option that has no default.
+need_option() {
+  [ -n "$2" ] || die "missing option: --$1=…; see --help"
+}
+
+need_count() {
+  case $2 in
+    "" | *[!0-9]*) die "--$1=$2; expected a whole number, 0 or more" ;;
+  esac
+}
+
+need_name() {
+  [[ $2 =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] ||
+    die "--$1=$2; expected lower-case letters, digits and dashes, a letter first, at most 63"
+}
+
+unknown_option() {
+  die "unknown option: $1; launch options are written --name=value and come before \"--\"," \
+    "igpt_jax's own (--config=… --workdir=…) after it; see --help"
+}
+
+# Checks what goes to igpt_jax.main and sets `workdir`.
+check_main_args() {
+  local config="" arg previous=""
+  workdir=""
+  for arg in "$@"; do
+    case $arg in
+      *$'\n'*) die "an argument has a line break in it: $arg" ;;
+      --config=*) config=${arg#*=} ;;
+      --workdir=*) workdir=${arg#*=} ;;
+    esac
+    case $previous in
+      --config) config=$arg ;;
+      --workdir) workdir=$arg ;;
+    esac
+    previous=$arg
+  done
+  [ -n "$config" ] || die "missing argument: --config=…; for example -- --config=configs/imagenet32_s.py"
+  [ -n "$workdir" ] || die "missing argument: --workdir=…; the directory or bucket the run lives in"
+}
+
+# nap N: sleeps N ticks, in steps, so that a signal is answered within one.
+nap() {
+  local i
+  for ((i = 0; i < $1; i++)); do sleep "$TICK"; done
+}
+
+# check_lasting_workdir [BUCKET:DIR…]: refuses a work directory that goes when the machines go. Only
+# a bucket, or a directory under one of the mounts, outlives them and is the same on every host.
+check_lasting_workdir() {
+  local mount lasts=""
+  case $workdir in gs://*) lasts=1 ;; esac
+  for mount in "$@"; do
+    [[ $mount =~ ^[^:]+:/.+$ ]] || die "--mount=$mount; expected BUCKET:/DIRECTORY"
+    case $workdir/ in "${mount#*:}"/*) lasts=1 ;; esac
+  done
+  [ -n "$lasts" ] || die "--workdir=$workdir would be deleted with the machines;" \
+    "fix: a bucket (gs://…), or a directory under a --mount"
+}

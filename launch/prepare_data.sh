@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Prepares a data set once, so that training reads it without TensorFlow.
+#
+#   launch/prepare_data.sh -- --config=configs/imagenet32_s.py --workdir=runs/prepare
+#
+# Makes a virtual environment of its own with the `prepare` extra, which TensorFlow Datasets needs
+# for this one job, and runs `python -m igpt_jax.main` with what comes after "--" and
+# --config.job=prepare. Run it again to go on where it stopped. ImageNet's archives, for example,
+# must be downloaded by hand first, and the job says where it expects them.
+#
+#   --venv=DIR       the virtual environment; default: .venv-prepare in the repository
+#   --python=PYTHON  the interpreter that makes it, 3.11 or later; default: python3
+#   --dry-run        print the commands, run nothing
+#
+# launch/README.md tells how to bring the prepared data to a bucket.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+venv=$REPO_DIR/.venv-prepare python=python3
+while [ $# -gt 0 ]; do
+  case $1 in
+    --venv=*) venv=${1#*=} ;;
+    --python=*) python=${1#*=} ;;
+    --dry-run) dry_run=1 ;;
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *) unknown_option "$1" ;;
+  esac
+  shift
+done
+need_option venv "$venv"
+check_main_args "$@"
+need "$python"
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
+
+# The stamp says what was installed: an interrupted or outdated installation is done again.
+stamp=$venv/prepare.stamp
+wanted=$(cksum <"$REPO_DIR/setup.py")
+if [ -n "$dry_run" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  [ -n "$dry_run" ] || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    die "--python=$python; expected Python 3.11 or later"
+  run "$python" -m venv "$venv"
+  run "$venv/bin/pip" install --quiet --editable "${REPO_DIR}[prepare]"
+  [ -n "$dry_run" ] || printf '%s\n' "$wanted" >"$stamp"
+fi
+
+# Relative paths in the arguments stay relative to where the caller stands.
+run env PYTHON="$venv/bin/python" bash "$LAUNCH_DIR/entry.sh" "$@" --config.job=prepare

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Keeps a run on a Cloud TPU slice going until it has ended: after a preemption it makes the machines
+# again and goes on in the same --workdir.
+#
+#   launch/tpu_babysit.sh --name=igpt-l --zone=ZONE --type=v5p-128 --capacity=spot -- \
+#     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l
+#
+# Takes every option of tpu_vm.sh except --delete, and:
+#
+#   --max-restarts=N   give up after N restarts of any kind; default 100
+#   --max-failures=N   give up after N failures in a row that no preemption explains; default 3
+#   --backoff=SECONDS  wait before the first restart, doubled each time up to 30 minutes; default 30
+#   --healthy=SECONDS  a run that lasted this long starts both counts anew; default 1800
+#
+# What a session of tpu_vm.sh came to decides:
+#   0    the run has ended                     delete the machines, exit 0
+#   2    a mistake in the arguments or config  delete the machines, exit 2
+#   75   the machines were lost                delete what is left of them, make them again
+#   143  the run was told to stop              start it again, on the same machines if they live
+#   else the run failed                        start it again on the same machines, a few times
+#
+# --dry-run prints one session and the deletion. With --keep the machines are left at the end. To go
+# on with machines of a babysitter that is gone, give the --owner=ID that it printed.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+MAX_PAUSE=1800
+max_restarts=100 max_failures=3 backoff=30 healthy=1800 keep="" owner=""
+session_options=() place=()
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --max-restarts=*) max_restarts=${1#*=} ;;
+    --max-failures=*) max_failures=${1#*=} ;;
+    --backoff=*) backoff=${1#*=} ;;
+    --healthy=*) healthy=${1#*=} ;;
+    --keep) keep=1 ;;
+    --owner=*) owner=${1#*=} ;;
+    --dry-run) dry_run=1 ;;
+    --delete) die "--delete is tpu_vm.sh's" ;;
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    --)
+      shift
+      break
+      ;;
+    --name=* | --zone=* | --project=* | --internal-ips)
+      session_options+=("$1")
+      place+=("$1")
+      ;;
+    *) session_options+=("$1") ;;
+  esac
+  shift
+done
+need_count max-restarts "$max_restarts"
+need_count max-failures "$max_failures"
+need_count backoff "$backoff"
+need_count healthy "$healthy"
+[ -n "$owner" ] || owner=igpt-$(date +%Y%m%d-%H%M%S)-$RANDOM
+session_options+=(--owner="$owner")
+tpu_vm=$LAUNCH_DIR/tpu_vm.sh
+
+# A dry run of the session checks all of its arguments.
+if [ -n "$dry_run" ]; then
+  exec bash "$tpu_vm" ${keep:+--keep} --dry-run "${session_options[@]}" -- "$@"
+fi
+bash "$tpu_vm" --dry-run ${keep:+--keep} "${session_options[@]}" -- "$@" >/dev/null
+need gcloud tar
+
+child=""
+# Runs tpu_vm.sh in a process group of its own, so that a signal to this script is answered at once.
+tpu_vm() {
+  local status=0
+  set -m
+  bash "$tpu_vm" "$@" </dev/null &
+  child=$!
+  set +m
+  wait "$child" || status=$?
+  child=""
+  return "$status"
+}
+
+delete_machines() {
+  bash "$tpu_vm" "${place[@]}" --owner="$owner" --delete
+}
+
+cleanup() {
+  local status=$?
+  trap - EXIT
+  trap '' INT TERM HUP
+  if [ -n "$child" ]; then
+    # It detaches and leaves the machines, because it runs with --keep.
+    kill -TERM -- "-$child" 2>/dev/null || true
+    wait "$child" 2>/dev/null || true
+  fi
+  if [ -z "$keep" ]; then
+    delete_machines || [ "$status" -ne 0 ] || status=1
+  fi
+  exit "$status"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 129' HUP
+trap 'exit 143' TERM
+
+say "owner ID $owner"
+restarts=0 failures=0 pause=$backoff
+while :; do
+  began=$SECONDS status=0
+  tpu_vm --keep "${session_options[@]}" -- "$@" || status=$?
+  if [ $((SECONDS - began)) -ge "$healthy" ]; then
+    restarts=0 failures=0 pause=$backoff
+  fi
+  case $status in
+    0)
+      say "the run has ended"
+      exit 0
+      ;;
+    2)
+      say "stopping: a restart can't mend this"
+      exit 2
+      ;;
+    75)
+      say "the machines were lost"
+      delete_machines || exit 1
+      ;;
+    143) say "the run was told to stop" ;;
+    *)
+      failures=$((failures + 1))
+      say "the run failed with status $status, $failures of $max_failures in a row"
+      [ "$failures" -lt "$max_failures" ] || exit "$status"
+      ;;
+  esac
+  restarts=$((restarts + 1))
+  if [ "$restarts" -gt "$max_restarts" ]; then
+    say "giving up after $max_restarts restarts"
+    exit "$status"
+  fi
+  say "restart $restarts of $max_restarts in $pause s"
+  nap "$pause"
+  pause=$((pause * 2 < MAX_PAUSE ? pause * 2 : MAX_PAUSE))
+done

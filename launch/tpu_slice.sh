@@ -1,0 +1,297 @@
+# shellcheck shell=bash
+# The machines behind tpu_vm.sh: a queued resource, its TPU VMs and the run on them. It is sourced
+# after the arguments are read, and everything that asks or tells Google Cloud something is here.
+# shellcheck disable=SC2034,SC2154  # the options, and some of the state, are tpu_vm.sh's
+
+LOST=75              # exit status: the machines were preempted or lost
+STATE_TICKS=30       # between two looks at the queued resource
+REACH_TRIES=10       # looks at machines that don't answer before they count as lost
+STRAGGLER_TICKS=300  # how long other hosts may outlive the first one
+DELETE_TRIES=30
+MAX_ARCHIVE_KIB=204800
+
+# --- The queued resource --------------------------------------------------------------------------
+
+state=""        # what the last look saw: ACTIVE, …, GONE, or UNKNOWN if gcloud failed
+state_owner=""  # the label it carries
+owned=""        # it may be deleted at the end
+created=""      # this process saw its creation succeed
+dry_state=GONE
+
+queued_resource() {
+  local verb=$1
+  shift
+  run gcloud compute tpus queued-resources "$verb" "$name" "${where[@]}" "$@"
+}
+
+look() {
+  local line
+  state_owner=""
+  set -- describe \
+    --format='value(state.state,tpu.nodeSpec[0].node.labels.igpt_jax_owner)'
+  if [ -n "$dry_run" ]; then
+    queued_resource "$@"
+    state=$dry_state state_owner=$owner
+  elif line=$(queued_resource "$@" 2>"$tmp/describe"); then
+    IFS=$'\t' read -r state state_owner <<<"$line" || true
+    [ -n "$state" ] || state=UNKNOWN
+  elif grep -q NOT_FOUND "$tmp/describe"; then
+    state=GONE
+  else
+    state=UNKNOWN
+    say "no answer about $name: $(head -n 1 "$tmp/describe")"
+  fi
+}
+
+# True once the machines are known to be going or gone; a silent gcloud proves nothing.
+machines_gone() {
+  look
+  case $state in ACTIVE | UNKNOWN) return 1 ;; esac
+  say "$name is $state: the machines are lost"
+}
+
+create() {
+  # Set before asking: an interrupted request may still have arrived.
+  owned=1
+  set -- create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" \
+    --labels="igpt_jax_owner=$owner" ${create_flags[@]+"${create_flags[@]}"}
+  if [ -n "$dry_run" ]; then
+    queued_resource "$@"
+    dry_state=ACTIVE
+    return
+  fi
+  say "asking for $type in $zone, $capacity; owner ID $owner"
+  if queued_resource "$@" 2>"$tmp/create"; then
+    created=1
+    return
+  fi
+  cat "$tmp/create" >&2
+  ! grep -q ALREADY_EXISTS "$tmp/create" || owned=""
+  return 1
+}
+
+wait_until_active() {
+  local seen="" unknown=0
+  while :; do
+    look
+    [ "$state" = "$seen" ] || say "$name: $state"
+    seen=$state
+    case $state in
+      ACTIVE) return 0 ;;
+      UNKNOWN)
+        unknown=$((unknown + 1))
+        [ "$unknown" -lt "$REACH_TRIES" ] || return "$LOST"
+        ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING | GONE)
+        queued_resource describe --format='value(state)' >&2 || true
+        return "$LOST"
+        ;;
+      *) unknown=0 ;;
+    esac
+    nap "$STATE_TICKS"
+  done
+}
+
+acquire() {
+  look
+  case $state in
+    UNKNOWN) return 1 ;;
+    GONE) create || return 1 ;;
+    *)
+      [ "$state_owner" = "$owner" ] ||
+        die "--name=$name exists and this launch didn't make it (owner ID: ${state_owner:-none});" \
+          "fix: another --name, or --owner=${state_owner:-…} if it is yours"
+      owned=1
+      say "taking over $name"
+      ;;
+  esac
+  wait_until_active
+}
+
+delete_own() {
+  local i
+  for ((i = 0; i < DELETE_TRIES; i++)); do
+    look
+    case $state in
+      GONE) return 0 ;;
+      UNKNOWN | DELETING) ;;
+      *)
+        # No label at all can be the service's doing; then having seen it created must do.
+        if [ "${state_owner:-${created:+$owner}}" != "$owner" ]; then
+          say "not deleting $name: its owner ID is ${state_owner:-none}, not $owner"
+          return 1
+        fi
+        ! queued_resource delete --force || return 0
+        ;;
+    esac
+    nap 10
+  done
+  say "$name could NOT be deleted and may go on costing money; fix: delete it yourself:" \
+    "$(shell_quote gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force)"
+  return 1
+}
+
+# --- The machines ---------------------------------------------------------------------------------
+
+# ssh alone would wait for hours on a machine that vanished.
+ssh_flags=(--ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4
+  --ssh-flag=-oConnectTimeout=30)
+scp_flags=(--scp-flag=-oConnectTimeout=30)
+if [ -n "$internal_ips" ]; then
+  ssh_flags+=(--internal-ip)
+  scp_flags+=(--internal-ip)
+fi
+worker="bash igpt_jax/launch/tpu_worker.sh"
+outcome=""   # of the run, by workers_state: none, running, ended, or unreachable
+ended=0      # the status it ended with
+started=""   # it may be running
+follower=""  # process group that streams the log
+
+# on_workers WORKER LINE: runs a line of shell on worker 0, 1, … or all.
+on_workers() {
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" \
+    --worker="$1" --command="$2" </dev/null
+}
+
+reach() {
+  local i
+  if [ -n "$dry_run" ]; then
+    on_workers all true
+    return
+  fi
+  for ((i = 0; i < REACH_TRIES; i++)); do
+    ! on_workers all true || return 0
+    ! machines_gone || return "$LOST"
+    nap "$STATE_TICKS"
+  done
+  say "$name is ACTIVE but doesn't answer"
+  return "$LOST"
+}
+
+# Makes the archive that `put_source` copies; first of all, so that a mistake costs nothing.
+pack_source() {
+  local archive=$tmp/igpt_jax.tar.gz
+  run tar -czf "$archive" -C "$REPO_DIR" --exclude=./.git --exclude='./.venv*' --exclude=./runs \
+    --exclude=./build --exclude=./dist --exclude='*.egg-info' --exclude=__pycache__ \
+    --exclude=.pytest_cache --exclude=.ruff_cache . || return
+  [ -z "$dry_run" ] || return 0
+  [ "$(du -k "$archive" | cut -f 1)" -le "$MAX_ARCHIVE_KIB" ] ||
+    die "$REPO_DIR makes an archive of more than $MAX_ARCHIVE_KIB KiB; fix: move data and runs out" \
+      "of it, or use --git=URL"
+}
+
+put_source() {
+  local line="rm -rf igpt_jax"
+  if [ -n "$git_url" ]; then
+    line="$line && git clone --quiet -- $(shell_quote "$git_url") igpt_jax"
+    [ -z "$git_ref" ] || line="$line && git -C igpt_jax checkout --quiet $(shell_quote "$git_ref")"
+  else
+    run gcloud compute tpus tpu-vm scp "$tmp/igpt_jax.tar.gz" "$name:igpt_jax.tar.gz" \
+      "${where[@]}" "${scp_flags[@]}" --worker=all || return
+    line="$line && mkdir igpt_jax && tar -xzf igpt_jax.tar.gz -C igpt_jax"
+  fi
+  on_workers all "$line"
+}
+
+mount_buckets() {
+  local mount
+  for mount in ${mounts[@]+"${mounts[@]}"}; do
+    on_workers all "$worker mount $(shell_quote "${mount%%:*}" "${mount#*:}")" || return
+  done
+}
+
+start() {
+  local line
+  line="$worker start $(shell_quote "${main_args[@]}")"
+  [ ${#environment[@]} -eq 0 ] || line="env $(shell_quote "${environment[@]}") $line"
+  started=1
+  on_workers all "$line"
+}
+
+workers_state() {
+  local lines status
+  outcome=unreachable ended=0
+  lines=$(on_workers all "$worker status || echo igpt_jax_worker: none" 2>"$tmp/status") || return 0
+  case $lines in
+    *": running"*) outcome=running ;;
+    *": ended "*) outcome=ended ;;
+    *": none"*) outcome=none ;;
+  esac
+  # One host that was told to stop explains the others' failures, and so does a refused config.
+  while read -r status; do
+    case $status:$ended in
+      0:*) ;;
+      143:* | *:0) ended=$status ;;
+      2:143) ;;
+      2:*) ended=2 ;;
+    esac
+  done < <(sed -n 's/^igpt_jax_worker: ended //p' <<<"$lines")
+}
+
+# Streams worker 0's log, from its start or its end; sets `lasted`, in ticks.
+stream() {
+  local look_in=$STATE_TICKS
+  lasted=0
+  # A process group of its own: gcloud leaves its ssh behind when it alone is killed.
+  set -m
+  on_workers 0 "$worker follow $1" 2>"$tmp/follow" &
+  follower=$!
+  set +m
+  while kill -0 "$follower" 2>/dev/null; do
+    nap 1
+    lasted=$((lasted + 1)) look_in=$((look_in - 1))
+    [ "$look_in" -eq 0 ] || continue
+    look_in=$STATE_TICKS
+    ! machines_gone || return "$LOST"
+  done
+  wait "$follower" 2>/dev/null || true
+  follower=""
+}
+
+follow() {
+  local from=start idle=0 silent=0 i
+  if [ -n "$dry_run" ]; then
+    on_workers 0 "$worker follow start"
+    on_workers all "$worker status || echo igpt_jax_worker: none"
+    started=""
+    return
+  fi
+  while :; do
+    stream "$from" || return
+    from=end
+    workers_state
+    [ "$outcome" = unreachable ] || silent=0
+    case $outcome in
+      running)
+        # Either the connection broke, or the first host ended before the others.
+        [ "$lasted" -le 10 ] || idle=0
+        idle=$((idle + 10))
+        if [ "$idle" -gt "$STRAGGLER_TICKS" ]; then
+          say "some hosts still run $STRAGGLER_TICKS s after the first one ended: stopping them"
+          on_workers all "$worker stop" || true
+        fi
+        ;;
+      unreachable)
+        silent=$((silent + 1))
+        say "no answer from all of the machines, $silent of $REACH_TRIES tries"
+        ! machines_gone || return "$LOST"
+        [ "$silent" -lt "$REACH_TRIES" ] || return "$LOST"
+        nap "$STATE_TICKS"
+        ;;
+      *) break ;;
+    esac
+    nap 10
+  done
+  started=""
+  [ "$outcome" = ended ] || return "$LOST"
+  [ "$ended" -ne 0 ] || return 0
+  on_workers all "$worker report" || true
+  # Preempted machines stop their processes before the queued resource says so.
+  for ((i = 0; i < 3; i++)); do
+    ! machines_gone || return "$LOST"
+    [ "$ended" -ne 2 ] || break
+    nap 10
+  done
+  say "the run ended with status $ended"
+  return "$ended"
+}
