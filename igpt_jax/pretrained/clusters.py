@@ -5,6 +5,7 @@ numbers: a colour c in 0..255 is c / 127.5 - 1. Only those two files' formats ma
 """
 
 import json
+import math
 import os
 import stat
 from typing import Any
@@ -32,11 +33,11 @@ def read_json(path: str) -> dict[str, Any]:
     if status.st_size > _MAX_JSON_BYTES:
       raise UserError(f"file: {path}: {status.st_size} bytes; expected at most 16 MiB of JSON")
     with open(path, "rb") as file:
-      value = json.loads(file.read(_MAX_JSON_BYTES))
+      value = json.loads(file.read(status.st_size))
   except OSError as error:
     raise UserError(f"file: {path}: {error.strerror}; expected a readable file") from error
   except (ValueError, RecursionError) as error:
-    raise UserError(f"file: {path}: {error}; expected JSON") from error
+    raise UserError(f"file: {path}: {str(error)[:200]}; expected JSON") from error
   if not isinstance(value, dict):
     raise UserError(f"file: {path}; expected a JSON object, not {type(value).__name__}")
   return value
@@ -56,13 +57,16 @@ def read_clusters(path: str | os.PathLike[str]) -> np.ndarray:
     for name in ("image_mean", "image_std"):
       if config.get(name) not in (None, [0.5, 0.5, 0.5]):
         raise UserError(
-          f"palette: {path}: {name} {config[name]}; expected 0.5 for every channel, as Image GPT's "
+          f"palette: {path}: {name} {str(config[name])[:100]!a}; expected 0.5 for every channel, as Image GPT's "
           "colours are scaled to [-1, 1]"
         )
     try:
-      clusters = np.asarray(config["clusters"], dtype=np.float32)
+      with np.errstate(over="ignore"):  # an infinity is no colour, and refused below
+        clusters = np.asarray(config["clusters"], dtype=np.float32)
     except (ValueError, TypeError, OverflowError) as error:
-      raise UserError(f"palette: {path}: clusters: {error}; expected [k, 3] numbers") from error
+      raise UserError(
+        f"palette: {path}: clusters: {str(error)[:200]!a}; expected [k, 3] numbers"
+      ) from error
   else:
     clusters = _read_npy(path)
   if clusters.ndim != 2 or clusters.shape[1] != 3 or not 1 <= len(clusters) <= _MAX_COLOURS:
@@ -79,17 +83,23 @@ def _read_npy(path: str) -> np.ndarray:
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise UserError(f"palette: {path}; expected a regular file")
-    # Mapped, so that a header can't make it allocate more than the file holds.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    with open(path, "rb") as file:
+      # The header alone first: it can't make numpy allocate more than a palette has.
+      header = np.lib.format
+      reader = {(1, 0): header.read_array_header_1_0, (2, 0): header.read_array_header_2_0}
+      shape, _, dtype = reader[header.read_magic(file)](file)
+      if dtype.kind not in "fiu" or len(shape) != 2 or not 0 < math.prod(shape) <= 3 * _MAX_COLOURS:
+        raise UserError(f"palette: {path}: {dtype} {list(shape)[:5]}; expected [k, 3] numbers")
+      file.seek(0)
+      return np.load(file, allow_pickle=False).astype(np.float32)
   except OSError as error:
     raise UserError(f"palette: {path}: {error.strerror or error}; expected a .npy file") from error
-  except Exception as error:  # np.load hands on whatever its header's Python literal raises.
-    raise UserError(f"palette: {path}: {error}; expected a .npy file of numbers") from error
-  if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-    raise UserError(f"palette: {path}; expected one array of numbers")
-  if array.size > 3 * _MAX_COLOURS:
-    raise UserError(f"palette: {path}: shape {list(array.shape)}; expected [k, 3]")
-  return np.array(array, dtype=np.float32)
+  except UserError:
+    raise
+  except Exception as error:  # numpy hands on whatever the header's Python literal raises
+    raise UserError(
+      f"palette: {path}: {str(error)[:200]!a}; expected a .npy file of [k, 3] numbers"
+    ) from error
 
 
 def find_clusters(directory: str, n_vocab: int) -> tuple[np.ndarray | None, str]:

@@ -32,6 +32,7 @@ from igpt_jax.pretrained.leaves import (
   foreign_tensors,
   listing,
   lookup,
+  shown,
 )
 from igpt_jax.pretrained.weight_files import TorchSource, open_safetensors
 
@@ -114,13 +115,14 @@ def open_directory(directory: str | os.PathLike[str]) -> Foreign:
   config = _model_config(fields, config_path)
   source = _open_weights(directory)
   try:
-    tied = _is_tied(fields, source, config, directory)
-    leaves = table(config, tied=tied)
+    # Before the table is made: its length is what config.json claims.
     depth = len({match[1] for match in map(_LAYER.match, source.specs) if match})
     if depth != config.n_layer:
       raise UserError(
         f"weights: {directory} has {depth} layers; expected n_layer {config.n_layer} of config.json"
       )
+    tied = _is_tied(fields, source, config, directory)
+    leaves = table(config, tied=tied)
     check_specs(leaves, source.specs, directory)
     notes = list(_check_extra(leaves, source, directory))
     if tied:
@@ -140,18 +142,17 @@ def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:
   for name, wanted in _REQUIRED.items():
     # What an older or trimmed config.json leaves out has transformers' default, which is `wanted`.
     if fields.get(name, wanted) != wanted:
-      raise UserError(f"config.json: {name} {fields[name]!r} in {path}; expected {wanted!r}")
+      raise UserError(f"config.json: {name} {shown(fields[name])} in {path}; expected {wanted!r}")
   numbers = {}
   for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
     value = fields.get(name)
-    if type(value) is not int or not 1 <= value < 1 << 31:
-      raise UserError(
-        f"config.json: {name} {str(value)[:40]} in {path}; expected a positive number"
-      )
+    most = 1 << (24 if name in ("n_positions", "vocab_size") else 16)
+    if type(value) is not int or not 1 <= value <= most:
+      raise UserError(f"config.json: {name} {shown(value)} in {path}; expected 1 to {most}")
     numbers[name] = value
   inner = fields.get("n_inner")
   if inner not in (None, 4 * numbers["n_embd"]):
-    raise UserError(f"config.json: n_inner {str(inner)[:40]} in {path}; expected 4 × n_embd")
+    raise UserError(f"config.json: n_inner {shown(inner)} in {path}; expected 4 × n_embd")
   if numbers["vocab_size"] < 2:
     raise UserError(
       f"config.json: vocab_size 1 in {path}; expected the palette's size and one more"
@@ -180,7 +181,7 @@ def _open_weights(directory: str):
     for name in weight_map.values():
       if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", name):
         raise UserError(
-          f"weights: {str(name)[:80]!r} in {index_path}; expected a .safetensors file's bare name"
+          f"weights: {shown(name)} in {index_path}; expected a .safetensors file's bare name"
         )
     return open_safetensors(directory, sorted(set(weight_map.values())), weight_map)
   if os.path.exists(here("pytorch_model.bin")):

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -188,16 +188,22 @@ def check_specs(table: tuple[Leaf, ...], specs: Mapping[str, Spec], where: str) 
         problems[part.name] = "isn't float32, float16 or bfloat16"
   if problems:
     raise UserError(
-      f"tensors of {where}: {listing(f'{name} {what}' for name, what in problems.items())}; "
+      f"tensors of {where}: {listing(f'{shown(name)} {what}' for name, what in problems.items())}; "
       "expected an Image GPT's; fix: check that this is the right checkpoint, and complete"
     )
 
 
-def listing(names) -> str:
+def shown(value: Any) -> str:
+  """A value out of a file as one short printable piece of a message."""
+  text = value if isinstance(value, str) and value.isprintable() and value else ascii(value)
+  return text if len(text) <= 100 else text[:100] + "…"
+
+
+def listing(names: Iterable[str]) -> str:
   """The first few names, and how many more there are."""
   names = list(names)
   more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return "; ".join(names[:5]) + more
+  return "; ".join(map(shown, names[:5])) + more
 
 
 def foreign_tensors(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import google_crc32c
 
-MAX_KEY_BYTES = 1024  # keys share prefixes: unbounded, a small file could decode into a large one
+MAX_KEY_BYTES = 512  # keys share prefixes: unbounded, a small file could decode into a large one
 BLOCK_BYTES = 262144  # TensorFlow's
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48

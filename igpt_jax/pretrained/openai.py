@@ -122,14 +122,21 @@ def _infer_config(specs: Mapping[str, Any], prefix: str) -> ImageGPTConfig:
         "dimensions; fix: this isn't an Image GPT of openai/image-gpt"
       )
     shapes[name] = shape
+  n_head, head_dim, n_embd = shapes["h0/attn/q_proj"]
+  if n_head * head_dim != n_embd or n_embd != shapes["wte"][1]:
+    raise UserError(
+      f"checkpoint variables: {prefix}: model/h0/attn/q_proj {list(shapes['h0/attn/q_proj'])} and "
+      f"model/wte {list(shapes['wte'])}; expected [n_head, n_embd / n_head, n_embd] and "
+      "[n_vocab, n_embd]"
+    )
   layers = {int(match[1]) for match in map(_LAYER.match, specs) if match}
   absent = next(i for i in range(len(layers) + 1) if i not in layers)
   if absent != len(layers):
     raise UserError(f"checkpoint variables: {prefix} has none of model/h{absent}, but later layers")
   return ImageGPTConfig(
     n_layer=len(layers),
-    n_head=shapes["h0/attn/q_proj"][0],
-    n_embd=shapes["wte"][1],
+    n_head=n_head,
+    n_embd=n_embd,
     n_vocab=shapes["wte"][0],
     n_positions=shapes["wpe"][0],
     causal="model/sos" in specs,

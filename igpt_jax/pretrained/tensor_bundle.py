@@ -220,6 +220,8 @@ class Bundle:
           raise Malformed(f"it lists more than {_MAX_ENTRIES} variables")
         else:
           name = key.decode("utf-8")
+          if not name.isprintable():
+            raise Malformed("a name isn't printable")
           self.entries[name] = _parse_entry(value)
       if shards is None:
         raise Malformed("it is empty")
@@ -334,7 +336,9 @@ def write_bundle(
         array = np.ascontiguousarray(array).reshape(np.shape(array))
         key = name.encode("utf-8")
         if not key or len(key) > MAX_KEY_BYTES or key in entries:
-          raise UserError(f"variable name: {name!r}; expected a new one of 1 to 1024 bytes")
+          raise UserError(
+            f"variable name: {name!r}; expected a new one of 1 to {MAX_KEY_BYTES} bytes"
+          )
         if array.dtype not in _DTYPE_CODES:
           raise UserError(f"dtype of {name}: {array.dtype.name} has no place in a checkpoint")
         shard = sizes.index(min(sizes))

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from igpt_jax.errors import UserError
-from igpt_jax.pretrained.leaves import Spec
+from igpt_jax.pretrained.leaves import Spec, shown
 
 _SAFETENSORS_DTYPES = {
   "F32": np.dtype(np.float32),
@@ -23,6 +23,7 @@ _SAFETENSORS_DTYPES = {
 }
 _MAX_HEADER_BYTES = 4 << 20  # an L-size model's has 60 kB
 _MAX_FILES = 512
+_MAX_NAME = 512
 
 
 class _SafetensorsSource:
@@ -41,6 +42,8 @@ class _SafetensorsSource:
       handle = safe_open(path, framework="np", backend="pread")
       self._files[file] = handle
       for name in handle.keys():
+        if not name.isprintable() or len(name) > _MAX_NAME:
+          raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
         if name in self.specs:
           raise UserError(f"weights: {name} is in {path} and in {self._file_of[name]}")
         view = handle.get_slice(name)
@@ -105,7 +108,7 @@ def open_safetensors(
         listed, found = weight_map.get(name), source.file_of(name)
         if listed != found:
           raise UserError(
-            f"weights: {name} of {directory} is listed in {listed}, but found in {found}; "
+            f"weights: {shown(name)} of {directory} is listed in {listed}, but found in {found}; "
             "fix: bring the index and all files of one model together"
           )
   except BaseException:
@@ -152,7 +155,9 @@ class TorchSource:
     declared = 0
     for name, tensor in state.items():
       if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise UserError(f"weights: {str(name)[:80]} in {path} isn't a named tensor")
+        raise UserError(f"weights: {shown(name)} in {path} isn't a named tensor")
+      if not name.isprintable() or len(name) > _MAX_NAME:
+        raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
       if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise UserError(f"weights: {name} in {path}; expected a dense tensor")
       # Strides of zero, or one storage shared by many, would let a few bytes stand for any size;
