@@ -1,0 +1,260 @@
+"""Fused attention for TPUs, forward and backward, made for pixels: short rows, no masks but one.
+
+Reads queries, keys and values where the qkv matmul wrote them and writes outputs where the output
+projection reads them, so no transpose or padding surrounds the kernel. `attention_tpu_blocks` has
+what happens inside; this module has the shapes that it takes, how it is cut, and its gradient.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from igpt_jax.model.attention_tpu_blocks import LANES, Plan, backward_body, forward_body
+
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+MAX_LENGTH = 4096
+OUTPUT_NAME, LSE_NAME = "attention_out", "attention_lse"
+_ONE_SPAN = 1024  # positions up to which a whole row of scores is worked through at once
+_LARGEST_ODD_GROUP = 512
+_VMEM_BUDGET = 56 * 2**20  # of the 64 MiB that v5p and TPU7x have
+
+
+def _group(n_head: int, head_dim: int) -> int | None:
+  """Heads per group: the fewest that fill whole 128-lane vectors, or all if those are few."""
+  heads = LANES // math.gcd(head_dim, LANES)
+  if n_head % heads == 0:
+    return heads
+  return n_head if n_head * head_dim <= _LARGEST_ODD_GROUP else None
+
+
+def _span(length: int) -> int | None:
+  if length <= _ONE_SPAN:
+    return length
+  spans = [n for n in range(LANES, _ONE_SPAN + 1, LANES) if length % n == 0]
+  return spans[-1] if spans else None
+
+
+def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
+  """Why `fused_attention` doesn't take these shapes (local to one device), or None if it does."""
+  if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+    return f"dtype {jnp.dtype(dtype).name}: expected bfloat16 or float32"
+  if head_dim not in HEAD_DIMS:
+    return f"head dim {head_dim}: expected one of {', '.join(map(str, HEAD_DIMS))}"
+  if _group(n_head, head_dim) is None:
+    heads = LANES // math.gcd(head_dim, LANES)
+    return (
+      f"{n_head} heads of {head_dim} on one device: expected a multiple of {heads}, or at most "
+      f"{_LARGEST_ODD_GROUP // head_dim} heads"
+    )
+  if not 16 <= length <= MAX_LENGTH or length % 16:
+    return f"length {length}: expected a multiple of 16 from 16 to {MAX_LENGTH}"
+  if _span(length) is None:
+    return f"length {length}: expected a multiple of {LANES} above {_ONE_SPAN}"
+  return None
+
+
+def _wide_matrix_unit() -> bool:
+  """Whether this is for a TPU with 256 × 256 matrix units (v6e on), not 128 × 128.
+
+  The mesh in force tells, also one of devices that aren't there (ahead-of-time compilation); then
+  this machine's own TPU. It decides speed alone, never the result.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None and jax.default_backend() == "tpu":
+    device = jax.devices()[0]
+  kind = "" if device is None else device.device_kind
+  return kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4", "TPU v5"))
+
+
+def make_plan(
+  n_head: int, head_dim: int, length: int, *, causal: bool, backward: bool, wide: bool
+) -> Plan:
+  """How the kernel goes about these shapes; `wide` as in `_wide_matrix_unit`.
+
+  Raises:
+    ValueError: `supports` refuses them.
+  """
+  refusal = supports(n_head, head_dim, length, jnp.bfloat16)
+  if refusal:
+    raise ValueError(f"fused_attention: {refusal}")
+  return Plan(
+    head_dim=head_dim,
+    heads=_group(n_head, head_dim),
+    length=length,
+    span=_span(length),
+    causal=causal,
+    tile=256,
+    diagonal=128 if backward and not wide else 256,
+    lag=2,
+    transposed_queries=backward and head_dim < LANES,
+  )
+
+
+def _block(rows: int | None, plan: Plan, buffers: int) -> pl.BlockSpec:
+  """All positions of one head group, of [batch, length, width] or of three of those."""
+  shape = (1, plan.length, plan.width)
+  index = lambda b, g: (b, 0, g)
+  if rows:
+    shape, index = (rows, *shape), lambda b, g: (0, b, 0, g)
+  mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
+  return pl.BlockSpec(shape, index, **mode)
+
+
+def _lse_block(plan: Plan) -> pl.BlockSpec:
+  return pl.BlockSpec((1, 1, plan.spans, plan.heads, plan.span), lambda b, g: (b, g, 0, 0, 0))
+
+
+def _buffers_and_limit(plan: Plan, streamed: int, scratch: int) -> tuple[int, int]:
+  """Copies of each streamed block (2 hides its transfers), and the kernel's VMEM in bytes."""
+  held = plan.tile * plan.span * 4 * 2 * (plan.lag + 1)  # tiles of scores between start and finish
+  for buffers in (2, 1):
+    needed = buffers * streamed + scratch + held + 4 * 2**20
+    if needed <= _VMEM_BUDGET:
+      break
+  return buffers, max(needed, 16 * 2**20)
+
+
+def _scratch(shapes_and_dtypes) -> tuple[list, int]:
+  size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes_and_dtypes)
+  return [pltpu.VMEM(shape, dtype) for shape, dtype in shapes_and_dtypes], size
+
+
+def _forward(qkv: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, jax.Array]:
+  """Outputs [B, T, E] and the rows' log2-sum-exp2 [B, groups, spans, heads of a group, span]."""
+  _, batch, length, width = qkv.shape
+  groups = width // plan.width
+  dtype, item = qkv.dtype, qkv.dtype.itemsize
+  transposed = (plan.spans, plan.width, plan.span)
+  scratch, scratch_bytes = _scratch(
+    [(transposed, dtype), (transposed[1:], jnp.float32)]
+    + [((plan.heads, plan.span), jnp.float32)] * 2
+  )
+  streamed = 4 * length * plan.width * item
+  buffers, limit = _buffers_and_limit(plan, streamed, scratch_bytes)
+  pairs = batch * groups * plan.heads * length * length // (2 if plan.causal else 1)
+  return pl.pallas_call(
+    functools.partial(forward_body, plan),
+    grid=(batch, groups),
+    in_specs=[_block(3, plan, buffers)],
+    out_specs=[_block(None, plan, buffers), _lse_block(plan)],
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, length, width), dtype),
+      jax.ShapeDtypeStruct((batch, groups, plan.spans, plan.heads, plan.span), jnp.float32),
+    ],
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=4 * pairs * plan.head_dim,
+      transcendentals=pairs,
+      bytes_accessed=4 * batch * length * width * item,
+    ),
+    name="fused_attention_forward",
+    interpret=interpret,
+  )(qkv)
+
+
+def _backward(
+  qkv: jax.Array, out: jax.Array, lse: jax.Array, dout: jax.Array, plan: Plan, interpret: bool
+) -> jax.Array:
+  """The gradient of qkv [3, B, T, E]."""
+  _, batch, length, width = qkv.shape
+  groups = width // plan.width
+  dtype, item = qkv.dtype, qkv.dtype.itemsize
+  transposed = (plan.spans, plan.width, plan.span)
+  scratch, scratch_bytes = _scratch(
+    [(transposed, dtype)] * 3
+    + [((plan.spans, plan.heads, plan.span), jnp.float32), (transposed, jnp.float32)]
+    + [(transposed[1:], jnp.float32)] * 2
+  )
+  streamed = 8 * length * plan.width * item
+  buffers, limit = _buffers_and_limit(plan, streamed, scratch_bytes)
+  pairs = batch * groups * plan.heads * length * length // (2 if plan.causal else 1)
+  return pl.pallas_call(
+    functools.partial(backward_body, plan),
+    grid=(batch, groups),
+    in_specs=[
+      _block(3, plan, buffers),
+      _block(None, plan, buffers),
+      _lse_block(plan),
+      _block(None, plan, buffers),
+    ],
+    out_specs=_block(3, plan, buffers),
+    out_shape=jax.ShapeDtypeStruct(qkv.shape, dtype),
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=10 * pairs * plan.head_dim,
+      transcendentals=pairs,
+      bytes_accessed=8 * batch * length * width * item,
+    ),
+    name="fused_attention_backward",
+    interpret=interpret,
+  )(qkv, out, lse, dout)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plans:
+  forward: Plan
+  backward: Plan
+  interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plans: _Plans, qkv: jax.Array) -> jax.Array:
+  return _forward(qkv, plans.forward, plans.interpret)[0]
+
+
+def _attention_fwd(plans: _Plans, qkv: jax.Array):
+  out, lse = _forward(qkv, plans.forward, plans.interpret)
+  out, lse = checkpoint_name(out, OUTPUT_NAME), checkpoint_name(lse, LSE_NAME)
+  return out, (qkv, out, lse)
+
+
+def _attention_bwd(plans: _Plans, residuals, dout: jax.Array):
+  qkv, out, lse = residuals
+  return (_backward(qkv, out, lse, dout, plans.backward, plans.interpret),)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def fused_attention(
+  qkv_3xBxTxE: jax.Array, *, n_head: int, causal: bool, interpret: bool = False
+) -> jax.Array:
+  """softmax(q kᵀ / sqrt(head_dim)) v for every head, on a TPU.
+
+  Everything is local to one device: under a mesh, call it inside `jax.shard_map` (check_vma=False)
+  with batch and heads split and n_head this device's. Matmuls take the input's dtype and sum in
+  float32; scores and softmax are float32. A rematerialisation policy that saves the names
+  OUTPUT_NAME and LSE_NAME (and qkv) spares the backward pass the forward kernel.
+
+  Args:
+    qkv_3xBxTxE: queries, keys and values in bfloat16 or float32, E = n_head * head_dim.
+    n_head: number of heads in it.
+    causal: position t sees positions 0..t; else all of them.
+    interpret: run on the CPU, slowly, for tests.
+
+  Returns:
+    [B, T, E] in the input's dtype; differentiable once.
+
+  Raises:
+    ValueError: shapes or dtype that `supports` refuses.
+  """
+  _, _, length, width = qkv_3xBxTxE.shape
+  refusal = supports(n_head, width // n_head, length, qkv_3xBxTxE.dtype)
+  if refusal:
+    raise ValueError(f"fused_attention: {refusal}")
+  wide = _wide_matrix_unit()
+  make = functools.partial(make_plan, n_head, width // n_head, length, causal=causal, wide=wide)
+  plans = _Plans(make(backward=False), make(backward=True), interpret)
+  return _attention(plans, qkv_3xBxTxE)
