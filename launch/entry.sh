@@ -7,6 +7,7 @@
 # A run that is told to stop (SIGTERM, Ctrl-C) saves a checkpoint and exits 0, as a finished one
 # does. Whoever restarts runs must tell the two apart, so after such a signal the status here is 143
 # whatever the run's own was. SIGUSR1 is handed on. PYTHON names the interpreter (default: python).
+# Relative paths are taken from the repository, wherever this is called from.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -27,7 +28,7 @@ if [ -n "$dry_run" ]; then
   run "${command[@]}"
   exit 0
 fi
-# The configs are read relative to the repository.
+# Configs import each other from the repository.
 cd "$REPO_DIR"
 
 child="" stopped="" signalled=""

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Submits a run to a GKE cluster with nothing but kubectl and JobSet: fills in gke_jobset.yaml.
 #
-#   launch/gke.sh --name=igpt-l --accelerator=tpu-v5p-slice --topology=4x4x4 --image=IMAGE -- \
-#     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l
+#   launch/gke.sh --name=igpt-l --accelerator=tpu-v5p-slice --topology=4x4x4 --image=IMAGE \
+#     --mount=BUCKET:/mnt/bucket -- \
+#     --config=configs/imagenet32_l.py --workdir=/mnt/bucket/igpt-l
 #
 # What comes after "--" goes to `python -m igpt_jax.main` on every host, with --distributed. The
 # image is launch/Dockerfile's, built with --build-arg PLATFORM=tpu.
@@ -70,6 +71,7 @@ chips=$((${topology//x/*}))
 [ "$chips_per_host" -gt 0 ] && [ $((chips % chips_per_host)) -eq 0 ] ||
   die "--chips-per-host=$chips_per_host; expected a divisor of the $chips chips of $topology"
 check_main_args "$@"
+check_mounts mount ${mounts[@]+"${mounts[@]}"}
 check_lasting_workdir ${mounts[@]+"${mounts[@]}"}
 need kubectl
 
@@ -84,7 +86,7 @@ fill_in() {
     POD_ANNOTATIONS='{"gke-gcsfuse/volumes": "true"}'
     volumes+=", {\"name\": \"bucket-$i\", \"csi\": {\"driver\": \"gcsfuse.csi.storage.gke.io\","
     volumes+=" \"volumeAttributes\": {\"bucketName\": $(json_strings "${mount%%:*}"),"
-    volumes+=" \"mountOptions\": \"implicit-dirs\"}}}"
+    volumes+=" \"mountOptions\": \"implicit-dirs,rename-dir-limit=$RENAME_LIMIT\"}}}"
     mount_points+=", {\"name\": \"bucket-$i\", \"mountPath\": $(json_strings "${mount#*:}")}"
     i=$((i + 1))
   done

@@ -2,6 +2,11 @@
 # What the launch scripts share: messages, quoting, dry runs, arguments. It is sourced, never run,
 # and knows no platform: what one script alone needs stays in that script.
 
+# gcsfuse renames a directory of at most so many entries in a bucket without folders of its own;
+# checkpoints are written under another name and renamed.
+# shellcheck disable=SC2034  # for the scripts that source this
+RENAME_LIMIT=100000
+
 # One second, the unit of every wait; tests make it shorter.
 TICK=${LAUNCH_TICK:-1}
 dry_run=""
@@ -111,7 +116,11 @@ check_main_args() {
     previous=$arg
   done
   [ -n "$config" ] || die "missing argument: --config=…; for example -- --config=configs/imagenet32_s.py"
-  [ -n "$workdir" ] || die "missing argument: --workdir=…; the directory or bucket the run lives in"
+  [ -n "$workdir" ] || die "missing argument: --workdir=…; the directory the run lives in"
+  case $workdir in
+    *://*) die "--workdir=$workdir; expected a directory; fix: mount the bucket, with --mount=BUCKET:/DIR" \
+      "or see launch/README.md, and give a directory under it" ;;
+  esac
 }
 
 # nap N: sleeps N ticks, in steps, so that a signal is answered within one.
@@ -120,15 +129,22 @@ nap() {
   for ((i = 0; i < $1; i++)); do sleep "$TICK"; done
 }
 
-# check_lasting_workdir [BUCKET:DIR…]: refuses a work directory that goes when the machines go. Only
-# a bucket, or a directory under one of the mounts, outlives them and is the same on every host.
-check_lasting_workdir() {
-  local mount lasts=""
-  case $workdir in gs://*) lasts=1 ;; esac
+# check_mounts OPTION [NAME:DIR…]
+check_mounts() {
+  local option=$1 mount
+  shift
   for mount in "$@"; do
-    [[ $mount =~ ^[^:]+:/.+$ ]] || die "--mount=$mount; expected BUCKET:/DIRECTORY"
-    case $workdir/ in "${mount#*:}"/*) lasts=1 ;; esac
+    [[ $mount =~ ^[^:]+:/.+$ ]] || die "--$option=$mount; expected NAME:/DIRECTORY"
   done
-  [ -n "$lasts" ] || die "--workdir=$workdir would be deleted with the machines;" \
-    "fix: a bucket (gs://…), or a directory under a --mount"
+}
+
+# check_lasting_workdir [NAME:DIR…]: refuses a work directory that goes when the machines go. Only one
+# under something mounted outlives them and is the same on every host.
+check_lasting_workdir() {
+  local mount
+  for mount in "$@"; do
+    case $workdir/ in "${mount#*:}"/*) return 0 ;; esac
+  done
+  die "--workdir=$workdir would be deleted with the machines; fix: a directory under what --mount" \
+    "(xpk.sh: --storage) mounts"
 }

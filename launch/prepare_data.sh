@@ -5,8 +5,9 @@
 #
 # Makes a virtual environment of its own with the `prepare` extra, which TensorFlow Datasets needs
 # for this one job, and runs `python -m igpt_jax.main` with what comes after "--" and
-# --config.job=prepare. Run it again to go on where it stopped. ImageNet's archives, for example,
-# must be downloaded by hand first, and the job says where it expects them.
+# --config.job=prepare. Run it again after an interruption: what was downloaded is kept, and what is
+# ready is left alone. ImageNet's archives, for example, must be downloaded by hand first, and the job
+# says where it expects them.
 #
 #   --venv=DIR       the virtual environment; default: .venv-prepare in the repository
 #   --python=PYTHON  the interpreter that makes it, 3.11 or later; default: python3
@@ -43,7 +44,7 @@ case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 # The stamp says what was installed: an interrupted or outdated installation is done again.
 stamp=$venv/prepare.stamp
 wanted=$(cksum <"$REPO_DIR/setup.py")
-if [ -n "$dry_run" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   [ -n "$dry_run" ] || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "--python=$python; expected Python 3.11 or later"
   run "$python" -m venv "$venv"
@@ -51,5 +52,4 @@ if [ -n "$dry_run" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   [ -n "$dry_run" ] || printf '%s\n' "$wanted" >"$stamp"
 fi
 
-# Relative paths in the arguments stay relative to where the caller stands.
 run env PYTHON="$venv/bin/python" bash "$LAUNCH_DIR/entry.sh" "$@" --config.job=prepare

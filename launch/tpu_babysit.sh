@@ -2,8 +2,9 @@
 # Keeps a run on a Cloud TPU slice going until it has ended: after a preemption it makes the machines
 # again and goes on in the same --workdir.
 #
-#   launch/tpu_babysit.sh --name=igpt-l --zone=ZONE --type=v5p-128 --capacity=spot -- \
-#     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l
+#   launch/tpu_babysit.sh --name=igpt-l --zone=ZONE --type=v5p-128 --capacity=spot \
+#     --mount=BUCKET:/mnt/bucket -- \
+#     --config=configs/imagenet32_l.py --workdir=/mnt/bucket/igpt-l
 #
 # Takes every option of tpu_vm.sh except --delete, and:
 #

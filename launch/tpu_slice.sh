@@ -6,7 +6,7 @@
 LOST=75              # exit status: the machines were preempted or lost
 STATE_TICKS=30       # between two looks at the queued resource
 REACH_TRIES=10       # looks at machines that don't answer before they count as lost
-STRAGGLER_TICKS=300  # how long other hosts may outlive the first one
+STRAGGLER_TICKS=${STRAGGLER_TICKS:-300}  # how long other hosts may outlive the first one
 DELETE_TRIES=30
 MAX_ARCHIVE_KIB=204800
 
@@ -66,7 +66,6 @@ create() {
     return
   fi
   cat "$tmp/create" >&2
-  ! grep -q ALREADY_EXISTS "$tmp/create" || owned=""
   return 1
 }
 
@@ -249,7 +248,7 @@ stream() {
 }
 
 follow() {
-  local from=start idle=0 silent=0 i
+  local from=start idle=0 silent=0 stragglers="" i
   if [ -n "$dry_run" ]; then
     on_workers 0 "$worker follow start"
     on_workers all "$worker status || echo igpt_jax_worker: none"
@@ -258,6 +257,7 @@ follow() {
   fi
   while :; do
     stream "$from" || return
+    # What is logged while the connection is down stays in the host's log alone.
     from=end
     workers_state
     [ "$outcome" = unreachable ] || silent=0
@@ -268,6 +268,8 @@ follow() {
         idle=$((idle + 10))
         if [ "$idle" -gt "$STRAGGLER_TICKS" ]; then
           say "some hosts still run $STRAGGLER_TICKS s after the first one ended: stopping them"
+          # What the others came to is what happened, not that these were stopped for it.
+          stragglers=$((ended ? ended : 1))
           on_workers all "$worker stop" || true
         fi
         ;;
@@ -284,6 +286,7 @@ follow() {
   done
   started=""
   [ "$outcome" = ended ] || return "$LOST"
+  ended=${stragglers:-$ended}
   [ "$ended" -ne 0 ] || return 0
   on_workers all "$worker report" || true
   # Preempted machines stop their processes before the queued resource says so.

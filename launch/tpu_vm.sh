@@ -2,8 +2,9 @@
 # Trains on a Cloud TPU slice: asks for it, installs, runs on all its hosts, streams the log, and
 # deletes what it made.
 #
-#   launch/tpu_vm.sh --name=igpt-s --zone=ZONE --type=v5litepod-16 --capacity=spot -- \
-#     --config=configs/imagenet32_s.py --workdir=gs://BUCKET/igpt-s
+#   launch/tpu_vm.sh --name=igpt-s --zone=ZONE --type=v5litepod-16 --capacity=spot \
+#     --mount=BUCKET:/mnt/bucket -- \
+#     --config=configs/imagenet32_s.py --workdir=/mnt/bucket/igpt-s
 #
 # What comes after "--" goes to `python -m igpt_jax.main` on every host, with --distributed.
 #
@@ -18,6 +19,8 @@
 #   --internal-ips          machines without public addresses, reached from inside their network
 #   --git=URL --ref=REF     install that commit, tag or branch; default: copy this repository
 #   --mount=BUCKET:DIR      mount a bucket at DIR on every host with gcsfuse; may be repeated
+#   --shared=DIR            DIR outlives the machines and is the same on all of them by other means,
+#                           an NFS mount or the like; may be repeated
 #   --env=NAME=VALUE        environment of the run; may be repeated
 #   --keep                  leave the machines, and the run if this script is interrupted
 #   --owner=ID              take over machines that a launch with this ID made (it prints its ID)
@@ -35,7 +38,7 @@ set -euo pipefail
 
 name="" zone="" type="" capacity=on-demand project="" runtime="" valid_until="" internal_ips=""
 git_url="" git_ref="" keep="" owner="" delete_only=""
-create_flags=() mounts=() environment=()
+create_flags=() mounts=() shared=() environment=()
 
 while [ $# -gt 0 ]; do
   case $1 in
@@ -51,6 +54,7 @@ while [ $# -gt 0 ]; do
     --git=*) git_url=${1#*=} ;;
     --ref=*) git_ref=${1#*=} ;;
     --mount=*) mounts+=("${1#*=}") ;;
+    --shared=*) shared+=("shared:${1#*=}") ;;
     --env=*) environment+=("${1#*=}") ;;
     --keep) keep=1 ;;
     --owner=*) owner=${1#*=} ;;
@@ -101,7 +105,9 @@ else
   [ -z "$internal_ips" ] || create_flags+=(--internal-ips)
   [ -z "$git_ref" ] || need_option git "$git_url"
   check_main_args "$@"
-  [ -n "$keep" ] || check_lasting_workdir ${mounts[@]+"${mounts[@]}"}
+  check_mounts mount ${mounts[@]+"${mounts[@]}"}
+  [ -n "$keep" ] ||
+    check_lasting_workdir ${mounts[@]+"${mounts[@]}"} ${shared[@]+"${shared[@]}"}
   for variable in ${environment[@]+"${environment[@]}"}; do
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "--env=$variable; expected NAME=VALUE"
   done

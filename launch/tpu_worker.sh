@@ -78,7 +78,7 @@ mount_bucket() {
   fi
   sudo mkdir -p "$directory"
   sudo chown "$(id -u):$(id -g)" "$directory"
-  gcsfuse --implicit-dirs "$bucket" "$directory"
+  gcsfuse --implicit-dirs --rename-dir-limit="$RENAME_LIMIT" "$bucket" "$directory"
 }
 
 start() {
@@ -93,9 +93,9 @@ start() {
   rm -f "$state_dir/pid" "$state_dir/status" "$state_dir/entry_pid"
   printf '%s\n' "$args" >"$state_dir/args"
   nohup setsid bash "$0" _run "$@" >"$state_dir/log" 2>&1 </dev/null &
-  for ((i = 0; i < 100; i++)); do
+  for ((i = 0; i < 500; i++)); do
     [ ! -s "$state_dir/entry_pid" ] || return 0
-    sleep 0.1
+    sleep 0.02
   done
   say "the run didn't start:"
   cat "$state_dir/log" >&2

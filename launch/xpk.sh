@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Submits a run to a GKE cluster that xpk manages (https://github.com/AI-Hypercomputer/xpk).
 #
-#   launch/xpk.sh --name=igpt-l --cluster=CLUSTER --type=v5p-128 --image=IMAGE -- \
-#     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l
+#   launch/xpk.sh --name=igpt-l --cluster=CLUSTER --type=v5p-128 --image=IMAGE \
+#     --storage=STORAGE:/mnt/storage -- \
+#     --config=configs/imagenet32_l.py --workdir=/mnt/storage/igpt-l
 #
 # What comes after "--" goes to `python -m igpt_jax.main` on every host, with --distributed. The
 # image is launch/Dockerfile's, built with --build-arg PLATFORM=tpu.
@@ -11,6 +12,8 @@
 #   --cluster=CLUSTER    where
 #   --type=TYPE          TPU type: v5litepod-16, v5p-128, v6e-64, tpu7x-64, …
 #   --image=IMAGE        container image, in a registry that the cluster reads
+#   --storage=NAME:DIR   a storage of the cluster (xpk storage attach) that it mounts at DIR; may be
+#                        repeated
 #   --project=PROJECT    default: gcloud's own setting
 #   --zone=ZONE          default: gcloud's own setting
 #   --max-restarts=N     after preemptions and failures; default 50
@@ -26,13 +29,14 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 name="" cluster="" type="" image="" project="" zone="" max_restarts=50 grace=120
-xpk_flags=()
+storages=() xpk_flags=()
 while [ $# -gt 0 ]; do
   case $1 in
     --name=*) name=${1#*=} ;;
     --cluster=*) cluster=${1#*=} ;;
     --type=*) type=${1#*=} ;;
     --image=*) image=${1#*=} ;;
+    --storage=*) storages+=("${1#*=}") ;;
     --project=*) project=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --max-restarts=*) max_restarts=${1#*=} ;;
@@ -59,8 +63,9 @@ need_name name "$name"
 need_count max-restarts "$max_restarts"
 need_count grace "$grace"
 check_main_args "$@"
-# shellcheck disable=SC2119  # no mounts
-check_lasting_workdir
+check_mounts storage ${storages[@]+"${storages[@]}"}
+check_lasting_workdir ${storages[@]+"${storages[@]}"}
+for storage in ${storages[@]+"${storages[@]}"}; do xpk_flags+=(--storage="${storage%%:*}"); done
 [ -z "$project" ] || xpk_flags+=(--project="$project")
 [ -z "$zone" ] || xpk_flags+=(--zone="$zone")
 need xpk kubectl

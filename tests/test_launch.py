@@ -37,7 +37,7 @@ SOURCED = ["lib.sh", "tpu_slice.sh"]
 
 # Every kind of character that a shell could trip over.
 NASTY = '--config.note=it\'s "a"  $HOME `b` \\ & (c) * ~ ; $(d) | ü'
-MAIN_ARGS = ["--config=configs/tiny.py", "--workdir=gs://bucket/a run", NASTY]
+MAIN_ARGS = ["--config=configs/tiny.py", "--workdir=/mnt/a bucket/run", NASTY]
 
 FAKE_GCLOUD = r"""#!/usr/bin/env bash
 # State: $FAKE/qr/states (one per look, the last stays), $FAKE/qr/owner, $FAKE/hosts/N (homes).
@@ -83,13 +83,21 @@ case "$3 $4" in
     active || exit 255
     for home in "$FAKE"/hosts/*; do cp "$5" "$home/${6#*:}" || exit 1; done ;;
   "tpu-vm ssh")
-    active || exit 255
+    active && [ ! -e "$FAKE/deaf" ] || exit 255
     status=0
     [ "$worker" != all ] || worker="*"
+    limit=""
+    case $command in
+      *"follow start") [ ! -e "$FAKE/broken" ] || limit="timeout 0.2" ;;
+      *"follow end") touch "$FAKE/followed_again" ;;
+    esac
+    pids=""
     for home in "$FAKE"/hosts/$worker; do
-      (cd "$home" && HOME=$home exec bash -c "$command") || status=$?
-      case $command in *"follow start") [ ! -e "$FAKE/broken" ] || status=255 ;; esac
+      (cd "$home" && HOME=$home exec $limit bash -c "$command") &
+      pids="$pids $!"
     done
+    for pid in $pids; do wait "$pid" || status=$?; done
+    [ -z "$limit" ] || status=255
     exit "$status" ;;
   *) exit 64 ;;
 esac
@@ -144,7 +152,7 @@ class World:
     return subprocess.run(
       self.command(script, *args),
       env=self.env | env,
-      cwd=self.repo,
+      cwd=self.env["HOME"],
       stdin=subprocess.DEVNULL,
       capture_output=True,
       text=True,
@@ -155,7 +163,7 @@ class World:
     process = subprocess.Popen(
       self.command(script, *args),
       env=self.env,
-      cwd=self.repo,
+      cwd=self.env["HOME"],
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -189,6 +197,19 @@ class World:
       assert time.monotonic() < deadline, "waited in vain"
       time.sleep(0.02)
 
+  def processes(self, program: str) -> list[str]:
+    """Process ids of what runs `program` in this world."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+      try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        environment = (process / "environ").read_bytes()
+      except OSError:
+        continue
+      if words[0].decode() == program and f"FAKE={self.fake}".encode() in environment:
+        found.append(process.name)
+    return found
+
   def follows(self) -> int:
     """How often the run's log was followed from its start."""
     return sum(call[-1].endswith("follow start") for call in self.gcloud("ssh"))
@@ -210,16 +231,17 @@ def world(tmp_path):
   _executable(bin_dir / "gcloud", FAKE_GCLOUD)
   for name in ("python", "python3", "python3.13"):
     _executable(bin_dir / name, FAKE_PYTHON)
-  for name in ("xpk", "kubectl", "srun", "scontrol"):
+  for name in ("xpk", "kubectl", "srun", "scontrol", "mountpoint", "sudo", "gcsfuse"):
     _executable(bin_dir / name, FAKE_TOOL)
-  (fake / "states").write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
+  (fake / "mountpoint.status").write_text("1")
+  (fake / "states").write_text("WAITING_FOR_RESOURCES\nACTIVE\n")
   (fake / "train.sh").write_text('echo "host $host trains"\n')
   env = {
     "PATH": f"{bin_dir}:/usr/bin:/bin",
     "HOME": str(home),
     "TMPDIR": str(tmp_path),
     "FAKE": str(fake),
-    "LAUNCH_TICK": "0.005",
+    "LAUNCH_TICK": "0.002",
     "LC_ALL": "C.UTF-8",
   }
   world = World(repo, fake, env)
@@ -228,16 +250,20 @@ def world(tmp_path):
     if process.poll() is None:
       os.killpg(process.pid, signal.SIGKILL)
       process.wait()
-  for pid in fake.glob("hosts/*/igpt_jax_run/pid"):
+  for pid in [*fake.glob("hosts/*/igpt_jax_run/pid"), *home.glob("igpt_jax_run/pid")]:
     try:
       os.killpg(int(pid.read_text()), signal.SIGKILL)
     except (ProcessLookupError, ValueError):
       pass
 
 
-TPU = ["--name=run-1", "--zone=zone-a", "--type=v5litepod-16"]
-GKE = ["--name=run-1", "--accelerator=tpu-v5p-slice", "--topology=4x4x4", "--image=reg/i:1"]
-XPK = ["--name=run-1", "--cluster=c", "--type=v5p-128", "--image=reg/i:1"]
+MOUNT = "--mount=bucket:/mnt/a bucket"
+TPU = ["--name=run-1", "--zone=zone-a", "--type=v5litepod-16", MOUNT]
+GKE = ["--name=run-1", "--accelerator=tpu-v5p-slice", "--topology=4x4x4", "--image=reg/i:1", MOUNT]
+XPK = [
+  *["--name=run-1", "--cluster=c", "--type=v5p-128", "--image=reg/i:1"],
+  "--storage=disk:/mnt/a bucket",
+]
 MAIN = ["--", *MAIN_ARGS]
 
 
@@ -290,7 +316,13 @@ DRY_RUNS = {
     "xpk.sh",
     [
       *[*XPK, "--project=p", "--zone=z", "--max-restarts=7", "--grace=300"],
-      *["--xpk-flag=--priority=high", "--dry-run", "--", "--config=c.py", "--workdir=gs://b/r"],
+      *[
+        "--xpk-flag=--priority=high",
+        "--dry-run",
+        "--",
+        "--config=c.py",
+        "--workdir=/mnt/a bucket",
+      ],
     ],
   ),
 }
@@ -381,8 +413,10 @@ BAD_CALLS = [
   ("tpu_vm.sh", [*TPU[:2], "--type=h100", *MAIN], "--type=h100"),
   ("tpu_vm.sh", [*TPU, "--ref=v1", *MAIN], "--git"),
   ("tpu_vm.sh", [*TPU, "--env=A", *MAIN], "--env=A"),
+  ("tpu_vm.sh", [*TPU, "--mount=b:relative", "--keep", *MAIN], "--mount=b:relative"),
   ("tpu_vm.sh", [*TPU, "--", "--config=c.py", "--workdir=runs/a"], "--workdir=runs/a"),
   ("tpu_vm.sh", [*TPU, *MAIN, "--config.x=a\nb"], "line break"),
+  ("tpu_vm.sh", [*TPU, "--", "--config=c.py", "--workdir=gs://bucket/run"], "gs://bucket/run"),
   ("tpu_vm.sh", [*TPU[:2], "--delete"], "--owner"),
   ("tpu_worker.sh", [], "verb"),
   ("tpu_worker.sh", ["dance"], "dance"),
@@ -472,12 +506,13 @@ def test_tpu_vm_creates_runs_on_all_hosts_and_deletes(world):
   assert result.stdout == "host 0 trains\n"
   (create,) = world.gcloud("create")
   assert "--spot" in create and "--accelerator-type=v5litepod-16" in create
-  for state in ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"):
+  for state in ("WAITING_FOR_RESOURCES", "ACTIVE"):
     assert f"run-1: {state}" in result.stderr
   # Through this shell, gcloud's and the machines', each argument arrives as it was.
   for host in "01":
     assert world.calls(f"main.{host}") == [["-m", "igpt_jax.main", *MAIN_ARGS, "--distributed"]]
   assert [call[-1].endswith("/igpt_jax[tpu]") for call in world.calls("pip")] == [True, True]
+  assert [call[-2:] for call in world.calls("gcsfuse")] == [["bucket", "/mnt/a bucket"]] * 2
   _assert_gone_with(world, creations=1)
 
 
@@ -489,15 +524,73 @@ def test_tpu_vm_passes_on_how_the_run_failed(world):
   _assert_gone_with(world, creations=1)
 
 
+@pytest.mark.parametrize("stopped", "01")
+def test_tpu_vm_takes_one_stopped_host_for_a_stopped_run(world, stopped):
+  # The others fail because that one went; it is no failure of the run.
+  world.write("train.sh", f'[ "$host" = {stopped} ] || exit 9; kill -TERM $PPID; sleep 0.2; exit 0')
+  result = world.run("tpu_vm.sh", *TPU, *MAIN)
+  assert result.returncode == 143, result.stderr
+  _assert_gone_with(world, creations=1)
+
+
+def test_tpu_vm_stops_hosts_that_outlive_the_first(world):
+  world.write("train.sh", '[ "$host" = 1 ] || exit 9\n' + TRAIN_FOREVER)
+  result = world.run("tpu_vm.sh", *TPU, *MAIN, STRAGGLER_TICKS="20")
+  assert result.returncode == 9, result.stderr
+  assert world.exists("saved.1")
+  _assert_gone_with(world, creations=1)
+
+
+def test_tpu_vm_counts_deaf_machines_as_lost(world):
+  world.write("train.sh", 'touch "$FAKE/deaf"')
+  result = world.run("tpu_vm.sh", *TPU, *MAIN, LAUNCH_TICK="0")
+  assert result.returncode == 75, result.stderr
+  assert "10 of 10 tries" in result.stderr
+  _assert_gone_with(world, creations=1)
+  result = world.run("tpu_vm.sh", *TPU, *MAIN, LAUNCH_TICK="0")
+  assert result.returncode == 75 and "doesn't answer" in result.stderr
+  _assert_gone_with(world, creations=2)
+
+
+def test_worker_start_is_asked_twice_and_starts_once(world):
+  world.write("train.sh", TRAIN_FOREVER)
+  env = {"PYTHON": "python"}
+  for _ in range(2):  # as gcloud does when the connection breaks
+    assert world.run("tpu_worker.sh", "start", *MAIN_ARGS, **env).returncode == 0
+  world.wait_for("training.home")
+  other = world.run("tpu_worker.sh", "start", "--config=other.py", **env)
+  assert other.returncode == 3 and "another run" in other.stderr
+  assert world.run("tpu_worker.sh", "status").stdout == "igpt_jax_worker: running\n"
+  assert world.run("tpu_worker.sh", "stop").returncode == 0
+  assert world.exists("saved.home") and len(world.calls("main.home")) == 1
+  assert world.run("tpu_worker.sh", "status").stdout == "igpt_jax_worker: ended 143\n"
+
+
+def test_worker_mounts_once(world):
+  world.write("mountpoint.status", "0")
+  assert world.run("tpu_worker.sh", "mount", "b", "/mnt/b").returncode == 0
+  assert not world.calls("sudo") and not world.calls("gcsfuse")
+
+
+def test_worker_counts_a_restarted_machine_as_stopped(world):
+  world.write("train.sh", TRAIN_FOREVER)
+  assert world.run("tpu_worker.sh", "start", *MAIN_ARGS, PYTHON="python").returncode == 0
+  state = pathlib.Path(world.env["HOME"], "igpt_jax_run")
+  (state / "boot_id").write_text("another\n")
+  assert world.run("tpu_worker.sh", "status").stdout == "igpt_jax_worker: ended 143\n"
+
+
 def test_tpu_vm_keep_and_delete_only_by_the_owner(world):
   world.write("train.sh", TRAIN_FOREVER)
   place = [*TPU[:2], "--delete"]
   process = world.start("tpu_vm.sh", *TPU, "--keep", "--owner=me", *MAIN)
   world.wait_for("training.0", "training.1")
+  world.wait_until(lambda: world.processes("tail"))
   os.killpg(process.pid, signal.SIGINT)
   output, _ = process.communicate(timeout=20)
   assert process.returncode == 130
   assert not world.gcloud("delete") and not world.exists("saved.0")
+  world.wait_until(lambda: not world.processes("tail"))
   # What it says about deleting is a command that does.
   (hint,) = [shlex.split(line) for line in output.splitlines() if "to stop the run" in line]
   assert hint[-4:] == ["--name=run-1", "--zone=zone-a", "--owner=me", "--delete"]
@@ -511,6 +604,13 @@ def test_tpu_vm_keep_and_delete_only_by_the_owner(world):
   assert world.exists("saved.0") and world.exists("saved.1"), "deleted without stopping the run"
   _assert_gone_with(world, creations=1)
   assert world.run("tpu_vm.sh", *place, "--owner=me").returncode == 0, "nothing to delete is fine"
+
+
+def test_tpu_vm_takes_the_callers_word_for_a_shared_directory(world):
+  args = [*TPU[:3], "--shared=/nfs", "--", "--config=c.py", "--workdir=/nfs/run"]
+  assert world.run("tpu_vm.sh", *args).returncode == 0
+  assert world.calls("main.1") and not world.calls("gcsfuse")
+  _assert_gone_with(world, creations=1)
 
 
 def test_tpu_vm_follows_a_run_that_goes_on(world):
@@ -567,13 +667,15 @@ def test_tpu_vm_survives_a_broken_connection_and_a_silent_gcloud(world):
   world.write(
     "train.sh",
     """
-    touch "$FAKE/flaky"
-    if [ "$host" = 0 ]; then sleep 0.3; echo done; fi
-    while [ -e "$FAKE/flaky" ]; do sleep 0.02; done
+    [ "$host" = 0 ] || exit 0
+    touch "$FAKE/flaky"; echo one
+    while [ -e "$FAKE/flaky" ] || [ ! -e "$FAKE/followed_again" ]; do sleep 0.02; done
+    sleep 0.2; echo two
     """,
   )
   result = world.run("tpu_vm.sh", *TPU, *MAIN)
   assert result.returncode == 0, result.stderr
+  assert result.stdout == "one\ntwo\n", "the log was streamed twice, or not to its end"
   assert "no answer about run-1" in result.stderr
   assert len(world.calls("main.0")) == 1, "a broken connection started the run again"
   _assert_gone_with(world, creations=1)
@@ -691,7 +793,7 @@ def test_jobset_template_and_rendering_are_the_yaml_they_should_be(world):
   world.write("kubectl.stdin")
   result = world.run("gke.sh", *GKE, "--spot", "--mount=b:/mnt/b", "--namespace=n", *MAIN)
   assert result.returncode == 0, result.stderr
-  assert world.calls("kubectl") == [["kubectl"][1:] + ["--namespace=n", "create", "--filename=-"]]
+  assert world.calls("kubectl") == [["--namespace=n", "create", "--filename=-"]]
   text = (world.fake / "kubectl.stdin").read_text()
   jobset = yaml.safe_load(text)
   job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
@@ -705,7 +807,7 @@ def test_jobset_template_and_rendering_are_the_yaml_they_should_be(world):
   assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
   mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
   assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
-  assert set(mounted.values()) == {"/dev/shm", "/mnt/b"}
+  assert set(mounted.values()) == {"/dev/shm", "/mnt/a bucket", "/mnt/b"}
   assert not re.search(r"\$\{", text)
 
 
@@ -724,9 +826,9 @@ def test_slurm_runs_one_task_per_gpu_from_sbatchs_copy(world, tmp_path):
   )
   assert result.returncode == 0, result.stderr
   entry = str(world.repo / "launch" / "entry.sh")
-  assert world.calls("srun") == [
-    ["--kill-on-bad-exit=1", "--gpu-bind=none", "bash", entry, *MAIN_ARGS, "--distributed"]
-  ]
+  (call,) = world.calls("srun")
+  assert "--gpu-bind=none" in call[:3]
+  assert call[3:] == ["bash", entry, *MAIN_ARGS, "--distributed"]
   assert not world.calls("scontrol")
 
 
