@@ -76,7 +76,7 @@ child=""
 tpu_vm() {
   local status=0
   set -m
-  bash "$tpu_vm" "$@" </dev/null &
+  BABYSITTER=1 bash "$tpu_vm" "$@" </dev/null &
   child=$!
   set +m
   wait "$child" || status=$?
@@ -97,7 +97,10 @@ cleanup() {
     kill -TERM -- "-$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true
   fi
-  if [ -z "$keep" ]; then
+  if [ -n "$keep" ]; then
+    say "the machines are kept; to stop the run and delete them:" \
+      "$(shell_quote "$tpu_vm" "${place[@]}" --owner="$owner" --delete)"
+  else
     delete_machines || [ "$status" -ne 0 ] || status=1
   fi
   exit "$status"

@@ -73,7 +73,7 @@ wait_until_active() {
   local seen="" unknown=0
   while :; do
     look
-    [ "$state" = "$seen" ] || say "$name: $state"
+    [ -n "$dry_run" ] || [ "$state" = "$seen" ] || say "$name: $state"
     seen=$state
     case $state in
       ACTIVE) return 0 ;;

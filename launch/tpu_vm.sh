@@ -123,7 +123,7 @@ main_args=("$@" --distributed)
 # step WHAT COMMAND…: fails with 75 if that is because the machines went away, otherwise with 1.
 step() {
   local status=0
-  say "$1"
+  [ -n "$dry_run" ] || say "$1"
   shift
   "$@" || status=$?
   case $status in 0 | "$LOST") return "$status" ;; esac
@@ -164,7 +164,8 @@ cleanup() {
   trap '' INT TERM HUP
   [ -z "$follower" ] || kill -TERM -- "-$follower" 2>/dev/null || true
   if [ -n "$owned" ] && [ -n "$keep" ]; then
-    [ -n "$dry_run" ] || say "$name is kept; to stop the run and delete it: $(how_to_delete)"
+    # A babysitter decides about them itself.
+    [ -n "$dry_run${BABYSITTER:-}" ] || say "$name is kept; to stop the run and delete it: $(how_to_delete)"
   elif [ -n "$owned" ]; then
     if [ -n "$started" ] && [ "$state" = ACTIVE ]; then
       say "stopping the run: it saves a checkpoint"
