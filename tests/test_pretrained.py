@@ -150,6 +150,22 @@ def test_leaves_are_placed_one_by_one_largest_first(checkpoint):
   assert any("blocks/mlp/fc" in line for line in lines)
 
 
+def test_leaves_go_onto_their_devices(checkpoint):
+  """Split over every device there is where their shapes allow; the values are the same."""
+  devices = np.array(jax.devices())
+  mesh = jax.sharding.Mesh(devices, ("x",))
+
+  def sharding(leaf):
+    fits = [axis for axis, size in enumerate(leaf.shape) if size % len(devices) == 0]
+    axes = ["x" if fits and axis == fits[0] else None for axis in range(leaf.ndim)]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+  shardings = jax.tree.map(sharding, abstract_params(CONFIG))
+  params = formats.load(checkpoint, place=leaves.placer(shardings)).params
+  assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
+  assert_same(jax.tree.map(np.asarray, params), random_params(CONFIG))
+
+
 def test_dtype_is_kept_unless_asked_for(tmp_path):
   half = random_params(CONFIG, "bfloat16")
   formats.save(tmp_path / "model.ckpt-1", "openai", CONFIG, half)

@@ -181,6 +181,9 @@ def save(
       prefix, config, params, num_shards=num_shards, fetch=fetch, report=report
     )
     if clusters is not None:
-      np.save(palette, np.asarray(clusters, np.float32), allow_pickle=False)
+      try:
+        np.save(palette, np.asarray(clusters, np.float32), allow_pickle=False)
+      except OSError as error:
+        raise UserError(f"palette to write: {palette}: {error.strerror}") from error
   else:
     raise UserError(f"format: {format!r}; expected one of openai, huggingface")

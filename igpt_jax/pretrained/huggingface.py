@@ -7,6 +7,9 @@ Its differences from the released model: the start vector is row `n_vocab` of th
 rows in, 512 out), q, k and v are one [D, 3D] matrix, and there are biases. The released weights
 leave those at zero; a fine-tuned model's non-zero ones have no place in ours and are refused by
 name, since without them it would compute something else.
+
+transformers 4.57 divides attention logits by the integer part of sqrt(head_dim), and so computes
+another model than the released one for M (head_dim 128) and L (96); 5.23 doesn't.
 """
 
 import json

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -161,6 +162,27 @@ class Foreign:
       node[path[-1]] = array if place is None else place(path, array)
       del array
     return params
+
+
+def placer(shardings: Mapping[str, Any]) -> Callable[[Path, np.ndarray], jax.Array]:
+  """A `place` for `Foreign.load`: puts each leaf onto its devices, on one host or several.
+
+  Args:
+    shardings: a `jax.sharding.Sharding` for every leaf, in our nested dict.
+  """
+
+  def place(path: Path, array: np.ndarray) -> jax.Array:
+    sharding: Any = shardings
+    for key in path:
+      sharding = sharding[key]
+    placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    placed.block_until_ready()
+    # JAX lets go of the host's array only when it is next called: now, not after the next leaf is
+    # read into memory beside it.
+    jax.device_put(0)
+    return placed
+
+  return place
 
 
 def check_memory(size: int, what: str) -> None:

@@ -156,16 +156,16 @@ def data_path(prefix: str, shard: int, num_shards: int) -> str:
 def _open_regular(path: str) -> BinaryIO:
   """Opens a regular file; a pipe or device in its place would block or never end."""
   try:
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
   except OSError as error:
     raise UserError(
       f"checkpoint file: {path}: {error.strerror}; expected a readable file; fix: bring the "
       "checkpoint's .index and all its .data-*-of-* files into one directory"
     ) from error
-  if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-    file.close()
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
     raise UserError(f"checkpoint file: {path}; expected a regular file")
-  return file
+  return os.fdopen(descriptor, "rb", buffering=0)
 
 
 class Bundle:
@@ -184,6 +184,7 @@ class Bundle:
     self.prefix = os.fspath(prefix)
     self.entries: dict[str, Entry] = {}
     self._files: list[BinaryIO] = []
+    self._paths: list[str] = []
     try:
       self._read_index()
       self._check_extents()
@@ -231,7 +232,8 @@ class Bundle:
         "fix: copy or download the file again"
       ) from error
     for shard in range(shards):
-      self._files.append(_open_regular(data_path(self.prefix, shard, shards)))
+      self._paths.append(data_path(self.prefix, shard, shards))
+      self._files.append(_open_regular(self._paths[-1]))
 
   def _check_extents(self) -> None:
     """No entry may reach outside its shard, overlap another, or declare a shape it has no bytes for.
@@ -247,7 +249,7 @@ class Bundle:
       if entry.offset + entry.size > sizes[entry.shard]:
         raise UserError(
           f"{where}: bytes {entry.offset} to {entry.offset + entry.size} of "
-          f"{self._files[entry.shard].name}, which has {sizes[entry.shard]}; "
+          f"{self._paths[entry.shard]}, which has {sizes[entry.shard]}; "
           "fix: the data file is cut short or of another checkpoint; copy or download it again"
         )
       if entry.dtype is not None and entry.size != math.prod(entry.shape) * entry.dtype.itemsize:
@@ -287,13 +289,13 @@ class Bundle:
       # google_crc32c takes nothing but bytes; in chunks, no second copy of a tensor exists.
       chunk = file.read(min(_CHUNK_BYTES, entry.size - done))
       if not chunk:
-        raise UserError(f"checkpoint file: {file.name} ends while {name} is read")
+        raise UserError(f"checkpoint file: {self._paths[entry.shard]} ends while {name} is read")
       view[done : done + len(chunk)] = chunk
       crc = google_crc32c.extend(crc, chunk)
       done += len(chunk)
     if mask_crc(crc) != entry.crc:
       raise UserError(
-        f"checkpoint variable: {name} in {file.name} doesn't match its CRC; "
+        f"checkpoint variable: {name} in {self._paths[entry.shard]} doesn't match its CRC; "
         "fix: the file is damaged; copy or download it again"
       )
     return array
