@@ -95,13 +95,18 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
+def batch_shards(mesh: Mesh) -> int:
+  """How many parts a batch is split into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_size_per_shard(mesh: Mesh, batch_size: int, what: str = "train.batch_size") -> int:
   """Pictures per data shard.
 
   Raises:
     UserError: the batch isn't divisible by the batch axes of the mesh.
   """
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  shards = batch_shards(mesh)
   if batch_size % shards:
     below, above = batch_size // shards * shards, (batch_size // shards + 1) * shards
     near = f"{below} or {above}" if below else f"{above}"
@@ -117,3 +122,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   return {
     name: jax.make_array_from_process_local_data(target, rows) for name, rows in batch.items()
   }
+
+
+def put_global(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """Rows [B, ...] that every process holds whole -> one global array, split over the batch axes."""
+  target = sharding(mesh, "batch")
+  return jax.make_array_from_callback(rows.shape, target, lambda index: rows[index])

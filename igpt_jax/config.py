@@ -1,0 +1,268 @@
+"""Every setting there is, with its default; and their translation into what the rooms take.
+
+A config file builds on `base()` and changes what it is about. The ConfigDict ends here: below the
+jobs there are frozen dataclasses.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from igpt_jax.data.sources import DataConfig
+from igpt_jax.errors import UserError
+from igpt_jax.model.attention import IMPLEMENTATIONS
+from igpt_jax.model.decoding import SamplingConfig
+from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
+from igpt_jax.training.objectives import OBJECTIVES
+from igpt_jax.training.optimizer import OptimizerConfig
+
+
+def base() -> ConfigDict:
+  """All fields. 0 and "" mean: from the preset, the data or the workdir, as each comment says."""
+  config = ConfigDict()
+  config.job = "pretrain"  # a name in igpt_jax.jobs
+  config.seed = 0
+  config.checkpoint = ""  # what the other jobs read: a workdir or a checkpoint; "": --workdir
+
+  config.data = ConfigDict()
+  config.data.name = "digits"  # digits, folder, tokens, or a TFDS name
+  config.data.path = ""  # of a folder of pictures, or of tokens [N, H·W] in .npy
+  config.data.data_dir = ""  # TFDS' data_dir; "": TFDS' default
+  config.data.resolution = 8  # height and width the model sees
+  config.data.augment = "none"  # of training pictures: none, paper, cifar, shift
+  config.data.validation = 0.1  # share of train held out
+  config.data.max_bad = 0.001  # share of unreadable pictures to put up with
+
+  config.palette = ConfigDict()
+  config.palette.path = ""  # .npy [k, 3] in [-1, 1]; "": fitted to the training pictures
+  config.palette.size = 512  # colours
+  config.palette.images = 10_000  # training pictures it is fitted to, at most
+
+  config.model = ConfigDict()
+  config.model.size = "s"  # s, m, l, xl
+  config.model.n_layer = 0  # 0: the size's
+  config.model.n_head = 0
+  config.model.n_embd = 0
+  config.model.dtype = ""  # float32, bfloat16; "": bfloat16 on accelerators, float32 on CPU
+  config.model.remat = "none"  # none, names, full
+  config.model.attention = "auto"
+
+  config.objective = "autoregressive"  # or masked (BERT)
+  config.mask_probability = 0.15  # of the masked objective
+
+  config.train = ConfigDict()
+  config.train.batch_size = 128
+  config.train.steps = 1_000_000
+  config.train.learning_rate = 0.0  # 0: the size's
+  config.train.warmup_steps = 0
+  config.train.schedule = "cosine"  # to 0 at `steps`; or constant
+  config.train.b1 = 0.9
+  config.train.b2 = 0.95
+  config.train.weight_decay = 0.0
+  config.train.clip_norm = 0.0  # 0: no clipping
+  config.train.log_every = 50
+  config.train.eval_every = 1_000  # 0: at the end only
+  config.train.eval_images = 10_000  # of the validation split, at most; 0: all
+  config.train.checkpoint_every = 1_000
+  config.train.keep = 3  # newest checkpoints
+  config.train.keep_every = 0  # and those at multiples of this; 0: none
+
+  config.mesh = ConfigDict()  # devices; one may be -1: what is left
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.evaluate = ConfigDict()
+  config.evaluate.split = "test"
+  config.evaluate.batch_size = 128
+  config.evaluate.images = 0  # at most; 0: all
+  config.evaluate.masks = 1  # masked objective: masks drawn per picture
+  config.evaluate.baseline_images = 50_000  # training pictures the unigrams are counted on
+
+  config.probe = ConfigDict()
+  config.probe.batch_size = 128
+  config.probe.images = 0  # training pictures, at most; 0: all
+  config.probe.labels_per_class = (10,)  # few-label runs beside the full one
+  config.probe.trials = 5  # random subsets in a few-label run
+  config.probe.max_iterations = 1_000  # of L-BFGS
+
+  config.sample = ConfigDict()
+  config.sample.samples = 32  # unconditional pictures
+  config.sample.completions = 8  # held-out pictures to complete
+  config.sample.per_picture = 4  # completions of each
+  config.sample.keep = 0.5  # share of the rows that is given
+  config.sample.temperature = 1.0
+  config.sample.top_k = 0
+  config.sample.top_p = 1.0
+  config.sample.scale = 0  # picture pixels per model pixel in the PNGs; 0: chosen
+
+  config.log = ConfigDict()
+  config.log.tensorboard = False
+  config.log.wandb = False
+  config.log.wandb_project = "igpt_jax"
+  return config
+
+
+# Fields that may differ when a run goes on: they change what is told or done beside the training,
+# not what is computed in it.
+_FREE = (
+  "job", "checkpoint", "evaluate", "probe", "sample", "log", "mesh", "data.data_dir", "data.max_bad",
+  "train.log_every", "train.eval_every", "train.eval_images", "train.checkpoint_every",
+  "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
+)  # fmt: skip
+
+
+def _positive(config: ConfigDict, *names: str, least: int = 1) -> None:
+  for name in names:
+    value: Any = config
+    for part in name.split("."):
+      value = value[part]
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+      raise UserError(f"config.{name}: {value}; expected {least} or more")
+
+
+def _choice(name: str, value: str, choices) -> None:
+  if value not in choices:
+    raise UserError(f"config.{name}: {value!r}; expected one of {', '.join(choices)}")
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks what can be checked without data, checkpoint or device.
+
+  Raises:
+    UserError: naming the field, its value and what was expected.
+  """
+  _choice("objective", config.objective, OBJECTIVES)
+  _choice("model.size", config.model.size, PRESETS)
+  _choice("model.attention", config.model.attention, IMPLEMENTATIONS)
+  _choice("evaluate.split", config.evaluate.split, ("test", "validation", "train"))
+  _positive(
+    config, "data.resolution", "palette.images", "train.batch_size", "train.log_every",
+    "train.checkpoint_every", "train.keep", "evaluate.batch_size", "evaluate.masks",
+    "evaluate.baseline_images", "probe.batch_size", "probe.trials", "probe.max_iterations",
+    "sample.samples", "sample.completions", "sample.per_picture",
+  )  # fmt: skip
+  _positive(
+    config, "seed", "train.eval_every", "train.eval_images", "train.keep_every",
+    "evaluate.images", "probe.images", "sample.scale", "model.n_layer", "model.n_head",
+    "model.n_embd", least=0,
+  )  # fmt: skip
+  _positive(config, "palette.size", least=2)
+  if not 0 < config.mask_probability < 1:
+    raise UserError(f"config.mask_probability: {config.mask_probability}; expected within (0, 1)")
+  if not 0 < config.data.validation < 1:
+    raise UserError(
+      f"config.data.validation: {config.data.validation}; expected a share within (0, 1)"
+    )
+  if not 0 < config.sample.keep < 1:
+    raise UserError(f"config.sample.keep: {config.sample.keep}; expected a share within (0, 1)")
+  sampling(config)
+  optimizer(config)
+  model(config, n_vocab=config.palette.size)
+
+
+def preset(config: ConfigDict) -> Preset:
+  return PRESETS[config.model.size]
+
+
+def compute_dtype(config: ConfigDict) -> str:
+  if config.model.dtype:
+    return config.model.dtype
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
+  """The model; touches no device unless the dtype is left to it."""
+  size = preset(config)
+  return ImageGPTConfig(
+    n_layer=config.model.n_layer or size.n_layer,
+    n_head=config.model.n_head or size.n_head,
+    n_embd=config.model.n_embd or size.n_embd,
+    n_vocab=n_vocab,
+    n_positions=config.data.resolution**2,
+    causal=config.objective == "autoregressive",
+    dtype=compute_dtype(config),
+    remat=config.model.remat,
+    attention=config.model.attention,
+  )
+
+
+def optimizer(config: ConfigDict) -> OptimizerConfig:
+  size = preset(config)
+  default = size.learning_rate if config.objective == "autoregressive" else size.learning_rate_masked
+  return OptimizerConfig(
+    learning_rate=config.train.learning_rate or default,
+    steps=config.train.steps,
+    warmup_steps=config.train.warmup_steps,
+    schedule=config.train.schedule,
+    b1=config.train.b1,
+    b2=config.train.b2,
+    weight_decay=config.train.weight_decay,
+    clip_norm=config.train.clip_norm,
+  )
+
+
+def sampling(config: ConfigDict) -> SamplingConfig:
+  return SamplingConfig(
+    temperature=config.sample.temperature,
+    top_k=config.sample.top_k,
+    top_p=config.sample.top_p,
+  )
+
+
+def data(config: ConfigDict) -> DataConfig:
+  """The data room's settings: the fields of `config.data` by their names."""
+  names = {field.name for field in dataclasses.fields(DataConfig)}
+  return DataConfig(**{name: value for name, value in config.data.items() if name in names})
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+  return json.loads(config.to_json())
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def claim_workdir(config: ConfigDict, workdir: str) -> None:
+  """Writes config.json into a new workdir; in one that has it, checks that this run is the same.
+
+  Raises:
+    UserError: the workdir holds another config's run; the fields that differ are listed.
+  """
+  path = os.path.join(workdir, "config.json")
+  mine = as_json(config)
+  if os.path.exists(path):
+    try:
+      with open(path, encoding="utf-8") as file:
+        theirs = _flatten(json.load(file))
+    except ValueError as error:
+      raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
+    changed = [
+      f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
+      for name, value in _flatten(mine).items()
+      if theirs.get(name, "absent") != value
+      and not any(name == free or name.startswith(free + ".") for free in _FREE)
+    ]
+    if changed:
+      raise UserError(
+        f"workdir: {workdir} holds another config's run:\n" + "\n".join(changed) + "\n"
+        "fix: another --workdir, or the config that this run was begun with"
+      )
+    return
+  partial = f"{path}.partial"
+  with open(partial, "w", encoding="utf-8") as file:
+    json.dump(mine, file, indent=2)
+    file.write("\n")
+  os.replace(partial, path)

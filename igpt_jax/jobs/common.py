@@ -1,0 +1,168 @@
+"""What every job begins with: a workdir, a mesh, a palette, a trained model."""
+
+import contextlib
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from igpt_jax import checkpoint
+from igpt_jax import config as config_lib
+from igpt_jax.data import palette_fit, pipeline
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import DataConfig, Split
+from igpt_jax.errors import UserError
+from igpt_jax.parallel.sharding import make_mesh
+
+
+def is_main() -> bool:
+  """Whether this process is the one that prints and writes."""
+  return jax.process_index() == 0
+
+
+def say(message: str) -> None:
+  if is_main():
+    print(message, flush=True)
+
+
+def open_workdir(workdir: str) -> None:
+  """Makes the workdir.
+
+  Raises:
+    UserError: it can't be made or written to.
+  """
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    trial = os.path.join(workdir, f".writable.{os.getpid()}")
+    with open(trial, "w", encoding="utf-8"):
+      pass
+    os.remove(trial)
+  except OSError as error:
+    raise UserError(f"workdir: {workdir} can't be written to ({error.strerror})") from None
+
+
+def mesh_of(config: ConfigDict) -> Mesh:
+  return make_mesh(**config.mesh)
+
+
+def training_palette(
+  config: ConfigDict, data_config: DataConfig, split: Split, workdir: str
+) -> Palette | None:
+  """The palette to train with: given, kept in the workdir from before, or fitted to `split` now.
+
+  Returns None for data that is tokens already, unless a palette is given to show them with.
+
+  Raises:
+    UserError: a given palette isn't one, or has another size than `palette.size`; tokens beyond it.
+  """
+  size = config.palette.size
+  kept = os.path.join(workdir, "palette.npy")
+  if config.palette.path:
+    palette = Palette.load(config.palette.path)
+    if palette.size != size:
+      raise UserError(
+        f"palette.path: {config.palette.path} has {palette.size} colours, the model's palette.size is "
+        f"{size}; fix: --config.palette.size={palette.size}, or another palette"
+      )
+  elif split.is_tokens:
+    palette = None
+  elif os.path.exists(kept):
+    return Palette.load(kept)
+  else:
+    palette = fit_palette(config, data_config, split)
+  if split.is_tokens and split.records.max_token >= size:
+    raise UserError(
+      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; expected less than "
+      f"palette.size {size}; fix: --config.palette.size={split.records.max_token + 1} or more"
+    )
+  if palette is not None and is_main():
+    palette.save(kept)
+  return palette
+
+
+def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Palette:
+  """k-means on the pictures that training sees, at most `palette.images` of them."""
+  wanted = min(len(split), config.palette.images)
+  say(f"palette: fitting {config.palette.size} colours to {wanted:,} pictures of {split.fingerprint}")
+  histogram = palette_fit.ColorHistogram()
+  left = wanted
+  for images in pipeline.image_stream(split, data_config, augment=True, seed=config.seed):
+    histogram.add(images[:left])
+    left -= len(images)
+    if left <= 0:
+      break
+  palette = palette_fit.fit_palette(histogram, config.palette.size, seed=config.seed)
+  if palette.size < config.palette.size:
+    say(f"palette: these pictures have {palette.size} colours, all are in the palette")
+  return palette
+
+
+def load_model(config: ConfigDict, workdir: str, mesh: Mesh) -> checkpoint.Pretrained:
+  """The checkpoint that `config.checkpoint` names, or the workdir's newest, on the mesh."""
+  trained = checkpoint.load_pretrained(
+    config.checkpoint or workdir,
+    mesh,
+    dtype=config_lib.compute_dtype(config),
+    attention=config.model.attention,
+  )
+  say(f"checkpoint: {trained.path}")
+  return trained
+
+
+def check_resolution(config: ConfigDict, trained: checkpoint.Pretrained) -> None:
+  """Raises UserError when the data's resolution isn't the checkpoint's."""
+  if config.data.resolution != trained.run["resolution"]:
+    raise UserError(
+      f"data.resolution: {config.data.resolution}; the checkpoint {trained.path} was trained at "
+      f"{trained.run['resolution']}; fix: --config.data.resolution={trained.run['resolution']}"
+    )
+
+
+def palette_of(trained: checkpoint.Pretrained) -> Palette:
+  """The checkpoint's own palette.
+
+  Raises:
+    UserError: it was trained on bare tokens, and carries none.
+  """
+  if trained.palette is None:
+    raise UserError(
+      f"checkpoint: {trained.path} carries no palette (it was trained on bare tokens); "
+      "fix: pretrain with --config.palette.path"
+    )
+  return Palette(np.asarray(trained.palette), name=f"palette of {trained.path}")
+
+
+@contextlib.contextmanager
+def eval_stream(
+  split: Split,
+  data_config: DataConfig,
+  palette: Palette | None,
+  batch_size: int,
+  limit: int = 0,
+  images: bool = False,
+):
+  """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked."""
+  with pipeline.eval_batches(
+    split,
+    data_config,
+    palette,
+    batch_size=batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    images=images,
+  ) as stream:
+    yield _first(stream, -(-(limit or len(split)) // batch_size), limit or len(split))
+
+
+def _first(stream, n_batches: int, limit: int):
+  for _, batch in zip(range(n_batches), stream, strict=False):
+    yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
+
+
+def tokens_of(split: Split, data_config: DataConfig, palette: Palette | None) -> np.ndarray:
+  """All readable pictures of a small split as tokens, uint16 [N, T], on every process."""
+  with pipeline.eval_batches(split, data_config, palette, batch_size=len(split)) as stream:
+    batch = next(stream)
+  return batch["tokens"][batch["mask"]]

@@ -1,0 +1,117 @@
+"""Exact likelihood of a split, every picture once, beside what knows no pictures.
+
+Writes evaluation.json: `nats_per_token`, `bits_per_token`, and the baselines on the same tokens:
+uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel).
+"""
+
+import math
+import os
+
+import jax
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax import metrics, report
+from igpt_jax.data.sources import DataConfig, Split, open_split
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+from igpt_jax.parallel import sharding
+from igpt_jax.training.evaluation import Likelihood, count_tokens, unigram_nats
+from igpt_jax.training.objectives import make_objective
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`."""
+  common.open_workdir(workdir)
+  mesh = common.mesh_of(config)
+  sharding.batch_size_per_shard(mesh, config.evaluate.batch_size, "evaluate.batch_size")
+  data_config = config_lib.data(config)
+  split = open_split(data_config, config.evaluate.split)
+  trained = common.load_model(config, workdir, mesh)
+  common.check_resolution(config, trained)
+  n_vocab = trained.config.n_vocab
+  palette = None if split.is_tokens else common.palette_of(trained)
+  if split.is_tokens and split.records.max_token >= n_vocab:
+    raise UserError(
+      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; the checkpoint's "
+      f"palette has {n_vocab} colours"
+    )
+
+  def stream(of: Split, limit: int = 0):
+    return common.eval_stream(of, data_config, palette, config.evaluate.batch_size, limit)
+
+  objective_name = trained.run["objective"]
+  objective = make_objective(objective_name, trained.run["mask_probability"])
+  likelihood = Likelihood(trained.config, objective, mesh)
+  limit = config.evaluate.images
+  total = min(len(split), limit or len(split))
+  clock = metrics.Countdown(f"{config.evaluate.split}: {total:,} pictures", total, say)
+  draws = config.evaluate.masks if objective_name == "masked" else 1
+  results = []
+  for draw in range(draws):
+    with stream(split, limit) as batches:
+      done = lambda n, draw=draw: clock.tick((draw * total + n * config.evaluate.batch_size) // draws)
+      results.append(likelihood(trained.params, batches, seed=draw, report=done))
+  nats = sum(each for each, _ in results) / draws
+  images = results[0][1]
+
+  values = {
+    "checkpoint": trained.path,
+    "step": trained.step,
+    "objective": objective_name,
+    "data": split.fingerprint,
+    "images": images,
+    "nats_per_token": nats,
+    "bits_per_token": nats / math.log(2),
+    **baselines(config, data_config, split, stream, n_vocab, trained.config.n_positions),
+  }
+  if objective_name == "masked":
+    values["masks_per_picture"] = draws
+  values["below_position_unigram"] = 1 - nats / values["position_unigram"]
+  if common.is_main():
+    report.write_json(os.path.join(workdir, "evaluation.json"), values)
+    report.write_summary(workdir)
+  say(
+    f"{config.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
+    f"{images:,} pictures\n"
+    f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
+    f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
+    f"{values['below_position_unigram']:.1%} below the last"
+  )
+
+
+def baselines(
+  config: ConfigDict, data_config: DataConfig, split: Split, stream, n_vocab: int, n_positions: int
+) -> dict[str, float | str]:
+  """Nats per token of the split under distributions that know no neighbours.
+
+  They are counted on training pictures. A lone file of tokens has none: then on itself, which
+  flatters them.
+  """
+  with stream(split, config.evaluate.images) as batches:
+    test = all_hosts(count_tokens(batches, n_vocab, n_positions))
+  if split.is_tokens and not os.path.isdir(os.path.expanduser(data_config.path)):
+    train, source = test, "the evaluated tokens themselves"
+  else:
+    train_split = open_split(data_config, "train")
+    with stream(train_split, config.evaluate.baseline_images) as batches:
+      train = all_hosts(count_tokens(batches, n_vocab, n_positions))
+    source = f"{int(train[0].sum()):,} pictures of {train_split.fingerprint}"
+  return {
+    "uniform": math.log(n_vocab),
+    "unigram": unigram_nats(train.sum(0), test.sum(0)),
+    "position_unigram": unigram_nats(train, test),
+    "baselines_counted_on": source,
+  }
+
+
+def all_hosts(counts):
+  """The sum over all processes."""
+  if jax.process_count() == 1:
+    return counts
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(counts).sum(0)
+
+

@@ -1,0 +1,60 @@
+"""Fits a palette to the training pictures by k-means and writes it as the original's .npy.
+
+Writes palette.npy (float32 [k, 3] in [-1, 1]), palette.png (its colours) and palette.json (its
+error on held-out pictures).
+"""
+
+import os
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax import pictures, report
+from igpt_jax.data import palette_fit, pipeline
+from igpt_jax.data.sources import open_split
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Fits `palette.size` colours to at most `palette.images` pictures of the training split."""
+  common.open_workdir(workdir)
+  data_config = config_lib.data(config)
+  split = open_split(data_config, "train")
+  held_out = open_split(data_config, "validation")
+  if split.is_tokens:
+    say("palette: this data is tokens already, there are no colours to fit")
+    return
+  palette = common.fit_palette(config, data_config, split)
+  error = palette_fit.palette_error(
+    palette, pipeline.image_stream(held_out, data_config, augment=False)
+  )
+  if not common.is_main():
+    return
+  path = os.path.join(workdir, "palette.npy")
+  palette.save(path)
+  pictures.save_png(os.path.join(workdir, "palette.png"), swatches(palette.colors))
+  report.write_json(
+    os.path.join(workdir, "palette.json"),
+    {
+      "colors": palette.size,
+      "fitted_to": split.fingerprint,
+      "measured_on": held_out.fingerprint,
+      "mse_per_channel": error.mse,
+      "psnr_db": error.psnr if np.isfinite(error.psnr) else None,
+    },
+  )
+  say(
+    f"palette: {palette.size} colours in {path}; held-out pictures: MSE {error.mse:.2f} per channel, "
+    f"PSNR {error.psnr:.2f} dB; use it with --config.palette.path={path}"
+  )
+
+
+def swatches(colors: np.ndarray, columns: int = 32, side: int = 16) -> np.ndarray:
+  """uint8 [k, 3] -> a picture with a square for each, row after row."""
+  rows = -(-len(colors) // columns)
+  padded = np.full((rows * columns, 3), 255, np.uint8)
+  padded[: len(colors)] = colors
+  picture = padded.reshape(rows, columns, 3)
+  return np.repeat(np.repeat(picture, side, axis=0), side, axis=1)

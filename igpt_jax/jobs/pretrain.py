@@ -1,0 +1,290 @@
+"""The training loop. Read this first.
+
+restore → for every step: evaluate? → save? → next batch → step → the last step's metrics →
+asked to stop? → final evaluation, save, pictures of the curve. Running the same command again goes
+on from the newest checkpoint: parameters, optimizer, RNG, data position and metrics.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from igpt_jax import __version__, metrics, pictures, report
+from igpt_jax import config as config_lib
+from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.data import pipeline
+from igpt_jax.data.sources import open_split
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.parallel import hardware, sharding
+from igpt_jax.training import objectives, optimizer, state, step
+from igpt_jax.training.evaluation import Likelihood
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
+  common.open_workdir(workdir)
+  mesh = common.mesh_of(config)
+  batch_size = config.train.batch_size
+  sharding.batch_size_per_shard(mesh, batch_size)
+  data_config = config_lib.data(config)
+  train_split = open_split(data_config, "train")
+  validation_split = open_split(data_config, "validation")
+  # Only now: a mistake in the lines above leaves the workdir unclaimed.
+  if common.is_main():
+    config_lib.claim_workdir(config, workdir)
+  palette = common.training_palette(config, data_config, train_split, workdir)
+  n_vocab = config.palette.size if palette is None else palette.size
+  model_config = config_lib.model(config, n_vocab=n_vocab)
+  optimizer_config = config_lib.optimizer(config)
+  objective = objectives.make_objective(config.objective, config.mask_probability)
+  schedule = optimizer.make_schedule(optimizer_config)
+  tx = optimizer.make_optimizer(optimizer_config)
+
+  checkpoints = Checkpoints(workdir, keep=config.train.keep, keep_every=config.train.keep_every)
+  shardings = state.state_shardings(model_config, tx, mesh)
+  abstract = state.abstract_state(model_config, tx)
+  newest = checkpoints.latest()
+  first_step, elapsed_before = 0, 0.0
+  if newest is None:
+    train_state = state.make_state(model_config, tx, config.seed, mesh)
+  else:
+    saved = checkpoints.read_run(newest)
+    here = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=newest)
+    first_step = pipeline.check_position(saved["data"], here)
+    elapsed_before = saved["elapsed_seconds"]
+    train_state = checkpoints.restore(newest, abstract, shardings)
+    say(f"resuming at step {first_step} of {config.train.steps} from {workdir}")
+
+  began = time.monotonic()
+  parameters = count_params(model_config)
+  flops = flops_per_image(model_config)
+  say(
+    f"{config.objective}: {model_config.n_layer} layers, {model_config.n_head} heads, width "
+    f"{model_config.n_embd}, {parameters:,} parameters, "
+    f"{model_config.n_positions} positions of {n_vocab} colours, {model_config.dtype}; "
+    f"{train_split.fingerprint}; {describe_devices(mesh)}"
+  )
+
+  def described(at_step: int) -> dict[str, Any]:
+    return {
+      "version": __version__,
+      "model": dataclasses.asdict(model_config),
+      "objective": config.objective,
+      "mask_probability": config.mask_probability,
+      "resolution": config.data.resolution,
+      "data": pipeline.position(
+        train_split, batch_size=batch_size, seed=config.seed, step=at_step
+      ),
+      "elapsed_seconds": elapsed_before + time.monotonic() - began,
+      "config": config_lib.as_json(config),
+    }
+
+  batches = pipeline.train_batches(
+    train_split,
+    data_config,
+    palette,
+    batch_size=batch_size,
+    seed=config.seed,
+    start_step=first_step,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  likelihood = Likelihood(model_config, objective, mesh)
+
+  def validate(params) -> float:
+    eval_batch = min(batch_size, round_up(len(validation_split), mesh))
+    limit = min(config.train.eval_images or len(validation_split), len(validation_split))
+    with common.eval_stream(validation_split, data_config, palette, eval_batch, limit) as stream:
+      return likelihood(params, stream)[0]
+
+  writers = make_writers(config, workdir, first_step)
+  progress = metrics.Progress(config.train.steps, batch_size, flops, peak_flops(mesh))
+  stop = StopSignal()
+  pending: tuple[int, step.Metrics] | None = None
+  last: dict[str, Any] = {}
+
+  def flush() -> None:
+    """Writes the metrics that were left one step behind."""
+    nonlocal pending
+    if pending is None:
+      return
+    at_step, values = pending[0], {name: float(v) for name, v in jax.device_get(pending[1]).items()}
+    pending = None
+    measured = progress.measure(at_step)
+    if measured:
+      measured["data_wait"] = progress.share_waited(batches.wait_seconds)
+    last.update(values, **measured)
+    writers.write(at_step, {**values, **measured})
+    say(progress.line(at_step, {**values, **measured}))
+
+  def pause(work) -> Any:
+    """Does something beside the training, outside the clock."""
+    flush()
+    jax.block_until_ready(train_state)
+    paused = time.monotonic()
+    result = work()
+    progress.pause(time.monotonic() - paused)
+    return result
+
+  def evaluate(at_step: int) -> None:
+    nats = pause(lambda: validate(train_state.params))
+    last["validation_loss"] = nats
+    writers.write(at_step, {"validation_loss": nats})
+    say(progress.line(at_step, {"validation_loss": nats}))
+
+  def save(at_step: int) -> None:
+    colours = None if palette is None else palette.centers
+    pause(lambda: checkpoints.save(train_state, palette=colours, run=described(at_step)))
+
+  compiled = None
+  at_step = first_step
+  with stop, batches, jax.set_mesh(mesh):
+    while at_step < config.train.steps and not stop.requested:
+      if at_step > first_step:
+        if config.train.eval_every and at_step % config.train.eval_every == 0:
+          evaluate(at_step)
+        if at_step % config.train.checkpoint_every == 0:
+          save(at_step)
+      batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
+      if compiled is None:
+        compiled = compile_step(
+          step.make_train_step(model_config, objective, tx, schedule), abstract, shardings, batch
+        )
+        say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+        progress.start(first_step, batches.wait_seconds)
+      with jax.transfer_guard("disallow"):
+        train_state, values = compiled(train_state, batch)
+      at_step += 1
+      flush()
+      if at_step % config.train.log_every == 0 or at_step == config.train.steps:
+        pending = at_step, values
+    flush()
+    done = at_step >= config.train.steps
+    if done and at_step > first_step:
+      evaluate(at_step)
+    save(at_step)
+  checkpoints.close()
+  writers.close()
+  if not done:
+    say(f"stopped by {stop.requested} at step {at_step}: saved; the same command goes on from here")
+    return
+  if at_step > first_step and common.is_main():
+    finish(workdir, at_step, parameters, last, elapsed_before + time.monotonic() - began)
+  say(f"done: {config.train.steps} steps in {workdir}")
+
+
+class StopSignal:
+  """Turns SIGTERM into a wish that the loop looks at between two steps."""
+
+  def __init__(self):
+    self.requested: str | None = None
+    self._previous: Any = None
+
+  def __enter__(self):
+    self._previous = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def _ask(self, number, frame) -> None:
+    del frame
+    self.requested = signal.Signals(number).name
+
+  def __exit__(self, *unused) -> None:
+    signal.signal(signal.SIGTERM, self._previous)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+  """The training step compiled ahead: a second shape can't slip in, it would be refused."""
+
+  function: Any
+  seconds: float
+  memory: str
+
+  def __call__(self, train_state, batch):
+    return self.function(train_state, batch)
+
+
+def compile_step(train_step, abstract, shardings, batch) -> CompiledStep:
+  """Compiles for exactly this state and batch, the state donated and left where it lies."""
+  began = time.monotonic()
+  jitted = jax.jit(
+    train_step,
+    donate_argnums=0,
+    in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
+    out_shardings=(shardings, None),
+  )
+  function = jitted.lower(abstract, batch).compile()
+  analysis = function.memory_analysis()
+  memory = "memory unknown"
+  if analysis is not None:
+    # Donated arguments are outputs too: they count once.
+    held = analysis.argument_size_in_bytes / 2**30
+    worked = analysis.temp_size_in_bytes / 2**30
+    memory = f"per device {held:.2f} GiB held, {worked:.2f} GiB to work in"
+  return CompiledStep(function, time.monotonic() - began, memory)
+
+
+def flops_per_image(config: ImageGPTConfig) -> float:
+  return hardware.model_flops_per_image(
+    n_layer=config.n_layer,
+    n_embd=config.n_embd,
+    n_vocab=config.n_vocab,
+    n_positions=config.n_positions,
+    causal=config.causal,
+  )
+
+
+def peak_flops(mesh) -> float | None:
+  chip = hardware.chip_of(mesh.devices.flat[0])
+  return None if chip is None else chip.peak_flops * mesh.size
+
+
+def describe_devices(mesh) -> str:
+  shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  return f"{mesh.size} {mesh.devices.flat[0].device_kind} ({shape})"
+
+
+def round_up(n: int, mesh) -> int:
+  """The smallest batch that holds n pictures and divides over the mesh."""
+  shards = sharding.batch_shards(mesh)
+  return -(-n // shards) * shards
+
+
+def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:
+  if not common.is_main():
+    return metrics.Writers([])
+  writers: list[Any] = [metrics.JsonlWriter(os.path.join(workdir, "metrics.jsonl"), first_step)]
+  if config.log.tensorboard:
+    writers.append(metrics.TensorBoardWriter(workdir, first_step))
+  if config.log.wandb:
+    writers.append(
+      metrics.WandbWriter(workdir, config_lib.as_json(config), config.log.wandb_project)
+    )
+  return metrics.Writers(writers)
+
+
+def finish(workdir: str, at_step: int, parameters: int, last: dict, elapsed: float) -> None:
+  """training.json, the curve, the summary."""
+  values = {"step": at_step, "parameters": parameters, "elapsed_seconds": elapsed, **last}
+  report.write_json(os.path.join(workdir, "training.json"), values)
+  records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+  curves = {}
+  for name, label in (("loss", "training"), ("validation_loss", "validation")):
+    points = [(record["step"], record[name]) for record in records if name in record]
+    if points:
+      curves[label] = tuple(zip(*points, strict=True))
+  pictures.plot(
+    os.path.join(workdir, "loss.png"),
+    curves,
+    title=os.path.basename(workdir),
+    x_label="step",
+    y_label="nats per token",
+  )
+  report.write_summary(workdir)

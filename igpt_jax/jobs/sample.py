@@ -1,0 +1,121 @@
+"""Draws pictures: unconditional ones, and the lower half of held-out ones.
+
+Writes samples.png (a grid), completions.png (rows of: what is given, completions …, the original)
+and sample.json (settings, seeds, and how likely the model finds what it drew).
+"""
+
+import functools
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax import pictures, report
+from igpt_jax.data.sources import open_split
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+from igpt_jax.model import decoding
+from igpt_jax.parallel import sharding
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Samples from `checkpoint` (or the workdir's newest)."""
+  common.open_workdir(workdir)
+  mesh = common.mesh_of(config)
+  settings = config_lib.sampling(config)
+  trained = common.load_model(config, workdir, mesh)
+  if not trained.config.causal:
+    raise UserError(
+      f"checkpoint: {trained.path} is a BERT model: it has no left-to-right distribution to sample; "
+      "fix: a checkpoint of objective=autoregressive"
+    )
+  palette = common.palette_of(trained)
+  resolution = trained.run["resolution"]
+  rows_given = given_rows(config.sample.keep, resolution)
+  scale = config.sample.scale or pictures.default_scale(resolution)
+  shards = sharding.batch_shards(mesh)
+
+  def draw(given_BxP: np.ndarray, per_picture: int, stream: int) -> decoding.Samples:
+    """Samples on the host; picture i's j-th sample has a seed of its own, whatever the batch."""
+    wanted = len(given_BxP)
+    padded = -(-wanted // shards) * shards
+    given = np.pad(given_BxP, ((0, padded - wanted), (0, 0)))
+    base = jax.random.fold_in(jax.random.key(config.seed), stream)
+    keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(padded * per_picture))
+    compiled = jax.jit(
+      functools.partial(
+        decoding.complete, trained.config, sampling=settings, samples_per_picture=per_picture
+      ),
+      out_shardings=sharding.replicated(mesh),
+    )
+    with jax.set_mesh(mesh):
+      batch = sharding.put_global(given, mesh)
+      drawn = jax.device_get(compiled(trained.params, batch, keys))
+    keep = wanted * per_picture
+    return decoding.Samples(drawn.tokens[:keep], drawn.nll[:keep])
+
+  def paint(tokens_BxT: np.ndarray) -> np.ndarray:
+    return palette.decode(tokens_BxT).reshape(-1, resolution, resolution, 3)
+
+  say(f"sampling {config.sample.samples} pictures of {resolution}×{resolution}")
+  samples = draw(np.zeros((config.sample.samples, 0), np.int32), 1, stream=0)
+  columns = math.ceil(math.sqrt(2 * len(samples.tokens)))
+  painted = list(paint(samples.tokens))
+  grid = [painted[start : start + columns] for start in range(0, len(painted), columns)]
+
+  given, originals, source = held_out(config, trained, palette)
+  n_given = rows_given * resolution
+  per_picture = config.sample.per_picture
+  say(f"completing {len(given)} pictures of {source}, {rows_given} of {resolution} rows given")
+  completions = draw(given[:, :n_given], per_picture, stream=1)
+  rows = []
+  for i, original in enumerate(originals):
+    drawn = paint(completions.tokens[i * per_picture : (i + 1) * per_picture])
+    rows.append([pictures.hide_below(original, rows_given), *drawn, original])
+
+  if not common.is_main():
+    return
+  pictures.save_png(os.path.join(workdir, "samples.png"), pictures.grid(grid, scale=scale))
+  pictures.save_png(os.path.join(workdir, "completions.png"), pictures.grid(rows, scale=scale))
+  completed = completions.nll[:, n_given:]
+  values = {
+    "checkpoint": trained.path,
+    "step": trained.step,
+    "seed": config.seed,
+    "temperature": settings.temperature,
+    "top_k": settings.top_k,
+    "top_p": settings.top_p,
+    "rows_given": rows_given,
+    "completed_from": source,
+    "samples_nats_per_token": float(samples.nll.mean()),
+    "completions_nats_per_token": float(completed.mean()),
+    "each_sample_nats_per_token": [round(float(nats), 4) for nats in samples.nll.mean(1)],
+    "each_completion_nats_per_token": [round(float(nats), 4) for nats in completed.mean(1)],
+    "pictures": "samples.png, completions.png",
+  }
+  report.write_json(os.path.join(workdir, "sample.json"), values)
+  report.write_summary(workdir)
+  say(f"wrote samples.png and completions.png to {workdir}")
+
+
+def given_rows(keep: float, resolution: int) -> int:
+  """Rows that are given, at least one and not all."""
+  return min(max(round(keep * resolution), 1), resolution - 1)
+
+
+def held_out(config: ConfigDict, trained, palette):
+  """Tokens [N, T] and pictures [N, H, W, 3] (as the palette shows them) of the test split."""
+  common.check_resolution(config, trained)
+  data_config = config_lib.data(config)
+  split = open_split(data_config, "test")
+  wanted = min(config.sample.completions, len(split))
+  # Spread over the split: neighbours are often alike.
+  order = np.random.default_rng(config.seed).permutation(len(split))[:wanted]
+  tokens = common.tokens_of(split.select(np.sort(order)), data_config, palette)
+  side = config.data.resolution
+  return tokens, palette.decode(tokens).reshape(-1, side, side, 3), split.fingerprint

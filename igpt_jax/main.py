@@ -1,0 +1,65 @@
+"""python -m igpt_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+Flags become a config, `config.job` names what to run; nothing else happens here.
+"""
+
+import importlib
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from igpt_jax.errors import UserError
+
+# Each is a module of igpt_jax.jobs with run(config, workdir).
+JOBS = ("pretrain", "evaluate", "probe", "sample", "fit_palette")
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The config file; --config.FIELD=VALUE overrides a field.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where checkpoints, metrics and pictures go (default: runs/CONFIG)."
+)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags; a misspelt one is one line, not a traceback."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    raise SystemExit(_fail(error.args[0] if error.args else error)) from None
+
+
+def _fail(message: object) -> int:
+  print(f"igpt_jax: {message}", file=sys.stderr)
+  return 2
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    return _fail(f"unexpected argument {argv[1]!r}: every option begins with --")
+  if _CONFIG.value is None:
+    return _fail("--config: missing; expected a file, such as --config configs/quickstart.py")
+  config = _CONFIG.value
+  logging.set_verbosity(logging.WARNING)  # the libraries' own chatter
+  source = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+  name = os.path.splitext(os.path.basename(source))[0]
+  try:
+    if config.job not in JOBS:
+      raise UserError(f"config.job: {config.job!r}; expected one of {', '.join(JOBS)}")
+    from igpt_jax import config as config_lib
+
+    config_lib.validate(config)
+    workdir = os.path.abspath(_WORKDIR.value or os.path.join("runs", name))
+    job = importlib.import_module(f"igpt_jax.jobs.{config.job}")
+    job.run(config, workdir)
+  except UserError as error:
+    return _fail(error)
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse_flags)

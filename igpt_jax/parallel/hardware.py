@@ -1,0 +1,57 @@
+"""Public peaks of the accelerators we know: what a step's speed is divided by."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device as JAX counts them.
+
+  Attributes:
+    name: short name.
+    peak_flops: dense bfloat16 matmul peak, FLOP/s (vendor's figure).
+    hbm_bytes: memory a program can use, bytes.
+  """
+
+  name: str
+  peak_flops: float
+  hbm_bytes: float
+
+
+_GIB = 2.0**30
+
+# device_kind as JAX reports it -> chip. TPU memory is what the compiler lets a program use.
+CHIPS = {
+  "TPU v4": Chip("v4", 275e12, 31.75 * _GIB),
+  "TPU v5 lite": Chip("v5e", 197e12, 15.75 * _GIB),
+  "TPU v5e": Chip("v5e", 197e12, 15.75 * _GIB),
+  "TPU v5": Chip("v5p", 459e12, 95.7 * _GIB),
+  "TPU v5p": Chip("v5p", 459e12, 95.7 * _GIB),
+  "TPU v6 lite": Chip("v6e", 918e12, 31.25 * _GIB),
+  "TPU v6e": Chip("v6e", 918e12, 31.25 * _GIB),
+  "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * _GIB),
+  "NVIDIA A100-SXM4-40GB": Chip("a100", 312e12, 39 * _GIB),
+  "NVIDIA A100-SXM4-80GB": Chip("a100", 312e12, 79 * _GIB),
+  "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 79 * _GIB),
+  "NVIDIA H200": Chip("h200", 989e12, 140 * _GIB),
+}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+  """The chip behind a device, or None when its peak isn't known (a CPU, a new accelerator)."""
+  return CHIPS.get(device.device_kind)
+
+
+def model_flops_per_image(
+  *, n_layer: int, n_embd: int, n_vocab: int, n_positions: int, causal: bool
+) -> float:
+  """FLOPs of one picture's training step, forward and backward, nothing recomputed.
+
+  6 per matmul parameter and token, and attention's 12·T·d per layer and token (scores and values,
+  forward and backward), halved when causal: what a kernel that skips the masked half must do.
+  """
+  matmul_parameters = n_layer * 12 * n_embd**2 + n_vocab * n_embd
+  attention = n_layer * 12 * n_positions * n_embd * (0.5 if causal else 1.0)
+  return n_positions * (6 * matmul_parameters + attention)

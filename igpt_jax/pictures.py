@@ -1,0 +1,79 @@
+"""Pictures for people: grids of samples, and curves."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+
+def default_scale(resolution: int) -> int:
+  """Picture pixels per model pixel, so that a thumb-nail is about 96 pixels wide."""
+  return max(1, round(96 / resolution))
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> np.ndarray:
+  """Lays pictures out in rows, left to right.
+
+  Args:
+    rows: lists of uint8 [H, W, 3], all of one size; shorter rows end in background.
+    scale: side of the square that a pixel becomes.
+    gap: background pixels between pictures and around them.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  height, width = (side * scale for side in rows[0][0].shape[:2])
+  columns = max(len(row) for row in rows)
+  canvas = np.full(
+    (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8
+  )
+  for r, row in enumerate(rows):
+    for c, picture in enumerate(row):
+      top, left = gap + r * (height + gap), gap + c * (width + gap)
+      enlarged = np.repeat(np.repeat(picture, scale, axis=0), scale, axis=1)
+      canvas[top : top + height, left : left + width] = enlarged
+  return canvas
+
+
+def hide_below(picture: np.ndarray, rows_given: int) -> np.ndarray:
+  """The picture with everything below its first `rows_given` rows greyed out."""
+  hidden = picture.copy()
+  hidden[rows_given:] = 200
+  return hidden
+
+
+def save_png(path: str, picture: np.ndarray) -> None:
+  partial = f"{path}.partial"
+  Image.fromarray(picture).save(partial, format="PNG")
+  os.replace(partial, path)
+
+
+def plot(
+  path: str,
+  curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  *,
+  title: str,
+  x_label: str,
+  y_label: str,
+  levels: Mapping[str, float] | None = None,
+  markers: bool = False,
+) -> None:
+  """Draws curves, and dashed horizontal levels, into a PNG."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
+  for name, (xs, ys) in curves.items():
+    axes.plot(xs, ys, label=name, marker="o" if markers else None, linewidth=1.5)
+  for (name, level), colour in zip((levels or {}).items(), ("0.35", "0.6", "0.75"), strict=False):
+    axes.axhline(level, linestyle="--", color=colour, label=name, linewidth=1.2)
+  axes.set(title=title, xlabel=x_label, ylabel=y_label)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  partial = f"{path}.partial"
+  figure.savefig(partial, dpi=130, format="png")
+  pyplot.close(figure)
+  os.replace(partial, path)

@@ -1,0 +1,81 @@
+"""What a job leaves for a person: JSON of its numbers, and one summary of all of them.
+
+Every write is atomic: a reader sees the old file or the new one.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+# file a job writes -> heading, and the numbers to show: key -> how to print it
+_SECTIONS = {
+  "training.json": (
+    "Pretraining",
+    {
+      "parameters": "{:,} parameters",
+      "step": "{:,} steps",
+      "loss": "last training loss {:.4f} nats/token",
+      "validation_loss": "validation {:.4f} nats/token",
+      "images_per_second": "{:,.0f} images/s in the last interval",
+      "elapsed_seconds": "{:,.0f} s in all",
+    },
+  ),
+  "evaluation.json": (
+    "Likelihood",
+    {
+      "images": "{:,} pictures",
+      "nats_per_token": "model {:.4f} nats/token",
+      "bits_per_token": "({:.4f} bits/token)",
+      "uniform": "uniform {:.4f}",
+      "unigram": "unigram {:.4f}",
+      "position_unigram": "per-position unigram {:.4f}",
+      "below_position_unigram": "{:.1%} below the per-position unigram",
+    },
+  ),
+  "probe.json": (
+    "Linear probe",
+    {
+      "best_layer": "best layer {}",
+      "test_accuracy": "test accuracy {:.2%}",
+      "pixels_test_accuracy": "raw pixels {:.2%}",
+      "verdict": "{}",
+      "few_labels_verdict": "{}",
+    },
+  ),
+  "sample.json": (
+    "Samples",
+    {
+      "samples_nats_per_token": "samples' own {:.4f} nats/token",
+      "completions_nats_per_token": "completions' own {:.4f} nats/token",
+      "pictures": "{}",
+    },
+  ),
+}
+
+
+def write_text(path: str, text: str) -> None:
+  partial = f"{path}.partial"
+  with open(partial, "w", encoding="utf-8") as file:
+    file.write(text)
+  os.replace(partial, path)
+
+
+def write_json(path: str, values: Mapping[str, Any]) -> None:
+  write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_summary(workdir: str) -> str:
+  """Gathers what the jobs wrote into summary.md, and returns its text."""
+  lines = [f"# {os.path.basename(os.path.abspath(workdir))}", ""]
+  for name, (heading, shown) in _SECTIONS.items():
+    path = os.path.join(workdir, name)
+    if not os.path.exists(path):
+      continue
+    with open(path, encoding="utf-8") as file:
+      values = json.load(file)
+    parts = [form.format(values[key]) for key, form in shown.items() if values.get(key) is not None]
+    lines.append(f"- **{heading}**: {', '.join(parts)}")
+  text = "\n".join(lines) + "\n"
+  write_text(os.path.join(workdir, "summary.md"), text)
+  return text

@@ -1,0 +1,100 @@
+"""Likelihood of a stream of batches: masked sums on the device, one transfer at the end."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from igpt_jax.model.image_gpt import ImageGPTConfig, Params
+from igpt_jax.parallel import sharding
+from igpt_jax.training.objectives import Objective
+from igpt_jax.training.state import param_shardings
+from igpt_jax.training.step import make_eval_step
+
+EVAL_SEED = 0  # masks of evaluation (BERT) are the same in every run
+
+
+class Likelihood:
+  """Mean nats per token of pictures under a model; compiled once, for one batch shape.
+
+  Args:
+    config: the model.
+    objective: what is measured.
+    mesh: where parameters and batches lie.
+  """
+
+  def __init__(self, config: ImageGPTConfig, objective: Objective, mesh: Mesh):
+    self._mesh = mesh
+    self._step = jax.jit(
+      make_eval_step(config, objective),
+      in_shardings=(
+        param_shardings(config, mesh),
+        sharding.sharding(mesh, "batch"),
+        sharding.replicated(mesh),
+      ),
+      out_shardings=sharding.replicated(mesh),
+    )
+
+  def __call__(
+    self,
+    params: Params,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    seed: int = EVAL_SEED,
+    report: Callable[[int], None] | None = None,
+  ) -> tuple[float, int]:
+    """Nats per token, averaged over pictures, and the number of pictures.
+
+    Args:
+      params: the parameters, on the mesh.
+      batches: this host's rows: `tokens`, `mask` (which rows count) and `index` (of the picture).
+      seed: of what the objective draws.
+      report: called with the number of batches done, now and then.
+    """
+    key = jax.device_put(jax.random.key(seed), sharding.replicated(self._mesh))
+    sums = []
+    with jax.set_mesh(self._mesh):
+      for batch in batches:
+        wanted = {name: batch[name] for name in ("tokens", "mask", "index")}
+        sums.append(self._step(params, sharding.put_batch(wanted, self._mesh), key))
+        if len(sums) >= 2:
+          jax.block_until_ready(sums[-2])  # so that the host runs ahead by one batch, no more
+        if report is not None:
+          report(len(sums))
+    fetched = jax.device_get(sums)
+    images = sum(float(each["images"]) for each in fetched)
+    if not images:
+      raise ValueError("no pictures to evaluate")
+    return sum(float(each["nats"]) for each in fetched) / images, round(images)
+
+
+def unigram_nats(
+  train_counts: np.ndarray, test_counts: np.ndarray
+) -> float:
+  """Nats per token of test tokens under add-one-smoothed frequencies of training tokens.
+
+  Args:
+    train_counts: [V], or [T, V] for one distribution per position.
+    test_counts: same shape.
+  """
+  smoothed = train_counts.astype(np.float64) + 1.0
+  log_probability = np.log(smoothed) - np.log(smoothed.sum(-1, keepdims=True))
+  return float(-(test_counts * log_probability).sum() / test_counts.sum())
+
+
+def count_tokens(
+  batches: Iterable[Mapping[str, np.ndarray]], n_vocab: int, n_positions: int
+) -> np.ndarray:
+  """How often each token occurs at each position, int64 [T, V]; rows masked out don't count."""
+  counts = np.zeros((n_positions, n_vocab), np.int64)
+  positions = np.arange(n_positions)
+  for batch in batches:
+    tokens = batch["tokens"].astype(np.int64)
+    if "mask" in batch:
+      tokens = tokens[batch["mask"]]
+    flat = (positions * n_vocab + tokens).ravel()
+    counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+  return counts
+
+

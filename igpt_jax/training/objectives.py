@@ -1,0 +1,70 @@
+"""What a model is trained to do: maps a batch of tokens to negative log-likelihoods.
+
+An objective is a function (model, tokens_BxT, keys_B) -> (nll_BxT, weight_BxT): nats per token and
+which tokens count. There is one PRNG key per picture, so that what is drawn for a picture doesn't
+depend on the batch it sits in. `per_image` reduces the losses as the released code does.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import ImageGPT
+
+Objective = Callable[[ImageGPT, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+OBJECTIVES = ("autoregressive", "masked")
+
+
+def token_nll(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+  """Nats per token, float32 [B, T]."""
+  logits = logits_BxTxV.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, tokens_BxT[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def autoregressive(model: ImageGPT, tokens_BxT: jax.Array, keys_B: jax.Array):
+  """Every pixel from those before it, the first one from the start vector (paper, section 2.1)."""
+  del keys_B  # nothing is drawn
+  nll = token_nll(model(tokens_BxT), tokens_BxT)
+  return nll, jnp.ones_like(nll)
+
+
+def masked(mask_probability: float) -> Objective:
+  """BERT: masked pixels from the visible ones; a pixel is masked with `mask_probability`.
+
+  The released code zeroes the token embedding of a masked pixel before adding its position; there
+  is no mask token and no 80/10/10 (src/model.py).
+  """
+
+  def objective(model: ImageGPT, tokens_BxT: jax.Array, keys_B: jax.Array):
+    length = tokens_BxT.shape[1]
+    uniform_BxT = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
+    keep = uniform_BxT > mask_probability
+    nll = token_nll(model(tokens_BxT, keep), tokens_BxT)
+    return nll, 1.0 - keep.astype(jnp.float32)
+
+  return objective
+
+
+def make_objective(name: str, mask_probability: float = 0.15) -> Objective:
+  """The objective called `name` ("autoregressive" or "masked").
+
+  Raises:
+    UserError: no such objective, or a probability outside (0, 1).
+  """
+  if name == "autoregressive":
+    return autoregressive
+  if name == "masked":
+    if not 0 < mask_probability < 1:
+      raise UserError(f"mask_probability: {mask_probability}; expected a number in (0, 1)")
+    return masked(mask_probability)
+  raise UserError(f"objective: {name!r}; expected one of {', '.join(OBJECTIVES)}")
+
+
+def per_image(nll_BxT: jax.Array, weight_BxT: jax.Array) -> jax.Array:
+  """Nats per counted token of each picture [B]; a picture with none counted gives 0."""
+  counted = jnp.sum(weight_BxT, axis=-1)
+  return jnp.sum(nll_BxT * weight_BxT, axis=-1) / jnp.maximum(counted, 1.0)

@@ -1,0 +1,83 @@
+"""Adam with a linear warm-up and a cosine to zero, the paper's recipe (section 3.3)."""
+
+import dataclasses
+
+import jax
+import optax
+
+from igpt_jax.errors import UserError
+
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Adam's settings. The paper clips nothing and decays nothing; its β₂ of 0.95 avoids spikes.
+
+  Attributes:
+    learning_rate: peak.
+    steps: length of the whole schedule, warm-up included.
+    warmup_steps: linear from 0; the paper takes one epoch.
+    schedule: "cosine" (to 0 at `steps`) or "constant" after the warm-up.
+    b1, b2, eps: Adam's.
+    weight_decay: decoupled, on matrices only; 0 in the paper.
+    clip_norm: global gradient norm to clip to; 0 doesn't clip.
+  """
+
+  learning_rate: float
+  steps: int
+  warmup_steps: int = 0
+  schedule: str = "cosine"
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 0.0
+
+  def __post_init__(self):
+    if self.schedule not in SCHEDULES:
+      raise UserError(f"train.schedule: {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    if self.steps < 1:
+      raise UserError(f"train.steps: {self.steps}; expected a positive number")
+    if not 0 <= self.warmup_steps <= self.steps:
+      raise UserError(
+        f"train.warmup_steps: {self.warmup_steps}; expected between 0 and train.steps {self.steps}"
+      )
+    if not self.learning_rate > 0:
+      raise UserError(f"train.learning_rate: {self.learning_rate}; expected a positive number")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f"train.{name}: {getattr(self, name)}; expected a number in [0, 1)")
+    for name in ("weight_decay", "clip_norm"):
+      if not getattr(self, name) >= 0:
+        raise UserError(f"train.{name}: {getattr(self, name)}; expected 0 or more")
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+  """Step -> learning rate."""
+  after = max(config.steps - config.warmup_steps, 1)
+  main = (
+    optax.cosine_decay_schedule(config.learning_rate, after)
+    if config.schedule == "cosine"
+    else optax.constant_schedule(config.learning_rate)
+  )
+  if not config.warmup_steps:
+    return main
+  warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+  return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+  parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+  if config.weight_decay:
+    # Gains, and everything else that isn't a matrix per layer, is left alone.
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
+  parts.append(optax.scale_by_learning_rate(make_schedule(config)))
+  return optax.chain(*parts)
+
+
+def _is_matrix(params):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.ndim >= 2 and path[-1] != jax.tree_util.DictKey("g"), params
+  )

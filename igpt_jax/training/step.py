@@ -1,0 +1,74 @@
+"""One update, one evaluation: pure functions of (state, batch)."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.training.objectives import Objective, per_image
+from igpt_jax.training.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+  config: ImageGPTConfig,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Builds train_step(state, batch) -> (state, metrics).
+
+  `batch["tokens"]` is [B, T], any integer type. The metrics are float32 scalars of the state the
+  step started from: `loss` in nats per token, `grad_norm`, `learning_rate`.
+  """
+
+  def loss_fn(params: Params, tokens, keys):
+    nll, weight = objective(bind(config, params), tokens, keys)
+    return jnp.mean(per_image(nll, weight))
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    tokens = batch["tokens"].astype(jnp.int32)
+    keys = jax.random.split(key, tokens.shape[0])
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens, keys)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+      "loss": loss,
+      "grad_norm": optax.global_norm(grads),
+      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+    }
+    new_state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      rng=state.rng,
+    )
+    return new_state, metrics
+
+  return train_step
+
+
+def make_eval_step(
+  config: ImageGPTConfig, objective: Objective
+) -> Callable[[Params, Batch, jax.Array], Metrics]:
+  """Builds eval_step(params, batch, key) -> sums over the pictures that `batch["mask"]` counts.
+
+  Returns `nats` (sum of each picture's nats per token) and `images` (how many), float32 scalars.
+  What is drawn for a picture (BERT's mask) depends on `key` and on its `batch["index"]` alone.
+  """
+
+  def eval_step(params: Params, batch: Batch, key: jax.Array) -> Metrics:
+    tokens = batch["tokens"].astype(jnp.int32)
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
+    nll, weight = objective(bind(config, params), tokens, keys)
+    counted = batch["mask"].astype(jnp.float32)
+    return {
+      "nats": jnp.sum(per_image(nll, weight) * counted),
+      "images": jnp.sum(counted),
+    }
+
+  return eval_step
