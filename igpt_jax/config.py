@@ -266,3 +266,31 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
     json.dump(mine, file, indent=2)
     file.write("\n")
   os.replace(partial, path)
+
+
+# ILSVRC-2012's training pictures, and the share of them that the paper trains on while tuning.
+_IMAGENET_TRAIN = 1_281_167
+_IMAGENET_VALIDATION = 0.04
+
+
+def imagenet(size: str, resolution: int) -> ConfigDict:
+  """The paper's pretraining on ImageNet (section 3): its pictures, batch, steps and warm-up."""
+  config = base()
+  config.data.name = "imagenet2012"
+  config.data.resolution = resolution
+  config.data.augment = "paper"
+  config.data.validation = _IMAGENET_VALIDATION
+  config.model.size = size
+  config.train.batch_size = 64 if size == "xl" else 128
+  config.train.steps = 2_000_000 if size == "xl" else 1_000_000
+  epoch = _IMAGENET_TRAIN * (1 - _IMAGENET_VALIDATION)
+  config.train.warmup_steps = round(epoch / config.train.batch_size)
+  config.train.log_every = 100
+  config.train.eval_every = 10_000
+  config.train.checkpoint_every = 5_000
+  config.train.keep_every = 100_000
+  if size in ("l", "xl"):
+    # Their state doesn't fit one chip: parameters and moments are split over all of them.
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.model.remat = "full"
+  return config

@@ -21,6 +21,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where checkpoints, metrics and pictures go (default: runs/CONFIG)."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "One of several processes: join them by jax.distributed (launch/ sets it)."
+)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -34,6 +37,28 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _fail(message: object) -> int:
   print(f"igpt_jax: {message}", file=sys.stderr)
   return 2
+
+
+def _join_processes() -> None:
+  """Finds the other processes: TPU pods, GKE and SLURM are recognised, else JAX_COORDINATOR_ADDRESS,
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are."""
+  import jax
+
+  environment = os.environ
+  settings = {}
+  if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_PROCESS_ID" in environment:
+    settings = {
+      "num_processes": int(environment["JAX_NUM_PROCESSES"]),
+      "process_id": int(environment["JAX_PROCESS_ID"]),
+    }
+  try:
+    jax.distributed.initialize(**settings)
+  except (ValueError, KeyError) as error:
+    raise UserError(
+      f"--distributed: no cluster was recognised ({error}); expected a TPU pod, GKE, SLURM, or "
+      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; fix: set them, or leave "
+      "--distributed out on one host"
+    ) from None
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +75,8 @@ def main(argv: list[str]) -> int:
       raise UserError(f"config.job: {config.job!r}; expected one of {', '.join(JOBS)}")
     from igpt_jax import config as config_lib
 
+    if _DISTRIBUTED.value:
+      _join_processes()
     config_lib.validate(config)
     workdir = os.path.abspath(_WORKDIR.value or os.path.join("runs", name))
     job = importlib.import_module(f"igpt_jax.jobs.{config.job}")

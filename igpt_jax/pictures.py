@@ -57,20 +57,25 @@ def plot(
   x_label: str,
   y_label: str,
   levels: Mapping[str, float] | None = None,
-  markers: bool = False,
+  whole_steps: bool = False,
 ) -> None:
-  """Draws curves, and dashed horizontal levels, into a PNG."""
+  """Draws curves, and dashed horizontal levels, into a PNG.
+
+  `whole_steps`: x counts few things (layers): a marker on each, ticks at whole numbers alone.
+  """
   import matplotlib
 
   matplotlib.use("Agg")
-  from matplotlib import pyplot
+  from matplotlib import pyplot, ticker
 
   figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
   for name, (xs, ys) in curves.items():
-    axes.plot(xs, ys, label=name, marker="o" if markers else None, linewidth=1.5)
+    axes.plot(xs, ys, label=name, marker="o" if whole_steps else None, linewidth=1.5)
   for (name, level), colour in zip((levels or {}).items(), ("0.35", "0.6", "0.75"), strict=False):
     axes.axhline(level, linestyle="--", color=colour, label=name, linewidth=1.2)
   axes.set(title=title, xlabel=x_label, ylabel=y_label)
+  if whole_steps:
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   axes.grid(alpha=0.3)
   axes.legend()
   partial = f"{path}.partial"

@@ -148,3 +148,28 @@ check_lasting_workdir() {
   die "--workdir=$workdir would be deleted with the machines; fix: a directory under what --mount" \
     "(xpk.sh: --storage) mounts"
 }
+
+# find_python: prints an interpreter of 3.11 or later: $PYTHON if set, else the first on PATH.
+find_python() {
+  local python
+  for python in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+    if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s' "$python"
+      return
+    fi
+    [ -z "${PYTHON:-}" ] || break
+  done
+  die "no Python 3.11 or later with venv found${PYTHON:+ (PYTHON=$PYTHON)}; fix: install one, or set PYTHON"
+}
+
+# make_venv DIR PYTHON [EXTRA]: an environment with the package and one of its extras.
+# A stamp says what was installed: an interrupted or outdated installation is done again.
+make_venv() {
+  local dir=$1 python=$2 extra=${3:-} stamp wanted
+  stamp=$dir/igpt_jax${extra:+-$extra}.stamp
+  wanted=$(cksum <"$REPO_DIR/setup.py")
+  [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
+  run "$python" -m venv "$dir"
+  run "$dir/bin/pip" install --quiet --disable-pip-version-check --editable "${REPO_DIR}${extra:+[$extra]}"
+  [ -n "$dry_run" ] || printf '%s\n' "$wanted" >"$stamp"
+}

@@ -41,15 +41,7 @@ check_main_args "$@"
 need "$python"
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 
-# The stamp says what was installed: an interrupted or outdated installation is done again.
-stamp=$venv/prepare.stamp
-wanted=$(cksum <"$REPO_DIR/setup.py")
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-  [ -n "$dry_run" ] || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    die "--python=$python; expected Python 3.11 or later"
-  run "$python" -m venv "$venv"
-  run "$venv/bin/pip" install --quiet --editable "${REPO_DIR}[prepare]"
-  [ -n "$dry_run" ] || printf '%s\n' "$wanted" >"$stamp"
-fi
-
+[ -n "$dry_run" ] || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  die "--python=$python; expected Python 3.11 or later"
+make_venv "$venv" "$python" prepare
 run env PYTHON="$venv/bin/python" bash "$LAUNCH_DIR/entry.sh" "$@" --config.job=prepare

@@ -104,7 +104,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     x_label="layer",
     y_label="test accuracy",
     levels=levels,
-    markers=True,
+    whole_steps=True,
   )
   report.write_summary(workdir)
   say(text.rstrip())

@@ -1,0 +1,15 @@
+"""iGPT-XL on ImageNet at 48×48: beyond the paper's rows, same recipe.
+
+  python -m igpt_jax.main --config configs/imagenet48_xl.py --workdir runs/imagenet48_xl
+
+Reproduces: its recipe at another size and resolution; 6,805,370,880 parameters.
+Hardware: 1.3e+22 FLOPs in all; 3.1 days of a v5p-256 slice at 40% of its peak (arithmetic, not a run).
+Expect: nothing published: the paper has no such row.
+Data: TFDS imagenet2012, prepared once (launch/prepare_data.sh).
+"""
+
+from igpt_jax.config import imagenet
+
+
+def get_config():
+  return imagenet("xl", 48)

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Installs into a virtual environment and runs a config whole: pretrain, evaluate, probe, complete.
+#
+#   bash launch/local.sh                             configs/quickstart.py
+#   bash launch/local.sh configs/cifar10_small.py    any config; what follows goes to igpt_jax.main
+#
+# VENV     the environment (default: .venv in the repository)
+# WORKDIR  where everything goes (default: runs/CONFIG)
+# PYTHON   the interpreter that makes the environment (default: the first of 3.11 or later)
+#
+# Running it again goes on where it stopped.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case ${1:-} in
+  --help | -h)
+    usage
+    exit 0
+    ;;
+esac
+config=${1:-configs/quickstart.py}
+[ $# -eq 0 ] || shift
+case $config in --*) die "$config: expected a config file first, such as configs/quickstart.py" ;; esac
+cd "$REPO_DIR"
+[ -f "$config" ] || die "$config: no such config; see configs/"
+name=$(basename "$config" .py)
+workdir=${WORKDIR:-runs/$name}
+venv=${VENV:-$REPO_DIR/.venv}
+
+if [ ! -f "$venv/igpt_jax.stamp" ]; then
+  say "installing into $venv (about a gigabyte, a minute or two)"
+fi
+python=$(find_python)
+make_venv "$venv" "$python"
+
+for job in pretrain evaluate probe sample; do
+  say "$job"
+  status=0
+  PYTHON=$venv/bin/python bash "$LAUNCH_DIR/entry.sh" --config="$config" --workdir="$workdir" "$@" \
+    --config.job="$job" || status=$?
+  [ "$status" -eq 0 ] || exit "$status"
+done
+printf '\n'
+cat "$workdir/summary.md"
+printf '\nLook at %s/completions.png, samples.png, probe.png and loss.png\n' "$workdir"

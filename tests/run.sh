@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs the tests, in a virtual environment that it makes if need be.
+#
+#   bash tests/run.sh                  everything that needs no accelerator
+#   bash tests/run.sh tests/test_x.py  what follows goes to pytest
+#
+# VENV and PYTHON as in launch/local.sh.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../launch/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../launch/lib.sh"
+
+cd "$REPO_DIR"
+venv=${VENV:-$REPO_DIR/.venv}
+python=$(find_python)
+make_venv "$venv" "$python" test
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs the tests that compile for TPUs that aren't there, in an environment of their own (libtpu is
+# 0.7 GB). VENV and PYTHON as in launch/local.sh.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../launch/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../launch/lib.sh"
+
+cd "$REPO_DIR"
+venv=${VENV:-$REPO_DIR/.venv-tpu}
+python=$(find_python)
+make_venv "$venv" "$python" tpu
+make_venv "$venv" "$python" test
+export TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost
+exec "$venv/bin/python" -m pytest -m tpu_compile "$@"
