@@ -178,7 +178,7 @@ def test_missing_data_set_says_how_to_get_it(tmp_path):
   with pytest.raises(errors.UserError, match="cifar10") as caught:
     sources.open_split(_config(name="cifar10", data_dir=str(tmp_path)), "train")
   message = str(caught.value)
-  assert str(tmp_path) in message and "array_record" in message and "fix:" in message
+  assert str(tmp_path) in message and "prepare_data.sh" in message and "fix:" in message
 
 
 def test_unwritable_data_dir_is_named(tmp_path):

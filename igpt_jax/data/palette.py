@@ -13,13 +13,12 @@ import numpy as np
 
 from igpt_jax import errors
 
-_UNSEEN = np.uint16(65535)  # marks a colour whose nearest centre hasn't been asked for yet
-MAX_SIZE = 65535
-_CHUNK = 8192  # colours × centres are compared in pieces of at most this many colours
+MAX_SIZE = 65535  # tokens are uint16, and the table below has no room for one more
+_CUBE = 16  # side of the cubes in which the table of nearest centres is filled
 
 
 class Palette:
-  """k colours; a picture's token is the index of its pixel's nearest colour.
+  """k colours; a picture's tokens are the indices of its pixels' nearest colours.
 
   Nearest is exact: squared Euclidean distance, the lowest index wins ties. Where every centre is a
   whole number of 0..255 it is computed in whole numbers, so that every backend agrees; otherwise in
@@ -49,7 +48,7 @@ class Palette:
       )
     self.centers = np.ascontiguousarray(array, dtype=np.float32)
     self.centers.flags.writeable = False
-    self._table: np.ndarray | None = None
+    self._table = _empty_table()
     levels = 127.5 * (self.centers.astype(np.float64) + 1)
     self._levels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
     # float32 holds u / 127.5 - 1 to 1e-5 of a level, so that whole levels are told apart safely.
@@ -95,53 +94,61 @@ class Palette:
   def encode(self, images: np.ndarray) -> np.ndarray:
     """uint8 [..., 3] to uint16 [...], the index of the nearest colour.
 
-    A table of all 2²⁴ colours, filled as colours are first met: no start-up cost, and a lookup per
-    pixel from then on. Threads may fill it together, since each writes what any other would.
+    A table of all 2²⁴ colours (32 MB), filled in cubes as their colours are first met: no start-up
+    cost, and a lookup per pixel from then on. Threads may fill it together, since each writes what
+    any other would.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.shape[-1:] != (3,):
       raise ValueError(f"expected uint8 [..., 3], got {images.dtype} {images.shape}")
-    if self._table is None:
-      self._table = np.full(2**24, _UNSEEN, np.uint16)
     codes = color_codes(images)
-    tokens = self._table.take(codes)
-    unseen = tokens == _UNSEEN
-    if unseen.any():
-      fresh = np.unique(codes[unseen])
-      self._table[fresh] = self._nearest(codes_to_colors(fresh))
-      tokens = self._table.take(codes)
-    return tokens.reshape(images.shape[:-1])
+    found = self._table.take(codes)
+    if not found.all():
+      self._fill(codes[found == 0])
+      found = self._table.take(codes)
+    return (found - np.uint16(1)).reshape(images.shape[:-1])
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
     """Integer [...] in 0..k-1 to uint8 [..., 3]: rint(127.5 (c + 1)), as the original does."""
     return self._levels[np.asarray(tokens)]
 
-  def _nearest(self, colors: np.ndarray) -> np.ndarray:
-    """uint8 [n, 3] to the index of the nearest colour, int [n], uncached."""
-    pieces = np.array_split(colors, max(1, -(-len(colors) // _CHUNK)))
-    nearest = self._nearest_uint8 if self.is_uint8 else self._nearest_float
-    return np.concatenate([nearest(piece) for piece in pieces])
+  def _fill(self, codes: np.ndarray) -> None:
+    """Completes the table for every cube of colours that holds one of these codes."""
+    cubes = np.zeros((16, 16, 16), bool)
+    cubes[codes >> 20, (codes >> 12) & 15, (codes >> 4) & 15] = True
+    table = self._table.reshape(256, 256, 256)
+    for blue, green, red in np.argwhere(cubes) * _CUBE:
+      nearest = self._nearest_in_cube(np.array([red, green, blue]))
+      table[blue : blue + _CUBE, green : green + _CUBE, red : red + _CUBE] = nearest + 1
 
-  def _nearest_uint8(self, colors: np.ndarray) -> np.ndarray:
-    # |c|² - 2 x·c is a whole number below 2¹⁹, so float32 holds every term and sum exactly, in
-    # whatever order the matrix product adds them.
-    levels = self._levels.astype(np.float32)
-    distance = colors.astype(np.float32) @ (-2 * levels.T)
-    distance += np.square(levels).sum(-1)
-    return distance.argmin(-1)
+  def _nearest_in_cube(self, corner: np.ndarray) -> np.ndarray:
+    """Nearest centre of the 16³ colours from `corner` (r, g, b) on: int [blue, green, red].
 
-  def _nearest_float(self, colors: np.ndarray) -> np.ndarray:
+    Only centres that may be nearest to some colour of the cube are compared: those no farther from
+    its nearest point than another centre is from all of its points.
+    """
+    if self.is_uint8:
+      centers, side = self._levels.astype(np.int32), corner + np.arange(_CUBE)[:, None]
+    else:
+      centers, side = (
+        self.centers.astype(np.float64),
+        (corner + np.arange(_CUBE)[:, None]) / 127.5 - 1,
+      )
+    inner = np.square(np.clip(centers, side[0], side[-1]) - centers).sum(-1)
+    outer = np.square(np.maximum(abs(centers - side[0]), abs(centers - side[-1]))).sum(-1)
+    # The slack is far above float64's rounding here, and nothing to whole numbers.
+    candidates = np.flatnonzero(inner <= outer.min() + 1e-9)
     # Differences first, then squares: expanding the square would cancel digits and break ties anew.
-    x = colors.astype(np.float64) / 127.5 - 1
-    centers = self.centers.astype(np.float64)
-    distance = np.zeros((len(colors), self.size))
-    for channel in range(3):
-      distance += np.square(x[:, channel, None] - centers[None, :, channel])
-    return distance.argmin(-1)
+    red, green, blue = np.square(side[:, None] - centers[candidates]).transpose(2, 0, 1)
+    distance = (red + green[:, None])[None] + blue[:, None, None]
+    return candidates[distance.argmin(-1)]
 
   def __getstate__(self):
     # The table is a cache; a worker process fills its own.
-    return {**self.__dict__, "_table": None}
+    return {key: value for key, value in self.__dict__.items() if key != "_table"}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state, _table=_empty_table())
 
   def __eq__(self, other):
     return isinstance(other, Palette) and np.array_equal(self.centers, other.centers)
@@ -151,6 +158,11 @@ class Palette:
 
   def __repr__(self):
     return f"Palette(size={self.size}, uint8={self.is_uint8})"
+
+
+def _empty_table() -> np.ndarray:
+  """uint16 [2²⁴], token + 1 of each colour, 0 where not yet asked for. Untouched pages cost nothing."""
+  return np.zeros(2**24, np.uint16)
 
 
 def color_codes(images: np.ndarray) -> np.ndarray:

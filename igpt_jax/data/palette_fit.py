@@ -15,8 +15,10 @@ import numpy as np
 from igpt_jax import errors
 from igpt_jax.data import palette as palette_lib
 
-_FLUSH = 2**22  # pixels gathered before they are counted
-_COARSE_BITS = 6  # bins of the first clustering: 64 levels a channel
+_FLUSH = 2**23  # pixels gathered before they are counted
+_COARSE_BITS = 5  # a channel, of the bins on which the centres are first placed
+_N_HEAVY = 2**17  # fine bins that are taken one by one
+_STEPS = 20  # of Lloyd, on coarse points and again on fine ones
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, orders the colours for the eye
 
 
@@ -114,30 +116,50 @@ def fit_palette(
 
 
 def _cluster(colors: np.ndarray, counts: np.ndarray, k: int, seed: int) -> np.ndarray:
-  """Weighted k-means++ and Lloyd steps on coarse bins: float64 [k, 3] in levels."""
+  """k-means++ and weighted Lloyd steps on coarse bins, then on fine ones: float [k, 3] in levels.
+
+  One thread: several would add up in an order of their own, and every host and every run must come
+  to the same palette.
+  """
+  import threadpoolctl
   from sklearn import cluster
 
-  points, weights = _coarse(colors, counts, _COARSE_BITS)
-  if len(points) <= 4 * k:  # few enough colours to be taken one by one
-    points, weights = colors.astype(np.float64), counts.astype(np.float64)
-  kmeans = cluster.KMeans(
-    n_clusters=k, init="k-means++", n_init=1, max_iter=100, tol=0, random_state=seed
-  )
-  kmeans.fit(points, sample_weight=weights)
-  return kmeans.cluster_centers_
+  coarse, fine = _binned(colors, counts, _COARSE_BITS), _points(colors, counts)
+  if len(coarse[0]) < 4 * k:  # too few bins to place the centres among
+    coarse = fine
+  with threadpoolctl.threadpool_limits(1):
+    points, weights = coarse
+    centers, _ = cluster.kmeans_plusplus(points, k, sample_weight=weights, random_state=seed)
+    for points, weights in (coarse, fine):
+      kmeans = cluster.KMeans(k, init=centers, n_init=1, max_iter=_STEPS, tol=0)
+      centers = kmeans.fit(points, sample_weight=weights).cluster_centers_
+  return centers
 
 
-def _coarse(colors: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-  """Bins of 2^bits levels a channel: their mean colours, float64 [n, 3], and their pixels [n]."""
-  shift = 8 - bits
-  bins = colors.astype(np.int32) >> shift
+def _points(colors: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Few enough weighted points, near enough to the colours: float32 [n, 3] and pixels [n].
+
+  Where the pixels are many the bins are fine, elsewhere coarse: nearly the error of all colours (24.4
+  for 24.2 on CIFAR-10's 1.7 million) at a tenth of their cost.
+  """
+  if len(colors) <= _N_HEAVY:
+    return colors.astype(np.float32), counts.astype(np.float64)
+  points, weights = _binned(colors, counts, 7)
+  order = np.argsort(-weights, kind="stable")
+  heavy, light = np.sort(order[:_N_HEAVY]), np.sort(order[_N_HEAVY:])
+  pooled = _binned(points[light], weights[light], 6)
+  return np.concatenate([points[heavy], pooled[0]]), np.concatenate([weights[heavy], pooled[1]])
+
+
+def _binned(colors: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+  """Bins of 2^bits levels a channel: their mean colours, float32 [n, 3], and their pixels [n]."""
+  bins = colors.astype(np.int32) >> (8 - bits)
   codes = (bins[:, 0] << 2 * bits) | (bins[:, 1] << bits) | bins[:, 2]
-  weights = np.bincount(codes, counts, 2 ** (3 * bits))
+  n = 2 ** (3 * bits)
+  weights = np.bincount(codes, counts, n)
   used = np.flatnonzero(weights)
-  sums = [
-    np.bincount(codes, counts * colors[:, c].astype(np.float64), 2 ** (3 * bits)) for c in range(3)
-  ]
-  return np.stack(sums, -1)[used] / weights[used, None], weights[used]
+  sums = [np.bincount(codes, counts * colors[:, c].astype(np.float64), n)[used] for c in range(3)]
+  return (np.stack(sums, -1) / weights[used, None]).astype(np.float32), weights[used]
 
 
 def _distinct(levels: np.ndarray, colors: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -8,11 +8,12 @@ together are the same global batch however many hosts there are.
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from igpt_jax import errors
 from igpt_jax.data import palette as palette_lib
 from igpt_jax.data import sources, transforms
 
-_NO_RNG = None
+T = TypeVar("T")
 
 
 # --- positions -------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ class _Loader:
     self._palette = palette
     self._train = train
     self._images = images
-    self._cache: dict[int, np.ndarray] = {}
+    self._cache: dict[int, tuple[np.ndarray, np.int32]] = {}
     self._set_up()
 
   def _set_up(self):
@@ -76,9 +77,12 @@ class _Loader:
       self._transform = transforms.train_transform(
         config.augment, config.resolution, config.resample
       )
+      # A picture that is decoded anew each time need not be decoded whole.
+      self._from_encoded = config.augment == "paper" and config.resample == "fused"
     else:
       evaluate = transforms.eval_transform(config.augment, config.resolution)
       self._transform = lambda image, rng: evaluate(image)
+      self._from_encoded = False
 
   def __getstate__(self):
     state = {**self.__dict__, "_cache": {}}
@@ -97,12 +101,18 @@ class _Loader:
       return {"tokens": record["tokens"], "label": np.int32(record["label"])}
     if index in self._cache:
       image, label = self._cache[index]
+      image = self._transform(image, rng)
     else:
       record = split[index]
-      image, label = transforms.decode(record["image"], record["id"]), np.int32(record["label"])
-      if image.nbytes * len(split) <= self._config.cache_mb * 2**20:
-        self._cache[index] = image, label
-    image = self._transform(image, rng)
+      data, label = record["image"], np.int32(record["label"])
+      room = self._config.cache_mb * 2**20 // len(split)  # for each decoded picture
+      if self._from_encoded and len(data) > room:
+        image = transforms.paper_train_encoded(data, rng, self._config.resolution, record["id"])
+      else:
+        image = transforms.decode(data, record["id"])
+        if image.nbytes <= room:
+          self._cache[index] = image, label
+        image = self._transform(image, rng)
     element = {"label": label}
     if self._palette is not None:
       element["tokens"] = self._palette.encode(image).reshape(-1)
@@ -139,7 +149,7 @@ class _Loader:
     element, good, n_bad = None, False, 0
     if index < len(self._split):
       try:
-        element, good = self.load(index, _NO_RNG), True
+        element, good = self.load(index, None), True
       except transforms.BadRecord:
         n_bad = 1
     element = element or self.empty()
@@ -148,7 +158,7 @@ class _Loader:
 
 
 def _tolerated(n_records: int, config: sources.DataConfig) -> int:
-  return int(n_records * config.max_bad)
+  return min(int(n_records * config.max_bad), n_records - 1)
 
 
 # --- iterators -------------------------------------------------------------------------------------
@@ -320,6 +330,25 @@ def image_stream(
       images = next(batches)["image"][:left]
       left -= len(images)
       yield images
+
+
+def prefetch(
+  batches: Iterable[dict[str, np.ndarray]],
+  put: Callable[[dict[str, np.ndarray]], T],
+  depth: int = 2,
+) -> Iterator[T]:
+  """Keeps `depth` batches on their way to the device while the step works on the one before.
+
+  `put` starts the transfer and returns at once, as jax.device_put does. The position of the run is
+  still the number of batches taken from here, not the number read ahead.
+  """
+  ahead: collections.deque[T] = collections.deque()
+  for batch in batches:
+    ahead.append(put(batch))
+    if len(ahead) > depth:
+      yield ahead.popleft()
+  while ahead:
+    yield ahead.popleft()
 
 
 def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -34,7 +34,8 @@ class DataConfig:
     path: for `folder` the root (root/SPLIT/CLASS/*.jpg or root/SPLIT/*.jpg), for `tokens` a .npy
       file, which is the test split, or a folder with train.npy, validation.npy, test.npy.
     resolution: side of the square the model sees, in pixels.
-    augment: `none`, `paper` (random resize and crop as for ImageNet) or `cifar` (pad, crop, flip).
+    augment: `none`, `paper` (random resize and crop as for ImageNet), `cifar` (pad, crop, flip) or
+      `shift` (by up to an eighth of the side; for digits).
     resample: of `paper` in training: `fused` (one resize) or `literal` (the two of the paper).
     validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others'.
     max_bad: share of a split's records that may be unreadable before it is an error.
@@ -92,6 +93,7 @@ class Split:
     name: train, validation, train+validation or test.
     n_classes: number of labels, 0 if there are none.
     class_names: n_classes names.
+    indices: int32 [n], the places of the split's records among all that are stored.
     fingerprint: names data set, version, split and number of records: what a checkpoint stores, so
       that a changed data set is noticed.
   """
@@ -102,15 +104,19 @@ class Split:
     self.class_names = tuple(records.class_names)
     self.n_classes = len(self.class_names)
     self.fingerprint = f"{records.name} {name}[{len(indices)} of {len(records)}]"
-    self._indices = indices
+    self.indices = indices
 
   def __len__(self) -> int:
-    return len(self._indices)
+    return len(self.indices)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):
       raise IndexError(f"{index} is not in 0..{len(self) - 1}")
-    return self.records[int(self._indices[index])]
+    return self.records[int(self.indices[index])]
+
+  def select(self, indices: np.ndarray) -> Split:
+    """The records at these places of this split, in this order."""
+    return Split(self.records, self.indices[np.asarray(indices)], self.name)
 
   @property
   def is_tokens(self) -> bool:

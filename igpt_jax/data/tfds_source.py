@@ -7,26 +7,40 @@ for data that isn't there. Data sets of our own are made on first use.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
+import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 from igpt_jax import errors
 
-OWN = {"digits": "igpt_jax.data.digits"}
+# Data sets of our own: their builders need neither TensorFlow nor a network.
+OWN = {"digits": "igpt_jax.data.digits", "photo_patches": "igpt_jax.data.photo_patches"}
+
+# Where the stored test split has no labels, the literature tests on validation.
+_TEST_SPLIT = {"imagenet2012": ("validation",)}
 
 
 def resolve_data_dir(data_dir: str) -> str:
   """The folder of prepared data: as given, else $TFDS_DATA_DIR, else TFDS's own default."""
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return data_dir if "://" in data_dir else os.path.abspath(os.path.expanduser(data_dir))
+  if "://" in data_dir:
+    bucket = data_dir.split("://")[1].split("/")[0]
+    raise errors.UserError(
+      f"data.data_dir: {data_dir}; expected a local path; fix: mount the bucket "
+      f"(gcsfuse --implicit-dirs {bucket} /mnt/{bucket}) and give the path below /mnt/{bucket}"
+    )
+  return os.path.abspath(os.path.expanduser(data_dir))
 
 
 def prepare_command(name: str, data_dir: str) -> str:
   """What a person types, once, to prepare a TFDS data set for reading in any order."""
   return (
-    "pip install -e '.[prepare]' && "
-    f"tfds build {name} --data_dir={resolve_data_dir(data_dir)} --file_format=array_record"
+    "bash launch/prepare_data.sh -- --config=configs/quickstart.py --workdir=runs/prepare "
+    f"--config.data.name={name} --config.data.data_dir={resolve_data_dir(data_dir)}"
   )
 
 
@@ -41,32 +55,39 @@ class TfdsRecords:
 
   def _open(self) -> None:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
 
     builder = tfds.builder_from_directory(self._builder_dir)
     info = builder.info
     self.name = info.full_name
-    self._image, self._label, self._name = _choose_features(info, tfds)
+    self._image, self._label, self._name = choose_features(info)
     self.class_names = tuple(info.features[self._label].names) if self._label else ()
+    # TFDS's own deserialisation costs as much as the read; a record of the three features needs none.
     try:
       self._source = builder.as_data_source(
-        split=self._split, decoders={self._image: tfds.decode.SkipDecoding()}
+        split=self._split,
+        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+        file_format="array_record",
       )
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
       raise errors.UserError(
         f"data set {info.full_name}: stored as {info.file_format.value} in {self._builder_dir}; "
         "expected array_record; fix: prepare it into another data_dir: "
         + prepare_command(info.name, "DIR")
       ) from error
+    self._parse = tf_example_pb2.Example.FromString
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    example = self._source[index]
-    name = example[self._name].decode(errors="replace") if self._name else f"{self._split}[{index}]"
+    features = self._parse(self._source[index]).features.feature
+    name = f"{self._split}[{index}]"
+    if self._name:
+      name = features[self._name].bytes_list.value[0].decode(errors="replace")
     return {
-      "image": example[self._image],
-      "label": int(example[self._label]) if self._label else -1,
+      "image": features[self._image].bytes_list.value[0],
+      "label": features[self._label].int64_list.value[0] if self._label else -1,
       "id": f"{self.name} {name}",
     }
 
@@ -79,7 +100,7 @@ class TfdsRecords:
 
 
 def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
-  """Opens the stored `train` or `test` split (or ImageNet's validation, where there is no test).
+  """Opens the stored `train` or `test` split (or ImageNet's validation, which is its test).
 
   Raises:
     UserError: not prepared, or no such split.
@@ -87,20 +108,16 @@ def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
   import tensorflow_datasets as tfds
 
   directory = resolve_data_dir(data_dir)
-  if name in OWN:
-    builder_dir = _make_own(name, directory)
-  else:
-    try:
-      builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-      raise errors.UserError(
-        f"data set {name}: not prepared in {directory}; expected one of our own "
-        f"({', '.join(sorted(OWN))}), folder, tokens, or a prepared TFDS data set; "
-        f"fix: {prepare_command(name, data_dir)}"
-      ) from error
-    builder_dir = str(builder.data_path)
+  builder_dir = make_own(name, directory) if name in OWN else find(name, directory)
+  if builder_dir is None:
+    raise errors.UserError(
+      f"data set {name}: not prepared in {directory}; expected one of our own "
+      f"({', '.join(sorted(OWN))}), folder, tokens, or a prepared TFDS data set; "
+      f"fix: {prepare_command(name, data_dir)}"
+    )
   splits = tfds.builder_from_directory(builder_dir).info.splits
-  names = ("test", "validation") if stored == "test" else ("train",)
+  tests = _TEST_SPLIT.get(name.split("/")[0].split(":")[0], ("test", "validation"))
+  names = tests if stored == "test" else ("train",)
   found = next((n for n in names if n in splits and splits[n].num_examples), None)
   if found is None:
     raise errors.UserError(
@@ -109,8 +126,21 @@ def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
   return TfdsRecords(builder_dir, found)
 
 
-def _choose_features(info, tfds) -> tuple[str, str | None, str | None]:
+def find(name: str, directory: str) -> str | None:
+  """The folder of a prepared data set, its newest version unless the name says which; or None."""
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+  except (tfds.core.DatasetNotFoundError, ValueError):
+    return None
+  return str(builder.data_path)
+
+
+def choose_features(info) -> tuple[str, str | None, str | None]:
   """The names of the picture, the label (or None) and the record's own name (or None)."""
+  import tensorflow_datasets as tfds
+
   features = info.features
   images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
   labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
@@ -129,16 +159,11 @@ def _choose_features(info, tfds) -> tuple[str, str | None, str | None]:
   return image, label, names[0] if names else None
 
 
-def _make_own(name: str, directory: str) -> str:
+def make_own(name: str, directory: str) -> str:
   """Prepares a data set of ours unless it is there; returns its .../NAME/VERSION folder.
 
   Prepared beside its place and moved there in one step, so that processes may race.
   """
-  import importlib
-  import pathlib
-  import shutil
-  import tempfile
-
   import tensorflow_datasets as tfds
 
   builder_class = importlib.import_module(OWN[name]).Builder

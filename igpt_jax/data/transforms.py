@@ -26,7 +26,7 @@ cv2.setNumThreads(1)
 # is taken for damage, before memory is spent on it.
 MAX_PIXELS = 2**26
 
-AUGMENTATIONS = ("none", "paper", "cifar")
+AUGMENTATIONS = ("none", "paper", "cifar", "shift")
 RESAMPLINGS = ("fused", "literal")
 PAPER_CROP = 224  # side of the crop, section 3.2
 PAPER_SHORT_SIDE = (256, 384)  # range of the random shorter side, both ends included
@@ -77,6 +77,39 @@ def _decode_jpeg(data: bytes, record_id: str) -> np.ndarray | None:
   except ValueError:
     # Strict decoding also refuses harmless oddities such as stray bytes between segments, which
     # real ImageNet files have; Pillow passes those and still refuses a truncated picture.
+    return None
+
+
+def _plain_frame(data: bytes) -> int | None:
+  """Where the frame header of a whole, sequential, Huffman-coded JPEG begins; None for any other."""
+  if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9", -64) < 0:
+    return None
+  place = 2
+  while place + 9 < len(data) and data[place] == 0xFF:
+    marker = data[place + 1]
+    if marker in (0xC0, 0xC1):
+      return place if data[place + 9] in (1, 3) else None  # grey or three colours
+    if marker == 0xDA or (0xC0 < marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC)):
+      return None
+    place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+  return None
+
+
+def _decode_top(data: bytes, frame: int, n_rows: int) -> np.ndarray | None:
+  """At least the first n_rows of the JPEG whose frame header is at `frame`, or None.
+
+  A header that promises fewer rows makes the decoder stop there; what follows is skipped unread. The
+  32 rows more are for the blocks that the last row lies in and that its chroma is interpolated from.
+  """
+  height = int.from_bytes(data[frame + 5 : frame + 7], "big")
+  rows = (n_rows // 16 + 2) * 16
+  if rows >= height:
+    return None
+  patched = bytearray(data)
+  patched[frame + 5 : frame + 7] = rows.to_bytes(2, "big")
+  try:
+    return simplejpeg.decode_jpeg(patched, "RGB", strict=False)
+  except ValueError:
     return None
 
 
@@ -246,6 +279,23 @@ def paper_train(
   return function(image, crop, resolution)
 
 
+def paper_train_encoded(
+  data: bytes | np.ndarray, rng: np.random.Generator, resolution: int, record_id: str = "picture"
+) -> np.ndarray:
+  """`paper_train` of the decoded picture, for less: a JPEG is decoded only down to the crop's end."""
+  frame = _plain_frame(data) if isinstance(data, bytes) else None
+  if frame is None:
+    return paper_train(decode(data, record_id), rng, resolution)
+  height, width = (int.from_bytes(data[i : i + 2], "big") for i in (frame + 5, frame + 7))
+  _check_size(height, width, record_id)
+  crop = draw_paper_crop(rng, height, width)
+  left, top, right, bottom = crop.source_box(height, width)
+  image = _decode_top(data, frame, bottom)
+  if image is None:
+    return crop_fused(decode(data, record_id), crop, resolution)
+  return resize_area(image[top:bottom, left:right], resolution, resolution)
+
+
 def cifar_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
   """CIFAR fine-tuning: reflect-pad 4, random crop of the picture or its mirror image."""
   image = fit(image, resolution)
@@ -254,6 +304,19 @@ def cifar_train(image: np.ndarray, rng: np.random.Generator, resolution: int) ->
   padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
   window = padded[top : top + resolution, left : left + resolution]
   return window[:, ::-1] if mirrored else window
+
+
+def shift_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
+  """Every other picture is moved by up to an eighth of its side; what comes in is black.
+
+  Not the paper's: for small sets of drawings on black, where flips would change the meaning.
+  """
+  image = fit(image, resolution)
+  reach = max(1, resolution // 8)
+  moved = rng.random() < 0.5
+  top, left = rng.integers(0, 2 * reach + 1, 2) if moved else (reach, reach)
+  padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)))
+  return np.ascontiguousarray(padded[top : top + resolution, left : left + resolution])
 
 
 def train_transform(
@@ -265,6 +328,8 @@ def train_transform(
     return lambda image, rng: paper_train(image, rng, resolution, resample)
   if augment == "cifar":
     return lambda image, rng: cifar_train(image, rng, resolution)
+  if augment == "shift":
+    return lambda image, rng: shift_train(image, rng, resolution)
   return lambda image, rng: fit(image, resolution)
 
 

@@ -1,0 +1,157 @@
+"""What the way from stored bytes to tokens costs on this machine, stage by stage.
+
+Holds measurements, and the literal form of the paper's augmentation written with Pillow alone, which
+the pipeline is compared with. CPU time, not wall-clock, so that a busy machine misleads less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from igpt_jax.data import palette as palette_lib
+from igpt_jax.data import pipeline, sources, transforms
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """CPU milliseconds per picture, and the pictures per second that one core does at that."""
+
+  stage: str
+  cpu_ms: float
+
+  @property
+  def pictures_per_core_second(self) -> float:
+    return 1e3 / self.cpu_ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+  """A whole pipeline: `workers` processes, CPU time of all of them together, and wall-clock."""
+
+  pipeline: str
+  workers: int
+  cpu_ms: float
+  pictures_per_second: float
+
+  @property
+  def pictures_per_core_second(self) -> float:
+    return 1e3 / self.cpu_ms
+
+
+def stages(
+  split: sources.Split,
+  config: sources.DataConfig,
+  palette: palette_lib.Palette,
+  *,
+  n_pictures: int = 200,
+  repeats: int = 3,
+) -> list[Cost]:
+  """Each stage by itself on the first pictures of a split, the best of `repeats` passes."""
+  records = [split[i] for i in range(min(n_pictures, len(split)))]
+  pictures = [transforms.decode(r["image"], r["id"]) for r in records]
+  rng = np.random.default_rng(0)
+  make = transforms.train_transform(config.augment, config.resolution, config.resample)
+  evaluate = transforms.eval_transform(config.augment, config.resolution)
+  ready = [make(picture, rng) for picture in pictures]
+  for picture in ready:
+    palette.encode(picture)  # fills the table, once per run
+  measured: list[tuple[str, Callable, Sequence]] = [
+    ("read", split.__getitem__, range(len(records))),
+    ("decode", lambda r: transforms.decode(r["image"], r["id"]), records),
+    ("decode with Pillow", lambda r: _decode_pillow(r["image"], r["id"]), records),
+    (f"augment ({config.augment}, {config.resample})", lambda x: make(x, rng), pictures),
+    ("evaluate", evaluate, pictures),
+    ("encode", palette.encode, ready),
+  ]
+  return [Cost(name, _best(function, items, repeats)) for name, function, items in measured]
+
+
+def throughput(
+  split: sources.Split,
+  config: sources.DataConfig,
+  palette: palette_lib.Palette,
+  *,
+  batch_size: int = 128,
+  n_batches: int = 20,
+  literal_pillow: bool = False,
+) -> Throughput:
+  """The whole training pipeline, bytes to batches of tokens, with start-up left out.
+
+  Args:
+    split: pictures.
+    config: its `workers`, `threads` and `resample` are what is compared; nothing is cached.
+    palette: of the tokens.
+    batch_size: global.
+    n_batches: that are timed.
+    literal_pillow: do the paper's augmentation step by step with Pillow instead, for comparison.
+  """
+  name = f"{config.augment}, {config.resample}"
+  config = dataclasses.replace(config, cache_mb=0)
+  if literal_pillow:
+    name, split = "literal, Pillow", _PillowSplit(split, config.resolution)
+    config = dataclasses.replace(config, augment="none")
+  # The table of colours is filled once per run, not per picture. (Each worker fills its own.)
+  palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
+  with pipeline.train_batches(split, config, palette, batch_size=batch_size, seed=0) as batches:
+    for _ in range(2 + 4 * config.workers):
+      next(batches)
+    cpu, wall = _cpu_seconds(), time.perf_counter()
+    for _ in range(n_batches):
+      next(batches)
+    cpu, wall = _cpu_seconds() - cpu, time.perf_counter() - wall
+  n = n_batches * batch_size
+  return Throughput(name, config.workers, 1e3 * cpu / n, n / wall)
+
+
+class _PillowSplit(sources.Split):
+  """The literal form: Pillow decodes, resizes the whole picture, crops 224², averages.
+
+  Its records come out finished, so that the rest of the pipeline is the same.
+  """
+
+  def __init__(self, split: sources.Split, resolution: int):
+    super().__init__(split.records, split.indices, split.name)
+    self._resolution = resolution
+    self._rng = np.random.default_rng(0)
+
+  def __getitem__(self, index):
+    record = super().__getitem__(index)
+    picture = Image.open(io.BytesIO(record["image"])).convert("RGB")
+    crop = transforms.draw_paper_crop(self._rng, picture.height, picture.width)
+    picture = picture.resize((crop.width, crop.height), Image.Resampling.BILINEAR)
+    side = transforms.PAPER_CROP
+    picture = picture.crop((crop.left, crop.top, crop.left + side, crop.top + side))
+    picture = picture.resize((self._resolution, self._resolution), Image.Resampling.BOX)
+    return {**record, "image": np.asarray(picture)}
+
+
+def _decode_pillow(data: bytes, record_id: str) -> np.ndarray:
+  return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _best(function: Callable, items: Iterable, repeats: int) -> float:
+  times = []
+  for _ in range(repeats):
+    start = time.process_time()
+    for item in items:
+      function(item)
+    times.append(time.process_time() - start)
+  return 1e3 * min(times) / len(items)
+
+
+def _cpu_seconds() -> float:
+  """CPU time of this process, its threads and its living worker processes."""
+  total = time.process_time()
+  for child in multiprocessing.active_children():
+    with open(f"/proc/{child.pid}/stat") as file:  # Linux's, where such machines are
+      fields = file.read().rpartition(")")[2].split()
+    total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+  return total

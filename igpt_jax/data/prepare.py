@@ -1,0 +1,126 @@
+"""Brings a TFDS data set, once, into the form that is read in any order without TensorFlow.
+
+Holds the download, the generation and the instructions for archives that must be fetched by hand.
+The only module whose work may import TensorFlow, through the builders of TFDS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import importlib.util
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from igpt_jax import errors
+from igpt_jax.data import tfds_source
+
+# What TFDS's builder reads, and would otherwise miss only after a while or in part.
+_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+
+
+def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
+  """Downloads and generates a data set as ArrayRecord, with TFDS's progress bars.
+
+  Call it again after an interruption: finished downloads are not repeated, a finished data set is
+  left alone, and of an unfinished generation nothing remains. Needs the `prepare` extra, but for
+  the data sets of our own.
+
+  Args:
+    name: a TFDS name, or `digits`, `photo_patches`.
+    data_dir: where prepared data is kept; "" as in `DataConfig`.
+    manual_dir: where archives fetched by hand lie; default data_dir/downloads/manual.
+
+  Returns:
+    The folder of the prepared data set, .../NAME/[CONFIG/]VERSION.
+
+  Raises:
+    UserError: not a TFDS picture data set, an archive is missing, TensorFlow is missing, the
+      download failed, or another process is at work on the same data set.
+  """
+  if name in ("folder", "tokens"):
+    raise errors.UserError(f"data.name: {name}; needs no preparation; fix: use it as it is")
+  directory = tfds_source.resolve_data_dir(data_dir)
+  if name in tfds_source.OWN:
+    return tfds_source.make_own(name, directory)
+  prepared = tfds_source.find(name, directory)
+  if prepared is not None:
+    return prepared
+  if importlib.util.find_spec("tensorflow") is None:
+    raise errors.UserError(
+      f"data set {name}: its TFDS builder needs TensorFlow, which isn't installed; "
+      "fix: pip install -e '.[prepare]' (once; training does without it)"
+    )
+  manual = pathlib.Path(manual_dir or os.path.join(directory, "downloads", "manual")).expanduser()
+  _check_archives(name, manual)
+  with _lock(directory, name):
+    return _generate(name, directory, manual)
+
+
+def _generate(name: str, directory: str, manual: pathlib.Path) -> str:
+  import requests
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(name, data_dir=directory, file_format="array_record")
+  except tfds.core.DatasetNotFoundError:
+    known = tfds.list_builders(with_community_datasets=False)
+    close = difflib.get_close_matches(name, known, 3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise errors.UserError(f"data.name: {name}; TFDS has no such data set{hint}") from None
+  tfds_source.choose_features(builder.info)
+  _remove_leftovers(pathlib.Path(builder.data_dir))
+  config = tfds.download.DownloadConfig(manual_dir=os.fspath(manual))
+  tfds.enable_progress_bar()
+  try:
+    builder.download_and_prepare(download_config=config)
+  except AssertionError as error:  # TFDS's way to say that manual_dir lacks something
+    raise errors.UserError(f"data set {name}: {error}; fix: put it into {manual}") from error
+  except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
+    raise errors.UserError(
+      f"data set {name}: download failed ({error}); fix: run again, what is there is kept"
+    ) from error
+  return str(builder.data_dir)
+
+
+def _check_archives(name: str, manual: pathlib.Path) -> None:
+  wanted = _ARCHIVES.get(name.split("/")[0].split(":")[0], ())
+  missing = [archive for archive in wanted if not (manual / archive).is_file()]
+  if missing:
+    raise errors.UserError(
+      f"data set {name}: {' and '.join(missing)} not in {manual}; expected the archives as "
+      "image-net.org gives them to registered users; fix: download them there, "
+      "or say where they are with data.manual_dir"
+    )
+
+
+def _remove_leftovers(final: pathlib.Path) -> None:
+  """Deletes what a killed generation left beside its place; call it under the lock."""
+  if final.parent.is_dir():
+    for folder in final.parent.glob("incomplete.*"):
+      if folder.name.endswith(f"_{final.name}"):
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _lock(directory: str, name: str) -> Iterator[None]:
+  """One process at a time prepares a data set; the operating system frees the lock of a killed one."""
+  path = pathlib.Path(directory) / f".{name.replace('/', '_').replace(':', '_')}.lock"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+  except OSError as error:
+    raise errors.UserError(
+      f"data_dir {directory}: {error.strerror}; expected a writable folder"
+    ) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(
+        f"data set {name}: another process is preparing it in {directory}; fix: wait for it"
+      ) from None
+    yield
