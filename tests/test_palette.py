@@ -199,3 +199,12 @@ def test_nothing_to_fit():
     palette_fit.fit_palette([], 8)
   with pytest.raises(errors.UserError, match="0"):
     palette_fit.fit_palette([np.zeros((1, 3), np.uint8)], 0)
+
+
+def test_default_palette():
+  palette = palette_lib.Palette.default()
+  assert palette.size == 512 and palette.is_uint8
+  assert len(np.unique(palette.colors, axis=0)) == 512
+  # Fine enough for natural colours: no colour between black and white is far from one of it.
+  greys = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
+  assert np.abs(palette.decode(palette.encode(greys)).astype(int) - greys).max() <= 12

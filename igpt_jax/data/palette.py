@@ -72,6 +72,11 @@ class Palette:
       raise errors.UserError(f"palette {path}: an archive of arrays; {hint}")
     return cls(array, name=f"palette {path}")
 
+  @classmethod
+  def default(cls) -> Palette:
+    """The 512 colours that come with the project; assets/README.md says how they were made."""
+    return cls.load(pathlib.Path(__file__).parent / "assets" / "palette512.npy")
+
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes float32 [k, 3] in [-1, 1] as .npy; the file appears whole or not at all."""
     path = pathlib.Path(path)

@@ -15,7 +15,7 @@ import numpy as np
 from igpt_jax import errors
 from igpt_jax.data import palette as palette_lib
 
-_FLUSH = 2**23  # pixels gathered before they are counted
+_FLUSH = 2**24  # pixels gathered before they are counted
 _COARSE_BITS = 5  # a channel, of the bins on which the centres are first placed
 _N_HEAVY = 2**17  # fine bins that are taken one by one
 _STEPS = 20  # of Lloyd, on coarse points and again on fine ones
