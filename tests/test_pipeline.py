@@ -148,6 +148,53 @@ def test_any_step_can_be_started_from(pictures, step):
   _same(_take(16 - step, split, config, start_step=step), whole[step:])
 
 
+@pytest.mark.parametrize("trial", range(12))
+def test_killed_anywhere_resumed_on_other_hosts_nothing_changes(tmp_path, trial):
+  """Sizes, seeds, hosts and the moment of death drawn at random; the stream goes on as it would have."""
+  rng = np.random.default_rng(trial)
+  n, rows = int(rng.integers(5, 90)), int(rng.integers(1, 5))
+  batch_size = 24 * rows
+  np.save(tmp_path / "train.npy", np.arange(n)[:, None].astype(np.int32))
+  config = sources.DataConfig(name="tokens", path=str(tmp_path), resolution=1, validation=0.0)
+  split = sources.open_split(config, "train")
+  death = int(
+    rng.integers(n // batch_size, 2 * n // batch_size + 2)
+  )  # in the second epoch, or near
+  seed = int(rng.integers(2**31))
+  whole = _take(death + 4, split, config, batch_size=batch_size, seed=seed)
+  saved = json.loads(
+    json.dumps(pipeline.position(split, batch_size=batch_size, seed=seed, step=death))
+  )
+  hosts = int(rng.choice([1, 2, 3, 4, 8]))
+  fresh = pipeline.position(split, batch_size=batch_size, seed=seed, step=0)
+  start = pipeline.check_position(saved, fresh)
+  parts = [
+    _take(
+      4, split, config, batch_size=batch_size, seed=seed, start_step=start,
+      process_index=h, process_count=hosts,
+    )
+    for h in range(hosts)
+  ]  # fmt: skip
+  _same(_joined(parts), whole[death:])
+
+
+@pytest.mark.parametrize("hosts", [1, 3, 4])
+def test_fifty_thousand_are_fifty_thousand(tmp_path, hosts):
+  np.save(tmp_path / "test.npy", np.arange(50_000)[:, None].astype(np.uint16))
+  config = sources.DataConfig(name="tokens", path=str(tmp_path), resolution=1)
+  split = sources.open_split(config, "test")
+  total, seen = 0, []
+  for host in range(hosts):
+    with pipeline.eval_batches(
+      split, config, None, batch_size=96, process_index=host, process_count=hosts
+    ) as batches:
+      for batch in batches:
+        total += int(batch["mask"].sum())
+        seen.append(batch["tokens"][batch["mask"], 0])
+  assert total == 50_000
+  np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(50_000))
+
+
 @pytest.mark.parametrize("hosts", [1, 3, 4])
 @pytest.mark.parametrize("batch_size", [12, 60])
 def test_evaluation_sees_every_picture_once(pictures, hosts, batch_size):
@@ -276,6 +323,29 @@ def test_nothing_but_damage_ends(tmp_path):
     _take(1, sources.open_split(config, "train"), config)
 
 
+def test_the_last_readable_record_is_not_outvoted(tmp_path):
+  """max_bad=1 puts up with everything but a split without a single picture."""
+  (tmp_path / "train").mkdir()
+  for i in range(3):
+    (tmp_path / "train" / f"{i}.jpg").write_bytes(b"no picture")
+  config = sources.DataConfig(name="folder", path=str(tmp_path), validation=0.0, max_bad=1.0)
+  with pytest.raises(errors.UserError, match="3 of 3"):
+    _take(1, sources.open_split(config, "train"), config)
+
+
+def test_prefetch_keeps_order_and_reads_ahead():
+  started = []
+
+  def put(batch):
+    started.append(batch)
+    return batch * 10
+
+  ahead = pipeline.prefetch(iter(range(6)), put, depth=2)
+  assert next(ahead) == 0
+  assert started == [0, 1, 2]
+  assert list(ahead) == [10, 20, 30, 40, 50]
+
+
 # --- position --------------------------------------------------------------------------------------
 
 
@@ -314,17 +384,23 @@ def main():
   colors = palette.Palette.from_uint8(np.random.default_rng(0).integers(0, 256, (200, 3), np.uint8))
   split = sources.open_split(config, "train")
 
-  def take(n, **options):
-    settings = dataclasses.replace(config, workers=options.pop("workers"))
-    with pipeline.train_batches(split, settings, colors, batch_size=8, seed=5, **options) as batches:
-      return list(itertools.islice(batches, n))
+  def take(n, hosts, workers, start):
+    settings = dataclasses.replace(config, workers=workers)
+    parts = []
+    for host in range(hosts):
+      with pipeline.train_batches(
+        split, settings, colors, batch_size=8, seed=5, start_step=start,
+        process_index=host, process_count=hosts,
+      ) as batches:
+        parts.append(list(itertools.islice(batches, n)))
+    return [{k: np.concatenate([p[k] for p in step]) for k in step[0]} for step in zip(*parts)]
 
-  whole = take(16, workers=0)
-  for workers in (1, 2):
-    for start in (0, 9):  # 9: in the second epoch
-      for a, b in zip(whole[start:], take(16 - start, workers=workers, start_step=start), strict=True):
-        for key in a:
-          np.testing.assert_array_equal(a[key], b[key])
+  whole = take(16, hosts=1, workers=0, start=0)
+  for hosts, workers, start in ((1, 2, 0), (2, 1, 9)):  # 9: in the second epoch
+    resumed = take(16 - start, hosts, workers, start)
+    for a, b in zip(whole[start:], resumed, strict=True):
+      for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
   print("same")
 
 if __name__ == "__main__":

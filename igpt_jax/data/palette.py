@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Palette:
       )
     self.centers = np.ascontiguousarray(array, dtype=np.float32)
     self.centers.flags.writeable = False
-    self._table = _empty_table()
+    self._new_table()
     levels = 127.5 * (self.centers.astype(np.float64) + 1)
     self._levels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
     # float32 holds u / 127.5 - 1 to 1e-5 of a level, so that whole levels are told apart safely.
@@ -100,8 +101,7 @@ class Palette:
     """uint8 [..., 3] to uint16 [...], the index of the nearest colour.
 
     A table of all 2²⁴ colours (32 MB), filled in cubes as their colours are first met: no start-up
-    cost, and a lookup per pixel from then on. Threads may fill it together, since each writes what
-    any other would.
+    cost, and a lookup per pixel from then on. Threads may share it.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.shape[-1:] != (3,):
@@ -109,7 +109,9 @@ class Palette:
     codes = color_codes(images)
     found = self._table.take(codes)
     if not found.all():
-      self._fill(codes[found == 0])
+      with self._filling:
+        found = self._table.take(codes)  # what another thread has filled meanwhile
+        self._fill(codes[found == 0])
       found = self._table.take(codes)
     return (found - np.uint16(1)).reshape(images.shape[:-1])
 
@@ -148,12 +150,18 @@ class Palette:
     distance = (red + green[:, None])[None] + blue[:, None, None]
     return candidates[distance.argmin(-1)]
 
+  def _new_table(self) -> None:
+    # token + 1 of each colour, 0 where not yet asked for. Untouched pages of zeros cost nothing.
+    self._table = np.zeros(2**24, np.uint16)
+    self._filling = threading.Lock()
+
   def __getstate__(self):
     # The table is a cache; a worker process fills its own.
-    return {key: value for key, value in self.__dict__.items() if key != "_table"}
+    return {k: v for k, v in self.__dict__.items() if k not in ("_table", "_filling")}
 
   def __setstate__(self, state):
-    self.__dict__.update(state, _table=_empty_table())
+    self.__dict__.update(state)
+    self._new_table()
 
   def __eq__(self, other):
     return isinstance(other, Palette) and np.array_equal(self.centers, other.centers)
@@ -163,11 +171,6 @@ class Palette:
 
   def __repr__(self):
     return f"Palette(size={self.size}, uint8={self.is_uint8})"
-
-
-def _empty_table() -> np.ndarray:
-  """uint16 [2²⁴], token + 1 of each colour, 0 where not yet asked for. Untouched pages cost nothing."""
-  return np.zeros(2**24, np.uint16)
 
 
 def color_codes(images: np.ndarray) -> np.ndarray:

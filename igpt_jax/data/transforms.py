@@ -25,6 +25,8 @@ cv2.setNumThreads(1)
 # The largest picture of ImageNet has about 61 million pixels. A header that promises more than this
 # is taken for damage, before memory is spent on it.
 MAX_PIXELS = 2**26
+# A byte of JPEG holds at most some 350 pixels (one bit for each block of an even colour).
+_MAX_PIXELS_PER_JPEG_BYTE = 400
 
 AUGMENTATIONS = ("none", "paper", "cifar", "shift")
 RESAMPLINGS = ("fused", "literal")
@@ -70,7 +72,7 @@ def _decode_jpeg(data: bytes, record_id: str) -> np.ndarray | None:
   """libjpeg-turbo directly: a third cheaper than through Pillow. None means: let Pillow judge."""
   try:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(height, width, record_id)
+    _check_size(height, width, record_id, len(data))
     if colorspace not in ("RGB", "YCbCr", "Gray"):
       return None
     return simplejpeg.decode_jpeg(data, "RGB")
@@ -118,7 +120,8 @@ def _decode_with_pillow(data: bytes, record_id: str) -> np.ndarray:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
       picture = Image.open(io.BytesIO(data))
-      _check_size(picture.height, picture.width, record_id)
+      jpeg_bytes = len(data) if picture.format == "JPEG" else None
+      _check_size(picture.height, picture.width, record_id, jpeg_bytes)
       picture.load()
       return _pillow_to_rgb(picture)
   except BadRecord:
@@ -161,11 +164,13 @@ def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
   return np.ascontiguousarray(array[..., :3])
 
 
-def _check_size(height: int, width: int, record_id: str) -> None:
-  if height < 1 or width < 1 or height * width > MAX_PIXELS:
-    raise BadRecord(
-      f"{record_id}: implausible size {width}×{height} (at most {MAX_PIXELS:,} pixels)"
-    )
+def _check_size(height: int, width: int, record_id: str, jpeg_bytes: int | None = None) -> None:
+  """Refuses what no real picture of that many bytes has, before memory or time is spent on it."""
+  limit = MAX_PIXELS
+  if jpeg_bytes is not None:
+    limit = min(limit, jpeg_bytes * _MAX_PIXELS_PER_JPEG_BYTE)
+  if height < 1 or width < 1 or height * width > limit:
+    raise BadRecord(f"{record_id}: implausible size {width}×{height} (at most {limit:,} pixels)")
 
 
 # --- resampling ------------------------------------------------------------------------------------
@@ -287,7 +292,7 @@ def paper_train_encoded(
   if frame is None:
     return paper_train(decode(data, record_id), rng, resolution)
   height, width = (int.from_bytes(data[i : i + 2], "big") for i in (frame + 5, frame + 7))
-  _check_size(height, width, record_id)
+  _check_size(height, width, record_id, len(data))
   crop = draw_paper_crop(rng, height, width)
   left, top, right, bottom = crop.source_box(height, width)
   image = _decode_top(data, frame, bottom)
