@@ -24,7 +24,7 @@ class JsonlWriter:
       with open(partial, "w", encoding="utf-8") as out:
         out.writelines(kept)
       os.replace(partial, path)
-    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+    self._file = open(path, "a", encoding="utf-8")
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -196,6 +196,10 @@ class Countdown:
   def __init__(self, what: str, total: int, say: Callable[[str], None], every: float = 5.0):
     self._what, self._total, self._say, self._every = what, total, say, every
     self._began = self._told = time.monotonic()
+
+  def part(self, index: int, parts: int, batch_size: int) -> Callable[[int], None]:
+    """A ticker for pass `index` of `parts` over the whole; it is told batches."""
+    return lambda n: self.tick((index * self._total + n * batch_size) // parts)
 
   def tick(self, done: int) -> None:
     now = time.monotonic()

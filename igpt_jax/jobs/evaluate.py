@@ -51,8 +51,8 @@ def run(config: ConfigDict, workdir: str) -> None:
   results = []
   for draw in range(draws):
     with stream(split, limit) as batches:
-      done = lambda n, draw=draw: clock.tick((draw * total + n * config.evaluate.batch_size) // draws)
-      results.append(likelihood(trained.params, batches, seed=draw, report=done))
+      clocked = clock.part(draw, draws, config.evaluate.batch_size)
+      results.append(likelihood(trained.params, batches, seed=draw, report=clocked))
   nats = sum(each for each, _ in results) / draws
   images = results[0][1]
 
@@ -113,5 +113,3 @@ def all_hosts(counts):
   from jax.experimental import multihost_utils
 
   return multihost_utils.process_allgather(counts).sum(0)
-
-

@@ -116,9 +116,7 @@ def prefill(model: ImageGPT, given_BxP: jax.Array) -> tuple[tuple[jax.Array, ...
   batch, n_given = given_BxP.shape
   # `embed` shifts right, dropping the last token: this one is never seen.
   shifted = jnp.concatenate([given_BxP, jnp.zeros((batch, 1), given_BxP.dtype)], axis=1)
-  final, kv_Lx2xBxPxE = model.hidden(
-    model.embed(shifted), collect=lambda block, x, qkv: qkv[1:]
-  )
+  final, kv_Lx2xBxPxE = model.hidden(model.embed(shifted), collect=lambda block, x, qkv: qkv[1:])
   room = config.n_positions - (n_given + 1)
   caches = jnp.pad(kv_Lx2xBxPxE, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
   per_layer = tuple(
@@ -172,7 +170,9 @@ def complete(
     Samples of B * samples_per_picture pictures, a picture's own ones side by side.
   """
   if not config.causal:
-    raise UserError("this checkpoint is a BERT model: it has no left-to-right distribution to sample")
+    raise UserError(
+      "this checkpoint is a BERT model: it has no left-to-right distribution to sample"
+    )
   model = bind(config, params)
   batch = given_BxP.shape[0] * samples_per_picture
   n_given, n_positions = given_BxP.shape[1], config.n_positions

@@ -258,7 +258,10 @@ class ImageGPT(nnx.Module):
     n^l is the norm applied to block l's input, and the final norm's output for l = n_layer
     (paper, section 2.3 and 3.4).
     """
-    pool = lambda n: jnp.mean(n.astype(jnp.float32), axis=1)
+
+    def pool(n):
+      return jnp.mean(n.astype(jnp.float32), axis=1)
+
     final, pooled = self.hidden(
       self.embed(tokens_BxT, keep_BxT), collect=lambda block, x, _: pool(block.ln_1(x))
     )

@@ -69,9 +69,7 @@ class Likelihood:
     return sum(float(each["nats"]) for each in fetched) / images, round(images)
 
 
-def unigram_nats(
-  train_counts: np.ndarray, test_counts: np.ndarray
-) -> float:
+def unigram_nats(train_counts: np.ndarray, test_counts: np.ndarray) -> float:
   """Nats per token of test tokens under add-one-smoothed frequencies of training tokens.
 
   Args:
@@ -96,5 +94,3 @@ def count_tokens(
     flat = (positions * n_vocab + tokens).ravel()
     counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
   return counts
-
-

@@ -57,9 +57,7 @@ def probe(
   max_iterations: int = 1_000,
 ) -> ProbeResult:
   """Chooses the strength on validation, refits with it folded in, tests once."""
-  scores = [
-    fit(train, strength, max_iterations)[0].score(*validation) for strength in strengths
-  ]
+  scores = [fit(train, strength, max_iterations)[0].score(*validation) for strength in strengths]
   best = int(np.argmax(scores))
   folded = tuple(np.concatenate(pair) for pair in zip(train, validation, strict=True))
   classifier, converged = fit(folded, strengths[best], max_iterations)

@@ -43,9 +43,7 @@ def init_state(
   )
 
 
-def abstract_state(
-  config: ImageGPTConfig, optimizer: optax.GradientTransformation
-) -> TrainState:
+def abstract_state(config: ImageGPTConfig, optimizer: optax.GradientTransformation) -> TrainState:
   """Shapes and dtypes of the state, without making it."""
   return jax.eval_shape(lambda: init_state(config, optimizer, 0))
 
@@ -79,9 +77,25 @@ def param_shardings(config: ImageGPTConfig, mesh: Mesh) -> Params:
 
 
 def make_state(
-  config: ImageGPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+  config: ImageGPTConfig,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  mesh: Mesh,
+  params: Params | None = None,
 ) -> TrainState:
-  """A fresh state, made in place on the mesh: no device ever holds more than its share."""
+  """A fresh state, made in place on the mesh: no device ever holds more than its share.
+
+  Args:
+    params: to begin with, on the mesh already; None: random ones.
+  """
+
+  def fresh() -> TrainState:
+    state = init_state(config, optimizer, seed)
+    return state if params is None else dataclasses.replace(state, params={})
+
   shardings = state_shardings(config, optimizer, mesh)
+  if params is not None:
+    shardings = dataclasses.replace(shardings, params={})
   with jax.set_mesh(mesh):
-    return jax.jit(lambda: init_state(config, optimizer, seed), out_shardings=shardings)()
+    state = jax.jit(fresh, out_shardings=shardings)()
+  return state if params is None else dataclasses.replace(state, params=params)

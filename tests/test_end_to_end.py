@@ -1,0 +1,491 @@
+"""The jobs as a person runs them: real configs, shrunk; real subprocesses where exit codes matter."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_jax import checkpoint, metrics
+from igpt_jax.jobs import evaluate, pretrain, probe, sample
+from igpt_jax.jobs import fit_palette as fit_palette_job
+from igpt_jax.parallel.sharding import make_mesh
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory):
+  """The tests' own TFDS folder, so that they prepare what they read."""
+  folder = tmp_path_factory.mktemp("tfds")
+  before = os.environ.get("TFDS_DATA_DIR")
+  os.environ["TFDS_DATA_DIR"] = str(folder)
+  yield folder
+  if before is None:
+    del os.environ["TFDS_DATA_DIR"]
+  else:
+    os.environ["TFDS_DATA_DIR"] = before
+
+
+def load_config(name):
+  import importlib.util
+
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def tiny(**overrides):
+  """The quickstart, made small enough for a test."""
+  config = load_config("quickstart")
+  config.model.n_layer, config.model.n_head, config.model.n_embd = 2, 2, 16
+  config.train.batch_size = 16
+  config.train.steps = 12
+  config.train.warmup_steps = 2
+  config.train.log_every = 2
+  config.train.eval_every = 6
+  config.train.checkpoint_every = 4
+  config.train.eval_images = 32
+  config.sample.samples, config.sample.completions, config.sample.per_picture = 4, 2, 2
+  config.probe.images = 300
+  config.probe.trials = 2
+  config.update_from_flattened_dict(overrides)
+  return config
+
+
+def params_of(workdir, step=None):
+  path = workdir if step is None else f"{workdir}/checkpoints/{step}"
+  import jax
+
+  mesh = make_mesh(devices=jax.devices()[:1])
+  return jax.tree.map(np.asarray, checkpoint.load_pretrained(str(path), mesh).params)
+
+
+def assert_same(left, right):
+  import jax
+
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def command(config, workdir, *overrides):
+  return [
+    sys.executable,
+    "-m",
+    "igpt_jax.main",
+    f"--config={config}",
+    f"--workdir={workdir}",
+    *overrides,
+  ]
+
+
+def call(config, workdir, *overrides, timeout=300):
+  return subprocess.run(
+    command(config, workdir, *overrides),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A run that was never interrupted."""
+  workdir = tmp_path_factory.mktemp("trained")
+  pretrain.run(tiny(), str(workdir))
+  return workdir
+
+
+def test_pretrain_leaves_everything(trained):
+  records = metrics.read_jsonl(trained / "metrics.jsonl")
+  training = [r for r in records if "loss" in r]
+  assert [r["step"] for r in training] == [2, 4, 6, 8, 10, 12]
+  assert [r["step"] for r in records if "validation_loss" in r] == [6, 12]
+  assert training[0]["learning_rate"] == pytest.approx(1.5e-3)
+  assert training[-1]["loss"] < training[0]["loss"]
+  assert (
+    "images_per_second" in training[-1] and "mfu" not in training[-1]
+  )  # a CPU has no known peak
+  summary = (trained / "summary.md").read_text()
+  assert "Pretraining" in summary and "validation" in summary
+  assert Image.open(trained / "loss.png").size[0] > 400
+  assert np.load(trained / "palette.npy", allow_pickle=False).shape == (17, 3)
+  assert sorted(os.listdir(trained / "checkpoints")) == ["12", "4", "8"]
+
+
+def test_the_step_compiles_once_and_moves_nothing_to_the_host(trained, tmp_path, monkeypatch):
+  """Steps run under a guard that forbids transfers; compile_step is called once a run."""
+  calls = []
+  compile_step = pretrain.compile_step
+  monkeypatch.setattr(
+    pretrain, "compile_step", lambda *args: calls.append(args) or compile_step(*args)
+  )
+  pretrain.run(tiny(), str(tmp_path))
+  assert len(calls) == 1
+  assert_same(params_of(tmp_path), params_of(trained))  # and the same seed gives the same run
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch, stop_at):
+  """Stopped after any step and begun again: the same parameters, metrics without gap or repeat."""
+  stop = pretrain.StopSignal
+  steps = []
+
+  class StopAfter(stop):
+    @property
+    def requested(self):
+      return "SIGTERM" if len(steps) >= stop_at else None
+
+    @requested.setter
+    def requested(self, value):
+      pass
+
+  call_step = pretrain.CompiledStep.__call__
+  with monkeypatch.context() as patch:
+    patch.setattr(pretrain, "StopSignal", StopAfter)
+    patch.setattr(
+      pretrain.CompiledStep,
+      "__call__",
+      lambda self, *args: steps.append(1) or call_step(self, *args),
+    )
+    pretrain.run(tiny(), str(tmp_path))
+  assert len(steps) == stop_at
+  assert checkpoint.find(str(tmp_path))[1] == stop_at
+  pretrain.run(tiny(), str(tmp_path))
+  assert_same(params_of(tmp_path), params_of(trained))
+
+  def told(workdir):
+    return [
+      (r["step"], r.get("loss"), r.get("validation_loss"))
+      for r in metrics.read_jsonl(workdir / "metrics.jsonl")
+    ]
+
+  assert told(tmp_path) == told(trained)
+  saved = checkpoint.Checkpoints(str(tmp_path)).read_run(12)
+  assert saved["data"]["next_index"] == 12 * 16
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+  """A real signal to a real process: exit status 0, a checkpoint of the step it had reached."""
+  workdir = tmp_path / "run"
+  process = subprocess.Popen(
+    command(
+      "configs/quickstart.py",
+      workdir,
+      "--config.model.n_layer=1",
+      "--config.model.n_embd=16",
+      "--config.train.steps=100000",
+      "--config.train.log_every=5",
+    ),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if line.startswith("step"):
+      process.send_signal(signal.SIGTERM)
+      break
+  rest, _ = process.communicate(timeout=120)
+  assert process.returncode == 0, "".join(lines) + rest
+  assert "stopped by SIGTERM at step" in rest and "goes on from here" in rest
+  step = int(rest.split("at step ")[1].split(":")[0])
+  assert checkpoint.find(str(workdir))[1] == step
+
+
+def test_evaluate(trained):
+  evaluate.run(tiny(), str(trained))
+  values = json.loads((trained / "evaluation.json").read_text())
+  assert values["images"] == 300  # all of test, once
+  assert values["uniform"] == pytest.approx(np.log(17))
+  assert values["unigram"] == pytest.approx(2.05, abs=0.02)
+  assert values["position_unigram"] == pytest.approx(1.68, abs=0.02)
+  assert values["bits_per_token"] == pytest.approx(values["nats_per_token"] / np.log(2))
+  assert 1.0 < values["nats_per_token"] < values["uniform"]
+  # The number doesn't depend on how the pictures are batched.
+  evaluate.run(tiny(**{"evaluate.batch_size": 77}), str(trained))
+  again = json.loads((trained / "evaluation.json").read_text())
+  assert again["nats_per_token"] == pytest.approx(values["nats_per_token"], abs=1e-6)
+
+
+def test_evaluate_tokens_of_a_file(trained, tmp_path):
+  """A .npy of tokens gives the number that the pictures it was made of give."""
+  from igpt_jax import config as config_lib
+  from igpt_jax.data.palette import Palette
+  from igpt_jax.data.sources import open_split
+  from igpt_jax.jobs import common
+
+  config = tiny()
+  data_config = config_lib.data(config)
+  palette = Palette.load(trained / "palette.npy")
+  tokens = common.tokens_of(open_split(data_config, "test"), data_config, palette)
+  np.save(tmp_path / "test.npy", tokens.astype(np.int64))
+  config = tiny(**{
+    "data.name": "tokens", "data.path": str(tmp_path / "test.npy"), "checkpoint": str(trained)
+  })  # fmt: skip
+  evaluate.run(config, str(tmp_path / "evaluation"))
+  of_file = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+  evaluate.run(tiny(), str(trained))
+  of_pictures = json.loads((trained / "evaluation.json").read_text())
+  assert of_file["nats_per_token"] == pytest.approx(of_pictures["nats_per_token"], abs=1e-6)
+  assert of_file["baselines_counted_on"] == "the evaluated tokens themselves"
+
+
+def test_probe(trained):
+  probe.run(tiny(), str(trained))
+  values = json.loads((trained / "probe.json").read_text())
+  assert set(values["layers"]) == {"raw pixels", "0", "1", "2"}
+  best = max(
+    (r["validation_accuracy"] for name, r in values["layers"].items() if name != "raw pixels")
+  )
+  assert values["layers"][str(values["best_layer"])]["validation_accuracy"] == best
+  assert values["pixels_test_accuracy"] > 0.85
+  assert 0.1 < values["test_accuracy"] < 1
+  winner = "raw pixels" if values["pixels_test_accuracy"] > values["test_accuracy"] else "features"
+  assert f"{winner} win" in values["verdict"]
+  assert "10 labels per class" in (trained / "probe.md").read_text()
+  assert Image.open(trained / "probe.png").size[0] > 400
+
+
+def test_sample(trained):
+  sample.run(tiny(), str(trained))
+  scale, gap = 12, 4
+  side = 8 * scale + gap
+  assert Image.open(trained / "samples.png").size == (3 * side + gap, 2 * side + gap)
+  completions = np.asarray(Image.open(trained / "completions.png"))
+  # A row: what is given, two completions, the original.
+  assert completions.shape == (2 * side + gap, 4 * side + gap, 3)
+
+  def cell(r, c):
+    return completions[
+      gap + r * side : r * side + side : scale, gap + c * side : c * side + side : scale
+    ]
+
+  for row in range(2):
+    for column in (0, 1, 2):
+      np.testing.assert_array_equal(cell(row, column)[:4], cell(row, 3)[:4])
+    assert (cell(row, 0)[4:] == 200).all()
+  values = json.loads((trained / "sample.json").read_text())
+  assert len(values["each_completion_nats_per_token"]) == 4
+  first = (trained / "samples.png").read_bytes()
+  sample.run(tiny(), str(trained))
+  assert (trained / "samples.png").read_bytes() == first  # same seed, same pictures
+  sample.run(tiny(seed=1), str(trained))
+  assert (trained / "samples.png").read_bytes() != first
+
+
+def test_masked_objective_trains_evaluates_and_refuses_to_sample(tmp_path):
+  config = tiny(objective="masked", **{"evaluate.masks": 2})
+  pretrain.run(config, str(tmp_path))
+  evaluate.run(config, str(tmp_path))
+  values = json.loads((tmp_path / "evaluation.json").read_text())
+  assert values["masks_per_picture"] == 2 and values["nats_per_token"] < np.log(17)
+  with pytest.raises(Exception, match="BERT"):
+    sample.run(config, str(tmp_path))
+
+
+def test_fit_palette_job(tmp_path):
+  fit_palette_job.run(tiny(**{"palette.size": 5}), str(tmp_path))
+  values = json.loads((tmp_path / "palette.json").read_text())
+  assert values["colors"] == 5 and 0 < values["mse_per_channel"] < 400
+  assert Image.open(tmp_path / "palette.png").size == (512, 16)
+
+
+def make_folder(root, n=24, size=(20, 16)):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", n), ("test", 8)):
+    for label, colour in (("warm", (220, 120, 30)), ("cold", (30, 90, 210))):
+      folder = root / split / label
+      folder.mkdir(parents=True)
+      for i in range(count):
+        noise = rng.integers(-30, 30, (*size, 3))
+        Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
+          folder / f"{i}.png"
+        )
+
+
+def test_a_folder_of_pictures_of_every_kind(tmp_path):
+  """Grey, RGBA, CMYK and 16-bit pictures are converted; colours come out as colours."""
+  root = tmp_path / "pictures"
+  make_folder(root)
+  noise = np.random.default_rng(1).integers(0, 255, (20, 16, 4), np.uint8)
+  warm = root / "train" / "warm"
+  Image.fromarray(noise[..., 0]).save(warm / "grey.jpg")
+  Image.fromarray(noise).save(warm / "rgba.png")
+  Image.fromarray(noise, mode="CMYK").save(warm / "cmyk.jpg")
+  Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(warm / "deep.png")
+  overrides = {"data.name": "folder", "data.path": str(root), "palette.size": 12}
+  config = tiny(**overrides)
+  pretrain.run(config, str(tmp_path / "run"))
+  probe.run(tiny(**overrides, **{"probe.labels_per_class": (4,)}), str(tmp_path / "run"))
+  sample.run(config, str(tmp_path / "run"))
+  grid = np.asarray(Image.open(tmp_path / "run" / "completions.png")).astype(int)
+  assert (np.abs(grid[..., 0] - grid[..., 2]) > 60).mean() > 0.1  # not grey
+  assert json.loads((tmp_path / "run" / "probe.json").read_text())["pixels_test_accuracy"] == 1
+
+
+def test_cifar_pictures_train_with_falling_loss(tmp_path):
+  """Real CIFAR-10 pictures through the folder door, a few steps of the small config."""
+  import tarfile
+
+  shared = pathlib.Path(os.environ.get("IGPT_SHARED", ROOT.parent / "shared"))
+  archive = shared / "data" / "cifar10-jpeg.tar.xz"
+  if not archive.exists():
+    pytest.skip(f"{archive} is not there: no real CIFAR-10 pictures to train on")
+  root = tmp_path / "cifar"
+  wanted: dict[str, int] = {}
+  with tarfile.open(archive) as tar:
+    for member in tar:
+      parts = pathlib.PurePath(member.name).parts
+      if not member.isfile() or len(parts) < 3:
+        continue
+      split, label = parts[-3:-1]
+      if wanted.get(split + label, 0) >= (60 if split == "train" else 10):
+        continue
+      wanted[split + label] = wanted.get(split + label, 0) + 1
+      target = root / split / label
+      target.mkdir(parents=True, exist_ok=True)
+      (target / parts[-1]).write_bytes(tar.extractfile(member).read())
+  config = load_config("cifar10_small")
+  config.data.name, config.data.path = "folder", str(root)
+  config.model.n_layer, config.model.n_embd = 2, 64
+  config.palette.size = 64
+  config.train.steps, config.train.warmup_steps, config.train.log_every = 60, 10, 1
+  config.train.eval_images = 32
+  config.sample.samples, config.sample.completions, config.sample.per_picture = 4, 2, 2
+  pretrain.run(config, str(tmp_path / "run"))
+  losses = [
+    r["loss"] for r in metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in r
+  ]
+  assert losses[0] == pytest.approx(np.log(64), rel=1e-3)  # a zero output table knows nothing
+  assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.3
+  sample.run(config, str(tmp_path / "run"))
+  grid = np.asarray(Image.open(tmp_path / "run" / "completions.png")).astype(int)
+  assert (np.ptp(grid, axis=-1) > 20).mean() > 0.05
+
+
+def test_tensorboard_and_wandb_are_extras(tmp_path, monkeypatch):
+  from igpt_jax.errors import UserError
+
+  for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"igpt_jax\[{name}\]"):
+      pretrain.run(tiny(**{f"log.{name}": True}), str(tmp_path / name))
+
+
+# --- mistakes --------------------------------------------------------------------------------------
+
+MISTAKES = {
+  "misspelt field": (["--config.train.batchsize=3"], "batch"),
+  "unknown job": (["--config.job=train"], "pretrain"),
+  "wrong type": (["--config.train.steps=many"], "steps"),
+  "width and heads": (["--config.model.n_embd=50", "--config.model.n_head=4"], "divisible"),
+  "unknown data set": (["--config.data.name=cifar11"], "cifar11"),
+  "empty folder": (["--config.data.name=folder", "--config.data.path={empty}"], "train"),
+  "palette size": (["--config.palette.path={palette}", "--config.palette.size=17"], "3 colours"),
+  "palette shape": (["--config.palette.path={flat}"], r"\[k, 3\]"),
+  "palette NaN": (["--config.palette.path={nan}"], "NaN"),
+  "palette pickled": (["--config.palette.path={pickled}"], "npy"),
+  "mesh": (["--config.mesh.data=3"], "mesh"),
+  "no checkpoint": (["--config.job=evaluate"], "no checkpoint"),
+  "objective": (["--config.objective=bert"], "masked"),
+  "top_p": (["--config.sample.top_p=0.0"], "top_p"),
+  "keep": (["--config.sample.keep=1.0"], "keep"),
+  "learning rate": (["--config.train.learning_rate=-1.0"], "learning_rate"),
+  "remat": (["--config.model.remat=some"], "names"),
+  "config file": (["--config=configs/quickstrat.py"], "quickstrat"),
+  "stray argument": (["quickstart"], "quickstart"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("bad")
+  (folder / "empty" / "train").mkdir(parents=True)
+  np.save(folder / "palette.npy", np.zeros((3, 3), np.float32))
+  np.save(folder / "flat.npy", np.zeros(9, np.float32))
+  np.save(folder / "nan.npy", np.full((17, 3), np.nan, np.float32))
+  np.save(folder / "pickled.npy", np.array([{"a": 1}], object), allow_pickle=True)
+  return {
+    name: str(folder / f"{name}{suffix}")
+    for name, suffix in (
+      ("empty", ""), ("palette", ".npy"), ("flat", ".npy"), ("nan", ".npy"), ("pickled", ".npy"),
+    )
+  }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def answers(bad_files, tmp_path_factory):
+  """What the command says to each mistake; two at a time, since starting Python is what takes."""
+  root = tmp_path_factory.mktemp("mistakes")
+
+  def make(name):
+    overrides = [each.format(**bad_files) for each in MISTAKES[name][0]]
+    workdir = root / name.replace(" ", "_")
+    return name, (call("configs/quickstart.py", workdir, *overrides), workdir)
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    return dict(pool.map(make, MISTAKES))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_message(name, answers):
+  result, workdir = answers[name]
+  said = result.stdout + result.stderr
+  assert result.returncode == 2, said
+  assert "Traceback" not in said
+  assert re.search(MISTAKES[name][1], result.stderr), said
+  assert "compiled" not in said
+  assert not (workdir / "checkpoints").exists()
+
+
+def test_a_workdir_of_another_config_is_refused_by_field(trained):
+  from igpt_jax.errors import UserError
+
+  with pytest.raises(UserError, match=r"model\.n_embd: 16 there, 32 here"):
+    pretrain.run(tiny(**{"model.n_embd": 32}), str(trained))
+  with pytest.raises(UserError, match=r"train\.batch_size"):
+    pretrain.run(tiny(**{"train.batch_size": 8}), str(trained))
+  # What doesn't change the training may change.
+  pretrain.run(tiny(**{"train.log_every": 5, "sample.samples": 9}), str(trained))
+
+
+def test_another_resolution_than_the_checkpoints_is_refused(trained):
+  from igpt_jax.errors import UserError
+
+  for job in (evaluate, probe, sample):
+    with pytest.raises(UserError, match=r"trained at 8; fix: --config.data.resolution=8"):
+      job.run(tiny(**{"data.resolution": 16}), str(trained))
+
+
+def test_damaged_pictures_are_counted_and_named(tmp_path):
+  from igpt_jax.errors import UserError
+
+  root = tmp_path / "pictures"
+  make_folder(root)
+  victim = root / "train" / "warm" / "0.png"
+  victim.write_bytes(victim.read_bytes()[:100])
+  config = tiny(**{"data.name": "folder", "data.path": str(root), "palette.size": 12})
+  with pytest.raises(UserError, match=r"warm/0\.png"):
+    pretrain.run(config, str(tmp_path / "strict"))
+  config.data.max_bad = 0.1
+  pretrain.run(config, str(tmp_path / "tolerant"))
+
+
+def test_an_unwritable_workdir_is_said_at_once(tmp_path):
+  from igpt_jax.errors import UserError
+
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="can't be written to"):
+    pretrain.run(tiny(), str(tmp_path / "file" / "run"))
