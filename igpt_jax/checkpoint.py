@@ -8,11 +8,14 @@ One checkpoint is everything a run needs to go on and everything another job nee
     palette    the colours, float32 [k, 3] in [-1, 1], so that a checkpoint alone can be sampled from
     (metadata) the run as JSON: model, objective, config, data position, elapsed time
 
-Writes are asynchronous and atomic: a step's folder appears when it is whole.
+Writes are asynchronous and atomic: a step's folder appears when it is whole. An imported checkpoint
+has no `training`: every job can read it, but no run can go on from it.
 """
 
+import contextlib
 import dataclasses
 import os
+import shutil
 from typing import Any
 
 import jax
@@ -100,24 +103,46 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained:
-  """A trained model, as the other jobs use it.
+class Described:
+  """A trained model of any origin, its parameters not read yet.
 
   Attributes:
-    path: where it came from.
-    step: updates it was trained for.
+    path: where it is.
+    step: updates it was trained for; 0 if unknown.
     config: its model.
-    params: on the mesh, in place.
     palette: float32 [k, 3] in [-1, 1], or None if it was trained on bare tokens.
-    run: what the run wrote about itself: "model", "objective", "resolution", "config", …
+    run: what is known of its training: "model", "objective", "mask_probability", "resolution", and
+      of a run of this program "config", "data", …
+    format: "orbax" for this program's own, or "openai", "huggingface".
   """
 
   path: str
   step: int
   config: ImageGPTConfig
-  params: Params
   palette: np.ndarray | None
   run: dict[str, Any]
+  format: str = "orbax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(Described):
+  """A trained model as the jobs use it: `params` are on the mesh, float32, in place."""
+
+  params: Params
+
+
+def _folder_of_steps(path: str) -> str:
+  return path if os.path.basename(path) == FOLDER else os.path.join(path, FOLDER)
+
+
+def latest_step(workdir: str) -> int | None:
+  """Step of the newest whole checkpoint in a workdir; makes and removes nothing there."""
+  folder = _folder_of_steps(workdir)
+  if not os.path.isdir(folder):
+    return None
+  steps = sorted((int(name) for name in os.listdir(folder) if name.isdigit()), reverse=True)
+  whole = (step for step in steps if ocp.is_orbax_checkpoint(os.path.join(folder, str(step))))
+  return next(whole, None)
 
 
 def find(path: str) -> tuple[str, int]:
@@ -129,16 +154,96 @@ def find(path: str) -> tuple[str, int]:
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.basename(path).isdigit() and ocp.is_orbax_checkpoint(path):
     return path, int(os.path.basename(path))
-  folder = path if os.path.basename(path) == FOLDER else os.path.join(path, FOLDER)
-  if os.path.isdir(folder):
-    with ocp.training.Checkpointer(folder) as checkpointer:
-      newest = checkpointer.latest
-    if newest is not None:
-      return os.path.join(folder, str(newest.step)), newest.step
+  newest = latest_step(path)
+  if newest is not None:
+    return os.path.join(_folder_of_steps(path), str(newest)), newest
   raise UserError(
     f"checkpoint: no checkpoint in {path}; expected a workdir in which "
     "`--config.job=pretrain` has run; fix: --config.checkpoint=WORKDIR or WORKDIR/checkpoints/STEP"
   )
+
+
+@contextlib.contextmanager
+def _reading(folder: str):
+  """Makes one line of what orbax raises over damaged files."""
+  try:
+    yield
+  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"checkpoint: {folder} can't be read ({type(error).__name__}: {str(error)[:200]!a}); expected "
+      "a whole checkpoint of this program; fix: another step of the run, or copy it again"
+    ) from error
+
+
+def describe(path: str) -> Described:
+  """What a checkpoint of this program says about itself, and its palette.
+
+  Args:
+    path: a workdir, or one checkpoint in it.
+
+  Raises:
+    UserError: there is none, it is damaged, or another program's.
+  """
+  folder, step = find(path)
+  with _reading(folder):
+    found = ocp.checkpointables_metadata(folder)
+    run = found.custom_metadata
+    if not run or "model" not in run:
+      raise UserError(
+        f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model"
+      )
+    config = ImageGPTConfig(**run["model"])
+    palette = None
+    if "palette" in found.metadata:
+      palette = np.asarray(
+        ocp.load_checkpointables(folder, {"palette": None})["palette"]["centers"]
+      )
+  return Described(folder, step, config, palette, run)
+
+
+def load_params(found: Described, mesh: Mesh) -> Params:
+  """The parameters on the mesh, float32, whatever mesh wrote them."""
+  target = _with_shardings(abstract_params(found.config), param_shardings(found.config, mesh))
+  with _reading(found.path):
+    return ocp.load_checkpointables(found.path, {"params": target})["params"]
+
+
+def load_host_params(found: Described) -> Params:
+  """The parameters as numpy arrays of the stored dtype; no device is touched."""
+  with _reading(found.path):
+    stored = ocp.checkpointables_metadata(found.path).metadata["params"]
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
+    return ocp.load_checkpointables(found.path, {"params": target})["params"]
+
+
+def save_params(workdir: str, params: Params, found: Described) -> str:
+  """Writes a workdir with one checkpoint without a training state, whole or not at all.
+
+  Args:
+    workdir: to make; nothing may be there.
+    params: numpy arrays, of any float type.
+    found: what the checkpoint says about itself; its path and format are left out.
+
+  Returns:
+    The checkpoint's folder.
+  """
+  workdir = os.path.abspath(workdir)
+  if os.path.lexists(workdir):
+    raise UserError(f"checkpoint to write: {workdir} exists; fix: name another target")
+  items: dict[str, Any] = {"params": params}
+  if found.palette is not None:
+    items["palette"] = {"centers": np.asarray(found.palette, np.float32)}
+  part = f"{workdir}.part-{os.getpid()}"
+  try:
+    ocp.save_checkpointables(
+      os.path.join(part, FOLDER, str(found.step)), items, custom_metadata=found.run
+    )
+    os.rename(part, workdir)
+  except OSError as error:
+    raise UserError(f"checkpoint to write: {workdir}: {error.strerror or error}") from error
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+  return os.path.join(workdir, FOLDER, str(found.step))
 
 
 def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> Pretrained:
@@ -149,16 +254,12 @@ def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> Pretrained
     mesh: where the parameters go; any shape, whatever mesh wrote them.
     **model_overrides: fields of ImageGPTConfig that don't change the parameters (dtype, …).
   """
-  folder, step = find(path)
-  run = ocp.checkpointables_metadata(folder).custom_metadata
-  if not run or "model" not in run:
-    raise UserError(f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model")
-  config = dataclasses.replace(ImageGPTConfig(**run["model"]), **model_overrides)
-  target = _with_shardings(abstract_params(config), param_shardings(config, mesh))
-  names = ocp.checkpointables_metadata(folder).metadata
-  wanted: dict[str, Any] = {"params": target}
-  if "palette" in names:
-    wanted["palette"] = None
-  loaded = ocp.load_checkpointables(folder, wanted)
-  palette = np.asarray(loaded["palette"]["centers"]) if "palette" in names else None
-  return Pretrained(folder, step, config, loaded["params"], palette, run)
+  found = describe(path)
+  return with_params(found, load_params(found, mesh), **model_overrides)
+
+
+def with_params(found: Described, params: Params, **model_overrides: Any) -> Pretrained:
+  """What was described, now with its parameters; `model_overrides` as for `load_pretrained`."""
+  fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+  fields["config"] = dataclasses.replace(found.config, **model_overrides)
+  return Pretrained(**fields, params=params)

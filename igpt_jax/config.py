@@ -21,13 +21,20 @@ from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
 from igpt_jax.training.objectives import OBJECTIVES
 from igpt_jax.training.optimizer import OptimizerConfig
 
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
+
 
 def base() -> ConfigDict:
-  """All fields. 0 and "" mean: from the preset, the data or the workdir, as each comment says."""
+  """All fields. 0 and "" leave the choice to the preset, the data or a checkpoint, as comments say.
+
+  A checkpoint is one of this program (a workdir, or one step of it), OpenAI's (model.ckpt-N) or
+  Hugging Face's (a directory).
+  """
   config = ConfigDict()
   config.job = "pretrain"  # a name in igpt_jax.jobs
   config.seed = 0
-  config.checkpoint = ""  # what the other jobs read: a workdir or a checkpoint; "": --workdir
+  config.init_from = ""  # checkpoint that pretrain takes its first parameters from; "": random ones
+  config.checkpoint = ""  # what the other jobs read; "": --workdir's newest, or else init_from
 
   config.data = ConfigDict()
   config.data.name = "digits"  # digits, folder, tokens, or a TFDS name
@@ -39,12 +46,12 @@ def base() -> ConfigDict:
   config.data.max_bad = 0.001  # share of unreadable pictures to put up with
 
   config.palette = ConfigDict()
-  config.palette.path = ""  # .npy [k, 3] in [-1, 1]; "": fitted to the training pictures
-  config.palette.size = 512  # colours
+  config.palette.path = ""  # .npy [k, 3] in [-1, 1]; "": the checkpoint's, or fitted to pictures
+  config.palette.size = 0  # colours; 0: the checkpoint's, those of the path, or 512
   config.palette.images = 10_000  # training pictures it is fitted to, at most
 
   config.model = ConfigDict()
-  config.model.size = "s"  # s, m, l, xl
+  config.model.size = ""  # s, m, l, xl; "": init_from's, or s
   config.model.n_layer = 0  # 0: the size's
   config.model.n_head = 0
   config.model.n_embd = 0
@@ -52,7 +59,7 @@ def base() -> ConfigDict:
   config.model.remat = "none"  # none, names, full
   config.model.attention = "auto"
 
-  config.objective = "autoregressive"  # or masked (BERT)
+  config.objective = ""  # autoregressive, masked (BERT); "": init_from's, or autoregressive
   config.mask_probability = 0.15  # of the masked objective
 
   config.train = ConfigDict()
@@ -101,6 +108,18 @@ def base() -> ConfigDict:
   config.sample.top_p = 1.0
   config.sample.scale = 0  # picture pixels per model pixel in the PNGs; 0: chosen
 
+  config.source = ""  # convert: a checkpoint
+  config.target = ""  # convert: what to write; nothing may be there
+  config.format = "orbax"  # convert: orbax (this program's own), huggingface, openai
+
+  config.download = ConfigDict()  # of the released files
+  config.download.model = "s"  # s, m, l; "": none
+  config.download.step = 1_000_000  # or 131000, 262000, 524000
+  config.download.bert = False
+  config.download.data = "imagenet"  # test split as tokens: imagenet, cifar10; "": none
+  config.download.directory = "downloads"
+  config.download.url = ""  # of a mirror; "": where they were released
+
   config.log = ConfigDict()
   config.log.tensorboard = False
   config.log.wandb = False
@@ -111,8 +130,8 @@ def base() -> ConfigDict:
 # Fields that may differ when a run goes on: they change what is told or done beside the training,
 # not what is computed in it.
 _FREE = (
-  "job", "checkpoint", "evaluate", "probe", "sample", "log", "mesh", "data.data_dir", "data.max_bad",
-  "train.log_every", "train.eval_every", "train.eval_images", "train.checkpoint_every",
+  "job", "checkpoint", "evaluate", "probe", "sample", "log", "mesh", "source", "target", "format",
+  "download", "data.data_dir", "data.max_bad", "train.log_every", "train.eval_every", "train.eval_images", "train.checkpoint_every",
   "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
 )  # fmt: skip
 
@@ -137,8 +156,9 @@ def validate(config: ConfigDict) -> None:
   Raises:
     UserError: naming the field, its value and what was expected.
   """
-  _choice("objective", config.objective, OBJECTIVES)
-  _choice("model.size", config.model.size, PRESETS)
+  settled = settle(config)
+  _choice("objective", settled.objective, OBJECTIVES)
+  _choice("model.size", settled.model.size, PRESETS)
   _choice("model.attention", config.model.attention, IMPLEMENTATIONS)
   _choice("evaluate.split", config.evaluate.split, ("test", "validation", "train"))
   _positive(
@@ -152,7 +172,8 @@ def validate(config: ConfigDict) -> None:
     "evaluate.images", "probe.images", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
   )  # fmt: skip
-  _positive(config, "palette.size", least=2)
+  if config.palette.size:
+    _positive(config, "palette.size", least=2)
   if not 0 < config.mask_probability < 1:
     raise UserError(f"config.mask_probability: {config.mask_probability}; expected within (0, 1)")
   if not 0 < config.data.validation < 1:
@@ -161,13 +182,38 @@ def validate(config: ConfigDict) -> None:
     )
   if not 0 < config.sample.keep < 1:
     raise UserError(f"config.sample.keep: {config.sample.keep}; expected a share within (0, 1)")
+  data(config)
   sampling(config)
   optimizer(config)
-  model(config, n_vocab=config.palette.size)
+  if not config.init_from:  # else the model is known when that is
+    model(config, n_vocab=palette_size(config))
+
+
+def settle(config: ConfigDict, start: ImageGPTConfig | None = None) -> ConfigDict:
+  """A copy in which what was left open is chosen: as in the model that training starts from, or s.
+
+  Learning rates are the size's: `model.size` is then the published one of that shape, if it is one.
+  """
+  config = config.copy_and_resolve_references()
+  if start is not None:
+    config.model.update({name: getattr(start, name) for name in MODEL_SHAPE})
+    config.palette.size = start.n_vocab
+    config.objective = "autoregressive" if start.causal else "masked"
+    shapes = {tuple(getattr(size, n) for n in MODEL_SHAPE): name for name, size in PRESETS.items()}
+    shape = tuple(getattr(start, name) for name in MODEL_SHAPE)
+    config.model.size = config.model.size or shapes.get(shape, "")
+  config.model.size = config.model.size or "s"
+  config.objective = config.objective or "autoregressive"
+  return config
+
+
+def palette_size(config: ConfigDict) -> int:
+  """How many colours to ask for, where no palette is given."""
+  return config.palette.size or 512
 
 
 def preset(config: ConfigDict) -> Preset:
-  return PRESETS[config.model.size]
+  return PRESETS[settle(config).model.size]
 
 
 def compute_dtype(config: ConfigDict) -> str:
@@ -178,7 +224,7 @@ def compute_dtype(config: ConfigDict) -> str:
 
 def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
   """The model; touches no device unless the dtype is left to it."""
-  size = preset(config)
+  size, config = preset(config), settle(config)
   return ImageGPTConfig(
     n_layer=config.model.n_layer or size.n_layer,
     n_head=config.model.n_head or size.n_head,
@@ -193,8 +239,10 @@ def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
 
 
 def optimizer(config: ConfigDict) -> OptimizerConfig:
-  size = preset(config)
-  default = size.learning_rate if config.objective == "autoregressive" else size.learning_rate_masked
+  size, config = preset(config), settle(config)
+  default = (
+    size.learning_rate if config.objective == "autoregressive" else size.learning_rate_masked
+  )
   return OptimizerConfig(
     learning_rate=config.train.learning_rate or default,
     steps=config.train.steps,
@@ -293,4 +341,17 @@ def imagenet(size: str, resolution: int) -> ConfigDict:
     # Their state doesn't fit one chip: parameters and moments are split over all of them.
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.model.remat = "full"
+  return config
+
+
+def openai_eval(size: str) -> ConfigDict:
+  """The released checkpoint of a size on the released tokens, where the download job puts them."""
+  config = base()
+  config.job = "evaluate"
+  config.download.model = size
+  config.checkpoint = f"downloads/igpt-{size}-1000000/model.ckpt-1000000"
+  config.data.name = "tokens"
+  config.data.path = "downloads/datasets/imagenet_teX.npy"
+  config.data.resolution = 32
+  config.model.dtype = "float32"  # as published, and the figures have four decimals
   return config

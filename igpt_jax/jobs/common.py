@@ -14,6 +14,7 @@ from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
+from igpt_jax.jobs import starting_point
 from igpt_jax.parallel.sharding import make_mesh
 
 
@@ -48,34 +49,43 @@ def mesh_of(config: ConfigDict) -> Mesh:
 
 
 def training_palette(
-  config: ConfigDict, data_config: DataConfig, split: Split, workdir: str
+  config: ConfigDict,
+  data_config: DataConfig,
+  split: Split,
+  workdir: str,
+  begun_with: Palette | None = None,
 ) -> Palette | None:
-  """The palette to train with: given, kept in the workdir from before, or fitted to `split` now.
+  """The palette to train with: given, that of the parameters to begin with, kept in the workdir from
+  before, or fitted to `split` now.
 
-  Returns None for data that is tokens already, unless a palette is given to show them with.
+  Returns None for data that is tokens already, unless there is a palette to show them with.
 
   Raises:
     UserError: a given palette isn't one, or has another size than `palette.size`; tokens beyond it.
   """
-  size = config.palette.size
   kept = os.path.join(workdir, "palette.npy")
+  wanted = config.palette.size
   if config.palette.path:
     palette = Palette.load(config.palette.path)
-    if palette.size != size:
+    if wanted and palette.size != wanted:
       raise UserError(
         f"palette.path: {config.palette.path} has {palette.size} colours, the model's palette.size is "
-        f"{size}; fix: --config.palette.size={palette.size}, or another palette"
+        f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
       )
+  elif begun_with is not None:
+    palette = begun_with
+  elif os.path.exists(kept):
+    palette = Palette.load(kept)
   elif split.is_tokens:
     palette = None
-  elif os.path.exists(kept):
-    return Palette.load(kept)
   else:
     palette = fit_palette(config, data_config, split)
+  size = config_lib.palette_size(config) if palette is None else palette.size
   if split.is_tokens and split.records.max_token >= size:
     raise UserError(
       f"data.path: {data_config.path} has tokens up to {split.records.max_token}; expected less than "
-      f"palette.size {size}; fix: --config.palette.size={split.records.max_token + 1} or more"
+      f"the palette's size {size}; fix: --config.palette.size={split.records.max_token + 1} or more, "
+      "or the palette that these tokens were made with"
     )
   if palette is not None and is_main():
     palette.save(kept)
@@ -84,8 +94,9 @@ def training_palette(
 
 def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Palette:
   """k-means on the pictures that training sees, at most `palette.images` of them."""
+  size = config_lib.palette_size(config)
   wanted = min(len(split), config.palette.images)
-  say(f"palette: fitting {config.palette.size} colours to {wanted:,} pictures of {split.fingerprint}")
+  say(f"palette: fitting {size} colours to {wanted:,} pictures of {split.fingerprint}")
   histogram = palette_fit.ColorHistogram()
   left = wanted
   for images in pipeline.image_stream(split, data_config, augment=True, seed=config.seed):
@@ -93,22 +104,22 @@ def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Pa
     left -= len(images)
     if left <= 0:
       break
-  palette = palette_fit.fit_palette(histogram, config.palette.size, seed=config.seed)
-  if palette.size < config.palette.size:
+  palette = palette_fit.fit_palette(histogram, size, seed=config.seed)
+  if palette.size < size:
     say(f"palette: these pictures have {palette.size} colours, all are in the palette")
   return palette
 
 
 def load_model(config: ConfigDict, workdir: str, mesh: Mesh) -> checkpoint.Pretrained:
-  """The checkpoint that `config.checkpoint` names, or the workdir's newest, on the mesh."""
-  trained = checkpoint.load_pretrained(
-    config.checkpoint or workdir,
-    mesh,
+  """The model of `config.checkpoint`, whoever wrote it, or the workdir's newest, on the mesh."""
+  found = starting_point.of_job(config, workdir)
+  say(f"checkpoint: {found.path}")
+  return checkpoint.with_params(
+    found,
+    starting_point.read(found, mesh, say),
     dtype=config_lib.compute_dtype(config),
     attention=config.model.attention,
   )
-  say(f"checkpoint: {trained.path}")
-  return trained
 
 
 def check_resolution(config: ConfigDict, trained: checkpoint.Pretrained) -> None:
@@ -121,16 +132,13 @@ def check_resolution(config: ConfigDict, trained: checkpoint.Pretrained) -> None
 
 
 def palette_of(trained: checkpoint.Pretrained) -> Palette:
-  """The checkpoint's own palette.
+  """The colours that the model's tokens stand for.
 
   Raises:
-    UserError: it was trained on bare tokens, and carries none.
+    UserError: they aren't known.
   """
   if trained.palette is None:
-    raise UserError(
-      f"checkpoint: {trained.path} carries no palette (it was trained on bare tokens); "
-      "fix: pretrain with --config.palette.path"
-    )
+    raise UserError(starting_point.no_palette(trained))
   return Palette(np.asarray(trained.palette), name=f"palette of {trained.path}")
 
 

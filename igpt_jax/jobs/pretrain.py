@@ -19,7 +19,7 @@ from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common
+from igpt_jax.jobs import common, starting_point
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
 from igpt_jax.parallel import hardware, sharding
@@ -36,11 +36,13 @@ def run(config: ConfigDict, workdir: str) -> None:
   data_config = config_lib.data(config)
   train_split = open_split(data_config, "train")
   validation_split = open_split(data_config, "validation")
+  start = starting_point.of_run(config, workdir, train_split)
   # Only now: a mistake in the lines above leaves the workdir unclaimed.
   if common.is_main():
     config_lib.claim_workdir(config, workdir)
-  palette = common.training_palette(config, data_config, train_split, workdir)
-  n_vocab = config.palette.size if palette is None else palette.size
+  config = start.config
+  palette = common.training_palette(config, data_config, train_split, workdir, start.palette)
+  n_vocab = config_lib.palette_size(config) if palette is None else palette.size
   model_config = config_lib.model(config, n_vocab=n_vocab)
   optimizer_config = config_lib.optimizer(config)
   objective = objectives.make_objective(config.objective, config.mask_probability)
@@ -53,7 +55,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   newest = checkpoints.latest()
   first_step, elapsed_before = 0, 0.0
   if newest is None:
-    train_state = state.make_state(model_config, tx, config.seed, mesh)
+    train_state = state.make_state(model_config, tx, config.seed, mesh, start.params(mesh, say))
   else:
     saved = checkpoints.read_run(newest)
     here = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=newest)
@@ -79,9 +81,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       "objective": config.objective,
       "mask_probability": config.mask_probability,
       "resolution": config.data.resolution,
-      "data": pipeline.position(
-        train_split, batch_size=batch_size, seed=config.seed, step=at_step
-      ),
+      "data": pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step),
       "elapsed_seconds": elapsed_before + time.monotonic() - began,
       "config": config_lib.as_json(config),
     }

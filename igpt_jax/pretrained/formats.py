@@ -48,10 +48,13 @@ def detect(path: str | os.PathLike[str]) -> str:
       "Hugging Face directory, or a workdir of this program"
     )
   names = set(os.listdir(path))
-  if "config.json" in names:
-    return "huggingface"
   if names & set(_ORBAX_FILES) or any(_holds_orbax(os.path.join(path, name)) for name in names):
     return "orbax"
+  if "config.json" in names:
+    # A workdir without a checkpoint yet holds the settings of its run under the same name.
+    return (
+      "orbax" if "job" in palettes.read_json(os.path.join(path, "config.json")) else "huggingface"
+    )
   raise UserError(
     f"checkpoint: {path} holds {', '.join(sorted(names)[:8]) or 'nothing'}; expected a TensorFlow "
     "checkpoint (model.ckpt-N.index and .data files), config.json with safetensors, or a checkpoint "

@@ -1,0 +1,19 @@
+"""Rewrites a checkpoint in another format: this program's own, OpenAI's or Hugging Face's.
+
+  python -m igpt_jax.main --config configs/convert.py \
+    --config.source=downloads/igpt-s-1000000/model.ckpt-1000000 \
+    --config.target=runs/openai_s --config.format=orbax
+
+Formats: orbax (a workdir that every job takes as --config.checkpoint), huggingface (a directory that
+transformers loads), openai (a TensorFlow checkpoint's prefix, such as out/model.ckpt-1000000).
+The palette travels along, or comes from --config.palette.path. Nothing is overwritten.
+Hardware: no accelerator; memory for the weights and a quarter more (L: 7 GB).
+"""
+
+from igpt_jax.config import base
+
+
+def get_config():
+  config = base()
+  config.job = "convert"
+  return config

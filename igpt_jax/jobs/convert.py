@@ -1,0 +1,104 @@
+"""Rewrites a checkpoint in another format, numbers untouched.
+
+  python -m igpt_jax.main --config configs/convert.py \
+    --config.source=PATH --config.target=PATH --config.format=orbax|huggingface|openai
+
+From and to: this program's own (orbax), OpenAI's and Hugging Face's. All in this host's memory, no
+device is touched. The palette travels with the weights.
+"""
+
+import contextlib
+import os
+
+import jax
+from ml_collections import ConfigDict
+
+from igpt_jax import checkpoint
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import starting_point
+from igpt_jax.jobs.common import say
+from igpt_jax.pretrained import formats
+from igpt_jax.pretrained.clusters import NPY_NAME
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Writes `source` as `target` in `format`; the workdir isn't used."""
+  del workdir
+  check(config)
+  source, target = config.source, os.path.expanduser(config.target)
+  found = starting_point.describe(source, config)
+  check_format(config.format, found)
+  model = found.config
+  say(
+    f"source: {found.path}, {found.format}: {model.n_layer} layers, {model.n_head} heads, width "
+    f"{model.n_embd}, {model.n_positions} positions of {model.n_vocab} colours, "
+    f"{found.run['objective']}, {'with a' if found.palette is not None else 'no'} palette"
+  )
+  if found.format == "orbax":
+    say(f"reading {found.path}")
+    params = checkpoint.load_host_params(found)
+  else:
+    params = formats.load(found.path, report=say).params
+  if config.format == "orbax":
+    say(f"writing {target}")
+    target = checkpoint.save_params(target, params, found)
+  else:
+    with parent_of(target):
+      formats.save(target, config.format, model, params, clusters=found.palette, report=say)
+  say(f"target: {target}, {config.format}")
+
+
+@contextlib.contextmanager
+def parent_of(target: str):
+  """Makes the directory of what is written; after a failure an empty one is left only if it was
+  there before."""
+  parent = os.path.dirname(os.path.abspath(target))
+  there = os.path.isdir(parent)
+  try:
+    os.makedirs(parent, exist_ok=True)
+    yield
+  except OSError as error:
+    raise UserError(f"config.target: {target}: {error.strerror}") from error
+  finally:
+    if not there:
+      with contextlib.suppress(OSError):
+        os.rmdir(parent)  # refused where something was written
+
+
+def check(config: ConfigDict) -> None:
+  """Checks what needs no source to be opened.
+
+  Raises:
+    UserError: naming the field.
+  """
+  if config.format not in formats.FORMATS:
+    raise UserError(
+      f"config.format: {config.format!r}; expected one of {', '.join(formats.FORMATS)}"
+    )
+  for name, what in (("source", "a checkpoint to read"), ("target", "a path to write to")):
+    if not config[name]:
+      raise UserError(f"config.{name}: empty; expected {what}; fix: --config.{name}=PATH")
+  if jax.process_count() > 1:
+    raise UserError("config.job: convert runs in one process; fix: leave --distributed out")
+  target = os.path.expanduser(config.target)
+  taken = [target]
+  if config.format == "openai":
+    # A palette that lies there would be taken for this checkpoint's.
+    taken += [f"{target}.index", os.path.join(os.path.dirname(target), NPY_NAME)]
+    if os.path.basename(target) == "":
+      raise UserError(
+        f"config.target: {target} names a directory; expected a prefix in it, such as "
+        f"{os.path.join(target, 'model.ckpt-0')}"
+      )
+  for path in taken:
+    if os.path.lexists(path):
+      raise UserError(f"config.target: {path} exists; fix: name another target")
+
+
+def check_format(kind: str, found: checkpoint.Described) -> None:
+  """Raises UserError, before the weights are read, if `kind` can't hold the model."""
+  if kind == "huggingface" and not found.config.causal:
+    raise UserError(
+      f"config.format: huggingface, but {found.path} is a BERT model, which transformers' Image GPT "
+      "would compute with a causal mask; fix: --config.format=openai or orbax"
+    )

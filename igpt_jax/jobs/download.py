@@ -1,0 +1,39 @@
+"""Fetches the released files: a checkpoint with its palette, and pictures as tokens.
+
+  python -m igpt_jax.main --config configs/openai_s_eval.py --config.job=download
+
+Writes DIRECTORY/igpt-MODEL[-bert]-STEP/ and DIRECTORY/datasets/. Stopped or cut off, the same
+command goes on where it was. No hashes were published: a server's Content-MD5 is checked where it
+sends one, and every tensor's CRC when it is read.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+from igpt_jax.pretrained import download
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Fetches `download.model` and `download.data` into `download.directory`; no workdir is used."""
+  del workdir
+  wanted = config.download
+  if not wanted.model and not wanted.data:
+    raise UserError("config.download: neither model nor data; expected at least one")
+  root = os.path.expanduser(wanted.directory)
+  batches = []
+  if wanted.model:
+    files = download.checkpoint_files(wanted.model, wanted.step, bert=wanted.bert)
+    name = f"igpt-{wanted.model}{'-bert' if wanted.bert else ''}-{wanted.step}"
+    batches.append((files, os.path.join(root, name)))
+  if wanted.data:
+    batches.append((download.dataset_files(wanted.data), os.path.join(root, "datasets")))
+  if not common.is_main():
+    return
+  for files, directory in batches:
+    say(f"{len(files)} files into {directory}")
+    download.download(files, directory, base_url=wanted.url or download.BASE_URL, report=say)
+  say(f"all there, in {root}")
