@@ -1,7 +1,7 @@
 """Fused attention for TPUs, forward and backward, made for pixels: short rows, no masks but one.
 
 Reads queries, keys and values where the qkv matmul wrote them and writes outputs where the output
-projection reads them, so no transpose or padding surrounds the kernel. `attention_tpu_blocks` has
+projection reads them, so no transpose or padding surrounds the kernel. `attention_tpu_bodies` has
 what happens inside; this module has the shapes that it takes, how it is cut, and its gradient.
 """
 
@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from igpt_jax.model.attention_tpu_blocks import LANES, Plan, backward_body, forward_body
+from igpt_jax.model.attention_tpu_blocks import LANES, Plan
+from igpt_jax.model.attention_tpu_bodies import backward_body, forward_body
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 MAX_LENGTH = 4096
@@ -89,21 +90,21 @@ def make_plan(
     length=length,
     span=_span(length),
     causal=causal,
-    tile=256,
-    diagonal=128 if backward and not wide else 256,
-    lag=2,
-    transposed_queries=backward and head_dim < LANES,
+    tile=256 if wide or backward else 128,
+    diagonal=256 if wide else 128,
+    lag=2 if wide else 3,
+    transposed_queries=head_dim < LANES,
+    aligned=not wide,
   )
 
 
 def _block(rows: int | None, plan: Plan, buffers: int) -> pl.BlockSpec:
   """All positions of one head group, of [batch, length, width] or of three of those."""
   shape = (1, plan.length, plan.width)
-  index = lambda b, g: (b, 0, g)
-  if rows:
-    shape, index = (rows, *shape), lambda b, g: (0, b, 0, g)
   mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
-  return pl.BlockSpec(shape, index, **mode)
+  if rows:
+    return pl.BlockSpec((rows, *shape), lambda b, g: (0, b, 0, g), **mode)
+  return pl.BlockSpec(shape, lambda b, g: (b, 0, g), **mode)
 
 
 def _lse_block(plan: Plan) -> pl.BlockSpec:
@@ -120,6 +121,10 @@ def _buffers_and_limit(plan: Plan, streamed: int, scratch: int) -> tuple[int, in
   return buffers, max(needed, 16 * 2**20)
 
 
+def _copies(plan: Plan, dtype, arrays: int) -> list:
+  return [((len(plan.copied), plan.length, plan.head_dim), dtype)] * arrays if plan.copied else []
+
+
 def _scratch(shapes_and_dtypes) -> tuple[list, int]:
   size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes_and_dtypes)
   return [pltpu.VMEM(shape, dtype) for shape, dtype in shapes_and_dtypes], size
@@ -134,6 +139,7 @@ def _forward(qkv: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, ja
   scratch, scratch_bytes = _scratch(
     [(transposed, dtype), (transposed[1:], jnp.float32)]
     + [((plan.heads, plan.span), jnp.float32)] * 2
+    + _copies(plan, dtype, 1)
   )
   streamed = 4 * length * plan.width * item
   buffers, limit = _buffers_and_limit(plan, streamed, scratch_bytes)
@@ -173,6 +179,7 @@ def _backward(
     [(transposed, dtype)] * 3
     + [((plan.spans, plan.heads, plan.span), jnp.float32), (transposed, jnp.float32)]
     + [(transposed[1:], jnp.float32)] * 2
+    + _copies(plan, dtype, 2)
   )
   streamed = 8 * length * plan.width * item
   buffers, limit = _buffers_and_limit(plan, streamed, scratch_bytes)

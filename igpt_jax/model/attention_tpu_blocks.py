@@ -1,19 +1,8 @@
-"""What the fused TPU attention kernels do with one group of heads: the bodies of `attention_tpu`.
+"""How the fused TPU attention kernels cut their work: plan, tiles, and a group's heads in VMEM.
 
 A group is the fewest heads whose width is whole 128-lane vectors. All of its queries, keys and
-values lie in VMEM, as the qkv matmul wrote them, and the bodies work through square tiles of the
-score matrix in Python loops, so that the compiler schedules one long stretch of straight code.
-Sequences too long for that are cut into spans, which the bodies visit in loops of their own.
-
-Three choices carry the speed:
-
-- Scores are transposed, [key, query]. Row statistics lie along lanes and cost no cross-lane
-  reduction, and everything that leaves a matmul leaves it as [head_dim, position]: a head of 64 is
-  64 rows to stream through the matrix unit and not half-empty vectors of 128 lanes, and a head is a
-  slice of rows, whatever its alignment to lanes was.
-- The scores of a tile are asked for `lag` tiles before they are used, so that the softmax of one
-  tile runs beside the matmuls of the next; the compiler doesn't reorder that far by itself.
-- scale × log2(e) is folded into the queries, so that the softmax is exp2 alone.
+values lie in VMEM, as the qkv matmul wrote them, and `attention_tpu_bodies` works through square
+tiles of the score matrix. Here is what forward and backward share.
 """
 
 import collections
@@ -27,9 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 LANES = 128
-_MASKED = -1e30  # finite, so that no row of the running maximum is ever inf - inf
-_ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
-_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
+MASKED = -1e30  # finite, so that no row of the running maximum is ever inf - inf
+ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
+ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 Index = int | jax.Array  # of a span: a Python number where everything is one span
 
@@ -56,7 +45,10 @@ class Plan:
     diagonal: tiles on the causal diagonal are cut into strips of this many keys, and queries that
       see none of a strip are left out.
     lag: tiles (or, forward, rows of tiles) whose scores are computed ahead of their use.
-    transposed_queries: the scores' matmul takes queries as [head_dim, query].
+    transposed_queries: the backward kernel's scores take queries as [head_dim, query].
+    aligned: heads that straddle more 128-lane vectors than they fill (the middle two of four heads
+      of 96) get a copy of their keys and values at lane 0, which halves their matmuls on a matrix
+      unit of 128 × 128; one of 256 × 256 takes both vectors in one pass.
   """
 
   head_dim: int
@@ -68,6 +60,7 @@ class Plan:
   diagonal: int
   lag: int
   transposed_queries: bool
+  aligned: bool
 
   @property
   def width(self) -> int:
@@ -90,14 +83,21 @@ class Plan:
     start, stop = head * self.head_dim, (head + 1) * self.head_dim
     return slice(start // LANES * LANES, min(pl.cdiv(stop, LANES) * LANES, self.width))
 
+  @property
+  def copied(self) -> list[int]:
+    """The heads whose keys and values are copied to lane 0."""
+    least = pl.cdiv(self.head_dim, LANES)
+    windows = [self.window(head) for head in range(self.heads)]
+    vectors = [pl.cdiv(window.stop - window.start, LANES) for window in windows]
+    return [head for head in range(self.heads) if self.aligned and vectors[head] > least]
+
   def blocks(self) -> list[tuple[int, int]]:
     """The span cut into tiles' edges."""
     return [(at, min(at + self.tile, self.span)) for at in range(0, self.span, self.tile)]
 
   def keys_of(self, q0: int, q1: int, on_diagonal: bool) -> list[tuple[int, int]]:
     """The blocks of keys that queries q0..q1 see."""
-    seen = [(k0, k1) for k0, k1 in self.blocks() if not on_diagonal or k0 < q1]
-    return seen
+    return [(k0, k1) for k0, k1 in self.blocks() if not on_diagonal or k0 < q1]
 
   def tiles(self, on_diagonal: bool) -> Iterator[Tile]:
     """Tiles of a pair of spans, keys outermost: a column's key and value gradients end together."""
@@ -113,7 +113,7 @@ class Plan:
             yield Tile(head, max(q0, s0) if on_diagonal else q0, q1, s0, s1)
 
 
-def _matmul(a: jax.Array, b: jax.Array, dimension_numbers) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array, dimension_numbers) -> jax.Array:
   # float32 operands mean that exactness was asked for; the matrix unit's default is one bf16 pass.
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jax.lax.dot_general(
@@ -121,14 +121,14 @@ def _matmul(a: jax.Array, b: jax.Array, dimension_numbers) -> jax.Array:
   )
 
 
-def _mask(scores_KxQ: jax.Array, k0: int, q0: int) -> jax.Array:
+def mask(scores_KxQ: jax.Array, k0: int, q0: int) -> jax.Array:
   """Hides keys after their query; k0 and q0 count from the same place."""
   key = jax.lax.broadcasted_iota(jnp.int32, scores_KxQ.shape, 0)
   query = jax.lax.broadcasted_iota(jnp.int32, scores_KxQ.shape, 1)
-  return jnp.where(key <= query + (q0 - k0), scores_KxQ, _MASKED)
+  return jnp.where(key <= query + (q0 - k0), scores_KxQ, MASKED)
 
 
-def _pipelined(
+def pipelined(
   work: Iterable[Any], start: Callable[[Any], Any], finish: Callable[[Any, Any], None], lag: int
 ):
   """start(w) for each w, and finish(w, what start gave) once `lag` more have been started."""
@@ -141,15 +141,17 @@ def _pipelined(
     finish(*pending.popleft())
 
 
-class _Heads:
+class Heads:
   """The group's arrays in the forms that the matmuls take them in.
 
   Natural arrays are [..., position, width] references; transposed ones [span, width, position in
   span] scratch, filled block by block when first needed.
   """
 
-  def __init__(self, plan: Plan):
+  def __init__(self, plan: Plan, copies: dict[int, Any]):
+    """copies: scratch [copied heads, length, head_dim] of array 1, keys, and array 2, values."""
     self.plan = plan
+    self._copies = copies
     self._ready = set()
 
   def at(self, span: Index, start: int, stop: int) -> pl.Slice | slice:
@@ -167,6 +169,25 @@ class _Heads:
         self._ready.add((name, b0))
         fill(b0, b1)
 
+  def copy(self, qkv_ref, span: Index, b0: int, b1: int):
+    """Fills a block of the copies."""
+    at = self.at(span, b0, b1)
+    for which, ref in self._copies.items():
+      for n, head in enumerate(self.plan.copied):
+        ref[n, at, :] = qkv_ref[which, 0, at, self.plan.rows(head)]
+
+  def operand(self, qkv_ref, which: int, head: int, at) -> jax.Array:
+    """Keys (1) or values (2) of a head [position, lanes], as `padded` and `only` have queries."""
+    if head in self.plan.copied:
+      return self._copies[which][self.plan.copied.index(head), at, :]
+    return qkv_ref[which, 0, at, self.plan.window(head)]
+
+  def own(self, ref_at: Callable[[slice], jax.Array], head: int) -> jax.Array:
+    """A head's lanes of queries or their like, where other heads' lanes count as zero."""
+    if head in self.plan.copied:
+      return ref_at(self.plan.rows(head))
+    return self.only(head, ref_at(self.plan.window(head)))
+
   def only(self, head: int, x: jax.Array) -> jax.Array:
     """x [position, window of the head] with other heads' lanes zeroed."""
     window = self.plan.window(head)
@@ -178,262 +199,9 @@ class _Heads:
 
   def padded(self, head: int, x: jax.Array) -> jax.Array:
     """x [head_dim, position] with zero rows around it, as `window` has lanes."""
+    if head in self.plan.copied:
+      return x
     window, rows = self.plan.window(head), self.plan.rows(head)
-    zeros = lambda n: [jnp.zeros((n, x.shape[1]), x.dtype)] if n else []
-    parts = [*zeros(rows.start - window.start), x, *zeros(window.stop - rows.stop)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
-
-
-def forward_body(
-  plan: Plan, qkv_ref, out_ref, lse_ref, vt_ref, out_t_ref, max_ref, sum_ref, qt_ref=None
-):
-  """One batch row and head group: softmax(q kᵀ / sqrt(head_dim)) v.
-
-  Args:
-    plan: shapes and schedule.
-    qkv_ref: [3, 1, length, width].
-    out_ref: [1, length, width].
-    lse_ref: [1, 1, spans, heads, span], log2 of the sum of 2^(score × log2 e).
-    vt_ref: scratch [spans, width, span], values transposed.
-    out_t_ref: scratch float32 [width, span], the outputs of a span of queries transposed.
-    max_ref, sum_ref: scratch float32 [heads, span], the running softmax of a span of queries.
-    qt_ref: scratch [spans, width, span], scaled queries transposed, if the plan wants them.
-  """
-  heads = _Heads(plan)
-  dtype = qkv_ref.dtype
-
-  def fill_values(span, b0, b1):
-    vt_ref[span, :, b0:b1] = qkv_ref[2, 0, heads.at(span, b0, b1), :].T
-
-  def queries(span, head, q0, q1):
-    x = qkv_ref[0, 0, heads.at(span, q0, q1), plan.window(head)]
-    return heads.only(head, (x.astype(jnp.float32) * plan.query_factor).astype(dtype))
-
-  def store(span, b0, b1):
-    out_ref[0, heads.at(span, b0, b1), :] = out_t_ref[:, b0:b1].T.astype(dtype)
-
-  def visit(q_span: Index, k_span: Index, on_diagonal: bool):
-    """Adds a span of keys to a span of queries' outputs."""
-
-    def start(unit):
-      head, q0, q1 = unit
-      query = queries(q_span, head, q0, q1)
-      scores = []
-      for k0, k1 in plan.keys_of(q0, q1, on_diagonal):
-        key = qkv_ref[1, 0, heads.at(k_span, k0, k1), plan.window(head)]
-        s_KxQ = _matmul(key, query, _ROWS_BY_ROWS)
-        if on_diagonal and k1 > q0:
-          s_KxQ = _mask(s_KxQ, k0, q0)
-        scores.append(s_KxQ)
-      top = scores[0].max(axis=0, keepdims=True)
-      for s_KxQ in scores[1:]:
-        top = jnp.maximum(top, s_KxQ.max(axis=0, keepdims=True))
-      return scores, top
-
-    def finish(unit, started):
-      head, q0, q1 = unit
-      scores, top = started
-      rows, row = plan.rows(head), slice(head, head + 1)
-      if plan.spans > 1:
-        top = jnp.maximum(top, max_ref[row, q0:q1])
-      total = out = None
-      for (k0, k1), s_KxQ in zip(plan.keys_of(q0, q1, on_diagonal), scores, strict=True):
-        heads.once("v", k0, k1, lambda b0, b1: fill_values(k_span, b0, b1))
-        p_KxQ = jnp.exp2(s_KxQ - top)
-        part = p_KxQ.sum(axis=0, keepdims=True)
-        total = part if total is None else total + part
-        part = _matmul(vt_ref[k_span, rows, k0:k1], p_KxQ.astype(dtype), _ROWS_BY_COLUMNS)
-        out = part if out is None else out + part
-      if plan.spans > 1:
-        shrink = jnp.exp2(max_ref[row, q0:q1] - top)
-        max_ref[row, q0:q1] = top
-        sum_ref[row, q0:q1] = sum_ref[row, q0:q1] * shrink + total
-        out_t_ref[rows, q0:q1] = out_t_ref[rows, q0:q1] * shrink + out
-      else:
-        out_t_ref[rows, q0:q1] = out * (1 / total)
-        lse_ref[0, 0, 0, row, q0:q1] = top + jnp.log2(total)
-        if head == plan.heads - 1:
-          store(0, q0, q1)
-
-    units = [(head, q0, q1) for q0, q1 in plan.blocks() for head in range(plan.heads)]
-    _pipelined(units, start, finish, plan.lag)
-
-  if plan.spans == 1:
-    visit(0, 0, plan.causal)
-    return
-
-  @pl.loop(0, plan.spans)
-  def _(span):
-    fill_values(span, 0, plan.span)
-
-  @pl.loop(0, plan.spans)
-  def _(span):
-    max_ref[...] = jnp.full_like(max_ref, _MASKED)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-    out_t_ref[...] = jnp.zeros_like(out_t_ref)
-
-    @pl.loop(0, span if plan.causal else plan.spans)
-    def _(k_span):
-      visit(span, k_span, False)
-
-    if plan.causal:
-      visit(span, span, True)
-    for head in range(plan.heads):
-      out_t_ref[plan.rows(head), :] *= 1 / sum_ref[head : head + 1, :]
-    lse_ref[0, 0, span] = max_ref[...] + jnp.log2(sum_ref[...])
-    store(span, 0, plan.span)
-
-
-def backward_body(
-  plan: Plan,
-  qkv_ref,
-  out_ref,
-  lse_ref,
-  dout_ref,
-  dqkv_ref,
-  qt_ref,
-  kt_ref,
-  dot_ref,
-  delta_ref,
-  dqt_ref,
-  dkt_ref,
-  dvt_ref,
-):
-  """One batch row and head group: gradients of queries, keys and values, scores recomputed once.
-
-  With P the softmax and dP = v doutᵀ, dS = P (dP - delta), delta = Σ out·dout of a row
-  (Dao et al. 2022, appendix B.2); dv = P dout, dk = dS q, dq = dSᵀ k.
-
-  Args:
-    plan: shapes and schedule.
-    qkv_ref: [3, 1, length, width]; dqkv_ref like it.
-    out_ref, dout_ref: [1, length, width].
-    lse_ref: [1, 1, spans, heads, span], as the forward kernel wrote it.
-    qt_ref, kt_ref, dot_ref: scratch [spans, width, span], transposed.
-    delta_ref: scratch float32 [spans, heads, span].
-    dqt_ref: scratch float32 [spans, width, span]; dkt_ref, dvt_ref: [width, span].
-  """
-  heads = _Heads(plan)
-  dtype = qkv_ref.dtype
-  scale = 1 / math.sqrt(plan.head_dim)
-
-  def fill_queries(span, b0, b1):
-    at = heads.at(span, b0, b1)
-    qt_ref[span, :, b0:b1] = qkv_ref[0, 0, at, :].T
-    dot_ref[span, :, b0:b1] = dout_ref[0, at, :].T
-    product = dout_ref[0, at, :].astype(jnp.float32) * out_ref[0, at, :].astype(jnp.float32)
-    product_t = product.T
-    for head in range(plan.heads):
-      delta = product_t[plan.rows(head)].sum(axis=0, keepdims=True)
-      delta_ref[span, head : head + 1, b0:b1] = delta
-
-  def fill_keys(span, b0, b1):
-    kt_ref[span, :, b0:b1] = qkv_ref[1, 0, heads.at(span, b0, b1), :].T
-
-  def store_queries(span, b0, b1):
-    dqkv_ref[0, 0, heads.at(span, b0, b1), :] = (dqt_ref[span, :, b0:b1] * scale).T.astype(dtype)
-
-  def store_keys(span, b0, b1):
-    at = heads.at(span, b0, b1)
-    dqkv_ref[1, 0, at, :] = (dkt_ref[:, b0:b1] * scale).T.astype(dtype)
-    dqkv_ref[2, 0, at, :] = dvt_ref[:, b0:b1].T.astype(dtype)
-
-  def start(q_span, k_span, tile):
-    head, q0, q1, k0, k1 = tile
-    window = plan.window(head)
-    if plan.transposed_queries:
-      heads.once("q", q0, q1, lambda b0, b1: fill_queries(q_span, b0, b1))
-      q_t = qt_ref[q_span, plan.rows(head), q0:q1].astype(jnp.float32) * plan.query_factor
-      query = heads.padded(head, q_t.astype(dtype))
-      dout = heads.padded(head, dot_ref[q_span, plan.rows(head), q0:q1])
-      form = _ROWS_BY_COLUMNS
-    else:
-      at = heads.at(q_span, q0, q1)
-      query = qkv_ref[0, 0, at, window].astype(jnp.float32) * plan.query_factor
-      query = heads.only(head, query.astype(dtype))
-      dout = heads.only(head, dout_ref[0, at, window])
-      form = _ROWS_BY_ROWS
-    at = heads.at(k_span, k0, k1)
-    s_KxQ = _matmul(qkv_ref[1, 0, at, window], query, form)
-    dp_KxQ = _matmul(qkv_ref[2, 0, at, window], dout, form)
-    return s_KxQ, dp_KxQ
-
-  def add(ref, index, fresh, value):
-    ref[index] = value if fresh else ref[index] + value
-
-  def finish(q_span, k_span, on_diagonal, tile, started, fresh_query, fresh_key):
-    head, q0, q1, k0, k1 = tile
-    s_KxQ, dp_KxQ = started
-    rows, row = plan.rows(head), slice(head, head + 1)
-    heads.once("q", q0, q1, lambda b0, b1: fill_queries(q_span, b0, b1))
-    heads.once("k", k0, k1, lambda b0, b1: fill_keys(k_span, b0, b1))
-    if on_diagonal and k1 > q0:
-      s_KxQ = _mask(s_KxQ, k0, q0)
-    p_KxQ = jnp.exp2(s_KxQ - lse_ref[0, 0, q_span, row, q0:q1])
-    ds_KxQ = (p_KxQ * (dp_KxQ - delta_ref[q_span, row, q0:q1])).astype(dtype)
-    p_KxQ = p_KxQ.astype(dtype)
-    dv_t = _matmul(dot_ref[q_span, rows, q0:q1], p_KxQ, _ROWS_BY_ROWS)
-    dk_t = _matmul(qt_ref[q_span, rows, q0:q1], ds_KxQ, _ROWS_BY_ROWS)
-    dq_t = _matmul(kt_ref[k_span, rows, k0:k1], ds_KxQ, _ROWS_BY_COLUMNS)
-    add(dvt_ref, (rows, slice(k0, k1)), fresh_key, dv_t)
-    add(dkt_ref, (rows, slice(k0, k1)), fresh_key, dk_t)
-    add(dqt_ref, (q_span, rows, slice(q0, q1)), fresh_query, dq_t)
-
-  def visit(q_span: Index, k_span: Index, on_diagonal: bool):
-    """Adds what a span of queries and a span of keys give each other."""
-    tiles = list(plan.tiles(on_diagonal))
-    alone = plan.spans == 1
-    last_q = {(t.q1 - 1) // plan.tile: t for t in tiles}  # a later tile replaces an earlier one
-    last_k = {(t.k1 - 1) // plan.tile: t for t in tiles}
-    written = set()
-
-    def fresh(name, head, start, stop):
-      """Whether the accumulator of these positions holds nothing yet."""
-      cells = {(name, head, at) for at in range(start, stop, plan.diagonal)}
-      seen = cells & written
-      assert not seen or seen == cells, "a tile meets an accumulator that is half written"
-      written.update(cells)
-      return alone and not seen
-
-    def finish_and_store(tile, started):
-      fresh_key = fresh("k", tile.head, tile.k0, tile.k1)
-      fresh_query = fresh("q", tile.head, tile.q0, tile.q1)
-      finish(q_span, k_span, on_diagonal, tile, started, fresh_query, fresh_key)
-      if alone:
-        for b0, b1 in plan.blocks():
-          if last_q[b0 // plan.tile] is tile:
-            store_queries(0, b0, b1)
-          if last_k[b0 // plan.tile] is tile:
-            store_keys(0, b0, b1)
-
-    _pipelined(tiles, lambda tile: start(q_span, k_span, tile), finish_and_store, plan.lag)
-
-  if plan.spans == 1:
-    visit(0, 0, plan.causal)
-    return
-
-  @pl.loop(0, plan.spans)
-  def _(span):
-    fill_queries(span, 0, plan.span)
-    fill_keys(span, 0, plan.span)
-    dqt_ref[span] = jnp.zeros_like(dqt_ref.at[span])
-
-  @pl.loop(0, plan.spans)
-  def _(span):
-    dkt_ref[...] = jnp.zeros_like(dkt_ref)
-    dvt_ref[...] = jnp.zeros_like(dvt_ref)
-    if plan.causal:
-      visit(span, span, True)
-      store_queries(span, 0, plan.span)
-
-    @pl.loop(span + 1 if plan.causal else 0, plan.spans)
-    def _(q_span):
-      visit(q_span, span, False)
-
-    store_keys(span, 0, plan.span)
-
-  if not plan.causal:
-
-    @pl.loop(0, plan.spans)
-    def _(span):
-      store_queries(span, 0, plan.span)
+    around = (rows.start - window.start, window.stop - rows.stop)
+    before, after = ([jnp.zeros((n, x.shape[1]), x.dtype)] if n else [] for n in around)
+    return jnp.concatenate([*before, x, *after], axis=0)
