@@ -20,12 +20,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.attention import attention
+from igpt_jax.model.attention import SAVED_NAMES, attention
 from igpt_jax.parallel.sharding import constrain
 
 NORM_EPSILON = 1e-5
 REMAT_POLICIES = ("none", "names", "full")
-_SAVED_NAMES = ("qkv", "attention", "mlp_in")
+_KEPT_NAMES = ("qkv", "mlp_in", *SAVED_NAMES)
 
 Params = dict[str, Any]
 
@@ -166,7 +166,7 @@ class Block(nnx.Module):
     heads = attention(
       qkv, n_head=config.n_head, causal=config.causal, implementation=config.attention
     )
-    return self.finish(x_BxTxD, checkpoint_name(heads, "attention")), qkv
+    return self.finish(x_BxTxD, heads), qkv
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
     """The rest of the block, once the heads' outputs are known; any leading axes."""
@@ -242,7 +242,7 @@ class ImageGPT(nnx.Module):
     if self.config.remat == "full":
       body = jax.checkpoint(body, prevent_cse=False)
     elif self.config.remat == "names":
-      policy = jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES)
+      policy = jax.checkpoint_policies.save_only_these_names(*_KEPT_NAMES)
       body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     x_BxTxD, collected = jax.lax.scan(body, x_BxTxD, self.blocks)
     return self.ln_f(x_BxTxD), collected

@@ -5,7 +5,7 @@ asks here where it goes. Axis types are Auto: the partitioner propagates, and we
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -93,6 +93,29 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def axis_share(logical: str, size: int) -> int | None:
+  """A device's share of an axis of `size` under the mesh around; None if it doesn't divide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  entry = RULES[logical]
+  if mesh.empty or entry is None:
+    return size
+  axes = (entry,) if isinstance(entry, str) else entry
+  parts = math.prod(mesh.shape[axis] for axis in axes)
+  return size // parts if size % parts == 0 else None
+
+
+def per_device(
+  function: Callable, in_axes: Sequence[str | None], out_axes: Sequence[str | None]
+) -> Callable:
+  """`function` of one array, called with each device's own part of it (shard_map)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function
+  return jax.shard_map(
+    function, mesh=mesh, in_specs=spec(*in_axes), out_specs=spec(*out_axes), check_vma=False
+  )
 
 
 def batch_shards(mesh: Mesh) -> int:
