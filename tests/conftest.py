@@ -1,0 +1,23 @@
+"""Tests run on the CPU unless JAX_PLATFORMS says otherwise, with eight virtual devices of it.
+
+Set before any test imports jax's backend. Not by XLA_FLAGS: programs that tests start would inherit
+those.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+  """Compiles in half the time, to programs that are slower: for tests of tiny models."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

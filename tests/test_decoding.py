@@ -1,0 +1,283 @@
+"""Cached sampling: equal to the full forward pass, and drawn from the distribution it claims."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+
+from igpt_jax.errors import UserError
+from igpt_jax.model import decoding
+from igpt_jax.model.decoding import SamplingConfig, filter_logits
+from igpt_jax.model.image_gpt import bind
+from igpt_jax.parallel import sharding
+from igpt_jax.training.objectives import token_nll
+from igpt_jax.training.state import param_shardings
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+CONFIG = tiny.make_config()
+PLAIN = SamplingConfig()
+
+
+@functools.cache
+def compiled(config, sampling, samples_per_picture=1):
+  return jax.jit(
+    functools.partial(
+      decoding.complete, config, sampling=sampling, samples_per_picture=samples_per_picture
+    )
+  )
+
+
+def complete(given, keys, *, config=CONFIG, sampling=PLAIN, samples_per_picture=1):
+  run = compiled(config, sampling, samples_per_picture)
+  samples = run(tiny.random_params(config), given_BxP=given, keys_B=keys)
+  return jax.tree.map(np.asarray, samples)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_forward(config, params, tokens):
+  return bind(config, params)(tokens)
+
+
+def make_keys(n, seed=0):
+  return jax.random.split(jax.random.key(seed), n)
+
+
+@pytest.mark.parametrize("n_given", [0, 5, 15])
+def test_cached_logits_are_those_of_the_full_forward(n_given):
+  """Every position's, the true pixels fed: after no pixel, some, and all but one."""
+  tokens = jnp.asarray(tiny.random_tokens(CONFIG, 3))
+
+  @jax.jit
+  def decode(params, tokens):
+    model = bind(CONFIG, params)
+    layers = decoding._layers(model)
+    caches, first = decoding.prefill(model, tokens[:, :n_given])
+
+    def body(caches, position):
+      caches, logits = decoding.decode_step(
+        model, layers, caches, tokens[:, position - 1], position
+      )
+      return caches, logits
+
+    positions = jnp.arange(n_given + 1, CONFIG.n_positions)
+    _, later = jax.lax.scan(body, caches, positions)
+    return jnp.concatenate([first[None], later]).swapaxes(0, 1)
+
+  params = tiny.random_params(CONFIG)
+  expected = full_forward(CONFIG, params, tokens)[:, n_given:]
+  np.testing.assert_allclose(decode(params, tokens), expected, rtol=0, atol=1e-4)
+  assert np.std(expected) > 0.5  # there is something to be wrong about
+
+
+@pytest.mark.parametrize("n_given", [0, 7])
+def test_nll_is_that_of_the_full_forward(n_given):
+  given = tiny.random_tokens(CONFIG, 4)[:, :n_given]
+  # Whatever distribution is drawn from, nll is the model's own.
+  sampling = SamplingConfig(temperature=0.7, top_k=9)
+  samples = complete(given, make_keys(4), sampling=sampling)
+  assert samples.tokens.shape == samples.nll.shape == (4, CONFIG.n_positions)
+  assert samples.tokens.dtype == np.int32 and samples.nll.dtype == np.float32
+  assert samples.tokens.min() >= 0 and samples.tokens.max() < CONFIG.n_vocab
+  np.testing.assert_array_equal(samples.tokens[:, :n_given], given)
+  logits = full_forward(CONFIG, tiny.random_params(CONFIG), samples.tokens)
+  expected = token_nll(logits, samples.tokens)
+  np.testing.assert_allclose(samples.nll[:, n_given:], expected[:, n_given:], rtol=0, atol=1e-4)
+  assert not np.any(samples.nll[:, :n_given])
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+  given = tiny.random_tokens(CONFIG, 4)[:, :6]
+  keys = make_keys(4)
+  together = complete(given, keys)
+  turned = complete(given[::-1], keys[::-1])
+  np.testing.assert_array_equal(turned.tokens, together.tokens[::-1])
+  alone = complete(given[2:3], keys[2:3])
+  np.testing.assert_array_equal(alone.tokens, together.tokens[2:3])
+  other_keys = complete(given, make_keys(4, seed=1))
+  assert np.all(np.any(other_keys.tokens != together.tokens, axis=1))
+
+
+def test_unconditional_samples_differ_by_their_keys_alone():
+  keys = make_keys(5).at[3].set(make_keys(5)[1])
+  tokens = complete(np.zeros((5, 0), np.int32), keys).tokens
+  np.testing.assert_array_equal(tokens[3], tokens[1])
+  assert len({tuple(row) for row in tokens}) == 4
+  # One key gives a fresh number at each position.
+  assert np.all([len(set(row)) > 3 for row in tokens])
+
+
+def test_samples_per_picture_are_repeated_prompts():
+  given = tiny.random_tokens(CONFIG, 2)[:, :6]
+  keys = make_keys(6)
+  shared = complete(given, keys, samples_per_picture=3)
+  repeated = complete(np.repeat(given, 3, axis=0), keys)
+  np.testing.assert_array_equal(shared.tokens, repeated.tokens)
+  np.testing.assert_allclose(shared.nll, repeated.nll, rtol=0, atol=1e-5)
+  assert len({tuple(row) for row in shared.tokens[:3]}) == 3
+
+
+def test_all_but_one_and_all_pixels_given():
+  tokens = tiny.random_tokens(CONFIG, 3)
+  samples = complete(tokens[:, :-1], make_keys(3))
+  np.testing.assert_array_equal(samples.tokens[:, :-1], tokens[:, :-1])
+  assert np.all(samples.nll[:, -1] > 0) and not np.any(samples.nll[:, :-1])
+  whole = complete(tokens, make_keys(3))
+  np.testing.assert_array_equal(whole.tokens, tokens)
+  assert not np.any(whole.nll)
+  with pytest.raises(ValueError, match="17 pixels given to a model of 16"):
+    complete(np.zeros((1, 17), np.int32), make_keys(1))
+
+
+def test_greedy_takes_the_likeliest_everywhere():
+  greedy = SamplingConfig(temperature=0.0)
+  given = tiny.random_tokens(CONFIG, 4)[:, :3]
+  tokens = complete(given, make_keys(4), sampling=greedy).tokens
+  logits = full_forward(CONFIG, tiny.random_params(CONFIG), tokens)
+  np.testing.assert_array_equal(tokens[:, 3:], np.argmax(logits, axis=-1)[:, 3:])
+  again = complete(given, make_keys(4, seed=1), sampling=greedy).tokens
+  np.testing.assert_array_equal(again, tokens)
+  assert np.any(complete(given, make_keys(4)).tokens != tokens)
+
+
+def test_samples_on_a_mesh_are_those_of_one_device():
+  mesh = tiny.mesh_of((2, 2, 2))
+  given, keys = tiny.random_tokens(CONFIG, 8)[:, :5], make_keys(8)
+  params = jax.device_put(tiny.random_params(CONFIG), param_shardings(CONFIG, mesh))
+  with jax.set_mesh(mesh):
+    samples = jax.jit(functools.partial(decoding.complete, CONFIG, sampling=PLAIN))(
+      params, given_BxP=sharding.put_global(given, mesh), keys_B=keys
+    )
+  np.testing.assert_array_equal(samples.tokens, complete(given, keys).tokens)
+
+
+def filtered_reference(logits, sampling):
+  """Probabilities of one row, float64: temperature, then top-k, then top-p."""
+  logits = np.asarray(logits, np.float64) / sampling.temperature
+  order = np.argsort(-logits)
+  kept = order[: sampling.top_k] if sampling.top_k else order
+  p = np.exp(logits[kept] - logits.max())
+  p /= p.sum()
+  if sampling.top_p < 1:
+    n = 1
+    while p[:n].sum() < sampling.top_p:
+      n += 1
+    kept, p = kept[:n], p[:n] / p[:n].sum()
+  full = np.zeros(len(logits))
+  full[kept] = p
+  return full
+
+
+SAMPLINGS = {
+  "plain": PLAIN,
+  "temperature": SamplingConfig(temperature=0.6),
+  "top-k": SamplingConfig(top_k=2),
+  "top-p": SamplingConfig(top_p=0.75),
+  "all": SamplingConfig(temperature=1.3, top_k=2, top_p=0.9),
+}
+
+
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    *SAMPLINGS.values(),
+    SamplingConfig(top_k=1),
+    SamplingConfig(top_k=1_000),
+    SamplingConfig(top_p=1e-6),
+    SamplingConfig(temperature=2.5, top_k=7, top_p=0.5),
+  ],
+  ids=str,
+)
+def test_filters_against_numpy(sampling):
+  logits = 2 * np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)
+  filtered = filter_logits(jnp.asarray(logits), sampling)
+  probabilities = np.asarray(jax.nn.softmax(filtered, axis=-1))
+  expected = np.stack([filtered_reference(row, sampling) for row in logits])
+  np.testing.assert_array_equal(probabilities == 0, expected == 0)
+  np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-6)
+
+
+def test_ties_at_the_edge_of_top_k_are_all_kept():
+  logits = jnp.asarray([[1.0, 3.0, 1.0, 0.0]])
+  kept = filter_logits(logits, SamplingConfig(top_k=2)) > -jnp.inf
+  np.testing.assert_array_equal(kept, [[True, True, True, False]])
+
+
+ENUMERABLE = tiny.make_config(n_layer=1, n_vocab=3, n_positions=4)
+PICTURES = np.array(list(itertools.product(range(3), repeat=4)), np.int32)  # all 81 there are
+DRAWS = 20_000
+
+
+def enumerable_params():
+  """Flat enough for truncation to leave choices."""
+  params = tiny.random_params(ENUMERABLE, seed=2)
+  return {**params, "wtet": 0.4 * params["wtet"]}
+
+
+def distribution(sampling, n_given=0):
+  """The probability of each of the 81 pictures, from the full forward pass."""
+  params = enumerable_params()
+  logits = np.asarray(full_forward(ENUMERABLE, params, PICTURES))
+  probability = np.ones(len(PICTURES))
+  for picture, row in enumerate(PICTURES):
+    for t in range(n_given, 4):
+      probability[picture] *= filtered_reference(logits[picture, t], sampling)[row[t]]
+  return probability
+
+
+def p_value(counts, probability):
+  """Chi-square; what can't occur must not, and what hardly does is taken together."""
+  expected = probability * counts.sum()
+  assert not np.any(counts[expected == 0])
+  rare = (expected > 0) & (expected < 5)
+  observed, expected = (
+    np.append(each[~rare & (probability > 0)], each[rare].sum()) for each in (counts, expected)
+  )
+  if not expected[-1]:
+    observed, expected = observed[:-1], expected[:-1]
+  return scipy.stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
+
+
+@pytest.mark.parametrize(
+  "name, n_given", [*((name, 0) for name in SAMPLINGS), ("plain", 2), ("all", 2)]
+)
+def test_samples_follow_the_distribution(name, n_given):
+  given = np.tile(np.array([[1, 2]], np.int32)[:, :n_given], (DRAWS, 1))
+  run = compiled(ENUMERABLE, SAMPLINGS[name])
+  tokens = np.asarray(
+    run(enumerable_params(), given_BxP=given, keys_B=make_keys(DRAWS, seed=7)).tokens
+  )
+  counts = np.bincount(tokens @ [27, 9, 3, 1], minlength=81)
+  probability = distribution(SAMPLINGS[name], n_given)
+  if n_given:
+    probability *= np.all(PICTURES[:, :2] == [1, 2], axis=1)
+  np.testing.assert_allclose(probability.sum(), 1, rtol=1e-5)
+  assert np.count_nonzero(probability) >= 2 ** (4 - n_given)  # there is something to draw
+  assert p_value(counts, probability) > 1e-3
+  # The same draws don't pass for those at a temperature 10% higher.
+  if name in ("plain", "temperature") and not n_given:
+    warm = SamplingConfig(temperature=SAMPLINGS[name].temperature * 1.1)
+    assert p_value(counts, distribution(warm)) < 1e-6
+
+
+def test_bert_has_nothing_to_sample():
+  config = tiny.make_config(causal=False)
+  with pytest.raises(UserError, match="BERT"):
+    complete(np.zeros((1, 0), np.int32), make_keys(1), config=config)
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+    ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_p", float("nan")),
+  ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(field, value):
+  with pytest.raises(UserError, match=f"{field}: {value}"):
+    SamplingConfig(**{field: value})

@@ -1,0 +1,54 @@
+"""Models small enough to test with, meshes for them, and parameters that make every part matter."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
+from igpt_jax.parallel.sharding import make_mesh
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def make_config(**changes) -> ImageGPTConfig:
+  settings = dict(n_layer=2, n_head=2, n_embd=16, n_vocab=11, n_positions=16)
+  return ImageGPTConfig(**{**settings, **changes})
+
+
+@functools.cache
+def random_params(config: ImageGPTConfig, seed: int = 0) -> Params:
+  """Nothing is zero or constant, as the output table and the gains are at the start of training."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    noise = rng.standard_normal(leaf.shape).astype(np.float32)
+    if path[-1].key == "g":
+      return 1 + 0.2 * noise
+    return noise * (0.5 if path[0].key in ("wte", "wpe", "wtet", "sos") else leaf.shape[-1] ** -0.5)
+
+  return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def random_tokens(config: ImageGPTConfig, batch: int, seed: int = 0) -> np.ndarray:
+  rng = np.random.default_rng(seed + 1_000)
+  return rng.integers(config.n_vocab, size=(batch, config.n_positions), dtype=np.int32)
+
+
+def mesh_of(shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
+  """A mesh over the first devices; skips the test where there are too few."""
+  wanted = int(np.prod(shape))
+  if jax.device_count() < wanted:
+    pytest.skip(f"needs {wanted} devices, there are {jax.device_count()}")
+  return make_mesh(*shape, devices=jax.devices()[:wanted])
+
+
+def leaf_names(tree) -> dict:
+  """The leaves of a tree by their path, "params/blocks/attn/qkv"."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {
+    "/".join(re.sub(r"[\[\]'.]", "", str(key)) for key in path): leaf for path, leaf in leaves
+  }
