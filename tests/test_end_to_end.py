@@ -9,16 +9,25 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from igpt_jax import checkpoint, metrics
-from igpt_jax.jobs import evaluate, pretrain, probe, sample
+from igpt_jax.jobs import common, evaluate, pretrain, probe, sample
 from igpt_jax.jobs import fit_palette as fit_palette_job
 from igpt_jax.parallel.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """The tests' process has eight virtual devices; what a person runs on has one."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(common, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+    yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,15 +72,11 @@ def tiny(**overrides):
 
 def params_of(workdir, step=None):
   path = workdir if step is None else f"{workdir}/checkpoints/{step}"
-  import jax
-
   mesh = make_mesh(devices=jax.devices()[:1])
   return jax.tree.map(np.asarray, checkpoint.load_pretrained(str(path), mesh).params)
 
 
 def assert_same(left, right):
-  import jax
-
   jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
@@ -224,7 +229,6 @@ def test_evaluate_tokens_of_a_file(trained, tmp_path):
   from igpt_jax import config as config_lib
   from igpt_jax.data.palette import Palette
   from igpt_jax.data.sources import open_split
-  from igpt_jax.jobs import common
 
   config = tiny()
   data_config = config_lib.data(config)
