@@ -30,8 +30,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags; a misspelt one is one line, not a traceback."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    raise SystemExit(_fail(error.args[0] if error.args else error)) from None
+  except (AttributeError, KeyError) as error:
+    # ml_collections suggests the right name, inside a twice quoted string.
+    said = str(error).replace("\\", "").strip("'\"").replace("'nDid you", "; did you")
+    raise SystemExit(_fail(f"--config.FIELD: there is no such field: {said}")) from None
+  except (flags.Error, TypeError, ValueError, OSError) as error:
+    raise SystemExit(_fail(error)) from None
 
 
 def _fail(message: object) -> int:
@@ -66,9 +70,11 @@ def main(argv: list[str]) -> int:
     return _fail(f"unexpected argument {argv[1]!r}: every option begins with --")
   if _CONFIG.value is None:
     return _fail("--config: missing; expected a file, such as --config configs/quickstart.py")
+  source = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+  if not os.path.isfile(source):
+    return _fail(f"--config: {source}: no such file; configs/ holds those of the project")
   config = _CONFIG.value
   logging.set_verbosity(logging.WARNING)  # the libraries' own chatter
-  source = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
   name = os.path.splitext(os.path.basename(source))[0]
   try:
     if config.job not in JOBS:
