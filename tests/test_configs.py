@@ -1,0 +1,93 @@
+"""Every config resolves, builds its abstract state and says what it is for."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+from igpt_jax import config as config_lib
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import PRESETS, count_params
+from igpt_jax.training import optimizer, state
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+# These read a checkpoint: what they are to be is in it.
+READERS = ("convert", "openai_s_eval", "openai_m_eval", "openai_l_eval")
+PUBLISHED = {"s": 76_571_648, "m": 455_157_760, "l": 1_362_250_752, "xl": 6_801_438_720}
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_configs_are_there():
+  names = {path.stem for path in CONFIGS}
+  wanted = {f"imagenet{side}_{size}" for side in (32, 48, 64) for size in PRESETS}
+  assert names >= wanted | {"quickstart", "cifar10_small", "cifar10_s", "imagenet32_s_bert"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_builds_its_abstract_state(path):
+  module = load(path)
+  config = module.get_config()
+  config_lib.validate(config)
+  config = config_lib.settle(config)
+  model = config_lib.model(config, n_vocab=config_lib.palette_size(config))
+  tx = optimizer.make_optimizer(config_lib.optimizer(config))
+  abstract = state.abstract_state(model, tx)
+  assert sum(leaf.size for leaf in jax.tree.leaves(abstract.params)) == count_params(model)
+  assert abstract.params["wpe"].shape == (config.data.resolution**2, model.n_embd)
+  assert ("sos" in abstract.params) == (config.objective == "autoregressive")
+  size = path.stem.split("_")[1] if path.stem.startswith("imagenet32") else None
+  if size in PUBLISHED and model.causal:
+    assert count_params(model) == PUBLISHED[size]
+  if path.stem.startswith("imagenet"):
+    epochs = 2_000_000 * 64 if size == "xl" else 1_000_000 * 128
+    if path.stem.startswith("imagenet32"):
+      assert config.train.steps * config.train.batch_size == epochs
+    seen = config.train.warmup_steps * config.train.batch_size
+    assert seen == pytest.approx(0.96 * 1_281_167, rel=1e-3)  # one epoch
+    assert config.data.augment == "paper"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_says_what_it_is(path):
+  doc = load(path).__doc__
+  assert f"configs/{path.name}" in doc or path.stem == "quickstart"
+  if path.stem in READERS:
+    return
+  assert "Hardware" in doc
+  assert "Expect" in doc or path.stem == "quickstart"
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "expected"),
+  [
+    ("train.steps", 0, "train.steps"),
+    ("train.warmup_steps", 10**9, "warmup_steps"),
+    ("train.batch_size", 0, "batch_size"),
+    ("train.b2", 1.0, "b2"),
+    ("train.learning_rate", float("nan"), "learning_rate"),
+    ("train.schedule", "linear", "cosine"),
+    ("mask_probability", 1.0, "mask_probability"),
+    ("data.validation", 1.5, "validation"),
+    ("palette.size", 1, "palette.size"),
+    ("model.size", "xxl", "s, m, l, xl"),
+    ("model.n_head", 7, "divisible"),
+    ("model.dtype", "float16", "bfloat16"),
+    ("model.attention", "flash", "auto"),
+    ("evaluate.split", "valid", "validation"),
+    ("sample.temperature", -1.0, "temperature"),
+    ("sample.top_k", -1, "top_k"),
+    ("seed", -1, "seed"),
+  ],
+)
+def test_a_value_out_of_range_is_named(field, value, expected):
+  config = config_lib.base()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=expected):
+    config_lib.validate(config)
