@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -28,6 +29,7 @@ from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
 from igpt_jax.training.state import TrainState, param_shardings
 
 FOLDER = "checkpoints"
+_LAST_FILE = "commit_success.txt"  # what orbax writes when all else is there
 
 
 def _with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -36,6 +38,23 @@ def _with_shardings(abstract: Any, shardings: Any) -> Any:
     abstract,
     shardings,
   )
+
+
+def _is_whole(folder: str) -> bool:
+  """Orbax takes any folder with a number for a checkpoint, also one that was copied halfway."""
+  return os.path.exists(os.path.join(folder, _LAST_FILE)) and ocp.is_orbax_checkpoint(folder)
+
+
+def _set_aside_unfinished(folder: str) -> None:
+  """Takes the number from steps that aren't whole, so that a run can write them again."""
+  if jax.process_index() == 0 and os.path.isdir(folder):
+    for name in os.listdir(folder):
+      step = os.path.join(folder, name)
+      if name.isdigit() and not _is_whole(step):
+        shutil.rmtree(f"{step}.unfinished", ignore_errors=True)
+        os.rename(step, f"{step}.unfinished")
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("igpt_jax: unfinished checkpoints set aside")
 
 
 class Checkpoints:
@@ -48,12 +67,14 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, *, keep: int = 3, keep_every: int = 0):
+    folder = os.path.join(os.path.abspath(workdir), FOLDER)
+    _set_aside_unfinished(folder)
     policies = ocp.training.preservation_policies
     preserve: list[Any] = [policies.LatestN(keep)]
     if keep_every:
       preserve.append(policies.EveryNSteps(keep_every))
     self._checkpointer = ocp.training.Checkpointer(
-      os.path.join(os.path.abspath(workdir), FOLDER),
+      folder,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=policies.AnyPreservationPolicy(preserve),
       cleanup_tmp_directories=True,
@@ -141,7 +162,7 @@ def latest_step(workdir: str) -> int | None:
   if not os.path.isdir(folder):
     return None
   steps = sorted((int(name) for name in os.listdir(folder) if name.isdigit()), reverse=True)
-  whole = (step for step in steps if ocp.is_orbax_checkpoint(os.path.join(folder, str(step))))
+  whole = (step for step in steps if _is_whole(os.path.join(folder, str(step))))
   return next(whole, None)
 
 
@@ -152,7 +173,7 @@ def find(path: str) -> tuple[str, int]:
     UserError: there is none.
   """
   path = os.path.abspath(os.path.expanduser(path))
-  if os.path.basename(path).isdigit() and ocp.is_orbax_checkpoint(path):
+  if os.path.basename(path).isdigit() and _is_whole(path):
     return path, int(os.path.basename(path))
   newest = latest_step(path)
   if newest is not None:
