@@ -1,0 +1,226 @@
+"""What is saved comes back bit for bit, on whatever mesh; what isn't whole isn't there."""
+
+import dataclasses
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from igpt_jax import checkpoint
+from igpt_jax.checkpoint import Checkpoints, find, load_pretrained
+from igpt_jax.errors import UserError
+from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from igpt_jax.training.state import TrainState, abstract_state, param_shardings, state_shardings
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+CONFIG = tiny.make_config()
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, steps=10))
+ABSTRACT = abstract_state(CONFIG, OPTIMIZER)
+PALETTE = np.random.default_rng(0).uniform(-1, 1, (11, 3)).astype(np.float32)
+
+
+def make_run(**changes):
+  return {"model": dataclasses.asdict(CONFIG), "objective": "autoregressive", **changes}
+
+
+def random_state(step, shape=(1, 1, 1)) -> TrainState:
+  """Every leaf random, the moments and the counters too."""
+  rng = np.random.default_rng(step)
+
+  def draw(leaf):
+    if leaf.dtype == np.float32:
+      return rng.standard_normal(leaf.shape).astype(np.float32)
+    return rng.integers(2**30, size=leaf.shape).astype(leaf.dtype)
+
+  state = dataclasses.replace(jax.tree.map(draw, ABSTRACT), step=np.asarray(step, np.int32))
+  return jax.device_put(state, state_shardings(CONFIG, OPTIMIZER, tiny.mesh_of(shape)))
+
+
+def save(workdir, *states, palette=PALETTE, keep=3, keep_every=0, **run):
+  checkpoints = Checkpoints(str(workdir), keep=keep, keep_every=keep_every)
+  for state in states:
+    checkpoints.save(state, palette=palette, run=make_run(**run))
+    checkpoints.wait()
+  checkpoints.close()
+
+
+def restore(workdir, step, shape=(1, 1, 1)):
+  checkpoints = Checkpoints(str(workdir))
+  shardings = state_shardings(CONFIG, OPTIMIZER, tiny.mesh_of(shape))
+  state = checkpoints.restore(step, ABSTRACT, shardings)
+  checkpoints.close()
+  return state
+
+
+def assert_same_state(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for name, leaf in tiny.leaf_names(found).items():
+    theirs = tiny.leaf_names(expected)[name]
+    assert leaf.dtype == theirs.dtype, name
+    np.testing.assert_array_equal(leaf, theirs, err_msg=name)
+
+
+def steps_in(workdir):
+  return sorted(int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit())
+
+
+@pytest.mark.parametrize(
+  "written_on, read_on",
+  [((1, 1, 1), (1, 1, 1)), ((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 2, 4)), ((1, 8, 1), (1, 1, 1))],
+)
+def test_restored_state_is_the_saved_one_on_any_mesh(tmp_path, written_on, read_on):
+  state = random_state(5, written_on)
+  save(tmp_path, state)
+  found = restore(tmp_path, 5, read_on)
+  assert_same_state(found, state)
+  wanted = tiny.leaf_names(state_shardings(CONFIG, OPTIMIZER, tiny.mesh_of(read_on)))
+  for name, leaf in tiny.leaf_names(found).items():
+    assert leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim), name
+
+
+def test_the_run_travels_with_the_state(tmp_path):
+  data = {"step": 4, "seed": 3, "fingerprint": "digits/train · 9"}
+  save(tmp_path, random_state(4), data=data, elapsed_seconds=1.5)
+  checkpoints = Checkpoints(str(tmp_path))
+  assert checkpoints.latest() == 4
+  assert checkpoints.read_run(4) == make_run(data=data, elapsed_seconds=1.5)
+  checkpoints.close()
+
+
+def test_a_new_workdir_has_no_checkpoint(tmp_path):
+  checkpoints = Checkpoints(str(tmp_path / "new"))
+  assert checkpoints.latest() is None
+  checkpoints.close()
+
+
+def test_saving_is_not_disturbed_by_what_the_next_step_does(tmp_path):
+  """The arrays are copied before `save` returns: the step that follows may overwrite them."""
+  state = random_state(1)
+  expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+  overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+  checkpoints = Checkpoints(str(tmp_path))
+  checkpoints.save(state, palette=None, run=make_run())
+  jax.block_until_ready(overwrite(state))
+  checkpoints.close()
+  assert_same_state(restore(tmp_path, 1), expected)
+
+
+def test_saving_a_step_twice_writes_it_once(tmp_path):
+  save(tmp_path, random_state(2))
+  written = os.stat(tmp_path / "checkpoints" / "2").st_mtime_ns
+  save(tmp_path, random_state(2))
+  assert os.stat(tmp_path / "checkpoints" / "2").st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+  "keep, keep_every, left", [(2, 0, [5, 6]), (1, 3, [3, 6]), (10, 0, [1, 2, 3, 4, 5, 6])]
+)
+def test_retention(tmp_path, keep, keep_every, left):
+  states = [random_state(step) for step in range(1, 7)]
+  save(tmp_path, *states, keep=keep, keep_every=keep_every)
+  assert steps_in(tmp_path) == left
+  assert_same_state(restore(tmp_path, left[0]), states[left[0] - 1])
+
+
+def half_write(workdir, step, kind):
+  """A step's folder as a killed run may leave it."""
+  folder = workdir / "checkpoints"
+  whole = folder / str(step)
+  if kind == "not renamed yet":
+    shutil.copytree(whole, folder / f"{step + 1}.orbax-checkpoint-tmp")
+  elif kind == "empty":
+    os.makedirs(folder / str(step + 1))
+  else:
+    os.makedirs(folder / str(step + 1) / "params.orbax-checkpoint-tmp" / "ocdbt.process_0")
+
+
+@pytest.mark.parametrize("kind", ["not renamed yet", "empty", "begun"])
+def test_half_written_steps_are_not_there(tmp_path, kind):
+  """Neither for a run that goes on nor for a job that reads; the run writes over them."""
+  state = random_state(3)
+  save(tmp_path, state)
+  half_write(tmp_path, 3, kind)
+  assert find(str(tmp_path)) == (str(tmp_path / "checkpoints" / "3"), 3)
+  checkpoints = Checkpoints(str(tmp_path))
+  assert checkpoints.latest() == 3
+  shardings = state_shardings(CONFIG, OPTIMIZER, tiny.mesh_of())
+  assert_same_state(checkpoints.restore(3, ABSTRACT, shardings), state)
+  following = random_state(4)
+  checkpoints.save(following, palette=None, run=make_run())
+  checkpoints.close()
+  assert find(str(tmp_path))[1] == 4
+  assert_same_state(restore(tmp_path, 4), following)
+
+
+def test_a_checkpoint_is_found_by_workdir_or_step(tmp_path):
+  save(tmp_path, random_state(1), random_state(2), random_state(10))
+  folder = tmp_path / "checkpoints"
+  assert find(str(tmp_path)) == (str(folder / "10"), 10)  # the newest, not the last by name
+  assert find(str(folder)) == (str(folder / "10"), 10)
+  assert find(str(folder / "2")) == (str(folder / "2"), 2)
+
+
+@pytest.mark.parametrize("inside", ["", "nothing", "checkpoints", "checkpoints/7", "7"])
+def test_where_there_is_no_checkpoint_the_error_names_the_place(tmp_path, inside):
+  (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
+  with pytest.raises(
+    UserError, match=r"no checkpoint in .*pretrain.*--config.checkpoint="
+  ) as error:
+    find(str(tmp_path / inside))
+  assert str(tmp_path / inside) in str(error.value)
+  assert sorted(os.listdir(tmp_path)) == ["checkpoints"]  # looking makes nothing
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_model_is_read_without_its_optimizer(tmp_path, shape):
+  state = random_state(6)
+  save(tmp_path, state, resolution=4)
+  # What isn't read may as well not be there.
+  (training,) = (tmp_path / "checkpoints" / "6").glob("training")
+  shutil.rmtree(training / "d", ignore_errors=True)
+  shutil.rmtree(training / "ocdbt.process_0", ignore_errors=True)
+  mesh = tiny.mesh_of(shape)
+  trained = load_pretrained(str(tmp_path), mesh, dtype="bfloat16")
+  assert (trained.path, trained.step) == (str(tmp_path / "checkpoints" / "6"), 6)
+  assert trained.config == dataclasses.replace(CONFIG, dtype="bfloat16")
+  assert trained.run["resolution"] == 4
+  np.testing.assert_array_equal(trained.palette, PALETTE)
+  assert trained.palette.dtype == np.float32
+  assert_same_state(trained.params, state.params)
+  wanted = tiny.leaf_names(param_shardings(CONFIG, mesh))
+  for name, leaf in tiny.leaf_names(trained.params).items():
+    assert leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim), name
+
+
+def test_a_model_of_bare_tokens_has_no_palette(tmp_path):
+  save(tmp_path, random_state(1), palette=None)
+  assert load_pretrained(str(tmp_path), tiny.mesh_of()).palette is None
+
+
+def test_another_programs_checkpoint_is_refused(tmp_path):
+  from orbax.checkpoint import v1 as ocp
+
+  path = str(tmp_path / "checkpoints" / "3")
+  ocp.save_checkpointables(path, {"params": {"w": np.zeros(3, np.float32)}})
+  with pytest.raises(UserError, match="not written by igpt_jax"):
+    load_pretrained(path, tiny.mesh_of())
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+  save(tmp_path, random_state(3))
+  for found in (tmp_path / "checkpoints" / "3" / "params").rglob("*"):
+    if found.is_file() and os.path.basename(found.parent) == "d":
+      found.write_bytes(b"")
+  with pytest.raises(UserError, match=r"checkpoint: .*checkpoints/3 can't be read"):
+    load_pretrained(str(tmp_path), tiny.mesh_of())
+
+
+def test_the_folder_is_named_as_documented(tmp_path):
+  save(tmp_path, random_state(1))
+  assert checkpoint.FOLDER == "checkpoints"
+  items = {path.name for path in (tmp_path / "checkpoints" / "1").iterdir() if path.is_dir()}
+  assert {"params", "training", "palette"} <= items
