@@ -19,7 +19,7 @@ class JsonlWriter:
     self.path = path
     if os.path.exists(path):
       with open(path, encoding="utf-8") as lines:
-        kept = [line for line in lines if _belongs_before(line, resume_step)]
+        kept = [line.rstrip("\n") + "\n" for line in lines if _belongs_before(line, resume_step)]
       partial = f"{path}.partial"
       with open(partial, "w", encoding="utf-8") as out:
         out.writelines(kept)
