@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from igpt_jax import report
 from igpt_jax.data.sources import DataConfig
 from igpt_jax.errors import UserError
 from igpt_jax.model.attention import IMPLEMENTATIONS
@@ -283,37 +284,38 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def claim_workdir(config: ConfigDict, workdir: str) -> None:
-  """Writes config.json into a new workdir; in one that has it, checks that this run is the same.
+def check_workdir(config: ConfigDict, workdir: str) -> None:
+  """Checks that a workdir which holds a run holds this one.
 
   Raises:
-    UserError: the workdir holds another config's run; the fields that differ are listed.
+    UserError: it holds another config's run; the fields that differ are listed.
   """
   path = os.path.join(workdir, "config.json")
-  mine = as_json(config)
-  if os.path.exists(path):
-    try:
-      with open(path, encoding="utf-8") as file:
-        theirs = _flatten(json.load(file))
-    except ValueError as error:
-      raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
-    changed = [
-      f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
-      for name, value in _flatten(mine).items()
-      if theirs.get(name, "absent") != value
-      and not any(name == free or name.startswith(free + ".") for free in _FREE)
-    ]
-    if changed:
-      raise UserError(
-        f"workdir: {workdir} holds another config's run:\n" + "\n".join(changed) + "\n"
-        "fix: another --workdir, or the config that this run was begun with"
-      )
+  if not os.path.exists(path):
     return
-  partial = f"{path}.partial"
-  with open(partial, "w", encoding="utf-8") as file:
-    json.dump(mine, file, indent=2)
-    file.write("\n")
-  os.replace(partial, path)
+  try:
+    with open(path, encoding="utf-8") as file:
+      theirs = _flatten(json.load(file))
+  except ValueError as error:
+    raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
+  changed = [
+    f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
+    for name, value in _flatten(as_json(config)).items()
+    if theirs.get(name, "absent") != value
+    and not any(name == free or name.startswith(free + ".") for free in _FREE)
+  ]
+  if changed:
+    raise UserError(
+      f"workdir: {workdir} holds another config's run:\n" + "\n".join(changed) + "\n"
+      "fix: another --workdir, or the config that this run was begun with"
+    )
+
+
+def claim_workdir(config: ConfigDict, workdir: str) -> None:
+  """Writes config.json into a workdir that has none: from now on it is this run's."""
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    report.write_json(path, as_json(config))
 
 
 # ILSVRC-2012's training pictures, and the share of them that the paper trains on while tuning.

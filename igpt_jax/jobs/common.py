@@ -76,6 +76,12 @@ def training_palette(
     palette = begun_with
   elif os.path.exists(kept):
     palette = Palette.load(kept)
+    say(f"palette: {palette.size} colours, kept in {kept}")
+    if wanted and palette.size > wanted:
+      raise UserError(
+        f"palette.size: {wanted}; {kept} has {palette.size} colours; fix: "
+        f"--config.palette.size={palette.size}, or remove that file"
+      )
   elif split.is_tokens:
     palette = None
   else:
@@ -87,8 +93,6 @@ def training_palette(
       f"the palette's size {size}; fix: --config.palette.size={split.records.max_token + 1} or more, "
       "or the palette that these tokens were made with"
     )
-  if palette is not None and is_main():
-    palette.save(kept)
   return palette
 
 
@@ -110,9 +114,19 @@ def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Pa
   return palette
 
 
-def load_model(config: ConfigDict, workdir: str, mesh: Mesh) -> checkpoint.Pretrained:
-  """The model of `config.checkpoint`, whoever wrote it, or the workdir's newest, on the mesh."""
+def load_model(
+  config: ConfigDict, workdir: str, mesh: Mesh, *, needs_palette: bool
+) -> checkpoint.Pretrained:
+  """The model of `config.checkpoint`, whoever wrote it, or the workdir's newest, on the mesh.
+
+  Raises:
+    UserError, before the weights are read: there is none, it is of another resolution than the
+      data, or its palette is needed and not known.
+  """
   found = starting_point.of_job(config, workdir)
+  check_resolution(config, found)
+  if needs_palette:
+    palette_of(found)
   say(f"checkpoint: {found.path}")
   return checkpoint.with_params(
     found,
@@ -122,7 +136,7 @@ def load_model(config: ConfigDict, workdir: str, mesh: Mesh) -> checkpoint.Pretr
   )
 
 
-def check_resolution(config: ConfigDict, trained: checkpoint.Pretrained) -> None:
+def check_resolution(config: ConfigDict, trained: checkpoint.Described) -> None:
   """Raises UserError when the data's resolution isn't the checkpoint's."""
   if config.data.resolution != trained.run["resolution"]:
     raise UserError(
@@ -131,7 +145,7 @@ def check_resolution(config: ConfigDict, trained: checkpoint.Pretrained) -> None
     )
 
 
-def palette_of(trained: checkpoint.Pretrained) -> Palette:
+def palette_of(trained: checkpoint.Described) -> Palette:
   """The colours that the model's tokens stand for.
 
   Raises:

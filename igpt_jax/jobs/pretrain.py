@@ -30,6 +30,8 @@ from igpt_jax.training.evaluation import Likelihood
 def run(config: ConfigDict, workdir: str) -> None:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
   common.open_workdir(workdir)
+  config_lib.check_workdir(config, workdir)
+  given = config
   mesh = common.mesh_of(config)
   batch_size = config.train.batch_size
   sharding.batch_size_per_shard(mesh, batch_size)
@@ -37,9 +39,6 @@ def run(config: ConfigDict, workdir: str) -> None:
   train_split = open_split(data_config, "train")
   validation_split = open_split(data_config, "validation")
   start = starting_point.of_run(config, workdir, train_split)
-  # Only now: a mistake in the lines above leaves the workdir unclaimed.
-  if common.is_main():
-    config_lib.claim_workdir(config, workdir)
   config = start.config
   palette = common.training_palette(config, data_config, train_split, workdir, start.palette)
   n_vocab = config_lib.palette_size(config) if palette is None else palette.size
@@ -48,6 +47,11 @@ def run(config: ConfigDict, workdir: str) -> None:
   objective = objectives.make_objective(config.objective, config.mask_probability)
   schedule = optimizer.make_schedule(optimizer_config)
   tx = optimizer.make_optimizer(optimizer_config)
+  # Only now: a mistake in the lines above leaves the workdir unclaimed.
+  if common.is_main():
+    config_lib.claim_workdir(given, workdir)
+    if palette is not None:
+      palette.save(os.path.join(workdir, "palette.npy"))
 
   checkpoints = Checkpoints(workdir, keep=config.train.keep, keep_every=config.train.keep_every)
   shardings = state.state_shardings(model_config, tx, mesh)
