@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from igpt_jax.errors import UserError
 from igpt_jax.model.attention import attention
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -80,3 +82,35 @@ def test_half_precision_keeps_its_dtype_and_is_close():
 def test_scores_far_apart_do_not_overflow():
   out = attention(jnp.asarray(make_qkv() * 100), n_head=N_HEAD, causal=True)
   assert np.all(np.isfinite(out))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_the_fused_kernel_runs_on_each_devices_own_heads(shape):
+  """Four pictures, four heads, split over any mesh: as plain attention on one device, both ways."""
+  qkv = np.random.default_rng(0).standard_normal((3, 4, 16, 4 * 32)).astype(np.float32)
+  weight = np.random.default_rng(1).standard_normal(qkv.shape[1:]).astype(np.float32)
+
+  def run(qkv, implementation):
+    def loss(qkv):
+      out = attention(qkv, n_head=4, causal=True, implementation=implementation)
+      return jnp.sum(out * weight), out
+
+    (_, out), grad = jax.value_and_grad(loss, has_aux=True)(qkv)
+    return out, grad
+
+  expected = jax.jit(functools.partial(run, implementation="xla"))(qkv)
+  with jax.set_mesh(tiny.mesh_of(shape)):
+    found = jax.jit(functools.partial(run, implementation="tpu_interpret"))(qkv)
+  for ours, plain in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
+
+
+def test_shapes_the_kernel_does_not_take_are_refused():
+  qkv = jnp.asarray(make_qkv())
+  with pytest.raises(UserError, match=r"model.attention: 'tpu_interpret'.*head dim 6.*'xla'"):
+    attention(qkv, n_head=N_HEAD, causal=True, implementation="tpu_interpret")
+  with (
+    jax.set_mesh(tiny.mesh_of((1, 2, 4))),
+    pytest.raises(UserError, match="2 heads, which don't divide over the mesh"),
+  ):
+    attention(qkv, n_head=2, causal=True, implementation="tpu_interpret")

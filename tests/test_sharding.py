@@ -112,3 +112,38 @@ def test_a_batch_that_does_not_divide_is_refused():
     sharding.batch_size_per_shard(mesh, 10)
   with pytest.raises(UserError, match=r"evaluate.batch_size: 3 .*nearest: 4$"):
     sharding.batch_size_per_shard(mesh, 3, "evaluate.batch_size")
+
+
+def test_a_devices_share_of_an_axis():
+  assert sharding.axis_share("heads", 8) == 8  # no mesh around
+  with jax.set_mesh(tiny.mesh_of((1, 2, 4))):
+    assert sharding.axis_share("heads", 8) == 2
+    assert sharding.axis_share("heads", 6) is None
+    assert sharding.axis_share("batch", 6) == 3
+    assert sharding.axis_share("length", 7) == 7
+  with jax.set_mesh(tiny.mesh_of((2, 2, 2))):
+    assert sharding.axis_share("batch", 8) == 2
+    assert sharding.axis_share("batch", 6) is None
+
+
+def test_per_device_gives_each_its_own_part():
+  """Sums over a device's own rows and columns show what it was given."""
+  x = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+
+  def own_sum(part):
+    return jnp.full_like(part, part.sum())
+
+  def run(x):
+    return sharding.per_device(own_sum, ("batch", "heads"), ("batch", "heads"))(x)
+
+  for mesh in (None, tiny.mesh_of()):
+    if mesh is None:
+      out = jax.jit(run)(x)
+    else:
+      with jax.set_mesh(mesh):
+        out = jax.jit(run)(x)
+    np.testing.assert_array_equal(out, np.full_like(x, x.sum()))
+  with jax.set_mesh(tiny.mesh_of((2, 2, 2))):
+    out = jax.jit(run)(x)
+  parts = x.reshape(4, 2, 2, 4).sum((1, 3), keepdims=True)
+  np.testing.assert_array_equal(out, np.broadcast_to(parts, (4, 2, 2, 4)).reshape(8, 8))
