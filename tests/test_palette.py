@@ -86,6 +86,17 @@ def test_device_equals_host(whole):
     assert (device != host).mean() < 1e-3
 
 
+@pytest.mark.slow
+def test_every_colour_is_the_same_on_host_and_device():
+  import jax
+
+  palette = palette_lib.Palette.default()
+  encode = jax.jit(palette_lib.encode_on_device)
+  for start in range(0, 2**24, 2**14):
+    colors = palette_lib.codes_to_colors(np.arange(start, start + 2**14))
+    np.testing.assert_array_equal(encode(colors, palette.centers), palette.encode(colors))
+
+
 def test_threads_share_the_table():
   palette = palette_lib.Palette.from_uint8(RNG.integers(0, 256, (64, 3), np.uint8))
   colors = RNG.integers(0, 256, (20000, 3), np.uint8)
@@ -208,3 +219,23 @@ def test_default_palette():
   # Fine enough for natural colours: no colour between black and white is far from one of it.
   greys = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
   assert np.abs(palette.decode(palette.encode(greys)).astype(int) - greys).max() <= 12
+
+
+def test_grey_pictures_get_grey_palettes():
+  grey = np.random.default_rng(0).normal(120, 50, (20, 32, 32, 1)).clip(0, 255).astype(np.uint8)
+  images = np.repeat(grey, 3, -1)
+  palette = palette_fit.fit_palette([images], 32)
+  assert palette.size == 32
+  assert (palette.colors == palette.colors[:, :1]).all()
+  assert (np.diff(palette.colors[:, 0].astype(int)) > 0).all()
+  assert palette_fit.palette_error(palette, [images]).mse < 8
+
+
+def test_finer_palettes_err_less():
+  images = _pictures(30, 0)
+  errors_ = []
+  for k in (128, 1024):
+    palette = palette_fit.fit_palette([images], k)
+    assert palette.size == k
+    errors_.append(palette_fit.palette_error(palette, [images]).mse)
+  assert errors_[1] < errors_[0] / 2

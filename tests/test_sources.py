@@ -69,6 +69,39 @@ def test_validation_is_a_fixed_part_of_train(data_dir):
   assert set(validation) == {both[i] for i in order[-150:]}
 
 
+def test_select_is_a_part_in_the_order_asked_for(data_dir):
+  split = sources.open_split(_config(data_dir=data_dir), "test")
+  part = split.select(np.array([7, 3]))
+  assert [part[0], part[1]] == [split[7], split[3]]
+  assert len(part) == 2 and part.fingerprint != split.fingerprint
+
+
+def test_photo_patches_have_imagenets_form_and_disjoint_regions(data_dir):
+  pytest.importorskip("skimage")
+  config = _config(
+    name="photo_patches", data_dir=data_dir, resolution=32, augment="paper", validation=0.04
+  )
+  regions = {}
+  for name, n in (("train+validation", 1800), ("test", 360)):
+    split = sources.open_split(config, name)
+    assert len(split) == n and split.n_classes == 9
+    for i in range(n):
+      record = split[i]
+      label, _, _, x, _ = record["id"].split()[-1].split("_")
+      assert label == split.class_names[record["label"]]
+      height, width = transforms.decode(record["image"]).shape[:2]
+      assert 96 <= height <= 192 and 96 <= width <= 192
+      low, high = regions.get((label, name), (10**6, 0))
+      regions[label, name] = min(low, int(x[1:])), max(high, int(x[1:]) + width)
+  for label in split.class_names:
+    assert regions[label, "train+validation"][1] <= regions[label, "test"][0]
+
+
+def test_buckets_are_mounted_not_addressed():
+  with pytest.raises(errors.UserError, match="gcsfuse"):
+    sources.open_split(_config(data_dir="gs://bucket/data"), "train")
+
+
 def test_fingerprint_tells_splits_and_shares_apart(data_dir):
   prints = {
     sources.open_split(_config(data_dir=data_dir, validation=v), s).fingerprint
@@ -215,10 +248,7 @@ def test_any_tfds_data_set_by_its_name(tmp_path):
         Image.fromarray(np.full((5, 7, 3), 100 * (i % 2), np.uint8)).save(file, "png")
         yield i, {"picture": file.getvalue(), "kind": i % 2, "id": f"square{i}"}
 
-  for file_format, directory in (("array_record", tmp_path / "a"), ("tfrecord", tmp_path / "t")):
-    builder = TwoSplits(data_dir=directory, file_format=file_format)
-    if file_format == "array_record":
-      builder.download_and_prepare()
+  TwoSplits(data_dir=tmp_path / "a", file_format="array_record").download_and_prepare()
   config = _config(name="two_splits", data_dir=str(tmp_path / "a"), validation=0.0)
   train, test = (sources.open_split(config, s) for s in ("train", "test"))
   assert (len(train), len(test)) == (6, 2)
@@ -226,6 +256,31 @@ def test_any_tfds_data_set_by_its_name(tmp_path):
   for record in (train[i] for i in range(6)):
     assert transforms.decode(record["image"]).mean() == 100 * record["label"]
     assert "square" in record["id"]
+
+
+def test_tfds_data_set_without_pictures_is_refused(tmp_path):
+  import tensorflow_datasets as tfds
+
+  class OnlyText(tfds.core.GeneratorBasedBuilder):
+    """Words."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+      return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      yield 0, {"text": "word"}
+
+  OnlyText(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  with pytest.raises(errors.UserError, match=r"text.*expected one picture"):
+    sources.open_split(_config(name="only_text", data_dir=str(tmp_path)), "train")
+  with pytest.raises(errors.UserError, match=r"has splits train; expected test"):
+    sources.open_split(_config(name="only_text", data_dir=str(tmp_path)), "test")
 
 
 def _tokens(path, n=12, t=64, dtype=np.uint16):

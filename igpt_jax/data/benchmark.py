@@ -96,7 +96,7 @@ def throughput(
   name = f"{config.augment}, {config.resample}"
   config = dataclasses.replace(config, cache_mb=0)
   if literal_pillow:
-    name, split = "literal, Pillow", _PillowSplit(split, config.resolution)
+    name, split = "literal, Pillow", PillowSplit(split, config.resolution)
     config = dataclasses.replace(config, augment="none")
   # The table of colours is filled once per run, not per picture. (Each worker fills its own.)
   palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
@@ -111,7 +111,7 @@ def throughput(
   return Throughput(name, config.workers, 1e3 * cpu / n, n / wall)
 
 
-class _PillowSplit(sources.Split):
+class PillowSplit(sources.Split):
   """The literal form: Pillow decodes, resizes the whole picture, crops 224², averages.
 
   Its records come out finished, so that the rest of the pipeline is the same.

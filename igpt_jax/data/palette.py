@@ -192,6 +192,7 @@ def encode_on_device(images: Any, centers: Any) -> Any:
   Equal to the host's for every colour of a palette of whole levels. For other palettes float32
   rounding may decide near-ties (under 1e-6 in squared distance) the other way.
   """
+  import jax
   import jax.numpy as jnp
 
   # In levels a uint8 palette's differences and squares are whole numbers below 2²⁴, exact in
@@ -199,6 +200,14 @@ def encode_on_device(images: Any, centers: Any) -> Any:
   levels = 127.5 * (jnp.asarray(centers, jnp.float32) + 1)
   whole = jnp.round(levels)
   levels = jnp.where(jnp.abs(levels - whole).max() < 1e-4, whole, levels)
-  x = jnp.asarray(images).astype(jnp.float32)
-  distance = sum(jnp.square(x[..., c, None] - levels[:, c]) for c in range(3))
-  return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+  x = jnp.moveaxis(jnp.asarray(images).astype(jnp.float32), -1, 0)
+
+  def compare(index, best):
+    least, nearest = best
+    distance = sum(jnp.square(x[channel] - levels[index, channel]) for channel in range(3))
+    closer = distance < least  # strictly: the lowest index keeps a tie
+    return jnp.where(closer, distance, least), jnp.where(closer, index, nearest)
+
+  # One centre at a time: no array of pixels × centres, whatever the size of the palette.
+  start = (jnp.full(x.shape[1:], jnp.inf), jnp.zeros(x.shape[1:], jnp.int32))
+  return jax.lax.fori_loop(0, levels.shape[0], compare, start)[1]
