@@ -7,7 +7,7 @@
 Formats: orbax (a workdir that every job takes as --config.checkpoint), huggingface (a directory that
 transformers loads), openai (a TensorFlow checkpoint's prefix, such as out/model.ckpt-1000000).
 The palette travels along, or comes from --config.palette.path. Nothing is overwritten.
-Hardware: no accelerator; memory for the weights and a quarter more (L: 7 GB).
+Hardware: no accelerator; memory for the weights and a half more (L: 8 GB), twice them to orbax.
 """
 
 from igpt_jax.config import base

@@ -14,6 +14,7 @@ has no `training`: every job can read it, but no run can go on from it.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 from typing import Any
@@ -186,14 +187,32 @@ def find(path: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _reading(folder: str):
-  """Makes one line of what orbax raises over damaged files."""
+  """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
   try:
     yield
   except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    first: BaseException = error
+    while first.__cause__ or first.__context__:
+      first = first.__cause__ or first.__context__
     raise UserError(
-      f"checkpoint: {folder} can't be read ({type(error).__name__}: {str(error)[:200]!a}); expected "
+      f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
       "a whole checkpoint of this program; fix: another step of the run, or copy it again"
     ) from error
+  finally:
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
+
+
+def _sparing_memory() -> ocp.Context:
+  """Without a second copy of all that is on this host, and in pieces that can be read singly."""
+  context = ocp.Context()
+  context.array.saving.storage_options.chunk_byte_size = 64 << 20
+  context.memory.deepcopy_host_arrays = False
+  return context
 
 
 def describe(path: str) -> Described:
@@ -256,9 +275,11 @@ def save_params(workdir: str, params: Params, found: Described) -> str:
     items["palette"] = {"centers": np.asarray(found.palette, np.float32)}
   part = f"{workdir}.part-{os.getpid()}"
   try:
-    ocp.save_checkpointables(
-      os.path.join(part, FOLDER, str(found.step)), items, custom_metadata=found.run
-    )
+    os.makedirs(part)  # orbax would leave threads waiting where this fails
+    with _sparing_memory():
+      ocp.save_checkpointables(
+        os.path.join(part, FOLDER, str(found.step)), items, custom_metadata=found.run
+      )
     os.rename(part, workdir)
   except OSError as error:
     raise UserError(f"checkpoint to write: {workdir}: {error.strerror or error}") from error

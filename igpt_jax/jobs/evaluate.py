@@ -28,8 +28,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   sharding.batch_size_per_shard(mesh, config.evaluate.batch_size, "evaluate.batch_size")
   data_config = config_lib.data(config)
   split = open_split(data_config, config.evaluate.split)
-  trained = common.load_model(config, workdir, mesh)
-  common.check_resolution(config, trained)
+  trained = common.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
   n_vocab = trained.config.n_vocab
   palette = None if split.is_tokens else common.palette_of(trained)
   if split.is_tokens and split.records.max_token >= n_vocab:

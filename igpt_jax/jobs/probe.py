@@ -34,8 +34,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   splits = {name: open_split(data_config, name) for name in SPLITS}
   for split in splits.values():
     check_labels(split)
-  trained = common.load_model(config, workdir, mesh)
-  common.check_resolution(config, trained)
+  trained = common.load_model(config, workdir, mesh, needs_palette=True)
   palette = common.palette_of(trained)
   extractor = FeatureExtractor(trained.config, mesh)
 

@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   common.open_workdir(workdir)
   mesh = common.mesh_of(config)
   settings = config_lib.sampling(config)
-  trained = common.load_model(config, workdir, mesh)
+  trained = common.load_model(config, workdir, mesh, needs_palette=True)
   if not trained.config.causal:
     raise UserError(
       f"checkpoint: {trained.path} is a BERT model: it has no left-to-right distribution to sample; "
@@ -110,7 +110,6 @@ def given_rows(keep: float, resolution: int) -> int:
 
 def held_out(config: ConfigDict, trained, palette):
   """Tokens [N, T] and pictures [N, H, W, 3] (as the palette shows them) of the test split."""
-  common.check_resolution(config, trained)
   data_config = config_lib.data(config)
   split = open_split(data_config, "test")
   wanted = min(config.sample.completions, len(split))
