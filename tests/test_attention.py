@@ -39,7 +39,7 @@ def reference(qkv, causal):
 @pytest.mark.parametrize("implementation", ["auto", "xla"])
 def test_against_numpy(causal, implementation):
   qkv = make_qkv()
-  out = jax.jit(
+  out = tiny.jit(
     functools.partial(attention, n_head=N_HEAD, causal=causal, implementation=implementation)
   )(qkv)
   assert out.dtype == jnp.float32
@@ -54,7 +54,7 @@ def test_gradient_against_a_difference(causal):
   rng = np.random.default_rng(1)
   weight = rng.standard_normal(qkv.shape[1:])
 
-  @jax.jit
+  @tiny.jit
   @jax.grad
   def gradient(qkv):
     out = attention(qkv, n_head=N_HEAD, causal=causal, implementation="xla")
@@ -98,9 +98,9 @@ def test_the_fused_kernel_runs_on_each_devices_own_heads(shape):
     (_, out), grad = jax.value_and_grad(loss, has_aux=True)(qkv)
     return out, grad
 
-  expected = jax.jit(functools.partial(run, implementation="xla"))(qkv)
+  expected = tiny.jit(functools.partial(run, implementation="xla"))(qkv)
   with jax.set_mesh(tiny.mesh_of(shape)):
-    found = jax.jit(functools.partial(run, implementation="tpu_interpret"))(qkv)
+    found = tiny.jit(functools.partial(run, implementation="tpu_interpret"))(qkv)
   for ours, plain in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
 

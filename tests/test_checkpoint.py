@@ -101,7 +101,7 @@ def test_saving_is_not_disturbed_by_what_the_next_step_does(tmp_path):
   """The arrays are copied before `save` returns: the step that follows may overwrite them."""
   state = random_state(1)
   expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
-  overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+  overwrite = tiny.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
   checkpoints = Checkpoints(str(tmp_path))
   checkpoints.save(state, palette=None, run=make_run())
   jax.block_until_ready(overwrite(state))

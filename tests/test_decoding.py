@@ -26,7 +26,7 @@ PLAIN = SamplingConfig()
 
 @functools.cache
 def compiled(config, sampling, samples_per_picture=1):
-  return jax.jit(
+  return tiny.jit(
     functools.partial(
       decoding.complete, config, sampling=sampling, samples_per_picture=samples_per_picture
     )
@@ -39,7 +39,7 @@ def complete(given, keys, *, config=CONFIG, sampling=PLAIN, samples_per_picture=
   return jax.tree.map(np.asarray, samples)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(tiny.jit, static_argnums=0)
 def full_forward(config, params, tokens):
   return bind(config, params)(tokens)
 
@@ -53,7 +53,7 @@ def test_cached_logits_are_those_of_the_full_forward(n_given):
   """Every position's, the true pixels fed: after no pixel, some, and all but one."""
   tokens = jnp.asarray(tiny.random_tokens(CONFIG, 3))
 
-  @jax.jit
+  @tiny.jit
   def decode(params, tokens):
     model = bind(CONFIG, params)
     layers = decoding._layers(model)
@@ -150,7 +150,7 @@ def test_samples_on_a_mesh_are_those_of_one_device():
   given, keys = tiny.random_tokens(CONFIG, 8)[:, :5], make_keys(8)
   params = jax.device_put(tiny.random_params(CONFIG), param_shardings(CONFIG, mesh))
   with jax.set_mesh(mesh):
-    samples = jax.jit(functools.partial(decoding.complete, CONFIG, sampling=PLAIN))(
+    samples = tiny.jit(functools.partial(decoding.complete, CONFIG, sampling=PLAIN))(
       params, given_BxP=sharding.put_global(given, mesh), keys_B=keys
     )
   np.testing.assert_array_equal(samples.tokens, complete(given, keys).tokens)

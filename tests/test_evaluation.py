@@ -42,7 +42,7 @@ def test_the_last_batch_counts_for_what_is_in_it(shape):
   """21 pictures in batches of 8, of 16 and of 24 have one and the same likelihood."""
   mesh = tiny.mesh_of(shape)
   tokens = tiny.random_tokens(CAUSAL, 21)
-  logits = jax.jit(lambda params: bind(CAUSAL, params)(tokens))(tiny.random_params(CAUSAL))
+  logits = tiny.jit(lambda params: bind(CAUSAL, params)(tokens))(tiny.random_params(CAUSAL))
   expected = np.asarray(token_nll(logits, jnp.asarray(tokens)), np.float64).mean()
   likelihood = Likelihood(CAUSAL, autoregressive, mesh)
   params = on_mesh(CAUSAL, mesh)

@@ -33,7 +33,7 @@ def test_features_of_a_stream(shape, causal):
   assert extract._extract._cache_size() == 1
   np.testing.assert_array_equal(found.labels, labels[counts])
   np.testing.assert_array_equal(found.tokens, tokens[counts])
-  expected = jax.jit(lambda params: bind(config, params).features(tokens))(
+  expected = tiny.jit(lambda params: bind(config, params).features(tokens))(
     tiny.random_params(config)
   )
   assert found.features.shape == (3, 19, 16) and found.features.dtype == np.float32

@@ -24,7 +24,7 @@ def keep_mask(tokens, seed=0):
   return np.random.default_rng(seed).random(tokens.shape) > 0.3
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(tiny.jit, static_argnums=0)
 def apply(config, params, tokens, keep=None):
   return bind(config, params)(tokens, keep)
 
@@ -76,7 +76,7 @@ def test_initial_values():
   """Mean and deviation of each variable, within five standard errors of the released code's."""
   width, n_layer = 64, 4
   config = tiny.make_config(n_layer=n_layer, n_embd=width, n_vocab=128, n_positions=256)
-  init = jax.jit(functools.partial(init_params, config))
+  init = tiny.jit(functools.partial(init_params, config))
   params = tiny.leaf_names(init(jax.random.key(1)))
   deviations = {
     "wte": 0.02,
@@ -109,7 +109,7 @@ def test_initial_values():
 @pytest.mark.parametrize("config", [CAUSAL, BERT], ids=["causal", "bert"])
 def test_initial_loss_is_that_of_the_uniform_distribution(config):
   """The output table is zero, so every colour is equally likely, exactly."""
-  params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
+  params = tiny.jit(functools.partial(init_params, config))(jax.random.key(0))
   tokens = tiny.random_tokens(config, 3)
   logits = apply(config, params, tokens)
   assert logits.shape == (3, config.n_positions, config.n_vocab)
@@ -131,7 +131,7 @@ def influence(config, tokens, keep=None):
     logits = bind(config, {**params, "wte": wte})(tokens[None], keep)
     return logits[0] @ weights
 
-  rows_TxVxD = jax.jit(jax.jacrev(read))(params["wte"])
+  rows_TxVxD = tiny.jit(jax.jacrev(read))(params["wte"])
   return np.abs(np.asarray(rows_TxVxD)).sum(-1)[:, tokens]
 
 
@@ -153,7 +153,7 @@ def test_start_vector_and_positions_are_seen_causally():
   def read(sos, wpe):
     return bind(CAUSAL, {**params, "sos": sos, "wpe": wpe})(tokens)[0, :, 0]
 
-  sos_TxD, wpe_TxTxD = jax.jit(jax.jacrev(read, argnums=(0, 1)))(params["sos"], params["wpe"])
+  sos_TxD, wpe_TxTxD = tiny.jit(jax.jacrev(read, argnums=(0, 1)))(params["sos"], params["wpe"])
   assert np.all(np.abs(sos_TxD).sum(-1) > 1e-6)
   depends = np.abs(wpe_TxTxD).sum(-1)
   upto = np.tri(16, dtype=bool)
@@ -191,7 +191,7 @@ def test_scan_is_the_loop_over_layers(config):
   params, tokens = tiny.random_params(config), tiny.random_tokens(config, 2)
   keep = None if config.causal else keep_mask(tokens)
 
-  @jax.jit
+  @tiny.jit
   def loop(params):
     model = bind(config, params)
     x = model.embed(tokens, keep)
@@ -217,7 +217,7 @@ def test_recomputing_changes_nothing(causal):
     config = tiny.make_config(causal=causal, remat=remat)
     tokens = tiny.random_tokens(config, 3)
     keep = None if causal else keep_mask(tokens)
-    run = jax.jit(jax.value_and_grad(functools.partial(mean_nll, config)))
+    run = tiny.jit(jax.value_and_grad(functools.partial(mean_nll, config)))
     loss, grads = run(tiny.random_params(config), jnp.asarray(tokens), keep)
     results[remat] = loss, tiny.leaf_names(grads)
   loss, grads = results["none"]
@@ -264,7 +264,7 @@ def test_features_are_pooled_norms_of_what_enters_each_block(causal):
   config = tiny.make_config(n_layer=3, causal=causal)
   params, tokens = tiny.random_params(config), tiny.random_tokens(config, 4)
 
-  @jax.jit
+  @tiny.jit
   def entering(params):
     model = bind(config, params)
     x, states = model.embed(tokens), []
@@ -279,7 +279,7 @@ def test_features_are_pooled_norms_of_what_enters_each_block(causal):
   gains = [*params["blocks"]["ln_1"]["g"], params["ln_f"]["g"]]
   states = np.asarray(entering(params), np.float64)
   expected = np.stack([norm(x, g).mean(1) for x, g in zip(states, gains, strict=True)])
-  features = jax.jit(lambda params: bind(config, params).features(tokens))(params)
+  features = tiny.jit(lambda params: bind(config, params).features(tokens))(params)
   assert features.shape == (4, 4, 16) and features.dtype == jnp.float32
   np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5)
   half = tiny.make_config(n_layer=3, causal=causal, dtype="bfloat16")

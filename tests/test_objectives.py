@@ -28,7 +28,7 @@ def make_keys(n, seed=0):
 
 def evaluate(config, objective, tokens, keys):
   params = tiny.random_params(config)
-  run = jax.jit(lambda params, tokens, keys: objective(bind(config, params), tokens, keys))
+  run = tiny.jit(lambda params, tokens, keys: objective(bind(config, params), tokens, keys))
   return jax.tree.map(np.asarray, run(params, jnp.asarray(tokens), keys))
 
 

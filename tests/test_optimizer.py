@@ -47,12 +47,12 @@ def run(config, params, gradients):
   """The parameters after each gradient."""
   optimizer = make_optimizer(config)
 
-  @jax.jit
+  @tiny.jit
   def update(params, state, gradient):
     updates, state = optimizer.update(gradient, state, params)
     return jax.tree.map(jnp.add, params, updates), state
 
-  state, trace = jax.jit(optimizer.init)(params), []
+  state, trace = tiny.jit(optimizer.init)(params), []
   for gradient in gradients:
     params, state = update(params, state, gradient)
     trace.append(params)

@@ -68,7 +68,7 @@ def test_constrain_pins_under_a_mesh_alone():
   x = jnp.arange(64.0).reshape(8, 8)
 
   def lowered(mesh):
-    run = jax.jit(lambda x: sharding.constrain(x, "batch", "heads") + 1)
+    run = tiny.jit(lambda x: sharding.constrain(x, "batch", "heads") + 1)
     if mesh is None:
       return run.lower(x).as_text(), run(x)
     with jax.set_mesh(mesh):
@@ -138,12 +138,12 @@ def test_per_device_gives_each_its_own_part():
 
   for mesh in (None, tiny.mesh_of()):
     if mesh is None:
-      out = jax.jit(run)(x)
+      out = tiny.jit(run)(x)
     else:
       with jax.set_mesh(mesh):
-        out = jax.jit(run)(x)
+        out = tiny.jit(run)(x)
     np.testing.assert_array_equal(out, np.full_like(x, x.sum()))
   with jax.set_mesh(tiny.mesh_of((2, 2, 2))):
-    out = jax.jit(run)(x)
+    out = tiny.jit(run)(x)
   parts = x.reshape(4, 2, 2, 4).sum((1, 3), keepdims=True)
   np.testing.assert_array_equal(out, np.broadcast_to(parts, (4, 2, 2, 4)).reshape(8, 8))

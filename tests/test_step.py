@@ -70,8 +70,8 @@ def test_three_steps_against_plain_ones(causal):
   config = tiny.make_config(causal=causal)
   params = tiny.random_params(config)
   state = begin(config, tiny.mesh_of())
-  step = jax.jit(build(config))
-  plain = jax.jit(jax.value_and_grad(plain_loss), static_argnums=3)
+  step = tiny.jit(build(config))
+  plain = tiny.jit(jax.value_and_grad(plain_loss), static_argnums=3)
 
   flat = {name: np.asarray(leaf, np.float64) for name, leaf in tiny.leaf_names(params).items()}
   m, v = ({name: np.zeros_like(leaf) for name, leaf in flat.items()} for _ in range(2))
@@ -134,7 +134,7 @@ def run_steps(config, shape):
   """The metrics of a few steps made as `pretrain` makes them, with what must hold on every mesh."""
   mesh = tiny.mesh_of(shape)
   shardings = state_shardings(config, OPTIMIZER, mesh)
-  step = jax.jit(build(config), donate_argnums=0, out_shardings=(shardings, None))
+  step = tiny.jit(build(config), donate_argnums=0, out_shardings=(shardings, None))
   state, values = begin(config, mesh), []
   with jax.set_mesh(mesh):
     for seed in range(STEPS):
@@ -181,7 +181,7 @@ def test_the_guard_would_notice_a_transfer():
   config = tiny.make_config()
   mesh = tiny.mesh_of()
   state, tokens = begin(config, mesh), tiny.random_tokens(config, 8)
-  step = jax.jit(build(config))
+  step = tiny.jit(build(config))
   with (
     jax.set_mesh(mesh),
     jax.transfer_guard("disallow"),
@@ -196,7 +196,7 @@ def test_training_reduces_the_loss():
   mesh = tiny.mesh_of((2, 2, 2))
   recipe = OptimizerConfig(learning_rate=0.02, steps=10, schedule="constant")
   optimizer = make_optimizer(recipe)
-  step = jax.jit(
+  step = tiny.jit(
     make_train_step(config, objective_of(config), optimizer, make_schedule(recipe)),
     donate_argnums=0,
     out_shardings=(state_shardings(config, optimizer, mesh), None),
@@ -215,7 +215,7 @@ def test_training_reduces_the_loss():
 
 def test_each_step_draws_masks_of_its_own():
   config = tiny.make_config(causal=False)
-  step = jax.jit(build(config))
+  step = tiny.jit(build(config))
   batch = {"tokens": jnp.asarray(tiny.random_tokens(config, 8))}
 
   def loss(at_step, seed):
@@ -232,7 +232,7 @@ def test_evaluation_sums_over_what_the_mask_counts():
   """BERT's masks belong to the picture's index: order and company don't matter."""
   config = tiny.make_config(causal=False)
   params = tiny.random_params(config)
-  evaluate = jax.jit(make_eval_step(config, objective_of(config)))
+  evaluate = tiny.jit(make_eval_step(config, objective_of(config)))
   tokens = tiny.random_tokens(config, 6)
   key = jax.random.key(0)
 
