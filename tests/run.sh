@@ -15,4 +15,5 @@ python=$(find_python)
 make_venv "$venv" "$python" test
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest "$@"
+# Two processes, each file whole in one of them: compiling, which most tests do, keeps one core busy.
+JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile "$@"
