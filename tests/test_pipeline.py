@@ -333,6 +333,18 @@ def test_the_last_readable_record_is_not_outvoted(tmp_path):
     _take(1, sources.open_split(config, "train"), config)
 
 
+def test_closed_batches_say_so(pictures):
+  config = _config(pictures)
+  batches = pipeline.train_batches(
+    sources.open_split(config, "train"), config, PALETTE, batch_size=8, seed=0
+  )
+  next(batches)
+  batches.close()
+  batches.close()
+  with pytest.raises(ValueError, match="closed"):
+    next(batches)
+
+
 def test_prefetch_keeps_order_and_reads_ahead():
   started = []
 
@@ -374,6 +386,13 @@ def test_batch_that_hosts_cannot_share_is_refused(pictures):
     pipeline.train_batches(split, config, PALETTE, batch_size=8, seed=0, process_count=3)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_beyond_32_bits_are_refused(pictures, seed):
+  config = _config(pictures)
+  with pytest.raises(errors.UserError, match="seed"):
+    _take(1, sources.open_split(config, "train"), config, seed=seed)
+
+
 WORKERS = """
 import dataclasses, itertools, sys
 import numpy as np
@@ -401,6 +420,11 @@ def main():
     for a, b in zip(whole[start:], resumed, strict=True):
       for key in a:
         np.testing.assert_array_equal(a[key], b[key])
+  global left_open  # whoever forgets to close hears nothing of it either
+  left_open = pipeline.train_batches(
+    split, dataclasses.replace(config, workers=1), colors, batch_size=8, seed=5
+  )
+  next(left_open)
   print("same")
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ together are the same global batch however many hosts there are.
 from __future__ import annotations
 
 import collections
+import gc
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -173,20 +175,24 @@ class Batches:
   """
 
   def __init__(self, iterator, loader: _Loader, split: sources.Split, config: sources.DataConfig):
-    self._iterator = iterator
+    self._running = [iterator]
     self._loader = loader
     self._split = split
     self._config = config
     self.bad: dict[str, str] = {}
     self._bad_indices: set[int] = set()
     self.wait_seconds = 0.0
+    # Also for those who forget: left to the interpreter's end, worker processes end noisily.
+    self._close = weakref.finalize(self, _stop, self._running)
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
+    if not self._running:
+      raise ValueError("these batches are closed")
     start = time.perf_counter()
-    batch = next(self._iterator)
+    batch = next(self._running[0])
     self.wait_seconds += time.perf_counter() - start
     n_bad = batch.pop("n_bad")
     for row in np.flatnonzero(n_bad):
@@ -216,13 +222,20 @@ class Batches:
 
   def close(self) -> None:
     """Stops threads and worker processes."""
-    self._iterator.close()
+    self._close()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused):
     self.close()
+
+
+def _stop(running: list) -> None:
+  iterator = running.pop()
+  iterator.close()
+  del iterator
+  gc.collect()  # grain closes some of its threads and processes only when it is collected
 
 
 def train_batches(
@@ -264,6 +277,8 @@ def train_batches(
   """
   import grain
 
+  if not 0 <= seed < 2**32:
+    raise errors.UserError(f"seed: {seed}; expected 0 to 2**32 - 1")
   rows = _rows_of_host(batch_size, process_count)
   loader = _Loader(split, config, palette, train=True, images=images or palette is None)
   dataset = (

@@ -39,7 +39,8 @@ class DataConfig:
     resample: of `paper` in training: `fused` (one resize) or `literal` (the two of the paper).
     validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others'.
     max_bad: share of a split's records that may be unreadable before it is an error.
-    threads: that load batches, in each process; 0 chooses.
+    threads: that load batches, in each process; 0 chooses. Each reads two batches ahead: more of them
+      hide slow reads, as from a bucket mounted by gcsfuse.
     workers: processes that load batches; 0 loads in this one.
     cache_mb: decoded pictures of a data set that fits in this are kept, and read only once.
   """
