@@ -21,9 +21,12 @@ from igpt_jax.model.attention_tpu_bodies import backward_body, forward_body
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 MAX_LENGTH = 4096
 OUTPUT_NAME, LSE_NAME = "attention_out", "attention_lse"
-_ONE_SPAN = 1024  # positions up to which a whole row of scores is worked through at once
+_ONE_SPAN = 1024  # positions up to which a whole sequence is straight code
+_SPAN_CODE = 3072  # heads × positions of a span above which compiling takes minutes
 _LARGEST_ODD_GROUP = 512
 _VMEM_BUDGET = 56 * 2**20  # of the 64 MiB that v5p and TPU7x have
+_VMEM_LEAST = 16 * 2**20  # the compiler's default
+_VMEM_MARGIN = 4 * 2**20  # for what the compiler spills besides tiles of scores
 
 
 def _group(n_head: int, head_dim: int) -> int | None:
@@ -34,10 +37,15 @@ def _group(n_head: int, head_dim: int) -> int | None:
   return n_head if n_head * head_dim <= _LARGEST_ODD_GROUP else None
 
 
-def _span(length: int) -> int | None:
-  if length <= _ONE_SPAN:
+def _span(length: int, heads: int, dtype) -> int | None:
+  """Positions worked through as straight code: all of them, or the most that divide the length."""
+  half = dtype.itemsize == 2
+  code = _SPAN_CODE if half else _SPAN_CODE // 4  # an exact float32 matmul is six of bfloat16
+  straight = _ONE_SPAN if half else code // heads
+  if length <= straight:
     return length
-  spans = [n for n in range(LANES, _ONE_SPAN + 1, LANES) if length % n == 0]
+  most = max(LANES, min(straight, code // heads))
+  spans = [n for n in range(LANES, most + 1, LANES) if length % n == 0]
   return spans[-1] if spans else None
 
 
@@ -55,8 +63,16 @@ def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
     )
   if not 16 <= length <= MAX_LENGTH or length % 16:
     return f"length {length}: expected a multiple of 16 from 16 to {MAX_LENGTH}"
-  if _span(length) is None:
-    return f"length {length}: expected a multiple of {LANES} above {_ONE_SPAN}"
+  dtype = jnp.dtype(dtype)
+  if _span(length, _group(n_head, head_dim), dtype) is None:
+    return f"length {length}: expected a multiple of {LANES} for so long a sequence of {dtype.name}"
+  plan = _plan(n_head, head_dim, length, dtype, causal=True, backward=True, wide=False)
+  _, needed = _Memory.of(plan, dtype, backward=True).buffers_and_bytes()
+  if needed > _VMEM_BUDGET:
+    return (
+      f"length {length} with {plan.heads} heads of {head_dim} in {dtype.name}: "
+      f"{needed >> 20} MiB of VMEM, expected at most {_VMEM_BUDGET >> 20}"
+    )
   return None
 
 
@@ -74,21 +90,29 @@ def _wide_matrix_unit() -> bool:
 
 
 def make_plan(
-  n_head: int, head_dim: int, length: int, *, causal: bool, backward: bool, wide: bool
+  n_head: int, head_dim: int, length: int, dtype, *, causal: bool, backward: bool, wide: bool
 ) -> Plan:
   """How the kernel goes about these shapes; `wide` as in `_wide_matrix_unit`.
 
   Raises:
     ValueError: `supports` refuses them.
   """
-  refusal = supports(n_head, head_dim, length, jnp.bfloat16)
-  if refusal:
+  if refusal := supports(n_head, head_dim, length, dtype):
     raise ValueError(f"fused_attention: {refusal}")
+  return _plan(
+    n_head, head_dim, length, jnp.dtype(dtype), causal=causal, backward=backward, wide=wide
+  )
+
+
+def _plan(
+  n_head: int, head_dim: int, length: int, dtype, *, causal: bool, backward: bool, wide: bool
+) -> Plan:
+  heads = _group(n_head, head_dim)
   return Plan(
     head_dim=head_dim,
-    heads=_group(n_head, head_dim),
+    heads=heads,
     length=length,
-    span=_span(length),
+    span=_span(length, heads, dtype),
     causal=causal,
     tile=256 if wide or backward else 128,
     diagonal=256 if wide else 128,
@@ -111,23 +135,47 @@ def _lse_block(plan: Plan) -> pl.BlockSpec:
   return pl.BlockSpec((1, 1, plan.spans, plan.heads, plan.span), lambda b, g: (b, g, 0, 0, 0))
 
 
-def _buffers_and_limit(plan: Plan, streamed: int, scratch: int) -> tuple[int, int]:
-  """Copies of each streamed block (2 hides its transfers), and the kernel's VMEM in bytes."""
-  held = plan.tile * plan.span * 4 * 2 * (plan.lag + 1)  # tiles of scores between start and finish
-  for buffers in (2, 1):
-    needed = buffers * streamed + scratch + held + 4 * 2**20
-    if needed <= _VMEM_BUDGET:
-      break
-  return buffers, max(needed, 16 * 2**20)
+@dataclasses.dataclass(frozen=True)
+class _Memory:
+  """What a kernel keeps in VMEM.
 
+  Attributes:
+    scratch: shapes and dtypes, in the order that its body takes them.
+    streamed: bytes of the blocks that come and go.
+    held: bytes of scores between a tile's start and its finish.
+  """
 
-def _copies(plan: Plan, dtype, arrays: int) -> list:
-  return [((len(plan.copied), plan.length, plan.head_dim), dtype)] * arrays if plan.copied else []
+  scratch: tuple
+  streamed: int
+  held: int
 
+  @classmethod
+  def of(cls, plan: Plan, dtype, backward: bool) -> "_Memory":
+    transposed = (plan.spans, plan.width, plan.span)
+    rows = ((plan.heads, plan.span), jnp.float32)
+    copied = ((len(plan.copied), plan.length, plan.head_dim), dtype)
+    copies = [copied] * (1 + backward) if plan.copied else []
+    block = plan.length * plan.width * dtype.itemsize
+    # Exact float32 matmuls hold their operands in three parts.
+    tile = plan.tile * 4 * (plan.lag + 1) * (1 if dtype.itemsize == 2 else 4)
+    if backward:
+      scratch = [(transposed, dtype)] * 3 + [((plan.spans, *rows[0]), jnp.float32)]
+      scratch += [(transposed, jnp.float32)] + [(transposed[1:], jnp.float32)] * 2
+      return cls((*scratch, *copies), 8 * block, 2 * plan.tile * tile)
+    scratch = [(transposed, dtype), (transposed[1:], jnp.float32), rows, rows]
+    return cls((*scratch, *copies), 4 * block, plan.span * tile)
 
-def _scratch(shapes_and_dtypes) -> tuple[list, int]:
-  size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in shapes_and_dtypes)
-  return [pltpu.VMEM(shape, dtype) for shape, dtype in shapes_and_dtypes], size
+  def refs(self) -> list:
+    return [pltpu.VMEM(shape, dtype) for shape, dtype in self.scratch]
+
+  def buffers_and_bytes(self) -> tuple[int, int]:
+    """Copies of each streamed block (two hide its transfers), and VMEM in all."""
+    sizes = [math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in self.scratch]
+    for buffers in (2, 1):
+      needed = buffers * self.streamed + sum(sizes) + self.held + _VMEM_MARGIN
+      if needed <= _VMEM_BUDGET:
+        break
+    return buffers, needed
 
 
 def _forward(qkv: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -135,14 +183,8 @@ def _forward(qkv: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, ja
   _, batch, length, width = qkv.shape
   groups = width // plan.width
   dtype, item = qkv.dtype, qkv.dtype.itemsize
-  transposed = (plan.spans, plan.width, plan.span)
-  scratch, scratch_bytes = _scratch(
-    [(transposed, dtype), (transposed[1:], jnp.float32)]
-    + [((plan.heads, plan.span), jnp.float32)] * 2
-    + _copies(plan, dtype, 1)
-  )
-  streamed = 4 * length * plan.width * item
-  buffers, limit = _buffers_and_limit(plan, streamed, scratch_bytes)
+  memory = _Memory.of(plan, dtype, backward=False)
+  buffers, needed = memory.buffers_and_bytes()
   pairs = batch * groups * plan.heads * length * length // (2 if plan.causal else 1)
   return pl.pallas_call(
     functools.partial(forward_body, plan),
@@ -153,9 +195,9 @@ def _forward(qkv: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, ja
       jax.ShapeDtypeStruct((batch, length, width), dtype),
       jax.ShapeDtypeStruct((batch, groups, plan.spans, plan.heads, plan.span), jnp.float32),
     ],
-    scratch_shapes=scratch,
+    scratch_shapes=memory.refs(),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
     ),
     cost_estimate=pl.CostEstimate(
       flops=4 * pairs * plan.head_dim,
@@ -174,15 +216,12 @@ def _backward(
   _, batch, length, width = qkv.shape
   groups = width // plan.width
   dtype, item = qkv.dtype, qkv.dtype.itemsize
-  transposed = (plan.spans, plan.width, plan.span)
-  scratch, scratch_bytes = _scratch(
-    [(transposed, dtype)] * 3
-    + [((plan.spans, plan.heads, plan.span), jnp.float32), (transposed, jnp.float32)]
-    + [(transposed[1:], jnp.float32)] * 2
-    + _copies(plan, dtype, 2)
-  )
-  streamed = 8 * length * plan.width * item
-  buffers, limit = _buffers_and_limit(plan, streamed, scratch_bytes)
+  memory = _Memory.of(plan, dtype, backward=True)
+  buffers, needed = memory.buffers_and_bytes()
+  if not interpret:
+    # Blocks are streamed from HBM behind the arithmetic. Operands that XLA places in VMEM instead
+    # gain nothing, and the compiler orders accesses to them less freely: 4% slower.
+    qkv, out, dout = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (qkv, out, dout))
   pairs = batch * groups * plan.heads * length * length // (2 if plan.causal else 1)
   return pl.pallas_call(
     functools.partial(backward_body, plan),
@@ -195,9 +234,9 @@ def _backward(
     ],
     out_specs=_block(3, plan, buffers),
     out_shape=jax.ShapeDtypeStruct(qkv.shape, dtype),
-    scratch_shapes=scratch,
+    scratch_shapes=memory.refs(),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
     ),
     cost_estimate=pl.CostEstimate(
       flops=10 * pairs * plan.head_dim,
@@ -258,10 +297,9 @@ def fused_attention(
     ValueError: shapes or dtype that `supports` refuses.
   """
   _, _, length, width = qkv_3xBxTxE.shape
-  refusal = supports(n_head, width // n_head, length, qkv_3xBxTxE.dtype)
-  if refusal:
-    raise ValueError(f"fused_attention: {refusal}")
-  wide = _wide_matrix_unit()
-  make = functools.partial(make_plan, n_head, width // n_head, length, causal=causal, wide=wide)
+  make = functools.partial(
+    make_plan, n_head, width // n_head, length, qkv_3xBxTxE.dtype, causal=causal,
+    wide=_wide_matrix_unit(),
+  )  # fmt: skip
   plans = _Plans(make(backward=False), make(backward=True), interpret)
   return _attention(plans, qkv_3xBxTxE)
