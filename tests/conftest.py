@@ -5,6 +5,12 @@ those.
 """
 
 import os
+import signal
+
+# Started in the background, this process ignores Ctrl-C, and so would every program a test starts
+# to interrupt it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
