@@ -244,6 +244,14 @@ def test_evaluation_sums_over_what_the_mask_counts():
     assert float(sums["images"]) == counted.sum()
     return float(sums["nats"])
 
+  # Two pictures alike have masks of their own all the same.
+  twins = {"tokens": tokens[[0] * 6], "mask": np.ones(6, bool)}
+  shared, own = (
+    float(evaluate(params, {**twins, "index": index}, key)["nats"])
+    for index in (np.zeros(6, np.int32), np.arange(6, dtype=np.int32))
+  )
+  assert abs(own - shared) > 1e-3
+
   each = [nats([i] * 6, [True] + [False] * 5) for i in range(6)]
   assert len(set(each)) == 6
   assert nats([3, 0, 5, 1, 4, 2]) == pytest.approx(sum(each), rel=1e-5)
