@@ -45,6 +45,11 @@ def base() -> ConfigDict:
   config.data.augment = "none"  # of training pictures: none, paper, cifar, shift
   config.data.validation = 0.1  # share of train held out
   config.data.max_bad = 0.001  # share of unreadable pictures to put up with
+  config.data.resample = "fused"  # of `paper` in training: fused (one resize), literal (the two)
+  config.data.threads = 0  # that load pictures, in each process; 0: chosen
+  config.data.workers = 0  # processes that load pictures; 0: this one
+  config.data.cache_mb = 512  # a data set whose decoded pictures fit in this is read once
+  config.data.manual_dir = ""  # job prepare: archives fetched by hand; "": TFDS' default
 
   config.palette = ConfigDict()
   config.palette.path = ""  # .npy [k, 3] in [-1, 1]; "": the checkpoint's, or fitted to pictures
@@ -132,8 +137,9 @@ def base() -> ConfigDict:
 # not what is computed in it.
 _FREE = (
   "job", "checkpoint", "evaluate", "probe", "sample", "log", "mesh", "source", "target", "format",
-  "download", "data.data_dir", "data.max_bad", "train.log_every", "train.eval_every", "train.eval_images", "train.checkpoint_every",
-  "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
+  "download", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb",
+  "data.manual_dir", "train.log_every", "train.eval_every", "train.eval_images",
+  "train.checkpoint_every", "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
 )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from ml_collections import config_flags
 from igpt_jax.errors import UserError
 
 # Each is a module of igpt_jax.jobs with run(config, workdir).
-JOBS = ("pretrain", "evaluate", "probe", "sample", "fit_palette", "convert", "download")
+JOBS = (
+  "pretrain", "evaluate", "probe", "sample", "fit_palette", "prepare", "convert", "download",
+)  # fmt: skip
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The config file; --config.FIELD=VALUE overrides a field.", lock_config=True

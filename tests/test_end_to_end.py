@@ -493,3 +493,15 @@ def test_an_unwritable_workdir_is_said_at_once(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="can't be written to"):
     pretrain.run(tiny(), str(tmp_path / "file" / "run"))
+
+
+def test_prepare_job(data_dir, capsys):
+  """Our own data is made; what needs TensorFlow says so; what needs nothing says that."""
+  from igpt_jax.errors import UserError
+  from igpt_jax.jobs import prepare
+
+  prepare.run(tiny(), "unused")
+  told = capsys.readouterr().out
+  assert str(data_dir) in told and "train[1347 of 1497]" in told and "test[300 of 300]" in told
+  with pytest.raises(UserError, match="needs no preparation"):
+    prepare.run(tiny(**{"data.name": "tokens", "data.path": "x"}), "unused")

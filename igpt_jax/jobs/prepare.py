@@ -1,0 +1,23 @@
+"""Prepares a TFDS data set once, so that training reads it in any order and without TensorFlow.
+
+launch/prepare_data.sh runs this in an environment of its own with the `prepare` extra. What was
+downloaded is kept and what is ready is left alone, so an interrupted preparation is begun again.
+"""
+
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax.data import prepare as prepare_lib
+from igpt_jax.data.sources import open_split
+from igpt_jax.jobs.common import say
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Prepares `data.name` in `data.data_dir`; archives fetched by hand lie in `data.manual_dir`."""
+  del workdir  # prepared data outlives any run
+  data = config.data
+  folder = prepare_lib.prepare(data.name, data.data_dir, data.manual_dir)
+  data_config = config_lib.data(config)
+  say(f"{data.name}: ready in {folder}")
+  for split in ("train", "validation", "test"):
+    say(f"  {open_split(data_config, split).fingerprint}")
