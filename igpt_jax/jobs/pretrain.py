@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   shardings = state.state_shardings(model_config, tx, mesh)
   abstract = state.abstract_state(model_config, tx)
   newest = checkpoints.latest()
-  first_step, elapsed_before = 0, 0.0
+  first_step, elapsed_before, evaluated_at = 0, 0.0, 0
   if newest is None:
     train_state = state.make_state(model_config, tx, config.seed, mesh, start.params(mesh, say))
   else:
@@ -65,6 +65,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     here = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=newest)
     first_step = pipeline.check_position(saved["data"], here)
     elapsed_before = saved["elapsed_seconds"]
+    evaluated_at = saved["evaluated_at"]
     train_state = checkpoints.restore(newest, abstract, shardings)
     say(f"resuming at step {first_step} of {config.train.steps} from {workdir}")
 
@@ -87,6 +88,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       "resolution": config.data.resolution,
       "data": pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step),
       "elapsed_seconds": elapsed_before + time.monotonic() - began,
+      "evaluated_at": evaluated_at,
       "config": config_lib.as_json(config),
     }
 
@@ -138,6 +140,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     return result
 
   def evaluate(at_step: int) -> None:
+    nonlocal evaluated_at
+    evaluated_at = at_step
     nats = pause(lambda: validate(train_state.params))
     last["validation_loss"] = nats
     writers.write(at_step, {"validation_loss": nats})
@@ -151,11 +155,12 @@ def run(config: ConfigDict, workdir: str) -> None:
   at_step = first_step
   with stop, batches, jax.set_mesh(mesh):
     while at_step < config.train.steps and not stop.requested:
-      if at_step > first_step:
-        if config.train.eval_every and at_step % config.train.eval_every == 0:
-          evaluate(at_step)
-        if at_step % config.train.checkpoint_every == 0:
-          save(at_step)
+      # A run that was stopped before an evaluation was due makes up for it.
+      due = config.train.eval_every and at_step % config.train.eval_every == 0
+      if due and at_step > evaluated_at:
+        evaluate(at_step)
+      if at_step > first_step and at_step % config.train.checkpoint_every == 0:
+        save(at_step)
       batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
       if compiled is None:
         compiled = compile_step(
