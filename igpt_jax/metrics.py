@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from igpt_jax.errors import UserError
+from igpt_jax.files import replacing
 
 
 class JsonlWriter:
@@ -20,10 +21,8 @@ class JsonlWriter:
     if os.path.exists(path):
       with open(path, encoding="utf-8") as lines:
         kept = [line.rstrip("\n") + "\n" for line in lines if _belongs_before(line, resume_step)]
-      partial = f"{path}.partial"
-      with open(partial, "w", encoding="utf-8") as out:
+      with replacing(path) as partial, open(partial, "w", encoding="utf-8") as out:
         out.writelines(kept)
-      os.replace(partial, path)
     self._file = open(path, "a", encoding="utf-8")
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:

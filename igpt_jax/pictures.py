@@ -1,10 +1,11 @@
 """Pictures for people: grids of samples, and curves."""
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
+
+from igpt_jax.files import replacing
 
 
 def default_scale(resolution: int) -> int:
@@ -44,9 +45,8 @@ def hide_below(picture: np.ndarray, rows_given: int) -> np.ndarray:
 
 
 def save_png(path: str, picture: np.ndarray) -> None:
-  partial = f"{path}.partial"
-  Image.fromarray(picture).save(partial, format="PNG")
-  os.replace(partial, path)
+  with replacing(path) as partial:
+    Image.fromarray(picture).save(partial, format="PNG")
 
 
 def plot(
@@ -78,7 +78,6 @@ def plot(
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   axes.grid(alpha=0.3)
   axes.legend()
-  partial = f"{path}.partial"
-  figure.savefig(partial, dpi=130, format="png")
+  with replacing(path) as partial:
+    figure.savefig(partial, dpi=130, format="png")
   pyplot.close(figure)
-  os.replace(partial, path)

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from igpt_jax.files import replacing
+
 # file a job writes -> heading, and the numbers to show: key -> how to print it
 _SECTIONS = {
   "training.json": (
@@ -55,10 +57,8 @@ _SECTIONS = {
 
 
 def write_text(path: str, text: str) -> None:
-  partial = f"{path}.partial"
-  with open(partial, "w", encoding="utf-8") as file:
+  with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
     file.write(text)
-  os.replace(partial, path)
 
 
 def write_json(path: str, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "igpt_jax"
 # Rooms by floor: a room imports from lower floors, and from its own floor only without a circle.
 FLOORS = {
   "errors": 0,
+  "files": 0,
   "parallel": 1,
   "model": 1,
   "report": 2,

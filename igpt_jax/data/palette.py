@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import errors
+from igpt_jax import errors, files
 
 MAX_SIZE = 65535  # tokens are uint16, and the table below has no room for one more
 _CUBE = 16  # side of the cubes in which the table of nearest centres is filled
@@ -82,10 +82,8 @@ class Palette:
     """Writes float32 [k, 3] in [-1, 1] as .npy; the file appears whole or not at all."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
+    with files.replacing(path) as partial, open(partial, "wb") as file:
       np.save(file, self.centers)
-    os.replace(partial, path)
 
   @property
   def size(self) -> int:
