@@ -8,6 +8,7 @@ import math
 import os
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
@@ -17,7 +18,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import common
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import sharding
-from igpt_jax.training.evaluation import Likelihood, count_tokens, unigram_nats
+from igpt_jax.training.evaluation import Likelihood, count_tokens, counting, unigram_nats
 from igpt_jax.training.objectives import make_objective
 
 
@@ -48,10 +49,12 @@ def run(config: ConfigDict, workdir: str) -> None:
   clock = metrics.Countdown(f"{config.evaluate.split}: {total:,} pictures", total, say)
   draws = config.evaluate.masks if objective_name == "masked" else 1
   results = []
+  counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   for draw in range(draws):
     with stream(split, limit) as batches:
       clocked = clock.part(draw, draws, config.evaluate.batch_size)
-      results.append(likelihood(trained.params, batches, seed=draw, report=clocked))
+      counted = counting(batches, counts) if draw == 0 else batches
+      results.append(likelihood(trained.params, counted, seed=draw, report=clocked))
   nats = sum(each for each, _ in results) / draws
   images = results[0][1]
 
@@ -63,7 +66,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     "images": images,
     "nats_per_token": nats,
     "bits_per_token": nats / math.log(2),
-    **baselines(config, data_config, split, stream, n_vocab, trained.config.n_positions),
+    **baselines(config, data_config, split, stream, all_hosts(counts)),
   }
   if objective_name == "masked":
     values["masks_per_picture"] = draws
@@ -81,15 +84,14 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def baselines(
-  config: ConfigDict, data_config: DataConfig, split: Split, stream, n_vocab: int, n_positions: int
+  config: ConfigDict, data_config: DataConfig, split: Split, stream, test: np.ndarray
 ) -> dict[str, float | str]:
   """Nats per token of the split under distributions that know no neighbours.
 
   They are counted on training pictures. A lone file of tokens has none: then on itself, which
-  flatters them.
+  flatters them. `test` is how often each token occurs at each position of the split, [T, V].
   """
-  with stream(split, config.evaluate.images) as batches:
-    test = all_hosts(count_tokens(batches, n_vocab, n_positions))
+  n_positions, n_vocab = test.shape
   if split.is_tokens and not os.path.isdir(os.path.expanduser(data_config.path)):
     train, source = test, "the evaluated tokens themselves"
   else:

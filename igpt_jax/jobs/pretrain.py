@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   shardings = state.state_shardings(model_config, tx, mesh)
   abstract = state.abstract_state(model_config, tx)
   newest = checkpoints.latest()
-  first_step, elapsed_before, evaluated_at = 0, 0.0, 0
+  first_step, elapsed_before = 0, 0.0
   if newest is None:
     train_state = state.make_state(model_config, tx, config.seed, mesh, start.params(mesh, say))
   else:
@@ -65,7 +65,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     here = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=newest)
     first_step = pipeline.check_position(saved["data"], here)
     elapsed_before = saved["elapsed_seconds"]
-    evaluated_at = saved["evaluated_at"]
     train_state = checkpoints.restore(newest, abstract, shardings)
     say(f"resuming at step {first_step} of {config.train.steps} from {workdir}")
 
@@ -88,7 +87,6 @@ def run(config: ConfigDict, workdir: str) -> None:
       "resolution": config.data.resolution,
       "data": pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step),
       "elapsed_seconds": elapsed_before + time.monotonic() - began,
-      "evaluated_at": evaluated_at,
       "config": config_lib.as_json(config),
     }
 
@@ -105,7 +103,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   likelihood = Likelihood(model_config, objective, mesh)
 
   def validate(params) -> float:
-    eval_batch = min(batch_size, round_up(len(validation_split), mesh))
+    eval_batch = min(batch_size, sharding.round_up_batch(mesh, len(validation_split)))
     limit = min(config.train.eval_images or len(validation_split), len(validation_split))
     with common.eval_stream(validation_split, data_config, palette, eval_batch, limit) as stream:
       return likelihood(params, stream)[0]
@@ -139,9 +137,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     progress.pause(time.monotonic() - paused)
     return result
 
+  def evaluation_due(at_step: int) -> bool:
+    return bool(config.train.eval_every) and at_step % config.train.eval_every == 0
+
   def evaluate(at_step: int) -> None:
-    nonlocal evaluated_at
-    evaluated_at = at_step
     nats = pause(lambda: validate(train_state.params))
     last["validation_loss"] = nats
     writers.write(at_step, {"validation_loss": nats})
@@ -155,12 +154,11 @@ def run(config: ConfigDict, workdir: str) -> None:
   at_step = first_step
   with stop, batches, jax.set_mesh(mesh):
     while at_step < config.train.steps and not stop.requested:
-      # A run that was stopped before an evaluation was due makes up for it.
-      due = config.train.eval_every and at_step % config.train.eval_every == 0
-      if due and at_step > evaluated_at:
-        evaluate(at_step)
-      if at_step > first_step and at_step % config.train.checkpoint_every == 0:
-        save(at_step)
+      if at_step > first_step:
+        if evaluation_due(at_step):
+          evaluate(at_step)
+        if at_step % config.train.checkpoint_every == 0:
+          save(at_step)
       batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
       if compiled is None:
         compiled = compile_step(
@@ -176,7 +174,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         pending = at_step, values
     flush()
     done = at_step >= config.train.steps
-    if done and at_step > first_step:
+    # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
+    if at_step > first_step and (done or evaluation_due(at_step)):
       evaluate(at_step)
     save(at_step)
   checkpoints.close()
@@ -258,12 +257,6 @@ def peak_flops(mesh) -> float | None:
 def describe_devices(mesh) -> str:
   shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   return f"{mesh.size} {mesh.devices.flat[0].device_kind} ({shape})"
-
-
-def round_up(n: int, mesh) -> int:
-  """The smallest batch that holds n pictures and divides over the mesh."""
-  shards = sharding.batch_shards(mesh)
-  return -(-n // shards) * shards
 
 
 def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:

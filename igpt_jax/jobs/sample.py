@@ -38,12 +38,13 @@ def run(config: ConfigDict, workdir: str) -> None:
   resolution = trained.run["resolution"]
   rows_given = given_rows(config.sample.keep, resolution)
   scale = config.sample.scale or pictures.default_scale(resolution)
-  shards = sharding.batch_shards(mesh)
+  # Before anything is drawn: the test pictures may not be there.
+  given, originals, source = held_out(config, trained, palette)
 
   def draw(given_BxP: np.ndarray, per_picture: int, stream: int) -> decoding.Samples:
     """Samples on the host; picture i's j-th sample has a seed of its own, whatever the batch."""
     wanted = len(given_BxP)
-    padded = -(-wanted // shards) * shards
+    padded = sharding.round_up_batch(mesh, wanted)
     given = np.pad(given_BxP, ((0, padded - wanted), (0, 0)))
     base = jax.random.fold_in(jax.random.key(config.seed), stream)
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(padded * per_picture))
@@ -68,7 +69,6 @@ def run(config: ConfigDict, workdir: str) -> None:
   painted = list(paint(samples.tokens))
   grid = [painted[start : start + columns] for start in range(0, len(painted), columns)]
 
-  given, originals, source = held_out(config, trained, palette)
   n_given = rows_given * resolution
   per_picture = config.sample.per_picture
   say(f"completing {len(given)} pictures of {source}, {rows_given} of {resolution} rows given")

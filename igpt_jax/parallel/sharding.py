@@ -123,6 +123,12 @@ def batch_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def round_up_batch(mesh: Mesh, n: int) -> int:
+  """The smallest batch that holds n pictures and divides over the mesh."""
+  shards = batch_shards(mesh)
+  return -(-n // shards) * shards
+
+
 def batch_size_per_shard(mesh: Mesh, batch_size: int, what: str = "train.batch_size") -> int:
   """Pictures per data shard.
 

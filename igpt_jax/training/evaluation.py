@@ -1,6 +1,6 @@
 """Likelihood of a stream of batches: masked sums on the device, one transfer at the end."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -81,16 +81,29 @@ def unigram_nats(train_counts: np.ndarray, test_counts: np.ndarray) -> float:
   return float(-(test_counts * log_probability).sum() / test_counts.sum())
 
 
-def count_tokens(
-  batches: Iterable[Mapping[str, np.ndarray]], n_vocab: int, n_positions: int
-) -> np.ndarray:
-  """How often each token occurs at each position, int64 [T, V]; rows masked out don't count."""
-  counts = np.zeros((n_positions, n_vocab), np.int64)
+def counting(
+  batches: Iterable[Mapping[str, np.ndarray]], counts_TxV: np.ndarray
+) -> Iterator[Mapping[str, np.ndarray]]:
+  """Passes batches on, adding to `counts_TxV` how often each token occurs at each position.
+
+  Rows masked out don't count.
+  """
+  n_positions, n_vocab = counts_TxV.shape
   positions = np.arange(n_positions)
   for batch in batches:
     tokens = batch["tokens"].astype(np.int64)
     if "mask" in batch:
       tokens = tokens[batch["mask"]]
     flat = (positions * n_vocab + tokens).ravel()
-    counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+    counts_TxV += np.bincount(flat, minlength=counts_TxV.size).reshape(counts_TxV.shape)
+    yield batch
+
+
+def count_tokens(
+  batches: Iterable[Mapping[str, np.ndarray]], n_vocab: int, n_positions: int
+) -> np.ndarray:
+  """How often each token occurs at each position, int64 [T, V]; rows masked out don't count."""
+  counts = np.zeros((n_positions, n_vocab), np.int64)
+  for _ in counting(batches, counts):
+    pass
   return counts
