@@ -41,7 +41,7 @@ MAIN_ARGS = ["--config=configs/tiny.py", "--workdir=/mnt/a bucket/run", NASTY]
 
 FAKE_GCLOUD = r"""#!/usr/bin/env bash
 # State: $FAKE/qr/states (one per look, the last stays), $FAKE/qr/owner, $FAKE/hosts/N (homes).
-printf '%s\x1f' "$@" >>"$FAKE/gcloud.log"; echo >>"$FAKE/gcloud.log"
+printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/gcloud.log"
 worker="" command="" owner=""
 for arg in "$@"; do
   case $arg in
@@ -109,11 +109,11 @@ case "$1 ${2:-}" in
   "-c "*) exit 0 ;;
   "-m venv")
     mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && printf '%s\n' '#!/usr/bin/env bash' \
-      'printf "%s\x1f" "$@" >>"$FAKE/pip.log"; echo >>"$FAKE/pip.log"' \
+      'printf "%s\n" "$(printf "%s\x1f" "$@")" >>"$FAKE/pip.log"' \
       '[ ! -e "$FAKE/pip_fails" ]' >"$3/bin/pip" && chmod +x "$3/bin/pip" ;;
   "-m igpt_jax.main")
     host=${HOME##*/}
-    printf '%s\x1f' "$@" >>"$FAKE/main.$host.log"; echo >>"$FAKE/main.$host.log"
+    printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/main.$host.log"
     pwd >>"$FAKE/pwd.log"
     attempt=$(wc -l <"$FAKE/main.$host.log")
     . "$FAKE/train.sh" ;;
@@ -123,7 +123,7 @@ esac
 
 FAKE_TOOL = r"""#!/usr/bin/env bash
 tool=${0##*/}
-printf '%s\x1f' "$@" >>"$FAKE/$tool.log"; echo >>"$FAKE/$tool.log"
+printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/$tool.log"
 [ ! -e "$FAKE/$tool.stdin" ] || cat >"$FAKE/$tool.stdin"
 [ ! -e "$FAKE/$tool.status" ] || exit "$(cat "$FAKE/$tool.status")"
 """
