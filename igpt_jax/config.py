@@ -62,7 +62,7 @@ def base() -> ConfigDict:
   config.model.n_head = 0
   config.model.n_embd = 0
   config.model.dtype = ""  # float32, bfloat16; "": bfloat16 on accelerators, float32 on CPU
-  config.model.remat = "none"  # none, names, full
+  config.model.remat = ""  # none, names, full, offload; "": the size's
   config.model.attention = "auto"
 
   config.objective = ""  # autoregressive, masked (BERT); "": init_from's, or autoregressive
@@ -70,6 +70,7 @@ def base() -> ConfigDict:
 
   config.train = ConfigDict()
   config.train.batch_size = 128
+  config.train.accumulate = 1  # parts that a batch is worked through in, one update in all
   config.train.steps = 1_000_000
   config.train.learning_rate = 0.0  # 0: the size's
   config.train.warmup_steps = 0
@@ -126,6 +127,15 @@ def base() -> ConfigDict:
   config.download.directory = "downloads"
   config.download.url = ""  # of a mirror; "": where they were released
 
+  config.topology = ""  # compile: chips that needn't be here, v5p:4x4x4; "": this machine's devices
+  config.plan = False  # compile: look for the fastest mesh, batch and remat that fit
+
+  config.benchmark = ConfigDict()  # of this machine
+  config.benchmark.parts = ("training", "attention", "sampling", "input")
+  config.benchmark.repeats = 5  # timings of each, medians are told
+  config.benchmark.samples = 8  # pictures that are sampled at a time
+  config.benchmark.pictures = 200  # of the data set, that the input pipeline is timed on
+
   config.log = ConfigDict()
   config.log.tensorboard = False
   config.log.wandb = False
@@ -137,7 +147,7 @@ def base() -> ConfigDict:
 # not what is computed in it.
 _FREE = (
   "job", "checkpoint", "evaluate", "probe", "sample", "log", "mesh", "source", "target", "format",
-  "download", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb",
+  "download", "topology", "plan", "benchmark", "train.accumulate", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb",
   "data.manual_dir", "train.log_every", "train.eval_every", "train.eval_images",
   "train.checkpoint_every", "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
 )  # fmt: skip
@@ -170,9 +180,10 @@ def validate(config: ConfigDict) -> None:
   _choice("evaluate.split", config.evaluate.split, ("test", "validation", "train"))
   _positive(
     config, "data.resolution", "palette.images", "train.batch_size", "train.log_every",
-    "train.checkpoint_every", "train.keep", "evaluate.batch_size", "evaluate.masks",
+    "train.accumulate", "train.checkpoint_every", "train.keep", "evaluate.batch_size", "evaluate.masks",
     "evaluate.baseline_images", "probe.batch_size", "probe.trials", "probe.max_iterations",
-    "sample.samples", "sample.completions", "sample.per_picture",
+    "sample.samples", "sample.completions", "sample.per_picture", "benchmark.repeats",
+    "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(
     config, "seed", "train.eval_every", "train.eval_images", "train.keep_every",
@@ -240,7 +251,7 @@ def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
     n_positions=config.data.resolution**2,
     causal=config.objective == "autoregressive",
     dtype=compute_dtype(config),
-    remat=config.model.remat,
+    remat=config.model.remat or size.remat,
     attention=config.model.attention,
   )
 
@@ -348,7 +359,6 @@ def imagenet(size: str, resolution: int) -> ConfigDict:
   if size in ("l", "xl"):
     # Their state doesn't fit one chip: parameters and moments are split over all of them.
     config.mesh.data, config.mesh.fsdp = 1, -1
-    config.model.remat = "full"
   return config
 
 

@@ -18,6 +18,7 @@ from igpt_jax import checkpoint, metrics
 from igpt_jax.jobs import common, evaluate, pretrain, probe, sample
 from igpt_jax.jobs import fit_palette as fit_palette_job
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.training import compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -130,9 +131,9 @@ def test_pretrain_leaves_everything(trained):
 def test_the_step_compiles_once_and_moves_nothing_to_the_host(trained, tmp_path, monkeypatch):
   """Steps run under a guard that forbids transfers; compile_step is called once a run."""
   calls = []
-  compile_step = pretrain.compile_step
+  compile_step = compilation.compile_step
   monkeypatch.setattr(
-    pretrain, "compile_step", lambda *args: calls.append(args) or compile_step(*args)
+    compilation, "compile_step", lambda *args: calls.append(args) or compile_step(*args)
   )
   pretrain.run(tiny(), str(tmp_path))
   assert len(calls) == 1
@@ -154,11 +155,11 @@ def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch
     def requested(self, value):
       pass
 
-  call_step = pretrain.CompiledStep.__call__
+  call_step = compilation.CompiledStep.__call__
   with monkeypatch.context() as patch:
     patch.setattr(pretrain, "StopSignal", StopAfter)
     patch.setattr(
-      pretrain.CompiledStep,
+      compilation.CompiledStep,
       "__call__",
       lambda self, *args: steps.append(1) or call_step(self, *args),
     )

@@ -9,6 +9,7 @@ import tiny
 
 from igpt_jax.model.image_gpt import PRESETS, abstract_params, bind
 from igpt_jax.parallel.hardware import CHIPS, chip_of, model_flops_per_image
+from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import token_nll
 
 
@@ -30,16 +31,6 @@ def dot_flops(jaxpr) -> int:
   return total
 
 
-def flops_of(config):
-  return model_flops_per_image(
-    n_layer=config.n_layer,
-    n_embd=config.n_embd,
-    n_vocab=config.n_vocab,
-    n_positions=config.n_positions,
-    causal=config.causal,
-  )
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 def test_flops_are_those_of_the_program(batch):
   """Plain attention computes all of its scores, as BERT's must; causal ones are half of them."""
@@ -50,10 +41,10 @@ def test_flops_are_those_of_the_program(batch):
     return jnp.mean(token_nll(bind(config, params)(tokens), tokens))
 
   program = jax.make_jaxpr(jax.value_and_grad(loss))(abstract_params(config))
-  assert dot_flops(program.jaxpr) == batch * flops_of(config)
+  assert dot_flops(program.jaxpr) == batch * flops_per_image(config)
   attention = 3 * 12 * config.n_positions**2 * config.n_embd
   causal = tiny.make_config(n_layer=3)
-  assert flops_of(config) - flops_of(causal) == attention / 2
+  assert flops_per_image(config) - flops_per_image(causal) == attention / 2
 
 
 def test_flops_of_the_published_small_model():

@@ -21,9 +21,9 @@ from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
 from igpt_jax.jobs import common, starting_point
 from igpt_jax.jobs.common import say
-from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.model.image_gpt import count_params
 from igpt_jax.parallel import hardware, sharding
-from igpt_jax.training import objectives, optimizer, state, step
+from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import Likelihood
 
 
@@ -70,12 +70,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 
   began = time.monotonic()
   parameters = count_params(model_config)
-  flops = flops_per_image(model_config)
+  flops = compilation.flops_per_image(model_config)
   say(
     f"{config.objective}: {model_config.n_layer} layers, {model_config.n_head} heads, width "
     f"{model_config.n_embd}, {parameters:,} parameters, "
     f"{model_config.n_positions} positions of {n_vocab} colours, {model_config.dtype}; "
-    f"{train_split.fingerprint}; {describe_devices(mesh)}"
+    f"{train_split.fingerprint}; {hardware.describe_devices(mesh)}"
   )
 
   def described(at_step: int) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       return likelihood(params, stream)[0]
 
   writers = make_writers(config, workdir, first_step)
-  progress = metrics.Progress(config.train.steps, batch_size, flops, peak_flops(mesh))
+  progress = metrics.Progress(config.train.steps, batch_size, flops, hardware.peak_flops(mesh))
   stop = StopSignal()
   pending: tuple[int, step.Metrics] | None = None
   last: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def run(config: ConfigDict, workdir: str) -> None:
           save(at_step)
       batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
       if compiled is None:
-        compiled = compile_step(
+        compiled = compilation.compile_step(
           step.make_train_step(model_config, objective, tx, schedule), abstract, shardings, batch
         )
         say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
@@ -205,58 +205,6 @@ class StopSignal:
 
   def __exit__(self, *unused) -> None:
     signal.signal(signal.SIGTERM, self._previous)
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledStep:
-  """The training step compiled ahead: a second shape can't slip in, it would be refused."""
-
-  function: Any
-  seconds: float
-  memory: str
-
-  def __call__(self, train_state, batch):
-    return self.function(train_state, batch)
-
-
-def compile_step(train_step, abstract, shardings, batch) -> CompiledStep:
-  """Compiles for exactly this state and batch, the state donated and left where it lies."""
-  began = time.monotonic()
-  jitted = jax.jit(
-    train_step,
-    donate_argnums=0,
-    in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
-    out_shardings=(shardings, None),
-  )
-  function = jitted.lower(abstract, batch).compile()
-  analysis = function.memory_analysis()
-  memory = "memory unknown"
-  if analysis is not None:
-    # Donated arguments are outputs too: they count once.
-    held = analysis.argument_size_in_bytes / 2**30
-    worked = analysis.temp_size_in_bytes / 2**30
-    memory = f"per device {held:.2f} GiB held, {worked:.2f} GiB to work in"
-  return CompiledStep(function, time.monotonic() - began, memory)
-
-
-def flops_per_image(config: ImageGPTConfig) -> float:
-  return hardware.model_flops_per_image(
-    n_layer=config.n_layer,
-    n_embd=config.n_embd,
-    n_vocab=config.n_vocab,
-    n_positions=config.n_positions,
-    causal=config.causal,
-  )
-
-
-def peak_flops(mesh) -> float | None:
-  chip = hardware.chip_of(mesh.devices.flat[0])
-  return None if chip is None else chip.peak_flops * mesh.size
-
-
-def describe_devices(mesh) -> str:
-  shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  return f"{mesh.size} {mesh.devices.flat[0].device_kind} ({shape})"
 
 
 def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:

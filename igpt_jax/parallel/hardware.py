@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,18 @@ CHIPS = {
 def chip_of(device: jax.Device) -> Chip | None:
   """The chip behind a device, or None when its peak isn't known (a CPU, a new accelerator)."""
   return CHIPS.get(device.device_kind)
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+  """FLOP/s of all devices of a mesh together, or None when it isn't known."""
+  chip = chip_of(mesh.devices.flat[0])
+  return None if chip is None else chip.peak_flops * mesh.size
+
+
+def describe_devices(mesh: Mesh) -> str:
+  """How many of what, and the mesh over them: "8 TPU v5 lite (data 2 × fsdp 4 × tensor 1)"."""
+  shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  return f"{mesh.size} {mesh.devices.flat[0].device_kind} ({shape})"
 
 
 def model_flops_per_image(
