@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.attention import attention
+from igpt_jax.model.attention import SAVED_NAMES, attention, choose
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -36,7 +36,7 @@ def reference(qkv, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("implementation", ["auto", "xla"])
+@pytest.mark.parametrize("implementation", ["auto", "xla", "blocked"])
 def test_against_numpy(causal, implementation):
   qkv = make_qkv()
   out = tiny.jit(
@@ -49,7 +49,8 @@ def test_against_numpy(causal, implementation):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradient_against_a_difference(causal):
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_gradient_against_a_difference(causal, implementation):
   qkv = make_qkv()
   rng = np.random.default_rng(1)
   weight = rng.standard_normal(qkv.shape[1:])
@@ -57,7 +58,7 @@ def test_gradient_against_a_difference(causal):
   @tiny.jit
   @jax.grad
   def gradient(qkv):
-    out = attention(qkv, n_head=N_HEAD, causal=causal, implementation="xla")
+    out = attention(qkv, n_head=N_HEAD, causal=causal, implementation=implementation)
     return jnp.sum(out * weight.astype(np.float32))
 
   with jax.default_matmul_precision("highest"):
@@ -72,37 +73,91 @@ def test_gradient_against_a_difference(causal):
     assert np.abs(found[part]).max() > 0.1
 
 
-def test_half_precision_keeps_its_dtype_and_is_close():
+@pytest.mark.parametrize("implementation", ["auto", "blocked"])
+def test_half_precision_keeps_its_dtype_and_is_close(implementation):
   qkv = make_qkv()
-  out = attention(jnp.asarray(qkv, jnp.bfloat16), n_head=N_HEAD, causal=True)
+  out = attention(
+    jnp.asarray(qkv, jnp.bfloat16), n_head=N_HEAD, causal=True, implementation=implementation
+  )
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(out.astype(jnp.float32), reference(qkv, True), rtol=0, atol=0.05)
 
 
-def test_scores_far_apart_do_not_overflow():
-  out = attention(jnp.asarray(make_qkv() * 100), n_head=N_HEAD, causal=True)
-  assert np.all(np.isfinite(out))
+@pytest.mark.parametrize("implementation", ["auto", "blocked"])
+def test_scores_far_apart_do_not_overflow(implementation):
+  def loss(qkv):
+    return jnp.sum(attention(qkv, n_head=N_HEAD, causal=True, implementation=implementation))
+
+  out, grad = tiny.jit(jax.value_and_grad(loss))(make_qkv() * 100)
+  assert np.isfinite(out) and np.all(np.isfinite(grad))
+
+
+def both_ways(qkv, weight, **settings):
+  """The output, and the gradient of its product with `weight`."""
+
+  def loss(qkv):
+    out = attention(qkv, **settings)
+    return jnp.sum(out * weight), out
+
+  (_, out), grad = jax.value_and_grad(loss, has_aux=True)(qkv)
+  return out, grad
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
-def test_the_fused_kernel_runs_on_each_devices_own_heads(shape):
+@pytest.mark.parametrize("implementation", ["tpu_interpret", "blocked"])
+def test_each_device_works_on_its_own_heads(shape, implementation):
   """Four pictures, four heads, split over any mesh: as plain attention on one device, both ways."""
   qkv = np.random.default_rng(0).standard_normal((3, 4, 16, 4 * 32)).astype(np.float32)
   weight = np.random.default_rng(1).standard_normal(qkv.shape[1:]).astype(np.float32)
-
-  def run(qkv, implementation):
-    def loss(qkv):
-      out = attention(qkv, n_head=4, causal=True, implementation=implementation)
-      return jnp.sum(out * weight), out
-
-    (_, out), grad = jax.value_and_grad(loss, has_aux=True)(qkv)
-    return out, grad
-
-  expected = tiny.jit(functools.partial(run, implementation="xla"))(qkv)
+  run = functools.partial(both_ways, n_head=4, causal=True)
+  expected = tiny.jit(functools.partial(run, implementation="xla"))(qkv, weight)
   with jax.set_mesh(tiny.mesh_of(shape)):
-    found = tiny.jit(functools.partial(run, implementation="tpu_interpret"))(qkv)
+    found = tiny.jit(functools.partial(run, implementation=implementation))(qkv, weight)
   for ours, plain in zip(found, expected, strict=True):
     np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length, n_head", [(128, 2), (129, 3), (300, 5), (384, 4)])
+def test_blocks_of_any_length_and_any_number_of_heads(length, n_head, causal):
+  """Full blocks, a last one of a single query, heads that don't divide into groups."""
+  qkv = np.random.default_rng(2).standard_normal((3, 1, length, n_head * 8)).astype(np.float32)
+  weight = np.random.default_rng(3).standard_normal(qkv.shape[1:]).astype(np.float32)
+  run = functools.partial(both_ways, n_head=n_head, causal=causal)
+  with jax.default_matmul_precision("highest"):
+    expected = tiny.jit(functools.partial(run, implementation="xla"))(qkv, weight)
+    found = tiny.jit(functools.partial(run, implementation="blocked"))(qkv, weight)
+  for ours, plain in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=2e-5)
+
+
+def test_a_rematerialised_block_gives_the_same_gradient():
+  """Attention's names are saved: the backward pass takes the output and log-sum-exp as they were."""
+  qkv = np.random.default_rng(4).standard_normal((3, 2, 256, 2 * 8)).astype(np.float32)
+  weight = np.random.default_rng(5).standard_normal(qkv.shape[1:]).astype(np.float32)
+  policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+
+  def loss(qkv):
+    return jnp.sum(weight * attention(qkv, n_head=2, causal=True, implementation="blocked"))
+
+  plain = tiny.jit(jax.grad(loss))(qkv)
+  again = jax.grad(jax.checkpoint(loss, policy=policy))
+  np.testing.assert_allclose(tiny.jit(again)(qkv), plain, rtol=0, atol=1e-5)
+  # One loop over heads forward, one backward: nothing runs twice.
+  assert str(jax.make_jaxpr(again)(qkv)).count("scan[") == 2
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU chooses")
+def test_a_cpu_takes_blocks_where_there_is_more_than_one():
+  def chosen(batch, length, n_head=4):
+    return choose(jax.ShapeDtypeStruct((3, batch, length, n_head * 8), jnp.float32), n_head)
+
+  assert chosen(8, 1024) == chosen(1, 256) == "blocked"
+  assert chosen(8, 128) == "xla"
+  with jax.set_mesh(tiny.mesh_of((1, 2, 4))):
+    assert chosen(8, 1024) == "blocked"
+    assert chosen(1, 1024) == "xla"  # one picture for two devices
+    assert chosen(8, 1024, n_head=2) == "xla"
 
 
 def test_shapes_the_kernel_does_not_take_are_refused():
@@ -114,3 +169,8 @@ def test_shapes_the_kernel_does_not_take_are_refused():
     pytest.raises(UserError, match="2 heads, which don't divide over the mesh"),
   ):
     attention(qkv, n_head=2, causal=True, implementation="tpu_interpret")
+  with (
+    jax.set_mesh(tiny.mesh_of((1, 2, 4))),
+    pytest.raises(UserError, match="'blocked' doesn't take 2 heads"),
+  ):
+    attention(qkv, n_head=2, causal=True, implementation="blocked")

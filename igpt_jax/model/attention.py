@@ -11,11 +11,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import attention_tpu
+from igpt_jax.model import attention_blocked, attention_tpu
 from igpt_jax.parallel import sharding
 
 # tpu_interpret runs the TPU's kernel step by step on any backend: slow, for tests.
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu", "tpu_interpret")
+IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret")
+
+# On a CPU, blocks win from two of them up; one block is plain attention.
+_BLOCKED_ABOVE = 128
 
 # What a remat policy may keep, so that the backward pass needn't run attention again.
 SAVED_NAMES = (attention_tpu.OUTPUT_NAME, attention_tpu.LSE_NAME)
@@ -36,15 +39,15 @@ def attention(
     [B, T, E] in the dtype of `qkv_3xBxTxE`.
 
   Raises:
-    UserError: "tpu" was asked for, and the kernel doesn't take these shapes.
+    UserError: "tpu" or "blocked" was asked for, and doesn't take these shapes.
   """
   if implementation == "auto":
-    implementation = _choose(qkv_3xBxTxE, n_head)
-  if implementation.startswith("tpu"):
-    reason = _unsupported(qkv_3xBxTxE, n_head)
+    implementation = choose(qkv_3xBxTxE, n_head)
+  if implementation == "blocked" or implementation.startswith("tpu"):
+    reason = _unsupported(qkv_3xBxTxE, n_head, implementation)
     if reason is not None:
       raise UserError(f"model.attention: {implementation!r} doesn't take {reason}; fix: 'xla'")
-    return _on_tpu(qkv_3xBxTxE, n_head, causal, interpret=implementation == "tpu_interpret")
+    return _per_device(qkv_3xBxTxE, n_head, causal, implementation)
   _, batch, length, width = qkv_3xBxTxE.shape
   q, k, v = qkv_3xBxTxE.reshape(3, batch, length, n_head, width // n_head)
   out_BxTxHxK = jax.nn.dot_product_attention(
@@ -53,31 +56,39 @@ def attention(
   return checkpoint_name(out_BxTxHxK.reshape(batch, length, width), attention_tpu.OUTPUT_NAME)
 
 
-def _choose(qkv: jax.Array, n_head: int) -> str:
+def choose(qkv_3xBxTxE: jax.Array, n_head: int) -> str:
+  """What "auto" stands for on this backend, for this shape under the mesh around."""
   backend = jax.default_backend()
-  if backend == "tpu" and _unsupported(qkv, n_head) is None:
+  if backend == "tpu" and _unsupported(qkv_3xBxTxE, n_head, "tpu") is None:
     return "tpu"
-  if backend == "gpu" and qkv.dtype.itemsize == 2:
+  if backend == "gpu" and qkv_3xBxTxE.dtype.itemsize == 2:
     return "cudnn"
+  if backend == "cpu" and qkv_3xBxTxE.shape[2] > _BLOCKED_ABOVE:
+    # A lone picture doesn't divide over a mesh; plain attention needn't divide it.
+    divides = sharding.axis_share("batch", qkv_3xBxTxE.shape[1]) is not None
+    if divides and _unsupported(qkv_3xBxTxE, n_head, "blocked") is None:
+      return "blocked"
   return "xla"
 
 
-def _unsupported(qkv: jax.Array, n_head: int) -> str | None:
-  """Why the kernel can't run on a device's share of these heads, or None."""
+def _unsupported(qkv: jax.Array, n_head: int, implementation: str) -> str | None:
+  """Why a device can't run it on its own share of these heads, or None."""
   local = sharding.axis_share("heads", n_head)
   if local is None:
     return f"{n_head} heads, which don't divide over the mesh"
+  if implementation == "blocked":
+    return None
   return attention_tpu.supports(local, qkv.shape[-1] // n_head, qkv.shape[2], qkv.dtype)
 
 
-def _on_tpu(qkv: jax.Array, n_head: int, causal: bool, interpret: bool) -> jax.Array:
-  """The kernel on each device's own pictures and heads: a kernel knows nothing of meshes."""
-  kernel = functools.partial(
-    attention_tpu.fused_attention,
-    n_head=sharding.axis_share("heads", n_head),
-    causal=causal,
-    interpret=interpret,
-  )
+def _per_device(qkv: jax.Array, n_head: int, causal: bool, implementation: str) -> jax.Array:
+  """On each device's own pictures and heads: a kernel or a loop over heads knows nothing of meshes."""
+  heads = {"n_head": sharding.axis_share("heads", n_head), "causal": causal}
+  if implementation == "blocked":
+    function = functools.partial(attention_blocked.blocked_attention, **heads)
+  else:
+    interpret = implementation == "tpu_interpret"
+    function = functools.partial(attention_tpu.fused_attention, interpret=interpret, **heads)
   return sharding.per_device(
-    kernel, ("qkv", "batch", "length", "heads"), ("batch", "length", "heads")
+    function, ("qkv", "batch", "length", "heads"), ("batch", "length", "heads")
   )(qkv)
