@@ -52,7 +52,9 @@ def base() -> ConfigDict:
   config.data.manual_dir = ""  # job prepare: archives fetched by hand; "": TFDS' default
 
   config.palette = ConfigDict()
-  config.palette.path = ""  # .npy [k, 3] in [-1, 1]; "": the checkpoint's, or fitted to pictures
+  # .npy [k, 3] in [-1, 1]; "default": the project's 512 colours, which were fitted to CIFAR-10
+  # (igpt_jax/data/assets/README.md); "": the checkpoint's, or fitted to the training pictures.
+  config.palette.path = ""
   config.palette.size = 0  # colours; 0: the checkpoint's, those of the path, or 512
   config.palette.images = 10_000  # training pictures it is fitted to, at most
 

@@ -74,6 +74,11 @@ class Palette:
     return cls(array, name=f"palette {path}")
 
   @classmethod
+  def given(cls, path: str) -> Palette:
+    """What `palette.path` names: a .npy file, or by "default" the one that comes with the project."""
+    return cls.default() if path == "default" else cls.load(path)
+
+  @classmethod
   def default(cls) -> Palette:
     """The 512 colours that come with the project; assets/README.md says how they were made."""
     return cls.load(pathlib.Path(__file__).parent / "assets" / "palette512.npy")

@@ -66,7 +66,7 @@ def training_palette(
   kept = os.path.join(workdir, "palette.npy")
   wanted = config.palette.size
   if config.palette.path:
-    palette = Palette.load(config.palette.path)
+    palette = Palette.given(config.palette.path)
     if wanted and palette.size != wanted:
       raise UserError(
         f"palette.path: {config.palette.path} has {palette.size} colours, the model's palette.size is "

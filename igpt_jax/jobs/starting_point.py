@@ -51,7 +51,7 @@ def with_palette(found: Described, config: ConfigDict) -> Described:
 
 
 def _given_palette(found: Described, config: ConfigDict) -> Palette:
-  palette = Palette.load(config.palette.path)
+  palette = Palette.given(config.palette.path)
   if palette.size != found.config.n_vocab:
     raise UserError(
       f"palette.path: {config.palette.path} has {palette.size} colours; the checkpoint {found.path} "
