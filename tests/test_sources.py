@@ -214,6 +214,14 @@ def test_missing_data_set_says_how_to_get_it(tmp_path):
   assert str(tmp_path) in message and "prepare_data.sh" in message and "fix:" in message
 
 
+def test_missing_tokens_say_how_to_get_the_released_ones(tmp_path):
+  config = _config(name="tokens", path=str(tmp_path / "imagenet_teX.npy"))
+  with pytest.raises(
+    errors.UserError, match=r"imagenet_teX\.npy: no such .*--config\.job=download"
+  ):
+    sources.open_split(config, "test")
+
+
 def test_unwritable_data_dir_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.UserError, match="data_dir"):

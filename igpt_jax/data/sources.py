@@ -259,7 +259,10 @@ class TokenRecords:
     try:
       self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-      raise errors.UserError(f"data.path {path}: no such file; expected tokens [N, T]") from None
+      raise errors.UserError(
+        f"data.path {path}: no such file; expected tokens [N, T] in .npy; fix: data.path, or "
+        "--config.job=download, which fetches the released test splits (config.download)"
+      ) from None
     except (OSError, ValueError, EOFError) as error:
       raise errors.UserError(
         f"data.path {path}: {error}; expected a .npy of integers [N, T]"
