@@ -6,8 +6,12 @@
 # Makes a virtual environment of its own with the `prepare` extra, which TensorFlow Datasets needs
 # for this one job, and runs `python -m igpt_jax.main` with what comes after "--" and
 # --config.job=prepare. Run it again after an interruption: what was downloaded is kept, and what is
-# ready is left alone. ImageNet's archives, for example, must be downloaded by hand first, and the job
-# says where it expects them.
+# ready is left alone. But TFDS writes a data set whole or not at all: a generation that was cut short
+# begins anew, so give ImageNet's a machine that stays up, not a Spot one. ImageNet's archives must be
+# downloaded by hand first, and the job says where it expects them.
+#
+# --config.data.data_dir is a local path (of prepared data, of downloads and of what is in the making):
+# gs://… is refused, here and in training. Prepare on a disk and copy, or write through a mount.
 #
 #   --venv=DIR       the virtual environment; default: .venv-prepare in the repository
 #   --python=PYTHON  the interpreter that makes it, 3.11 or later; default: python3
