@@ -345,19 +345,6 @@ def test_closed_batches_say_so(pictures):
     next(batches)
 
 
-def test_prefetch_keeps_order_and_reads_ahead():
-  started = []
-
-  def put(batch):
-    started.append(batch)
-    return batch * 10
-
-  ahead = pipeline.prefetch(iter(range(6)), put, depth=2)
-  assert next(ahead) == 0
-  assert started == [0, 1, 2]
-  assert list(ahead) == [10, 20, 30, 40, 50]
-
-
 # --- position --------------------------------------------------------------------------------------
 
 

@@ -8,23 +8,19 @@ together are the same global batch however many hosts there are.
 
 from __future__ import annotations
 
-import collections
 import gc
 import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from igpt_jax import errors
 from igpt_jax.data import palette as palette_lib
 from igpt_jax.data import sources, transforms
-
-T = TypeVar("T")
-
 
 # --- positions -------------------------------------------------------------------------------------
 
@@ -345,25 +341,6 @@ def image_stream(
       images = next(batches)["image"][:left]
       left -= len(images)
       yield images
-
-
-def prefetch(
-  batches: Iterable[dict[str, np.ndarray]],
-  put: Callable[[dict[str, np.ndarray]], T],
-  depth: int = 2,
-) -> Iterator[T]:
-  """Keeps `depth` batches on their way to the device while the step works on the one before.
-
-  `put` starts the transfer and returns at once, as jax.device_put does. The position of the run is
-  still the number of batches taken from here, not the number read ahead.
-  """
-  ahead: collections.deque[T] = collections.deque()
-  for batch in batches:
-    ahead.append(put(batch))
-    if len(ahead) > depth:
-      yield ahead.popleft()
-  while ahead:
-    yield ahead.popleft()
 
 
 def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
