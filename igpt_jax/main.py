@@ -6,6 +6,9 @@ Flags become a config, `config.job` names what to run; nothing else happens here
 import importlib
 import os
 import sys
+import threading
+import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -14,8 +17,13 @@ from igpt_jax.errors import UserError
 
 # Each is a module of igpt_jax.jobs with run(config, workdir).
 JOBS = (
-  "pretrain", "evaluate", "probe", "sample", "fit_palette", "prepare", "convert", "download",
+  "pretrain", "evaluate", "probe", "sample", "fit_palette", "prepare", "convert", "download", "compile",
 )  # fmt: skip
+
+# Of several processes one may have long work of its own at the end (fitting probes) ...
+_WAIT_FOR_OTHERS_SECONDS = 7 * 86_400
+# ... but when one fails, all of them usually do, for the same reason and at the same time.
+_WAIT_FOR_OTHERS_TO_FAIL_SECONDS = 10
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The config file; --config.FIELD=VALUE overrides a field.", lock_config=True
@@ -45,10 +53,13 @@ def _fail(message: object) -> int:
   return 2
 
 
-def _join_processes() -> None:
+def _join_processes(job: str) -> None:
   """Finds the other processes: TPU pods, GKE and SLURM are recognised, else JAX_COORDINATOR_ADDRESS,
   JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are."""
   import jax
+
+  # It takes SIGTERM over. Training answers that by saving; other jobs are to end by it.
+  jax.config.update("jax_enable_preemption_service", job == "pretrain")
 
   environment = os.environ
   settings = {}
@@ -58,13 +69,29 @@ def _join_processes() -> None:
       "process_id": int(environment["JAX_PROCESS_ID"]),
     }
   try:
-    jax.distributed.initialize(**settings)
+    jax.distributed.initialize(**settings, shutdown_timeout_seconds=_WAIT_FOR_OTHERS_SECONDS)
   except (ValueError, KeyError) as error:
     raise UserError(
       f"--distributed: no cluster was recognised ({error}); expected a TPU pod, GKE, SLURM, or "
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; fix: set them, or leave "
       "--distributed out on one host"
     ) from None
+
+
+def _leave(status: int) -> NoReturn:
+  """Ends one of several processes after an error, with a status of its own.
+
+  The interpreter's end would wait for the others, and they may be waiting for this one. So it waits
+  just so long that all can say why they end; who is still at work then loses this one's heartbeat.
+  """
+  import jax
+
+  farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  farewell.start()
+  farewell.join(_WAIT_FOR_OTHERS_TO_FAIL_SECONDS)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def main(argv: list[str]) -> int:
@@ -77,23 +104,30 @@ def main(argv: list[str]) -> int:
     return _fail(f"--config: {source}: no such file; configs/ holds those of the project")
   config = _CONFIG.value
   logging.set_verbosity(logging.WARNING)  # the libraries' own chatter
-  name = os.path.splitext(os.path.basename(source))[0]
+  workdir = _WORKDIR.value or os.path.join("runs", os.path.splitext(os.path.basename(source))[0])
   try:
     if config.job not in JOBS:
       raise UserError(f"config.job: {config.job!r}; expected one of {', '.join(JOBS)}")
     from igpt_jax import config as config_lib
 
     if _DISTRIBUTED.value:
-      _join_processes()
+      _join_processes(config.job)
     config_lib.validate(config)
-    workdir = os.path.abspath(_WORKDIR.value or os.path.join("runs", name))
     job = importlib.import_module(f"igpt_jax.jobs.{config.job}")
-    job.run(config, workdir)
+    job.run(config, os.path.abspath(workdir))
+    return 0
   except UserError as error:
-    return _fail(error)
+    status = _fail(error)
   except KeyboardInterrupt:
-    return 130
-  return 0
+    status = 130
+  except Exception:
+    if not _DISTRIBUTED.value:
+      raise
+    traceback.print_exc()
+    status = 1
+  if _DISTRIBUTED.value:
+    _leave(status)
+  return status
 
 
 if __name__ == "__main__":

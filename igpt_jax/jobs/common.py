@@ -1,20 +1,24 @@
 """What every job begins with: a workdir, a mesh, a palette, a trained model."""
 
 import contextlib
+import importlib.metadata
 import os
+import platform
+import tempfile
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint
+from igpt_jax import __version__, checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import starting_point
+from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import make_mesh
 
 
@@ -28,6 +32,15 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+def versions() -> dict[str, str]:
+  """Of what a figure depends on."""
+  found = {"igpt_jax": __version__, "python": platform.python_version()}
+  for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[package] = importlib.metadata.version(package)
+  return found
+
+
 def open_workdir(workdir: str) -> None:
   """Makes the workdir.
 
@@ -36,16 +49,38 @@ def open_workdir(workdir: str) -> None:
   """
   try:
     os.makedirs(workdir, exist_ok=True)
-    trial = os.path.join(workdir, f".writable.{os.getpid()}")
-    with open(trial, "w", encoding="utf-8"):
+    # A name of its own: in containers the processes of all hosts may have one number.
+    with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable."):
       pass
-    os.remove(trial)
   except OSError as error:
     raise UserError(f"workdir: {workdir} can't be written to ({error.strerror})") from None
 
 
 def mesh_of(config: ConfigDict) -> Mesh:
   return make_mesh(**config.mesh)
+
+
+def input_share(mesh: Mesh) -> tuple[int, int]:
+  """Which share of every batch this process reads, and how many shares there are.
+
+  As many as processes; fewer where one copy of the model spans several (`mesh.tensor` beyond a
+  host): those hold the same rows, and read the same.
+
+  Raises:
+    UserError: processes hold rows that overlap in part.
+  """
+  shards = sharding.batch_shards(mesh)
+  places = sharding.sharding(mesh, "batch").devices_indices_map((shards,))
+  held: dict[int, set[int]] = {}
+  for device, (rows,) in places.items():
+    held.setdefault(device.process_index, set()).add(rows.start or 0)
+  shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, shares)) != shards or len({len(share) for share in shares}) > 1:
+    raise UserError(
+      f"config.mesh: {dict(mesh.shape)} over {jax.process_count()} processes splits a batch unevenly "
+      "among them; expected devices of one picture that divide those of a host, or are a multiple"
+    )
+  return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def training_palette(
@@ -161,18 +196,20 @@ def eval_stream(
   split: Split,
   data_config: DataConfig,
   palette: Palette | None,
+  mesh: Mesh,
   batch_size: int,
   limit: int = 0,
   images: bool = False,
 ):
   """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked."""
+  share, shares = input_share(mesh)
   with pipeline.eval_batches(
     split,
     data_config,
     palette,
     batch_size=batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=share,
+    process_count=shares,
     images=images,
   ) as stream:
     yield _first(stream, -(-(limit or len(split)) // batch_size), limit or len(split))

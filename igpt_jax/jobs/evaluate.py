@@ -9,6 +9,7 @@ import os
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
@@ -39,7 +40,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
 
   def stream(of: Split, limit: int = 0):
-    return common.eval_stream(of, data_config, palette, config.evaluate.batch_size, limit)
+    batch_size = config.evaluate.batch_size
+    return common.eval_stream(of, data_config, palette, mesh, batch_size, limit)
 
   objective_name = trained.run["objective"]
   objective = make_objective(objective_name, trained.run["mask_probability"])
@@ -51,7 +53,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   results = []
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   for draw in range(draws):
-    with stream(split, limit) as batches:
+    with jax.set_mesh(mesh), stream(split, limit) as batches:
       clocked = clock.part(draw, draws, config.evaluate.batch_size)
       counted = counting(batches, counts) if draw == 0 else batches
       results.append(likelihood(trained.params, counted, seed=draw, report=clocked))
@@ -66,7 +68,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     "images": images,
     "nats_per_token": nats,
     "bits_per_token": nats / math.log(2),
-    **baselines(config, data_config, split, stream, all_hosts(counts)),
+    **baselines(config, data_config, split, stream, all_hosts(counts, mesh), mesh),
   }
   if objective_name == "masked":
     values["masks_per_picture"] = draws
@@ -84,7 +86,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def baselines(
-  config: ConfigDict, data_config: DataConfig, split: Split, stream, test: np.ndarray
+  config: ConfigDict,
+  data_config: DataConfig,
+  split: Split,
+  stream,
+  test: np.ndarray,
+  mesh: Mesh,
 ) -> dict[str, float | str]:
   """Nats per token of the split under distributions that know no neighbours.
 
@@ -97,7 +104,7 @@ def baselines(
   else:
     train_split = open_split(data_config, "train")
     with stream(train_split, config.evaluate.baseline_images) as batches:
-      train = all_hosts(count_tokens(batches, n_vocab, n_positions))
+      train = all_hosts(count_tokens(batches, n_vocab, n_positions), mesh)
     source = f"{int(train[0].sum()):,} pictures of {train_split.fingerprint}"
   return {
     "uniform": math.log(n_vocab),
@@ -107,10 +114,11 @@ def baselines(
   }
 
 
-def all_hosts(counts):
-  """The sum over all processes."""
+def all_hosts(counts: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """The sum over all shares of the input; processes that read the same one count once."""
   if jax.process_count() == 1:
     return counts
   from jax.experimental import multihost_utils
 
-  return multihost_utils.process_allgather(counts).sum(0)
+  alike = jax.process_count() // common.input_share(mesh)[1]
+  return multihost_utils.process_allgather(counts).sum(0) // alike

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from igpt_jax import __version__, metrics, pictures, report
@@ -90,6 +91,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       "config": config_lib.as_json(config),
     }
 
+  share, shares = common.input_share(mesh)
   batches = pipeline.train_batches(
     train_split,
     data_config,
@@ -97,15 +99,17 @@ def run(config: ConfigDict, workdir: str) -> None:
     batch_size=batch_size,
     seed=config.seed,
     start_step=first_step,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=share,
+    process_count=shares,
   )
   likelihood = Likelihood(model_config, objective, mesh)
 
   def validate(params) -> float:
     eval_batch = min(batch_size, sharding.round_up_batch(mesh, len(validation_split)))
     limit = min(config.train.eval_images or len(validation_split), len(validation_split))
-    with common.eval_stream(validation_split, data_config, palette, eval_batch, limit) as stream:
+    with common.eval_stream(
+      validation_split, data_config, palette, mesh, eval_batch, limit
+    ) as stream:
       return likelihood(params, stream)[0]
 
   writers = make_writers(config, workdir, first_step)
@@ -153,12 +157,13 @@ def run(config: ConfigDict, workdir: str) -> None:
   compiled = None
   at_step = first_step
   with stop, batches, jax.set_mesh(mesh):
-    while at_step < config.train.steps and not stop.requested:
+    while at_step < config.train.steps and not stop.asked(at_step):
       if at_step > first_step:
         if evaluation_due(at_step):
           evaluate(at_step)
         if at_step % config.train.checkpoint_every == 0:
           save(at_step)
+      # Only begun here: it travels while the device is still at the step before.
       batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
       if compiled is None:
         compiled = compilation.compile_step(
@@ -189,13 +194,25 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 class StopSignal:
-  """Turns SIGTERM into a wish that the loop looks at between two steps."""
+  """Turns SIGTERM into a wish that the loop looks at between two steps.
+
+  Several processes must stop at the same step, whoever was signalled and when: there jax' own
+  handler takes the signal, and agrees on a step with the others in the background.
+  """
 
   def __init__(self):
     self.requested: str | None = None
     self._previous: Any = None
 
+  def asked(self, at_step: int) -> str | None:
+    """The signal's name if the run is to stop before step `at_step`; ask before every step."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(at_step):
+      self.requested = "SIGTERM"
+    return self.requested
+
   def __enter__(self):
+    if jax.process_count() > 1:
+      return self
     self._previous = signal.signal(signal.SIGTERM, self._ask)
     return self
 
@@ -204,7 +221,8 @@ class StopSignal:
     self.requested = signal.Signals(number).name
 
   def __exit__(self, *unused) -> None:
-    signal.signal(signal.SIGTERM, self._previous)
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
 
 
 def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:

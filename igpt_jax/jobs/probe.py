@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     limit = config.probe.images if name == "train" else 0
     total = min(len(split), limit or len(split))
     clock = metrics.Countdown(f"features of {name}", total, say)
-    with common.eval_stream(split, data_config, palette, batch_size, limit) as batches:
+    with common.eval_stream(split, data_config, palette, mesh, batch_size, limit) as batches:
       return extractor(trained.params, batches, report=clock.tick)
 
   found = {name: features_of(name) for name in SPLITS}

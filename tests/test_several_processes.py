@@ -1,0 +1,298 @@
+"""The command as several hosts run it: two real processes of four devices each, on loopback.
+
+This process, with the same eight devices, is what they are compared with.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from igpt_jax import checkpoint, metrics
+from igpt_jax.jobs import common, evaluate, pretrain, probe, sample
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ROOT = pathlib.Path(__file__).parent.parent
+HOSTS, DEVICES = 2, 4
+SECONDS = 240  # that any of these processes may live
+CLOSE = 1e-5  # relative; float32, added up in another order
+
+# The quickstart, made small enough for a test.
+SMALL = {
+  "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
+  "train.batch_size": 16, "train.steps": 8, "train.warmup_steps": 2, "train.log_every": 1,
+  "train.eval_every": 4, "train.eval_images": 30, "train.checkpoint_every": 4,
+  "sample.samples": 3, "sample.completions": 2, "sample.per_picture": 2,
+  "probe.images": 200, "probe.labels_per_class": (), "probe.max_iterations": 15,
+  "mesh.fsdp": 2,
+}  # fmt: skip
+# One copy of the model over both hosts, which so hold the same pictures.
+ACROSS = {"model.n_head": 8, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
+    yield
+
+
+def config_of(overrides):
+  config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
+  config.update_from_flattened_dict({**SMALL, **overrides})
+  return config
+
+
+class Hosts:
+  """The processes of one command; `per_host` adds overrides to some of them."""
+
+  def __init__(self, folder, workdir, overrides, per_host=None):
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    self._files = [[folder / f"{i}.{stream}" for stream in ("out", "err")] for i in range(HOSTS)]
+    self.processes = []
+    for i in range(HOSTS):
+      settings = {**SMALL, **overrides, **(per_host or {}).get(i, {})}
+      environment = {
+        "JAX_NUM_CPU_DEVICES": str(DEVICES),
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(HOSTS),
+        "JAX_PROCESS_ID": str(i),
+      }
+      with open(self._files[i][0], "w") as out, open(self._files[i][1], "w") as err:
+        self.processes.append(
+          subprocess.Popen(
+            [
+              sys.executable, "-m", "igpt_jax.main", "--distributed",
+              "--config=configs/quickstart.py", f"--workdir={workdir}",
+              *(f"--config.{name}={value}" for name, value in settings.items()),
+            ],
+            cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=err,
+          )
+        )  # fmt: skip
+
+  def said(self, host, stream="out"):
+    return self._files[host][stream == "err"].read_text()
+
+  def wait_for(self, text):
+    """Until the first host has said it."""
+    end = time.monotonic() + SECONDS
+    while text not in self.said(0):
+      assert self.processes[0].poll() is None and time.monotonic() < end, self.everything()
+      time.sleep(0.05)
+
+  def statuses(self):
+    end = time.monotonic() + SECONDS
+    return [process.wait(max(end - time.monotonic(), 0.1)) for process in self.processes]
+
+  def everything(self):
+    return "\n".join(
+      self.said(i, stream)[-3_000:] for i in range(HOSTS) for stream in ("out", "err")
+    )
+
+  def succeed(self):
+    assert self.statuses() == [0] * HOSTS, self.everything()
+
+
+@contextlib.contextmanager
+def hosts(*arguments, **settings):
+  started = Hosts(*arguments, **settings)
+  try:
+    yield started
+  finally:
+    for process in started.processes:
+      process.kill()
+      process.wait()
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+  """On one host a file is missing. Begun early: what the other host waits for is time."""
+  folder = tmp_path_factory.mktemp("mistaken")
+  with contextlib.ExitStack() as stack:
+    yield [
+      stack.enter_context(
+        hosts(
+          folder / str(host),
+          folder / f"run{host}",
+          {},
+          per_host={host: {"palette.path": "missing.npy"}},
+        )
+      )
+      for host in range(HOSTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, mistaken):
+  """A run of two processes, and what they said."""
+  folder = tmp_path_factory.mktemp("two")
+  workdir = folder / "run"
+  with hosts(folder / "said", workdir, {}) as started:
+    started.succeed()
+    return workdir, [started.said(host) for host in range(HOSTS)]
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory):
+  """The same in this process."""
+  workdir = tmp_path_factory.mktemp("one")
+  pretrain.run(config_of({}), str(workdir))
+  return workdir
+
+
+def told(workdir, after=0):
+  """Step, loss and validation loss of every record."""
+  records = metrics.read_jsonl(workdir / "metrics.jsonl")
+  return [
+    (r["step"], r.get("loss", -1.0), r.get("validation_loss", -1.0))
+    for r in records
+    if r["step"] > after
+  ]
+
+
+def assert_same_run(found, expected):
+  np.testing.assert_allclose(told(found), told(expected), rtol=CLOSE)
+
+
+def params_of(workdir, step):
+  path = f"{workdir}/checkpoints/{step}"
+  return checkpoint.load_pretrained(path, tiny.mesh_of()).params
+
+
+def test_two_processes_train_as_one(of_two, of_one):
+  workdir, _ = of_two
+  assert [each[0] for each in told(workdir)] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+  assert_same_run(workdir, of_one)
+  for step in (4, 8):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+      params_of(workdir, step),
+      params_of(of_one, step),
+    )
+  ours, theirs = [json.loads((each / "training.json").read_text()) for each in (workdir, of_one)]
+  assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=CLOSE)
+
+
+def test_only_the_first_process_speaks(of_two):
+  _, (first, second) = of_two
+  lines = [line for line in first.splitlines() if "[Gloo]" not in line]
+  assert len([line for line in lines if line.startswith("step")]) == 10
+  for line in lines:
+    assert line not in second
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_one_process_goes_on_from_what_two_wrote(of_two, tmp_path, monkeypatch, shape):
+  """On any mesh, to the same losses and parameters."""
+  workdir, resumed = of_two[0], tmp_path / "run"
+  shutil.copytree(workdir, resumed)
+  shutil.rmtree(resumed / "checkpoints" / "8")
+  monkeypatch.setattr(common, "mesh_of", lambda config: tiny.mesh_of(shape))
+  pretrain.run(config_of({}), str(resumed))
+  assert_same_run(resumed, workdir)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    params_of(resumed, 8),
+    params_of(workdir, 8),
+  )
+
+
+def run_job(name, workdir, tmp_path):
+  with hosts(tmp_path / "said", workdir, {"job": name}) as started:
+    started.succeed()
+
+
+def test_two_processes_evaluate_as_one(of_two, tmp_path):
+  workdir, _ = of_two
+  run_job("evaluate", workdir, tmp_path)
+  found = json.loads((workdir / "evaluation.json").read_text())
+  evaluate.run(config_of({}), str(workdir))
+  expected = json.loads((workdir / "evaluation.json").read_text())
+  assert found.pop("images") == expected.pop("images") == 300  # all of test, once
+  numbers = [name for name, value in expected.items() if isinstance(value, float)]
+  assert "nats_per_token" in numbers and "position_unigram" in numbers
+  for name in numbers:
+    assert found.pop(name) == pytest.approx(expected.pop(name), rel=CLOSE), name
+  assert found == expected
+
+
+def test_two_processes_sample_as_one(of_two, tmp_path):
+  workdir, _ = of_two
+  run_job("sample", workdir, tmp_path)
+  names = ("samples.png", "completions.png")
+  found = [np.asarray(Image.open(workdir / name)) for name in names]
+  sample.run(config_of({}), str(workdir))
+  for name, picture in zip(names, found, strict=True):
+    np.testing.assert_array_equal(picture, np.asarray(Image.open(workdir / name)), err_msg=name)
+
+
+def test_two_processes_probe_as_one(of_two, tmp_path):
+  workdir, _ = of_two
+  run_job("probe", workdir, tmp_path)
+  found = json.loads((workdir / "probe.json").read_text())
+  probe.run(config_of({}), str(workdir))
+  expected = json.loads((workdir / "probe.json").read_text())
+  # Raw pixels are the same numbers in the same order; features differ in the last digit.
+  assert found["layers"]["raw pixels"] == expected["layers"]["raw pixels"]
+  for layer in ("0", "1", "2"):
+    ours, theirs = found["layers"][layer], expected["layers"][layer]
+    assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.02)
+
+
+def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypatch):
+  """Signalled one after the other, and with one copy of the model over both."""
+  workdir = tmp_path / "run"
+  endless = {
+    **ACROSS,
+    "train.steps": 100_000,
+    "train.eval_every": 0,
+    "train.checkpoint_every": 50_000,
+  }
+  with hosts(tmp_path / "said", workdir, endless) as started:
+    started.wait_for("step      2/100000")
+    started.processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    started.processes[0].send_signal(signal.SIGTERM)
+    started.succeed()
+    assert "stopped by SIGTERM at step" in started.said(0)
+    stopped_at = int(started.said(0).split("SIGTERM at step ")[1].split(":")[0])
+  assert checkpoint.find(str(workdir))[1] == stopped_at
+  assert told(workdir)[-1][0] == stopped_at
+
+  last = stopped_at + 3
+  monkeypatch.setattr(
+    pretrain.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= last else None
+  )
+  monkeypatch.setattr(common, "mesh_of", lambda config: tiny.mesh_of((8, 1, 1)))
+  pretrain.run(config_of(endless), str(workdir))
+  pretrain.run(config_of(endless), str(tmp_path / "uninterrupted"))
+  assert [each[0] for each in told(workdir)] == list(range(1, last + 1))
+  assert_same_run(workdir, tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("host", range(HOSTS))
+def test_a_mistake_on_one_host_ends_both(mistaken, host):
+  statuses = mistaken[host].statuses()
+  assert statuses[host] == 2, mistaken[host].everything()
+  assert statuses[1 - host] != 0
+  said = mistaken[host].said(host, "err")
+  assert "igpt_jax: palette missing.npy" in said and "Traceback" not in said
