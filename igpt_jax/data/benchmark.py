@@ -77,7 +77,7 @@ def stages(
 def throughput(
   split: sources.Split,
   config: sources.DataConfig,
-  palette: palette_lib.Palette,
+  palette: palette_lib.Palette | None,
   *,
   batch_size: int = 128,
   n_batches: int = 20,
@@ -86,20 +86,21 @@ def throughput(
   """The whole training pipeline, bytes to batches of tokens, with start-up left out.
 
   Args:
-    split: pictures.
+    split: pictures, or tokens.
     config: its `workers`, `threads` and `resample` are what is compared; nothing is cached.
-    palette: of the tokens.
+    palette: of the tokens; None where the split has tokens already.
     batch_size: global.
     n_batches: that are timed.
     literal_pillow: do the paper's augmentation step by step with Pillow instead, for comparison.
   """
-  name = f"{config.augment}, {config.resample}"
+  name = "tokens" if split.is_tokens else f"{config.augment}, {config.resample}"
   config = dataclasses.replace(config, cache_mb=0)
   if literal_pillow:
     name, split = "literal, Pillow", PillowSplit(split, config.resolution)
     config = dataclasses.replace(config, augment="none")
   # The table of colours is filled once per run, not per picture. (Each worker fills its own.)
-  palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
+  if palette is not None:
+    palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
   with pipeline.train_batches(split, config, palette, batch_size=batch_size, seed=0) as batches:
     for _ in range(2 + 4 * config.workers):
       next(batches)

@@ -1,0 +1,290 @@
+"""How fast this machine is with this config: training, attention, sampling, the input pipeline.
+
+Writes benchmark.json and benchmark.md: medians of `benchmark.repeats` timings, with the fastest and
+the slowest. No data set and no checkpoint is needed, except for what the input pipeline reads.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from igpt_jax import __version__, metrics, report
+from igpt_jax import config as config_lib
+from igpt_jax.data import benchmark as data_benchmark
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import Split, open_split
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import benchmark_tables, common, starting_point
+from igpt_jax.jobs.common import say
+from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.parallel import hardware, sharding
+from igpt_jax.training import benchmark, compilation, objectives, optimizer, step
+
+PARTS = ("training", "attention", "sampling", "input")
+CPU_NOTE = "CPU: relative use only"
+
+Values = dict[str, Any]
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Measures `benchmark.parts`; a part that can't be measured is told, unless it is the only one."""
+  parts = check_parts(config)
+  common.open_workdir(workdir)
+  mesh = common.mesh_of(config)
+  per_shard = sharding.batch_size_per_shard(mesh, config.train.batch_size)
+  if per_shard % config.train.accumulate:
+    raise UserError(
+      f"train.accumulate: {config.train.accumulate} doesn't divide the {per_shard} pictures of a "
+      "device; fix: another train.accumulate or train.batch_size"
+    )
+  model_config, config = model_of(config)
+  skipped: dict[str, str] = {}
+  split = None
+
+  def skip(part: str, reason: str) -> None:
+    if len(parts) == 1:
+      raise UserError(reason)
+    say(f"{part}: skipped: {reason}")
+    skipped[part] = reason
+
+  if "input" in parts:
+    try:
+      split = open_split(config_lib.data(config), "train")
+    except UserError as error:
+      skip("input", str(error))
+  if "sampling" in parts and not model_config.causal:
+    skip("sampling", "objective: 'masked' has no left-to-right distribution to sample")
+
+  found: Values = {
+    "machine": machine(mesh),
+    "versions": versions(),
+    "model": dataclasses.asdict(model_config),
+    "parameters": count_params(model_config),
+    "objective": config.objective,
+    "note": CPU_NOTE if jax.default_backend() == "cpu" else None,
+  }
+  say(benchmark_tables.heading(found))
+  measures = {
+    "training": lambda: training(config, model_config, mesh),
+    "attention": lambda: attention(config, model_config, mesh),
+    "sampling": lambda: sampling(config, model_config, mesh),
+    "input": lambda: of_input(config, split, found.get("training")),
+  }
+  for part in parts:
+    if part not in skipped:
+      say(f"{part}: measuring")
+      found[part] = measures[part]()
+  found["skipped"] = skipped
+  text = benchmark_tables.as_markdown(found)
+  say(text)
+  if common.is_main():
+    report.write_json(os.path.join(workdir, "benchmark.json"), found)
+    report.write_text(os.path.join(workdir, "benchmark.md"), text)
+    say(f"wrote benchmark.json and benchmark.md to {workdir}")
+
+
+def check_parts(config: ConfigDict) -> list[str]:
+  """The parts that are asked for, in the order of PARTS.
+
+  Raises:
+    UserError: a part of another name, or none.
+  """
+  asked = tuple(config.benchmark.parts)
+  unknown = [part for part in asked if part not in PARTS]
+  if unknown or not asked:
+    raise UserError(
+      f"benchmark.parts: {unknown[0] if unknown else '()'}; expected some of {', '.join(PARTS)}; fix: "
+      "--config.benchmark.parts=\"('training','input')\""
+    )
+  return [part for part in PARTS if part in asked]
+
+
+def model_of(config: ConfigDict) -> tuple[ImageGPTConfig, ConfigDict]:
+  """The model that training with this config would train, and the config with its choices made."""
+  if config.init_from:
+    start = starting_point.describe(config.init_from, config).config
+    config = config_lib.settle(config, start)
+    return config_lib.model(config, n_vocab=start.n_vocab), config
+  config = config_lib.settle(config)
+  given = config.palette.path
+  n_vocab = Palette.load(given).size if given else config_lib.palette_size(config)
+  return config_lib.model(config, n_vocab=n_vocab), config
+
+
+def ticker(part: str, config: ConfigDict):
+  return metrics.Countdown(f"{part}: timings", config.benchmark.repeats, say, every=1.0).tick
+
+
+def training(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
+  settings = config_lib.optimizer(config)
+  tx = optimizer.make_optimizer(settings)
+  objective = objectives.make_objective(config.objective, config.mask_probability)
+  accumulate = config.train.accumulate
+  batch_size = config.train.batch_size
+  measured = benchmark.measure_training(
+    model_config,
+    step.make_train_step(
+      model_config, objective, tx, optimizer.make_schedule(settings), accumulate=accumulate
+    ),
+    tx,
+    mesh,
+    batch_size=batch_size,
+    repeats=config.benchmark.repeats,
+    say=say,
+    tick=ticker("training", config),
+  )
+  per_image = compilation.flops_per_image(model_config)
+  speed = batch_size / measured.step.seconds
+  peak = hardware.peak_flops(mesh)
+  matmul = measured.matmul_flops / measured.matmul.seconds
+  analysis = measured.compiled.executable.memory_analysis()
+  names = ("argument", "output", "alias", "temp", "generated_code")
+  return {
+    "batch_size": batch_size,
+    "accumulate": accumulate,
+    "step": dataclasses.asdict(measured.step),
+    "images_per_second": speed,
+    "tokens_per_second": speed * model_config.n_positions,
+    "flops_per_image": per_image,
+    "tflops_per_second": speed * per_image / 1e12,
+    "peak_tflops_per_second": peak and peak / 1e12,
+    "mfu": peak and speed * per_image / peak,
+    "matmul": dataclasses.asdict(measured.matmul),
+    "matmul_tflops_per_second": matmul / 1e12,
+    "share_of_matmul": speed * per_image / matmul,
+    "compile_seconds": measured.compiled.seconds,
+    "memory_per_device": analysis
+    and {name: getattr(analysis, f"{name}_size_in_bytes") for name in names},
+    "peak_bytes_per_device": measured.peak_bytes,
+  }
+
+
+def attention(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
+  measured = benchmark.measure_attention(
+    model_config,
+    mesh,
+    batch_size=config.train.batch_size // config.train.accumulate,
+    repeats=config.benchmark.repeats,
+    tick=ticker("attention", config),
+  )
+  length, width = model_config.n_positions, measured.n_head * model_config.head_dim
+  # As in the model FLOPs of a step: scores and values, the masked half not counted.
+  flops = 4 * measured.pictures * length**2 * width * (0.5 if model_config.causal else 1.0)
+
+  def row(name: str) -> Values:
+    forward, both = measured.forward[name], measured.both[name]
+    return {
+      "implementation": name,
+      "forward": dataclasses.asdict(forward),
+      "forward_and_backward": dataclasses.asdict(both),
+      "forward_tflops_per_second": flops / forward.seconds / 1e12,
+      "forward_and_backward_tflops_per_second": 3 * flops / both.seconds / 1e12,
+    }
+
+  return {
+    "auto": measured.auto,
+    "pictures": measured.pictures,
+    "length": length,
+    "n_head": measured.n_head,
+    "head_dim": model_config.head_dim,
+    "causal": model_config.causal,
+    "rows": [row(name) for name in measured.forward],
+    "not_run": measured.not_run,
+  }
+
+
+def sampling(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
+  timing, samples = benchmark.measure_sampling(
+    model_config,
+    mesh,
+    samples=config.benchmark.samples,
+    sampling=config_lib.sampling(config),
+    repeats=config.benchmark.repeats,
+    tick=ticker("sampling", config),
+  )
+  speed = samples / timing.seconds
+  return {
+    "samples": samples,
+    "all_samples": dataclasses.asdict(timing),
+    "samples_per_second": speed,
+    "tokens_per_second": speed * model_config.n_positions,
+  }
+
+
+def of_input(config: ConfigDict, split: Split, trained: Values | None) -> Values:
+  """The data set's way to tokens on this host, and whether it keeps up with training."""
+  data_config = config_lib.data(config)
+  palette = None
+  if not split.is_tokens:
+    # Which colours they are makes no difference to how fast they are found.
+    palette = Palette.load(config.palette.path) if config.palette.path else Palette.default()
+  hosts = jax.process_count()
+  batch_size = max(config.train.batch_size // hosts, 1)
+  n_batches = max(10, math.ceil(config.benchmark.pictures / batch_size))
+  tick = ticker("input", config)
+  passes, whole = [], []
+  for done in range(1, config.benchmark.repeats + 1):
+    if palette is not None:
+      passes.append(
+        data_benchmark.stages(
+          split, data_config, palette, n_pictures=config.benchmark.pictures, repeats=1
+        )
+      )
+    whole.append(
+      data_benchmark.throughput(
+        split, data_config, palette, batch_size=batch_size, n_batches=n_batches
+      )
+    )
+    tick(done)
+
+  def timing(seconds: list[float]) -> Values:
+    return dataclasses.asdict(benchmark.timing(seconds))
+
+  stages = [
+    {"stage": costs[0].stage, "cpu": timing([cost.cpu_ms / 1e3 for cost in costs])}
+    for costs in zip(*passes, strict=True)
+  ]
+  wall = timing([1 / each.pictures_per_second for each in whole])
+  cpu = timing([each.cpu_ms / 1e3 for each in whole])
+  speed = 1 / wall["seconds"]
+  return {
+    "data": split.fingerprint,
+    "pipeline": whole[0].pipeline,
+    "workers": whole[0].workers,
+    "stages": [{**row, "per_core_second": 1 / row["cpu"]["seconds"]} for row in stages],
+    "picture": wall,
+    "picture_cpu": cpu,
+    "pictures_per_second": speed,
+    "pictures_per_core_second": 1 / cpu["seconds"],
+    "hosts": hosts,
+    "times_training": trained and speed * hosts / trained["images_per_second"],
+  }
+
+
+def machine(mesh: Mesh) -> Values:
+  processor = platform.processor() or platform.machine()
+  if os.path.exists("/proc/cpuinfo"):  # says more, where it is
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+      named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = named[0] if named else processor
+  return {
+    "backend": jax.default_backend(),
+    "device": mesh.devices.flat[0].device_kind,
+    "devices": mesh.size,
+    "mesh": hardware.describe_devices(mesh),
+    "hosts": jax.process_count(),
+    "processor": processor,
+    "cores": os.cpu_count(),
+  }
+
+
+def versions() -> dict[str, str]:
+  others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+  return {"igpt_jax": __version__, **others, "python": platform.python_version()}

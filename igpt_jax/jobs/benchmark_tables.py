@@ -1,0 +1,136 @@
+"""What the benchmark job found, for a person to read: a heading, a table, notes."""
+
+from typing import Any
+
+Values = dict[str, Any]
+
+
+def heading(found: Values) -> str:
+  here, model = found["machine"], found["model"]
+  return "\n".join(
+    [
+      f"{here['mesh']}; {here['processor']}, {here['cores']} cores, hosts: {here['hosts']}",
+      ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+      f"{found['objective']}: {model['n_layer']} layers, {model['n_head']} heads, width "
+      f"{model['n_embd']}, {found['parameters']:,} parameters, {model['n_positions']} positions of "
+      f"{model['n_vocab']} colours, {model['dtype']}, remat {model['remat']}",
+      *([found["note"]] if found["note"] else []),
+    ]
+  )
+
+
+def as_markdown(found: Values) -> str:
+  rows = [row for part in _ROWS if part in found for row in _ROWS[part](found[part])]
+  lines = [
+    "# Benchmark",
+    "",
+    *(f"- {line}" for line in heading(found).split("\n")),
+    "",
+    "| what | median | fastest to slowest | that is |",
+    "|---|--:|---|---|",
+  ]
+  for what, timing, meaning in rows:
+    low, high = _seconds(timing["fastest"]), _seconds(timing["slowest"])
+    lines.append(f"| {what} | {_seconds(timing['seconds'])} | {low} to {high} | {meaning} |")
+  lines += ["", *(note for part in _ROWS if part in found for note in _NOTES[part](found[part]))]
+  lines += [f"- {part}: skipped: {reason}" for part, reason in found["skipped"].items()]
+  return "\n".join(lines) + "\n"
+
+
+def _training_rows(part: Values):
+  mfu = "" if part["mfu"] is None else f", {part['mfu']:.1%} of the public peak (MFU)"
+  yield (
+    f"training step, batch {part['batch_size']}",
+    part["step"],
+    f"{part['images_per_second']:,.2f} images/s, {part['tokens_per_second']:,.0f} tokens/s, "
+    f"{part['tflops_per_second']:,.3f} TFLOP/s{mfu}, {part['share_of_matmul']:.1%} of the matmul below",
+  )
+  yield (
+    "large matmul, every device",
+    part["matmul"],
+    f"{part['matmul_tflops_per_second']:,.3f} TFLOP/s",
+  )
+
+
+def _training_notes(part: Values):
+  memory = part["memory_per_device"]
+  if memory is not None:
+    # What is donated is an argument and an output.
+    held = memory["argument"] + memory["output"] - memory["alias"]
+    yield (
+      f"- training: {held / 2**30:.2f} GiB held and {memory['temp'] / 2**30:.2f} GiB to work in per "
+      "device, as compiled"
+    )
+  if part["peak_bytes_per_device"] is not None:
+    yield f"- training: at most {part['peak_bytes_per_device'] / 2**30:.2f} GiB in use on a device"
+
+
+def _attention_rows(part: Values):
+  for row in part["rows"]:
+    chosen = " (auto)" if row["implementation"] == part["auto"] else ""
+    for name, what in (("forward", "forward"), ("forward_and_backward", "forward and backward")):
+      speed = row[f"{name}_tflops_per_second"]
+      yield (
+        f"attention, {row['implementation']}{chosen}, {what}",
+        row[name],
+        f"{speed:,.3f} TFLOP/s",
+      )
+
+
+def _attention_notes(part: Values):
+  yield (
+    f"- attention: {part['pictures']} pictures of {part['length']} positions, {part['n_head']} heads of "
+    f"{part['head_dim']}, {'causal' if part['causal'] else 'all positions'}, one device"
+  )
+  for name, reason in part["not_run"].items():
+    yield f"- attention: {name} didn't run: {reason}"
+
+
+def _sampling_rows(part: Values):
+  yield (
+    f"sampling {part['samples']} pictures",
+    part["all_samples"],
+    f"{part['samples_per_second']:,.3f} pictures/s, {part['tokens_per_second']:,.0f} tokens/s",
+  )
+
+
+def _input_rows(part: Values):
+  for row in part["stages"]:
+    speed = f"{row['per_core_second']:,.0f} pictures per core-second"
+    yield f"input, {row['stage']}, CPU time", row["cpu"], speed
+  yield (
+    f"input, whole ({part['pipeline']}), workers: {part['workers']}",
+    part["picture"],
+    f"{part['pictures_per_second']:,.0f} pictures/s on a host",
+  )
+  per_core = part["pictures_per_core_second"]
+  yield "input, whole, CPU time", part["picture_cpu"], f"{per_core:,.0f} pictures per core-second"
+
+
+def _input_notes(part: Values):
+  yield f"- input: {part['data']}, nothing cached, no training beside it"
+  if part["times_training"] is not None:
+    enough = "fast enough" if part["times_training"] > 1 else "TOO SLOW"
+    yield f"- input: {part['times_training']:,.2f} times as fast as training on this machine: {enough}"
+
+
+_ROWS = {
+  "training": _training_rows,
+  "attention": _attention_rows,
+  "sampling": _sampling_rows,
+  "input": _input_rows,
+}
+_NOTES = {
+  "training": _training_notes,
+  "attention": _attention_notes,
+  "sampling": lambda part: (),
+  "input": _input_notes,
+}
+
+
+def _seconds(seconds: float) -> str:
+  """0.0123 -> "12.3 ms"."""
+  for unit, size in (("s", 1.0), ("ms", 1e-3)):
+    if seconds >= size:
+      return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds:,.0f} s"
+  return f"{seconds / 1e-6:.3g} µs"
