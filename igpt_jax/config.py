@@ -19,6 +19,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.attention import IMPLEMENTATIONS
 from igpt_jax.model.decoding import SamplingConfig
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
+from igpt_jax.prediction.topology import check_name
 from igpt_jax.training.objectives import OBJECTIVES
 from igpt_jax.training.optimizer import OptimizerConfig
 
@@ -202,6 +203,12 @@ def validate(config: ConfigDict) -> None:
     )
   if not 0 < config.sample.keep < 1:
     raise UserError(f"config.sample.keep: {config.sample.keep}; expected a share within (0, 1)")
+  if config.topology:
+    if config.job != "compile":
+      raise UserError(
+        f"config.topology: {config.topology!r} is for job compile; config.job is {config.job!r}"
+      )
+    check_name(config.topology)
   data(config)
   sampling(config)
   optimizer(config)
@@ -236,10 +243,18 @@ def preset(config: ConfigDict) -> Preset:
   return PRESETS[settle(config).model.size]
 
 
+def _on_cpu(config: ConfigDict) -> bool:
+  """Whether what is compiled is for a CPU; job `compile` is for chips that aren't here."""
+  return not config.topology and jax.default_backend() == "cpu"
+
+
 def compute_dtype(config: ConfigDict) -> str:
-  if config.model.dtype:
-    return config.model.dtype
-  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return config.model.dtype or ("float32" if _on_cpu(config) else "bfloat16")
+
+
+def _remat(config: ConfigDict, size: Preset) -> str:
+  """A CPU has memory, and no faster way to compute than to keep; an accelerator has neither."""
+  return config.model.remat or ("none" if _on_cpu(config) else size.remat)
 
 
 def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
@@ -253,7 +268,7 @@ def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
     n_positions=config.data.resolution**2,
     causal=config.objective == "autoregressive",
     dtype=compute_dtype(config),
-    remat=config.model.remat or size.remat,
+    remat=_remat(config, size),
     attention=config.model.attention,
   )
 

@@ -23,6 +23,7 @@ FLOORS = {
   "training": 2,
   "pretrained": 2,
   "checkpoint": 2,
+  "prediction": 2,
   "config": 3,
   "jobs": 3,
   "main": 4,

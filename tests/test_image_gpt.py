@@ -292,7 +292,7 @@ def test_features_are_pooled_norms_of_what_enters_each_block(causal):
     (dict(n_embd=18, n_head=4), r"model.n_embd: 18 .*n_head: 4.*3, 6"),
     (dict(n_layer=0), "model.n_layer: 0"),
     (dict(dtype="float16"), "model.dtype: 'float16'.*'bfloat16'"),
-    (dict(remat="some"), "model.remat: 'some'.*none, names, full"),
+    (dict(remat="some"), "model.remat: 'some'.*none, names, offload, full"),
   ],
 )
 def test_impossible_models_are_refused(changes, message):

@@ -27,9 +27,9 @@ PARAMETERS = {
   "blocks/ln_1/g": P(None, None),
   "blocks/ln_2/g": P(None, None),
   "blocks/attn/qkv": P(None, None, "fsdp", "tensor"),
-  "blocks/attn/proj": P(None, "tensor", "fsdp"),
+  "blocks/attn/proj": P(None, ("tensor", "fsdp"), None),
   "blocks/mlp/fc": P(None, "fsdp", "tensor"),
-  "blocks/mlp/proj": P(None, "tensor", "fsdp"),
+  "blocks/mlp/proj": P(None, ("tensor", "fsdp"), None),
 }
 GOLDEN = {
   "step": P(),

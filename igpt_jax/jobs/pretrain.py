@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   given = config
   mesh = common.mesh_of(config)
   batch_size = config.train.batch_size
-  sharding.batch_size_per_shard(mesh, batch_size)
+  sharding.batch_size_per_shard(mesh, batch_size, accumulate=config.train.accumulate)
   data_config = config_lib.data(config)
   train_split = open_split(data_config, "train")
   validation_split = open_split(data_config, "validation")
@@ -44,6 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   palette = common.training_palette(config, data_config, train_split, workdir, start.palette)
   n_vocab = config_lib.palette_size(config) if palette is None else palette.size
   model_config = config_lib.model(config, n_vocab=n_vocab)
+  sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
   optimizer_config = config_lib.optimizer(config)
   objective = objectives.make_objective(config.objective, config.mask_probability)
   schedule = optimizer.make_schedule(optimizer_config)
@@ -167,7 +168,10 @@ def run(config: ConfigDict, workdir: str) -> None:
       batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
       if compiled is None:
         compiled = compilation.compile_step(
-          step.make_train_step(model_config, objective, tx, schedule), abstract, shardings, batch
+          step.make_train_step(model_config, objective, tx, schedule, config.train.accumulate),
+          abstract,
+          shardings,
+          batch,
         )
         say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
         progress.start(first_step, batches.wait_seconds)

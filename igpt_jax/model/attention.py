@@ -58,7 +58,8 @@ def attention(
 
 def choose(qkv_3xBxTxE: jax.Array, n_head: int) -> str:
   """What "auto" stands for on this backend, for this shape under the mesh around."""
-  backend = jax.default_backend()
+  device = jax.sharding.get_abstract_mesh().abstract_device  # known also where it isn't here
+  backend = jax.default_backend() if device is None else device.platform
   if backend == "tpu" and _unsupported(qkv_3xBxTxE, n_head, "tpu") is None:
     return "tpu"
   if backend == "gpu" and qkv_3xBxTxE.dtype.itemsize == 2:

@@ -122,7 +122,7 @@ def prefill(model: ImageGPT, given_BxP: jax.Array) -> tuple[tuple[jax.Array, ...
   per_layer = tuple(
     constrain(caches[layer], None, "batch", "length", "heads") for layer in range(config.n_layer)
   )
-  return per_layer, model.logits(final[:, -1])
+  return per_layer, model.logits(final[:, -1:])[:, 0]
 
 
 def decode_step(
@@ -134,17 +134,19 @@ def decode_step(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
   """Feeds the pixel before `position` and returns the logits of the pixel there, [B, n_vocab]."""
   dtype = jnp.dtype(model.config.dtype)
-  x_BxD = model.wte[...].astype(dtype)[token_B] + model.wpe[...].astype(dtype)[position]
+  x_Bx1xD = (model.wte[...].astype(dtype)[token_B] + model.wpe[...].astype(dtype)[position])[
+    :, None
+  ]
   updated = []
   for block, cache in zip(layers, caches, strict=True):
-    qkv_3xBx1xE = block.attn.project_qkv(block.ln_1(x_BxD)[:, None])
+    qkv_3xBx1xE = block.attn.project_qkv(block.ln_1(x_Bx1xD))
     cache = jax.lax.dynamic_update_slice_in_dim(
       cache, qkv_3xBx1xE[1:].astype(cache.dtype), position, axis=2
     )
     heads_BxE = _cached_attention(qkv_3xBx1xE[0, :, 0], cache, position, model.config.n_head)
-    x_BxD = block.finish(x_BxD, heads_BxE)
+    x_Bx1xD = block.finish(x_Bx1xD, heads_BxE[:, None])
     updated.append(cache)
-  return tuple(updated), model.logits(model.ln_f(x_BxD))
+  return tuple(updated), model.logits(model.ln_f(x_Bx1xD))[:, 0]
 
 
 def complete(

@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.attention import SAVED_NAMES, attention
-from igpt_jax.parallel.sharding import constrain
+from igpt_jax.model.projection import Product, project
+from igpt_jax.parallel.sharding import constrain, gather_weight
 
 NORM_EPSILON = 1e-5
 REMAT_POLICIES = ("none", "names", "offload", "full")
@@ -80,7 +81,8 @@ class ImageGPTConfig:
 class Preset:
   """Shape of a published model and its learning rates (paper, section 3.3 and appendix).
 
-  `remat` is what lets its paper's batch be trained at 32² on 16 chips of the smallest memory.
+  `remat` is the fastest on an accelerator among those that let the paper's batch at 32² be trained on
+  16 chips of the smallest memory.
   """
 
   n_layer: int
@@ -96,15 +98,22 @@ class Preset:
 # BERT learning rates for S, M, L are from the paper's appendix; XL was never trained with it, and
 # takes the autoregressive one.
 PRESETS = {
-  "s": Preset(24, 512, 8, 3e-3, 1e-2, "none"),
-  "m": Preset(36, 1024, 8, 3e-3, 3e-3, "none"),
-  "l": Preset(48, 1536, 16, 1e-3, 1e-3, "full"),
+  "s": Preset(24, 512, 8, 3e-3, 1e-2, "names"),
+  "m": Preset(36, 1024, 8, 3e-3, 3e-3, "names"),
+  "l": Preset(48, 1536, 16, 1e-3, 1e-3, "names"),
   "xl": Preset(60, 3072, 24, 3e-4, 3e-4, "full"),
 }
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, axes: tuple[str, ...]):
   return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+_STREAM = ("batch", "length", "channels")  # logical axes of the activations between blocks
+
+
+def _product(formula: str, weight: nnx.Param, x_axes=_STREAM, out_axes=_STREAM, dtype=None):
+  return Product(formula, x_axes, weight.get_metadata()["axes"], out_axes, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -127,16 +136,17 @@ class Attention(nnx.Module):
     width = config.n_embd
     self.qkv = _normal(rngs, (3, width, width), 1 / math.sqrt(width), ("qkv", "embed", "heads"))
     self.proj = _normal(
-      rngs, (width, width), 1 / math.sqrt(width * config.n_layer), ("heads", "embed")
+      rngs, (width, width), 1 / math.sqrt(width * config.n_layer), ("heads_rows", "channels")
     )
 
   def project_qkv(self, x_BxTxD: jax.Array) -> jax.Array:
     """[B, T, D] -> queries, keys and values, [3, B, T, n_head * head_dim]."""
-    qkv = jnp.einsum("btd,sde->sbte", x_BxTxD, self.qkv[...].astype(x_BxTxD.dtype))
-    return checkpoint_name(constrain(qkv, "qkv", "batch", "length", "heads"), "qkv")
+    product = _product("btd,sde->sbte", self.qkv, out_axes=("qkv", "batch", "length", "heads"))
+    return checkpoint_name(project(product, x_BxTxD, self.qkv[...]), "qkv")
 
   def project_out(self, heads_BxTxE: jax.Array) -> jax.Array:
-    return heads_BxTxE @ self.proj[...].astype(heads_BxTxE.dtype)
+    product = _product("bte,ed->btd", self.proj, x_axes=("batch", "length", "heads"))
+    return project(product, heads_BxTxE, self.proj[...])
 
 
 class MLP(nnx.Module):
@@ -145,12 +155,14 @@ class MLP(nnx.Module):
   def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
     width = config.n_embd
     self.fc = _normal(rngs, (width, 4 * width), 0.02, ("embed", "mlp"))
-    self.proj = _normal(rngs, (4 * width, width), 0.02, ("mlp", "embed"))
+    self.proj = _normal(rngs, (4 * width, width), 0.02, ("mlp_rows", "channels"))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = checkpoint_name(x @ self.fc[...].astype(x.dtype), "mlp_in")
+    inner = ("batch", "length", "mlp")
+    hidden = project(_product("btd,de->bte", self.fc, out_axes=inner), x, self.fc[...])
+    hidden = checkpoint_name(hidden, "mlp_in")
     hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
-    return hidden @ self.proj[...].astype(x.dtype)
+    return project(_product("bte,ed->btd", self.proj, x_axes=inner), hidden, self.proj[...])
 
 
 class Block(nnx.Module):
@@ -173,7 +185,7 @@ class Block(nnx.Module):
     return self.finish(x_BxTxD, heads), qkv
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
-    """The rest of the block, once the heads' outputs are known; any leading axes."""
+    """The rest of the block, once the heads' outputs are known; both are [B, T, …]."""
     x = x + self.attn.project_out(heads)
     return x + self.mlp(self.ln_2(x))
 
@@ -217,7 +229,9 @@ class ImageGPT(nnx.Module):
     """Token and position embeddings [B, T, D]; shifted right by the start vector if causal."""
     dtype = jnp.dtype(self.config.dtype)
     batch, length = tokens_BxT.shape
-    x = self.wte[...].astype(dtype)[tokens_BxT]
+    # Tables are small: gathered whole, or the partitioner would move activations in their stead.
+    x = gather_weight(self.wte[...].astype(dtype), "vocab", "embed")[tokens_BxT]
+    x = constrain(x, *_STREAM)
     if self.config.causal:
       if keep_BxT is not None:
         raise ValueError("a causal model takes no mask: every pixel is predicted from those before")
@@ -225,7 +239,8 @@ class ImageGPT(nnx.Module):
       x = jnp.concatenate([start, x[:, :-1]], axis=1)
     elif keep_BxT is not None:
       x = x * keep_BxT[..., None].astype(dtype)
-    return constrain(x + self.wpe[...].astype(dtype)[:length], "batch", "length", "channels")
+    positions = gather_weight(self.wpe[...].astype(dtype), "position", "embed")[:length]
+    return constrain(x + positions, *_STREAM)
 
   def hidden(self, x_BxTxD: jax.Array, collect: Collect | None = None) -> tuple[jax.Array, Any]:
     """Runs all blocks and the final norm.
@@ -240,7 +255,7 @@ class ImageGPT(nnx.Module):
 
     def body(x, block):
       y, qkv = block(x)
-      y = constrain(y, "batch", "length", "channels")
+      y = constrain(y, *_STREAM)
       return y, None if collect is None else collect(block, x, qkv)
 
     if self.config.remat == "full":
@@ -252,9 +267,10 @@ class ImageGPT(nnx.Module):
     return self.ln_f(x_BxTxD), collected
 
   def logits(self, final: jax.Array) -> jax.Array:
-    """[..., D] -> float32 [..., n_vocab]."""
-    table = self.wtet[...].astype(final.dtype)
-    return jnp.einsum("...d,vd->...v", final, table, preferred_element_type=jnp.float32)
+    """[B, T, D] -> float32 [B, T, n_vocab]."""
+    out_axes = ("batch", "length", "vocab")
+    product = _product("btd,vd->btv", self.wtet, out_axes=out_axes, dtype="float32")
+    return project(product, final, self.wtet[...])
 
   def features(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
     """The probe's features f^l = mean over positions of n^l, float32 [n_layer + 1, B, D].

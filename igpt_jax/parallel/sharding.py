@@ -15,15 +15,18 @@ from igpt_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Parameters are split over fsdp by their width and over tensor by their
-# heads or hidden units; activations over both batch axes. What isn't here is replicated.
+# Logical axis -> mesh axes. A matrix is split over fsdp by its rows (whatever its product sums over),
+# so that what each device keeps of its gradient lies in one piece; and over tensor by its heads or
+# hidden units. Activations are split over both batch axes. What isn't here is replicated.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
   # parameters
   "layers": None,  # scanned over
   "qkv": None,
-  "embed": "fsdp",  # n_embd of every weight
+  "embed": "fsdp",  # n_embd: rows of the matrices that read the residual stream, columns of tables
   "heads": "tensor",  # n_head * head_dim
   "mlp": "tensor",  # 4 * n_embd
+  "heads_rows": ("tensor", "fsdp"),  # the same, as rows of the matrices that write to the stream
+  "mlp_rows": ("tensor", "fsdp"),
   "vocab": None,  # 512 rows: too few to split
   "position": None,
   "norm": None,  # gains: n_embd numbers
@@ -32,6 +35,9 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "length": None,
   "channels": None,  # n_embd of an activation
 }
+
+# What a parameter's axis is called when it has been gathered over fsdp.
+_WHOLE = {"embed": "channels", "heads_rows": "heads", "mlp_rows": "mlp"}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -95,6 +101,58 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
+def gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
+  """A weight whole over fsdp, for use now.
+
+  Said of each layer's weight inside the scan, in the dtype it is used in: fully sharded data
+  parallelism. Left unsaid, the partitioner moves the activations instead, which are larger.
+
+  Args:
+    weight: with logical axes `axes`.
+    axes: of RULES.
+  """
+  return constrain(constrain(weight, *axes), *(_WHOLE.get(axis, axis) for axis in axes))
+
+
+def sum_of_batch(
+  function: Callable, in_axes: Sequence[Sequence[str | None]], weight_axes: Sequence[str]
+) -> Callable:
+  """`function` of each device's share of activations, summed over the batch's devices.
+
+  What a gradient of a weight is. The sum is scattered over fsdp as it is made (reduce-scatter), so
+  that each device ends with the part that it keeps; left to the partitioner, it is whole on every
+  device first.
+
+  Args:
+    function: of arrays with logical axes `in_axes`, to an array with `weight_axes`, all of them whole
+      but what is split over tensor.
+    in_axes: of each argument.
+    weight_axes: of the result.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function
+  batch_axes = [axis for axis in RULES["batch"] if mesh.shape[axis] > 1]
+  scattered = [at for at, axis in enumerate(weight_axes) if axis in _WHOLE]
+
+  def summed(*shares):
+    total = function(*shares)
+    for axis in reversed(batch_axes):
+      if axis == "fsdp" and scattered:
+        total = jax.lax.psum_scatter(total, axis, scatter_dimension=scattered[0], tiled=True)
+      else:
+        total = jax.lax.psum(total, axis)
+    return total
+
+  return jax.shard_map(
+    summed,
+    mesh=mesh,
+    in_specs=tuple(spec(*axes) for axes in in_axes),
+    out_specs=spec(*weight_axes),
+    check_vma=False,
+  )
+
+
 def axis_share(logical: str, size: int) -> int | None:
   """A device's share of an axis of `size` under the mesh around; None if it doesn't divide."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -123,26 +181,58 @@ def batch_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def weight_shards(mesh: Mesh) -> int:
+  """How many parts a weight is split into."""
+  return mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
 def round_up_batch(mesh: Mesh, n: int) -> int:
   """The smallest batch that holds n pictures and divides over the mesh."""
   shards = batch_shards(mesh)
   return -(-n // shards) * shards
 
 
-def batch_size_per_shard(mesh: Mesh, batch_size: int, what: str = "train.batch_size") -> int:
-  """Pictures per data shard.
+def batch_size_per_shard(
+  mesh: Mesh, batch_size: int, what: str = "train.batch_size", accumulate: int = 1
+) -> int:
+  """Pictures per data shard and accumulated part.
 
   Raises:
-    UserError: the batch isn't divisible by the batch axes of the mesh.
+    UserError: the batch isn't divisible by the batch axes of the mesh, times its parts.
   """
-  shards = batch_shards(mesh)
-  if batch_size % shards:
-    below, above = batch_size // shards * shards, (batch_size // shards + 1) * shards
+  parts = batch_shards(mesh) * accumulate
+  if batch_size % parts:
+    below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
     near = f"{below} or {above}" if below else f"{above}"
+    times = f" × train.accumulate {accumulate}" if accumulate > 1 else ""
     raise UserError(
-      f"{what}: {batch_size} isn't divisible by data × fsdp = {shards} of the mesh; nearest: {near}"
+      f"{what}: {batch_size} isn't divisible by data × fsdp = {batch_shards(mesh)} of the "
+      f"mesh{times}; nearest: {near}"
     )
-  return batch_size // shards
+  return batch_size // parts
+
+
+def check_model_fits(mesh: Mesh, *, n_head: int, n_embd: int) -> None:
+  """Checks that a model divides over the mesh.
+
+  Raises:
+    UserError: its heads don't divide over tensor, or its width over fsdp (times tensor, where a
+      matrix' rows are split over both).
+  """
+  tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+  if n_head % tensor:
+    fits = [n for n in range(1, n_head + 1) if n_head % n == 0]
+    raise UserError(
+      f"mesh.tensor: {tensor} doesn't divide the model's {n_head} heads; expected one of "
+      f"{', '.join(map(str, fits))}"
+    )
+  if n_embd % (fsdp * tensor):
+    fits = [n for n in range(1, n_embd + 1) if n_embd % (n * tensor) == 0]
+    nearest = sorted(sorted(fits, key=lambda n: abs(n - fsdp))[:4])
+    raise UserError(
+      f"mesh.fsdp: {fsdp} (× tensor {tensor}) doesn't divide the model's width {n_embd}; nearest "
+      f"that do: {', '.join(map(str, nearest))}; fix: config.mesh, with the rest over data"
+    )
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -40,7 +40,11 @@ class CompiledStep:
 
 
 def compile_step(
-  train_step: Callable, abstract: TrainState, shardings: TrainState, batch: Any
+  train_step: Callable,
+  abstract: TrainState,
+  shardings: TrainState,
+  batch: Any,
+  options: dict[str, Any] | None = None,
 ) -> CompiledStep:
   """Compiles for exactly this state and batch, the state donated and left where it lies.
 
@@ -49,15 +53,22 @@ def compile_step(
     abstract: shapes of the state.
     shardings: of its leaves.
     batch: arrays, or shapes with shardings.
+    options: of XLA's compiler, beyond its own defaults.
   """
-  began = time.monotonic()
   jitted = jax.jit(
     train_step,
     donate_argnums=0,
     in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
     out_shardings=(shardings, None),
   )
-  return CompiledStep(jitted.lower(abstract, batch).compile(), time.monotonic() - began)
+  return timed(lambda: jitted.lower(abstract, batch).compile(options))
+
+
+def timed(compile_it: Callable[[], jax.stages.Compiled]) -> CompiledStep:
+  """Compiles, with the time that took."""
+  began = time.monotonic()
+  executable = compile_it()
+  return CompiledStep(executable, time.monotonic() - began)
 
 
 def flops_per_image(config: ImageGPTConfig) -> float:

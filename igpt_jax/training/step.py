@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.parallel.sharding import constrain
 from igpt_jax.training.objectives import Objective, per_image
 from igpt_jax.training.state import TrainState
 
@@ -19,22 +20,42 @@ def make_train_step(
   objective: Objective,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
+  accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds train_step(state, batch) -> (state, metrics).
 
   `batch["tokens"]` is [B, T], any integer type. The metrics are float32 scalars of the state the
-  step started from: `loss` in nats per token, `grad_norm`, `learning_rate`.
+  step started from: `loss` in nats per token, `grad_norm`, `learning_rate`. The batch is worked
+  through in `accumulate` parts, one after the other, whose gradients are averaged: activations of
+  one part are in memory at a time. Each device's pictures are spread evenly over the parts.
   """
 
   def loss_fn(params: Params, tokens, keys):
     nll, weight = objective(bind(config, params), tokens, keys)
     return jnp.mean(per_image(nll, weight))
 
+  def loss_and_grads(params: Params, tokens, keys):
+    if accumulate == 1:
+      return jax.value_and_grad(loss_fn)(params, tokens, keys)
+
+    def add_part(total, part):
+      return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *part)), None
+
+    def in_parts(rows):
+      """[B, ...] -> [parts, B / parts, ...], every device's rows staying where they are."""
+      rows = rows.reshape(rows.shape[0] // accumulate, accumulate, *rows.shape[1:])
+      return constrain(jnp.swapaxes(rows, 0, 1), None, "batch", *[None] * (rows.ndim - 2))
+
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    parts = in_parts(tokens), in_parts(keys)
+    total, _ = jax.lax.scan(add_part, zeros, parts)
+    return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     tokens = batch["tokens"].astype(jnp.int32)
     keys = jax.random.split(key, tokens.shape[0])
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens, keys)
+    loss, grads = loss_and_grads(state.params, tokens, keys)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       "loss": loss,

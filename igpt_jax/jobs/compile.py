@@ -1,0 +1,225 @@
+"""Compiles training and sampling for a TPU slice that nobody has rented yet, and says what they need.
+
+  python -m igpt_jax.main --config configs/imagenet32_l.py --config.job=compile \
+    --config.topology=v5p:4x4x4
+
+The real TPU compiler does it, on any machine. Writes compile.json: memory against the chip's,
+collectives, a predicted step time with its parts, MFU, and days to the config's schedule. With
+`plan` it looks for the mesh, batch and remat that are fastest there.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax import report
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+from igpt_jax.parallel import sharding
+from igpt_jax.prediction import forecast as forecasting
+from igpt_jax.prediction import plan as planning
+from igpt_jax.prediction.forecast import Forecast, Training
+from igpt_jax.prediction.topology import Topology, check_name, open_topology
+from igpt_jax.training.compilation import flops_per_image
+from igpt_jax.training.objectives import make_objective
+
+METHOD = (
+  "compiler's estimated cycles of the scheduled program, attention kernels by their bundles, "
+  "collectives by bytes over link bandwidth less what work hides; within 25-30% of a chip's clock, "
+  "closer between versions of one program"
+)
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Forecasts for `config.topology`.
+
+  Raises:
+    UserError: the topology isn't one, the model doesn't divide over the mesh, or the step doesn't
+      fit; compile.json is there in the last case.
+  """
+  if not config.topology:
+    raise UserError(
+      "config.topology: missing; expected a TPU slice to compile for, such as "
+      "--config.topology=v5e:4x4 (job=benchmark measures the machine at hand)"
+    )
+  check_name(config.topology)
+  common.open_workdir(workdir)
+  topology = open_topology(config.topology)
+  training = training_of(config)
+  chosen, tried = None, []
+  if config.plan:
+    chosen, tried = planning.search(training, topology, say)
+    training, mesh = chosen.training, chosen.mesh
+  else:
+    mesh = sharding.make_mesh(**config.mesh, devices=list(topology.devices))
+    sharding.batch_size_per_shard(mesh, training.batch_size, accumulate=training.accumulate)
+    sharding.check_model_fits(mesh, n_head=training.model.n_head, n_embd=training.model.n_embd)
+  say(f"{describe(training, mesh)} on {topology.name}: compiling the training step")
+  step = chosen.forecast if chosen else forecasting.training_step(training, topology, mesh)
+  values = summary(config, training, topology, mesh, step)
+  if tried:
+    values["plan"] = [planning.row(candidate) for candidate in tried]
+  path = os.path.join(workdir, "compile.json")
+  report.write_json(path, values)
+  say(table(values))
+  if not step.memory.fits:
+    raise UserError(
+      f"{describe(training, mesh)} doesn't fit {topology.name}: it needs "
+      f"{gib(step.memory.needed)} of a device's {gib(step.memory.hbm)}; fix: "
+      + "; or ".join(planning.remedies(training, mesh))
+    )
+  if training.model.causal:
+    say(f"compiling the sampling of {config.sample.samples} pictures")
+    drawn = forecasting.sampling(
+      training.model, config_lib.sampling(config), config.sample.samples, topology, mesh
+    )
+    batch = sharding.round_up_batch(mesh, config.sample.samples)
+    values["sampling"] = sampling_summary(drawn, topology, batch)
+    report.write_json(path, values)
+    say(sampling_line(values["sampling"]))
+  say(f"wrote {path}")
+
+
+def training_of(config: ConfigDict) -> Training:
+  """What the config trains; its palette's size is asked for, no data is read."""
+  config = config_lib.settle(config)
+  return Training(
+    config_lib.model(config, n_vocab=config_lib.palette_size(config)),
+    make_objective(config.objective, config.mask_probability),
+    config_lib.optimizer(config),
+    config.train.batch_size,
+    config.train.accumulate,
+  )
+
+
+def describe(training: Training, mesh) -> str:
+  model = training.model
+  sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
+  return (
+    f"{model.n_layer} layers of width {model.n_embd}, {model.n_positions} positions, batch "
+    f"{training.batch_size}{parts}, remat {model.remat}, mesh ({sizes})"
+  )
+
+
+def gib(size: float) -> str:
+  return f"{size / 2**30:.2f} GiB"
+
+
+def summary(
+  config: ConfigDict, training: Training, topology: Topology, mesh, step: Forecast
+) -> dict[str, Any]:
+  """compile.json."""
+  per_chip = len(topology.devices) // topology.n_chips
+  memory, model = step.memory, training.model
+  flops = flops_per_image(model) * training.batch_size
+  images = config.train.steps * config.train.batch_size
+  values: dict[str, Any] = {
+    "topology": topology.name,
+    "chips": topology.n_chips,
+    "devices": len(topology.devices),
+    "mesh": dict(mesh.shape),
+    "batch_size": training.batch_size,
+    "accumulate": training.accumulate,
+    "remat": model.remat,
+    "model": dataclasses.asdict(model),
+    "objective": config_lib.settle(config).objective,
+    "fits": memory.fits,
+    "bytes_per_chip": memory.needed * per_chip,
+    "hbm_bytes": memory.hbm * per_chip,
+    "bytes_per_device": {
+      "arguments": memory.arguments,
+      "temporaries": memory.temporaries,
+      "code": memory.code,
+      "outputs": memory.outputs,
+    },
+    "largest_buffers": [
+      {"bytes": size, "shape": shape, "origin": origin} for size, shape, origin in memory.largest
+    ],
+    "flops_per_step": flops,
+    "schedule_images": images,
+    "compile_seconds": round(step.compile_seconds, 1),
+    "versions": common.versions(),
+    "method": METHOD,
+  }
+  if step.prediction is None:
+    return values
+  predicted = step.prediction
+  images_per_second = training.batch_size / predicted.seconds
+  days = images / images_per_second / 86_400
+  return values | {
+    "step_seconds": predicted.seconds,
+    "step_parts": {
+      "compute": predicted.compute,
+      "attention_kernels": predicted.kernels,
+      "communication_not_hidden": predicted.exposed,
+    },
+    "mfu": flops / predicted.seconds / (topology.chip.peak_flops * len(topology.devices)),
+    "images_per_second": images_per_second,
+    "days": days,
+    "chip_hours": days * 24 * topology.n_chips,
+    "collectives": {
+      kind: {"count": each.count, "bytes": each.bytes, "seconds": each.seconds}
+      for kind, each in predicted.collectives.items()
+    },
+    "compute_by_origin": {
+      name: seconds for name, seconds in list(predicted.by_origin.items())[:20]
+    },
+  }
+
+
+def sampling_summary(drawn: Forecast, topology: Topology, batch: int) -> dict[str, Any]:
+  per_chip = len(topology.devices) // topology.n_chips
+  values: dict[str, Any] = {
+    "pictures": batch,
+    "fits": drawn.memory.fits,
+    "bytes_per_chip": drawn.memory.needed * per_chip,
+    "compile_seconds": round(drawn.compile_seconds, 1),
+  }
+  if drawn.prediction is not None:
+    values["seconds"] = drawn.prediction.seconds
+    values["pictures_per_second"] = batch / drawn.prediction.seconds
+  return values
+
+
+def sampling_line(values: dict[str, Any]) -> str:
+  line = f"sampling {values['pictures']} pictures: {gib(values['bytes_per_chip'])} a chip"
+  if "seconds" in values:
+    line += f", {values['seconds']:.2f} s, {values['pictures_per_second']:.1f} pictures/s predicted"
+  return line
+
+
+def table(values: dict[str, Any]) -> str:
+  """The figures for a person."""
+  held = values["bytes_per_device"]
+  lines = [
+    f"  fits               {'yes' if values['fits'] else 'NO'}: {gib(values['bytes_per_chip'])} of "
+    f"{gib(values['hbm_bytes'])} a chip",
+    f"  arguments          {gib(held['arguments'])} (state and batch; updated in place)",
+    f"  temporaries        {gib(held['temporaries'])}",
+  ]
+  lines += [
+    f"    {gib(buffer['bytes']):>10}  {buffer['shape']}  {buffer['origin']}"
+    for buffer in values["largest_buffers"][:5]
+  ]
+  lines.append(f"  model FLOPs        {values['flops_per_step']:.3e} a step")
+  if "step_seconds" in values:
+    parts = values["step_parts"]
+    lines += [
+      f"  step, predicted    {1e3 * values['step_seconds']:.1f} ms: compute "
+      f"{1e3 * parts['compute']:.1f} (attention kernels {1e3 * parts['attention_kernels']:.1f}), "
+      f"communication not hidden {1e3 * parts['communication_not_hidden']:.1f}",
+      f"  MFU                {values['mfu']:.1%}",
+      f"  images/s           {values['images_per_second']:,.0f}",
+      f"  schedule           {values['days']:.2f} days, {values['chip_hours']:,.0f} chip-hours for "
+      f"{values['schedule_images']:,} pictures",
+    ]
+    lines += [
+      f"  {kind:18} {each['count']} a step, {each['bytes'] / 1e9:.2f} GB, {1e3 * each['seconds']:.1f} ms"
+      for kind, each in sorted(values["collectives"].items())
+    ]
+  return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""A matrix product of activations and a weight whose parts live on several devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.parallel.sharding import constrain, gather_weight, sum_of_batch
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """An einsum of activations and a weight.
+
+  Attributes:
+    formula: such as "btd,de->bte".
+    x_axes, weight_axes, out_axes: logical axes, of `parallel.sharding.RULES`.
+    dtype: of the result; None: the activations'.
+  """
+
+  formula: str
+  x_axes: Axes
+  weight_axes: Axes
+  out_axes: Axes
+  dtype: str | None = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(product: Product, x: jax.Array, weight: jax.Array) -> jax.Array:
+  """The product, its factors in the activations' dtype and summed in float32.
+
+  Forward and backward gather the weight's parts anew, and its gradient is summed and scattered in
+  one; the gathered weight is never kept.
+  """
+  whole = gather_weight(weight.astype(x.dtype), *product.weight_axes)
+  out = jnp.einsum(product.formula, x, whole, preferred_element_type=product.dtype)
+  return constrain(out, *product.out_axes)
+
+
+def _forward(product, x, weight):
+  return project(product, x, weight), (x, weight)
+
+
+def _backward(product, residuals, dout):
+  x, weight = residuals
+  dout = dout.astype(x.dtype)
+  x_axes, weight_axes, out_axes = product.x_axes, product.weight_axes, product.out_axes
+  of_x, of_weight, of_out = product.formula.replace("->", ",").split(",")
+  whole = gather_weight(weight.astype(x.dtype), *weight_axes)
+  dx = constrain(jnp.einsum(f"{of_out},{of_weight}->{of_x}", dout, whole), *x_axes)
+  dweight = sum_of_batch(
+    functools.partial(jnp.einsum, f"{of_x},{of_out}->{of_weight}"), (x_axes, out_axes), weight_axes
+  )(x, dout)
+  return dx, dweight.astype(weight.dtype)
+
+
+project.defvjp(_forward, _backward)

@@ -1,0 +1,172 @@
+"""Reads a compiled program's text: computations, operations in the order they are scheduled, sizes."""
+
+import dataclasses
+import functools
+import math
+import re
+
+_BYTES = {
+  "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
+  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
+}  # fmt: skip
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
+_CALLED = re.compile(
+  r"\b(calls|to_apply|body|condition|async_computation|branch_computations)="
+  r"(?:\{([^}]*)\}|%?([\w.-]+))"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """One line of a computation.
+
+  Attributes:
+    name: without the percent sign.
+    shape: its type as printed, of a tuple all of it.
+    opcode: "fusion", "while", "all-gather", "custom-call", …
+    operands: names.
+    attributes: the rest of the line.
+  """
+
+  name: str
+  shape: str
+  opcode: str
+  operands: tuple[str, ...]
+  attributes: str
+
+  @functools.cached_property
+  def bytes(self) -> int:
+    """Of the result; of a tuple, of all its arrays."""
+    return size_of(self.shape)
+
+  @functools.cached_property
+  def called(self) -> dict[str, list[str]]:
+    """Computations that this one runs, by the role they have."""
+    found: dict[str, list[str]] = {}
+    for role, several, one in _CALLED.findall(self.attributes):
+      names = [name.strip().lstrip("%") for name in several.split(",")] if several else [one]
+      found.setdefault(role, []).extend(names)
+    return found
+
+  @functools.cached_property
+  def cycles(self) -> int:
+    """The compiler's estimate of the cycles it takes, 0 where there is none."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+    return int(found[1]) if found else 0
+
+  @property
+  def target(self) -> str:
+    """Of a custom call."""
+    found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+    return found[1] if found else ""
+
+  @property
+  def origin(self) -> str:
+    """The JAX operation that it came from, as the tracer named it."""
+    found = re.search(r'op_name="([^"]*)"', self.attributes)
+    return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled module.
+
+  Attributes:
+    computations: name -> operations, in scheduled order.
+    entry: the name of the one that runs.
+  """
+
+  computations: dict[str, list[Operation]]
+  entry: str
+
+  def trips(self, loop: Operation) -> int:
+    """How often a while loop of `lax.scan` turns: the constant that its condition compares with.
+
+    Raises:
+      ValueError: its condition has none.
+    """
+    (condition,) = loop.called["condition"]
+    constants = [
+      int(operation.attributes.split(")")[0])
+      for operation in self._all(condition)
+      if operation.opcode == "constant" and re.match(r"-?\d+\)", operation.attributes)
+    ]
+    if not constants:
+      raise ValueError(f"{loop.name}: no constant in its condition {condition}")
+    return max(constants)
+
+  def _all(self, computation: str):
+    """The operations of a computation and of those it calls."""
+    for operation in self.computations[computation]:
+      yield operation
+      for names in operation.called.values():
+        for name in names:
+          yield from self._all(name)
+
+
+def size_of(shape: str) -> int:
+  """Bytes of the arrays in a printed shape."""
+  return round(
+    sum(
+      _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+      for dtype, dims in _ARRAY.findall(shape)
+    )
+  )
+
+
+def dims_of(shape: str) -> tuple[str, tuple[int, ...]]:
+  """Dtype (as numpy calls it) and dimensions of the first array in a printed shape."""
+  dtype, dims = _ARRAY.search(shape).groups()
+  names = {"bf16": "bfloat16", "f32": "float32", "f16": "float16", "s32": "int32"}
+  return names.get(dtype, dtype), tuple(int(n) for n in dims.split(",") if n)
+
+
+def parse(text: str) -> Program:
+  """Parses `compiled.as_text()`.
+
+  Raises:
+    ValueError: it has no entry computation.
+  """
+  computations: dict[str, list[Operation]] = {}
+  current, entry = None, None
+  for line in text.splitlines():
+    if current is None:
+      head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+      if head:
+        current = head[2]
+        computations[current] = []
+        entry = current if head[1] else entry
+    elif line.startswith("}"):
+      current = None
+    else:
+      operation = _operation(line)
+      if operation is not None:
+        computations[current].append(operation)
+  if entry is None:
+    raise ValueError("no entry computation in the compiled program's text")
+  return Program(computations, entry)
+
+
+def _operation(line: str) -> Operation | None:
+  head = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)
+  if not head:
+    return None
+  rest = line[head.end() :]
+  end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+  shape, rest = rest[:end], rest[end:].lstrip()
+  opcode, _, rest = rest.partition("(")
+  if opcode in ("constant", "parameter"):
+    return Operation(head[1], shape, opcode, (), rest)
+  end = _closing("(" + rest) - 1
+  operands = tuple(re.findall(r"%([\w.-]+)", rest[: end - 1]))
+  return Operation(head[1], shape, opcode, operands, rest[end:])
+
+
+def _closing(text: str) -> int:
+  """Where the parenthesis that `text` begins with has been closed."""
+  depth = 0
+  for at, character in enumerate(text):
+    depth += (character == "(") - (character == ")")
+    if not depth:
+      return at + 1
+  raise ValueError(f"unbalanced: {text[:80]}")

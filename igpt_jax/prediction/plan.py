@@ -1,0 +1,195 @@
+"""Looks for the mesh, batch and remat that train fastest on a slice, by compiling the likely ones.
+
+Candidates are ordered by arithmetic (FLOPs, bytes of state and activations), which costs nothing; the
+best of them are compiled, and the compiler's word counts.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+from jax.sharding import Mesh
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.parallel import sharding
+from igpt_jax.prediction import forecast as forecasting
+from igpt_jax.prediction.forecast import Forecast, Training
+from igpt_jax.prediction.topology import Topology
+from igpt_jax.training.compilation import flops_per_image
+
+COMPILED = 5  # candidates that are compiled
+BATCHES = (1, 2, 4)  # times the config's batch
+_TENSOR = (1, 2, 4)
+
+# Bytes kept per layer, position and channel of bfloat16, as compiled programs have it; and FLOPs
+# recomputed, as a share of the step's.
+_KEPT = {"none": 72.0, "names": 19.0, "full": 2.2}
+_AGAIN = {"none": 0.0, "names": 0.03, "full": 0.3}
+_WORKING = 60.0  # bytes per position and channel of the layer that is worked on
+_STATE = 18  # bytes per parameter: itself, two moments, a gradient (float32), a bfloat16 copy
+_EFFICIENCY = 0.7  # of the matrix units' peak
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One way to train, and what the compiler made of it (once it has)."""
+
+  training: Training
+  mesh: Mesh
+  forecast: Forecast | None = None
+
+  @property
+  def images_per_second(self) -> float:
+    predicted = self.forecast and self.forecast.prediction
+    if not predicted or not self.forecast.memory.fits:
+      return 0.0
+    return self.training.batch_size / predicted.seconds
+
+
+def search(
+  training: Training, topology: Topology, report: Callable[[str], None]
+) -> tuple[Candidate, list[Candidate]]:
+  """The fastest of the compiled candidates that fit, and all that were compiled.
+
+  Args:
+    training: what is to be trained; its batch is the smallest considered.
+    topology: to train on.
+    report: told of every candidate.
+
+  Raises:
+    UserError: nothing fits; with the least memory seen.
+  """
+  ordered = sorted(candidates(training, topology), key=lambda c: estimate(c, topology))
+  report(f"plan: {len(ordered)} candidates on {topology.name}, compiling up to {COMPILED}")
+  tried: list[Candidate] = []
+  for candidate in ordered[:COMPILED]:
+    found = forecasting.training_step(candidate.training, topology, candidate.mesh)
+    tried.append(dataclasses.replace(candidate, forecast=found))
+    report(line(tried[-1], topology))
+  fitting = [candidate for candidate in tried if candidate.images_per_second]
+  if not fitting:
+    least = min((c.forecast.memory.needed for c in tried), default=0)
+    raise UserError(
+      f"config.plan: nothing tried fits {topology.name}"
+      + (f"; the least needed {least / 2**30:.1f} GiB a device" if least else "")
+      + f" of {topology.chip.hbm_bytes / 2**30:.1f}; fix: a larger slice, or a smaller train.batch_size"
+    )
+  return max(fitting, key=lambda candidate: candidate.images_per_second), tried
+
+
+def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
+  """All that divide evenly and whose memory, by arithmetic, fits."""
+  devices = list(topology.devices)
+  n = len(devices)
+  for tensor, times, remat in itertools.product(_TENSOR, BATCHES, _KEPT):
+    batch = training.batch_size * times
+    if n % tensor or batch % (n // tensor):
+      continue
+    for fsdp in (size for size in range(1, n // tensor + 1) if (n // tensor) % size == 0):
+      model = dataclasses.replace(training.model, remat=remat)
+      mesh = sharding.make_mesh(n // tensor // fsdp, fsdp, tensor, devices=devices)
+      try:
+        sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
+      except UserError:
+        continue
+      changed = dataclasses.replace(training, model=model, batch_size=batch, accumulate=1)
+      if memory(changed, mesh) < topology.chip.hbm_bytes:
+        yield Candidate(changed, mesh)
+
+
+def memory(training: Training, mesh: Mesh) -> float:
+  """Bytes a device, by arithmetic: within about a fifth of what the compiler finds."""
+  model = training.model
+  per_device = sharding.batch_size_per_shard(
+    mesh, training.batch_size, accumulate=training.accumulate
+  )
+  shares = mesh.size // sharding.batch_shards(mesh)  # a tensor share of activations
+  positions = per_device * model.n_positions * model.n_embd
+  kept = model.n_layer * positions * _KEPT.get(model.remat, _KEPT["full"])
+  logits = per_device * model.n_positions * model.n_vocab * 10
+  return state_bytes(model, mesh) + (kept + _WORKING * positions) / shares + logits
+
+
+def state_bytes(model: ImageGPTConfig, mesh: Mesh) -> float:
+  return _STATE * count_params(model) / sharding.weight_shards(mesh)
+
+
+def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
+  """Seconds a picture, by arithmetic, to order candidates by; the smaller batch first of equals."""
+  training, mesh = candidate.training, candidate.mesh
+  model = training.model
+  flops = flops_per_image(model) * training.batch_size / mesh.size * (1 + _AGAIN[model.remat])
+  if model.remat == "none":
+    flops *= 1.2  # what is kept is written and read, which costs more than a little recomputing
+  seconds = flops / topology.chip.peak_flops / _EFFICIENCY
+  links = topology.links(list(mesh.devices.flat))
+  everyone = tuple(range(mesh.size))
+  weights = 2 * count_params(model) / (mesh.size // sharding.batch_shards(mesh))
+  seconds += links.seconds(
+    "all-reduce", weights, everyone[:: mesh.size // sharding.batch_shards(mesh)]
+  )
+  tensor = mesh.size // sharding.batch_shards(mesh)
+  if tensor > 1:
+    activations = training.batch_size / sharding.batch_shards(mesh) * model.n_positions
+    per_layer = 4 * links.seconds("all-reduce", 2 * activations * model.n_embd, everyone[:tensor])
+    seconds += model.n_layer * per_layer
+  # Adam reads and writes 28 bytes a parameter, at about a thousandth of the peak's bytes a FLOP.
+  seconds += (
+    28 * count_params(model) / sharding.weight_shards(mesh) / (topology.chip.peak_flops / 250)
+  )
+  return seconds / training.batch_size, training.batch_size
+
+
+def row(candidate: Candidate) -> dict:
+  """For compile.json."""
+  found = candidate.forecast
+  values = {
+    "mesh": dict(candidate.mesh.shape),
+    "batch_size": candidate.training.batch_size,
+    "remat": candidate.training.model.remat,
+    "fits": found.memory.fits,
+    "bytes_per_device": found.memory.needed,
+  }
+  if found.prediction is not None:
+    values["step_seconds"] = found.prediction.seconds
+    values["images_per_second"] = candidate.images_per_second
+  return values
+
+
+def line(candidate: Candidate, topology: Topology) -> str:
+  found, training = candidate.forecast, candidate.training
+  sizes = " × ".join(f"{axis} {size}" for axis, size in candidate.mesh.shape.items())
+  text = (
+    f"  {sizes}, batch {training.batch_size}, remat {training.model.remat}: "
+    f"{found.memory.needed / 2**30:.1f} GiB"
+  )
+  if not found.memory.fits or found.prediction is None:
+    return f"{text}, doesn't fit"
+  mfu = (
+    flops_per_image(training.model)
+    * candidate.images_per_second
+    / (topology.chip.peak_flops * candidate.mesh.size)
+  )
+  return f"{text}, {1e3 * found.prediction.seconds:.1f} ms, MFU {mfu:.1%}"
+
+
+def remedies(training: Training, mesh: Mesh) -> list[str]:
+  """What would make a step that doesn't fit smaller, what costs least first."""
+  model = training.model
+  found = []
+  if model.remat != "full":
+    found.append(f"--config.model.remat={'names' if model.remat == 'none' else 'full'}")
+  weights = sharding.weight_shards(mesh)
+  if weights < mesh.size and model.n_embd % mesh.size == 0:
+    held = state_bytes(model, mesh) / 2**30
+    found.append(
+      f"--config.mesh.data=1 --config.mesh.fsdp=-1 (the state takes about {held:.1f} GiB a device "
+      f"now, {held * weights / mesh.size:.1f} then)"
+    )
+  shards = sharding.batch_shards(mesh)
+  if training.batch_size // shards // training.accumulate > 1:
+    found.append(f"--config.train.accumulate={2 * training.accumulate}")
+  found.append("a larger slice")
+  found.append("--config.plan=True, which looks for what fits")
+  return found

@@ -1,0 +1,279 @@
+"""From a compiled TPU program to the seconds it should take.
+
+The program is scheduled: its operations run one after the other, in the order of its text. Each takes
+the cycles that the compiler estimated for it, loops as often as they turn. A collective occupies the
+links for its bytes over their bandwidth; one that is begun and awaited apart is hidden as far as
+there is other work in between. Prefetches between HBM and VMEM count nothing: they are taken to be
+hidden. Kernels carry no estimate; theirs is handed in.
+
+Compared across versions of one program this is good to a few percent. As a reading of a chip's clock
+it isn't: expect 25-30% either way, and it knows nothing of input, launch overhead or stragglers.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable
+
+from igpt_jax.prediction.hlo import Operation, Program, size_of
+
+COLLECTIVES = (
+  "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+  "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+_LATENCY = 1e-6  # seconds a hop
+
+KernelCycles = Callable[[Operation], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+  """What a chip's interconnect moves.
+
+  Attributes:
+    bandwidth: bytes a second and direction, of one link.
+    coordinates: of each device, in the order of the mesh.
+    wrapped: dimensions of the topology that are rings; the others are lines.
+  """
+
+  bandwidth: float
+  coordinates: tuple[tuple[int, ...], ...]
+  wrapped: tuple[bool, ...]
+
+  def seconds(self, kind: str, bytes_whole: float, group: tuple[int, ...]) -> float:
+    """One collective over a group of devices.
+
+    Args:
+      kind: one of COLLECTIVES.
+      bytes_whole: of the gathered, reduced or permuted array.
+      group: devices, as indices into `coordinates`.
+    """
+    n = len(group)
+    if n < 2 or not bytes_whole:
+      return 0.0
+    spots = [self.coordinates[device] for device in group]
+    spans = [len({spot[axis] for spot in spots}) for axis in range(len(self.wrapped))]
+    # A ring has both of its directions for every byte; of a line's, half of them idle on average.
+    directions = sum(
+      (2 if wrapped and span > 2 else 1)
+      for span, wrapped in zip(spans, self.wrapped, strict=True)
+      if span > 1
+    )
+    speed = self.bandwidth * max(directions, 1)
+    hops = sum(span - 1 for span in spans)
+    if kind == "collective-permute":
+      return bytes_whole / self.bandwidth + _LATENCY
+    times = 2 if kind == "all-reduce" else 1
+    return times * (bytes_whole * (n - 1) / n / speed + hops * _LATENCY)
+
+
+@dataclasses.dataclass
+class Collective:
+  """All of a kind: how many run in a step, and their bytes per device."""
+
+  count: int = 0
+  bytes: float = 0.0
+  seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """A step, in seconds unless said otherwise.
+
+  Attributes:
+    seconds: all of it.
+    compute: of operations that the compiler gave an estimate, and of kernels.
+    kernels: the kernels' share of `compute`.
+    exposed: waiting for collectives that nothing hides.
+    collectives: by kind.
+    by_origin: seconds of compute by what they were traced from, largest first.
+  """
+
+  seconds: float
+  compute: float
+  kernels: float
+  exposed: float
+  collectives: dict[str, Collective]
+  by_origin: dict[str, float]
+
+
+class _Timeline:
+  """Walks a program once, in order, with a clock for the core and one for the links."""
+
+  def __init__(self, program: Program, clock: float, links: Links, kernel_cycles: KernelCycles):
+    self.program, self.clock, self.links, self.kernel_cycles = program, clock, links, kernel_cycles
+    self.now = self.compute = self.kernels = self.exposed = 0.0
+    self.links_free = 0.0
+    self.collectives: dict[str, Collective] = collections.defaultdict(Collective)
+    self.by_origin: dict[str, float] = collections.defaultdict(float)
+
+  def run(self, computation: str, times: int = 1) -> None:
+    arrival: dict[str, float] = {}
+    for operation in self.program.computations[computation]:
+      self._step(operation, arrival, times)
+
+  def _step(self, operation: Operation, arrival: dict[str, float], times: int) -> None:
+    opcode = operation.opcode
+    if opcode == "while":
+      (body,) = operation.called["body"]
+      trips = self.program.trips(operation)
+      began = self.now
+      self.run(body, times * trips)
+      # One turn was walked; the others take as long.
+      extra = (self.now - began) * (trips - 1)
+      self.now += extra
+      self.links_free += extra
+      return
+    if opcode in ("call", "conditional"):
+      for names in operation.called.values():
+        for name in names:
+          self.run(name, times)
+      return
+    if opcode.removesuffix("-start") in COLLECTIVES:
+      done = self._transfer(operation, opcode.removesuffix("-start"), times)
+      if opcode.endswith("-start"):
+        arrival[operation.name] = done
+      else:
+        self._wait(done, times)
+      return
+    if opcode.removesuffix("-done") in COLLECTIVES:
+      self._wait(arrival[operation.operands[0]], times)
+      return
+    started, finished = self._fused(operation)
+    if finished:
+      self._wait(arrival.pop(finished, 0.0), times)
+    if operation.target == "tpu_custom_call":
+      seconds = self.kernel_cycles(operation) / self.clock
+      self.kernels += seconds * times
+    else:
+      seconds = operation.cycles / self.clock
+    self.now += seconds
+    self.compute += seconds * times
+    if seconds:
+      self.by_origin[origin(operation)] += seconds * times
+    if started is not None:
+      arrival[_channel(started)] = self._transfer(started, started.opcode, times)
+
+  def _fused(self, operation: Operation) -> tuple[Operation | None, str]:
+    """The collective that a fusion begins, and the channel of the one that it ends."""
+    started, finished = None, ""
+    if operation.opcode in ("fusion", "async-start", "async-done") and operation.called:
+      for name in next(iter(operation.called.values())):
+        inner = self.program.computations[name]
+        collective = next((o for o in inner if o.opcode in COLLECTIVES), None)
+        if collective is None:
+          continue
+        targets = {o.target for o in inner}
+        if "AsyncCollectiveStart" in targets:
+          started = collective
+        elif "AsyncCollectiveDone" in targets:
+          finished = _channel(collective)
+    return started, finished
+
+  def _transfer(self, operation: Operation, kind: str, times: int) -> float:
+    """Puts a collective on the links; returns when it will have arrived."""
+    whole = _bytes_whole(operation, kind)
+    group = replica_group(operation.attributes, len(self.links.coordinates))
+    seconds = self.links.seconds(kind, whole, group)
+    self.links_free = max(self.now, self.links_free) + seconds
+    total = self.collectives[kind]
+    total.count += times
+    total.bytes += whole * times
+    total.seconds += seconds * times
+    return self.links_free
+
+  def _wait(self, until: float, times: int) -> None:
+    waited = max(until - self.now, 0.0)
+    self.now += waited
+    self.exposed += waited * times
+
+
+def predict(
+  program: Program, *, clock: float, links: Links, kernel_cycles: KernelCycles
+) -> Prediction:
+  """The time of one run of a program.
+
+  Args:
+    program: a compiled, scheduled module for TPUs.
+    clock: cycles a second.
+    links: of the topology it was compiled for.
+    kernel_cycles: of a Pallas kernel (a custom call).
+  """
+  timeline = _Timeline(program, clock, links, kernel_cycles)
+  timeline.run(program.entry)
+  ordered = sorted(timeline.by_origin.items(), key=lambda item: -item[1])
+  return Prediction(
+    seconds=timeline.now,
+    compute=timeline.compute,
+    kernels=timeline.kernels,
+    exposed=timeline.exposed,
+    collectives=dict(timeline.collectives),
+    by_origin=dict(ordered),
+  )
+
+
+def count_collectives(program: Program) -> dict[str, int]:
+  """Collectives by kind, as often as they run; one that is begun and ended apart counts once."""
+  links = Links(1.0, ((0,),), (False,))
+  nothing = predict(program, clock=1.0, links=links, kernel_cycles=lambda operation: 0.0)
+  return {kind: total.count for kind, total in sorted(nothing.collectives.items())}
+
+
+def replica_group(attributes: str, n_devices: int) -> tuple[int, ...]:
+  """The first group of devices that a collective runs in."""
+  named = re.search(
+    r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\S+\s*)?\{([^}]*)\}", attributes
+  )
+  if named:
+    sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+    chosen = set(re.findall(r"'([^']+)'", named[2]))
+    group, stride = [0], 1
+    for axis, size in reversed(sizes.items()):
+      if axis in chosen:
+        group = [base + stride * i for i in range(size) for base in group]
+      stride *= size
+    return tuple(sorted(device for device in group if device < max(n_devices, stride)))
+  tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+  if tiled:
+    dims = [int(n) for n in tiled[3].split(",")]
+    order = [int(n) for n in tiled[4].split(",")] if tiled[4] else list(range(len(dims)))
+    strides = [1] * len(dims)
+    for axis in range(len(dims) - 2, -1, -1):
+      strides[axis] = strides[axis + 1] * dims[axis + 1]
+    flat = [0]
+    for axis in order:
+      flat = [base + strides[axis] * i for base in flat for i in range(dims[axis])]
+    return tuple(flat[: int(tiled[2])])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+  if listed:
+    return tuple(int(n) for n in listed[1].split(","))
+  pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+  if pairs:
+    return int(pairs[1]), int(pairs[2])
+  return tuple(range(n_devices))
+
+
+def _bytes_whole(operation: Operation, kind: str) -> float:
+  """Bytes of the whole array: what was gathered, or what is to be scattered."""
+  shape = operation.shape
+  if operation.opcode.endswith("-start") and shape.startswith("("):
+    arrays = re.findall(r"\b[a-z][a-z0-9]*\[[0-9,]*\]", shape)
+    sizes = sorted(size_of(array) for array in arrays)
+    return float(sizes[-1])
+  result = float(size_of(shape))
+  if kind == "reduce-scatter":
+    group = replica_group(operation.attributes, 1)
+    return result * max(len(group), 1)
+  return result
+
+
+def _channel(operation: Operation) -> str:
+  found = re.search(r"channel_id=(\d+)", operation.attributes)
+  return f"channel {found[1]}" if found else operation.name
+
+
+def origin(operation: Operation) -> str:
+  """Where in the program's source an operation comes from, without the tracer's wrapping."""
+  if operation.target == "tpu_custom_call":
+    return operation.name.split(".")[0]
+  return re.sub(r"(closed_call|checkpoint|while|body|jit\(train_step\))/", "", operation.origin)

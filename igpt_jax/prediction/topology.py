@@ -1,0 +1,155 @@
+"""TPU slices that needn't be here: their devices, as the TPU's own compiler describes them."""
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+
+from igpt_jax.errors import UserError
+from igpt_jax.parallel import hardware
+from igpt_jax.prediction.bundles import Dump
+from igpt_jax.prediction.schedule import Links
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """A kind of TPU, as public documents have it.
+
+  Attributes:
+    clock: cycles a second of its cores.
+    link_bandwidth: bytes a second and direction, of one link between chips.
+    ring: chips in a dimension from which on it wraps around.
+    narrow: its matrix units are 128 × 128.
+    slices: shapes that are rented out, small to large.
+  """
+
+  clock: float
+  link_bandwidth: float
+  ring: int
+  narrow: bool
+  slices: tuple[str, ...]
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBIC = (
+  "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
+)  # fmt: skip
+GENERATIONS = {
+  "v4": Generation(1.05e9, 45e9, 4, True, _CUBIC),
+  "v5e": Generation(1.5e9, 45e9, 16, True, _FLAT),
+  "v5p": Generation(1.75e9, 90e9, 4, True, _CUBIC),
+  "v6e": Generation(1.75e9, 90e9, 16, False, _FLAT),
+  "tpu7x": Generation(2.2e9, 90e9, 4, False, _CUBIC),
+}
+
+_DUMP: list[Dump] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A slice.
+
+  Attributes:
+    name: such as "v5p:4x4x4".
+    generation: of its chips.
+    devices: as JAX counts them: one a chip, of tpu7x two.
+    chip: what is known of a device.
+    dump: where the compiler leaves its kernels' code.
+  """
+
+  name: str
+  generation: Generation
+  devices: tuple[jax.Device, ...]
+  chip: hardware.Chip
+  dump: Dump
+
+  @property
+  def n_chips(self) -> int:
+    return len({tuple(device.coords) for device in self.devices})
+
+  def links(self, devices) -> Links:
+    """The interconnect, for collectives that count devices in the order given."""
+    shape = [int(n) for n in self.name.partition(":")[2].split("x")]
+    wrapped = tuple(n >= self.generation.ring for n in shape) + (False,) * (4 - len(shape))
+    spots = tuple(
+      (*d.coords[: len(shape)], *[0] * (3 - len(shape)), d.core_on_chip) for d in devices
+    )
+    return Links(self.generation.link_bandwidth, spots, wrapped)
+
+
+def check_name(name: str) -> None:
+  """Checks a topology's name without loading anything.
+
+  Raises:
+    UserError: with the nearest names that there are.
+  """
+  kind, _, shape = name.partition(":")
+  if kind not in GENERATIONS:
+    near = difflib.get_close_matches(kind, GENERATIONS, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]}:{shape}" if near and shape else ""
+    raise UserError(
+      f"config.topology: {name!r}; expected one of {', '.join(GENERATIONS)} with a slice's shape, "
+      f"such as v5e:4x4 or v5p:4x4x4{hint}"
+    )
+  slices = GENERATIONS[kind].slices
+  if shape not in slices:
+    chips = _chips(shape) if re.fullmatch(r"\d+(x\d+)*", shape) else 16
+    nearest = sorted(slices, key=lambda other: abs(_chips(other) - chips))[:3]
+    raise UserError(
+      f"config.topology: {name!r}; {kind} has no slice {shape!r}; nearest: "
+      f"{', '.join(f'{kind}:{s}' for s in sorted(nearest, key=_chips))}; all: {', '.join(slices)}"
+    )
+
+
+def _chips(shape: str) -> int:
+  chips = 1
+  for n in shape.split("x"):
+    chips *= int(n)
+  return chips
+
+
+@functools.cache
+def open_topology(name: str) -> Topology:
+  """Loads the TPU's compiler and describes a slice.
+
+  Call it before anything else has used a device: the compiler reads its settings once, and this
+  process must not look for TPUs of its own.
+
+  Raises:
+    UserError: there is no such slice, or no libtpu.
+  """
+  check_name(name)
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+      f"config.topology: {name} needs the TPU's compiler, libtpu; fix: pip install 'igpt_jax[tpu]' "
+      "(0.7 GB; no TPU is needed)"
+    )
+  if not _DUMP:
+    _DUMP.append(Dump())
+    settings = {
+      "TPU_SKIP_MDS_QUERY": "1",
+      "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+      "TPU_WORKER_HOSTNAMES": "localhost",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for key, value in settings.items():
+      os.environ.setdefault(key, value)
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = f"{given} {_DUMP[0].flags}".strip()
+    jax.config.update("jax_platforms", "cpu")
+  from jax.experimental import topologies
+
+  kind = name.partition(":")[0]
+  # A v4 chip's two cores are one device, as they are where a v4 is rented.
+  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+  chip = hardware.chip_of(devices[0])
+  if chip is None:
+    raise UserError(
+      f"config.topology: {name}: no figures for its chips, {devices[0].device_kind!r}"
+    )
+  return Topology(name, GENERATIONS[kind], tuple(devices), chip, _DUMP[0])
