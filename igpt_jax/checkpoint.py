@@ -17,6 +17,8 @@ import dataclasses
 import logging
 import os
 import shutil
+import sys
+import warnings
 from typing import Any
 
 import jax
@@ -186,15 +188,44 @@ def find(path: str) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def _reading(folder: str):
-  """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
+def _quiet(level: int):
+  """Only what is of `level` or worse is heard of orbax' log."""
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-  levels = [logger.level for logger in loggers]
+  before = [logger.level for logger in loggers]
   for logger in loggers:
-    logger.setLevel(logging.CRITICAL)
+    logger.setLevel(level)
   try:
     yield
+  finally:
+    for logger, own in zip(loggers, before, strict=True):
+      logger.setLevel(own)
+
+
+def _deaf_to_stragglers(hook):
+  """A sys.unraisablehook that passes on all but what comes of other reads when one has failed.
+
+  They are still under way in threads of their own, and find orbax' event loop closed.
+  """
+
+  def hear(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return hear
+
+
+@contextlib.contextmanager
+def _reading(folder: str):
+  """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
+  hook = sys.unraisablehook
+  sys.unraisablehook = _deaf_to_stragglers(hook)
+  try:
+    with _quiet(logging.CRITICAL):
+      yield
+    # Not after a failure: nobody knows when the last of the reads ends.
+    sys.unraisablehook = hook
   except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     first: BaseException = error
     while first.__cause__ or first.__context__:
       first = first.__cause__ or first.__context__
@@ -202,9 +233,6 @@ def _reading(folder: str):
       f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
       "a whole checkpoint of this program; fix: another step of the run, or copy it again"
     ) from error
-  finally:
-    for logger, level in zip(loggers, levels, strict=True):
-      logger.setLevel(level)
 
 
 def _sparing_memory() -> ocp.Context:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -472,6 +473,18 @@ def test_another_resolution_than_the_checkpoints_is_refused(trained):
   for job in (evaluate, probe, sample):
     with pytest.raises(UserError, match=r"trained at 8; fix: --config.data.resolution=8"):
       job.run(tiny(**{"data.resolution": 16}), str(trained))
+
+
+def test_a_damaged_checkpoint_is_one_line_and_nothing_else(trained, tmp_path):
+  """Also from orbax' threads, which still read what is whole."""
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  for path in (workdir / "checkpoints" / "12" / "params").rglob("d/*"):
+    os.truncate(path, path.stat().st_size // 2)
+  done = call("configs/quickstart.py", workdir, "--config.job=evaluate")
+  assert done.returncode == 2
+  assert done.stderr.startswith(f"igpt_jax: checkpoint: {workdir}/checkpoints/12 can't be read")
+  assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_damaged_pictures_are_counted_and_named(tmp_path):
