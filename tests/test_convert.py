@@ -538,13 +538,18 @@ def test_a_run_cannot_go_on_from_imported_parameters(tiny, pictures):
   assert listing(tiny["orbax"] / "checkpoints") == before
 
 
-def test_a_damaged_checkpoint_of_ours_is_named(tiny, tmp_path):
+@pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 10)])
+def test_a_damaged_checkpoint_of_ours_is_named(tiny, tmp_path, damage):
   workdir = shutil.copytree(tiny["orbax"], tmp_path / "workdir")
-  for path in pathlib.Path(workdir).glob("checkpoints/*/params/**/d/*"):
-    os.truncate(path, 10)
+  pieces = [
+    path for path in pathlib.Path(workdir).glob("checkpoints/*/params/*/c/**/*") if path.is_file()
+  ]
+  assert len(pieces) >= 11
+  for path in pieces[::2]:
+    damage(path)
   flags = f"--config.source={workdir} --config.target={tmp_path}/hf --config.format=huggingface"
   done = call("convert", flags, tmp_path)
-  # Orbax' own threads may have a word on stderr too: not everything of theirs can be silenced.
   assert done.returncode == 2, done.stderr
-  assert f"{workdir}/checkpoints/{STEP} can't be read" in done.stderr
+  expected = f"igpt_jax: checkpoint: {workdir}/checkpoints/{STEP} can't be read"
+  assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
   assert not (tmp_path / "hf").exists()
