@@ -301,6 +301,23 @@ def test_masked_objective_trains_evaluates_and_refuses_to_sample(tmp_path):
     sample.run(config, str(tmp_path))
 
 
+def test_the_projects_own_palette_by_name(tmp_path):
+  from igpt_jax import config as config_lib
+  from igpt_jax.data.palette import Palette
+  from igpt_jax.data.sources import open_split
+  from igpt_jax.errors import UserError
+
+  def palette_of(config):
+    data_config = config_lib.data(config)
+    split = open_split(data_config, "train")
+    return common.training_palette(config, data_config, split, str(tmp_path))
+
+  named = {"palette.path": "default"}
+  assert palette_of(tiny(**named, **{"palette.size": 0})) == Palette.default()
+  with pytest.raises(UserError, match="default has 512 colours"):
+    palette_of(tiny(**named))
+
+
 def test_fit_palette_job(tmp_path):
   fit_palette_job.run(tiny(**{"palette.size": 5}), str(tmp_path))
   values = json.loads((tmp_path / "palette.json").read_text())
