@@ -158,6 +158,14 @@ def test_parts_of_other_names_are_refused(tmp_path, parts, monkeypatch):
     benchmark.run(config, str(tmp_path))
 
 
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+  config = make_config(tmp_path)
+  config.train.batch_size = 16 * jax.device_count()
+  config.train.accumulate = 3
+  with pytest.raises(UserError, match=r"train.batch_size: .*train.accumulate 3; nearest"):
+    benchmark.run(config, str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["repeats", "samples", "pictures"])
 def test_less_than_one_is_refused(tmp_path, name):
   config = make_config(tmp_path)

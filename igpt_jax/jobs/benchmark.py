@@ -38,13 +38,9 @@ def run(config: ConfigDict, workdir: str) -> None:
   parts = check_parts(config)
   common.open_workdir(workdir)
   mesh = common.mesh_of(config)
-  per_shard = sharding.batch_size_per_shard(mesh, config.train.batch_size)
-  if per_shard % config.train.accumulate:
-    raise UserError(
-      f"train.accumulate: {config.train.accumulate} doesn't divide the {per_shard} pictures of a "
-      "device; fix: another train.accumulate or train.batch_size"
-    )
+  sharding.batch_size_per_shard(mesh, config.train.batch_size, accumulate=config.train.accumulate)
   model_config, config = model_of(config)
+  sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
   skipped: dict[str, str] = {}
   split = None
 
