@@ -22,13 +22,20 @@ def test_features_of_a_stream(shape, causal):
   counts = np.ones(24, bool)
   counts[[3, 20, 21, 22, 23]] = False  # an unreadable picture, and the padding at the end
   batches = [
-    {"tokens": tokens[rows], "label": labels[rows], "mask": counts[rows]}
+    {
+      "tokens": tokens[rows],
+      "label": labels[rows],
+      "mask": counts[rows],
+      "index": np.arange(24)[rows],
+    }
     for rows in (slice(0, 8), slice(8, 16), slice(16, 24))
   ]
   done = []
   extract = FeatureExtractor(config, mesh)
   params = jax.device_put(tiny.random_params(config), param_shardings(config, mesh))
-  found = extract(params, batches, done.append)
+  # As where a mesh follows the network, and not the order of the hosts.
+  shuffled = [{name: rows[::-1] for name, rows in batch.items()} for batch in batches]
+  found = extract(params, shuffled, done.append)
   assert done == [7, 15, 19]
   assert extract._extract._cache_size() == 1
   np.testing.assert_array_equal(found.labels, labels[counts])

@@ -134,7 +134,7 @@ def test_per_device_gives_each_its_own_part():
     return jnp.full_like(part, part.sum())
 
   def run(x):
-    return sharding.per_device(own_sum, ("batch", "heads"), ("batch", "heads"))(x)
+    return sharding.per_device(own_sum, [("batch", "heads")], ("batch", "heads"))(x)
 
   for mesh in (None, tiny.mesh_of()):
     if mesh is None:

@@ -91,5 +91,5 @@ def _per_device(qkv: jax.Array, n_head: int, causal: bool, implementation: str) 
     interpret = implementation == "tpu_interpret"
     function = functools.partial(attention_tpu.fused_attention, interpret=interpret, **heads)
   return sharding.per_device(
-    function, ("qkv", "batch", "length", "heads"), ("batch", "length", "heads")
+    function, [("qkv", "batch", "length", "heads")], ("batch", "length", "heads")
   )(qkv)

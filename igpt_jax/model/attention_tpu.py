@@ -8,6 +8,8 @@ what happens inside; this module has the shapes that it takes, how it is cut, an
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,17 +124,25 @@ def _plan(
   )
 
 
-def _block(rows: int | None, plan: Plan, buffers: int) -> pl.BlockSpec:
+def _spec(shape: tuple, index: Callable, layered: bool, buffers: int = 2) -> pl.BlockSpec:
+  """A block of an array, or of one layer of a stack of them, which one a prefetched scalar says."""
+  mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
+  if layered:
+    return pl.BlockSpec((None, *shape), lambda b, g, layer: (layer[0], *index(b, g)), **mode)
+  return pl.BlockSpec(shape, lambda b, g, *_: index(b, g), **mode)
+
+
+def _block(rows: int | None, plan: Plan, buffers: int, layered: bool = False) -> pl.BlockSpec:
   """All positions of one head group, of [batch, length, width] or of three of those."""
   shape = (1, plan.length, plan.width)
-  mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
   if rows:
-    return pl.BlockSpec((rows, *shape), lambda b, g: (0, b, 0, g), **mode)
-  return pl.BlockSpec(shape, lambda b, g: (b, 0, g), **mode)
+    return _spec((rows, *shape), lambda b, g: (0, b, 0, g), layered, buffers)
+  return _spec(shape, lambda b, g: (b, 0, g), layered, buffers)
 
 
-def _lse_block(plan: Plan) -> pl.BlockSpec:
-  return pl.BlockSpec((1, 1, plan.spans, plan.heads, plan.span), lambda b, g: (b, g, 0, 0, 0))
+def _lse_block(plan: Plan, layered: bool = False) -> pl.BlockSpec:
+  shape = (1, 1, plan.spans, plan.heads, plan.span)
+  return _spec(shape, lambda b, g: (b, g, 0, 0, 0), layered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,24 +188,83 @@ class _Memory:
     return buffers, needed
 
 
-def _forward(qkv: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, jax.Array]:
-  """Outputs [B, T, E] and the rows' log2-sum-exp2 [B, groups, spans, heads of a group, span]."""
-  _, batch, length, width = qkv.shape
-  groups = width // plan.width
+class Stacks(NamedTuple):
+  """What the backward pass needs of all layers, local to one device.
+
+  Attributes:
+    qkv: [layers, 3, B, T, E].
+    out: [layers, B, T, E].
+    lse: log2-sum-exp2 of the rows of scores, float32 [layers, B, groups, spans, heads, span].
+  """
+
+  qkv: jax.Array
+  out: jax.Array
+  lse: jax.Array
+
+
+def _grid(
+  plan: Plan, qkv: jax.Array, layer: jax.Array | None, in_specs, out_specs, scratch
+) -> dict:
+  """What both kernels tell Pallas; a layer's number goes ahead, for the blocks' addresses."""
+  *_, batch, _, width = qkv.shape
+  return {
+    "grid_spec": pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=0 if layer is None else 1,
+      grid=(batch, width // plan.width),
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch,
+    )
+  }
+
+
+def _pairs(plan: Plan, qkv: jax.Array) -> int:
+  """Scores that are computed."""
+  *_, batch, length, width = qkv.shape
+  return batch * (width // plan.head_dim) * length * length // (2 if plan.causal else 1)
+
+
+def _forward(
+  qkv: jax.Array,
+  plan: Plan,
+  interpret: bool,
+  layer: jax.Array | None = None,
+  stacks: Stacks | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Outputs [B, T, E] and the rows' log2-sum-exp2 [B, groups, spans, heads of a group, span].
+
+  Given stacks, reads `layer` of stacks.qkv, writes it into the other two in place, and returns those.
+  """
+  *_, batch, length, width = qkv.shape
+  layered = layer is not None
   dtype, item = qkv.dtype, qkv.dtype.itemsize
   memory = _Memory.of(plan, dtype, backward=False)
   buffers, needed = memory.buffers_and_bytes()
-  pairs = batch * groups * plan.heads * length * length // (2 if plan.causal else 1)
+  pairs = _pairs(plan, qkv)
+  shapes = [
+    jax.ShapeDtypeStruct((batch, length, width), dtype),
+    jax.ShapeDtypeStruct(_lse_shape(plan, batch, width), jnp.float32),
+  ]
+  body, aliases = functools.partial(forward_body, plan), {}
+  in_specs, operands = [_block(3, plan, buffers, layered)], [qkv]
+  if layered:
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks[1:]]
+    in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2  # where the outputs go: not read
+    operands = [layer.reshape(1), *stacks]
+    aliases = {2: 0, 3: 1}
+    body = lambda layer_ref, qkv_ref, out_ref, lse_ref, *refs: forward_body(plan, qkv_ref, *refs)  # noqa: E731
   return pl.pallas_call(
-    functools.partial(forward_body, plan),
-    grid=(batch, groups),
-    in_specs=[_block(3, plan, buffers)],
-    out_specs=[_block(None, plan, buffers), _lse_block(plan)],
-    out_shape=[
-      jax.ShapeDtypeStruct((batch, length, width), dtype),
-      jax.ShapeDtypeStruct((batch, groups, plan.spans, plan.heads, plan.span), jnp.float32),
-    ],
-    scratch_shapes=memory.refs(),
+    body,
+    **_grid(
+      plan,
+      qkv,
+      layer,
+      in_specs,
+      [_block(None, plan, buffers, layered), _lse_block(plan, layered)],
+      memory.refs(),
+    ),
+    out_shape=shapes,
+    input_output_aliases=aliases,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
     ),
@@ -206,15 +275,25 @@ def _forward(qkv: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, ja
     ),
     name="fused_attention_forward",
     interpret=interpret,
-  )(qkv)
+  )(*operands)
+
+
+def _lse_shape(plan: Plan, batch: int, width: int) -> tuple[int, ...]:
+  return batch, width // plan.width, plan.spans, plan.heads, plan.span
 
 
 def _backward(
-  qkv: jax.Array, out: jax.Array, lse: jax.Array, dout: jax.Array, plan: Plan, interpret: bool
+  qkv: jax.Array,
+  out: jax.Array,
+  lse: jax.Array,
+  dout: jax.Array,
+  plan: Plan,
+  interpret: bool,
+  layer: jax.Array | None = None,
 ) -> jax.Array:
-  """The gradient of qkv [3, B, T, E]."""
-  _, batch, length, width = qkv.shape
-  groups = width // plan.width
+  """The gradient of qkv [3, B, T, E]; with a layer, qkv, out and lse are stacks."""
+  *_, batch, length, width = qkv.shape
+  layered = layer is not None
   dtype, item = qkv.dtype, qkv.dtype.itemsize
   memory = _Memory.of(plan, dtype, backward=True)
   buffers, needed = memory.buffers_and_bytes()
@@ -222,19 +301,20 @@ def _backward(
     # Blocks are streamed from HBM behind the arithmetic. Operands that XLA places in VMEM instead
     # gain nothing, and the compiler orders accesses to them less freely: 4% slower.
     qkv, out, dout = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (qkv, out, dout))
-  pairs = batch * groups * plan.heads * length * length // (2 if plan.causal else 1)
+  pairs = _pairs(plan, qkv)
+  body = functools.partial(backward_body, plan)
+  if layered:
+    body = lambda layer_ref, *refs: backward_body(plan, *refs)  # noqa: E731
+  in_specs = [
+    _block(3, plan, buffers, layered),
+    _block(None, plan, buffers, layered),
+    _lse_block(plan, layered),
+    _block(None, plan, buffers),
+  ]
   return pl.pallas_call(
-    functools.partial(backward_body, plan),
-    grid=(batch, groups),
-    in_specs=[
-      _block(3, plan, buffers),
-      _block(None, plan, buffers),
-      _lse_block(plan),
-      _block(None, plan, buffers),
-    ],
-    out_specs=_block(3, plan, buffers),
-    out_shape=jax.ShapeDtypeStruct(qkv.shape, dtype),
-    scratch_shapes=memory.refs(),
+    body,
+    **_grid(plan, qkv, layer, in_specs, _block(3, plan, buffers), memory.refs()),
+    out_shape=jax.ShapeDtypeStruct((3, batch, length, width), dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
     ),
@@ -245,7 +325,7 @@ def _backward(
     ),
     name="fused_attention_backward",
     interpret=interpret,
-  )(qkv, out, lse, dout)
+  )(*([layer.reshape(1)] if layered else []), qkv, out, lse, dout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,10 +376,54 @@ def fused_attention(
   Raises:
     ValueError: shapes or dtype that `supports` refuses.
   """
-  _, _, length, width = qkv_3xBxTxE.shape
+  return _attention(_plans(qkv_3xBxTxE, n_head, causal, interpret), qkv_3xBxTxE)
+
+
+def _plans(qkv: jax.Array, n_head: int, causal: bool, interpret: bool) -> _Plans:
+  *_, length, width = qkv.shape
   make = functools.partial(
-    make_plan, n_head, width // n_head, length, qkv_3xBxTxE.dtype, causal=causal,
-    wide=_wide_matrix_unit(),
-  )  # fmt: skip
-  plans = _Plans(make(backward=False), make(backward=True), interpret)
-  return _attention(plans, qkv_3xBxTxE)
+    make_plan, n_head, width // n_head, length, qkv.dtype, causal=causal, wide=_wide_matrix_unit()
+  )
+  return _Plans(make(backward=False), make(backward=True), interpret)
+
+
+def forward_layer(
+  layer: jax.Array, stacks: Stacks, *, n_head: int, causal: bool, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of one layer of `stacks.qkv`; returns stacks.out and stacks.lse with it written there.
+
+  Like `backward_layer` it spares the copies between stacks and operands that a scan over layers makes
+  otherwise. Local to one device; not differentiable.
+
+  Args:
+    layer: int32 [].
+    stacks: of all layers.
+    n_head, causal, interpret: as for `fused_attention`.
+  """
+  plan = _plans(stacks.qkv, n_head, causal, interpret).forward
+  return _forward(stacks.qkv, plan, interpret, layer, stacks)
+
+
+def backward_layer(
+  layer: jax.Array,
+  stacks: Stacks,
+  dout: jax.Array,
+  *,
+  n_head: int,
+  causal: bool,
+  interpret: bool = False,
+) -> jax.Array:
+  """The gradient of one layer's qkv [3, B, T, E] from that of its output [B, T, E]."""
+  plan = _plans(stacks.qkv, n_head, causal, interpret).backward
+  return _backward(*stacks, dout, plan, interpret, layer)
+
+
+def lse_shape(
+  qkv_shape: tuple[int, ...], dtype, *, n_head: int, head_dim: int, causal: bool
+) -> tuple[int, ...]:
+  """Of a layer of `Stacks.lse` for qkv [3, B, T, E]; n_head is a device's, B and E may be all's."""
+  _, batch, length, width = qkv_shape
+  plan = make_plan(
+    n_head, head_dim, length, dtype, causal=causal, backward=False, wide=_wide_matrix_unit()
+  )
+  return _lse_shape(plan, batch, width)

@@ -20,11 +20,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.attention import SAVED_NAMES, attention
+from igpt_jax.model import layers
+from igpt_jax.model.attention import SAVED_NAMES, attention, choose
 from igpt_jax.model.projection import Product, project
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
-NORM_EPSILON = 1e-5
 REMAT_POLICIES = ("none", "names", "offload", "full")
 _KEPT_NAMES = ("qkv", "mlp_in", *SAVED_NAMES)
 
@@ -109,11 +109,9 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, axes: tuple[s
   return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-_STREAM = ("batch", "length", "channels")  # logical axes of the activations between blocks
-
-
-def _product(formula: str, weight: nnx.Param, x_axes=_STREAM, out_axes=_STREAM, dtype=None):
-  return Product(formula, x_axes, weight.get_metadata()["axes"], out_axes, dtype)
+_TO_LOGITS = Product(
+  "btd,vd->btv", layers.STREAM, ("vocab", "embed"), ("batch", "length", "vocab"), "float32"
+)
 
 
 class RMSNorm(nnx.Module):
@@ -123,9 +121,7 @@ class RMSNorm(nnx.Module):
     self.g = nnx.Param(jnp.ones((width,), jnp.float32), axes=("norm",))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
-    return (x32 * scale * self.g[...]).astype(x.dtype)
+    return layers.rms_norm(x, self.g[...])
 
 
 class Attention(nnx.Module):
@@ -134,19 +130,17 @@ class Attention(nnx.Module):
   def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
     self.config = config
     width = config.n_embd
-    self.qkv = _normal(rngs, (3, width, width), 1 / math.sqrt(width), ("qkv", "embed", "heads"))
+    self.qkv = _normal(rngs, (3, width, width), 1 / math.sqrt(width), layers.TO_QKV.weight_axes)
     self.proj = _normal(
-      rngs, (width, width), 1 / math.sqrt(width * config.n_layer), ("heads_rows", "channels")
+      rngs, (width, width), 1 / math.sqrt(width * config.n_layer), layers.FROM_HEADS.weight_axes
     )
 
   def project_qkv(self, x_BxTxD: jax.Array) -> jax.Array:
     """[B, T, D] -> queries, keys and values, [3, B, T, n_head * head_dim]."""
-    product = _product("btd,sde->sbte", self.qkv, out_axes=("qkv", "batch", "length", "heads"))
-    return checkpoint_name(project(product, x_BxTxD, self.qkv[...]), "qkv")
+    return checkpoint_name(project(layers.TO_QKV, x_BxTxD, self.qkv[...]), "qkv")
 
   def project_out(self, heads_BxTxE: jax.Array) -> jax.Array:
-    product = _product("bte,ed->btd", self.proj, x_axes=("batch", "length", "heads"))
-    return project(product, heads_BxTxE, self.proj[...])
+    return project(layers.FROM_HEADS, heads_BxTxE, self.proj[...])
 
 
 class MLP(nnx.Module):
@@ -154,15 +148,12 @@ class MLP(nnx.Module):
 
   def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
     width = config.n_embd
-    self.fc = _normal(rngs, (width, 4 * width), 0.02, ("embed", "mlp"))
-    self.proj = _normal(rngs, (4 * width, width), 0.02, ("mlp_rows", "channels"))
+    self.fc = _normal(rngs, (width, 4 * width), 0.02, layers.TO_INNER.weight_axes)
+    self.proj = _normal(rngs, (4 * width, width), 0.02, layers.FROM_INNER.weight_axes)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    inner = ("batch", "length", "mlp")
-    hidden = project(_product("btd,de->bte", self.fc, out_axes=inner), x, self.fc[...])
-    hidden = checkpoint_name(hidden, "mlp_in")
-    hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
-    return project(_product("bte,ed->btd", self.proj, x_axes=inner), hidden, self.proj[...])
+    hidden = checkpoint_name(project(layers.TO_INNER, x, self.fc[...]), "mlp_in")
+    return project(layers.FROM_INNER, layers.activation(hidden), self.proj[...])
 
 
 class Block(nnx.Module):
@@ -231,7 +222,7 @@ class ImageGPT(nnx.Module):
     batch, length = tokens_BxT.shape
     # Tables are small: gathered whole, or the partitioner would move activations in their stead.
     x = gather_weight(self.wte[...].astype(dtype), "vocab", "embed")[tokens_BxT]
-    x = constrain(x, *_STREAM)
+    x = constrain(x, *layers.STREAM)
     if self.config.causal:
       if keep_BxT is not None:
         raise ValueError("a causal model takes no mask: every pixel is predicted from those before")
@@ -240,7 +231,7 @@ class ImageGPT(nnx.Module):
     elif keep_BxT is not None:
       x = x * keep_BxT[..., None].astype(dtype)
     positions = gather_weight(self.wpe[...].astype(dtype), "position", "embed")[:length]
-    return constrain(x + positions, *_STREAM)
+    return constrain(x + positions, *layers.STREAM)
 
   def hidden(self, x_BxTxD: jax.Array, collect: Collect | None = None) -> tuple[jax.Array, Any]:
     """Runs all blocks and the final norm.
@@ -253,9 +244,22 @@ class ImageGPT(nnx.Module):
       The final norm's output [B, T, D], and what was collected ([L, ...] leaves, or None).
     """
 
+    config = self.config
+    qkv = jax.ShapeDtypeStruct((3, *x_BxTxD.shape), x_BxTxD.dtype)
+    kernel = config.attention if config.attention != "auto" else choose(qkv, config.n_head)
+    if collect is None and config.remat == "names" and kernel.startswith("tpu"):
+      x_BxTxD = layers.run(
+        nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param)),
+        x_BxTxD,
+        n_head=config.n_head,
+        causal=config.causal,
+        interpret=kernel == "tpu_interpret",
+      )
+      return self.ln_f(x_BxTxD), None
+
     def body(x, block):
       y, qkv = block(x)
-      y = constrain(y, *_STREAM)
+      y = constrain(y, *layers.STREAM)
       return y, None if collect is None else collect(block, x, qkv)
 
     if self.config.remat == "full":
@@ -268,9 +272,7 @@ class ImageGPT(nnx.Module):
 
   def logits(self, final: jax.Array) -> jax.Array:
     """[B, T, D] -> float32 [B, T, n_vocab]."""
-    out_axes = ("batch", "length", "vocab")
-    product = _product("btd,vd->btv", self.wtet, out_axes=out_axes, dtype="float32")
-    return project(product, final, self.wtet[...])
+    return project(_TO_LOGITS, final, self.wtet[...])
 
   def features(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
     """The probe's features f^l = mean over positions of n^l, float32 [n_layer + 1, B, D].

@@ -44,8 +44,10 @@ def _forward(product, x, weight):
   return project(product, x, weight), (x, weight)
 
 
-def _backward(product, residuals, dout):
-  x, weight = residuals
+def project_gradients(
+  product: Product, x: jax.Array, weight: jax.Array, dout: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Gradients with respect to x and weight, from that of the result."""
   dout = dout.astype(x.dtype)
   x_axes, weight_axes, out_axes = product.x_axes, product.weight_axes, product.out_axes
   of_x, of_weight, of_out = product.formula.replace("->", ",").split(",")
@@ -57,4 +59,6 @@ def _backward(product, residuals, dout):
   return dx, dweight.astype(weight.dtype)
 
 
-project.defvjp(_forward, _backward)
+project.defvjp(
+  _forward, lambda product, residuals, dout: project_gradients(product, *residuals, dout)
+)

@@ -165,14 +165,25 @@ def axis_share(logical: str, size: int) -> int | None:
 
 
 def per_device(
-  function: Callable, in_axes: Sequence[str | None], out_axes: Sequence[str | None]
+  function: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence
 ) -> Callable:
-  """`function` of one array, called with each device's own part of it (shard_map)."""
+  """`function` of arrays, called with each device's own parts of them (shard_map).
+
+  Args:
+    function: what a device does.
+    in_axes: logical axes of each argument.
+    out_axes: of the result; of a tuple's, one after the other.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function
+  several = bool(out_axes) and not isinstance(out_axes[0], str | None)
   return jax.shard_map(
-    function, mesh=mesh, in_specs=spec(*in_axes), out_specs=spec(*out_axes), check_vma=False
+    function,
+    mesh=mesh,
+    in_specs=tuple(spec(*axes) for axes in in_axes),
+    out_specs=tuple(spec(*axes) for axes in out_axes) if several else spec(*out_axes),
+    check_vma=False,
   )
 
 

@@ -80,20 +80,21 @@ class Dump:
     for path in glob.glob(os.path.join(self._folder.name, "*")):
       os.remove(path)
 
-  def kernels(self, names: list[str]) -> dict[str, Code]:
-    """The code of the kernels that were compiled since the folder was cleared, by name.
+  def kernel(self, name: str) -> Code:
+    """The code of a kernel that was compiled since the folder was cleared.
+
+    Equal kernels are compiled once, under the name of one of them: a kernel's own code, or that of
+    one which is called the same but for its number.
 
     Raises:
-      FileNotFoundError: one of them left none.
+      FileNotFoundError: there is none.
     """
-    return {name: read(self._path(name)) for name in names}
-
-  def _path(self, name: str) -> str:
-    paths = glob.glob(os.path.join(self._folder.name, f"*-{name}-*final_bundles.txt"))
-    paths = [path for path in paths if "schedule-analysis" not in path]
-    if not paths:
-      raise FileNotFoundError(f"{name}: the compiler left no scheduled code")
-    return max(paths, key=os.path.getmtime)
+    for pattern in (name, name.split(".")[0] + ".*"):
+      paths = glob.glob(os.path.join(self._folder.name, f"*-{pattern}-*final_bundles.txt"))
+      paths = [path for path in paths if "schedule-analysis" not in path]
+      if paths:
+        return read(max(paths, key=os.path.getmtime))
+    raise FileNotFoundError(f"{name}: the compiler left no scheduled code")
 
 
 def attention_cycles(
@@ -119,8 +120,7 @@ def attention_cycles(
     )
     steps = batch * (n_head // plan.heads)
     if operation.name not in counted:
-      (code,) = dump.kernels([operation.name.rsplit(".clone", 1)[0]]).values()
-      bundles, matmuls = code.weighted(lambda depth, _: turns(plan, depth))
+      bundles, matmuls = dump.kernel(operation.name).weighted(lambda depth, _: turns(plan, depth))
       least = matmuls * _MATMUL_ROWS / _MATRIX_UNITS if narrow else 0
       counted[operation.name] = max(bundles, least)
     return steps * counted[operation.name]

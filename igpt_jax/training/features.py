@@ -35,7 +35,8 @@ class FeatureExtractor:
     self._mesh = mesh
 
     def extract(params: Params, batch):
-      return bind(config, params).features(batch["tokens"].astype(jnp.int32))
+      # The rest goes along: only so are all rows in one order, whatever host read them.
+      return bind(config, params).features(batch["tokens"].astype(jnp.int32)), batch
 
     self._extract = jax.jit(
       extract,
@@ -49,36 +50,27 @@ class FeatureExtractor:
     batches: Iterable[Mapping[str, np.ndarray]],
     report: Callable[[int], None] | None = None,
   ) -> LabelledFeatures:
-    """Features of all pictures that `mask` counts, on every process, in the stream's order.
+    """Features of all pictures that `mask` counts, on every process, in the order of `index`.
 
     Args:
       params: the parameters, on the mesh.
-      batches: this host's rows: `tokens`, `label`, `mask`.
+      batches: this host's rows: `tokens`, `label`, `mask`, `index`.
       report: called with the number of pictures done.
     """
     features, tokens, labels, done = [], [], [], 0
     with jax.set_mesh(self._mesh):
       for batch in batches:
-        on_mesh = sharding.put_batch({"tokens": batch["tokens"]}, self._mesh)
-        pooled_LxBxD = jax.device_get(self._extract(params, on_mesh))
-        rows = _all_hosts({name: batch[name] for name in ("tokens", "label", "mask")})
-        keep = rows["mask"]
+        wanted = {name: batch[name] for name in ("tokens", "label", "mask", "index")}
+        on_mesh = sharding.put_batch(wanted, self._mesh)
+        pooled_LxBxD, rows = jax.device_get(self._extract(params, on_mesh))
+        order = np.argsort(rows["index"])
+        keep = order[rows["mask"][order]]
         features.append(pooled_LxBxD[:, keep])
         tokens.append(rows["tokens"][keep])
         labels.append(rows["label"][keep])
-        done += int(keep.sum())
+        done += len(keep)
         if report is not None:
           report(done)
     return LabelledFeatures(
       np.concatenate(features, axis=1), np.concatenate(tokens), np.concatenate(labels)
     )
-
-
-def _all_hosts(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Every process' rows, process after process: the row order of the global batch."""
-  if jax.process_count() == 1:
-    return rows
-  from jax.experimental import multihost_utils
-
-  gathered = multihost_utils.process_allgather(rows)
-  return {name: value.reshape(-1, *value.shape[2:]) for name, value in gathered.items()}
