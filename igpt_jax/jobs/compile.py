@@ -4,8 +4,9 @@
     --config.topology=v5p:4x4x4
 
 The real TPU compiler does it, on any machine. Writes compile.json: memory against the chip's,
-collectives, a predicted step time with its parts, MFU, and days to the config's schedule. With
-`plan` it looks for the mesh, batch and remat that are fastest there.
+collectives, a predicted step time with its parts, MFU, and days to the config's schedule; scale.md
+has a row for each model and slice compiled into the workdir. With `plan` it looks for the mesh, batch
+and remat that train fastest there (and leaves sampling out).
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from igpt_jax import config as config_lib
 from igpt_jax import report
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common
+from igpt_jax.jobs import common, compile_table
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import sharding
 from igpt_jax.prediction import forecast as forecasting
@@ -65,6 +66,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     values["plan"] = [planning.row(candidate) for candidate in tried]
   path = os.path.join(workdir, "compile.json")
   report.write_json(path, values)
+  compile_table.add(workdir, values)
   say(table(values))
   if not step.memory.fits:
     raise UserError(
@@ -72,13 +74,14 @@ def run(config: ConfigDict, workdir: str) -> None:
       f"{gib(step.memory.needed)} of a device's {gib(step.memory.hbm)}; fix: "
       + "; or ".join(planning.remedies(training, mesh))
     )
-  if training.model.causal:
-    say(f"compiling the sampling of {config.sample.samples} pictures")
+  if training.model.causal and not config.plan:
+    mesh = planning.sampling_mesh(training.model, topology)
+    say(f"compiling the sampling of {config.sample.samples} pictures, mesh ({sizes_of(mesh)})")
     drawn = forecasting.sampling(
       training.model, config_lib.sampling(config), config.sample.samples, topology, mesh
     )
     batch = sharding.round_up_batch(mesh, config.sample.samples)
-    values["sampling"] = sampling_summary(drawn, topology, batch)
+    values["sampling"] = {"mesh": dict(mesh.shape)} | sampling_summary(drawn, topology, batch)
     report.write_json(path, values)
     say(sampling_line(values["sampling"]))
   say(f"wrote {path}")
@@ -98,12 +101,15 @@ def training_of(config: ConfigDict) -> Training:
 
 def describe(training: Training, mesh) -> str:
   model = training.model
-  sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
   return (
     f"{model.n_layer} layers of width {model.n_embd}, {model.n_positions} positions, batch "
-    f"{training.batch_size}{parts}, remat {model.remat}, mesh ({sizes})"
+    f"{training.batch_size}{parts}, remat {model.remat}, mesh ({sizes_of(mesh)})"
   )
+
+
+def sizes_of(mesh) -> str:
+  return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def gib(size: float) -> str:

@@ -27,6 +27,16 @@ from igpt_jax.parallel.sharding import constrain, gather_weight
 
 REMAT_POLICIES = ("none", "names", "offload", "full")
 _KEPT_NAMES = ("qkv", "mlp_in", *SAVED_NAMES)
+_REMAT_POLICIES = {
+  "full": None,
+  "names": jax.checkpoint_policies.save_only_these_names(*_KEPT_NAMES),
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=list(_KEPT_NAMES),
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+}
 
 Params = dict[str, Any]
 
@@ -42,7 +52,8 @@ class ImageGPTConfig:
     causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
     dtype: of activations and matmuls, "float32" or "bfloat16".
     remat: what the backward pass recomputes: "none" keeps all activations, "names" keeps the
-      matmuls' and the attention's outputs, "full" keeps one vector per block and position.
+      matmuls' and the attention's outputs, "offload" keeps those in the host's memory, "full" keeps
+      one vector per block and position.
     attention: an implementation named in `model.attention`.
   """
 
@@ -262,11 +273,8 @@ class ImageGPT(nnx.Module):
       y = constrain(y, *layers.STREAM)
       return y, None if collect is None else collect(block, x, qkv)
 
-    if self.config.remat == "full":
-      body = jax.checkpoint(body, prevent_cse=False)
-    elif self.config.remat == "names":
-      policy = jax.checkpoint_policies.save_only_these_names(*_KEPT_NAMES)
-      body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    if config.remat != "none":
+      body = jax.checkpoint(body, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
     x_BxTxD, collected = jax.lax.scan(body, x_BxTxD, self.blocks)
     return self.ln_f(x_BxTxD), collected
 

@@ -70,7 +70,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
   if devices[0].platform == "tpu" and len(devices) > 1:
     from jax.experimental import mesh_utils
 
-    grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    try:
+      grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    except NotImplementedError:  # sizes that aren't products of the slice's own
+      grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
   else:
     grid = np.asarray(devices).reshape(shape)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

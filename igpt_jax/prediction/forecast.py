@@ -190,7 +190,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def _refused(message: str, hbm: int) -> Memory | None:
   """What the compiler says when a program doesn't fit, or None if it says something else."""
-  needed = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+  # Before it schedules a program, from its sizes alone; or at the end.
+  needed = re.search(
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM", message
+  ) or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
   if needed is None:
     return None
 

@@ -80,20 +80,35 @@ class Program:
   entry: str
 
   def trips(self, loop: Operation) -> int:
-    """How often a while loop of `lax.scan` turns: the constant that its condition compares with.
+    """How often a while loop of `lax.scan` turns: to the constant that its condition compares with.
+
+    From zero, unless the compiler has taken turns out of the loop and begins after them.
 
     Raises:
-      ValueError: its condition has none.
+      ValueError: its condition has no constant.
     """
     (condition,) = loop.called["condition"]
-    constants = [
-      int(operation.attributes.split(")")[0])
-      for operation in self._all(condition)
-      if operation.opcode == "constant" and re.match(r"-?\d+\)", operation.attributes)
-    ]
+    inside = list(self._all(condition))
+    constants = [value for value in map(_constant, inside) if value is not None]
     if not constants:
       raise ValueError(f"{loop.name}: no constant in its condition {condition}")
-    return max(constants)
+    return max(constants) - self._begin(loop, inside)
+
+  def _begin(self, loop: Operation, condition: list[Operation]) -> int:
+    """The counter of a loop before its first turn; zero where that isn't a constant."""
+    read = [o.attributes for o in condition if o.opcode == "get-tuple-element"]
+    counter = re.search(r"index=(\d+)", read[0]) if len(read) == 1 else None
+    given = self._named.get(loop.operands[0])
+    if counter is None or given is None or given.opcode != "tuple":
+      return 0
+    value = self._named.get(given.operands[int(counter[1])])
+    while value is not None and value.opcode in ("copy", "bitcast", "convert"):
+      value = self._named.get(value.operands[0])
+    return (_constant(value) or 0) if value is not None else 0
+
+  @functools.cached_property
+  def _named(self) -> dict[str, Operation]:
+    return {o.name: o for operations in self.computations.values() for o in operations}
 
   def _all(self, computation: str):
     """The operations of a computation and of those it calls."""
@@ -102,6 +117,12 @@ class Program:
       for names in operation.called.values():
         for name in names:
           yield from self._all(name)
+
+
+def _constant(operation: Operation) -> int | None:
+  """The value of an integer constant."""
+  found = re.match(r"(-?\d+)\)", operation.attributes) if operation.opcode == "constant" else None
+  return int(found[1]) if found else None
 
 
 def size_of(shape: str) -> int:

@@ -19,7 +19,8 @@ from igpt_jax.prediction.topology import Topology
 from igpt_jax.training.compilation import flops_per_image
 
 COMPILED = 5  # candidates that are compiled
-BATCHES = (1, 2, 4)  # times the config's batch
+_BATCHES_TRIED = 3
+LARGEST_BATCH = 4  # times the config's; what a chip needs one picture for is considered in any case
 _TENSOR = (1, 2, 4)
 
 # Bytes kept per layer, position and channel of bfloat16, as compiled programs have it; and FLOPs
@@ -28,6 +29,7 @@ _KEPT = {"none": 72.0, "names": 19.0, "full": 2.2}
 _AGAIN = {"none": 0.0, "names": 0.03, "full": 0.3}
 _WORKING = 60.0  # bytes per position and channel of the layer that is worked on
 _STATE = 18  # bytes per parameter: itself, two moments, a gradient (float32), a bfloat16 copy
+_WEIGHTS_SHARE = 0.7  # of a device's memory, where pictures are drawn
 _EFFICIENCY = 0.7  # of the matrix units' peak
 
 
@@ -63,10 +65,20 @@ def search(
   ordered = sorted(candidates(training, topology), key=lambda c: estimate(c, topology))
   report(f"plan: {len(ordered)} candidates on {topology.name}, compiling up to {COMPILED}")
   tried: list[Candidate] = []
-  for candidate in ordered[:COMPILED]:
-    found = forecasting.training_step(candidate.training, topology, candidate.mesh)
-    tried.append(dataclasses.replace(candidate, forecast=found))
+
+  def compile_first(left: list[Candidate]) -> None:
+    found = forecasting.training_step(left[0].training, topology, left[0].mesh)
+    tried.append(dataclasses.replace(left[0], forecast=found))
     report(line(tried[-1], topology))
+    ordered.remove(left[0])
+
+  # What a batch per device does to the compiler's use of fast memory no arithmetic tells: the most
+  # promising of each batch first, then more of the best batch.
+  for batch in sorted({candidate.training.batch_size for candidate in ordered})[:_BATCHES_TRIED]:
+    compile_first([c for c in ordered if c.training.batch_size == batch])
+  while ordered and len(tried) < COMPILED:
+    best = max(tried, key=lambda candidate: candidate.images_per_second).training.batch_size
+    compile_first([c for c in ordered if c.training.batch_size == best] or ordered)
   fitting = [candidate for candidate in tried if candidate.images_per_second]
   if not fitting:
     least = min((c.forecast.memory.needed for c in tried), default=0)
@@ -82,11 +94,13 @@ def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
   """All that divide evenly and whose memory, by arithmetic, fits."""
   devices = list(topology.devices)
   n = len(devices)
-  for tensor, times, remat in itertools.product(_TENSOR, BATCHES, _KEPT):
-    batch = training.batch_size * times
-    if n % tensor or batch % (n // tensor):
+  for tensor, remat in itertools.product(_TENSOR, _KEPT):
+    if n % tensor:
       continue
-    for fsdp in (size for size in range(1, n // tensor + 1) if (n // tensor) % size == 0):
+    for batch, fsdp in itertools.product(
+      _batches(training.batch_size, n // tensor),
+      (size for size in range(1, n // tensor + 1) if (n // tensor) % size == 0),
+    ):
       model = dataclasses.replace(training.model, remat=remat)
       mesh = sharding.make_mesh(n // tensor // fsdp, fsdp, tensor, devices=devices)
       try:
@@ -96,6 +110,13 @@ def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
       changed = dataclasses.replace(training, model=model, batch_size=batch, accumulate=1)
       if memory(changed, mesh) < topology.chip.hbm_bytes:
         yield Candidate(changed, mesh)
+
+
+def _batches(smallest: int, shards: int) -> list[int]:
+  """Multiples of the shards by powers of two, from the config's batch up."""
+  largest = max(LARGEST_BATCH * smallest, shards)
+  found = [shards * 2**power for power in range(12)]
+  return [batch for batch in found if smallest <= batch <= largest]
 
 
 def memory(training: Training, mesh: Mesh) -> float:
@@ -119,26 +140,41 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
   """Seconds a picture, by arithmetic, to order candidates by; the smaller batch first of equals."""
   training, mesh = candidate.training, candidate.mesh
   model = training.model
+  everyone = tuple(range(mesh.size))
+  links = topology.links(list(mesh.devices.flat))
+  tensor = mesh.size // sharding.batch_shards(mesh)
+  parameters = count_params(model)
+
   flops = flops_per_image(model) * training.batch_size / mesh.size * (1 + _AGAIN[model.remat])
   if model.remat == "none":
-    flops *= 1.2  # what is kept is written and read, which costs more than a little recomputing
+    flops *= 1.3  # what is kept is written and read, which costs more than a little recomputing
   seconds = flops / topology.chip.peak_flops / _EFFICIENCY
-  links = topology.links(list(mesh.devices.flat))
-  everyone = tuple(range(mesh.size))
-  weights = 2 * count_params(model) / (mesh.size // sharding.batch_shards(mesh))
-  seconds += links.seconds(
-    "all-reduce", weights, everyone[:: mesh.size // sharding.batch_shards(mesh)]
-  )
-  tensor = mesh.size // sharding.batch_shards(mesh)
+  # The gradients' sum isn't hidden. Rows that don't fill the tiles of memory aren't gathered behind
+  # the arithmetic either, but by an all-reduce.
+  sums = 1 if model.n_embd // sharding.weight_shards(mesh) % 32 == 0 else 3
+  seconds += sums * links.seconds("all-reduce", 2 * parameters / tensor, everyone[::tensor])
   if tensor > 1:
-    activations = training.batch_size / sharding.batch_shards(mesh) * model.n_positions
-    per_layer = 4 * links.seconds("all-reduce", 2 * activations * model.n_embd, everyone[:tensor])
-    seconds += model.n_layer * per_layer
-  # Adam reads and writes 28 bytes a parameter, at about a thousandth of the peak's bytes a FLOP.
-  seconds += (
-    28 * count_params(model) / sharding.weight_shards(mesh) / (topology.chip.peak_flops / 250)
-  )
+    positions = training.batch_size / sharding.batch_shards(mesh) * model.n_positions
+    summed = links.seconds("all-reduce", 2 * positions * model.n_embd, everyone[:tensor])
+    seconds += 4 * model.n_layer * summed
+  # Adam reads and writes 28 bytes a parameter; a chip does some 250 FLOPs in the time of a byte.
+  seconds += 28 * parameters / sharding.weight_shards(mesh) * 250 / topology.chip.peak_flops
   return seconds / training.batch_size, training.batch_size
+
+
+def sampling_mesh(model: ImageGPTConfig, topology: Topology) -> Mesh:
+  """Weights whole on as few devices as hold them: drawing reads all of them for every pixel."""
+  n = len(topology.devices)
+  held = 6 * count_params(model)  # float32, and the bfloat16 copy that is computed with
+  fitting = [
+    tensor
+    for tensor in range(1, n + 1)
+    if n % tensor == 0
+    and model.n_head % tensor == 0
+    and held / tensor < _WEIGHTS_SHARE * topology.chip.hbm_bytes
+  ]
+  tensor = fitting[0] if fitting else 1
+  return sharding.make_mesh(n // tensor, 1, tensor, devices=list(topology.devices))
 
 
 def row(candidate: Candidate) -> dict:

@@ -3,7 +3,7 @@
 The program is scheduled: its operations run one after the other, in the order of its text. Each takes
 the cycles that the compiler estimated for it, loops as often as they turn. A collective occupies the
 links for its bytes over their bandwidth; one that is begun and awaited apart is hidden as far as
-there is other work in between. Prefetches between HBM and VMEM count nothing: they are taken to be
+there is other work in between; so is what goes to the host's memory and comes back. Prefetches between HBM and VMEM count nothing: they are taken to be
 hidden. Kernels carry no estimate; theirs is handed in.
 
 Compared across versions of one program this is good to a few percent. As a reading of a chip's clock
@@ -22,6 +22,7 @@ COLLECTIVES = (
   "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
 _LATENCY = 1e-6  # seconds a hop
+_HOST_BANDWIDTH = 16e9  # bytes a second between a chip and its host's memory, either way
 
 KernelCycles = Callable[[Operation], float]
 
@@ -103,9 +104,10 @@ class _Timeline:
   def __init__(self, program: Program, clock: float, links: Links, kernel_cycles: KernelCycles):
     self.program, self.clock, self.links, self.kernel_cycles = program, clock, links, kernel_cycles
     self.now = self.compute = self.kernels = self.exposed = 0.0
-    self.links_free = 0.0
+    self.links_free = self.host_free = 0.0
     self.collectives: dict[str, Collective] = collections.defaultdict(Collective)
     self.by_origin: dict[str, float] = collections.defaultdict(float)
+    self.begun_apart = _begun_apart(program)
 
   def run(self, computation: str, times: int = 1) -> None:
     arrival: dict[str, float] = {}
@@ -123,6 +125,7 @@ class _Timeline:
       extra = (self.now - began) * (trips - 1)
       self.now += extra
       self.links_free += extra
+      self.host_free += extra
       return
     if opcode in ("call", "conditional"):
       for names in operation.called.values():
@@ -139,9 +142,32 @@ class _Timeline:
     if opcode.removesuffix("-done") in COLLECTIVES:
       self._wait(arrival[operation.operands[0]], times)
       return
-    started, finished = self._fused(operation)
-    if finished:
-      self._wait(arrival.pop(finished, 0.0), times)
+    if opcode in ("call-start", "async-start"):  # by a SparseCore
+      collective = self._within(operation)
+      if collective is not None:
+        arrival[operation.name] = self._transfer(collective, collective.opcode, times)
+        return
+    if opcode.endswith("-start") and "S(5)" in operation.shape:
+      arrival[operation.name] = self._to_or_from_host(operation)
+      return
+    if opcode.endswith("-done") and operation.operands and operation.operands[0] in arrival:
+      self._wait(arrival.pop(operation.operands[0]), times)
+      return
+    started = None
+    collective = self._within(operation) if opcode == "fusion" else None
+    if collective is not None:
+      (name,) = operation.called["calls"]
+      inner = self.program.computations[name]
+      targets = {o.target for o in inner}
+      if "AsyncCollectiveStart" in targets:
+        started = collective
+      elif "AsyncCollectiveDone" in targets:
+        self._wait(arrival.pop(_channel(collective), 0.0), times)
+      elif _channel(collective) not in self.begun_apart:
+        # Summed, and of the sum a device takes its own part: no more is sent than that needs.
+        scattered = collective.opcode == "all-reduce" and inner[-1].opcode == "dynamic-slice"
+        kind = "reduce-scatter" if scattered else collective.opcode
+        self._wait(self._transfer(collective, kind, times, collective.bytes), times)
     if operation.target == "tpu_custom_call":
       seconds = self.kernel_cycles(operation) / self.clock
       self.kernels += seconds * times
@@ -154,25 +180,20 @@ class _Timeline:
     if started is not None:
       arrival[_channel(started)] = self._transfer(started, started.opcode, times)
 
-  def _fused(self, operation: Operation) -> tuple[Operation | None, str]:
-    """The collective that a fusion begins, and the channel of the one that it ends."""
-    started, finished = None, ""
-    if operation.opcode in ("fusion", "async-start", "async-done") and operation.called:
-      for name in next(iter(operation.called.values())):
-        inner = self.program.computations[name]
-        collective = next((o for o in inner if o.opcode in COLLECTIVES), None)
-        if collective is None:
-          continue
-        targets = {o.target for o in inner}
-        if "AsyncCollectiveStart" in targets:
-          started = collective
-        elif "AsyncCollectiveDone" in targets:
-          finished = _channel(collective)
-    return started, finished
+  def _within(self, operation: Operation) -> Operation | None:
+    """The collective in what an operation calls, if there is one."""
+    for names in operation.called.values():
+      for name in names:
+        for inner in self.program.computations[name]:
+          if inner.opcode in COLLECTIVES:
+            return inner
+    return None
 
-  def _transfer(self, operation: Operation, kind: str, times: int) -> float:
+  def _transfer(
+    self, operation: Operation, kind: str, times: int, whole: float | None = None
+  ) -> float:
     """Puts a collective on the links; returns when it will have arrived."""
-    whole = _bytes_whole(operation, kind)
+    whole = _bytes_whole(operation, kind) if whole is None else whole
     group = replica_group(operation.attributes, len(self.links.coordinates))
     seconds = self.links.seconds(kind, whole, group)
     self.links_free = max(self.now, self.links_free) + seconds
@@ -181,6 +202,12 @@ class _Timeline:
     total.bytes += whole * times
     total.seconds += seconds * times
     return self.links_free
+
+  def _to_or_from_host(self, operation: Operation) -> float:
+    """Moves an array between the chip and the memory of its host (memory space 5)."""
+    moved = max(size_of(array) for array in _arrays(operation.shape) if "S(5)" not in array)
+    self.host_free = max(self.now, self.host_free) + moved / _HOST_BANDWIDTH
+    return self.host_free
 
   def _wait(self, until: float, times: int) -> None:
     waited = max(until - self.now, 0.0)
@@ -257,14 +284,28 @@ def _bytes_whole(operation: Operation, kind: str) -> float:
   """Bytes of the whole array: what was gathered, or what is to be scattered."""
   shape = operation.shape
   if operation.opcode.endswith("-start") and shape.startswith("("):
-    arrays = re.findall(r"\b[a-z][a-z0-9]*\[[0-9,]*\]", shape)
-    sizes = sorted(size_of(array) for array in arrays)
-    return float(sizes[-1])
+    return float(max(size_of(array) for array in _arrays(shape)))
   result = float(size_of(shape))
   if kind == "reduce-scatter":
     group = replica_group(operation.attributes, 1)
     return result * max(len(group), 1)
   return result
+
+
+def _arrays(shape: str) -> list[str]:
+  """Those of a tuple's type, with their layouts."""
+  return re.findall(r"\b[a-z][a-z0-9]*\[[0-9,]*\](?:\{[^}]*\})?", shape)
+
+
+def _begun_apart(program: Program) -> set[str]:
+  """Channels of collectives that one fusion begins and another ends; those in between repeat them."""
+  return {
+    _channel(operation)
+    for inner in program.computations.values()
+    if any(operation.target == "AsyncCollectiveStart" for operation in inner)
+    for operation in inner
+    if operation.opcode in COLLECTIVES
+  }
 
 
 def _channel(operation: Operation) -> str:
