@@ -3,8 +3,8 @@
 The program is scheduled: its operations run one after the other, in the order of its text. Each takes
 the cycles that the compiler estimated for it, loops as often as they turn. A collective occupies the
 links for its bytes over their bandwidth; one that is begun and awaited apart is hidden as far as
-there is other work in between; so is what goes to the host's memory and comes back. Prefetches between HBM and VMEM count nothing: they are taken to be
-hidden. Kernels carry no estimate; theirs is handed in.
+there is other work in between; so is what goes to the host's memory and comes back. Prefetches between
+HBM and VMEM count nothing: they are taken to be hidden. Kernels carry no estimate; theirs is handed in.
 
 Compared across versions of one program this is good to a few percent. As a reading of a chip's clock
 it isn't: expect 25-30% either way, and it knows nothing of input, launch overhead or stragglers.
@@ -165,8 +165,9 @@ class _Timeline:
         self._wait(arrival.pop(_channel(collective), 0.0), times)
       elif _channel(collective) not in self.begun_apart:
         # Summed, and of the sum a device takes its own part: no more is sent than that needs.
-        scattered = collective.opcode == "all-reduce" and inner[-1].opcode == "dynamic-slice"
-        kind = "reduce-scatter" if scattered else collective.opcode
+        kind = collective.opcode
+        if kind == "all-reduce" and any(o.opcode == "dynamic-slice" for o in inner):
+          kind = "reduce-scatter"
         self._wait(self._transfer(collective, kind, times, collective.bytes), times)
     if operation.target == "tpu_custom_call":
       seconds = self.kernel_cycles(operation) / self.clock
@@ -241,7 +242,14 @@ def predict(
 
 def count_collectives(program: Program) -> dict[str, int]:
   """Collectives by kind, as often as they run; one that is begun and ended apart counts once."""
-  links = Links(1.0, ((0,),), (False,))
+  named = [
+    device
+    for operations in program.computations.values()
+    for operation in operations
+    if operation.opcode.removesuffix("-start") in COLLECTIVES
+    for device in replica_group(operation.attributes, 1)
+  ]
+  links = Links(1.0, ((0,),) * (1 + max(named, default=0)), (False,))
   nothing = predict(program, clock=1.0, links=links, kernel_cycles=lambda operation: 0.0)
   return {kind: total.count for kind, total in sorted(nothing.collectives.items())}
 
