@@ -5,7 +5,6 @@ the slowest. No data set and no checkpoint is needed, except for what the input 
 """
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import platform
@@ -15,8 +14,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import __version__, metrics, report
 from igpt_jax import config as config_lib
+from igpt_jax import metrics, report
 from igpt_jax.data import benchmark as data_benchmark
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split, open_split
@@ -60,7 +59,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
   found: Values = {
     "machine": machine(mesh),
-    "versions": versions(),
+    "versions": common.versions(),
     "model": dataclasses.asdict(model_config),
     "parameters": count_params(model_config),
     "objective": config.objective,
@@ -279,8 +278,3 @@ def machine(mesh: Mesh) -> Values:
     "processor": processor,
     "cores": os.cpu_count(),
   }
-
-
-def versions() -> dict[str, str]:
-  others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-  return {"igpt_jax": __version__, **others, "python": platform.python_version()}

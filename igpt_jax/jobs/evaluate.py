@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   results = []
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   for draw in range(draws):
-    with jax.set_mesh(mesh), stream(split, limit) as batches:
+    with stream(split, limit) as batches:
       clocked = clock.part(draw, draws, config.evaluate.batch_size)
       counted = counting(batches, counts) if draw == 0 else batches
       results.append(likelihood(trained.params, counted, seed=draw, report=clocked))

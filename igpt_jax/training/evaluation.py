@@ -52,9 +52,9 @@ class Likelihood:
       seed: of what the objective draws.
       report: called with the number of batches done, now and then.
     """
-    key = jax.device_put(jax.random.key(seed), sharding.replicated(self._mesh))
     sums = []
     with jax.set_mesh(self._mesh):
+      key = jax.device_put(jax.random.key(seed), sharding.replicated(self._mesh))
       for batch in batches:
         wanted = {name: batch[name] for name in ("tokens", "mask", "index")}
         sums.append(self._step(params, sharding.put_batch(wanted, self._mesh), key))

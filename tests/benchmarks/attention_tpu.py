@@ -31,7 +31,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 DUMP = tempfile.TemporaryDirectory(prefix="bundles_")
 os.environ.update(
@@ -52,6 +52,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from igpt_jax.model import attention_tpu  # noqa: E402
+from igpt_jax.prediction.bundles import Code, read, turns  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 NARROW = ("v5e", "v5p")
@@ -74,41 +75,6 @@ SHAPES = (
   Shape("XL 32²", 24, 128, 1024),
   Shape("XL 64²", 24, 128, 4096),
 )
-
-
-@dataclasses.dataclass
-class Code:
-  """A kernel's scheduled bundles: how deep in loops, and which guarded region, if any."""
-
-  depth: list[int]
-  region: list[int | None]
-  matmuls: list[int]
-
-  def weighted(self, weight: Callable[[int, int | None], float]) -> tuple[float, float]:
-    """Bundles and matrix-unit instructions, each as often as it runs."""
-    weights = [weight(d, r) for d, r in zip(self.depth, self.region, strict=True)]
-    return sum(weights), sum(w * m for w, m in zip(weights, self.matmuls, strict=True))
-
-
-def read(path: str) -> Code:
-  """A guarded region is what a conditional jump skips straight to the next fallthrough mark."""
-  code, open_at, regions = Code([], [], []), None, 0
-  with open(path) as lines:
-    for line in lines:
-      bundle = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*:((?: >+)?) \{(.*)", line)
-      if not bundle:
-        continue
-      mark, depth, body = bundle.groups()
-      if mark == "PF" and open_at is not None:
-        for at in range(open_at, len(code.region)):
-          code.region[at] = regions
-        regions, open_at = regions + 1, None
-      code.depth.append(depth.count(">"))
-      code.region.append(None)
-      code.matmuls.append(len(re.findall(r"\bvmatmul\.", body)))
-      if "sbr.rel" in body:
-        open_at = len(code.region)
-  return code
 
 
 def compile_for(chip: str, function, *shapes) -> tuple[dict[str, Code], float]:
@@ -174,11 +140,9 @@ def measure_fused(shape: Shape, chip: str) -> dict:
       shape.n_head, shape.head_dim, shape.length, qkv.dtype, causal=True, backward=backward,
       wide=chip not in NARROW,
     )  # fmt: skip
-    n = plan.spans
-    runs = {0: 1, 1: 1, 2: n, 3: n * (n - 1) // 2}
-    if n == 1:
+    if plan.spans == 1:
       assert max(code.depth) == 1, "a loop within straight code"
-    bundles, matmuls = code.weighted(lambda depth, region, runs=runs: runs[depth])
+    bundles, matmuls = code.weighted(lambda depth, _, plan=plan: turns(plan, depth))
     counts[backward] = (bundles / plan.heads, matmuls / plan.heads)
   return result(counts[False], counts[True], around, shape, chip, f"{plan.span}")
 
