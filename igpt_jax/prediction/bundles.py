@@ -40,7 +40,10 @@ class Code:
 
 
 def read(path: str) -> Code:
-  """A guarded region is what a conditional jump skips straight to the next fallthrough mark."""
+  """The bundles in the grid's loop; what surrounds it runs once.
+
+  A guarded region is what a conditional jump skips straight to the next fallthrough mark.
+  """
   code, open_at, regions = Code([], [], []), None, 0
   with open(path, encoding="utf-8") as lines:
     for line in lines:
@@ -132,4 +135,4 @@ def turns(plan: attention_tpu.Plan, depth: int) -> int:
   """How often code at a depth runs in one step of the grid of a fused attention kernel."""
   n = plan.spans
   pairs = n * (n - 1) // 2 if plan.causal else n * n
-  return {0: 1, 1: 1, 2: n, 3: pairs}[depth]
+  return {1: 1, 2: n, 3: pairs}[depth]

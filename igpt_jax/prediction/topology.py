@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import math
 import os
 import re
 
@@ -98,7 +99,7 @@ def check_name(name: str) -> None:
   slices = GENERATIONS[kind].slices
   if shape not in slices:
     chips = _chips(shape) if re.fullmatch(r"\d+(x\d+)*", shape) else 16
-    nearest = sorted(slices, key=lambda other: abs(_chips(other) - chips))[:3]
+    nearest = sorted(slices, key=lambda other: abs(math.log(_chips(other) / max(chips, 1))))[:3]
     raise UserError(
       f"config.topology: {name!r}; {kind} has no slice {shape!r}; nearest: "
       f"{', '.join(f'{kind}:{s}' for s in sorted(nearest, key=_chips))}; all: {', '.join(slices)}"
