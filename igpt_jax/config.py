@@ -252,11 +252,6 @@ def compute_dtype(config: ConfigDict) -> str:
   return config.model.dtype or ("float32" if _on_cpu(config) else "bfloat16")
 
 
-def _remat(config: ConfigDict, size: Preset) -> str:
-  """A CPU has memory, and no faster way to compute than to keep; an accelerator has neither."""
-  return config.model.remat or ("none" if _on_cpu(config) else size.remat)
-
-
 def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
   """The model; touches no device unless the dtype is left to it."""
   size, config = preset(config), settle(config)
@@ -268,7 +263,7 @@ def model(config: ConfigDict, *, n_vocab: int) -> ImageGPTConfig:
     n_positions=config.data.resolution**2,
     causal=config.objective == "autoregressive",
     dtype=compute_dtype(config),
-    remat=_remat(config, size),
+    remat=config.model.remat or size.remat,
     attention=config.model.attention,
   )
 

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
 from igpt_jax.model import attention_blocked, attention_tpu
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import hardware, sharding
 
 # tpu_interpret runs the TPU's kernel step by step on any backend: slow, for tests.
 IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret")
@@ -58,8 +58,7 @@ def attention(
 
 def choose(qkv_3xBxTxE: jax.Array, n_head: int) -> str:
   """What "auto" stands for on this backend, for this shape under the mesh around."""
-  device = jax.sharding.get_abstract_mesh().abstract_device  # known also where it isn't here
-  backend = jax.default_backend() if device is None else device.platform
+  backend = hardware.platform()
   if backend == "tpu" and _unsupported(qkv_3xBxTxE, n_head, "tpu") is None:
     return "tpu"
   if backend == "gpu" and qkv_3xBxTxE.dtype.itemsize == 2:

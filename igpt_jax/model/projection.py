@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from igpt_jax.parallel import hardware
 from igpt_jax.parallel.sharding import constrain, gather_weight, sum_of_batch
 
 Axes = tuple[str, ...]
@@ -54,9 +55,21 @@ def project_gradients(
   whole = gather_weight(weight.astype(x.dtype), *weight_axes)
   dx = constrain(jnp.einsum(f"{of_out},{of_weight}->{of_x}", dout, whole), *x_axes)
   dweight = sum_of_batch(
-    functools.partial(jnp.einsum, f"{of_x},{of_out}->{of_weight}"), (x_axes, out_axes), weight_axes
+    functools.partial(_outer, of_x, of_out, of_weight), (x_axes, out_axes), weight_axes
   )(x, dout)
   return dx, dweight.astype(weight.dtype)
+
+
+def _outer(of_x: str, of_out: str, of_weight: str, x: jax.Array, dout: jax.Array) -> jax.Array:
+  """Σ x dout over pictures and positions.
+
+  XLA on a CPU turns one factor round by a slow copy, the first one that it is given; where that is
+  much the larger, the product's turned instead (and kept from being turned back).
+  """
+  if hardware.platform() != "cpu" or x.size <= dout.size:
+    return jnp.einsum(f"{of_x},{of_out}->{of_weight}", x, dout)
+  turned = jnp.einsum(f"{of_out},{of_x}->{of_weight[::-1]}", dout, x)
+  return jax.lax.optimization_barrier(turned).T
 
 
 project.defvjp(

@@ -40,6 +40,15 @@ CHIPS = {
 }
 
 
+def platform() -> str:
+  """What the program being traced is for: "cpu", "gpu" or "tpu".
+
+  The mesh in force tells, also one of devices that aren't here (ahead-of-time compilation).
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def chip_of(device: jax.Device) -> Chip | None:
   """The chip behind a device, or None when its peak isn't known (a CPU, a new accelerator)."""
   return CHIPS.get(device.device_kind)
