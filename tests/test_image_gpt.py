@@ -221,7 +221,7 @@ def test_recomputing_changes_nothing(causal):
     loss, grads = run(tiny.random_params(config), jnp.asarray(tokens), keep)
     results[remat] = loss, tiny.leaf_names(grads)
   loss, grads = results["none"]
-  for remat in ("names", "full"):
+  for remat in ("names", "offload", "full"):
     loss_again, grads_again = results[remat]
     np.testing.assert_allclose(loss, loss_again, rtol=1e-6)
     for name, grad in grads.items():
@@ -247,6 +247,7 @@ def test_recomputing_saves_memory():
   assert held["full"] == width  # a block's input, nothing else
   assert held["full"] < held["names"] <= (1 + 3 + 1 + 4) * width + 1  # input, qkv, heads, MLP
   assert held["names"] < held["none"]
+  assert held["offload"] == held["names"]  # the same, elsewhere
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -114,6 +114,31 @@ def test_a_batch_that_does_not_divide_is_refused():
     sharding.batch_size_per_shard(mesh, 3, "evaluate.batch_size")
 
 
+def test_a_batch_is_divided_into_parts_that_divide():
+  mesh = tiny.mesh_of((2, 2, 2))
+  assert sharding.batch_size_per_shard(mesh, 24, accumulate=3) == 2
+  with pytest.raises(
+    UserError, match=r"train.batch_size: 20 .* = 4 .* × train.accumulate 2; .* 16 or 24"
+  ):
+    sharding.batch_size_per_shard(mesh, 20, accumulate=2)
+  with pytest.raises(UserError, match=r"train.batch_size: 4 .*accumulate 4; nearest: 16$"):
+    sharding.batch_size_per_shard(mesh, 4, accumulate=4)
+
+
+def test_a_model_that_does_not_divide_over_the_mesh_is_refused():
+  sharding.check_model_fits(tiny.mesh_of((2, 2, 2)), n_head=2, n_embd=16)
+  sharding.check_model_fits(tiny.mesh_of((8, 1, 1)), n_head=3, n_embd=21)
+  with pytest.raises(UserError, match=r"mesh.tensor: 4 .* 6 heads; expected one of 1, 2, 3, 6$"):
+    sharding.check_model_fits(tiny.mesh_of((1, 2, 4)), n_head=6, n_embd=48)
+  with pytest.raises(
+    UserError, match=r"mesh.fsdp: 8 \(× tensor 1\) .* 36; nearest .* 4, 6, 9, 12;"
+  ):
+    sharding.check_model_fits(tiny.mesh_of((1, 8, 1)), n_head=2, n_embd=36)
+  # Rows that are split over both: 4 columns of heads a device would do for tensor alone.
+  with pytest.raises(UserError, match=r"mesh.fsdp: 2 \(× tensor 4\) .* width 12; nearest .* 1, 3;"):
+    sharding.check_model_fits(tiny.mesh_of((1, 2, 4)), n_head=4, n_embd=12)
+
+
 def test_a_devices_share_of_an_axis():
   assert sharding.axis_share("heads", 8) == 8  # no mesh around
   with jax.set_mesh(tiny.mesh_of((1, 2, 4))):

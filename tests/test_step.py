@@ -26,8 +26,8 @@ def objective_of(config):
   return make_objective("autoregressive" if config.causal else "masked", 0.4)
 
 
-def build(config):
-  return make_train_step(config, objective_of(config), OPTIMIZER, make_schedule(RECIPE))
+def build(config, accumulate=1):
+  return make_train_step(config, objective_of(config), OPTIMIZER, make_schedule(RECIPE), accumulate)
 
 
 def plain_loss(params, tokens, keep, n_head):
@@ -130,15 +130,15 @@ def begin(config, mesh, step=0):
   return jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
 
 
-def run_steps(config, shape):
+def run_steps(config, shape, accumulate=1):
   """The metrics of a few steps made as `pretrain` makes them, with what must hold on every mesh."""
   mesh = tiny.mesh_of(shape)
   shardings = state_shardings(config, OPTIMIZER, mesh)
-  step = tiny.jit(build(config), donate_argnums=0, out_shardings=(shardings, None))
+  step = tiny.jit(build(config, accumulate), donate_argnums=0, out_shardings=(shardings, None))
   state, values = begin(config, mesh), []
   with jax.set_mesh(mesh):
     for seed in range(STEPS):
-      tokens = tiny.random_tokens(config, 8, seed=seed).astype(np.uint16)
+      tokens = tiny.random_tokens(config, 16, seed=seed).astype(np.uint16)
       batch = sharding.put_batch({"tokens": tokens}, mesh)
       before = state
       with jax.transfer_guard("disallow"):
@@ -161,8 +161,20 @@ def one_device(config):
 @pytest.mark.parametrize("causal", [True, False], ids=["autoregressive", "bert"])
 def test_every_mesh_trains_as_one_device_does(causal, shape):
   config = tiny.make_config(n_head=4, causal=causal)
+  assert_trains_as_one_device(config, *run_steps(config, shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("causal", [True, False], ids=["autoregressive", "bert"])
+def test_a_batch_in_parts_trains_as_a_whole_one(causal, accumulate, shape):
+  """BERT's masks too are the picture's own, whatever part it is in."""
+  config = tiny.make_config(n_head=4, causal=causal)
+  assert_trains_as_one_device(config, *run_steps(config, shape, accumulate))
+
+
+def assert_trains_as_one_device(config, found, state):
   expected, expected_state = one_device(config)
-  found, state = run_steps(config, shape)
   for t in range(STEPS):
     for name in ("loss", "grad_norm", "learning_rate"):
       np.testing.assert_allclose(
