@@ -109,7 +109,7 @@ def model_of(config: ConfigDict) -> tuple[ImageGPTConfig, ConfigDict]:
     return config_lib.model(config, n_vocab=start.n_vocab), config
   config = config_lib.settle(config)
   given = config.palette.path
-  n_vocab = Palette.load(given).size if given else config_lib.palette_size(config)
+  n_vocab = Palette.given(given).size if given else config_lib.palette_size(config)
   return config_lib.model(config, n_vocab=n_vocab), config
 
 
@@ -219,7 +219,7 @@ def of_input(config: ConfigDict, split: Split, trained: Values | None) -> Values
   palette = None
   if not split.is_tokens:
     # Which colours they are makes no difference to how fast they are found.
-    palette = Palette.load(config.palette.path) if config.palette.path else Palette.default()
+    palette = Palette.given(config.palette.path or "default")
   hosts = jax.process_count()
   batch_size = max(config.train.batch_size // hosts, 1)
   n_batches = max(10, math.ceil(config.benchmark.pictures / batch_size))

@@ -56,7 +56,7 @@ class Side:
 def model_config(size: str, attention: str) -> tuple[ImageGPTConfig, int]:
   """A model and the batch that it is compared at."""
   if size == "small":
-    return ImageGPTConfig(n_layer=6, n_head=8, n_embd=256, attention=attention), 8
+    return ImageGPTConfig(n_layer=6, n_head=8, n_embd=256, attention=attention, remat="names"), 8
   preset = PRESETS[size]
   batch = {"s": 32, "m": 8, "l": 4}[size]
   config = ImageGPTConfig(
