@@ -8,17 +8,14 @@ what happens inside; this module has the shapes that it takes, how it is cut, an
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from igpt_jax.model import attention_tpu_calls as calls
 from igpt_jax.model.attention_tpu_blocks import LANES, Plan
-from igpt_jax.model.attention_tpu_bodies import backward_body, forward_body
+from igpt_jax.model.attention_tpu_calls import VMEM_BUDGET, Memory, Stacks
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 MAX_LENGTH = 4096
@@ -26,9 +23,6 @@ OUTPUT_NAME, LSE_NAME = "attention_out", "attention_lse"
 _ONE_SPAN = 1024  # positions up to which a whole sequence is straight code
 _SPAN_CODE = 3072  # heads × positions of a span above which compiling takes minutes
 _LARGEST_ODD_GROUP = 512
-_VMEM_BUDGET = 56 * 2**20  # of the 64 MiB that v5p and TPU7x have
-_VMEM_LEAST = 16 * 2**20  # the compiler's default
-_VMEM_MARGIN = 4 * 2**20  # for what the compiler spills besides tiles of scores
 
 
 def _group(n_head: int, head_dim: int) -> int | None:
@@ -69,11 +63,11 @@ def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
   if _span(length, _group(n_head, head_dim), dtype) is None:
     return f"length {length}: expected a multiple of {LANES} for so long a sequence of {dtype.name}"
   plan = _plan(n_head, head_dim, length, dtype, causal=True, backward=True, wide=False)
-  _, needed = _Memory.of(plan, dtype, backward=True).buffers_and_bytes()
-  if needed > _VMEM_BUDGET:
+  _, needed = Memory.of(plan, dtype, backward=True).buffers_and_bytes()
+  if needed > VMEM_BUDGET:
     return (
       f"length {length} with {plan.heads} heads of {head_dim} in {dtype.name}: "
-      f"{needed >> 20} MiB of VMEM, expected at most {_VMEM_BUDGET >> 20}"
+      f"{needed >> 20} MiB of VMEM, expected at most {VMEM_BUDGET >> 20}"
     )
   return None
 
@@ -124,210 +118,6 @@ def _plan(
   )
 
 
-def _spec(shape: tuple, index: Callable, layered: bool, buffers: int = 2) -> pl.BlockSpec:
-  """A block of an array, or of one layer of a stack of them, which one a prefetched scalar says."""
-  mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
-  if layered:
-    return pl.BlockSpec((None, *shape), lambda b, g, layer: (layer[0], *index(b, g)), **mode)
-  return pl.BlockSpec(shape, lambda b, g, *_: index(b, g), **mode)
-
-
-def _block(rows: int | None, plan: Plan, buffers: int, layered: bool = False) -> pl.BlockSpec:
-  """All positions of one head group, of [batch, length, width] or of three of those."""
-  shape = (1, plan.length, plan.width)
-  if rows:
-    return _spec((rows, *shape), lambda b, g: (0, b, 0, g), layered, buffers)
-  return _spec(shape, lambda b, g: (b, 0, g), layered, buffers)
-
-
-def _lse_block(plan: Plan, layered: bool = False) -> pl.BlockSpec:
-  shape = (1, 1, plan.spans, plan.heads, plan.span)
-  return _spec(shape, lambda b, g: (b, g, 0, 0, 0), layered)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Memory:
-  """What a kernel keeps in VMEM.
-
-  Attributes:
-    scratch: shapes and dtypes, in the order that its body takes them.
-    streamed: bytes of the blocks that come and go.
-    held: bytes of scores between a tile's start and its finish.
-  """
-
-  scratch: tuple
-  streamed: int
-  held: int
-
-  @classmethod
-  def of(cls, plan: Plan, dtype, backward: bool) -> "_Memory":
-    transposed = (plan.spans, plan.width, plan.span)
-    rows = ((plan.heads, plan.span), jnp.float32)
-    copied = ((len(plan.copied), plan.length, plan.head_dim), dtype)
-    copies = [copied] * (1 + backward) if plan.copied else []
-    block = plan.length * plan.width * dtype.itemsize
-    # Exact float32 matmuls hold their operands in three parts.
-    tile = plan.tile * 4 * (plan.lag + 1) * (1 if dtype.itemsize == 2 else 4)
-    if backward:
-      scratch = [(transposed, dtype)] * 3 + [((plan.spans, *rows[0]), jnp.float32)]
-      scratch += [(transposed, jnp.float32)] + [(transposed[1:], jnp.float32)] * 2
-      return cls((*scratch, *copies), 8 * block, 2 * plan.tile * tile)
-    scratch = [(transposed, dtype), (transposed[1:], jnp.float32), rows, rows]
-    return cls((*scratch, *copies), 4 * block, plan.span * tile)
-
-  def refs(self) -> list:
-    return [pltpu.VMEM(shape, dtype) for shape, dtype in self.scratch]
-
-  def buffers_and_bytes(self) -> tuple[int, int]:
-    """Copies of each streamed block (two hide its transfers), and VMEM in all."""
-    sizes = [math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in self.scratch]
-    for buffers in (2, 1):
-      needed = buffers * self.streamed + sum(sizes) + self.held + _VMEM_MARGIN
-      if needed <= _VMEM_BUDGET:
-        break
-    return buffers, needed
-
-
-class Stacks(NamedTuple):
-  """What the backward pass needs of all layers, local to one device.
-
-  Attributes:
-    qkv: [layers, 3, B, T, E].
-    out: [layers, B, T, E].
-    lse: log2-sum-exp2 of the rows of scores, float32 [layers, B, groups, spans, heads, span].
-  """
-
-  qkv: jax.Array
-  out: jax.Array
-  lse: jax.Array
-
-
-def _grid(
-  plan: Plan, qkv: jax.Array, layer: jax.Array | None, in_specs, out_specs, scratch
-) -> dict:
-  """What both kernels tell Pallas; a layer's number goes ahead, for the blocks' addresses."""
-  *_, batch, _, width = qkv.shape
-  return {
-    "grid_spec": pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=0 if layer is None else 1,
-      grid=(batch, width // plan.width),
-      in_specs=in_specs,
-      out_specs=out_specs,
-      scratch_shapes=scratch,
-    )
-  }
-
-
-def _pairs(plan: Plan, qkv: jax.Array) -> int:
-  """Scores that are computed."""
-  *_, batch, length, width = qkv.shape
-  return batch * (width // plan.head_dim) * length * length // (2 if plan.causal else 1)
-
-
-def _forward(
-  qkv: jax.Array,
-  plan: Plan,
-  interpret: bool,
-  layer: jax.Array | None = None,
-  stacks: Stacks | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Outputs [B, T, E] and the rows' log2-sum-exp2 [B, groups, spans, heads of a group, span].
-
-  Given stacks, reads `layer` of stacks.qkv, writes it into the other two in place, and returns those.
-  """
-  *_, batch, length, width = qkv.shape
-  layered = layer is not None
-  dtype, item = qkv.dtype, qkv.dtype.itemsize
-  memory = _Memory.of(plan, dtype, backward=False)
-  buffers, needed = memory.buffers_and_bytes()
-  pairs = _pairs(plan, qkv)
-  shapes = [
-    jax.ShapeDtypeStruct((batch, length, width), dtype),
-    jax.ShapeDtypeStruct(_lse_shape(plan, batch, width), jnp.float32),
-  ]
-  body, aliases = functools.partial(forward_body, plan), {}
-  in_specs, operands = [_block(3, plan, buffers, layered)], [qkv]
-  if layered:
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks[1:]]
-    in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2  # where the outputs go: not read
-    operands = [layer.reshape(1), *stacks]
-    aliases = {2: 0, 3: 1}
-    body = lambda layer_ref, qkv_ref, out_ref, lse_ref, *refs: forward_body(plan, qkv_ref, *refs)  # noqa: E731
-  return pl.pallas_call(
-    body,
-    **_grid(
-      plan,
-      qkv,
-      layer,
-      in_specs,
-      [_block(None, plan, buffers, layered), _lse_block(plan, layered)],
-      memory.refs(),
-    ),
-    out_shape=shapes,
-    input_output_aliases=aliases,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=4 * pairs * plan.head_dim,
-      transcendentals=pairs,
-      bytes_accessed=4 * batch * length * width * item,
-    ),
-    name="fused_attention_forward",
-    interpret=interpret,
-  )(*operands)
-
-
-def _lse_shape(plan: Plan, batch: int, width: int) -> tuple[int, ...]:
-  return batch, width // plan.width, plan.spans, plan.heads, plan.span
-
-
-def _backward(
-  qkv: jax.Array,
-  out: jax.Array,
-  lse: jax.Array,
-  dout: jax.Array,
-  plan: Plan,
-  interpret: bool,
-  layer: jax.Array | None = None,
-) -> jax.Array:
-  """The gradient of qkv [3, B, T, E]; with a layer, qkv, out and lse are stacks."""
-  *_, batch, length, width = qkv.shape
-  layered = layer is not None
-  dtype, item = qkv.dtype, qkv.dtype.itemsize
-  memory = _Memory.of(plan, dtype, backward=True)
-  buffers, needed = memory.buffers_and_bytes()
-  if not interpret:
-    # Blocks are streamed from HBM behind the arithmetic. Operands that XLA places in VMEM instead
-    # gain nothing, and the compiler orders accesses to them less freely: 4% slower.
-    qkv, out, dout = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (qkv, out, dout))
-  pairs = _pairs(plan, qkv)
-  body = functools.partial(backward_body, plan)
-  if layered:
-    body = lambda layer_ref, *refs: backward_body(plan, *refs)  # noqa: E731
-  in_specs = [
-    _block(3, plan, buffers, layered),
-    _block(None, plan, buffers, layered),
-    _lse_block(plan, layered),
-    _block(None, plan, buffers),
-  ]
-  return pl.pallas_call(
-    body,
-    **_grid(plan, qkv, layer, in_specs, _block(3, plan, buffers), memory.refs()),
-    out_shape=jax.ShapeDtypeStruct((3, batch, length, width), dtype),
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=10 * pairs * plan.head_dim,
-      transcendentals=pairs,
-      bytes_accessed=8 * batch * length * width * item,
-    ),
-    name="fused_attention_backward",
-    interpret=interpret,
-  )(*([layer.reshape(1)] if layered else []), qkv, out, lse, dout)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plans:
   forward: Plan
@@ -337,18 +127,18 @@ class _Plans:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plans: _Plans, qkv: jax.Array) -> jax.Array:
-  return _forward(qkv, plans.forward, plans.interpret)[0]
+  return calls.forward(qkv, plans.forward, plans.interpret)[0]
 
 
 def _attention_fwd(plans: _Plans, qkv: jax.Array):
-  out, lse = _forward(qkv, plans.forward, plans.interpret)
+  out, lse = calls.forward(qkv, plans.forward, plans.interpret)
   out, lse = checkpoint_name(out, OUTPUT_NAME), checkpoint_name(lse, LSE_NAME)
   return out, (qkv, out, lse)
 
 
 def _attention_bwd(plans: _Plans, residuals, dout: jax.Array):
   qkv, out, lse = residuals
-  return (_backward(qkv, out, lse, dout, plans.backward, plans.interpret),)
+  return (calls.backward(qkv, out, lse, dout, plans.backward, plans.interpret),)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -401,7 +191,7 @@ def forward_layer(
     n_head, causal, interpret: as for `fused_attention`.
   """
   plan = _plans(stacks.qkv, n_head, causal, interpret).forward
-  return _forward(stacks.qkv, plan, interpret, layer, stacks)
+  return calls.forward(stacks.qkv, plan, interpret, layer, stacks)
 
 
 def backward_layer(
@@ -415,7 +205,7 @@ def backward_layer(
 ) -> jax.Array:
   """The gradient of one layer's qkv [3, B, T, E] from that of its output [B, T, E]."""
   plan = _plans(stacks.qkv, n_head, causal, interpret).backward
-  return _backward(*stacks, dout, plan, interpret, layer)
+  return calls.backward(*stacks, dout, plan, interpret, layer)
 
 
 def lse_shape(
@@ -426,4 +216,4 @@ def lse_shape(
   plan = make_plan(
     n_head, head_dim, length, dtype, causal=causal, backward=False, wide=_wide_matrix_unit()
   )
-  return _lse_shape(plan, batch, width)
+  return calls.lse_shape(plan, batch, width)
