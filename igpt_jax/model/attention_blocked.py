@@ -139,7 +139,13 @@ def _backward_of_group(q, k, v, dout, lse, delta, *, causal: bool):
     dweights = _matmul(v[:, keys], dout_flipped[..., queries])
     dscores = (scale * weights * (dweights - delta[..., queries])).astype(dtype)
     dqs.append(_matmul(k_flipped[..., keys], dscores))
-    dv = dv.at[:, keys].add(_matmul(weights.astype(dtype), dout[:, queries]))
-    dk = dk.at[:, keys].add(_matmul(dscores, q[:, queries]))
+    dv = _add_first(dv, _matmul(weights.astype(dtype), dout[:, queries]))
+    dk = _add_first(dk, _matmul(dscores, q[:, queries]))
   dq = _flip(jnp.concatenate(dqs, axis=-1))
   return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
+
+
+def _add_first(total: jax.Array, part: jax.Array) -> jax.Array:
+  """Adds to the first positions. (`at[].add` is a scatter, at which XLA 0.11.2 crashes in shard_map.)"""
+  added = total[:, : part.shape[1]] + part
+  return jax.lax.dynamic_update_slice_in_dim(total, added, 0, axis=1)
