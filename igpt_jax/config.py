@@ -109,7 +109,7 @@ def base() -> ConfigDict:
   config.probe.max_iterations = 1_000  # of L-BFGS
 
   config.sample = ConfigDict()
-  config.sample.samples = 32  # unconditional pictures
+  config.sample.samples = 32  # unconditional pictures; 0: compile leaves sampling out
   config.sample.completions = 8  # held-out pictures to complete
   config.sample.per_picture = 4  # completions of each
   config.sample.keep = 0.5  # share of the rows that is given
@@ -185,7 +185,7 @@ def validate(config: ConfigDict) -> None:
     config, "data.resolution", "palette.images", "train.batch_size", "train.log_every",
     "train.accumulate", "train.checkpoint_every", "train.keep", "evaluate.batch_size", "evaluate.masks",
     "evaluate.baseline_images", "probe.batch_size", "probe.trials", "probe.max_iterations",
-    "sample.samples", "sample.completions", "sample.per_picture", "benchmark.repeats",
+    "sample.completions", "sample.per_picture", "benchmark.repeats",
     "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(
@@ -193,6 +193,8 @@ def validate(config: ConfigDict) -> None:
     "evaluate.images", "probe.images", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
   )  # fmt: skip
+  # Job compile may leave sampling out.
+  _positive(config, "sample.samples", least=0 if config.job == "compile" else 1)
   if config.palette.size:
     _positive(config, "palette.size", least=2)
   if not 0 < config.mask_probability < 1:

@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       f"{gib(step.memory.needed)} of a device's {gib(step.memory.hbm)}; fix: "
       + "; or ".join(planning.remedies(training, mesh))
     )
-  if training.model.causal and not config.plan:
+  if training.model.causal and config.sample.samples and not config.plan:
     mesh = planning.sampling_mesh(training.model, topology)
     say(f"compiling the sampling of {config.sample.samples} pictures, mesh ({sizes_of(mesh)})")
     drawn = forecasting.sampling(

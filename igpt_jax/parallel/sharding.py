@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -142,7 +143,10 @@ def sum_of_batch(
     total = function(*shares)
     for axis in reversed(batch_axes):
       if axis == "fsdp" and scattered:
-        total = jax.lax.psum_scatter(total, axis, scatter_dimension=scattered[0], tiled=True)
+        # The TPU's compiler scatters along the first axis, and sums the whole along another.
+        rows_first = jnp.moveaxis(total, scattered[0], 0)
+        kept = jax.lax.psum_scatter(rows_first, axis, scatter_dimension=0, tiled=True)
+        total = jnp.moveaxis(kept, 0, scattered[0])
       else:
         total = jax.lax.psum(total, axis)
     return total
