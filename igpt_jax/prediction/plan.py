@@ -149,9 +149,12 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
   if model.remat == "none":
     flops *= 1.3  # what is kept is written and read, which costs more than a little recomputing
   seconds = flops / topology.chip.peak_flops / _EFFICIENCY
-  # The gradients' sum isn't hidden. Rows that don't fill the tiles of memory aren't gathered behind
-  # the arithmetic either, but by an all-reduce.
-  sums = 1 if model.n_embd // sharding.weight_shards(mesh) % 32 == 0 else 3
+  # The gradients' sum isn't hidden. Over all of a slice the compiler sums them whole on every chip,
+  # over a part it scatters them. Rows that don't fill the tiles of memory aren't gathered behind the
+  # arithmetic either, but by an all-reduce.
+  sums = 1.0 if sharding.weight_shards(mesh) // tensor in (1, mesh.size) else 0.6
+  if model.n_embd // sharding.weight_shards(mesh) % 32:
+    sums = 3.0
   seconds += sums * links.seconds("all-reduce", 2 * parameters / tensor, everyone[::tensor])
   if tensor > 1:
     positions = training.batch_size / sharding.batch_shards(mesh) * model.n_positions
