@@ -63,7 +63,7 @@ def check(n_head, head_dim, length, causal, dtype, batch=1, size=1.5, tolerance=
 
 @pytest.fixture(params=[False, True], ids=["mxu128", "mxu256"])
 def matrix_unit(request, monkeypatch):
-  monkeypatch.setattr(attention_tpu, "_wide_matrix_unit", lambda: request.param)
+  monkeypatch.setattr(attention_tpu, "wide_matrix_unit", lambda: request.param)
 
 
 @pytest.fixture

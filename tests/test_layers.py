@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from igpt_jax.model import attention_tpu
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
 
@@ -32,9 +33,19 @@ def value_and_grad(config):
   return tiny.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["autoregressive", "bert"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_values_and_gradients_are_those_of_the_blocks(causal, shape):
+@pytest.mark.parametrize(
+  "causal, shape, wide",
+  [
+    (True, (1, 1, 1), False),
+    (False, (2, 2, 2), False),
+    (True, (2, 2, 2), True),
+    (False, (1, 1, 1), True),
+  ],
+  ids=str,
+)
+def test_values_and_gradients_are_those_of_the_blocks(causal, shape, wide, monkeypatch):
+  """On both kinds of matrix unit: they keep different things."""
+  monkeypatch.setattr(attention_tpu, "wide_matrix_unit", lambda: wide)
   plain, stacked = configs(causal, n_head=4 if shape[2] > 1 else 2, n_embd=128)
   params = tiny.random_params(plain)
   tokens = tiny.random_tokens(plain, 4)

@@ -72,7 +72,7 @@ def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
   return None
 
 
-def _wide_matrix_unit() -> bool:
+def wide_matrix_unit() -> bool:
   """Whether this is for a TPU with 256 × 256 matrix units (v6e on), not 128 × 128.
 
   The mesh in force tells, also one of devices that aren't there (ahead-of-time compilation); then
@@ -88,7 +88,7 @@ def _wide_matrix_unit() -> bool:
 def make_plan(
   n_head: int, head_dim: int, length: int, dtype, *, causal: bool, backward: bool, wide: bool
 ) -> Plan:
-  """How the kernel goes about these shapes; `wide` as in `_wide_matrix_unit`.
+  """How the kernel goes about these shapes; `wide` as in `wide_matrix_unit`.
 
   Raises:
     ValueError: `supports` refuses them.
@@ -172,7 +172,7 @@ def fused_attention(
 def _plans(qkv: jax.Array, n_head: int, causal: bool, interpret: bool) -> _Plans:
   *_, length, width = qkv.shape
   make = functools.partial(
-    make_plan, n_head, width // n_head, length, qkv.dtype, causal=causal, wide=_wide_matrix_unit()
+    make_plan, n_head, width // n_head, length, qkv.dtype, causal=causal, wide=wide_matrix_unit()
   )
   return _Plans(make(backward=False), make(backward=True), interpret)
 
@@ -214,6 +214,6 @@ def lse_shape(
   """Of a layer of `Stacks.lse` for qkv [3, B, T, E]; n_head is a device's, B and E may be all's."""
   _, batch, length, width = qkv_shape
   plan = make_plan(
-    n_head, head_dim, length, dtype, causal=causal, backward=False, wide=_wide_matrix_unit()
+    n_head, head_dim, length, dtype, causal=causal, backward=False, wide=wide_matrix_unit()
   )
   return calls.lse_shape(plan, batch, width)

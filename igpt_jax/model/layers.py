@@ -101,13 +101,14 @@ class _Kept(NamedTuple):
     inputs: of the blocks, and after them the output of the last, [L + 1, B, T, D].
     scales: inverse RMS at both norms, float32 [L, 2, B, T, 1].
     attention: what the kernels read and write.
-    hidden: of the MLP, before the activation, [L, B, T, 4D].
+    hidden: of the MLP, before the activation, [L, B, T, 4D]; None where it's cheaper to compute again
+      than to lay out for the backward pass: on 256 × 256 matrix units.
   """
 
   inputs: jax.Array
   scales: jax.Array
   attention: attention_tpu.Stacks
-  hidden: jax.Array
+  hidden: jax.Array | None
 
 
 def _room(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kept:
@@ -132,7 +133,9 @@ def _room(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kept:
     attention=attention_tpu.Stacks(
       qkv=stack(qkv, QKV), out=stack(x.shape, HEADS), lse=stack(lse, _LSE, dtype=jnp.float32)
     ),
-    hidden=stack((batch, length, blocks["mlp"]["fc"].shape[-1]), INNER),
+    hidden=None
+    if attention_tpu.wide_matrix_unit()
+    else stack((batch, length, blocks["mlp"]["fc"].shape[-1]), INNER),
   )
 
 
@@ -164,7 +167,7 @@ def _forward(settings, blocks, x):
       inputs=_put(kept.inputs, x, layer + 1),
       scales=_put(kept.scales, jnp.stack([scale_1, scale_2]), layer),
       attention=attention_tpu.Stacks(qkv_stack, out, lse),
-      hidden=_put(kept.hidden, hidden, layer),
+      hidden=None if kept.hidden is None else _put(kept.hidden, hidden, layer),
     )
     return (x, kept), None
 
@@ -197,10 +200,14 @@ def _backward(settings, residuals, dx):
     middle = x + project(FROM_HEADS, out, block["attn"]["proj"])  # cheaper than to keep
     scale_1, scale_2 = _get(kept.scales, layer)
 
-    activated, pull = jax.vjp(activation, _get(kept.hidden, layer))
+    normed = _normed(middle, scale_2, gain_2)
+    if kept.hidden is None:
+      hidden = project(TO_INNER, normed, block["mlp"]["fc"])
+    else:
+      hidden = _get(kept.hidden, layer)
+    activated, pull = jax.vjp(activation, hidden)
     dactivated, dproj = project_gradients(FROM_INNER, activated, block["mlp"]["proj"], dx)
     (dhidden,) = pull(dactivated)
-    normed = _normed(middle, scale_2, gain_2)
     dnormed, dfc = project_gradients(TO_INNER, normed, block["mlp"]["fc"], dhidden)
     dmiddle, dgain_2 = _norm_gradients(middle, scale_2, gain_2, dnormed)
     dx = (dx + dmiddle).astype(x.dtype)
