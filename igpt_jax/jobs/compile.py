@@ -20,7 +20,7 @@ from igpt_jax import report
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, compile_table
 from igpt_jax.jobs.common import say
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction import plan as planning
 from igpt_jax.prediction.forecast import Forecast, Training
@@ -164,7 +164,7 @@ def summary(
       "attention_kernels": predicted.kernels,
       "communication_not_hidden": predicted.exposed,
     },
-    "mfu": flops / predicted.seconds / (topology.chip.peak_flops * len(topology.devices)),
+    "mfu": flops / predicted.seconds / hardware.peak_flops(mesh),
     "images_per_second": images_per_second,
     "days": days,
     "chip_hours": days * 24 * topology.n_chips,

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from igpt_jax.model import attention_tpu_calls as calls
 from igpt_jax.model.attention_tpu_blocks import LANES, Plan
 from igpt_jax.model.attention_tpu_calls import VMEM_BUDGET, Memory, Stacks
+from igpt_jax.parallel import hardware
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 MAX_LENGTH = 4096
@@ -75,13 +76,9 @@ def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
 def wide_matrix_unit() -> bool:
   """Whether this is for a TPU with 256 × 256 matrix units (v6e on), not 128 × 128.
 
-  The mesh in force tells, also one of devices that aren't there (ahead-of-time compilation); then
-  this machine's own TPU. It decides speed alone, never the result.
+  It decides speed alone, never the result.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None and jax.default_backend() == "tpu":
-    device = jax.devices()[0]
-  kind = "" if device is None else device.device_kind
+  kind = hardware.target().device_kind
   return kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4", "TPU v5"))
 
 

@@ -25,10 +25,8 @@ from igpt_jax.model.attention import SAVED_NAMES, attention, choose
 from igpt_jax.model.projection import Product, project
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
-REMAT_POLICIES = ("none", "names", "offload", "full")
 _KEPT_NAMES = ("qkv", "mlp_in", *SAVED_NAMES)
 _REMAT_POLICIES = {
-  "full": None,
   "names": jax.checkpoint_policies.save_only_these_names(*_KEPT_NAMES),
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -36,7 +34,9 @@ _REMAT_POLICIES = {
     offload_src="device",
     offload_dst="pinned_host",
   ),
+  "full": None,
 }
+REMAT_POLICIES = ("none", *_REMAT_POLICIES)
 
 Params = dict[str, Any]
 

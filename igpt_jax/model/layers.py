@@ -139,14 +139,15 @@ def _room(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kept:
   )
 
 
-def _forward(settings, blocks, x):
+def _on_each_device(kernel, settings):
   n_head, causal, interpret = settings
-  kernel = functools.partial(
-    attention_tpu.forward_layer,
-    n_head=sharding.axis_share("heads", n_head),
-    causal=causal,
-    interpret=interpret,
-  )
+  n_head = sharding.axis_share("heads", n_head)
+  return functools.partial(kernel, n_head=n_head, causal=causal, interpret=interpret)
+
+
+def _forward(settings, blocks, x):
+  n_head, causal, _ = settings
+  kernel = _on_each_device(attention_tpu.forward_layer, settings)
   attend = sharding.per_device(
     lambda at, *parts: kernel(at, attention_tpu.Stacks(*parts)), ((), *_STACKS), _STACKS[1:]
   )
@@ -179,14 +180,8 @@ def _forward(settings, blocks, x):
 
 
 def _backward(settings, residuals, dx):
-  n_head, causal, interpret = settings
   blocks, kept = residuals
-  kernel = functools.partial(
-    attention_tpu.backward_layer,
-    n_head=sharding.axis_share("heads", n_head),
-    causal=causal,
-    interpret=interpret,
-  )
+  kernel = _on_each_device(attention_tpu.backward_layer, settings)
   of_attention = sharding.per_device(
     lambda at, dout, *parts: kernel(at, attention_tpu.Stacks(*parts), dout),
     ((), HEADS, *_STACKS),

@@ -40,13 +40,19 @@ CHIPS = {
 }
 
 
-def platform() -> str:
-  """What the program being traced is for: "cpu", "gpu" or "tpu".
+def target():
+  """The kind of device that the program being traced is for; it has a platform and a device_kind.
 
-  The mesh in force tells, also one of devices that aren't here (ahead-of-time compilation).
+  The mesh in force tells, also one of devices that aren't here (ahead-of-time compilation); then
+  this machine's own devices.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+  return jax.devices()[0] if device is None else device
+
+
+def platform() -> str:
+  """Of `target`: "cpu", "gpu" or "tpu"."""
+  return target().platform
 
 
 def chip_of(device: jax.Device) -> Chip | None:
@@ -62,8 +68,12 @@ def peak_flops(mesh: Mesh) -> float | None:
 
 def describe_devices(mesh: Mesh) -> str:
   """How many of what, and the mesh over them: "8 TPU v5 lite (data 2 × fsdp 4 × tensor 1)"."""
-  shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  return f"{mesh.size} {mesh.devices.flat[0].device_kind} ({shape})"
+  return f"{mesh.size} {mesh.devices.flat[0].device_kind} ({describe_mesh(mesh)})"
+
+
+def describe_mesh(mesh: Mesh) -> str:
+  """Its axes and their sizes: "data 2 × fsdp 4 × tensor 1"."""
+  return " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def model_flops_per_image(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction.forecast import Forecast, Training
 from igpt_jax.prediction.topology import Topology
@@ -198,9 +198,8 @@ def row(candidate: Candidate) -> dict:
 
 def line(candidate: Candidate, topology: Topology) -> str:
   found, training = candidate.forecast, candidate.training
-  sizes = " × ".join(f"{axis} {size}" for axis, size in candidate.mesh.shape.items())
   text = (
-    f"  {sizes}, batch {training.batch_size}, remat {training.model.remat}: "
+    f"  {hardware.describe_mesh(candidate.mesh)}, batch {training.batch_size}, remat {training.model.remat}: "
     f"{found.memory.needed / 2**30:.1f} GiB"
   )
   if not found.memory.fits or found.prediction is None:

@@ -47,8 +47,6 @@ GENERATIONS = {
   "tpu7x": Generation(2.2e9, 90e9, 4, False, _CUBIC),
 }
 
-_DUMP: list[Dump] = []
-
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -107,10 +105,25 @@ def check_name(name: str) -> None:
 
 
 def _chips(shape: str) -> int:
-  chips = 1
-  for n in shape.split("x"):
-    chips *= int(n)
-  return chips
+  return math.prod(int(n) for n in shape.split("x"))
+
+
+@functools.cache
+def _prepare_compiler() -> Dump:
+  """Settings that libtpu reads when it is loaded, once in a process."""
+  dump = Dump()
+  settings = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  for key, value in settings.items():
+    os.environ.setdefault(key, value)
+  given = os.environ.get("LIBTPU_INIT_ARGS", "")
+  os.environ["LIBTPU_INIT_ARGS"] = f"{given} {dump.flags}".strip()
+  jax.config.update("jax_platforms", "cpu")
+  return dump
 
 
 @functools.cache
@@ -129,19 +142,7 @@ def open_topology(name: str) -> Topology:
       f"config.topology: {name} needs the TPU's compiler, libtpu; fix: pip install 'igpt_jax[tpu]' "
       "(0.7 GB; no TPU is needed)"
     )
-  if not _DUMP:
-    _DUMP.append(Dump())
-    settings = {
-      "TPU_SKIP_MDS_QUERY": "1",
-      "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-      "TPU_WORKER_HOSTNAMES": "localhost",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for key, value in settings.items():
-      os.environ.setdefault(key, value)
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    os.environ["LIBTPU_INIT_ARGS"] = f"{given} {_DUMP[0].flags}".strip()
-    jax.config.update("jax_platforms", "cpu")
+  dump = _prepare_compiler()
   from jax.experimental import topologies
 
   kind = name.partition(":")[0]
@@ -153,4 +154,4 @@ def open_topology(name: str) -> Topology:
     raise UserError(
       f"config.topology: {name}: no figures for its chips, {devices[0].device_kind!r}"
     )
-  return Topology(name, GENERATIONS[kind], tuple(devices), chip, _DUMP[0])
+  return Topology(name, GENERATIONS[kind], tuple(devices), chip, dump)
