@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from igpt_jax.model import attention_tpu
@@ -212,14 +212,7 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 @functools.cache
 def topology_mesh(name):
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  from jax.experimental import topologies
-
-  devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-  grid = np.array(devices).reshape(-1, 2)
+  grid = np.array(tiny.tpu_devices(name)).reshape(-1, 2)
   return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 

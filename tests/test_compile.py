@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
@@ -164,22 +164,11 @@ RECIPE = OptimizerConfig(learning_rate=1e-3, steps=10)
 
 
 @functools.cache
-def devices_of(name):
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  from jax.experimental import topologies
-
-  return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
-@functools.cache
 def compiled(topology, shape, **model):
   """Text of the step, as `pretrain` and `compile` make it."""
   config = ImageGPTConfig(**{"n_layer": 3, "dtype": "bfloat16", "remat": "names", **model})
   optimizer = make_optimizer(RECIPE)
-  mesh = sharding.make_mesh(*shape, devices=devices_of(topology))
+  mesh = sharding.make_mesh(*shape, devices=tiny.tpu_devices(topology))
   train_step = make_train_step(
     config, make_objective("autoregressive", 0.15), optimizer, make_schedule(RECIPE)
   )

@@ -1,6 +1,7 @@
 """Models small enough to test with, meshes for them, and parameters that make every part matter."""
 
 import functools
+import os
 import re
 
 import jax
@@ -66,6 +67,18 @@ def mesh_of(shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
   if jax.device_count() < wanted:
     pytest.skip(f"needs {wanted} devices, there are {jax.device_count()}")
   return make_mesh(*shape, devices=jax.devices()[:wanted])
+
+
+@functools.cache
+def tpu_devices(topology: str) -> list[jax.Device]:
+  """Of a slice that isn't here, for tests that compile for one."""
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  from jax.experimental import topologies
+
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def leaf_names(tree) -> dict:

@@ -100,26 +100,34 @@ class Stacks(NamedTuple):
   lse: jax.Array
 
 
-def _grid(
-  plan: Plan, qkv: jax.Array, layer: jax.Array | None, in_specs, out_specs, scratch
+def _settings(
+  plan: Plan, memory: Memory, qkv: jax.Array, layer: jax.Array | None, in_specs, out_specs, products
 ) -> dict:
-  """What both kernels tell Pallas; a layer's number goes ahead, for the blocks' addresses."""
-  *_, batch, _, width = qkv.shape
+  """What both kernels tell Pallas; a layer's number goes ahead, for the blocks' addresses.
+
+  `products` is how many matrix products each score takes part in.
+  """
+  *_, batch, length, width = qkv.shape
+  groups = width // plan.width
+  scores = batch * (width // plan.head_dim) * length * length // (2 if plan.causal else 1)
+  _, needed = memory.buffers_and_bytes()
   return {
     "grid_spec": pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=0 if layer is None else 1,
-      grid=(batch, width // plan.width),
+      grid=(batch, groups),
       in_specs=in_specs,
       out_specs=out_specs,
-      scratch_shapes=scratch,
-    )
+      scratch_shapes=memory.refs(),
+    ),
+    "compiler_params": pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
+    ),
+    "cost_estimate": pl.CostEstimate(
+      flops=2 * products * scores * plan.head_dim,
+      transcendentals=scores,
+      bytes_accessed=batch * groups * memory.streamed,
+    ),
   }
-
-
-def _pairs(plan: Plan, qkv: jax.Array) -> int:
-  """Scores that are computed."""
-  *_, batch, length, width = qkv.shape
-  return batch * (width // plan.head_dim) * length * length // (2 if plan.causal else 1)
 
 
 def _forward_of_layer(plan, layer_ref, qkv_ref, out_stack_ref, lse_stack_ref, *refs):
@@ -149,16 +157,16 @@ def forward(
   """
   *_, batch, length, width = qkv.shape
   layered = layer is not None
-  dtype, item = qkv.dtype, qkv.dtype.itemsize
+  dtype = qkv.dtype
   memory = Memory.of(plan, dtype, backward=False)
-  buffers, needed = memory.buffers_and_bytes()
-  pairs = _pairs(plan, qkv)
+  buffers, _ = memory.buffers_and_bytes()
   shapes = [
     jax.ShapeDtypeStruct((batch, length, width), dtype),
     jax.ShapeDtypeStruct(lse_shape(plan, batch, width), jnp.float32),
   ]
   body, aliases = functools.partial(forward_body, plan), {}
   in_specs, operands = [_block(3, plan, buffers, layered)], [qkv]
+  out_specs = [_block(None, plan, buffers, layered), _lse_block(plan, layered)]
   if layered:
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks[1:]]
     in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2  # where the outputs go: not read
@@ -167,24 +175,9 @@ def forward(
     body = functools.partial(_forward_of_layer, plan)
   return pl.pallas_call(
     body,
-    **_grid(
-      plan,
-      qkv,
-      layer,
-      in_specs,
-      [_block(None, plan, buffers, layered), _lse_block(plan, layered)],
-      memory.refs(),
-    ),
+    **_settings(plan, memory, qkv, layer, in_specs, out_specs, products=2),
     out_shape=shapes,
     input_output_aliases=aliases,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=4 * pairs * plan.head_dim,
-      transcendentals=pairs,
-      bytes_accessed=4 * batch * length * width * item,
-    ),
     name="fused_attention_forward",
     interpret=interpret,
   )(*operands)
@@ -206,14 +199,13 @@ def backward(
   """The gradient of qkv [3, B, T, E]; with a layer, qkv, out and lse are stacks."""
   *_, batch, length, width = qkv.shape
   layered = layer is not None
-  dtype, item = qkv.dtype, qkv.dtype.itemsize
+  dtype = qkv.dtype
   memory = Memory.of(plan, dtype, backward=True)
-  buffers, needed = memory.buffers_and_bytes()
+  buffers, _ = memory.buffers_and_bytes()
   if not interpret:
     # Blocks are streamed from HBM behind the arithmetic. Operands that XLA places in VMEM instead
     # gain nothing, and the compiler orders accesses to them less freely: 4% slower.
     qkv, out, dout = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (qkv, out, dout))
-  pairs = _pairs(plan, qkv)
   body = functools.partial(backward_body, plan)
   if layered:
     body = functools.partial(_backward_of_layer, plan)
@@ -225,16 +217,8 @@ def backward(
   ]
   return pl.pallas_call(
     body,
-    **_grid(plan, qkv, layer, in_specs, _block(3, plan, buffers), memory.refs()),
+    **_settings(plan, memory, qkv, layer, in_specs, _block(3, plan, buffers), products=5),
     out_shape=jax.ShapeDtypeStruct((3, batch, length, width), dtype),
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(needed, _VMEM_LEAST)
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=10 * pairs * plan.head_dim,
-      transcendentals=pairs,
-      bytes_accessed=8 * batch * length * width * item,
-    ),
     name="fused_attention_backward",
     interpret=interpret,
   )(*([layer.reshape(1)] if layered else []), qkv, out, lse, dout)
