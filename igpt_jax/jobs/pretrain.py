@@ -1,27 +1,23 @@
-"""The training loop. Read this first.
+"""Pretraining. Read this first, then loop.py.
 
-restore → for every step: evaluate? → save? → next batch → step → the last step's metrics →
-asked to stop? → final evaluation, save, pictures of the curve. Running the same command again goes
-on from the newest checkpoint: parameters, optimizer, RNG, data position and metrics.
+Data, palette, model, optimizer → the newest checkpoint, or a fresh state → the loop → pictures of
+the curve. Running the same command again goes on from the newest checkpoint: parameters, optimizer,
+RNG, data position and metrics.
 """
 
-import dataclasses
 import os
-import signal
 import time
-from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from igpt_jax import __version__, metrics, pictures, report
 from igpt_jax import config as config_lib
+from igpt_jax import metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, starting_point
+from igpt_jax.jobs import common, loop, starting_point
 from igpt_jax.jobs.common import say
+from igpt_jax.jobs.loop import StopSignal
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training import compilation, objectives, optimizer, state, step
@@ -80,18 +76,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     f"{train_split.fingerprint}; {hardware.describe_devices(mesh)}"
   )
 
-  def described(at_step: int) -> dict[str, Any]:
-    return {
-      "version": __version__,
-      "model": dataclasses.asdict(model_config),
-      "objective": config.objective,
-      "mask_probability": config.mask_probability,
-      "resolution": config.data.resolution,
-      "data": pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step),
-      "elapsed_seconds": elapsed_before + time.monotonic() - began,
-      "config": config_lib.as_json(config),
-    }
-
   share, shares = common.input_share(mesh)
   batches = pipeline.train_batches(
     train_split,
@@ -105,141 +89,59 @@ def run(config: ConfigDict, workdir: str) -> None:
   )
   likelihood = Likelihood(model_config, objective, mesh)
 
-  def validate(params) -> float:
+  def evaluate(at: state.TrainState) -> dict[str, float]:
     eval_batch = min(batch_size, sharding.round_up_batch(mesh, len(validation_split)))
     limit = min(config.train.eval_images or len(validation_split), len(validation_split))
     with common.eval_stream(
       validation_split, data_config, palette, mesh, eval_batch, limit
     ) as stream:
-      return likelihood(params, stream)[0]
+      return {"validation_loss": likelihood(at.params, stream)[0]}
 
-  writers = make_writers(config, workdir, first_step)
-  progress = metrics.Progress(config.train.steps, batch_size, flops, hardware.peak_flops(mesh))
-  stop = StopSignal()
-  pending: tuple[int, step.Metrics] | None = None
-  last: dict[str, Any] = {}
+  def save(at: state.TrainState, at_step: int) -> None:
+    run = loop.describe_run(
+      config,
+      model_config,
+      mask_probability=config.mask_probability,
+      data=pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step),
+      elapsed_seconds=elapsed_before + time.monotonic() - began,
+    )
+    checkpoints.save(at, palette=None if palette is None else palette.centers, run=run)
 
-  def flush() -> None:
-    """Writes the metrics that were left one step behind."""
-    nonlocal pending
-    if pending is None:
-      return
-    at_step, values = pending[0], {name: float(v) for name, v in jax.device_get(pending[1]).items()}
-    pending = None
-    measured = progress.measure(at_step)
-    if measured:
-      measured["data_wait"] = progress.share_waited(batches.wait_seconds)
-    last.update(values, **measured)
-    writers.write(at_step, {**values, **measured})
-    say(progress.line(at_step, {**values, **measured}))
-
-  def pause(work) -> Any:
-    """Does something beside the training, outside the clock."""
-    flush()
-    jax.block_until_ready(train_state)
-    paused = time.monotonic()
-    result = work()
-    progress.pause(time.monotonic() - paused)
-    return result
-
-  def evaluation_due(at_step: int) -> bool:
-    return bool(config.train.eval_every) and at_step % config.train.eval_every == 0
-
-  def evaluate(at_step: int) -> None:
-    nats = pause(lambda: validate(train_state.params))
-    last["validation_loss"] = nats
-    writers.write(at_step, {"validation_loss": nats})
-    say(progress.line(at_step, {"validation_loss": nats}))
-
-  def save(at_step: int) -> None:
-    colours = None if palette is None else palette.centers
-    pause(lambda: checkpoints.save(train_state, palette=colours, run=described(at_step)))
-
-  compiled = None
-  at_step = first_step
-  with stop, batches, jax.set_mesh(mesh):
-    while at_step < config.train.steps and not stop.asked(at_step):
-      if at_step > first_step:
-        if evaluation_due(at_step):
-          evaluate(at_step)
-        if at_step % config.train.checkpoint_every == 0:
-          save(at_step)
-      # Only begun here: it travels while the device is still at the step before.
-      batch = sharding.put_batch({"tokens": next(batches)["tokens"]}, mesh)
-      if compiled is None:
-        compiled = compilation.compile_step(
-          step.make_train_step(model_config, objective, tx, schedule, config.train.accumulate),
-          abstract,
-          shardings,
-          batch,
-        )
-        say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
-        progress.start(first_step, batches.wait_seconds)
-      with jax.transfer_guard("disallow"):
-        train_state, values = compiled(train_state, batch)
-      at_step += 1
-      flush()
-      if at_step % config.train.log_every == 0 or at_step == config.train.steps:
-        pending = at_step, values
-    flush()
-    done = at_step >= config.train.steps
-    # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
-    if at_step > first_step and (done or evaluation_due(at_step)):
-      evaluate(at_step)
-    save(at_step)
+  writers = loop.make_writers(config, workdir, first_step)
+  outcome = loop.run(
+    loop.Work(
+      steps=config.train.steps,
+      log_every=config.train.log_every,
+      eval_every=config.train.eval_every,
+      save_every=config.train.checkpoint_every,
+      train_step=step.make_train_step(
+        model_config, objective, tx, schedule, config.train.accumulate
+      ),
+      fields=("tokens",),
+      abstract=abstract,
+      shardings=shardings,
+      evaluate=evaluate,
+      save=save,
+    ),
+    train_state,
+    batches,
+    mesh=mesh,
+    writers=writers,
+    progress=metrics.Progress(config.train.steps, batch_size, flops, hardware.peak_flops(mesh)),
+    stop=StopSignal(),
+  )
   checkpoints.close()
   writers.close()
-  if not done:
-    say(f"stopped by {stop.requested} at step {at_step}: saved; the same command goes on from here")
-    return
-  if at_step > first_step and common.is_main():
-    finish(workdir, at_step, parameters, last, elapsed_before + time.monotonic() - began)
-  say(f"done: {config.train.steps} steps in {workdir}")
-
-
-class StopSignal:
-  """Turns SIGTERM into a wish that the loop looks at between two steps.
-
-  Several processes must stop at the same step, whoever was signalled and when: there jax' own
-  handler takes the signal, and agrees on a step with the others in the background.
-  """
-
-  def __init__(self):
-    self.requested: str | None = None
-    self._previous: Any = None
-
-  def asked(self, at_step: int) -> str | None:
-    """The signal's name if the run is to stop before step `at_step`; ask before every step."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(at_step):
-      self.requested = "SIGTERM"
-    return self.requested
-
-  def __enter__(self):
-    if jax.process_count() > 1:
-      return self
-    self._previous = signal.signal(signal.SIGTERM, self._ask)
-    return self
-
-  def _ask(self, number, frame) -> None:
-    del frame
-    self.requested = signal.Signals(number).name
-
-  def __exit__(self, *unused) -> None:
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
-
-
-def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:
-  if not common.is_main():
-    return metrics.Writers([])
-  writers: list[Any] = [metrics.JsonlWriter(os.path.join(workdir, "metrics.jsonl"), first_step)]
-  if config.log.tensorboard:
-    writers.append(metrics.TensorBoardWriter(workdir, first_step))
-  if config.log.wandb:
-    writers.append(
-      metrics.WandbWriter(workdir, config_lib.as_json(config), config.log.wandb_project)
+  if outcome.stopped_by:
+    say(
+      f"stopped by {outcome.stopped_by} at step {outcome.step}: saved; the same command goes on "
+      "from here"
     )
-  return metrics.Writers(writers)
+    return
+  if outcome.step > first_step and common.is_main():
+    elapsed = elapsed_before + time.monotonic() - began
+    finish(workdir, outcome.step, parameters, outcome.last, elapsed)
+  say(f"done: {config.train.steps} steps in {workdir}")
 
 
 def finish(workdir: str, at_step: int, parameters: int, last: dict, elapsed: float) -> None:

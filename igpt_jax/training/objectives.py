@@ -32,6 +32,12 @@ def autoregressive(model: ImageGPT, tokens_BxT: jax.Array, keys_B: jax.Array):
   return nll, jnp.ones_like(nll)
 
 
+def draw_visible(keys_B: jax.Array, length: int, mask_probability: float) -> jax.Array:
+  """Which pixels a mask leaves visible, bool [B, length]; each is masked with `mask_probability`."""
+  uniform_BxT = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
+  return uniform_BxT > mask_probability
+
+
 def masked(mask_probability: float) -> Objective:
   """BERT: masked pixels from the visible ones; a pixel is masked with `mask_probability`.
 
@@ -40,9 +46,7 @@ def masked(mask_probability: float) -> Objective:
   """
 
   def objective(model: ImageGPT, tokens_BxT: jax.Array, keys_B: jax.Array):
-    length = tokens_BxT.shape[1]
-    uniform_BxT = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
-    keep = uniform_BxT > mask_probability
+    keep = draw_visible(keys_B, tokens_BxT.shape[1], mask_probability)
     nll = token_nll(model(tokens_BxT, keep), tokens_BxT)
     return nll, 1.0 - keep.astype(jnp.float32)
 

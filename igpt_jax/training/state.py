@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params, param_axes
 from igpt_jax.parallel import sharding
+
+HEAD = "clf"  # a classifier's weights, among the parameters of a state that has one
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +20,8 @@ class TrainState:
 
   Attributes:
     step: int32 [], updates made so far.
-    params: nested dict of float32 arrays.
+    params: nested dict of float32 arrays: the model's, and in fine-tuning the head's: HEAD,
+      [n_classes, n_embd].
     opt_state: optax' state.
     rng: uint32 [2], key data; step k draws from fold_in(rng, k) and the state never changes it.
   """
@@ -30,11 +33,20 @@ class TrainState:
 
 
 def init_state(
-  config: ImageGPTConfig, optimizer: optax.GradientTransformation, seed: int
+  config: ImageGPTConfig, optimizer: optax.GradientTransformation, seed: int, n_classes: int = 0
 ) -> TrainState:
-  """A fresh state; call it under `jax.jit` with the shardings of `state_shardings`."""
+  """A fresh state; call it under `jax.jit` with the shardings of `state_shardings`.
+
+  Args:
+    config: the model.
+    optimizer: what updates it.
+    seed: of the parameters, and of what the steps draw.
+    n_classes: of a head, which is zero; 0: no head.
+  """
   params_key, rng = jax.random.split(jax.random.key(seed))
   params = init_params(config, params_key)
+  if n_classes:
+    params[HEAD] = jnp.zeros((n_classes, config.n_embd), jnp.float32)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -43,21 +55,25 @@ def init_state(
   )
 
 
-def abstract_state(config: ImageGPTConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+  config: ImageGPTConfig, optimizer: optax.GradientTransformation, n_classes: int = 0
+) -> TrainState:
   """Shapes and dtypes of the state, without making it."""
-  return jax.eval_shape(lambda: init_state(config, optimizer, 0))
+  return jax.eval_shape(lambda: init_state(config, optimizer, 0, n_classes))
 
 
 def state_shardings(
-  config: ImageGPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+  config: ImageGPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, n_classes: int = 0
 ) -> TrainState:
   """A NamedSharding for every leaf: moments lie where their parameter lies, scalars everywhere.
 
   Left to itself jit returns replicated Adam moments, and recompiles in step 2.
   """
   params = param_shardings(config, mesh)
+  if n_classes:
+    params[HEAD] = head_sharding(mesh)
   everywhere = sharding.replicated(mesh)
-  abstract = abstract_state(config, optimizer)
+  abstract = abstract_state(config, optimizer, n_classes)
   moments = optax.tree.map_params(
     optimizer,
     lambda _, target: target,
@@ -76,26 +92,35 @@ def param_shardings(config: ImageGPTConfig, mesh: Mesh) -> Params:
   )
 
 
+def head_sharding(mesh: Mesh) -> NamedSharding:
+  """Of a classifier's weights [n_classes, n_embd]."""
+  return sharding.sharding(mesh, None, "embed")
+
+
 def make_state(
   config: ImageGPTConfig,
   optimizer: optax.GradientTransformation,
   seed: int,
   mesh: Mesh,
   params: Params | None = None,
+  n_classes: int = 0,
 ) -> TrainState:
   """A fresh state, made in place on the mesh: no device ever holds more than its share.
 
   Args:
-    params: to begin with, on the mesh already; None: random ones.
+    params: to begin with, on the mesh already, with or without a head; None: random ones.
+    n_classes: of a head, which is zero if `params` has none; 0: no head.
   """
+  given = params or {}
 
   def fresh() -> TrainState:
-    state = init_state(config, optimizer, seed)
-    return state if params is None else dataclasses.replace(state, params={})
+    state = init_state(config, optimizer, seed, n_classes)
+    missing = {name: leaf for name, leaf in state.params.items() if name not in given}
+    return dataclasses.replace(state, params=missing)
 
-  shardings = state_shardings(config, optimizer, mesh)
-  if params is not None:
-    shardings = dataclasses.replace(shardings, params={})
+  shardings = state_shardings(config, optimizer, mesh, n_classes)
+  missing = {name: target for name, target in shardings.params.items() if name not in given}
+  shardings = dataclasses.replace(shardings, params=missing)
   with jax.set_mesh(mesh):
     state = jax.jit(fresh, out_shardings=shardings)()
-  return state if params is None else dataclasses.replace(state, params=params)
+  return dataclasses.replace(state, params={**state.params, **given})

@@ -1,0 +1,244 @@
+"""The training loop, of every job that trains.
+
+For every step: evaluate? → save? → next batch → step → the last step's metrics → asked to stop? At
+the end: evaluate, save. What is evaluated, saved and trained is the job's; nothing here knows a
+model or a loss.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from igpt_jax import __version__, metrics
+from igpt_jax import config as config_lib
+from igpt_jax.data.pipeline import Batches
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.parallel import sharding
+from igpt_jax.training import compilation
+from igpt_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """What a job has the loop do, and how often.
+
+  Attributes:
+    steps: of the whole run.
+    log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
+    train_step: (state, batch) -> (state, metrics), compiled here.
+    fields: of a batch, that the step takes.
+    abstract, shardings: of the state.
+    evaluate: state -> numbers, to be written down.
+    save: begins to write the state, under its step.
+    ended: asked after each evaluation whether to end before `steps`.
+  """
+
+  steps: int
+  log_every: int
+  eval_every: int
+  save_every: int
+  train_step: Callable
+  fields: tuple[str, ...]
+  abstract: TrainState
+  shardings: TrainState
+  evaluate: Callable[[TrainState], dict[str, float]]
+  save: Callable[[TrainState, int], None]
+  ended: Callable[[], bool] = lambda: False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a run of the loop ended.
+
+  Attributes:
+    state: the last one, saved.
+    step: its number.
+    last: the newest value of every metric.
+    stopped_by: the signal that ended it; None: it has ended by itself.
+  """
+
+  state: TrainState
+  step: int
+  last: dict[str, Any]
+  stopped_by: str | None
+
+
+class StopSignal:
+  """Turns SIGTERM into a wish that the loop looks at between two steps.
+
+  Several processes must stop at the same step, whoever was signalled and when: there jax' own
+  handler takes the signal, and agrees on a step with the others in the background.
+  """
+
+  def __init__(self):
+    self.requested: str | None = None
+    self._previous: Any = None
+
+  def asked(self, at_step: int) -> str | None:
+    """The signal's name if the run is to stop before step `at_step`; ask before every step."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(at_step):
+      self.requested = "SIGTERM"
+    return self.requested
+
+  def __enter__(self):
+    if jax.process_count() > 1:
+      return self
+    self._previous = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def _ask(self, number, frame) -> None:
+    del frame
+    self.requested = signal.Signals(number).name
+
+  def __exit__(self, *unused) -> None:
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+
+def run(
+  work: Work,
+  train_state: TrainState,
+  batches: Batches,
+  *,
+  mesh: Mesh,
+  writers: metrics.Writers,
+  progress: metrics.Progress,
+  stop: StopSignal,
+) -> Outcome:
+  """Trains from `train_state` until `work.steps`, until `work.ended`, or until `stop` is asked for.
+
+  Args:
+    work: what to do.
+    train_state: where to begin; its arrays are donated.
+    batches: this host's rows, from the state's step on; closed at the end.
+    mesh: where state and batches lie.
+    writers: of metrics; they stay open.
+    progress: what a log's speed and line come from.
+    stop: not entered yet.
+  """
+  first_step = at_step = int(train_state.step)
+  pending: tuple[int, dict[str, jax.Array]] | None = None
+  last: dict[str, Any] = {}
+
+  def flush() -> None:
+    """Writes the metrics that were left one step behind."""
+    nonlocal pending
+    if pending is None:
+      return
+    of_step, values = pending[0], {name: float(v) for name, v in jax.device_get(pending[1]).items()}
+    pending = None
+    measured = progress.measure(of_step)
+    if measured:
+      measured["data_wait"] = progress.share_waited(batches.wait_seconds)
+    last.update(values, **measured)
+    writers.write(of_step, {**values, **measured})
+    say(progress.line(of_step, {**values, **measured}))
+
+  def pause(function: Callable) -> Any:
+    """Does something beside the training, outside the clock."""
+    flush()
+    jax.block_until_ready(train_state)
+    paused = time.monotonic()
+    result = function()
+    progress.pause(time.monotonic() - paused)
+    return result
+
+  def evaluation_due() -> bool:
+    return bool(work.eval_every) and at_step % work.eval_every == 0
+
+  evaluated_at = first_step  # what a run goes on from has been evaluated
+
+  def evaluate() -> None:
+    nonlocal evaluated_at
+    evaluated_at = at_step
+    values = pause(lambda: work.evaluate(train_state))
+    last.update(values)
+    writers.write(at_step, values)
+    say(progress.line(at_step, values))
+
+  def save() -> None:
+    pause(lambda: work.save(train_state, at_step))
+
+  compiled = None
+  with stop, batches, jax.set_mesh(mesh):
+    while at_step < work.steps and not work.ended() and not stop.asked(at_step):
+      if at_step > first_step:
+        if evaluation_due():
+          evaluate()
+          if work.ended():
+            break
+        if at_step % work.save_every == 0:
+          save()
+      # Only begun here: it travels while the device is still at the step before.
+      read = next(batches)
+      batch = sharding.put_batch({name: read[name] for name in work.fields}, mesh)
+      if compiled is None:
+        compiled = compilation.compile_step(work.train_step, work.abstract, work.shardings, batch)
+        say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+        progress.start(first_step, batches.wait_seconds)
+      with jax.transfer_guard("disallow"):
+        train_state, values = compiled(train_state, batch)
+      at_step += 1
+      flush()
+      if at_step % work.log_every == 0 or at_step == work.steps:
+        pending = at_step, values
+    flush()
+    # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
+    if at_step > evaluated_at and (at_step >= work.steps or evaluation_due()):
+      evaluate()
+    save()
+  done = at_step >= work.steps or work.ended()
+  return Outcome(train_state, at_step, last, None if done else stop.requested)
+
+
+def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:
+  """The writers that `config.log` asks for; none but on the main process."""
+  if not common.is_main():
+    return metrics.Writers([])
+  writers: list[Any] = [metrics.JsonlWriter(os.path.join(workdir, "metrics.jsonl"), first_step)]
+  if config.log.tensorboard:
+    writers.append(metrics.TensorBoardWriter(workdir, first_step))
+  if config.log.wandb:
+    writers.append(
+      metrics.WandbWriter(workdir, config_lib.as_json(config), config.log.wandb_project)
+    )
+  return metrics.Writers(writers)
+
+
+def describe_run(
+  config: ConfigDict,
+  model_config: ImageGPTConfig,
+  *,
+  mask_probability: float,
+  data: dict[str, Any],
+  elapsed_seconds: float,
+) -> dict[str, Any]:
+  """What a checkpoint says of its run: the `run` of `checkpoint.Described`.
+
+  Args:
+    config: the run's, with every open choice made.
+    model_config: the model.
+    mask_probability: of the masked objective.
+    data: position in the data, of `pipeline.position`.
+    elapsed_seconds: of training, all in all.
+  """
+  return {
+    "version": __version__,
+    "model": dataclasses.asdict(model_config),
+    "objective": config.objective,
+    "mask_probability": mask_probability,
+    "resolution": config.data.resolution,
+    "data": data,
+    "elapsed_seconds": elapsed_seconds,
+    "config": config_lib.as_json(config),
+  }
