@@ -3,7 +3,8 @@
 One checkpoint is everything a run needs to go on and everything another job needs to use it:
 
   WORKDIR/checkpoints/STEP/
-    params     the parameters
+    params     the model's parameters
+    head       a classifier's weights, where there is one
     training   step, optimizer state, RNG
     palette    the colours, float32 [k, 3] in [-1, 1], so that a checkpoint alone can be sampled from
     (metadata) the run as JSON: model, objective, config, data position, elapsed time
@@ -29,7 +30,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
-from igpt_jax.training.state import TrainState, param_shardings
+from igpt_jax.training.state import HEAD, TrainState, head_sharding, param_shardings
 
 FOLDER = "checkpoints"
 _LAST_FILE = "commit_success.txt"  # what orbax writes when all else is there
@@ -41,6 +42,17 @@ def _with_shardings(abstract: Any, shardings: Any) -> Any:
     abstract,
     shardings,
   )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """A state as it is stored: model and head apart, so that the model is found alone."""
+  items = {
+    "params": {name: leaf for name, leaf in state.params.items() if name != HEAD},
+    "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
+  }
+  if HEAD in state.params:
+    items["head"] = {HEAD: state.params[HEAD]}
+  return items
 
 
 def _is_whole(folder: str) -> bool:
@@ -67,15 +79,24 @@ class Checkpoints:
     workdir: of the run.
     keep: how many of the newest to keep.
     keep_every: keep those whose step is a multiple of this, too; 0: none.
+    keep_best: keep, too, the first of those whose score of this name is largest; "": by no score.
   """
 
-  def __init__(self, workdir: str, *, keep: int = 3, keep_every: int = 0):
+  def __init__(self, workdir: str, *, keep: int = 3, keep_every: int = 0, keep_best: str = ""):
     folder = os.path.join(os.path.abspath(workdir), FOLDER)
     _set_aside_unfinished(folder)
     policies = ocp.training.preservation_policies
     preserve: list[Any] = [policies.LatestN(keep)]
     if keep_every:
       preserve.append(policies.EveryNSteps(keep_every))
+    if keep_best:
+      preserve.append(
+        policies.BestN(
+          get_metric_fn=lambda scores: (scores[keep_best], -scores["step"]),
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._checkpointer = ocp.training.Checkpointer(
       folder,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -88,18 +109,31 @@ class Checkpoints:
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
 
-  def save(self, state: TrainState, *, palette: np.ndarray | None, run: dict[str, Any]) -> None:
-    """Begins to write `state` under its step; the arrays are copied before this returns."""
+  def save(
+    self,
+    state: TrainState,
+    *,
+    palette: np.ndarray | None,
+    run: dict[str, Any],
+    scores: dict[str, float] | None = None,
+  ) -> None:
+    """Begins to write `state` under its step; the arrays are copied before this returns.
+
+    Args:
+      state: with or without a head.
+      palette: the colours, if known.
+      run: of `Described`; "classes" names those of a head.
+      scores: of this step, for `keep_best`.
+    """
     step = int(state.step)
     if step == self.latest():
       return
-    items: dict[str, Any] = {
-      "params": state.params,
-      "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
-    }
+    items = _items(state)
     if palette is not None:
       items["palette"] = {"centers": np.asarray(palette, np.float32)}
-    self._checkpointer.save_checkpointables_async(step, items, custom_metadata=run)
+    self._checkpointer.save_checkpointables_async(
+      step, items, custom_metadata=run, metrics=None if scores is None else {**scores, "step": step}
+    )
 
   def read_run(self, step: int) -> dict[str, Any]:
     """The run as it was saved at `step`."""
@@ -107,15 +141,9 @@ class Checkpoints:
 
   def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
     """The state at `step`, each leaf put where `shardings` says, whatever mesh wrote it."""
-    target = _with_shardings(abstract, shardings)
-    loaded = self._checkpointer.load_checkpointables(
-      step,
-      {
-        "params": target.params,
-        "training": {"step": target.step, "opt_state": target.opt_state, "rng": target.rng},
-      },
-    )
-    return TrainState(params=loaded["params"], **loaded["training"])
+    target = _items(_with_shardings(abstract, shardings))
+    loaded = self._checkpointer.load_checkpointables(step, target)
+    return TrainState(params=loaded["params"] | loaded.get("head", {}), **loaded["training"])
 
   def wait(self) -> None:
     """Returns when everything that was begun is on disk."""
@@ -138,6 +166,7 @@ class Described:
     run: what is known of its training: "model", "objective", "mask_probability", "resolution", and
       of a run of this program "config", "data", …
     format: "orbax" for this program's own, or "openai", "huggingface".
+    classes: names of a head's classes; () where there is no head.
   """
 
   path: str
@@ -146,6 +175,7 @@ class Described:
   palette: np.ndarray | None
   run: dict[str, Any]
   format: str = "orbax"
+  classes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,14 +189,23 @@ def _folder_of_steps(path: str) -> str:
   return path if os.path.basename(path) == FOLDER else os.path.join(path, FOLDER)
 
 
-def latest_step(workdir: str) -> int | None:
-  """Step of the newest whole checkpoint in a workdir; makes and removes nothing there."""
+def whole_steps(workdir: str) -> list[int]:
+  """Steps of a workdir's whole checkpoints, ascending; makes and removes nothing there."""
   folder = _folder_of_steps(workdir)
   if not os.path.isdir(folder):
-    return None
-  steps = sorted((int(name) for name in os.listdir(folder) if name.isdigit()), reverse=True)
-  whole = (step for step in steps if _is_whole(os.path.join(folder, str(step))))
-  return next(whole, None)
+    return []
+  steps = sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+  return [step for step in steps if _is_whole(os.path.join(folder, str(step)))]
+
+
+def latest_step(workdir: str) -> int | None:
+  """Step of the newest whole checkpoint in a workdir; makes and removes nothing there."""
+  return max(whole_steps(workdir), default=None)
+
+
+def path_of(workdir: str, step: int) -> str:
+  """The folder of one checkpoint of a workdir."""
+  return os.path.join(_folder_of_steps(workdir), str(step))
 
 
 def find(path: str) -> tuple[str, int]:
@@ -180,7 +219,7 @@ def find(path: str) -> tuple[str, int]:
     return path, int(os.path.basename(path))
   newest = latest_step(path)
   if newest is not None:
-    return os.path.join(_folder_of_steps(path), str(newest)), newest
+    return path_of(path, newest), newest
   raise UserError(
     f"checkpoint: no checkpoint in {path}; expected a workdir in which "
     "`--config.job=pretrain` has run; fix: --config.checkpoint=WORKDIR or WORKDIR/checkpoints/STEP"
@@ -271,7 +310,8 @@ def describe(path: str) -> Described:
       palette = np.asarray(
         ocp.load_checkpointables(folder, {"palette": None})["palette"]["centers"]
       )
-  return Described(folder, step, config, palette, run)
+    classes = tuple(run["classes"]) if "head" in found.metadata else ()
+  return Described(folder, step, config, palette, run, classes=classes)
 
 
 def load_params(found: Described, mesh: Mesh) -> Params:
@@ -279,6 +319,14 @@ def load_params(found: Described, mesh: Mesh) -> Params:
   target = _with_shardings(abstract_params(found.config), param_shardings(found.config, mesh))
   with _reading(found.path):
     return ocp.load_checkpointables(found.path, {"params": target})["params"]
+
+
+def load_head(found: Described, mesh: Mesh) -> jax.Array:
+  """A head's weights on the mesh, float32 [n_classes, n_embd]; only where there are `classes`."""
+  shape = len(found.classes), found.config.n_embd
+  target = jax.ShapeDtypeStruct(shape, np.float32, sharding=head_sharding(mesh))
+  with _reading(found.path):
+    return ocp.load_checkpointables(found.path, {"head": {HEAD: target}})["head"][HEAD]
 
 
 def load_host_params(found: Described) -> Params:

@@ -20,7 +20,9 @@ from igpt_jax.model import decoding
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.pretrained import formats, huggingface, openai
 from igpt_jax.pretrained.tensor_bundle import Bundle, write_bundle
+from igpt_jax.training import finetune
 from igpt_jax.training.objectives import per_image, token_nll
+from igpt_jax.training.state import HEAD
 
 CASES = {
   "a16-openai": ("a16", "openai/model.ckpt-1000"),
@@ -55,36 +57,55 @@ def case(request):
 
 @functools.partial(jax.jit, static_argnums=0)
 def losses(config, params, inputs):
-  """(logits, per token nll, per image loss, final norm's output)."""
+  """(logits, per token nll, per image loss)."""
   model = bind(config, params)
   tokens = inputs["tokens"]
   keep = None if config.causal else inputs["keep_mask"]
   weight = jnp.ones(tokens.shape) if keep is None else 1.0 - keep
-  final, _ = model.hidden(model.embed(tokens, keep))
-  logits = model.logits(final)
+  logits = model(tokens, keep)
   nll = token_nll(logits, tokens)
-  return logits, nll, per_image(nll, weight), final
+  return logits, nll, per_image(nll, weight)
 
 
-def classify(final, inputs):
-  """Logits and mean cross-entropy of the classifier on pooled features."""
-  logits = jnp.mean(final, axis=1) @ inputs["wclf"].T
-  chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), inputs["labels"][:, None], axis=-1)
-  return logits, -jnp.mean(chosen)
+def joint(config, params, inputs, classification=1.0):
+  """Fine-tuning's loss with a head at the last layer, and its parts."""
+  return finetune.joint_loss(
+    config,
+    finetune.JointLoss(layer=config.n_layer, classification=classification),
+    {**params, HEAD: inputs["wclf"]},
+    inputs["tokens"],
+    inputs["labels"],
+    None if config.causal else inputs["keep_mask"],
+  )
 
 
 def test_logits_and_losses(case):
   config, params, inputs, outputs, _ = case
-  logits, nll, image_loss, final = losses(config, params, inputs)
+  logits, nll, image_loss = losses(config, params, inputs)
   np.testing.assert_allclose(logits, outputs["gen_logits"], rtol=0, atol=5e-5)
   np.testing.assert_allclose(nll, outputs["per_token_nll"], rtol=0, atol=5e-5)
   np.testing.assert_allclose(image_loss, outputs["per_image_loss"], rtol=0, atol=1e-5)
   np.testing.assert_allclose(jnp.mean(image_loss), outputs["gen_loss"], rtol=0, atol=1e-5)
-  class_logits, class_loss = classify(final, inputs)
+
+
+def test_classification(case):
+  """Fine-tuning's both losses, its logits and its accuracy."""
+  config, params, inputs, outputs, _ = case
+  total, parts = joint(config, params, inputs)
+  np.testing.assert_allclose(parts["generative_loss"], outputs["gen_loss"], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(parts["classification_loss"], outputs["clf_loss"], rtol=0, atol=1e-5)
+  expected = outputs["gen_loss"] + outputs["clf_loss"]
+  np.testing.assert_allclose(total, expected, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(100 * parts["accuracy"], outputs["accuracy_pct"], rtol=0, atol=1e-3)
+  class_logits, image_loss = finetune.forward(
+    config,
+    {**params, HEAD: inputs["wclf"]},
+    inputs["tokens"],
+    None if config.causal else inputs["keep_mask"],
+    layer=config.n_layer,
+  )
   np.testing.assert_allclose(class_logits, outputs["clf_logits"], rtol=0, atol=5e-5)
-  np.testing.assert_allclose(class_loss, outputs["clf_loss"], rtol=0, atol=1e-5)
-  hits = np.mean(np.argmax(class_logits, axis=-1) == inputs["labels"])
-  np.testing.assert_allclose(100 * hits, outputs["accuracy_pct"], rtol=0, atol=1e-3)
+  np.testing.assert_allclose(image_loss, outputs["per_image_loss"], rtol=0, atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -110,11 +131,8 @@ def test_gradient_norms(case, objective):
   config, params, inputs, _, norms = case
 
   def loss(params, wclf):
-    _, _, image_loss, final = losses(config, params, inputs)
-    generative = jnp.mean(image_loss)
-    if objective == "norm":
-      return generative
-    return generative + classify(final, inputs | {"wclf": wclf})[1]
+    weight = 1.0 if objective == "norm_joint" else 0.0
+    return joint(config, params, inputs | {"wclf": wclf}, weight)[0]
 
   grads, grad_wclf = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, inputs["wclf"])
   found = {
@@ -138,7 +156,7 @@ def test_transformers_outputs(name):
   """Hugging Face's own implementation agrees: another witness of the same numbers."""
   config, params, inputs, _, _ = load_case(name)
   outputs = golden_files.arrays("a16", "outputs_hf.npz")
-  logits, _, image_loss, _ = losses(config, params, inputs)
+  logits, _, image_loss = losses(config, params, inputs)
   np.testing.assert_allclose(logits[:1], outputs["gen_logits_first_image"], rtol=0, atol=5e-5)
   np.testing.assert_allclose(image_loss, outputs["per_image_loss"], rtol=0, atol=1e-5)
   _, features = inner_states(config, params, inputs["tokens"], None)
@@ -211,7 +229,7 @@ def test_model_agrees_with_reference(shape):
   expected = numpy_reference.forward(variables, tokens, keep)
   loaded = import_variables(variables)
   inputs = {"tokens": tokens, "keep_mask": keep}
-  logits, nll, image_loss, _ = losses(loaded.config, loaded.params, inputs)
+  logits, nll, image_loss = losses(loaded.config, loaded.params, inputs)
   np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=5e-5)
   np.testing.assert_allclose(nll, expected["nll"], rtol=0, atol=5e-5)
   np.testing.assert_allclose(image_loss, expected["per_image"], rtol=0, atol=1e-5)
