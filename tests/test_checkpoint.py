@@ -13,7 +13,14 @@ from igpt_jax import checkpoint
 from igpt_jax.checkpoint import Checkpoints, find, load_pretrained
 from igpt_jax.errors import UserError
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from igpt_jax.training.state import TrainState, abstract_state, param_shardings, state_shardings
+from igpt_jax.training.state import (
+  HEAD,
+  TrainState,
+  abstract_state,
+  make_state,
+  param_shardings,
+  state_shardings,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -222,3 +229,49 @@ def test_the_folder_is_named_as_documented(tmp_path):
   assert checkpoint.FOLDER == "checkpoints"
   items = {path.name for path in (tmp_path / "checkpoints" / "1").iterdir() if path.is_dir()}
   assert {"params", "training", "palette"} <= items
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_head_lies_beside_the_model(tmp_path, shape):
+  """Written on another mesh; the model alone is what it is without a head."""
+  classes = ("cat", "dog", "owl")
+  state = make_state(CONFIG, OPTIMIZER, 0, tiny.mesh_of((1, 2, 4)), n_classes=3)
+  head = np.random.default_rng(0).standard_normal((3, CONFIG.n_embd)).astype(np.float32)
+  placed = jax.device_put(head, state.params[HEAD].sharding)
+  state = dataclasses.replace(state, params={**state.params, HEAD: placed})
+  save(tmp_path, state, classes=list(classes))
+  mesh = tiny.mesh_of(shape)
+  found = load_pretrained(str(tmp_path), mesh)
+  assert found.classes == classes
+  np.testing.assert_array_equal(checkpoint.load_head(found, mesh), head)
+  assert HEAD not in found.params
+  assert found.params.keys() == state.params.keys() - {HEAD}
+  checkpoints = Checkpoints(str(tmp_path))
+  abstract = abstract_state(CONFIG, OPTIMIZER, 3)
+  restored = checkpoints.restore(0, abstract, state_shardings(CONFIG, OPTIMIZER, mesh, 3))
+  checkpoints.close()
+  assert_same_state(restored, state)
+
+
+def test_classes_without_a_head_are_none(tmp_path):
+  """A run may speak of a head that a conversion has left behind."""
+  save(tmp_path, random_state(1), classes=["cat", "dog"])
+  assert checkpoint.describe(str(tmp_path)).classes == ()
+
+
+def test_the_first_of_the_best_is_kept(tmp_path):
+  """Beside the newest; also by those who open the folder later; what has no score isn't best."""
+  scores = [0.2, 0.6, None, 0.6, 0.1, None]
+  for begun in (0, 3):
+    checkpoints = Checkpoints(str(tmp_path), keep=1, keep_best="accuracy")
+    for step in range(begun + 1, begun + 4):
+      score = scores[step - 1]
+      checkpoints.save(
+        random_state(step),
+        palette=None,
+        run=make_run(),
+        scores=None if score is None else {"accuracy": score},
+      )
+      checkpoints.wait()
+    checkpoints.close()
+    assert steps_in(tmp_path) == [2, begun + 3]

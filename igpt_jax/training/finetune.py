@@ -210,18 +210,19 @@ class Classifier:
     masks: int = 1,
   ):
     self._mesh = mesh
-    self._draws = 1 if config.causal else masks
+    draws = 1 if config.causal else masks
 
-    def score(params: Params, batch: Batch, keys_K: jax.Array) -> Metrics:
+    def score(params: Params, batch: Batch) -> Metrics:
       """Sums over the pictures that `batch["mask"]` counts."""
       tokens = batch["tokens"].astype(jnp.int32)
 
-      def once(key):
+      def once(seed):
+        key = jax.random.key(seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
         keep = _visible(config, keys, mask_probability)
         return forward(config, params, tokens, keep, layer=layer)
 
-      logits_KxBxC, nats_KxB = jax.lax.map(once, keys_K)
+      logits_KxBxC, nats_KxB = jax.lax.map(once, jnp.arange(EVAL_SEED, EVAL_SEED + draws))
       labels, counted = batch["label"], batch["mask"].astype(jnp.float32)
       # A row that doesn't count may have no label: it is given one, so that nothing isn't a number.
       label_nats_KxB = jax.vmap(class_nll, (0, None))(logits_KxBxC, jnp.maximum(labels, 0))
@@ -239,7 +240,6 @@ class Classifier:
       in_shardings=(
         {**param_shardings(config, mesh), HEAD: head_sharding(mesh)},
         sharding.sharding(mesh, "batch"),
-        sharding.replicated(mesh),
       ),
       out_shardings=sharding.replicated(mesh),
     )
@@ -257,11 +257,9 @@ class Classifier:
     """
     sums = []
     with jax.set_mesh(self._mesh):
-      seeds = np.arange(EVAL_SEED, EVAL_SEED + self._draws)
-      keys_K = jax.device_put(jax.vmap(jax.random.key)(seeds), sharding.replicated(self._mesh))
       for batch in batches:
         wanted = {name: batch[name] for name in ("tokens", "label", "mask", "index")}
-        sums.append(self._score(params, sharding.put_batch(wanted, self._mesh), keys_K))
+        sums.append(self._score(params, sharding.put_batch(wanted, self._mesh)))
         if len(sums) >= 2:
           jax.block_until_ready(sums[-2])  # so that the host runs ahead by one batch, no more
         if report is not None:

@@ -1,0 +1,302 @@
+"""Fine-tuning: a pretrained model and a linear head, trained together to classify (paper, 3.4).
+
+Starting checkpoint → its test likelihood → the loop, with an early stop by validation accuracy → the
+best checkpoint → one look at test. Everything goes to WORKDIR/finetune (from random parameters:
+WORKDIR/finetune_scratch): checkpoints, metrics.jsonl, finetune.json and finetune.png. The same
+command goes on from the newest checkpoint there, to the same numbers.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from igpt_jax import checkpoint, metrics, pictures, report
+from igpt_jax import config as config_lib
+from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.data import pipeline
+from igpt_jax.data.sources import open_split
+from igpt_jax.jobs import common, finetune_start, loop
+from igpt_jax.jobs.common import say
+from igpt_jax.jobs.loop import StopSignal
+from igpt_jax.model.image_gpt import Params
+from igpt_jax.parallel import hardware, sharding
+from igpt_jax.training import compilation, finetune, optimizer, state
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Fine-tunes `checkpoint` (or the workdir's newest, or `init_from`) on the configured data."""
+  settings = config.finetune
+  folder = os.path.join(workdir, "finetune_scratch" if settings.scratch else "finetune")
+  finetune_start.check_settings(settings)
+  common.open_workdir(folder)
+  config_lib.check_workdir(config, folder, config_lib.FINETUNE_FREE)
+  mesh = common.mesh_of(config)
+  batch_size = settings.batch_size
+  sharding.batch_size_per_shard(mesh, batch_size, "finetune.batch_size")
+  data_config = config_lib.data(config)
+  data_config = dataclasses.replace(data_config, augment=settings.augment or data_config.augment)
+  splits = {name: open_split(data_config, name) for name in ("train", "validation", "test")}
+  finetune_start.check_labels(splits)
+  train_split = finetune_start.subset(splits["train"], settings.images, config.seed)
+  classes = train_split.class_names
+  start = finetune_start.begin(config, workdir, folder, data_config, train_split)
+  given, config, palette = config, start.config, start.palette
+  model_config = config_lib.model(config, n_vocab=palette.size)
+  sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
+  loss = finetune.JointLoss(
+    layer=finetune_start.check_layer(settings.layer, model_config.n_layer, start.head),
+    generative=settings.generative,
+    classification=settings.classification,
+    mask_probability=start.mask_probability,
+  )
+  optimizer_config = finetune_start.make_optimizer_config(config)
+  schedule = optimizer.make_schedule(optimizer_config)
+  tx = optimizer.make_optimizer(optimizer_config)
+  # Only now: a mistake in the lines above leaves the folder unclaimed.
+  if common.is_main():
+    config_lib.claim_workdir(given, folder)
+    palette.save(os.path.join(folder, "palette.npy"))
+
+  classifier = finetune.Classifier(
+    model_config,
+    mesh,
+    layer=loss.layer,
+    mask_probability=loss.mask_probability,
+    masks=settings.masks,
+  )
+
+  def score(params: Params, name: str, limit: int, tell: bool = False) -> finetune.Scores:
+    split = splits[name]
+    total = min(limit or len(split), len(split))
+    eval_batch = min(batch_size, sharding.round_up_batch(mesh, total))
+    clock = metrics.Countdown(f"{name}: {total:,} pictures", total, say)
+    with common.eval_stream(split, data_config, palette, mesh, eval_batch, total) as stream:
+      return classifier(params, stream, clock.part(0, 1, eval_batch) if tell else None)
+
+  checkpoints = Checkpoints(
+    folder,
+    keep=config.train.keep,
+    keep_every=config.train.keep_every,
+    keep_best="validation_accuracy",
+  )
+  shardings = state.state_shardings(model_config, tx, mesh, len(classes))
+  abstract = state.abstract_state(model_config, tx, len(classes))
+  newest = checkpoints.latest()
+  say(
+    f"fine-tuning {finetune_start.describe(start, config)} on {len(classes)} classes of {train_split.fingerprint}, "
+    f"head at layer {loss.layer} of {model_config.n_layer}, loss {loss.generative:g} × generative + "
+    f"{loss.classification:g} × classification, learning rate {optimizer_config.learning_rate:g}; "
+    f"{hardware.describe_devices(mesh)}"
+  )
+  if newest is None:
+    first_step, elapsed_before, best = 0, 0.0, Best()
+    params = start.params(mesh)
+    train_state = state.make_state(model_config, tx, config.seed, mesh, params, len(classes))
+    del params
+    began_with = {"checkpoint": None, "nats_per_token": None, "accuracy": None}
+    if start.weights is not None:
+      scores = score(train_state.params, "test", config.evaluate.images, tell=True)
+      began_with = {
+        "checkpoint": start.weights.path,
+        "nats_per_token": scores.nats_per_token,
+        "accuracy": scores.accuracy if start.head else None,
+      }
+  else:
+    saved = checkpoints.read_run(newest)
+    here = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=newest)
+    first_step = pipeline.check_position(saved["data"], here)
+    elapsed_before, began_with, best = (
+      saved["elapsed_seconds"],
+      saved["began_with"],
+      Best(**saved["best"]),
+    )
+    train_state = checkpoints.restore(newest, abstract, shardings)
+    say(f"resuming at step {first_step} of at most {settings.steps} from {folder}")
+
+  began = time.monotonic()
+
+  def elapsed() -> float:
+    return elapsed_before + time.monotonic() - began
+
+  def evaluate(at: state.TrainState) -> dict[str, float]:
+    scores = score(at.params, "validation", config.train.eval_images)
+    best.update(int(at.step), scores.accuracy)
+    values = {
+      "validation_accuracy": scores.accuracy,
+      "validation_classification_loss": scores.classification_loss,
+      "validation_generative_loss": scores.nats_per_token,
+    }
+    if not model_config.causal:
+      values["validation_accuracy_of_mean"] = scores.accuracy_of_mean
+    return values
+
+  def save(at: state.TrainState, at_step: int) -> None:
+    position = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step)
+    described = loop.describe_run(
+      config,
+      model_config,
+      mask_probability=loss.mask_probability,
+      data=position,
+      elapsed_seconds=elapsed(),
+    )
+    fine_tuned = {
+      "classes": list(classes),
+      "layer": loss.layer,
+      "best": dataclasses.asdict(best),
+      "began_with": began_with,
+    }
+    checkpoints.save(
+      at,
+      palette=palette.centers,
+      run=described | fine_tuned,
+      scores={"validation_accuracy": best.newest} if best.evaluated == at_step else None,
+    )
+
+  share, shares = common.input_share(mesh)
+  batches = pipeline.train_batches(
+    train_split,
+    data_config,
+    palette,
+    batch_size=batch_size,
+    seed=config.seed,
+    start_step=first_step,
+    process_index=share,
+    process_count=shares,
+  )
+  writers = loop.make_writers(config, folder, first_step)
+  flops = compilation.flops_per_image(model_config)
+  outcome = loop.run(
+    loop.Work(
+      steps=settings.steps,
+      log_every=config.train.log_every,
+      eval_every=settings.eval_every,
+      save_every=settings.eval_every,
+      train_step=finetune.make_finetune_step(model_config, loss, tx, schedule),
+      fields=("tokens", "label"),
+      abstract=abstract,
+      shardings=shardings,
+      evaluate=evaluate,
+      save=save,
+      ended=lambda: 0 < settings.patience <= best.waited,
+    ),
+    train_state,
+    batches,
+    mesh=mesh,
+    writers=writers,
+    progress=Progress(settings.steps, batch_size, flops, hardware.peak_flops(mesh)),
+    stop=StopSignal(),
+  )
+  steps, stopped_by = outcome.step, outcome.stopped_by
+  del train_state, outcome  # room for the best one
+  checkpoints.close()
+  writers.close()
+  if stopped_by:
+    say(f"stopped by {stopped_by} at step {steps}: saved; the same command goes on from here")
+    return
+
+  found = checkpoint.describe(os.path.join(folder, checkpoint.FOLDER, str(best.step)))
+  params = checkpoint.load_params(found, mesh) | {state.HEAD: checkpoint.load_head(found, mesh)}
+  scores = score(params, "test", config.evaluate.images, tell=True)
+  masked = not model_config.causal
+  values = {
+    "checkpoint": found.path,
+    "best_step": best.step,
+    "steps": steps,
+    "ended_early": steps < settings.steps,
+    "elapsed_seconds": elapsed(),
+    "objective": config.objective,
+    "classes": len(classes),
+    "data": {name: split.fingerprint for name, split in (splits | {"train": train_split}).items()},
+    "augment": data_config.augment,
+    "layer": loss.layer,
+    "generative_weight": loss.generative,
+    "classification_weight": loss.classification,
+    "learning_rate": optimizer_config.learning_rate,
+    "batch_size": batch_size,
+    "validation_accuracy": best.accuracy,
+    "test_images": scores.images,
+    "test_accuracy": scores.accuracy,
+    "test_accuracy_of_mean": scores.accuracy_of_mean if masked else None,
+    "masks_per_picture": settings.masks if masked else None,
+    "test_classification_loss": scores.classification_loss,
+    "test_nats_per_token": scores.nats_per_token,
+    **{f"start_{name}": value for name, value in began_with.items()},
+  }
+  if common.is_main():
+    finish(workdir, folder, values)
+  of_mean = f" ({scores.accuracy_of_mean:.2%} by the mean of logits)" if masked else ""
+  before = began_with["nats_per_token"]
+  say(
+    f"best of {steps:,} steps: {best.step:,}; test accuracy {scores.accuracy:.2%}{of_mean} over "
+    f"{scores.images:,} pictures, {scores.nats_per_token:.4f} nats/token"
+    + ("" if before is None else f", {before:.4f} before")
+    + f"; {found.path}"
+  )
+
+
+@dataclasses.dataclass
+class Best:
+  """The first evaluation with the best accuracy so far; part of what a checkpoint says.
+
+  Attributes:
+    step, accuracy: of it.
+    waited: evaluations since.
+    evaluated, newest: step and accuracy of the last evaluation.
+  """
+
+  step: int = 0
+  accuracy: float = -1.0
+  waited: int = 0
+  evaluated: int = -1
+  newest: float = -1.0
+
+  def update(self, step: int, accuracy: float) -> None:
+    self.evaluated, self.newest = step, accuracy
+    if accuracy > self.accuracy:
+      self.step, self.accuracy, self.waited = step, accuracy, 0
+    else:
+      self.waited += 1
+
+
+class Progress(metrics.Progress):
+  """Lines with both losses and the accuracy."""
+
+  SHOWN = (
+    ("generative_loss", "generative {:.4f} nats/token"),
+    ("classification_loss", "classification {:.4f}"),
+    ("accuracy", "accuracy {:.1%}"),
+    ("validation_generative_loss", "validation: generative {:.4f} nats/token"),
+    ("validation_classification_loss", "classification {:.4f}"),
+    ("validation_accuracy", "accuracy {:.2%}"),
+    ("validation_accuracy_of_mean", "({:.2%} by the mean of logits)"),
+  )
+
+  def line(self, step: int, values: Mapping[str, float]) -> str:
+    speed = super().line(step, {name: each for name, each in values.items() if name != "loss"})
+    return "  ".join([speed, *(form.format(values[n]) for n, form in self.SHOWN if n in values)])
+
+
+def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
+  """finetune.json, the curves, the summary."""
+  report.write_json(os.path.join(folder, "finetune.json"), values)
+  records = metrics.read_jsonl(os.path.join(folder, "metrics.jsonl"))
+  curves = {}
+  for name, label in (
+    ("validation_accuracy", "accuracy"),
+    ("validation_classification_loss", "classification loss, nats"),
+    ("validation_generative_loss", "generative loss, nats per token"),
+  ):
+    points = [(record["step"], record[name]) for record in records if name in record]
+    curves[label] = tuple(zip(*points, strict=True))
+  pictures.plot(
+    os.path.join(folder, "finetune.png"),
+    curves,
+    title=f"Fine-tuning: {values['test_accuracy']:.2%} of test at step {values['best_step']:,}",
+    x_label="step",
+    y_label="on validation",
+  )
+  report.write_summary(workdir)

@@ -1,0 +1,165 @@
+"""What a fine-tuning begins with: weights, head, pictures, optimizer; and every mistake in them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from igpt_jax import checkpoint
+from igpt_jax import config as config_lib
+from igpt_jax.checkpoint import Described
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import DataConfig, Split
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common, starting_point
+from igpt_jax.jobs.common import say
+from igpt_jax.model.image_gpt import Params
+from igpt_jax.training import state
+from igpt_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+  """What a fine-tuning starts from, its own newest checkpoint included.
+
+  Attributes:
+    config: the run's, with the model's shape and objective filled in.
+    palette: the colours of the tokens.
+    mask_probability: of a BERT model.
+    weights: parameters to begin with; None: random ones, or its own checkpoint's.
+    head: what `weights` has a head at: its layer; None: it has none.
+  """
+
+  config: ConfigDict
+  palette: Palette
+  mask_probability: float
+  weights: Described | None = None
+  head: int | None = None
+
+  def params(self, mesh: Mesh) -> Params | None:
+    """The model's and, if there is one, the head's, on the mesh; None: random ones."""
+    if self.weights is None:
+      return None
+    say(f"checkpoint: {self.weights.path}")
+    params = starting_point.read(self.weights, mesh, say)
+    if self.head is None:
+      return params
+    return params | {state.HEAD: checkpoint.load_head(self.weights, mesh)}
+
+
+def begin(
+  config: ConfigDict, workdir: str, folder: str, data_config: DataConfig, split: Split
+) -> Begin:
+  """Finds it, and checks all but the layer.
+
+  Raises:
+    UserError: there is no checkpoint, or it is of another resolution, has a head of other classes, or
+      has no palette.
+  """
+  scratch = config.finetune.scratch
+  resuming = checkpoint.latest_step(folder) is not None
+  named = config.checkpoint or config.init_from or checkpoint.latest_step(workdir) is not None
+  if scratch and not resuming and not named:
+    config = config_lib.settle(config)
+    palette = common.training_palette(config, data_config, split, folder)
+    return Begin(config, palette, config.mask_probability)
+  found = checkpoint.describe(folder) if resuming else starting_point.of_job(config, workdir)
+  common.check_resolution(config, found)
+  palette = common.palette_of(found)
+  has_head = bool(found.classes) and (resuming or not scratch)
+  if has_head and found.classes != split.class_names:
+    raise UserError(
+      f"checkpoint: the head of {found.path} has {len(found.classes)} classes "
+      f"({_some(found.classes)}), {split.fingerprint} has {split.n_classes} "
+      f"({_some(split.class_names)}); fix: the data that it was fine-tuned on, or the checkpoint "
+      "that this was begun from, which has no head"
+    )
+  settled = config_lib.settle(config, found.config)
+  mask_probability = found.run["mask_probability"]
+  if resuming or scratch:
+    return Begin(settled, palette, mask_probability)
+  head = found.run["layer"] if has_head else None
+  return Begin(settled, palette, mask_probability, found, head)
+
+
+def _some(names: tuple[str, ...]) -> str:
+  return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def describe(start: Begin, config: ConfigDict) -> str:
+  shape = (
+    f"{config.objective}, {config_lib.model(config, n_vocab=start.palette.size).n_layer} layers"
+  )
+  return f"random parameters ({shape})" if config.finetune.scratch else f"a model ({shape})"
+
+
+def subset(split: Split, images: int, seed: int) -> Split:
+  """A random choice of the split's pictures, drawn by `seed`, classes as they fall; 0: all."""
+  if not images or images >= len(split):
+    return split
+  return split.select(np.sort(np.random.default_rng(seed).permutation(len(split))[:images]))
+
+
+def make_optimizer_config(config: ConfigDict) -> OptimizerConfig:
+  """Pretraining's betas, decay and clipping; a lower rate, constant after the warm-up."""
+  config = config.copy_and_resolve_references()
+  settings = config.finetune
+  config.train.update({
+    "learning_rate": settings.learning_rate,
+    "steps": settings.steps,
+    "warmup_steps": settings.warmup_steps,
+    "schedule": "constant",
+  })  # fmt: skip
+  made = config_lib.optimizer(config)
+  if settings.learning_rate:
+    return made
+  return dataclasses.replace(made, learning_rate=made.learning_rate / 10)
+
+
+def check_settings(settings: ConfigDict) -> None:
+  """Raises UserError for settings that make no sense whatever the model is."""
+  for name in ("generative", "classification", "learning_rate"):
+    if not settings[name] >= 0:
+      raise UserError(f"finetune.{name}: {settings[name]}; expected 0 or more")
+  if not settings.generative + settings.classification:
+    raise UserError(
+      "finetune.generative and finetune.classification: both 0; expected a positive weight"
+    )
+  if settings.warmup_steps > settings.steps:
+    raise UserError(
+      f"finetune.warmup_steps: {settings.warmup_steps}; expected at most finetune.steps "
+      f"{settings.steps}"
+    )
+
+
+def check_labels(splits: Mapping[str, Split]) -> None:
+  """Raises UserError when there is nothing to classify, or not the same everywhere."""
+  train = splits["train"]
+  for split in splits.values():
+    if split.n_classes < 2:
+      raise UserError(
+        f"data.name: {split.fingerprint} has no labels; fine-tuning needs at least two classes; "
+        "fix: a labelled data set, or a folder with one sub-folder per class"
+      )
+    if split.class_names != train.class_names:
+      raise UserError(
+        f"data: {split.fingerprint} has {split.n_classes} classes ({_some(split.class_names)}), "
+        f"{train.fingerprint} has {train.n_classes} ({_some(train.class_names)}); expected the same"
+      )
+
+
+def check_layer(layer: int, n_layer: int, head: int | None) -> int:
+  """The layer that the head reads; `head`: the one that it has been reading, if it isn't new."""
+  if not -1 <= layer <= n_layer:
+    raise UserError(
+      f"finetune.layer: {layer}; expected 0 to the model's n_layer {n_layer}, or -1 for the last"
+    )
+  layer = n_layer if layer == -1 else layer
+  if head is not None and head != layer:
+    raise UserError(
+      f"finetune.layer: {layer}; the checkpoint's head reads layer {head}; "
+      f"fix: --config.finetune.layer={head}, or a checkpoint without a head"
+    )
+  return layer
