@@ -233,7 +233,7 @@ def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
   assert told["start_accuracy"] is None
 
 
-def test_it_goes_on_from_a_fine_tuned_checkpoint(tuned, tmp_path):
+def test_it_goes_on_from_a_fine_tuned_checkpoint(start, tuned, tmp_path):
   """With its head: the score to begin with is the score that was told."""
   before = result(tuned)
   finetune.run(
@@ -242,6 +242,14 @@ def test_it_goes_on_from_a_fine_tuned_checkpoint(tuned, tmp_path):
   after = result(tmp_path / "again")
   assert after["start_accuracy"] == pytest.approx(before["test_accuracy"])
   assert after["start_nats_per_token"] == pytest.approx(before["test_nats_per_token"], rel=1e-6)
+  # A head at the first layer is a head too.
+  lowest = {"finetune.layer": 0, "finetune.steps": 1}
+  finetune.run(tiny(checkpoint=start, **lowest), str(tmp_path / "lowest"))
+  before = result(tmp_path / "lowest")
+  finetune.run(tiny(checkpoint=before["checkpoint"], **lowest), str(tmp_path / "higher"))
+  assert before["layer"] == 0 and before["start_accuracy"] is None
+  assert result(tmp_path / "higher")["start_accuracy"] == before["test_accuracy"]
+  before = result(tuned)
   with pytest.raises(UserError, match=r"finetune.layer: 1; .* reads layer 2"):
     finetune.run(
       tiny(**{"checkpoint": before["checkpoint"], "finetune.layer": 1}), str(tmp_path / "layer")

@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       began_with = {
         "checkpoint": start.weights.path,
         "nats_per_token": scores.nats_per_token,
-        "accuracy": scores.accuracy if start.head else None,
+        "accuracy": None if start.head is None else scores.accuracy,
       }
   else:
     saved = checkpoints.read_run(newest)
