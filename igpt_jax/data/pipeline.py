@@ -245,6 +245,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   images: bool = False,
+  augment: bool = True,
 ) -> Batches:
   """The endless training stream, from `start_step` on.
 
@@ -262,6 +263,7 @@ def train_batches(
     process_index: this host.
     process_count: number of hosts.
     images: give the pictures too.
+    augment: False: pictures as evaluation sees them, in the order of training.
 
   Yields:
     {"tokens": uint16 [B / hosts, T], "label": int32 [B / hosts], "index": int32 [B / hosts]} and,
@@ -276,7 +278,7 @@ def train_batches(
   if not 0 <= seed < 2**32:
     raise errors.UserError(f"seed: {seed}; expected 0 to 2**32 - 1")
   rows = _rows_of_host(batch_size, process_count)
-  loader = _Loader(split, config, palette, train=True, images=images or palette is None)
+  loader = _Loader(split, config, palette, train=augment, images=images or palette is None)
   dataset = (
     grain.MapDataset.range(len(split))
     .seed(seed)
@@ -298,11 +300,13 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
   images: bool = False,
+  start: int = 0,
 ) -> Batches:
   """Every picture of the split exactly once, in the split's order, without augmentation.
 
   All hosts give the same number of batches; the places that the last ones don't fill have mask
-  False, and so has a damaged record. Arguments and errors as in `train_batches`.
+  False, and so has a damaged record. Arguments and errors as in `train_batches`; `start` is the number
+  of global batches to leave out.
 
   Yields:
     As `train_batches`, and "mask": bool [B / hosts]. `index` is -1 where there is no record.
@@ -317,7 +321,7 @@ def eval_batches(
     .map(loader.eval_element)
     .batch(rows, batch_fn=_stack)
   )
-  dataset = dataset[process_index::process_count]
+  dataset = dataset[start * process_count + process_index :: process_count]
   return Batches(_start(dataset, config), loader, split, config)
 
 

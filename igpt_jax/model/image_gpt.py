@@ -282,15 +282,24 @@ class ImageGPT(nnx.Module):
     """[B, T, D] -> float32 [B, T, n_vocab]."""
     return project(_TO_LOGITS, final, self.wtet[...])
 
-  def features(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
-    """The probe's features f^l = mean over positions of n^l, float32 [n_layer + 1, B, D].
+  def features(
+    self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None, grid: int = 1
+  ) -> jax.Array:
+    """The probe's features f^l = mean over positions of n^l, float32 [n_layer + 1, B, grid² D].
 
     n^l is the norm applied to block l's input, and the final norm's output for l = n_layer
     (paper, section 2.3 and 3.4).
+
+    Args:
+      tokens_BxT: whole square pictures.
+      keep_BxT: as in `__call__`.
+      grid: a mean for each of grid × grid blocks of pixels, one after the other.
     """
+    batch, length = tokens_BxT.shape
+    blocks = (batch, grid, math.isqrt(length) // grid, grid, math.isqrt(length) // grid, -1)
 
     def pool(n):
-      return jnp.mean(n.astype(jnp.float32), axis=1)
+      return n.astype(jnp.float32).reshape(blocks).mean((2, 4)).reshape(batch, -1)
 
     final, pooled = self.hidden(
       self.embed(tokens_BxT, keep_BxT), collect=lambda block, x, _: pool(block.ln_1(x))

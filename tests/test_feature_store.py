@@ -1,0 +1,131 @@
+"""Features on disk: written in parts, found again, refused when they are of something else."""
+
+import json
+
+import numpy as np
+import pytest
+
+from igpt_jax.errors import UserError
+from igpt_jax.training import feature_store
+from igpt_jax.training.feature_store import FeatureStore
+from igpt_jax.training.features import FeatureRows
+
+ROWS, WIDTH, SIDE = 20, 6, 4
+IDENTITY = {"checkpoint": "abc", "data": "digits train", "resolution": 4}
+
+
+def store(folder, **changes):
+  return FeatureStore(str(folder), {**IDENTITY, **changes}, rows=ROWS, width=WIDTH, side=SIDE)
+
+
+def rows_of(layers, first, last, without=()):
+  index = np.array([i for i in range(first, min(last, ROWS)) if i not in without], np.int32)
+  features = np.stack([index[:, None] + 100.0 * layer + np.zeros(WIDTH) for layer in layers])
+  images = np.repeat(index, SIDE * SIDE * 3).reshape(-1, SIDE, SIDE, 3).astype(np.uint8)
+  return FeatureRows(index, features.astype(np.float32), images, index % 5)
+
+
+def fill(folder, layers, first=0, last=ROWS, without=()):
+  found = store(folder)
+  writing = found.begin(layers)
+  for start in range(first, last, 8):
+    writing.add(rows_of(layers, start, start + 8, without), start + 8)
+  writing.save(last)
+  return found
+
+
+def test_what_was_written_is_found(tmp_path):
+  fill(tmp_path / "train", (0, 2), without=(7,))
+  found = store(tmp_path / "train")
+  assert found.missing((0, 1, 2)) == (1,)
+  assert found.rows_done((0, 2)) == ROWS
+  labels = found.labels()
+  assert labels[7] == -1 and (np.delete(labels, 7) == np.delete(np.arange(ROWS) % 5, 7)).all()
+  assert found.layer(2).shape == (ROWS, WIDTH) and found.layer(2).dtype == np.float32
+  np.testing.assert_array_equal(found.layer(2)[[0, 19], 0], [200, 219])
+  assert (found.images()[9] == 9).all() and (found.layer(0)[7] == 0).all()
+
+
+def test_an_interrupted_pass_goes_on(tmp_path):
+  fill(tmp_path / "train", (0, 1), last=16)
+  found = store(tmp_path / "train")
+  assert found.missing((0, 1)) == (0, 1) and found.rows_done((0, 1)) == 16
+  writing = found.begin((0, 1))
+  writing.add(rows_of((0, 1), 16, 24), 24)
+  again = store(tmp_path / "train")
+  assert again.missing((0, 1)) == ()
+  np.testing.assert_array_equal(again.layer(1)[:, 0], 100 + np.arange(ROWS))
+  np.testing.assert_array_equal(again.labels(), np.arange(ROWS) % 5)
+
+
+def test_rows_count_only_once_they_are_on_disk(tmp_path):
+  """A batch that no save followed is computed again."""
+  found = store(tmp_path / "train")
+  writing = found.begin((0,))
+  writing.add(rows_of((0,), 0, 8), 8)
+  assert store(tmp_path / "train").rows_done((0,)) == 0
+  writing._saved -= feature_store._SECONDS_BETWEEN_SAVES + 1
+  writing.add(rows_of((0,), 8, 16), 16)
+  assert store(tmp_path / "train").rows_done((0,)) == 16
+
+
+def test_another_layer_is_added(tmp_path):
+  fill(tmp_path / "train", (0,))
+  fill(tmp_path / "train", (3,))
+  found = store(tmp_path / "train")
+  assert found.missing((0, 3)) == ()
+  assert found.layer(0)[5, 0] == 5 and found.layer(3)[5, 0] == 305
+
+
+@pytest.mark.parametrize(
+  "change", [{"checkpoint": "xyz"}, {"data": "digits test"}, {"resolution": 8}]
+)
+def test_features_of_something_else_are_refused(tmp_path, change):
+  fill(tmp_path / "train", (0,))
+  ((name, value),) = change.items()
+  with pytest.raises(
+    UserError, match=f"something else:\n  {name}: {IDENTITY[name]} there, {value}"
+  ):
+    store(tmp_path / "train", **change)
+
+
+@pytest.mark.parametrize(
+  "damage", ["identity", "progress", "layer cut", "layer shape", "layer gone"]
+)
+def test_damage_is_said(tmp_path, damage):
+  folder = tmp_path / "train"
+  fill(folder, (0,))
+  layer = folder / "layer-00.npy"
+  if damage in ("identity", "progress"):
+    (folder / f"{damage}.json").write_text('{"rows": ')
+  elif damage == "layer cut":
+    layer.write_bytes(layer.read_bytes()[:200])
+  elif damage == "layer shape":
+    np.save(layer, np.zeros((3, WIDTH), np.float32))
+  else:
+    layer.unlink()
+  with pytest.raises(UserError, match=rf"features: .*{damage.split()[0]}.*remove {folder}"):
+    store(folder).layer(0)
+
+
+def test_pickles_are_not_loaded(tmp_path):
+  fill(tmp_path / "train", (0,))
+  np.save(tmp_path / "train" / "layer-00.npy", np.array([{}], dtype=object), allow_pickle=True)
+  with pytest.raises(UserError, match="can't be read"):
+    store(tmp_path / "train").layer(0)
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    feature_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})
+  )
+  with pytest.raises(UserError, match=r"needs .* GiB for 2 layers of 20 pictures.*fix: "):
+    store(tmp_path / "train").begin((0, 1))
+  assert not list((tmp_path / "train").iterdir())
+
+
+def test_nothing_but_numbers_is_in_the_json(tmp_path):
+  fill(tmp_path / "train", (0, 1))
+  assert json.loads((tmp_path / "train" / "progress.json").read_text()) == {"0": ROWS, "1": ROWS}
+  identity = json.loads((tmp_path / "train" / "identity.json").read_text())
+  assert identity == {**IDENTITY, "rows": ROWS, "width": WIDTH}
