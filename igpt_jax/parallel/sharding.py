@@ -160,14 +160,19 @@ def sum_of_batch(
   )
 
 
+def axis_parts(mesh: Mesh, logical: str) -> int:
+  """How many parts an axis is split into."""
+  entry = RULES[logical] or ()
+  return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry))
+
+
 def axis_share(logical: str, size: int) -> int | None:
   """A device's share of an axis of `size` under the mesh around; None if it doesn't divide."""
   mesh = jax.sharding.get_abstract_mesh()
   entry = RULES[logical]
   if mesh.empty or entry is None:
     return size
-  axes = (entry,) if isinstance(entry, str) else entry
-  parts = math.prod(mesh.shape[axis] for axis in axes)
+  parts = axis_parts(mesh, logical)
   return size // parts if size % parts == 0 else None
 
 
