@@ -29,5 +29,5 @@ def get_config():
   config.train.eval_images = 512
   config.train.checkpoint_every = 200
   config.evaluate.images = 1_000
-  config.probe.images = 2_000
+  config.features.images = 2_000
   return config

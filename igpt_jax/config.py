@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -101,12 +102,48 @@ def base() -> ConfigDict:
   config.evaluate.masks = 1  # masked objective: masks drawn per picture
   config.evaluate.baseline_images = 50_000  # training pictures the unigrams are counted on
 
+  config.watch = False  # evaluate, probe, sample: every checkpoint of a run, until its training ends
+  config.watch_seconds = 30.0  # between two looks
+  config.watch_patience = 0.0  # seconds without a new one after which watching ends; 0: never
+
+  config.features = ConfigDict()  # of probe and lowdata
+  config.features.layers = ()  # of 0 to n_layer; (): all
+  config.features.grid = 1  # means over grid × grid blocks of pixels, side by side; 1: over all
+  config.features.masks = 0  # BERT: means over that many masked inputs; 0: nothing is masked
+  config.features.batch_size = 128
+  config.features.images = 0  # training pictures, at most; 0: all
+  config.features.cache = ""  # where they are kept; "": features/ in the workdir
+  config.features.baselines = ("pixels", "pca", "random")  # beside them: these, or some of them
+
   config.probe = ConfigDict()
-  config.probe.batch_size = 128
-  config.probe.images = 0  # training pictures, at most; 0: all
-  config.probe.labels_per_class = (10,)  # few-label runs beside the full one
-  config.probe.trials = 5  # random subsets in a few-label run
+  config.probe.method = ""  # lbfgs, sgd (ImageNet's size); "": by the number of pictures
+  config.probe.concatenate = ()  # layers, side by side, as one more set of features
+  config.probe.around_best = 0  # that many layers around the best, likewise; 5 in the paper
   config.probe.max_iterations = 1_000  # of L-BFGS
+  config.probe.cached = True  # sgd: from stored features; False: from pictures, each time anew
+  config.probe.learning_rates = (30.0, 10.0, 3.0, 1.0, 0.3)  # sgd: all at the same time
+  config.probe.steps = 1_000_000  # sgd
+  config.probe.batch_size = 128  # sgd
+  config.probe.eval_every = 10_000  # sgd: validation accuracy, and a checkpoint
+
+  config.lowdata = ConfigDict()
+  config.lowdata.labels_per_class = (1, 4, 25, 250, 400)
+  config.lowdata.trials = 5  # random subsets of each
+
+  config.finetune = ConfigDict()
+  config.finetune.scratch = False  # from random parameters, to compare with
+  config.finetune.layer = -1  # whose features the head reads; -1: the last
+  config.finetune.generative = 1.0  # weight of the objective's loss; 0: classification alone
+  config.finetune.classification = 1.0  # weight of the classification loss
+  config.finetune.augment = ""  # of training pictures; "": data.augment
+  config.finetune.images = 0  # training pictures, at most; 0: all
+  config.finetune.batch_size = 128
+  config.finetune.learning_rate = 0.0  # 0: a tenth of the size's
+  config.finetune.warmup_steps = 0
+  config.finetune.steps = 10_000  # at most
+  config.finetune.eval_every = 250  # validation accuracy, and a checkpoint
+  config.finetune.patience = 10  # evaluations without a better one after which it ends; 0: never
+  config.finetune.masks = 5  # BERT: masks per picture in evaluation
 
   config.sample = ConfigDict()
   config.sample.samples = 32  # unconditional pictures; 0: compile leaves sampling out
@@ -149,7 +186,8 @@ def base() -> ConfigDict:
 # Fields that may differ when a run goes on: they change what is told or done beside the training,
 # not what is computed in it.
 _FREE = (
-  "job", "checkpoint", "evaluate", "probe", "sample", "log", "mesh", "source", "target", "format",
+  "job", "checkpoint", "watch", "watch_seconds", "watch_patience", "evaluate", "features", "probe", "lowdata",
+  "finetune", "sample", "log", "mesh", "source", "target", "format",
   "download", "topology", "plan", "benchmark", "train.accumulate", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb",
   "data.manual_dir", "train.log_every", "train.eval_every", "train.eval_images",
   "train.checkpoint_every", "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
@@ -184,13 +222,16 @@ def validate(config: ConfigDict) -> None:
   _positive(
     config, "data.resolution", "palette.images", "train.batch_size", "train.log_every",
     "train.accumulate", "train.checkpoint_every", "train.keep", "evaluate.batch_size", "evaluate.masks",
-    "evaluate.baseline_images", "probe.batch_size", "probe.trials", "probe.max_iterations",
+    "evaluate.baseline_images", "features.grid", "features.batch_size", "probe.max_iterations", "probe.steps",
+    "probe.batch_size", "probe.eval_every", "lowdata.trials", "finetune.batch_size", "finetune.steps",
+    "finetune.eval_every", "finetune.masks",
     "sample.completions", "sample.per_picture", "benchmark.repeats",
     "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(
     config, "seed", "train.eval_every", "train.eval_images", "train.keep_every",
-    "evaluate.images", "probe.images", "sample.scale", "model.n_layer", "model.n_head",
+    "evaluate.images", "features.masks", "features.images", "probe.around_best", "finetune.images",
+    "finetune.warmup_steps", "finetune.patience", "watch_seconds", "watch_patience", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
   )  # fmt: skip
   # Job compile may leave sampling out.
@@ -315,8 +356,21 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def check_workdir(config: ConfigDict, workdir: str) -> None:
+# Those that may differ when a fine-tuning goes on: what pretraining alone heeds, but not where the
+# fine-tuning begins.
+FINETUNE_FREE = (
+  *(name for name in _FREE if name not in ("checkpoint", "finetune")),
+  "train.batch_size", "train.steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
+)  # fmt: skip
+
+
+def check_workdir(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None:
   """Checks that a workdir which holds a run holds this one.
+
+  Args:
+    config: of this run.
+    workdir: to look into.
+    free: fields, or whole parts of the config, that may differ.
 
   Raises:
     UserError: it holds another config's run; the fields that differ are listed.
@@ -333,7 +387,7 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
     f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
     for name, value in _flatten(as_json(config)).items()
     if theirs.get(name, "absent") != value
-    and not any(name == free or name.startswith(free + ".") for free in _FREE)
+    and not any(name == each or name.startswith(each + ".") for each in free)
   ]
   if changed:
     raise UserError(

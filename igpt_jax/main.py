@@ -17,8 +17,8 @@ from igpt_jax.errors import UserError
 
 # Each is a module of igpt_jax.jobs with run(config, workdir).
 JOBS = (
-  "pretrain", "evaluate", "probe", "sample", "fit_palette", "prepare", "convert", "download", "compile",
-  "benchmark",
+  "pretrain", "evaluate", "probe", "lowdata", "finetune", "sample", "fit_palette", "prepare", "convert",
+  "download", "compile", "benchmark",
 )  # fmt: skip
 
 # Of several processes one may have long work of its own at the end (fitting probes) ...
@@ -54,13 +54,16 @@ def _fail(message: object) -> int:
   return 2
 
 
-def _join_processes(job: str) -> None:
+def _join_processes(config) -> None:
   """Finds the other processes: TPU pods, GKE and SLURM are recognised, else JAX_COORDINATOR_ADDRESS,
   JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are."""
   import jax
 
   # It takes SIGTERM over. Training answers that by saving; other jobs are to end by it.
-  jax.config.update("jax_enable_preemption_service", job == "pretrain")
+  trains = config.job in ("pretrain", "finetune") or (
+    config.job == "probe" and config.probe.method == "sgd"
+  )
+  jax.config.update("jax_enable_preemption_service", trains)
 
   environment = os.environ
   settings = {}
@@ -112,7 +115,7 @@ def main(argv: list[str]) -> int:
     from igpt_jax import config as config_lib
 
     if _DISTRIBUTED.value:
-      _join_processes(config.job)
+      _join_processes(config)
     config_lib.validate(config)
     job = importlib.import_module(f"igpt_jax.jobs.{config.job}")
     job.run(config, os.path.abspath(workdir))

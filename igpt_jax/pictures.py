@@ -57,11 +57,24 @@ def plot(
   x_label: str,
   y_label: str,
   levels: Mapping[str, float] | None = None,
+  spread: Mapping[str, Sequence[float]] | None = None,
   whole_steps: bool = False,
+  markers: bool = False,
+  reverse_x: bool = False,
+  x_ticks: Sequence[float] = (),
 ) -> None:
   """Draws curves, and dashed horizontal levels, into a PNG.
 
-  `whole_steps`: x counts few things (layers): a marker on each, ticks at whole numbers alone.
+  Args:
+    path: of the PNG.
+    curves: name -> (xs, ys).
+    title, x_label, y_label: what is written on it.
+    levels: name -> y.
+    spread: of a curve's points, half the length of a bar at each.
+    whole_steps: x counts few things (layers): a marker on each, ticks at whole numbers alone.
+    markers: on each point.
+    reverse_x: falls to the right.
+    x_ticks: the only ones, on a logarithmic axis.
   """
   import matplotlib
 
@@ -70,12 +83,22 @@ def plot(
 
   figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
   for name, (xs, ys) in curves.items():
-    axes.plot(xs, ys, label=name, marker="o" if whole_steps else None, linewidth=1.5)
+    marker = "o" if whole_steps or markers or spread else None
+    bars = (spread or {}).get(name)
+    axes.errorbar(
+      xs, ys, yerr=bars, label=name, marker=marker, markersize=5, linewidth=1.5, capsize=3
+    )
   for (name, level), colour in zip((levels or {}).items(), ("0.35", "0.6", "0.75"), strict=False):
     axes.axhline(level, linestyle="--", color=colour, label=name, linewidth=1.2)
   axes.set(title=title, xlabel=x_label, ylabel=y_label)
   if whole_steps:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  if reverse_x:
+    axes.invert_xaxis()
+  if x_ticks:
+    axes.set_xscale("log")
+    axes.set_xticks(x_ticks, labels=[f"{x:g}" for x in x_ticks])
+    axes.minorticks_off()
   axes.grid(alpha=0.3)
   axes.legend()
   with replacing(path) as partial:

@@ -10,6 +10,15 @@ from typing import Any
 
 from igpt_jax.files import replacing
 
+_FINETUNING = {
+  "steps": "{:,} steps",
+  "classes": "{} classes",
+  "test_accuracy": "test accuracy {:.2%}",
+  "test_accuracy_of_mean": "({:.2%} by the mean of logits)",
+  "test_nats_per_token": "{:.4f} nats/token",
+  "start_nats_per_token": "{:.4f} before",
+}
+
 # file a job writes -> heading, and the numbers to show: key -> how to print it
 _SECTIONS = {
   "training.json": (
@@ -40,11 +49,12 @@ _SECTIONS = {
     {
       "best_layer": "best layer {}",
       "test_accuracy": "test accuracy {:.2%}",
-      "pixels_test_accuracy": "raw pixels {:.2%}",
       "verdict": "{}",
-      "few_labels_verdict": "{}",
     },
   ),
+  "lowdata.json": ("Few labels", {"verdict": "{}"}),
+  "finetune/finetune.json": ("Fine-tuning", _FINETUNING),
+  "finetune_scratch/finetune.json": ("The same from random parameters", _FINETUNING),
   "sample.json": (
     "Samples",
     {

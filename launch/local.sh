@@ -34,7 +34,7 @@ fi
 python=$(find_python)
 make_venv "$venv" "$python"
 
-for job in pretrain evaluate probe sample; do
+for job in pretrain evaluate probe lowdata sample; do
   say "$job"
   status=0
   PYTHON=$venv/bin/python bash "$LAUNCH_DIR/entry.sh" --config="$config" --workdir="$workdir" "$@" \

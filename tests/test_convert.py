@@ -221,11 +221,11 @@ def test_samples_come_with_the_palette_that_lay_beside_the_weights(kind, tiny, p
 
 def test_probe_of_imported_weights(tiny, pictures, tmp_path):
   config = settings("base", checkpoint=str(tiny["huggingface"]), **pictures)
-  config.probe.batch_size, config.probe.labels_per_class, config.probe.trials = 8, (2,), 1
+  config.features.batch_size = 8
   config.data.validation = 0.3
   run(probe, config, tmp_path)
   values = json.loads((tmp_path / "probe.json").read_text())
-  assert set(values["layers"]) == {"raw pixels", "0", "1", "2"}
+  assert [row["layer"] for row in values["rows"] if row["kind"] == "layer"] == [0, 1, 2]
   # Dark or light is in every pixel: features that are the pictures' keep it.
   assert values["test_accuracy"] > 0.9
 

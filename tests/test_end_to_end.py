@@ -66,8 +66,8 @@ def tiny(**overrides):
   config.train.checkpoint_every = 4
   config.train.eval_images = 32
   config.sample.samples, config.sample.completions, config.sample.per_picture = 4, 2, 2
-  config.probe.images = 300
-  config.probe.trials = 2
+  config.features.images = 300
+  config.lowdata.labels_per_class, config.lowdata.trials = (2, 5), 2
   config.update_from_flattened_dict(overrides)
   return config
 
@@ -249,22 +249,6 @@ def test_evaluate_tokens_of_a_file(trained, tmp_path):
   assert of_file["baselines_counted_on"] == "the evaluated tokens themselves"
 
 
-def test_probe(trained):
-  probe.run(tiny(), str(trained))
-  values = json.loads((trained / "probe.json").read_text())
-  assert set(values["layers"]) == {"raw pixels", "0", "1", "2"}
-  best = max(
-    (r["validation_accuracy"] for name, r in values["layers"].items() if name != "raw pixels")
-  )
-  assert values["layers"][str(values["best_layer"])]["validation_accuracy"] == best
-  assert values["pixels_test_accuracy"] > 0.85
-  assert 0.1 < values["test_accuracy"] < 1
-  winner = "raw pixels" if values["pixels_test_accuracy"] > values["test_accuracy"] else "features"
-  assert f"{winner} win" in values["verdict"]
-  assert "10 labels per class" in (trained / "probe.md").read_text()
-  assert Image.open(trained / "probe.png").size[0] > 400
-
-
 def test_sample(trained):
   sample.run(tiny(), str(trained))
   scale, gap = 12, 4
@@ -352,7 +336,7 @@ def test_a_folder_of_pictures_of_every_kind(tmp_path):
   overrides = {"data.name": "folder", "data.path": str(root), "palette.size": 12}
   config = tiny(**overrides)
   pretrain.run(config, str(tmp_path / "run"))
-  probe.run(tiny(**overrides, **{"probe.labels_per_class": (4,)}), str(tmp_path / "run"))
+  probe.run(config, str(tmp_path / "run"))
   sample.run(config, str(tmp_path / "run"))
   grid = np.asarray(Image.open(tmp_path / "run" / "completions.png")).astype(int)
   assert (np.abs(grid[..., 0] - grid[..., 2]) > 60).mean() > 0.1  # not grey

@@ -37,7 +37,7 @@ SMALL = {
   "train.batch_size": 16, "train.steps": 8, "train.warmup_steps": 2, "train.log_every": 1,
   "train.eval_every": 4, "train.eval_images": 30, "train.checkpoint_every": 4,
   "sample.samples": 3, "sample.completions": 2, "sample.per_picture": 2,
-  "probe.images": 200, "probe.labels_per_class": (), "probe.max_iterations": 15,
+  "features.images": 200, "features.baselines": ("pixels",), "probe.max_iterations": 15,
   "mesh.fsdp": 2,
 }  # fmt: skip
 # One copy of the model over both hosts, which so hold the same pictures.
@@ -216,8 +216,8 @@ def test_one_process_goes_on_from_what_two_wrote(of_two, tmp_path, monkeypatch, 
   )
 
 
-def run_job(name, workdir, tmp_path):
-  with hosts(tmp_path / "said", workdir, {"job": name}) as started:
+def run_job(name, workdir, tmp_path, overrides=None):
+  with hosts(tmp_path / "said", workdir, {"job": name, **(overrides or {})}) as started:
     started.succeed()
 
 
@@ -245,17 +245,36 @@ def test_two_processes_sample_as_one(of_two, tmp_path):
     np.testing.assert_array_equal(picture, np.asarray(Image.open(workdir / name)), err_msg=name)
 
 
+def rows_of(workdir) -> dict:
+  return {row["name"]: row for row in json.loads((workdir / "probe.json").read_text())["rows"]}
+
+
 def test_two_processes_probe_as_one(of_two, tmp_path):
   workdir, _ = of_two
   run_job("probe", workdir, tmp_path)
-  found = json.loads((workdir / "probe.json").read_text())
+  found = rows_of(workdir)
+  for name in ("features", "probe"):
+    shutil.rmtree(workdir / name)
   probe.run(config_of({}), str(workdir))
-  expected = json.loads((workdir / "probe.json").read_text())
+  expected = rows_of(workdir)
   # Raw pixels are the same numbers in the same order; features differ in the last digit.
-  assert found["layers"]["raw pixels"] == expected["layers"]["raw pixels"]
-  for layer in ("0", "1", "2"):
-    ours, theirs = found["layers"][layer], expected["layers"][layer]
+  assert found["raw pixels"] == expected["raw pixels"]
+  for layer in ("layer 0", "layer 1", "layer 2"):
+    ours, theirs = found[layer], expected[layer]
     assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_two_processes_probe_by_sgd_as_one(of_two, tmp_path, cached):
+  workdir, _ = of_two
+  sgd = {"probe.method": "sgd", "probe.steps": 6, "probe.eval_every": 3, "probe.batch_size": 16}
+  settings = {**sgd, "probe.cached": cached, "checkpoint": str(workdir)}
+  run_job("probe", tmp_path / "two", tmp_path, settings)
+  probe.run(config_of(settings), str(tmp_path / "one"))
+  found, expected = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
+  assert found.keys() == expected.keys()
+  for name, row in found.items():
+    assert row["test_accuracy"] == pytest.approx(expected[name]["test_accuracy"], abs=0.01)
 
 
 def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -58,6 +59,11 @@ def open_workdir(workdir: str) -> None:
 
 def mesh_of(config: ConfigDict) -> Mesh:
   return make_mesh(**config.mesh)
+
+
+def own_mesh(mesh: Mesh) -> Mesh | None:
+  """The mesh, where this process has all of it; for work that the main process does by itself."""
+  return mesh if jax.process_count() == 1 and mesh.size > 1 else None
 
 
 def input_share(mesh: Mesh) -> tuple[int, int]:
@@ -150,9 +156,16 @@ def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Pa
 
 
 def load_model(
-  config: ConfigDict, workdir: str, mesh: Mesh, *, needs_palette: bool
+  config: ConfigDict,
+  workdir: str,
+  mesh: Mesh,
+  *,
+  needs_palette: bool,
+  check: Callable[[checkpoint.Described], object] = lambda found: None,
 ) -> checkpoint.Pretrained:
   """The model of `config.checkpoint`, whoever wrote it, or the workdir's newest, on the mesh.
+
+  `check` may refuse it before its weights are read.
 
   Raises:
     UserError, before the weights are read: there is none, it is of another resolution than the
@@ -162,6 +175,7 @@ def load_model(
   check_resolution(config, found)
   if needs_palette:
     palette_of(found)
+  check(found)
   say(f"checkpoint: {found.path}")
   return checkpoint.with_params(
     found,
@@ -200,8 +214,12 @@ def eval_stream(
   batch_size: int,
   limit: int = 0,
   images: bool = False,
+  start: int = 0,
 ):
-  """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked."""
+  """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked.
+
+  The first `start` batches are left out.
+  """
   share, shares = input_share(mesh)
   with pipeline.eval_batches(
     split,
@@ -211,8 +229,9 @@ def eval_stream(
     process_index=share,
     process_count=shares,
     images=images,
+    start=start,
   ) as stream:
-    yield _first(stream, -(-(limit or len(split)) // batch_size), limit or len(split))
+    yield _first(stream, -(-(limit or len(split)) // batch_size) - start, limit or len(split))
 
 
 def _first(stream, n_batches: int, limit: int):

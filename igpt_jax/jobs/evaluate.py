@@ -16,7 +16,7 @@ from igpt_jax import config as config_lib
 from igpt_jax import metrics, report
 from igpt_jax.data.sources import DataConfig, Split, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common
+from igpt_jax.jobs import common, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import sharding
 from igpt_jax.training.evaluation import Likelihood, count_tokens, counting, unigram_nats
@@ -24,8 +24,12 @@ from igpt_jax.training.objectives import make_objective
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-  """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`."""
-  common.open_workdir(workdir)
+  """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`; watching, every checkpoint."""
+  watch.run(config, workdir, "evaluation.json", evaluate)
+
+
+def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
+  """One checkpoint; results go to `out`."""
   mesh = common.mesh_of(config)
   sharding.batch_size_per_shard(mesh, config.evaluate.batch_size, "evaluate.batch_size")
   data_config = config_lib.data(config)
@@ -74,8 +78,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     values["masks_per_picture"] = draws
   values["below_position_unigram"] = 1 - nats / values["position_unigram"]
   if common.is_main():
-    report.write_json(os.path.join(workdir, "evaluation.json"), values)
-    report.write_summary(workdir)
+    report.write_json(os.path.join(out, "evaluation.json"), values)
+    report.write_summary(out)
   say(
     f"{config.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
     f"{images:,} pictures\n"

@@ -77,7 +77,8 @@ class StopSignal:
   """Turns SIGTERM into a wish that the loop looks at between two steps.
 
   Several processes must stop at the same step, whoever was signalled and when: there jax' own
-  handler takes the signal, and agrees on a step with the others in the background.
+  handler takes the signal, and agrees on a step with the others in the background. (Where main has
+  left that out, the signal ends the process.)
   """
 
   def __init__(self):
@@ -86,7 +87,8 @@ class StopSignal:
 
   def asked(self, at_step: int) -> str | None:
     """The signal's name if the run is to stop before step `at_step`; ask before every step."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(at_step):
+    agrees = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
+    if agrees and multihost_utils.reached_preemption_sync_point(at_step):
       self.requested = "SIGTERM"
     return self.requested
 

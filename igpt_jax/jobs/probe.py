@@ -1,181 +1,187 @@
-"""What the features are worth: a linear classifier at every layer, beside one on raw pixels.
+"""What the features are worth: a linear classifier at every layer, beside the baselines.
 
 Writes probe.json, probe.md (the table) and probe.png (accuracy against layer, the paper's figure 2).
-The layer is chosen on validation; test is looked at once per layer, with everything chosen.
+The layer is chosen on validation; test is looked at once per row, with everything chosen. With
+`watch`, every checkpoint of a run is probed, and two more pictures compare them (probe_report.py).
 """
 
 import dataclasses
+import hashlib
+import json
 import os
+import shutil
+from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import metrics, pictures, report
-from igpt_jax.data.sources import Split, open_split
+from igpt_jax import metrics, report
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common
+from igpt_jax.jobs import common, feature_sets, probe_report, probe_sgd, watch
 from igpt_jax.jobs.common import say
-from igpt_jax.parallel import sharding
+from igpt_jax.jobs.feature_sets import FeatureSet, Source
 from igpt_jax.training import linear_probe
-from igpt_jax.training.features import FeatureExtractor, LabelledFeatures
+from igpt_jax.training.evaluation import Likelihood
+from igpt_jax.training.objectives import make_objective
 
-PIXELS = "raw pixels"
-SPLITS = ("train", "validation", "test")
+METHODS = ("lbfgs", "sgd")
+_LBFGS_UP_TO = 200_000  # training pictures
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
-  common.open_workdir(workdir)
-  mesh = common.mesh_of(config)
-  batch_size = config.probe.batch_size
-  sharding.batch_size_per_shard(mesh, batch_size, "probe.batch_size")
-  data_config = config_lib.data(config)
-  splits = {name: open_split(data_config, name) for name in SPLITS}
-  for split in splits.values():
-    check_labels(split)
-  trained = common.load_model(config, workdir, mesh, needs_palette=True)
-  palette = common.palette_of(trained)
-  extractor = FeatureExtractor(trained.config, mesh)
+  check(config)
+  watch.run(config, workdir, "probe.json", probe)
+  if common.is_main():
+    probe_report.compare_checkpoints(workdir)
 
-  def features_of(name: str) -> LabelledFeatures:
-    split = splits[name]
-    limit = config.probe.images if name == "train" else 0
-    total = min(len(split), limit or len(split))
-    clock = metrics.Countdown(f"features of {name}", total, say)
-    with common.eval_stream(split, data_config, palette, mesh, batch_size, limit) as batches:
-      return extractor(trained.params, batches, report=clock.tick)
 
-  found = {name: features_of(name) for name in SPLITS}
+def check(config: ConfigDict) -> None:
+  """Raises UserError for settings that can't be."""
+  if config.probe.method and config.probe.method not in METHODS:
+    raise UserError(
+      f"config.probe.method: {config.probe.method!r}; expected one of {', '.join(METHODS)}"
+    )
+  if config.watch and config.features.cache:
+    raise UserError(
+      f"config.features.cache: {config.features.cache} is for one checkpoint; config.watch probes several; "
+      "fix: leave one of them out"
+    )
+  rates = tuple(config.probe.learning_rates)
+  if not rates or any(not isinstance(rate, int | float) or not rate > 0 for rate in rates):
+    raise UserError(
+      f"config.probe.learning_rates: {rates}; expected positive numbers, such as (30.0, 10.0, 3.0)"
+    )
+
+
+def probe(config: ConfigDict, workdir: str, out: str) -> None:
+  """One checkpoint; features are kept in `workdir`, results go to `out`."""
+  source = feature_sets.open_source(config, workdir)
+  method = config.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
+  say(f"probe: {method}, {source.rows('train'):,} training pictures of {source.n_classes} classes")
+  nats = validation_loss(config, source)
+  if method == "sgd":
+    rows = probe_sgd.run(config, workdir, out, source)
+  else:
+    rows = by_lbfgs(config, workdir, source)
   if not common.is_main():
     return
-  n_layer = trained.config.n_layer
-  sets = {PIXELS: [(raw_pixels(found[name], palette), found[name].labels) for name in SPLITS]}
-  for layer in range(n_layer + 1):
-    sets[str(layer)] = [(found[name].features[layer], found[name].labels) for name in SPLITS]
-
-  iterations = config.probe.max_iterations
-  clock = metrics.Countdown("probes", len(sets), say)
-  full = {}
-  for name, parts in sets.items():
-    full[name] = linear_probe.probe(*parts, max_iterations=iterations)
-    clock.tick(len(full))
-  few = {
-    per_class: few_labels(config, sets, per_class) for per_class in config.probe.labels_per_class
-  }
-  best = best_layer(full)
+  trained = source.trained
+  best = probe_report.best_of(rows)
+  pixels = next((row for row in rows if row["kind"] == feature_sets.PIXELS), None)
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
-    "data": {name: split.fingerprint for name, split in splits.items()},
-    "best_layer": int(best),
-    "validation_accuracy": full[best].validation_accuracy,
-    "test_accuracy": full[best].test_accuracy,
-    "pixels_test_accuracy": full[PIXELS].test_accuracy,
-    "verdict": verdict("all labels", full[best].test_accuracy, full[PIXELS].test_accuracy),
-    "layers": {name: dataclasses.asdict(result) for name, result in full.items()},
-    "few_labels": {
-      str(per_class): {name: dataclasses.asdict(result) for name, result in results.items()}
-      for per_class, results in few.items()
-    },
+    "method": method,
+    "data": {name: split.fingerprint for name, split in source.splits.items()},
+    "train_images": source.rows("train"),
+    "n_layer": trained.config.n_layer,
+    "objective": trained.run["objective"],
+    "validation_nats_per_token": nats,
+    "best_layer": best["layer"],
+    "validation_accuracy": best["validation_accuracy"],
+    "test_accuracy": best["test_accuracy"],
+    "pixels_test_accuracy": pixels and pixels["test_accuracy"],
+    "verdict": probe_report.verdict(rows),
+    "rows": rows,
   }
-  verdicts = [
-    verdict(
-      f"{per_class} labels per class",
-      results[best_layer(results)].test_accuracy,
-      results[PIXELS].test_accuracy,
-    )
-    for per_class, results in few.items()
-  ]
-  values["few_labels_verdict"] = "; ".join(verdicts) or None
-  report.write_json(os.path.join(workdir, "probe.json"), values)
-  text = table(full, few)
-  report.write_text(os.path.join(workdir, "probe.md"), text)
-  curves = {"all labels": curve(full, n_layer)}
-  levels = {f"{PIXELS}, all labels": full[PIXELS].test_accuracy}
-  for per_class, results in few.items():
-    curves[f"{per_class} labels per class"] = curve(results, n_layer)
-    levels[f"{PIXELS}, {per_class} per class"] = results[PIXELS].test_accuracy
-  pictures.plot(
-    os.path.join(workdir, "probe.png"),
-    curves,
-    title=f"Linear probe, {trained.config.n_layer} layers, step {trained.step:,}",
-    x_label="layer",
-    y_label="test accuracy",
-    levels=levels,
-    whole_steps=True,
-  )
-  report.write_summary(workdir)
+  text = probe_report.table(rows)
+  report.write_text(os.path.join(out, "probe.md"), text)
+  probe_report.draw(os.path.join(out, "probe.png"), values)
+  report.write_json(os.path.join(out, "probe.json"), values)
+  report.write_summary(out)
+  if config.watch:  # one checkpoint's features after the other's would fill the disk
+    shutil.rmtree(feature_sets.folder_of(config, workdir, source), ignore_errors=True)
   say(text.rstrip())
-  say("\n".join([values["verdict"], *verdicts]))
+  say(values["verdict"])
 
 
-def check_labels(split: Split) -> None:
-  """Raises UserError when there is nothing to classify."""
-  if split.n_classes < 2:
-    raise UserError(
-      f"data.name: {split.fingerprint} has no labels; a probe needs at least two classes; "
-      "fix: a labelled data set, or a folder with one sub-folder per class"
+def validation_loss(config: ConfigDict, source: Source) -> float:
+  """Nats per token of the checkpoint on the probe's validation pictures."""
+  trained = source.trained
+  objective = make_objective(trained.run["objective"], trained.run["mask_probability"])
+  split = source.splits["validation"]
+  with common.eval_stream(
+    split,
+    config_lib.data(config),
+    common.palette_of(trained),
+    source.mesh,
+    config.features.batch_size,
+    min(config.train.eval_images or len(split), len(split)),
+  ) as stream:
+    return Likelihood(trained.config, objective, source.mesh)(trained.params, stream)[0]
+
+
+def by_lbfgs(config: ConfigDict, workdir: str, source: Source) -> list[dict[str, Any]]:
+  """Logistic regression on every set of features: rows of the table, as JSON."""
+  known = _Baselines(config, workdir, source)
+  rows = known.rows()
+  if rows:
+    say("baselines: fitted before, for this data and architecture")
+    source = dataclasses.replace(source, baselines=())
+  sets = feature_sets.extract(config, workdir, source)
+  if config.probe.concatenate:
+    sets.append(feature_sets.side_by_side(sets, tuple(config.probe.concatenate)))
+  if not common.is_main():
+    return []
+  clock = metrics.Countdown("probes", len(sets), say)
+
+  def fit(each: FeatureSet) -> dict[str, Any]:
+    result = linear_probe.probe(
+      *each.parts(),
+      n_classes=source.n_classes,
+      max_iterations=config.probe.max_iterations,
+      mesh=common.own_mesh(source.mesh),
     )
+    return {
+      "name": each.name, "kind": each.kind, "layer": each.layer, **dataclasses.asdict(result)
+    }  # fmt: skip
+
+  for done, each in enumerate(sets, 1):
+    rows.append(fit(each))
+    clock.tick(done)
+  if source.baselines:
+    known.keep([row for row in rows if row["kind"] in feature_sets.BASELINES])
+  if config.probe.around_best:
+    layers = around(
+      probe_report.best_of(rows)["layer"], source.features.layers, config.probe.around_best
+    )
+    rows.append(fit(feature_sets.side_by_side(sets, layers)))
+  return rows
 
 
-def raw_pixels(found: LabelledFeatures, palette) -> np.ndarray:
-  """Colours as the model sees them, [N, T·3] in [-1, 1]."""
-  return palette.centers[found.tokens].reshape(len(found.tokens), -1)
+def around(best: int, layers: tuple[int, ...], count: int) -> tuple[int, ...]:
+  """`count` of the layers, next to each other, with the best as near the middle as there are layers."""
+  count = min(count, len(layers))
+  first = min(max(layers.index(best) - count // 2, 0), len(layers) - count)
+  return layers[first : first + count]
 
 
-def few_labels(config: ConfigDict, sets: dict, per_class: int) -> dict:
-  """Every feature set on the same random subsets."""
-  labels = sets[PIXELS][0][1]
-  rng = np.random.default_rng(config.seed)
-  try:
-    subsets = [
-      linear_probe.balanced_subset(labels, per_class, rng) for _ in range(config.probe.trials)
-    ]
-  except ValueError as error:
-    raise UserError(f"probe.labels_per_class: {per_class}: {error}") from None
-  return {
-    name: linear_probe.few_labels(*parts, subsets, max_iterations=config.probe.max_iterations)
-    for name, parts in sets.items()
-  }
+class _Baselines:
+  """Baselines' rows, kept for the run's other checkpoints: they don't depend on its parameters."""
 
+  def __init__(self, config: ConfigDict, workdir: str, source: Source):
+    of_model = dataclasses.asdict(source.trained.config)
+    self._depends_on = {
+      "data": {name: split.fingerprint for name, split in source.splits.items()},
+      "rows": {name: source.rows(name) for name in source.splits},
+      "augment": config.data.augment,
+      "model": {k: v for k, v in of_model.items() if k not in ("attention", "remat")},
+      "palette": hashlib.sha256(source.trained.palette.tobytes()).hexdigest(),
+      "features": [list(source.features.layers), source.features.grid, source.features.masks],
+      "baselines": list(source.baselines),
+      "max_iterations": config.probe.max_iterations,
+    }
+    self._path = os.path.join(workdir, "probe", "baselines.json")
 
-def best_layer(results: dict) -> str:
-  """The layer with the best validation accuracy, the lowest such."""
-  layers = [name for name in results if name != PIXELS]
-  return max(layers, key=lambda name: (results[name].validation_accuracy, -int(name)))
+  def rows(self) -> list[dict[str, Any]]:
+    try:
+      with open(self._path, encoding="utf-8") as file:
+        kept = json.load(file)
+    except FileNotFoundError:
+      return []
+    return kept["rows"] if kept["depends_on"] == self._depends_on else []
 
-
-def curve(results: dict, n_layer: int) -> tuple[list[int], list[float]]:
-  layers = list(range(n_layer + 1))
-  return layers, [results[str(layer)].test_accuracy for layer in layers]
-
-
-def verdict(setting: str, features: float, pixels: float) -> str:
-  """Who wins, in words, whoever it is."""
-  if round(features, 4) == round(pixels, 4):
-    return f"{setting}: features and raw pixels are even at {features:.2%}"
-  winner, better, worse = (
-    ("features", features, pixels) if features > pixels else (PIXELS, pixels, features)
-  )
-  return f"{setting}: {winner} win, {better:.2%} to {worse:.2%}"
-
-
-def table(full: dict, few: dict) -> str:
-  """Markdown: a row per feature set; the chosen layer is starred."""
-  head = ["features", "C", "validation", "test"]
-  for per_class in few:
-    head += [f"test, {per_class} labels per class"]
-  lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-  best = best_layer(full)
-  for name, result in full.items():
-    label = name if name == PIXELS else f"layer {name}" + (" *" if name == best else "")
-    row = [
-      label,
-      f"{result.strength:g}",
-      f"{result.validation_accuracy:.2%}",
-      f"{result.test_accuracy:.2%}" + ("" if result.converged else " (not converged)"),
-    ]
-    row += [f"{r[name].test_accuracy:.2%} ± {r[name].test_std:.2%}" for r in few.values()]
-    lines.append("| " + " | ".join(row) + " |")
-  return "\n".join(lines) + "\n"
+  def keep(self, rows: list[dict[str, Any]]) -> None:
+    os.makedirs(os.path.dirname(self._path), exist_ok=True)
+    report.write_json(self._path, {"depends_on": self._depends_on, "rows": rows})

@@ -17,15 +17,19 @@ from igpt_jax import config as config_lib
 from igpt_jax import pictures, report
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common
+from igpt_jax.jobs import common, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.model import decoding
 from igpt_jax.parallel import sharding
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-  """Samples from `checkpoint` (or the workdir's newest)."""
-  common.open_workdir(workdir)
+  """Samples from `checkpoint` (or the workdir's newest); watching, from every checkpoint."""
+  watch.run(config, workdir, "sample.json", sample)
+
+
+def sample(config: ConfigDict, workdir: str, out: str) -> None:
+  """One checkpoint; pictures go to `out`."""
   mesh = common.mesh_of(config)
   settings = config_lib.sampling(config)
   trained = common.load_model(config, workdir, mesh, needs_palette=True)
@@ -80,8 +84,8 @@ def run(config: ConfigDict, workdir: str) -> None:
 
   if not common.is_main():
     return
-  pictures.save_png(os.path.join(workdir, "samples.png"), pictures.grid(grid, scale=scale))
-  pictures.save_png(os.path.join(workdir, "completions.png"), pictures.grid(rows, scale=scale))
+  pictures.save_png(os.path.join(out, "samples.png"), pictures.grid(grid, scale=scale))
+  pictures.save_png(os.path.join(out, "completions.png"), pictures.grid(rows, scale=scale))
   completed = completions.nll[:, n_given:]
   values = {
     "checkpoint": trained.path,
@@ -98,9 +102,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     "each_completion_nats_per_token": [round(float(nats), 4) for nats in completed.mean(1)],
     "pictures": "samples.png, completions.png",
   }
-  report.write_json(os.path.join(workdir, "sample.json"), values)
-  report.write_summary(workdir)
-  say(f"wrote samples.png and completions.png to {workdir}")
+  report.write_json(os.path.join(out, "sample.json"), values)
+  report.write_summary(out)
+  say(f"wrote samples.png and completions.png to {out}")
 
 
 def given_rows(keep: float, resolution: int) -> int:

@@ -1,18 +1,16 @@
-"""Logistic regression on frozen features, by scikit-learn's L-BFGS, as the paper does it.
+"""Linear classifiers on frozen features, as the paper fits them to small data sets.
 
 The strength of the regularisation, which the paper doesn't state, is chosen on the validation
 part; the classifier is then fitted again with that part folded back in, and tested once.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from jax.sharding import Mesh
+
+from igpt_jax.training import logistic
 
 # Inverse regularisation strengths, after each feature is scaled to unit variance.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -37,31 +35,29 @@ class ProbeResult:
   converged: bool
 
 
-def fit(train: Labelled, strength: float, max_iterations: int):
-  """A fitted classifier, and whether it converged."""
-  classifier = make_pipeline(
-    StandardScaler(), LogisticRegression(C=strength, max_iter=max_iterations)
-  )
-  with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always", ConvergenceWarning)
-    classifier.fit(*train)
-  return classifier, not any(issubclass(each.category, ConvergenceWarning) for each in caught)
-
-
 def probe(
   train: Labelled,
   validation: Labelled,
   test: Labelled,
   *,
+  n_classes: int,
   strengths: Sequence[float] = STRENGTHS,
   max_iterations: int = 1_000,
+  mesh: Mesh | None = None,
 ) -> ProbeResult:
-  """Chooses the strength on validation, refits with it folded in, tests once."""
-  scores = [fit(train, strength, max_iterations)[0].score(*validation) for strength in strengths]
+  """Chooses the strength on validation, refits with it folded in, tests once.
+
+  Under a mesh the pictures are split over it.
+  """
+  settings = {"n_classes": n_classes, "max_iterations": max_iterations, "mesh": mesh}
+  scores = logistic.fit(*train, strengths, **settings).accuracy(*validation)
   best = int(np.argmax(scores))
   folded = tuple(np.concatenate(pair) for pair in zip(train, validation, strict=True))
-  classifier, converged = fit(folded, strengths[best], max_iterations)
-  return ProbeResult(strengths[best], scores[best], classifier.score(*test), converged)
+  fitted = logistic.fit(*folded, strengths[best : best + 1], **settings)
+  (accuracy,) = fitted.accuracy(*test)
+  return ProbeResult(
+    strengths[best], float(scores[best]), float(accuracy), bool(fitted.converged[0])
+  )
 
 
 def balanced_subset(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
@@ -86,7 +82,7 @@ class FewLabelsResult:
   Attributes:
     strength: chosen by the mean validation accuracy over the subsets.
     validation_accuracy: that mean.
-    test_accuracy, test_std: mean and standard deviation over the subsets.
+    test_accuracy, test_std: mean and standard deviation (of a sample) over the subsets.
   """
 
   strength: float
@@ -101,17 +97,24 @@ def few_labels(
   test: Labelled,
   subsets: Sequence[np.ndarray],
   *,
+  n_classes: int,
   strengths: Sequence[float] = STRENGTHS,
   max_iterations: int = 1_000,
 ) -> FewLabelsResult:
-  """Fits to each subset of train alone; the strength is one for all subsets."""
-  scores = np.empty((2, len(strengths), len(subsets)))
-  features, labels = train
-  for s, strength in enumerate(strengths):
-    for i, subset in enumerate(subsets):
-      classifier, _ = fit((features[subset], labels[subset]), strength, max_iterations)
-      scores[:, s, i] = classifier.score(*validation), classifier.score(*test)
-  best = int(np.argmax(scores[0].mean(1)))
+  """Fits to each subset of train alone, all at once; the strength is one for all subsets."""
+  fitted = logistic.fit(
+    *train,
+    strengths,
+    n_classes=n_classes,
+    max_iterations=max_iterations,
+    rows=np.stack(subsets),
+  )
+  on_validation_MxS = fitted.accuracy(*validation)
+  best = int(np.argmax(on_validation_MxS.mean(0)))
+  on_test_M = fitted.accuracy(*test)[:, best]
   return FewLabelsResult(
-    strengths[best], scores[0, best].mean(), scores[1, best].mean(), scores[1, best].std()
+    strengths[best],
+    float(on_validation_MxS[:, best].mean()),
+    float(on_test_M.mean()),
+    float(on_test_M.std(ddof=1)) if len(subsets) > 1 else 0.0,
   )

@@ -1,0 +1,153 @@
+"""What the features are worth with few labels: 1, 4, 25, … per class, five random subsets each.
+
+Writes lowdata.json, lowdata.md and lowdata.png (accuracy against labels per class). Classifiers see the
+subset's labels alone; layer and strength of the regularisation are chosen on the validation part, which
+the paper doesn't speak of; test is looked at with everything chosen.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import metrics, pictures, report
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common, feature_sets
+from igpt_jax.jobs.common import say
+from igpt_jax.jobs.feature_sets import FeatureSet
+from igpt_jax.training import linear_probe
+from igpt_jax.training.linear_probe import FewLabelsResult
+
+_OURS = "best layer"
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Fits to few labels of the configured data, on features of `checkpoint` (or the workdir's newest)."""
+  common.open_workdir(workdir)
+  check(config)
+  source = feature_sets.open_source(config, workdir)
+  sets = feature_sets.extract(config, workdir, source)
+  if not common.is_main():
+    return
+  labels = sets[0].parts()[0][1]
+  # Every set of features is fitted to the same subsets; all are drawn before anything is fitted.
+  subsets = {n: draw(config, labels, n) for n in config.lowdata.labels_per_class}
+  clock = metrics.Countdown("few labels", len(sets), say)
+  results: dict[str, dict[int, FewLabelsResult]] = {}
+  for done, each in enumerate(sets, 1):
+    parts = each.parts()
+    results[each.name] = {
+      n: linear_probe.few_labels(
+        *parts,
+        drawn,
+        n_classes=source.n_classes,
+        max_iterations=config.probe.max_iterations,
+      )
+      for n, drawn in subsets.items()
+    }
+    clock.tick(done)
+
+  chosen = choose(sets, results)
+  trained = source.trained
+  values = {
+    "checkpoint": trained.path,
+    "step": trained.step,
+    "data": {name: split.fingerprint for name, split in source.splits.items()},
+    "trials": config.lowdata.trials,
+    "seed": config.seed,
+    "chosen": {
+      label: {
+        str(n): {"set": name, **dataclasses.asdict(results[name][n])} for n, name in of.items()
+      }
+      for label, of in chosen.items()
+    },
+    "sets": {
+      name: {str(n): dataclasses.asdict(result) for n, result in of.items()}
+      for name, of in results.items()
+    },
+    "verdict": verdict(chosen, results),
+  }
+  report.write_json(os.path.join(workdir, "lowdata.json"), values)
+  text = table(chosen, results)
+  report.write_text(os.path.join(workdir, "lowdata.md"), text)
+  pictures.plot(
+    os.path.join(workdir, "lowdata.png"),
+    {
+      label: (list(of), [results[name][n].test_accuracy for n, name in of.items()])
+      for label, of in chosen.items()
+    },
+    spread={
+      label: [results[name][n].test_std for n, name in of.items()] for label, of in chosen.items()
+    },
+    title=f"Few labels: mean and deviation of {config.lowdata.trials} random subsets",
+    x_label="labels per class",
+    y_label="test accuracy",
+    x_ticks=tuple(config.lowdata.labels_per_class),
+  )
+  report.write_summary(workdir)
+  say(text.rstrip())
+  say(values["verdict"])
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UserError for numbers of labels that can't be."""
+  asked = tuple(config.lowdata.labels_per_class)
+  if not asked or any(not isinstance(n, int) or n < 1 for n in asked):
+    raise UserError(
+      f"config.lowdata.labels_per_class: {asked}; expected numbers of 1 or more, such as (1, 4, 25)"
+    )
+
+
+def draw(config: ConfigDict, labels: np.ndarray, per_class: int) -> list[np.ndarray]:
+  """The subsets of one size; those of another size don't change them."""
+  rng = np.random.default_rng((config.seed, per_class))
+  try:
+    return [
+      linear_probe.balanced_subset(labels, per_class, rng) for _ in range(config.lowdata.trials)
+    ]
+  except ValueError as error:
+    raise UserError(f"config.lowdata.labels_per_class: {per_class}: {error}") from None
+
+
+def choose(
+  sets: list[FeatureSet], results: dict[str, dict[int, FewLabelsResult]]
+) -> dict[str, dict[int, str]]:
+  """For every curve and number of labels the set with the best validation accuracy, the first such."""
+  curves: dict[str, list[str]] = {_OURS: []}
+  for each in sets:
+    curve = _OURS if each.kind == "layer" else each.name
+    if each.kind == feature_sets.RANDOM:
+      curve = "random weights, best layer"
+    curves.setdefault(curve, []).append(each.name)
+  return {
+    curve: {
+      n: max(names, key=lambda name: results[name][n].validation_accuracy)
+      for n in results[names[0]]
+    }
+    for curve, names in curves.items()
+  }
+
+
+def verdict(chosen, results) -> str:
+  """Who wins at each number of labels, whoever it is."""
+  said = []
+  for n in chosen[_OURS]:
+    accuracy = {curve: results[of[n]][n].test_accuracy for curve, of in chosen.items()}
+    best = max(accuracy, key=accuracy.get)
+    said.append(f"{n}: {best} {accuracy[best]:.2%}")
+  return "best with so many labels per class: " + "; ".join(said)
+
+
+def table(chosen, results) -> str:
+  """Markdown: a row per number of labels, a column per curve."""
+  head = ["labels per class", *chosen]
+  lines = ["| " + " | ".join(head) + " |", "|--:" + "|---" * len(chosen) + "|"]
+  for n in chosen[_OURS]:
+    row = [str(n)]
+    for of in chosen.values():
+      found = results[of[n]][n]
+      which = f" ({of[n].removeprefix('random weights, ')})" if "layer" in of[n] else ""
+      row.append(f"{found.test_accuracy:.2%} ± {found.test_std:.2%}{which}")
+    lines.append("| " + " | ".join(row) + " |")
+  return "\n".join(lines) + "\n"

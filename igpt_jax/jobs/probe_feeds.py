@@ -1,0 +1,209 @@
+"""What SGD probes are fed with: features stored on disk, or pictures, whose features are made in the step.
+
+Both know: `groups`, the widths of the features; `frozen`, arrays on the mesh that the step needs; `fields`
+of a batch; `extract`, (frozen, batch) -> features; `training`, the endless shuffled stream; and
+`rows_of`, a split once, in order.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax.data import pipeline
+from igpt_jax.jobs import common, feature_sets
+from igpt_jax.jobs.feature_sets import PCA, PIXELS, RANDOM, Source
+from igpt_jax.parallel import sharding
+from igpt_jax.training.features import pooled_features
+from igpt_jax.training.sgd_probe import Features, Groups
+
+LAYERS = "layer"
+_PCA_IMAGES = 20_000
+
+
+def open_feed(config: ConfigDict, workdir: str, source: Source) -> "Stored | Pictures":
+  """As `config.probe.cached` says."""
+  return (Stored if config.probe.cached else Pictures)(config, workdir, source)
+
+
+def _groups(config: ConfigDict, source: Source) -> Groups:
+  pixels = config.data.resolution**2 * 3
+  n_embd = source.trained.config.n_embd
+  layers = (len(source.features.layers), source.features.grid**2 * n_embd)
+  every = {RANDOM: layers, PIXELS: (1, pixels), PCA: (1, min(n_embd, pixels))}
+  return {LAYERS: layers, **{name: every[name] for name in source.baselines}}
+
+
+def _of_pixels(groups: Groups, frozen: dict, images: jax.Array) -> Features:
+  """The baselines that are made of pixels, [1, B, W] each."""
+  pixels = images.reshape(len(images), -1).astype(jnp.float32) / 127.5 - 1
+  found = {PIXELS: pixels[None]} if PIXELS in groups else {}
+  if PCA in groups:
+    axes = frozen[PCA]
+    found[PCA] = ((pixels - axes["mean"]) @ axes["components"].T)[None]
+  return found
+
+
+def _axes(source: Source, images: np.ndarray) -> dict:
+  """Principal axes of training pictures, on the mesh."""
+  fitted = feature_sets.fit_pca(images, source.trained.config.n_embd)
+  arrays = {"mean": fitted.mean_, "components": fitted.components_}
+  everywhere = sharding.replicated(source.mesh)
+  return {k: jax.device_put(np.asarray(v, np.float32), everywhere) for k, v in arrays.items()}
+
+
+class Stored:
+  """Features are computed once, for all processes to read."""
+
+  def __init__(self, config: ConfigDict, workdir: str, source: Source):
+    self._config, self._source = config, source
+    self._stores = feature_sets.compute(config, workdir, source)
+    self.groups = _groups(config, source)
+    self.fields = (
+      "label",
+      *self._stores,
+      *(("image",) if {PIXELS, PCA} & set(self.groups) else ()),
+    )
+    labels = self._of(LAYERS, "train").labels()
+    self._train = np.flatnonzero(labels >= 0)
+    self.frozen = {}
+    if PCA in self.groups:
+      images = self._of(LAYERS, "train").images()
+      self.frozen[PCA] = _axes(source, images[self._train[:_PCA_IMAGES]])
+
+  def _of(self, group: str, split: str):
+    return self._stores[group][split]
+
+  def extract(self, frozen: dict, batch) -> Features:
+    found = {name: jnp.swapaxes(batch[name], 0, 1) for name in self._stores}
+    if "image" in batch:
+      found.update(_of_pixels(self.groups, frozen, batch["image"]))
+    return found
+
+  def _read(self, split: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    stores = {name: each[split] for name, each in self._stores.items()}
+    store, layers = stores[LAYERS], self._source.features.layers
+    batch = {
+      name: np.stack([each.layer(layer)[rows] for layer in layers], axis=1)
+      for name, each in stores.items()
+    }
+    batch["label"] = store.labels()[rows]
+    if "image" in self.fields:
+      batch["image"] = store.images()[rows]
+    return batch
+
+  def training(self, start_step: int) -> "_Shuffled":
+    return _Shuffled(self, start_step)
+
+  def rows_of(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    size = self._config.probe.batch_size
+    share, shares = common.input_share(self._source.mesh)
+    local = size // shares
+    total = len(self._of(LAYERS, split).labels())
+    for first in range(0, total, size):
+      rows = np.arange(first + share * local, first + (share + 1) * local)
+      inside = rows < total
+      batch = self._read(split, np.where(inside, rows, 0))
+      yield {**batch, "mask": inside & (batch["label"] >= 0)}
+
+
+class _Shuffled:
+  """Every picture once an epoch, in an order of the seed and the epoch alone. A `pipeline.Batches`."""
+
+  def __init__(self, feed: Stored, start_step: int):
+    self._feed, self._step = feed, start_step
+    self._config = feed._config
+    self._share = common.input_share(feed._source.mesh)
+    self.wait_seconds = 0.0  # reading is the work itself: nothing runs ahead
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    size, rows = self._config.probe.batch_size, self._feed._train
+    share, shares = self._share
+    first = self._step * size + share * (size // shares)
+    self._step += 1
+    places = np.arange(first, first + size // shares)
+    orders = {
+      epoch: np.random.default_rng((self._config.seed, epoch)).permutation(len(rows))
+      for epoch in np.unique(places // len(rows)).tolist()
+    }
+    drawn = [orders[place // len(rows)][place % len(rows)] for place in places.tolist()]
+    return self._feed._read("train", rows[drawn])
+
+  def __iter__(self):
+    return self
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    pass
+
+
+class Pictures:
+  """Each picture goes through the model whenever a classifier sees it; nothing is stored."""
+
+  def __init__(self, config: ConfigDict, workdir: str, source: Source):
+    del workdir
+    self._config, self._source = config, source
+    self._data = config_lib.data(config)
+    self._palette = common.palette_of(source.trained)
+    self.groups = _groups(config, source)
+    self._with_images = bool({PIXELS, PCA} & set(self.groups))
+    self.fields = ("label", "tokens", "index", *(("image",) if self._with_images else ()))
+    self._split = source.splits["train"].select(np.arange(source.rows("train")))
+    self.frozen = {LAYERS: source.trained.params}
+    if RANDOM in self.groups:
+      self.frozen[RANDOM] = source.random_params
+    if PCA in self.groups:
+      self.frozen[PCA] = _axes(source, self._some_images())
+
+  def _some_images(self) -> np.ndarray:
+    found, wanted = [], min(_PCA_IMAGES, len(self._split))
+    for images in pipeline.image_stream(self._split, self._data, augment=False):
+      found.append(images)
+      if sum(map(len, found)) >= wanted:
+        break
+    return np.concatenate(found)[:wanted]
+
+  def extract(self, frozen: dict, batch) -> Features:
+    model, config = self._source.trained.config, self._source.features
+    found = {
+      name: pooled_features(model, config, frozen[name], batch["tokens"], batch["index"])
+      for name in (LAYERS, RANDOM)
+      if name in frozen
+    }
+    if "image" in batch:
+      found.update(_of_pixels(self.groups, frozen, batch["image"]))
+    return found
+
+  def training(self, start_step: int) -> pipeline.Batches:
+    share, shares = common.input_share(self._source.mesh)
+    return pipeline.train_batches(
+      self._split,
+      self._data,
+      self._palette,
+      batch_size=self._config.probe.batch_size,
+      seed=self._config.seed,
+      start_step=start_step,
+      process_index=share,
+      process_count=shares,
+      images=self._with_images,
+      augment=False,
+    )
+
+  def rows_of(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    source = self._source
+    with common.eval_stream(
+      source.splits[split],
+      self._data,
+      self._palette,
+      source.mesh,
+      self._config.probe.batch_size,
+      source.limits[split],
+      images=self._with_images,
+    ) as batches:
+      for batch in batches:
+        yield {name: batch[name] for name in (*self.fields, "mask")}

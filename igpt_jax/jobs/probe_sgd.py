@@ -1,0 +1,172 @@
+"""The probe at ImageNet's size: classifiers trained by SGD in one step, from pictures or stored features.
+
+Its state is checkpointed in OUT/probe_sgd, so that the same command goes on; validation accuracy goes
+to metrics.jsonl there. Learning rates are chosen on validation, for each layer; test is looked at once.
+"""
+
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import metrics
+from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.data import pipeline
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import loop, probe_feeds
+from igpt_jax.jobs.common import say
+from igpt_jax.jobs.feature_sets import PCA, PIXELS, RANDOM, Source
+from igpt_jax.jobs.probe_feeds import LAYERS
+from igpt_jax.parallel import sharding
+from igpt_jax.training import sgd_probe
+from igpt_jax.training.state import TrainState
+
+
+def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
+  """Trains all classifiers; rows of the table, as JSON."""
+  if config.probe.concatenate or config.probe.around_best:
+    raise UserError(
+      "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
+      "with sgd; fix: config.probe.method=lbfgs"
+    )
+  mesh = source.mesh
+  sharding.batch_size_per_shard(mesh, config.probe.batch_size, "probe.batch_size")
+  feed = probe_feeds.open_feed(config, workdir, source)
+  rates = tuple(float(rate) for rate in config.probe.learning_rates)
+  optimizer = sgd_probe.make_optimizer(rates, config.probe.steps)
+
+  def fresh(frozen) -> TrainState:
+    return sgd_probe.make_state(feed.groups, optimizer, len(rates), source.n_classes, frozen)
+
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(fresh, feed.frozen)
+    frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
+    shardings = sgd_probe.state_shardings(abstract, feed.groups, mesh, frozen_shardings)
+    state = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
+
+  folder = os.path.join(out, "probe_sgd")
+  os.makedirs(folder, exist_ok=True)
+  checkpoints = Checkpoints(folder, keep=1)
+  said = {
+    "model": {"checksum": source.checksum},
+    "learning_rates": list(rates),
+    "groups": {name: list(group) for name, group in feed.groups.items()},
+    "steps": config.probe.steps,
+    "features": [list(source.features.layers), source.features.grid, source.features.masks],
+  }
+  position = {
+    "split": source.splits["train"], "batch_size": config.probe.batch_size, "seed": config.seed
+  }  # fmt: skip
+  newest = checkpoints.latest()
+  if newest is not None:
+    saved = checkpoints.read_run(newest)
+    _check_same(folder, saved["probe"], said)
+    pipeline.check_position(saved["data"], pipeline.position(**position, step=newest))
+    state = _joined(checkpoints.restore(newest, _probes(abstract), _probes(shardings)), state)
+    say(f"resuming the probe at step {newest} of {config.probe.steps} from {folder}")
+
+  evaluate_step = jax.jit(
+    sgd_probe.make_eval_step(feed.extract),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+  def accuracies(params, split: str) -> dict[str, np.ndarray]:
+    """Of every classifier, [R, F] a group."""
+    total, images = None, 0
+    with jax.set_mesh(mesh):
+      for batch in feed.rows_of(split):
+        correct, counted = jax.device_get(evaluate_step(params, sharding.put_batch(batch, mesh)))
+        total = correct if total is None else jax.tree.map(np.add, total, correct)
+        images += int(counted)
+    return {name: each / images for name, each in total.items()}
+
+  def evaluate(at: TrainState) -> dict[str, float]:
+    found = accuracies(at.params, "validation")
+    return {"validation_accuracy": float(found[LAYERS].max())}
+
+  def save(at: TrainState, at_step: int) -> None:
+    described = {"data": pipeline.position(**position, step=at_step), "probe": said}
+    checkpoints.save(_probes(at), palette=None, run=described)
+
+  began = time.monotonic()
+  writers = loop.make_writers(config, folder, newest or 0)
+  outcome = loop.run(
+    loop.Work(
+      steps=config.probe.steps,
+      log_every=config.train.log_every,
+      eval_every=config.probe.eval_every,
+      save_every=config.probe.eval_every,
+      train_step=sgd_probe.make_train_step(feed.extract, optimizer),
+      fields=feed.fields,
+      abstract=abstract,
+      shardings=shardings,
+      evaluate=evaluate,
+      save=save,
+    ),
+    state,
+    feed.training(newest or 0),
+    mesh=mesh,
+    writers=writers,
+    progress=metrics.Progress(config.probe.steps, config.probe.batch_size, 0.0, None),
+    stop=loop.StopSignal(),
+  )
+  checkpoints.close()
+  writers.close()
+  if outcome.stopped_by:
+    raise UserError(
+      f"stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; the same command "
+      "goes on from here"
+    )
+  say(f"classifiers trained in {metrics.format_seconds(time.monotonic() - began)}; testing")
+  params = outcome.state.params
+  validation, test = accuracies(params, "validation"), accuracies(params, "test")
+  return [
+    row for name in feed.groups for row in _rows(name, source, rates, validation[name], test[name])
+  ]
+
+
+def _rows(name: str, source: Source, rates, validation_RxF, test_RxF) -> list[dict[str, Any]]:
+  layered = name in (LAYERS, RANDOM)
+  rows = []
+  for f in range(validation_RxF.shape[1]):
+    best = int(np.argmax(validation_RxF[:, f]))
+    layer = source.features.layers[f] if layered else None
+    called = {
+      LAYERS: f"layer {layer}", RANDOM: f"random weights, layer {layer}", PIXELS: "raw pixels",
+      PCA: "PCA of pixels",
+    }[name]  # fmt: skip
+    rows.append(
+      {
+        "name": called,
+        "kind": name,
+        "layer": layer,
+        "learning_rate": rates[best],
+        "validation_accuracy": float(validation_RxF[best, f]),
+        "test_accuracy": float(test_RxF[best, f]),
+      }
+    )
+  return rows
+
+
+def _probes(state: TrainState) -> TrainState:
+  """What is saved: what the step doesn't change is left out."""
+  return TrainState(state.step, {"probes": state.params["probes"]}, state.opt_state, state.rng)
+
+
+def _joined(saved: TrainState, whole: TrainState) -> TrainState:
+  params = {**saved.params, "frozen": whole.params["frozen"]}
+  return TrainState(saved.step, params, saved.opt_state, saved.rng)
+
+
+def _check_same(folder: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+  differing = [
+    f"  {k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v
+  ]
+  if differing:
+    raise UserError(
+      f"probe: {folder} holds another probe, begun before:\n" + "\n".join(differing) + "\n"
+      "fix: its settings, another --workdir, or remove that folder"
+    )
