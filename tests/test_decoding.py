@@ -11,7 +11,7 @@ import scipy.stats
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import decoding
+from igpt_jax.model import decoding, decoding_cache
 from igpt_jax.model.decoding import SamplingConfig, filter_logits
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
@@ -55,24 +55,42 @@ def test_cached_logits_are_those_of_the_full_forward(n_given):
 
   @tiny.jit
   def decode(params, tokens):
-    model = bind(CONFIG, params)
-    layers = decoding._layers(model)
-    caches, first = decoding.prefill(model, tokens[:, :n_given])
+    begun = decoding.begin(CONFIG, params, tokens[:, :n_given], make_keys(3))
+    tables, weights = decoding_cache.lay_out(bind(CONFIG, params))
 
     def body(caches, position):
-      caches, logits = decoding.decode_step(
-        model, layers, caches, tokens[:, position - 1], position
+      return decoding_cache.decode_step(
+        tables, weights, caches, tokens[:, position - 1], position, CONFIG.n_positions - n_given
       )
-      return caches, logits
 
-    positions = jnp.arange(n_given + 1, CONFIG.n_positions)
-    _, later = jax.lax.scan(body, caches, positions)
-    return jnp.concatenate([first[None], later]).swapaxes(0, 1)
+    positions = jnp.arange(n_given, CONFIG.n_positions)
+    return jax.lax.scan(body, begun.caches, positions)[1].swapaxes(0, 1)
 
   params = tiny.random_params(CONFIG)
   expected = full_forward(CONFIG, params, tokens)[:, n_given:]
   np.testing.assert_allclose(decode(params, tokens), expected, rtol=0, atol=1e-4)
   assert np.std(expected) > 0.5  # there is something to be wrong about
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 16])
+def test_chunks_of_any_size_make_the_same_samples(chunk):
+  """One program draws each chunk, wherever it starts; the last may be shorter."""
+  given, keys = tiny.random_tokens(CONFIG, 3)[:, :4], make_keys(3)
+  params = tiny.random_params(CONFIG)
+  begun = tiny.jit(functools.partial(decoding.begin, CONFIG))(params, given, keys)
+  draw_chunk = tiny.jit(functools.partial(decoding.extend, CONFIG, n_pixels=chunk, sampling=PLAIN))
+  whole = complete(given, keys)
+  drawn = begun
+  while drawn.position < CONFIG.n_positions:
+    before = int(drawn.position)
+    drawn = draw_chunk(params, drawn)
+    assert drawn.position == min(before + chunk, CONFIG.n_positions)
+    np.testing.assert_array_equal(
+      drawn.tokens[:, : drawn.position], whole.tokens[:, : drawn.position]
+    )
+    assert not np.any(drawn.tokens[:, drawn.position :])
+  np.testing.assert_allclose(drawn.nll, whole.nll, rtol=0, atol=1e-5)
+  assert draw_chunk._cache_size() == 1
 
 
 @pytest.mark.parametrize("n_given", [0, 7])

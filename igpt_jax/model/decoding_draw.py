@@ -1,0 +1,69 @@
+"""How a colour is drawn from the model's logits: temperature, top-k, top-p, and a key per sample."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How the next pixel is drawn. The paper samples at temperature 1 with no tricks.
+
+  Attributes:
+    temperature: divides the logits; 0 takes the likeliest colour.
+    top_k: keep the k likeliest colours; 0 keeps all.
+    top_p: keep the fewest likeliest colours whose probabilities reach p; 1 keeps all.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if not 0 <= self.temperature < float("inf"):
+      raise UserError(f"temperature: {self.temperature}; expected 0 (greedy) or more")
+    if self.top_k < 0:
+      raise UserError(f"top_k: {self.top_k}; expected 0 (all colours) or more")
+    if not 0 < self.top_p <= 1:
+      raise UserError(f"top_p: {self.top_p}; expected a number in (0, 1]")
+
+
+def filter_logits(logits_BxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
+  """Logits after temperature, then top-k, then top-p; what is cut is -inf. Temperature > 0.
+
+  Equally likely colours at the edge of top-k are all kept.
+  """
+  logits = logits_BxV / sampling.temperature
+  if 0 < sampling.top_k < logits.shape[-1]:
+    kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if sampling.top_p < 1:
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    # The likeliest colour always stays: nothing comes before it.
+    least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return logits
+
+
+def draw(
+  logits_BxV: jax.Array, keys_B: jax.Array, position: jax.Array, sampling: SamplingConfig
+) -> jax.Array:
+  """One token per row, int32 [B]; row i's draw depends on keys_B[i] and the position alone."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+
+  def one(key, logits):
+    return jax.random.categorical(jax.random.fold_in(key, position), logits)
+
+  return jax.vmap(one)(keys_B, filter_logits(logits_BxV, sampling)).astype(jnp.int32)
+
+
+def nats_of(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
+  """-log p(token) under the logits as they are, float32 [B]."""
+  chosen = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=-1)[:, 0]
+  return jax.nn.logsumexp(logits_BxV, axis=-1) - chosen
