@@ -154,6 +154,11 @@ def base() -> ConfigDict:
   config.sample.top_k = 0
   config.sample.top_p = 1.0
   config.sample.scale = 0  # picture pixels per model pixel in the PNGs; 0: chosen
+  config.sample.batch_size = 64  # complete: samples drawn at a time
+
+  config.images = ""  # complete: a file, a glob in quotes, or a folder; "": samples from nothing
+  config.keep = 0.5  # complete: share of the rows that is given
+  config.n = 8  # complete: samples of each picture
 
   config.source = ""  # convert: a checkpoint
   config.target = ""  # convert: what to write; nothing may be there
@@ -187,7 +192,7 @@ def base() -> ConfigDict:
 # not what is computed in it.
 _FREE = (
   "job", "checkpoint", "watch", "watch_seconds", "watch_patience", "evaluate", "features", "probe", "lowdata",
-  "finetune", "sample", "log", "mesh", "source", "target", "format",
+  "finetune", "sample", "images", "keep", "n", "log", "mesh", "source", "target", "format",
   "download", "topology", "plan", "benchmark", "train.accumulate", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb",
   "data.manual_dir", "train.log_every", "train.eval_every", "train.eval_images",
   "train.checkpoint_every", "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
@@ -225,7 +230,7 @@ def validate(config: ConfigDict) -> None:
     "evaluate.baseline_images", "features.grid", "features.batch_size", "probe.max_iterations", "probe.steps",
     "probe.batch_size", "probe.eval_every", "lowdata.trials", "finetune.batch_size", "finetune.steps",
     "finetune.eval_every", "finetune.masks",
-    "sample.completions", "sample.per_picture", "benchmark.repeats",
+    "sample.completions", "sample.per_picture", "sample.batch_size", "n", "benchmark.repeats",
     "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(
@@ -246,6 +251,11 @@ def validate(config: ConfigDict) -> None:
     )
   if not 0 < config.sample.keep < 1:
     raise UserError(f"config.sample.keep: {config.sample.keep}; expected a share within (0, 1)")
+  if not 0 < config.keep < 1:
+    raise UserError(
+      f"config.keep: {config.keep}; expected a share of the upper rows within (0, 1) (to draw whole "
+      "pictures leave config.images out)"
+    )
   if config.topology:
     if config.job != "compile":
       raise UserError(

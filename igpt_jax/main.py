@@ -17,7 +17,7 @@ from igpt_jax.errors import UserError
 
 # Each is a module of igpt_jax.jobs with run(config, workdir).
 JOBS = (
-  "pretrain", "evaluate", "probe", "lowdata", "finetune", "sample", "fit_palette", "prepare", "convert",
+  "pretrain", "evaluate", "probe", "lowdata", "finetune", "sample", "complete", "fit_palette", "prepare", "convert",
   "download", "compile", "benchmark",
 )  # fmt: skip
 

@@ -7,6 +7,8 @@ from PIL import Image
 
 from igpt_jax.files import replacing
 
+HIDDEN = 200  # the grey of pixels that aren't there
+
 
 def default_scale(resolution: int) -> int:
   """Picture pixels per model pixel, so that a thumb-nail is about 96 pixels wide."""
@@ -40,13 +42,52 @@ def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> n
 def hide_below(picture: np.ndarray, rows_given: int) -> np.ndarray:
   """The picture with everything below its first `rows_given` rows greyed out."""
   hidden = picture.copy()
-  hidden[rows_given:] = 200
+  hidden[rows_given:] = HIDDEN
   return hidden
 
 
 def save_png(path: str, picture: np.ndarray) -> None:
   with replacing(path) as partial:
     Image.fromarray(picture).save(partial, format="PNG")
+
+
+def appearing(
+  pictures: Sequence[np.ndarray], n_given: int, *, columns: int, scale: int, frames: int = 48
+) -> list[np.ndarray]:
+  """Frames of pictures whose pixels appear one after the other, in raster order.
+
+  Args:
+    pictures: uint8 [H, W, 3], whole.
+    n_given: pixels that are there from the beginning.
+    columns: of the grid that they are laid out in.
+    scale: side of the square that a pixel becomes.
+    frames: at most, beside the first one.
+  """
+  n_pixels = pictures[0].shape[0] * pictures[0].shape[1]
+  step = max(1, -(-(n_pixels - n_given) // frames))
+  laid_out = []
+  for shown in [*range(n_given, n_pixels, step), n_pixels]:
+    partial = [each.copy() for each in pictures]
+    for each in partial:
+      each.reshape(n_pixels, 3)[shown:] = HIDDEN
+    rows = [partial[start : start + columns] for start in range(0, len(partial), columns)]
+    laid_out.append(grid(rows, scale=scale))
+  return laid_out
+
+
+def save_gif(path: str, frames: Sequence[np.ndarray], *, milliseconds: int = 80) -> None:
+  """An animation that repeats; its last frame stays for two seconds."""
+  # One palette for all frames, or colours would flicker: of the last one, beside the first one's grey.
+  both = Image.fromarray(np.concatenate([frames[0], frames[-1]]))
+  palette = both.quantize(256, dither=Image.Dither.NONE)
+  images = [
+    Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames
+  ]
+  duration = [milliseconds] * (len(images) - 1) + [2_000]
+  with replacing(path) as partial:
+    images[0].save(
+      partial, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0
+    )
 
 
 def plot(

@@ -1,0 +1,331 @@
+"""Completes a person's own pictures, or draws from nothing.
+
+OUT is the workdir, or complete/ in it where it holds checkpoints:
+
+  OUT/[CLASS/]grid.png              a row each: what is given, samples …, the original
+  OUT/[CLASS/]PICTURE/0000.png …    the samples
+  OUT/[CLASS/]PICTURE/appearing.gif their pixels appearing
+  OUT/[CLASS/]PICTURE/complete.json seeds, nats per token
+  OUT/[CLASS/]PICTURE/0000.npz …    tokens and nats of a batch's samples
+  OUT/complete.json                 settings, and all of it in brief
+
+What a batch has drawn is on disk before the next begins, and isn't drawn again.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from igpt_jax import checkpoint, files, metrics, pictures, report
+from igpt_jax import config as config_lib
+from igpt_jax.data.transforms import BadRecord
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common, completion, own_pictures
+from igpt_jax.jobs.common import say
+from igpt_jax.jobs.completion import NOTHING, Completer, Picture, Reader
+from igpt_jax.jobs.own_pictures import File
+from igpt_jax.jobs.sample import given_rows
+
+_GRID_ROWS = 64  # pictures, and
+_GRID_SAMPLES = 16  # samples of each, that grids show; all are in files of their own
+_GRID_DRAWN = 256  # samples from nothing
+_SETTINGS = "settings.json"
+
+
+@dataclasses.dataclass(eq=False)
+class Target:
+  """One picture and where its samples go.
+
+  Attributes:
+    file: that it was read from; None: samples are drawn from nothing.
+    picture: as the model sees it.
+    folder: of its results.
+    samples: number -> (tokens [T], nats [T]), those there are.
+  """
+
+  file: File | None
+  picture: Picture
+  folder: str
+  samples: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+  def read(self) -> None:
+    """Finds what was drawn before for this very picture."""
+    if not os.path.isdir(self.folder):
+      return
+    for name in sorted(os.listdir(self.folder)):
+      if not name.endswith(".npz"):
+        continue
+      try:
+        with np.load(os.path.join(self.folder, name), allow_pickle=False) as part:
+          if int(part["identity"]) == self.picture.identity:
+            rows = zip(part["numbers"], part["tokens"], part["nll"], strict=True)
+            self.samples |= {int(number): (tokens, nll) for number, tokens, nll in rows}
+      except (OSError, ValueError, KeyError, EOFError):
+        continue  # damaged: drawn again
+
+  def add(self, numbers: list[int], tokens: np.ndarray, nll: np.ndarray) -> None:
+    """Keeps samples, on disk too."""
+    os.makedirs(self.folder, exist_ok=True)
+    with (
+      files.replacing(os.path.join(self.folder, f"{numbers[0]:04d}.npz")) as partial,
+      open(partial, "wb") as file,
+    ):
+      np.savez(
+        file,
+        identity=np.uint32(self.picture.identity),
+        numbers=np.asarray(numbers),
+        tokens=tokens.astype(np.uint16),
+        nll=nll,
+      )
+    self.samples |= {n: (tokens[i], nll[i]) for i, n in enumerate(numbers)}
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Completes `images`, or draws `n` pictures, with `checkpoint`."""
+  found = completion.describe(config, workdir)
+  chosen = own_pictures.find(config.images) if config.images else []
+  mesh = common.mesh_of(config)
+  in_run = checkpoint.latest_step(workdir) is not None
+  out = os.path.join(workdir, "complete") if in_run else workdir
+  settings = _settings(config, found)
+  _check_same(settings, out)
+  common.open_workdir(out)
+  reader = Reader(found)
+  targets, unreadable = _targets(chosen, reader, out)
+  for target in targets:
+    target.read()
+  if jax.process_count() > 1:  # no one draws before all have seen what is there
+    multihost_utils.sync_global_devices("igpt_jax: complete")
+  if common.is_main():
+    report.write_json(os.path.join(out, _SETTINGS), settings)
+
+  to_do = [target for target in targets if len(_missing(target, config.n))]
+  before = len(targets) - len(to_do)
+  what = f"{config.n} samples of {len(targets)} pictures" if chosen else f"{config.n} samples"
+  given = f", {settings['rows_given']} of {settings['resolution']} rows given" if chosen else ""
+  say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
+  if to_do:
+    completer = Completer(found, config, mesh)
+    clock = metrics.Countdown("samples", len(to_do) * config.n, say)
+    done = 0
+    # A list: what is missing changes as samples come in, and only where they are written.
+    for batch, numbers in list(_batches(to_do, config.n, config.sample.batch_size)):
+      _draw(completer, batch, numbers, settings, config)
+      for target in batch:
+        if common.is_main() and not _missing(target, config.n):
+          _finish(target, reader, settings, config)
+      done += sum(number < config.n for number in numbers) * len(batch)
+      clock.tick(done)
+  if not common.is_main():
+    return
+  for target in targets:
+    if not _is_finished(target):
+      _finish(target, reader, settings, config)
+  values = _write_grids(targets, reader, settings, out, config)
+  if unreadable:
+    values["unreadable"] = unreadable
+  report.write_json(os.path.join(out, "complete.json"), values)
+  for each in unreadable:
+    say(f"left out: {each}")
+  say(f"mean {values['nats_per_token']:.4f} nats/token; wrote {out}")
+
+
+def _settings(config: ConfigDict, found: checkpoint.Described) -> dict[str, Any]:
+  """All that decides what a picture's samples are."""
+  sampling = config_lib.sampling(config)
+  resolution = found.run["resolution"]
+  return {
+    "checkpoint": found.path,
+    "step": found.step,
+    "resolution": resolution,
+    "dtype": config_lib.compute_dtype(config),
+    "rows_given": given_rows(config.keep, resolution) if config.images else 0,
+    "n": config.n,
+    "seed": config.seed,
+    **dataclasses.asdict(sampling),
+  }
+
+
+def _check_same(settings: dict[str, Any], out: str) -> None:
+  """Raises UserError where `out` holds what was drawn in another way."""
+  try:
+    with open(os.path.join(out, _SETTINGS), encoding="utf-8") as file:
+      theirs = json.load(file)
+  except FileNotFoundError:
+    return
+  except ValueError as error:
+    raise UserError(
+      f"workdir: {out}/{_SETTINGS} is damaged ({error}); fix: another --workdir"
+    ) from None
+  differing = [
+    f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
+    for name, value in settings.items()
+    if theirs.get(name, "absent") != value
+  ]
+  if differing:
+    raise UserError(
+      f"workdir: {out} holds samples that were drawn in another way:\n"
+      + "\n".join(differing)
+      + "\nfix: another --workdir"
+    )
+
+
+def _targets(chosen: list[File], reader: Reader, out: str) -> tuple[list[Target], list[str]]:
+  """What to complete, and what can't be read, in words.
+
+  Raises:
+    UserError: nothing can be read.
+  """
+  if not chosen:
+    return [Target(None, NOTHING, os.path.join(out, NOTHING.name))], []
+  targets, unreadable = [], []
+  for file in chosen:
+    try:
+      with open(file.path, "rb") as stream:
+        picture = reader.read(stream.read(), file.path)
+    except OSError as error:
+      unreadable.append(f"{file.path}: {error.strerror}")
+    except BadRecord as error:
+      unreadable.append(str(error))
+    else:
+      targets.append(Target(file, picture, os.path.join(out, file.group, file.name)))
+  if not targets:
+    raise UserError(
+      "config.images: none can be read:\n  "
+      + "\n  ".join(unreadable[:5])
+      + "\nexpected JPEG, PNG, …"
+    )
+  for each in unreadable:
+    say(f"unreadable, left out: {each}")
+  return targets, unreadable
+
+
+def _missing(target: Target, n: int) -> list[int]:
+  return [number for number in range(n) if number not in target.samples]
+
+
+def _batches(
+  targets: list[Target], n: int, batch_size: int
+) -> Iterator[tuple[list[Target], list[int]]]:
+  """Pictures and the numbers of their samples, all batches of one shape.
+
+  Where n isn't a multiple, the last numbers are beyond it; they are drawn for the shape's sake.
+  """
+  pieces = -(-n // batch_size)
+  size = -(-n // pieces)
+  together = min(max(1, batch_size // size), len(targets))
+  for start in range(0, len(targets), together):
+    group = targets[start : start + together]
+    for first in range(0, n, size):
+      numbers = list(range(first, first + size))
+      if any(number in _missing(target, n) for target in group for number in numbers):
+        yield group + [group[-1]] * (together - len(group)), numbers
+
+
+def _draw(
+  completer: Completer, batch: list[Target], numbers: list[int], settings, config: ConfigDict
+) -> None:
+  """Draws a batch and writes it to disk."""
+  *_, drawn = completer.draw(
+    [target.picture for target in batch],
+    numbers,
+    settings["rows_given"],
+    config_lib.sampling(config),
+    seed=config.seed,
+  )
+  if not common.is_main():
+    return
+  kept = [number for number in numbers if number < config.n]
+  for i, target in enumerate(batch):
+    if target in batch[:i]:
+      break  # the last one again, which filled the batch up
+    rows = slice(i * len(numbers), i * len(numbers) + len(kept))
+    target.add(kept, drawn.tokens[rows], drawn.nll[rows])
+    scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+    for number, painted in zip(kept, completer.reader.paint(drawn.tokens[rows]), strict=True):
+      path = os.path.join(target.folder, f"{number:04d}.png")
+      pictures.save_png(path, pictures.grid([[painted]], scale=scale, gap=0))
+
+
+def _rows(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
+  """The first n samples' tokens [n, T] and nats [n, T]."""
+  of_numbers = [target.samples[number] for number in range(n)]
+  return np.stack([tokens for tokens, _ in of_numbers]), np.stack([nll for _, nll in of_numbers])
+
+
+def _is_finished(target: Target) -> bool:
+  try:
+    with open(os.path.join(target.folder, "complete.json"), encoding="utf-8") as file:
+      return json.load(file)["picture_identity"] == target.picture.identity
+  except (OSError, ValueError, KeyError):
+    return False
+
+
+def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: ConfigDict) -> None:
+  """The animation and the JSON of a picture whose samples are all there; the JSON comes last."""
+  tokens, nll = _rows(target, config.n)
+  n_given = settings["rows_given"] * settings["resolution"]
+  shown = reader.paint(tokens[:_GRID_SAMPLES])
+  scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+  frames = pictures.appearing(list(shown), n_given, columns=4, scale=scale)
+  pictures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
+  nats = nll[:, n_given:].mean(1)
+  values = {
+    "picture": target.file.path if target.file else None,
+    "picture_identity": target.picture.identity,
+    "settings": settings,
+    "nats_per_token": float(nats.mean()),
+    "samples": [
+      {
+        "file": f"{number:04d}.png",
+        # jax.random.key(seed), with these two folded in.
+        "seed": [settings["seed"], target.picture.identity, number],
+        "nats_per_token": round(float(nats[number]), 5),
+      }
+      for number in range(config.n)
+    ],
+  }
+  report.write_json(os.path.join(target.folder, "complete.json"), values)
+
+
+def _write_grids(
+  targets: list[Target], reader: Reader, settings: dict[str, Any], out: str, config: ConfigDict
+) -> dict[str, Any]:
+  """A grid for each class, and what complete.json says."""
+  groups = collections.defaultdict(list)
+  for target in targets:
+    groups[target.file.group if target.file else ""].append(target)
+  rows_given, briefly = settings["rows_given"], {}
+  scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+  for group, members in groups.items():
+    rows: list[list[np.ndarray]] = []
+    for target in members:
+      tokens, nll = _rows(target, config.n)
+      nats = float(nll[:, rows_given * settings["resolution"] :].mean())
+      briefly[os.path.relpath(target.folder, out)] = nats
+      if target.file is None:
+        painted = list(reader.paint(tokens[:_GRID_DRAWN]))
+        columns = math.ceil(math.sqrt(2 * len(painted)))
+        rows = [painted[start : start + columns] for start in range(0, len(painted), columns)]
+      elif len(rows) < _GRID_ROWS:
+        original = reader.paint(target.picture.tokens[None])[0]
+        drawn = list(reader.paint(tokens[:_GRID_SAMPLES]))
+        rows.append([pictures.hide_below(original, rows_given), *drawn, original])
+    pictures.save_png(os.path.join(out, group, "grid.png"), pictures.grid(rows, scale=scale))
+    if len(members) > _GRID_ROWS:
+      say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} pictures")
+  return {
+    "settings": settings,
+    "pictures": len(briefly) if rows_given else 0,
+    "nats_per_token": float(np.mean(list(briefly.values()))),
+    "each_nats_per_token": {name: round(nats, 5) for name, nats in briefly.items()},
+  }

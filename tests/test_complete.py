@@ -1,0 +1,328 @@
+"""Completing one's own pictures: files in, pictures out, whatever the batch and however often begun."""
+
+import io
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import own_checkpoint
+import pytest
+from PIL import Image
+from tiny import mesh_of
+
+from igpt_jax import config as config_lib
+from igpt_jax.data.transforms import BadRecord
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common, complete, completion, own_pictures
+from igpt_jax.model.decoding import SamplingConfig
+from igpt_jax.parallel.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(common, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+    yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  return own_checkpoint.write(tmp_path_factory.mktemp("own") / "run")
+
+
+@pytest.fixture
+def photos(tmp_path):
+  """CLASS/*.jpg of several formats and sizes, and one that isn't a picture."""
+  rng = np.random.default_rng(0)
+  folder = tmp_path / "my"
+  for name, size in (("cats/a.jpg", (31, 20)), ("cats/b.png", (4, 4)), ("dogs/a.webp", (9, 40))):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
+  return folder
+
+
+def settings(trained, **changes):
+  config = config_lib.base()
+  config.job = "complete"
+  config.checkpoint = trained
+  config.n = 3
+  config.sample.batch_size = 4
+  config.update_from_flattened_dict(changes)
+  config_lib.validate(config)
+  return config
+
+
+def completer_of(trained, mesh=None):
+  config = settings(trained)
+  found = completion.describe(config, "")
+  return completion.Completer(found, config, mesh or mesh_of())
+
+
+def some_pictures(n, seed=0):
+  rng = np.random.default_rng(seed)
+  return [completion.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
+
+
+def last(iterator):
+  *_, drawn = iterator
+  return drawn
+
+
+def tokens_in(folder):
+  found = {}
+  for name in sorted(os.listdir(folder)):
+    if name.endswith(".npz"):
+      with np.load(folder / name, allow_pickle=False) as part:
+        found |= dict(zip(part["numbers"].tolist(), part["tokens"].tolist(), strict=True))
+  return found
+
+
+# --- drawing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_a_sample_is_the_same_whatever_is_drawn_beside_it(trained, shape):
+  completer, sampling = completer_of(trained, mesh_of(shape)), SamplingConfig()
+  alone = completer_of(trained)
+  pictures = some_pictures(3)
+  together = last(completer.draw(pictures, range(4), 2, sampling, seed=5))
+  assert together.position == 16
+  for i, picture in enumerate(pictures):
+    for number in range(4):
+      one = last(alone.draw([picture], [number], 2, sampling, seed=5))
+      np.testing.assert_array_equal(together.tokens[4 * i + number], one.tokens[0])
+      np.testing.assert_allclose(together.nll[4 * i + number], one.nll[0], atol=1e-4)
+    np.testing.assert_array_equal(
+      together.tokens[4 * i : 4 * i + 4, :8], np.tile(picture.tokens[:8], (4, 1))
+    )
+  other = last(completer.draw(pictures, range(4), 2, sampling, seed=6))
+  assert (other.tokens[:, 8:] != together.tokens[:, 8:]).any()
+
+
+def test_rows_appear_one_after_the_other_and_are_those_of_one_go(trained):
+  completer, pictures = completer_of(trained), some_pictures(2)
+  whole = last(completer.draw(pictures, [0, 1], 1, SamplingConfig(), seed=0))
+  seen = list(completer.draw(pictures, [0, 1], 1, SamplingConfig(), seed=0, rows_at_a_time=1))
+  assert [drawn.position for drawn in seen] == [8, 12, 16]
+  for drawn in seen:
+    np.testing.assert_array_equal(
+      drawn.tokens[:, : drawn.position], whole.tokens[:, : drawn.position]
+    )
+    assert not drawn.tokens[:, drawn.position :].any()
+    assert not drawn.nll[:, :4].any() and (drawn.nll[:, 4 : drawn.position] > 0).all()
+  np.testing.assert_allclose(seen[-1].nll, whole.nll, atol=1e-5)
+
+
+def test_rows_are_compiled_once_for_a_shape(trained):
+  completer = completer_of(trained)
+  for seed, picture in enumerate(some_pictures(3)):
+    list(completer.draw([picture], [0, 1], 1, SamplingConfig(), seed=seed, rows_at_a_time=1))
+  (program,) = completer._programs.values()
+  assert program.begin._cache_size() == 1
+  assert program.extend["step"]._cache_size() == 1
+
+
+def test_only_the_newest_programs_are_kept(trained, monkeypatch):
+  monkeypatch.setattr(completion, "_PROGRAMS", 2)
+  completer = completer_of(trained)
+  for rows in (1, 2, 3, 2):
+    last(completer.draw(some_pictures(1), [0], rows, SamplingConfig(), seed=0))
+  assert [key[0] for key in completer._programs] == [(1, 12), (1, 8)]
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def encoded(image, **options):
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, **options)
+  return buffer.getvalue()
+
+
+def test_a_picture_is_turned_as_the_camera_was_held(trained):
+  reader = completer_of(trained).reader
+  image = np.zeros((16, 16, 3), np.uint8)
+  image[:4] = 255
+  upright = reader.read(encoded(image, format="PNG"), "upright").tokens
+  exif = Image.Exif()
+  exif[0x0112] = 6  # to be turned clockwise
+  lying = np.ascontiguousarray(np.rot90(image, 1))
+  turned = reader.read(encoded(lying, format="PNG", exif=exif), "turned").tokens
+  np.testing.assert_array_equal(turned, upright)
+  assert (reader.read(encoded(lying, format="PNG"), "lying").tokens != upright).any()
+
+
+def test_every_orientation_is_what_pillow_makes_of_it():
+  from PIL import ImageOps
+
+  image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+  for orientation in range(0, 10):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, format="PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(completion._upright(image, data), expected)
+
+
+def test_a_file_that_is_no_picture_is_named(trained):
+  with pytest.raises(BadRecord, match=r"^my\.jpg: unreadable picture \(cannot identify image\)$"):
+    completer_of(trained).reader.read(b"nothing", "my.jpg")
+
+
+def test_files_are_found_by_name_glob_and_folder(photos):
+  assert [f.name for f in own_pictures.find(str(photos / "cats" / "a.jpg"))] == ["a"]
+  assert [(f.group, f.name) for f in own_pictures.find(str(photos))] == [
+    ("cats", "a"),
+    ("cats", "b"),
+    ("dogs", "a"),
+  ]
+  shutil.copy(photos / "cats" / "b.png", photos / "cats" / "A.png")
+  names = [f.name for f in own_pictures.find(str(photos / "**" / "[aA].*"))]
+  assert names == ["A", "a.jpg", "a.webp"]
+  with pytest.raises(UserError, match="matches no file"):
+    own_pictures.find(str(photos / "*.tiff"))
+  (photos / "empty").mkdir()
+  with pytest.raises(UserError, match="holds no pictures"):
+    own_pictures.find(str(photos / "empty"))
+
+
+# --- the job ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_classes(trained, photos, tmp_path, capsys):
+  (photos / "cats" / "bad.jpg").write_bytes(b"no picture")
+  out = tmp_path / "out"
+  complete.run(settings(trained, images=str(photos), keep=0.5), str(out))
+  assert "bad.jpg: unreadable picture" in capsys.readouterr().out
+  values = json.loads((out / "complete.json").read_text())
+  assert list(values["each_nats_per_token"]) == ["cats/a", "cats/b", "dogs/a"]
+  assert len(values["unreadable"]) == 1
+  one = json.loads((out / "cats" / "a" / "complete.json").read_text())
+  assert [sample["file"] for sample in one["samples"]] == ["0000.png", "0001.png", "0002.png"]
+  assert [sample["seed"][2] for sample in one["samples"]] == [0, 1, 2]
+  assert one["nats_per_token"] == pytest.approx(values["each_nats_per_token"]["cats/a"], abs=1e-4)
+  side = 4 * 24  # default_scale
+  assert Image.open(out / "cats" / "a" / "0002.png").size == (side, side)
+  assert Image.open(out / "cats" / "grid.png").size == (5 * (side + 4) + 4, 2 * (side + 4) + 4)
+  assert Image.open(out / "dogs" / "grid.png").size == (5 * (side + 4) + 4, side + 8)
+  gif = Image.open(out / "dogs" / "a" / "appearing.gif")
+  assert gif.n_frames == 1 + 8 and gif.info["loop"] == 0
+  first, final = np.asarray(gif.convert("RGB")), None
+  gif.seek(8)
+  final = np.asarray(gif.convert("RGB"))
+  np.testing.assert_array_equal(first[: side // 2], final[: side // 2])
+  assert (first[side // 2 + 8 : side] != final[side // 2 + 8 : side]).any()
+
+
+def test_from_nothing(trained, tmp_path):
+  out = tmp_path / "out"
+  complete.run(settings(trained, n=5), str(out))
+  values = json.loads((out / "complete.json").read_text())
+  assert values["pictures"] == 0 and values["settings"]["rows_given"] == 0
+  assert sorted(tokens_in(out / "unconditional")) == [0, 1, 2, 3, 4]
+  assert Image.open(out / "grid.png").size == (4 * 100 + 4, 2 * 100 + 4)
+
+
+def test_an_interrupted_run_goes_on_with_the_rest(trained, photos, tmp_path, monkeypatch):
+  config = settings(trained, images=str(photos), n=5)
+  whole, out = tmp_path / "whole", tmp_path / "out"
+  complete.run(config, str(whole))
+
+  drawn, draw = [], complete._draw
+
+  def interrupted(completer, batch, numbers, *rest):
+    if len(drawn) == 3:
+      raise KeyboardInterrupt
+    draw(completer, batch, numbers, *rest)
+    drawn.append((batch[0].picture.name, numbers))
+
+  monkeypatch.setattr(complete, "_draw", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    complete.run(config, str(out))
+  # Two batches of three samples a picture: the first picture is whole, the second one begun.
+  assert (out / "cats" / "a" / "complete.json").exists()
+  assert (out / "cats" / "b" / "0002.png").exists()
+  assert not (out / "cats" / "b" / "complete.json").exists()
+  assert not (out / "complete.json").exists()
+
+  monkeypatch.setattr(complete, "_draw", lambda *args: (drawn.append(args[2]), draw(*args)))
+  complete.run(config, str(out))
+  assert len(drawn) == 6
+  for name in ("cats/a", "cats/b", "dogs/a"):
+    assert tokens_in(out / name) == tokens_in(whole / name)
+    assert (out / name / "appearing.gif").read_bytes() == (
+      whole / name / "appearing.gif"
+    ).read_bytes()
+
+  complete.run(config, str(out))  # all there
+  assert len(drawn) == 6
+  config.sample.batch_size = 16  # another batch size isn't another sample
+  complete.run(config, str(tmp_path / "at_once"))
+  for name in ("cats/a", "cats/b", "dogs/a"):
+    assert tokens_in(tmp_path / "at_once" / name) == tokens_in(whole / name)
+
+
+def test_a_file_that_has_changed_is_completed_anew(trained, photos, tmp_path):
+  config = settings(trained, images=str(photos / "cats" / "*"))
+  complete.run(config, str(tmp_path / "out"))
+  before = tokens_in(tmp_path / "out" / "b")
+  shutil.copy(photos / "dogs" / "a.webp", photos / "cats" / "b.png")
+  complete.run(config, str(tmp_path / "out"))
+  after = tokens_in(tmp_path / "out" / "b")
+  assert before != after
+  fresh = tmp_path / "fresh"
+  complete.run(config, str(fresh))
+  assert after == tokens_in(fresh / "b")
+
+
+def test_a_workdir_of_other_samples_is_left_alone(trained, photos, tmp_path):
+  complete.run(settings(trained, images=str(photos)), str(tmp_path / "out"))
+  with pytest.raises(UserError, match=r"rows_given: 2 there, 1 here"):
+    complete.run(settings(trained, images=str(photos), keep=0.3), str(tmp_path / "out"))
+
+
+def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):
+  run = own_checkpoint.write(tmp_path / "run")
+  complete.run(settings("", images=str(photos)), run)
+  assert (tmp_path / "run" / "complete" / "cats" / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"keep": 1.0}, "config.keep: 1.0; expected a share"),
+    ({"keep": 0.0}, "config.keep: 0.0; expected a share"),
+    ({"n": 0}, "config.n: 0; expected 1 or more"),
+    ({"sample.top_p": 0.0}, "top_p: 0.0"),
+    ({"sample.batch_size": 0}, "config.sample.batch_size"),
+    ({"images": "nowhere/*.jpg"}, "matches no file"),
+  ],
+)
+def test_mistakes_are_told_before_weights_are_read(
+  trained, changes, message, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(completion, "Completer", None)
+  with pytest.raises(UserError, match=message):
+    complete.run(settings(trained, **changes), str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_nothing_readable(trained, tmp_path):
+  (tmp_path / "bad.jpg").write_bytes(b"no picture")
+  with pytest.raises(UserError, match=r"none can be read:\n.*bad\.jpg"):
+    complete.run(settings(trained, images=str(tmp_path / "bad.jpg")), str(tmp_path / "out"))
+
+
+def test_checkpoints_that_cannot_complete(photos, tmp_path):
+  bare = own_checkpoint.write(tmp_path / "bare", palette=False)
+  with pytest.raises(UserError, match="carries no palette"):
+    complete.run(settings(bare, images=str(photos)), str(tmp_path / "out"))
+  bert = own_checkpoint.write(tmp_path / "bert", causal=False)
+  with pytest.raises(UserError, match="is a BERT model"):
+    complete.run(settings(bert, images=str(photos)), str(tmp_path / "out"))
+  with pytest.raises(UserError, match="no checkpoint in"):
+    complete.run(settings("", images=str(photos)), str(tmp_path / "nothing"))
