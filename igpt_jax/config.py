@@ -102,7 +102,7 @@ def base() -> ConfigDict:
   config.evaluate.masks = 1  # masked objective: masks drawn per picture
   config.evaluate.baseline_images = 50_000  # training pictures the unigrams are counted on
 
-  config.watch = False  # evaluate, probe, sample: every checkpoint of a run, until its training ends
+  config.watch = False  # evaluate, probe, sample: every checkpoint of a run, until it ends
   config.watch_seconds = 30.0  # between two looks
   config.watch_patience = 0.0  # seconds without a new one after which watching ends; 0: never
 
@@ -112,6 +112,7 @@ def base() -> ConfigDict:
   config.features.masks = 0  # BERT: means over that many masked inputs; 0: nothing is masked
   config.features.batch_size = 128
   config.features.images = 0  # training pictures, at most; 0: all
+  config.features.eval_images = 0  # of validation, and of test, at most; 0: all
   config.features.cache = ""  # where they are kept; "": features/ in the workdir
   config.features.baselines = ("pixels", "pca", "random")  # beside them: these, or some of them
 
@@ -235,7 +236,7 @@ def validate(config: ConfigDict) -> None:
   )  # fmt: skip
   _positive(
     config, "seed", "train.eval_every", "train.eval_images", "train.keep_every",
-    "evaluate.images", "features.masks", "features.images", "probe.around_best", "finetune.images",
+    "evaluate.images", "features.masks", "features.images", "features.eval_images", "probe.around_best", "finetune.images",
     "finetune.warmup_steps", "finetune.patience", "watch_seconds", "watch_patience", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
   )  # fmt: skip

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from igpt_jax.errors import UserError
@@ -126,11 +126,23 @@ class Progress:
     images_per_step: global batch size.
     flops_per_image: model FLOPs of a training step (nothing recomputed).
     peak_flops: of all devices together, or None where it isn't known: then no MFU is shown.
+    shown: the metrics that a line tells, in order, and how.
   """
 
+  PRETRAINING = (
+    ("loss", "loss {:.4f} nats/token"),
+    ("validation_loss", "validation {:.4f}"),
+  )
+
   def __init__(
-    self, total_steps: int, images_per_step: int, flops_per_image: float, peak_flops: float | None
+    self,
+    total_steps: int,
+    images_per_step: int,
+    flops_per_image: float,
+    peak_flops: float | None,
+    shown: Sequence[tuple[str, str]] = PRETRAINING,
   ):
+    self.shown = tuple(shown)
     self.total_steps = total_steps
     self.images_per_step = images_per_step
     self.flops_per_image = flops_per_image
@@ -174,10 +186,7 @@ class Progress:
   def line(self, step: int, values: Mapping[str, float]) -> str:
     width = len(str(self.total_steps))
     parts = [f"step {step:>{width}}/{self.total_steps}"]
-    if "loss" in values:
-      parts.append(f"loss {values['loss']:.4f} nats/token")
-    if "validation_loss" in values:
-      parts.append(f"validation {values['validation_loss']:.4f}")
+    parts += [form.format(values[name]) for name, form in self.shown if name in values]
     if "images_per_second" in values:
       parts.append(f"{values['images_per_second']:,.0f} images/s")
     if "mfu" in values:

@@ -178,6 +178,18 @@ def test_sgd_goes_on_where_it_was_stopped(trained, tmp_path, cached, monkeypatch
     probe.run(other, str(tmp_path / "parts"))
 
 
+def test_stored_features_and_pictures_give_the_same_curve(trained, tmp_path):
+  """A stored feature is the step's own, and both come in one order."""
+  curves = []
+  for cached in (True, False):
+    workdir = tmp_path / str(cached)
+    probe.run(with_sgd(checkpoint=str(trained), probe__cached=cached), str(workdir))
+    records = metrics.read_jsonl(workdir / "probe_sgd" / "metrics.jsonl")
+    curves.append([r["probe_loss"] for r in records if "probe_loss" in r])
+  assert len(curves[0]) == 8
+  np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+
+
 def test_sgd_on_eight_devices_is_as_on_one(trained, tmp_path, monkeypatch):
   for name, devices in (("one", 1), ("eight", 8)):
     monkeypatch.setattr(jax, "devices", lambda *args, n=devices: jax.local_devices()[:n])

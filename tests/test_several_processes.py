@@ -22,7 +22,7 @@ import tiny
 from PIL import Image
 
 from igpt_jax import checkpoint, metrics
-from igpt_jax.jobs import common, evaluate, pretrain, probe, sample
+from igpt_jax.jobs import common, evaluate, finetune, pretrain, probe, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -275,6 +275,26 @@ def test_two_processes_probe_by_sgd_as_one(of_two, tmp_path, cached):
   assert found.keys() == expected.keys()
   for name, row in found.items():
     assert row["test_accuracy"] == pytest.approx(expected[name]["test_accuracy"], abs=0.01)
+
+
+FINETUNE = {
+  "finetune.batch_size": 16, "finetune.steps": 6, "finetune.eval_every": 3,
+  "finetune.learning_rate": 1e-2, "evaluate.images": 50,
+}  # fmt: skip
+
+
+def test_two_processes_fine_tune_as_one(of_two, tmp_path):
+  settings = {**FINETUNE, "checkpoint": str(of_two[0])}
+  run_job("finetune", tmp_path / "two", tmp_path, settings)
+  finetune.run(config_of(settings), str(tmp_path / "one"))
+  found, expected = (
+    json.loads((tmp_path / name / "finetune" / "finetune.json").read_text())
+    for name in ("two", "one")
+  )
+  assert found["best_step"] == expected["best_step"]
+  for name in ("test_nats_per_token", "test_classification_loss", "start_nats_per_token"):
+    assert found[name] == pytest.approx(expected[name], rel=CLOSE), name
+  assert found["test_accuracy"] == expected["test_accuracy"]
 
 
 def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypatch):

@@ -273,22 +273,28 @@ def train_batches(
   Raises:
     UserError: while iterating, more damaged records than config.max_bad allows.
   """
-  import grain
-
-  if not 0 <= seed < 2**32:
-    raise errors.UserError(f"seed: {seed}; expected 0 to 2**32 - 1")
   rows = _rows_of_host(batch_size, process_count)
   loader = _Loader(split, config, palette, train=augment, images=images or palette is None)
   dataset = (
-    grain.MapDataset.range(len(split))
-    .seed(seed)
-    .shuffle()
-    .repeat()
+    train_order(len(split), seed)
     .random_map(loader.train_element)
     .batch(rows, drop_remainder=True, batch_fn=_stack)
   )
   dataset = dataset[start_step * process_count + process_index :: process_count]
   return Batches(_start(dataset, config), loader, split, config)
+
+
+def train_order(n_records: int, seed: int):
+  """Endless: element i is the record that comes i-th in training, a new permutation every epoch.
+
+  Raises:
+    UserError: a seed that grain doesn't take.
+  """
+  import grain
+
+  if not 0 <= seed < 2**32:
+    raise errors.UserError(f"seed: {seed}; expected 0 to 2**32 - 1")
+  return grain.MapDataset.range(n_records).seed(seed).shuffle().repeat()
 
 
 def eval_batches(

@@ -125,7 +125,11 @@ def open_source(config: ConfigDict, workdir: str) -> Source:
     trained=trained,
     mesh=mesh,
     splits=splits,
-    limits={"train": config.features.images, "validation": 0, "test": 0},
+    limits={
+      "train": config.features.images,
+      "validation": config.features.eval_images,
+      "test": config.features.eval_images,
+    },
     features=features_asked_for(config, trained),
     baselines=tuple(config.features.baselines),
   )

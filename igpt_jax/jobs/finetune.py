@@ -9,7 +9,6 @@ command goes on from the newest checkpoint there, to the same numbers.
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -187,7 +186,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     batches,
     mesh=mesh,
     writers=writers,
-    progress=Progress(settings.steps, batch_size, flops, hardware.peak_flops(mesh)),
+    progress=metrics.Progress(settings.steps, batch_size, flops, hardware.peak_flops(mesh), _SHOWN),
     stop=StopSignal(),
   )
   steps, stopped_by = outcome.step, outcome.stopped_by
@@ -262,22 +261,15 @@ class Best:
       self.waited += 1
 
 
-class Progress(metrics.Progress):
-  """Lines with both losses and the accuracy."""
-
-  SHOWN = (
-    ("generative_loss", "generative {:.4f} nats/token"),
-    ("classification_loss", "classification {:.4f}"),
-    ("accuracy", "accuracy {:.1%}"),
-    ("validation_generative_loss", "validation: generative {:.4f} nats/token"),
-    ("validation_classification_loss", "classification {:.4f}"),
-    ("validation_accuracy", "accuracy {:.2%}"),
-    ("validation_accuracy_of_mean", "({:.2%} by the mean of logits)"),
-  )
-
-  def line(self, step: int, values: Mapping[str, float]) -> str:
-    speed = super().line(step, {name: each for name, each in values.items() if name != "loss"})
-    return "  ".join([speed, *(form.format(values[n]) for n, form in self.SHOWN if n in values)])
+_SHOWN = (
+  ("generative_loss", "generative {:.4f} nats/token"),
+  ("classification_loss", "classification {:.4f}"),
+  ("accuracy", "accuracy {:.1%}"),
+  ("validation_generative_loss", "validation: generative {:.4f} nats/token"),
+  ("validation_classification_loss", "classification {:.4f}"),
+  ("validation_accuracy", "accuracy {:.2%}"),
+  ("validation_accuracy_of_mean", "({:.2%} by the mean of logits)"),
+)
 
 
 def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:

@@ -111,26 +111,22 @@ class Stored:
 
 
 class _Shuffled:
-  """Every picture once an epoch, in an order of the seed and the epoch alone. A `pipeline.Batches`."""
+  """Every picture once an epoch, in the order of `pipeline.train_batches`, and used like that."""
 
   def __init__(self, feed: Stored, start_step: int):
     self._feed, self._step = feed, start_step
-    self._config = feed._config
+    self._size = feed._config.probe.batch_size
+    self._order = pipeline.train_order(len(feed._train), feed._config.seed)
     self._share = common.input_share(feed._source.mesh)
     self.wait_seconds = 0.0  # reading is the work itself: nothing runs ahead
 
   def __next__(self) -> dict[str, np.ndarray]:
-    size, rows = self._config.probe.batch_size, self._feed._train
     share, shares = self._share
-    first = self._step * size + share * (size // shares)
+    local = self._size // shares
+    first = self._step * self._size + share * local
     self._step += 1
-    places = np.arange(first, first + size // shares)
-    orders = {
-      epoch: np.random.default_rng((self._config.seed, epoch)).permutation(len(rows))
-      for epoch in np.unique(places // len(rows)).tolist()
-    }
-    drawn = [orders[place // len(rows)][place % len(rows)] for place in places.tolist()]
-    return self._feed._read("train", rows[drawn])
+    drawn = [self._order[place] for place in range(first, first + local)]
+    return self._feed._read("train", self._feed._train[drawn])
 
   def __iter__(self):
     return self

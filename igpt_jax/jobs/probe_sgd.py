@@ -24,6 +24,12 @@ from igpt_jax.parallel import sharding
 from igpt_jax.training import sgd_probe
 from igpt_jax.training.state import TrainState
 
+_SHOWN = (
+  ("probe_loss", "best classifier: loss {:.4f}"),
+  ("accuracy", "accuracy {:.1%}"),
+  ("validation_accuracy", "validation accuracy {:.2%}"),
+)
+
 
 def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
   """Trains all classifiers; rows of the table, as JSON."""
@@ -110,7 +116,7 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
     feed.training(newest or 0),
     mesh=mesh,
     writers=writers,
-    progress=metrics.Progress(config.probe.steps, config.probe.batch_size, 0.0, None),
+    progress=metrics.Progress(config.probe.steps, config.probe.batch_size, 0.0, None, _SHOWN),
     stop=loop.StopSignal(),
   )
   checkpoints.close()
