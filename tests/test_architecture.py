@@ -27,6 +27,7 @@ FLOORS = {
   "config": 3,
   "jobs": 3,
   "main": 4,
+  "demo": 4,
 }
 
 # A library -> the only files or folders that may import it.
@@ -41,6 +42,8 @@ ONLY_IN = {
   "pickle": [],
   "tensorboardX": ["metrics.py"],
   "wandb": ["metrics.py"],
+  "starlette": ["demo/"],
+  "uvicorn": ["demo/"],
 }
 
 MESH_AXES = {"fsdp", "tensor"}
@@ -126,7 +129,7 @@ def test_rooms_of_one_floor_import_without_a_circle():
 def test_config_is_imported_from_above_alone():
   """Below the jobs there are frozen dataclasses."""
   importers = {room_of(name) for name in NAMES if "config" in rooms_imported(name, SOURCES[name])}
-  assert importers == {"jobs", "main"}
+  assert importers == {"jobs", "main", "demo"}
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
@@ -213,7 +216,7 @@ for name in {modules}:
   importlib.import_module(name)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "importing initialised a backend"
-heavy = {{"tensorflow", "torch", "wandb", "tensorboardX", "transformers"}} & sys.modules.keys()
+heavy = {{"tensorflow", "torch", "wandb", "tensorboardX", "transformers", "starlette", "uvicorn"}} & sys.modules.keys()
 assert not heavy, heavy
 import jax
 jax.devices()

@@ -1,0 +1,63 @@
+"""python -m igpt_jax.demo --checkpoint=runs/cifar10_16 --port=7860
+
+Serves a page on which a picture is dropped or taken and its lower part completed, row by row. It
+binds to this machine alone unless --host says otherwise; what people upload is kept in memory while it
+is worked on, and nowhere else.
+"""
+
+import argparse
+import sys
+
+from igpt_jax.errors import UserError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+  from igpt_jax.demo.limits import Limits
+
+  limits = Limits()
+  parser = argparse.ArgumentParser(
+    prog="python -m igpt_jax.demo", description="A page to complete pictures on."
+  )
+  add = parser.add_argument
+  add("--checkpoint", action="append", required=True, help="to choose from; may be given again")
+  add("--palette", default="", help=".npy, for checkpoints that carry none")
+  add("--host", default="127.0.0.1", help="address to bind to (default: this machine alone)")
+  add("--port", type=int, default=7860, help="0: any that is free")
+  add("--samples", type=int, default=limits.samples, help="of one picture, at most")
+  add(
+    "--upload_mb", type=float, default=limits.upload_bytes / 2**20, help="a picture's size, at most"
+  )
+  add("--waiting", type=int, default=limits.waiting, help="people in line, at most")
+  add(
+    "--seconds", type=float, default=limits.seconds, help="to draw one picture's samples, at most"
+  )
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+  options = parse(argv)
+  try:
+    from igpt_jax.demo import models, serve
+    from igpt_jax.demo.limits import Limits
+
+    limits = Limits(
+      samples=options.samples,
+      upload_bytes=round(options.upload_mb * 2**20),
+      waiting=options.waiting,
+      seconds=options.seconds,
+    )
+    serve.check_installed()
+    sock = serve.bind(options.host, options.port)
+    served = models.Models(options.checkpoint, options.palette)
+    served.completer(0)  # what can't be read is told now
+    serve.run(served, limits, sock)
+    return 0
+  except UserError as error:
+    print(f"igpt_jax.demo: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    return 130
+
+
+if __name__ == "__main__":
+  sys.exit(main())

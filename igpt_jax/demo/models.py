@@ -1,0 +1,81 @@
+"""The checkpoints that a page offers. Their weights are read when they are first asked for."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from igpt_jax import checkpoint
+from igpt_jax import config as config_lib
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import common, completion
+from igpt_jax.model.image_gpt import count_params
+
+
+@dataclasses.dataclass
+class _Offered:
+  name: str
+  found: checkpoint.Described
+  completer: completion.Completer | None = None
+
+
+class Models:
+  """What there is to choose from, by number.
+
+  One thread at a time may ask for a completer.
+  """
+
+  def __init__(self, paths: Sequence[str], palette_path: str = "", mesh: Mesh | None = None):
+    """Opens the checkpoints, but for their weights.
+
+    Args:
+      paths: of checkpoints of any format.
+      palette_path: of those that carry no palette.
+      mesh: where they go; None: all of this machine's devices.
+
+    Raises:
+      UserError: one can't be read, can't complete pictures, or has no palette.
+    """
+    self._config = config_lib.base()
+    self._config.palette.path = palette_path
+    self._mesh = mesh or common.mesh_of(self._config)
+    self._offered: list[_Offered] = []
+    for path in paths:
+      if not path:
+        raise UserError("--checkpoint: empty; expected a workdir, or one checkpoint in it")
+      config = self._config.copy_and_resolve_references()
+      config.checkpoint = path
+      found = completion.describe(config, "")
+      self._offered.append(_Offered(_name_of(found), found))
+
+  def __len__(self) -> int:
+    return len(self._offered)
+
+  def describe(self) -> list[dict[str, Any]]:
+    """For the page: nothing of where they lie."""
+    return [
+      {
+        "name": each.name,
+        "resolution": each.found.run["resolution"],
+        "parameters": count_params(each.found.config),
+        "step": each.found.step,
+      }
+      for each in self._offered
+    ]
+
+  def completer(self, index: int) -> completion.Completer:
+    """The model of that number, its weights read."""
+    offered = self._offered[index]
+    if offered.completer is None:
+      offered.completer = completion.Completer(offered.found, self._config, self._mesh)
+    return offered.completer
+
+
+def _name_of(found: checkpoint.Described) -> str:
+  """The run's name; that of its folder."""
+  parts = os.path.normpath(found.path).split(os.sep)
+  if len(parts) > 2 and parts[-2] == checkpoint.FOLDER:
+    return parts[-3]
+  return parts[-2] if found.format == "openai" and len(parts) > 1 else parts[-1]

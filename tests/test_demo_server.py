@@ -1,0 +1,297 @@
+"""The page's server without a browser: what it refuses, who waits, what it never gives away."""
+
+import asyncio
+import http.client
+import importlib.util
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import demo_server
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_jax.demo import __main__ as command
+from igpt_jax.demo import serve
+from igpt_jax.demo.limits import Full, Limits, Line
+from igpt_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUERY = "/complete?model=0&keep=0.5&n=2&temperature=1&seed=3"
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  demo_server.need_extra()
+  with demo_server.running(tmp_path_factory.mktemp("demo"), Limits(samples=4, waiting=1)) as server:
+    yield server
+
+
+def picture(side=12, seed=0) -> bytes:
+  buffer = io.BytesIO()
+  pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+  Image.fromarray(pixels).save(buffer, format="PNG")
+  return buffer.getvalue()
+
+
+def ask(server, path=QUERY, body=None, method="POST", **headers):
+  connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+  names = {name.replace("_", "-"): value for name, value in headers.items()}
+  connection.request(method, path, picture() if body is None else body, names)
+  return connection.getresponse()
+
+
+def message(response) -> str:
+  return json.loads(response.read())["message"]
+
+
+def events(response) -> list[dict]:
+  return [json.loads(line) for line in response.read().splitlines()]
+
+
+def free_again(server) -> bool:
+  """Whether, in a while, all have left."""
+  for _ in range(200):
+    if not server.service._line._places and not server.service._line._queue:
+      return True
+    time.sleep(0.05)
+  return False
+
+
+def test_rows_come_one_by_one_and_are_the_seeds(server):
+  first = events(ask(server))
+  assert [each["event"] for each in first] == ["preparing", "given", "rows", "rows", "done"]
+  assert first[1]["resolution"] == 4 and first[1]["rows_given"] == 2
+  assert [each["first"] for each in first[2:4]] == [2, 3]
+  assert len(first[-1]["nats_per_token"]) == 2
+  assert events(ask(server)) == first
+  other = events(ask(server, QUERY.replace("seed=3", "seed=4")))
+  assert other[1] == first[1] and other[2:] != first[2:]
+  assert free_again(server)
+
+
+@pytest.mark.parametrize(
+  ("change", "expected"),
+  [
+    (("keep=0.5", "keep=0"), "keep: 0.0; expected a share"),
+    (("keep=0.5", "keep=1"), "keep: 1.0; expected a share"),
+    (("keep=0.5", "keep=nan"), "keep: nan"),
+    (("n=2", "n=0"), "n: 0; expected 1 to 4"),
+    (("n=2", "n=5"), "n: 5; expected 1 to 4"),
+    (("n=2", "n=two"), "n: 'two'; expected a number"),
+    (("model=0", "model=1"), "model: 1; expected 0 to 0"),
+    (("temperature=1", "temperature=-1"), "temperature: -1.0"),
+    (("temperature=1", "temperature=inf"), "temperature: inf"),
+    (("seed=3", "seed=-1"), "seed: -1"),
+    (("&seed=3", ""), "seed: None; expected a number"),
+  ],
+)
+def test_settings_out_of_range_are_named(server, change, expected):
+  response = ask(server, QUERY.replace(*change))
+  assert response.status == 400 and expected in message(response)
+  assert free_again(server)
+
+
+def test_what_is_no_picture_is_told_on_the_page(server):
+  assert message(ask(server, body=b"")) == "no picture came along; choose one first"
+  last = events(ask(server, body=b"no picture"))[-1]
+  assert last == {
+    "event": "error",
+    "message": "this file: unreadable picture (cannot identify image)",
+  }
+  assert free_again(server)
+
+
+def test_a_bomb_is_not_unfolded(server):
+  buffer = io.BytesIO()
+  Image.new("1", (10_000, 10_000)).save(buffer, format="PNG")
+  assert len(buffer.getvalue()) < 100_000
+  assert (
+    "implausible size 10000×10000" in events(ask(server, body=buffer.getvalue()))[-1]["message"]
+  )
+
+
+def test_too_large_an_upload_is_refused_told_or_not(server):
+  most = Limits().upload_bytes
+  connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+  connection.putrequest("POST", QUERY)
+  connection.putheader("Content-Length", str(most + 1))
+  connection.endheaders()
+  response = connection.getresponse()  # before anything is sent
+  assert response.status == 413 and "at most 10 MB" in message(response)
+
+  def chunks():
+    for _ in range(most // 2**20 + 1):
+      yield bytes(2**20)
+
+  try:
+    response = ask(server, body=chunks())
+    assert response.status == 413
+  except ConnectionError:
+    pass  # hung up on while it was still sending
+  assert free_again(server)
+
+
+def test_only_the_pages_files_can_be_reached(server):
+  for path in ("/", "/page.js", "/page.css", "/models"):
+    response = ask(server, path, b"", "GET")
+    assert response.status == 200, path
+    assert "default-src 'none'" in response.getheader("Content-Security-Policy")
+    assert str(server.folder) not in response.read().decode()
+  for path in (
+    "/page.html", "/serve.py", "/../serve.py", "/%2e%2e/serve.py", "/..%2f..%2fsetup.py",
+    "/static/page.js", "//etc/passwd", "/docs", "/openapi.json",
+  ):  # fmt: skip
+    assert ask(server, path, b"", "GET").status == 404, path
+  assert ask(server, QUERY, b"", "GET").status == 405
+
+
+def test_the_page_asks_no_other_server():
+  for name in ("page.html", "page.js", "page.css"):
+    text = (ROOT / "igpt_jax" / "demo" / name).read_text(encoding="utf-8")
+    assert "://" not in text, name
+
+
+def test_other_sites_are_refused(server):
+  response = ask(server, Origin="http://evil.example")
+  assert response.status == 403
+  assert ask(server, Origin=f"http://127.0.0.1:{server.port}").status == 200
+  assert ask(server, "/", b"", "GET", Host="evil.example").status == 400
+
+
+def test_who_comes_second_waits_and_a_third_is_told(server, monkeypatch):
+  slow = demo_server.Slow(monkeypatch, seconds=0.4)
+  statuses, answers = {}, {}
+
+  def person(name):
+    response = ask(server)
+    statuses[name] = response.status
+    answers[name] = events(response) if response.status == 200 else message(response)
+
+  people = [threading.Thread(target=person, args=[name]) for name in ("first", "second", "third")]
+  people[0].start()
+  assert slow.begun.wait(20)
+  people[1].start()
+  time.sleep(0.2)
+  people[2].start()
+  for each in people:
+    each.join(30)
+  assert answers["first"][-1]["event"] == answers["second"][-1]["event"] == "done"
+  assert answers["second"][0] == {"event": "waiting", "ahead": 1}
+  assert statuses["third"] == 503 and "2 people are in line already" in answers["third"]
+  assert free_again(server)
+
+
+def test_who_leaves_makes_room(server, monkeypatch):
+  slow = demo_server.Slow(monkeypatch, seconds=1)
+  connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+  connection.request("POST", QUERY, picture())
+  served = connection.getresponse()
+  assert slow.begun.wait(20)
+  waiting = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+  waiting.request("POST", QUERY, picture())
+  line = waiting.getresponse()
+  assert json.loads(line.readline()) == {"event": "waiting", "ahead": 1}
+  for connected, response in ((waiting, line), (connection, served)):
+    response.close()
+    connected.close()
+  assert free_again(server)
+  assert events(ask(server, QUERY.replace("n=2", "n=1")))[-1]["event"] == "done"
+  assert slow.finished == 1  # the last one
+
+
+def test_time_is_limited(server, monkeypatch):
+  demo_server.Slow(monkeypatch, seconds=0.05)
+  monkeypatch.setattr(server.service, "_limits", Limits(samples=4, waiting=1, seconds=0.001))
+  last = events(ask(server, QUERY.replace("keep=0.5", "keep=0.25")))[-1]
+  assert last["event"] == "error" and "took longer than 0.001 s" in last["message"]
+  assert free_again(server)
+
+
+def test_an_upload_that_never_comes_is_given_up(server, monkeypatch):
+  monkeypatch.setattr(server.service, "_limits", Limits(samples=4, waiting=1, upload_seconds=0.2))
+  connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+  connection.putrequest("POST", QUERY)
+  connection.putheader("Content-Length", "1000")
+  connection.endheaders()
+  connection.send(b"a few")
+  assert connection.getresponse().status == 408
+  assert free_again(server)
+
+
+def test_a_mistake_of_ours_is_told_and_the_next_is_served(server, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(serve, "given_rows", None)
+    last = events(ask(server))[-1]
+  assert last == {
+    "event": "error",
+    "message": "something went wrong here; the server's log says what",
+  }
+  assert events(ask(server))[-1]["event"] == "done"
+
+
+# --- the line --------------------------------------------------------------------------------------
+
+
+def test_a_line_is_served_in_order():
+  async def scenario():
+    line, order = Line(waiting=2), []
+
+    async def person(name, work):
+      line.take_place()
+      try:
+        async for ahead in line.turn(name):
+          order.append((name, ahead))
+        await asyncio.sleep(work)
+      finally:
+        line.leave(name)
+        line.give_back_place()
+
+    people = [asyncio.create_task(person(name, 0.05)) for name in "abc"]
+    await asyncio.sleep(0.01)
+    with pytest.raises(Full):
+      line.take_place()
+    people[1].cancel()  # b, who waits
+    await asyncio.gather(*people, return_exceptions=True)
+    line.take_place()
+    return order
+
+  assert asyncio.run(scenario()) == [("a", 0), ("b", 1), ("c", 2), ("c", 1), ("c", 0)]
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def test_mistakes_of_the_command(capsys, monkeypatch, tmp_path):
+  monkeypatch.setattr(serve, "check_installed", lambda: None)
+  assert command.main([f"--checkpoint={tmp_path}", "--port=0"]) == 2
+  assert "holds nothing; expected" in capsys.readouterr().err
+  assert command.main(["--checkpoint=x", "--port=70000"]) == 2
+  assert "--port: 70000" in capsys.readouterr().err
+  assert command.main(["--checkpoint=x", "--samples=0"]) == 2
+  assert "samples: 0; expected 1 or more" in capsys.readouterr().err
+  with serve.bind("127.0.0.1", 0) as taken:
+    taken.listen()
+    assert command.main(["--checkpoint=x", f"--port={taken.getsockname()[1]}"]) == 2
+  assert "can't bind to 127.0.0.1" in capsys.readouterr().err
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'igpt_jax\[demo\]'"):
+    serve.check_installed()
+
+
+def test_it_binds_to_this_machine_alone():
+  assert command.parse(["--checkpoint=x"]).host == "127.0.0.1"
+  done = subprocess.run(
+    [sys.executable, "-m", "igpt_jax.demo", "--help"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0 and "--checkpoint" in done.stdout
