@@ -18,7 +18,7 @@ from igpt_jax.parallel import sharding
 from igpt_jax.training.evaluation import EVAL_SEED
 from igpt_jax.training.objectives import draw_visible, per_image, token_nll
 from igpt_jax.training.state import HEAD, TrainState, head_sharding, param_shardings
-from igpt_jax.training.step import Batch, Metrics
+from igpt_jax.training.step import Batch, Metrics, update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,20 +143,7 @@ def make_finetune_step(
       return joint_loss(config, loss, params, tokens, batch["label"], keep)
 
     (total, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {
-      "loss": total,
-      **parts,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-    }
-    new_state = TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-      rng=state.rng,
-    )
-    return new_state, metrics
+    return update(state, grads, {"loss": total, **parts}, optimizer, schedule)
 
   return train_step
 

@@ -56,21 +56,28 @@ def make_train_step(
     tokens = batch["tokens"].astype(jnp.int32)
     keys = jax.random.split(key, tokens.shape[0])
     loss, grads = loss_and_grads(state.params, tokens, keys)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {
-      "loss": loss,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-    }
-    new_state = TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-      rng=state.rng,
-    )
-    return new_state, metrics
+    return update(state, grads, {"loss": loss}, optimizer, schedule)
 
   return train_step
+
+
+def update(
+  state: TrainState,
+  grads: Params,
+  metrics: Metrics,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> tuple[TrainState, Metrics]:
+  """The state after a step with these gradients; `metrics`, with `grad_norm` and `learning_rate`."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  new_state = TrainState(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    rng=state.rng,
+  )
+  rate = jnp.asarray(schedule(state.step), jnp.float32)
+  return new_state, {**metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
 
 
 def make_eval_step(
