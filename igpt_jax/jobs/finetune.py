@@ -19,6 +19,7 @@ from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
 from igpt_jax.jobs import common, finetune_start, loop
+from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
 from igpt_jax.model.image_gpt import Params
@@ -32,7 +33,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   folder = os.path.join(workdir, "finetune_scratch" if settings.scratch else "finetune")
   finetune_start.check_settings(settings)
   common.open_workdir(folder)
-  config_lib.check_workdir(config, folder, config_lib.FINETUNE_FREE)
+  workdir_lib.check(config, folder, workdir_lib.FINETUNE_FREE)
   mesh = common.mesh_of(config)
   batch_size = settings.batch_size
   sharding.batch_size_per_shard(mesh, batch_size, "finetune.batch_size")
@@ -57,7 +58,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   tx = optimizer.make_optimizer(optimizer_config)
   # Only now: a mistake in the lines above leaves the folder unclaimed.
   if common.is_main():
-    config_lib.claim_workdir(given, folder)
+    workdir_lib.claim(given, folder)
     palette.save(os.path.join(folder, "palette.npy"))
 
   classifier = finetune.Classifier(

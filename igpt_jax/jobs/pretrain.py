@@ -16,6 +16,7 @@ from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
 from igpt_jax.jobs import common, loop, starting_point
+from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
 from igpt_jax.model.image_gpt import count_params
@@ -27,7 +28,7 @@ from igpt_jax.training.evaluation import Likelihood
 def run(config: ConfigDict, workdir: str) -> None:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
   common.open_workdir(workdir)
-  config_lib.check_workdir(config, workdir)
+  workdir_lib.check(config, workdir)
   given = config
   mesh = common.mesh_of(config)
   batch_size = config.train.batch_size
@@ -47,7 +48,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   tx = optimizer.make_optimizer(optimizer_config)
   # Only now: a mistake in the lines above leaves the workdir unclaimed.
   if common.is_main():
-    config_lib.claim_workdir(given, workdir)
+    workdir_lib.claim(given, workdir)
     if palette is not None:
       palette.save(os.path.join(workdir, "palette.npy"))
 
@@ -148,17 +149,26 @@ def finish(workdir: str, at_step: int, parameters: int, last: dict, elapsed: flo
   """training.json, the curve, the summary."""
   values = {"step": at_step, "parameters": parameters, "elapsed_seconds": elapsed, **last}
   report.write_json(os.path.join(workdir, "training.json"), values)
-  records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+  draw_curve(workdir, os.path.join(workdir, "loss.png"))
+  report.write_summary(workdir)
+
+
+def draw_curve(workdir: str, path: str) -> bool:
+  """Draws a run's losses so far into a PNG; False where there are none yet."""
+  written = os.path.join(workdir, "metrics.jsonl")
+  records = metrics.read_jsonl(written) if os.path.exists(written) else []
   curves = {}
   for name, label in (("loss", "training"), ("validation_loss", "validation")):
     points = [(record["step"], record[name]) for record in records if name in record]
     if points:
       curves[label] = tuple(zip(*points, strict=True))
+  if not curves:
+    return False
   pictures.plot(
-    os.path.join(workdir, "loss.png"),
+    path,
     curves,
-    title=os.path.basename(workdir),
+    title=os.path.basename(os.path.abspath(workdir)),
     x_label="step",
     y_label="nats per token",
   )
-  report.write_summary(workdir)
+  return True

@@ -1,0 +1,79 @@
+"""Whose run a workdir holds: its config.json, written when a run begins, compared when one goes on."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax import report
+from igpt_jax.errors import UserError
+
+# Fields that may differ when a run goes on: they change what is told or done beside the training,
+# not what is computed in it.
+_FREE = (
+  "job", "checkpoint", "watch", "watch_seconds", "watch_patience", "evaluate", "features", "probe", "lowdata",
+  "finetune", "sample", "images", "keep", "n", "log", "mesh", "source", "target", "format",
+  "download", "topology", "plan", "benchmark", "train.accumulate", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb",
+  "data.manual_dir", "train.log_every", "train.eval_every", "train.eval_images",
+  "train.checkpoint_every", "train.keep", "train.keep_every", "model.dtype", "model.remat", "model.attention",
+)  # fmt: skip
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+# Those that may differ when a fine-tuning goes on: what pretraining alone heeds, but not where the
+# fine-tuning begins.
+FINETUNE_FREE = (
+  *(name for name in _FREE if name not in ("checkpoint", "finetune")),
+  "train.batch_size", "train.steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
+)  # fmt: skip
+
+
+def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None:
+  """Checks that a workdir which holds a run holds this one.
+
+  Args:
+    config: of this run.
+    workdir: to look into.
+    free: fields, or whole parts of the config, that may differ.
+
+  Raises:
+    UserError: it holds another config's run; the fields that differ are listed.
+  """
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    return
+  try:
+    with open(path, encoding="utf-8") as file:
+      theirs = _flatten(json.load(file))
+  except ValueError as error:
+    raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
+  changed = [
+    f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
+    for name, value in _flatten(config_lib.as_json(config)).items()
+    if theirs.get(name, "absent") != value
+    and not any(name == each or name.startswith(each + ".") for each in free)
+  ]
+  if changed:
+    raise UserError(
+      f"workdir: {workdir} holds another config's run:\n" + "\n".join(changed) + "\n"
+      "fix: another --workdir, or the config that this run was begun with"
+    )
+
+
+def claim(config: ConfigDict, workdir: str) -> None:
+  """Writes config.json into a workdir that has none: from now on it is this run's."""
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    report.write_json(path, config_lib.as_json(config))
