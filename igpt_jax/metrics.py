@@ -199,7 +199,7 @@ class Progress:
 
 
 class Countdown:
-  """Lines about a job of known length, at most one every few seconds: done/total, speed, ETA."""
+  """Lines about a job of known length, one every few seconds or tenth of its time: done/total, speed, ETA."""
 
   def __init__(self, what: str, total: int, say: Callable[[str], None], every: float = 5.0):
     self._what, self._total, self._say, self._every = what, total, say, every
@@ -211,7 +211,9 @@ class Countdown:
 
   def tick(self, done: int) -> None:
     now = time.monotonic()
-    if now - self._told < self._every or not 0 < done < self._total:
+    # The longer it takes, the less often it has something to say.
+    pause = max(self._every, 0.1 * (now - self._began))
+    if now - self._told < pause or not 0 < done < self._total:
       return
     self._told = now
     speed = done / (now - self._began)
