@@ -49,8 +49,11 @@ def make_keys(n, seed=0):
 
 
 @pytest.mark.parametrize("n_given", [0, 5, 15])
-def test_cached_logits_are_those_of_the_full_forward(n_given):
+@pytest.mark.parametrize("n_done", [0, 4])
+def test_cached_logits_are_those_of_the_full_forward(n_given, n_done):
   """Every position's, the true pixels fed: after no pixel, some, and all but one."""
+  room = CONFIG.n_positions - n_given
+  n_done = min(n_done, room - 1)
   tokens = jnp.asarray(tiny.random_tokens(CONFIG, 3))
 
   @tiny.jit
@@ -58,18 +61,45 @@ def test_cached_logits_are_those_of_the_full_forward(n_given):
     begun = decoding.begin(CONFIG, params, tokens[:, :n_given], make_keys(3))
     tables, weights = decoding_cache.lay_out(bind(CONFIG, params))
 
-    def body(caches, position):
+    def body(before, blocks, position):
       return decoding_cache.decode_step(
-        tables, weights, caches, tokens[:, position - 1], position, CONFIG.n_positions - n_given
+        tables, weights, before, blocks, tokens[:, position - 1], position
       )
 
-    positions = jnp.arange(n_given, CONFIG.n_positions)
-    return jax.lax.scan(body, begun.caches, positions)[1].swapaxes(0, 1)
+    given, drawn = zip(*begun.caches, strict=True)
+    found = []
+    before = [(kv, decoding_cache.take(new, 0, 0)) for kv, new in begun.caches]
+    for start, end in ((0, n_done), (n_done, room)) if n_done else ((0, room),):
+      blocks = [decoding_cache.take(kv, start, end) for kv in drawn]
+      positions = jnp.arange(n_given + start, n_given + end)
+      blocks, logits = jax.lax.scan(functools.partial(body, before), blocks, positions)
+      before = list(zip(given, blocks, strict=True))
+      found.append(logits)
+    return jnp.concatenate(found).swapaxes(0, 1)
 
   params = tiny.random_params(CONFIG)
   expected = full_forward(CONFIG, params, tokens)[:, n_given:]
   np.testing.assert_allclose(decode(params, tokens), expected, rtol=0, atol=1e-4)
   assert np.std(expected) > 0.5  # there is something to be wrong about
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+@pytest.mark.parametrize("per_picture", [1, 2])
+def test_blocks_of_any_length_make_the_same_samples(block, per_picture, monkeypatch):
+  """So short that every sample needs several; with its position known when traced, and not."""
+  given, keys = tiny.random_tokens(CONFIG, 2)[:, :4], make_keys(2 * per_picture)
+  params = tiny.random_params(CONFIG)
+  whole = complete(given, keys, samples_per_picture=per_picture)
+  settings = dict(samples_per_picture=per_picture)
+  monkeypatch.setattr(decoding, "_BLOCK", block)
+  run = tiny.jit(functools.partial(decoding.complete, CONFIG, sampling=PLAIN, **settings))
+  np.testing.assert_array_equal(run(params, given, keys).tokens, whole.tokens)
+  begun = tiny.jit(functools.partial(decoding.begin, CONFIG, **settings))(params, given, keys)
+  draw_chunk = tiny.jit(functools.partial(decoding.extend, CONFIG, n_pixels=5, sampling=PLAIN))
+  for _ in range(3):
+    begun = draw_chunk(params, begun)
+  np.testing.assert_array_equal(begun.tokens, whole.tokens)
+  np.testing.assert_allclose(begun.nll, whole.nll, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 16])

@@ -5,20 +5,25 @@ and values, and a new pixel costs one position. `begin` and `extend` are the par
 whoever shows pictures as they grow.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.decoding_cache import CACHE, Cache, decode_step, lay_out, prefill
+from igpt_jax.model import decoding_cache
+from igpt_jax.model.decoding_cache import Cache, decode_step, put, take
 from igpt_jax.model.decoding_draw import SamplingConfig, draw, filter_logits, nats_of
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
-from igpt_jax.parallel.sharding import constrain
 
 __all__ = [
   "Progress", "Samples", "SamplingConfig", "begin", "complete", "draw", "extend", "filter_logits",
 ]  # fmt: skip
+
+
+# Drawn positions that a loop writes into; those before it are read only.
+_BLOCK = 128
 
 
 class Samples(NamedTuple):
@@ -81,28 +86,25 @@ def begin(
     raise UserError(
       "this checkpoint is a BERT model: it has no left-to-right distribution to sample"
     )
-  batch, n_given = given_BxP.shape
+  n_pictures, n_given = given_BxP.shape
   room = config.n_positions - n_given
   if room < 0:
     raise ValueError(f"{n_given} pixels given to a model of {config.n_positions}")
-  dtype = jnp.dtype(cache_dtype or config.dtype)
+  dtype = cache_dtype or config.dtype
+  model = bind(config, params)
   given_BxP = given_BxP.astype(jnp.int32)
-  n = batch * samples_per_picture
-  empty = jnp.zeros((n, config.n_head, room, config.head_dim), dtype)
+  given = decoding_cache.room(model, n_pictures, 0, dtype)
   if n_given and room:
-    of_given = prefill(bind(config, params), given_BxP)
-  else:
-    nothing = jnp.zeros((batch, config.n_head, 0, config.head_dim), dtype)
-    of_given = [(nothing, nothing)] * config.n_layer
-  caches = [
-    Cache(
-      given=tuple(each.astype(dtype) for each in given),
-      drawn=(constrain(empty, *CACHE), constrain(empty, *CACHE)),
-    )
-    for given in of_given
-  ]
+    given = decoding_cache.prefill(model, given_BxP, dtype)
+  drawn = decoding_cache.room(model, n_pictures * samples_per_picture, room, dtype)
   tokens = jnp.pad(jnp.repeat(given_BxP, samples_per_picture, axis=0), ((0, 0), (0, room)))
-  return Progress(tokens, jnp.zeros(tokens.shape, jnp.float32), n_given, keys, caches)
+  return Progress(
+    tokens,
+    nll=jnp.zeros(tokens.shape, jnp.float32),
+    position=n_given,
+    keys=keys,
+    caches=[Cache(*parts) for parts in zip(given, drawn, strict=True)],
+  )
 
 
 def extend(
@@ -122,25 +124,52 @@ def extend(
       row of a picture.
     sampling: how to draw.
   """
-  tables, weights = lay_out(bind(config, params))
-  room = progress.caches[0].drawn[0].shape[2]
+  tables, weights = decoding_cache.lay_out(bind(config, params))
+  room = progress.caches[0].drawn.length
+  n_given = config.n_positions - room
+  position = progress.position
+  known = isinstance(position, int)
+  end = (min if known else jnp.minimum)(position + n_pixels, config.n_positions)
 
-  def body(position, carry):
-    tokens, nll, caches = carry
-    last = jax.lax.dynamic_index_in_dim(
-      tokens, jnp.maximum(position - 1, 0), axis=1, keepdims=False
-    )
-    caches, logits = decode_step(tables, weights, caches, last, position, room)
+  def draw_one(before, position, carry):
+    tokens, nll, blocks = carry
+    column = jnp.maximum(position - 1, 0)
+    last = jax.lax.dynamic_index_in_dim(tokens, column, axis=1, keepdims=False)
+    blocks, logits = decode_step(tables, weights, before, blocks, last, position)
     token = draw(logits, progress.keys, position, sampling)
     nats = nats_of(logits, token)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
     nll = jax.lax.dynamic_update_slice_in_dim(nll, nats[:, None], position, axis=1)
-    return tokens, nll, caches
+    return tokens, nll, blocks
 
-  end = jnp.minimum(progress.position + n_pixels, config.n_positions)
-  tokens, nll, caches = jax.lax.fori_loop(
-    progress.position, end, body, (progress.tokens, progress.nll, progress.caches)
-  )
+  def draw_block(start, stop, first, last, carry):
+    """Positions first..last-1, which lie within the block of drawn positions start..stop-1."""
+    tokens, nll, drawn = carry
+    before = [
+      (cache.given, take(kv, 0, start)) for cache, kv in zip(progress.caches, drawn, strict=True)
+    ]
+    blocks = [take(kv, start, stop) for kv in drawn]
+    tokens, nll, blocks = jax.lax.fori_loop(
+      first, last, functools.partial(draw_one, before), (tokens, nll, blocks)
+    )
+    return tokens, nll, [put(*each, start) for each in zip(drawn, blocks, strict=True)]
+
+  carry = progress.tokens, progress.nll, [cache.drawn for cache in progress.caches]
+  for start in range(0, room, _BLOCK):
+    stop = min(start + _BLOCK, room)
+    if known:
+      first, last = max(position, n_given + start), min(end, n_given + stop)
+      if first < last:
+        carry = draw_block(start, stop, first, last, carry)
+    else:
+      first, last = jnp.maximum(position, n_given + start), jnp.minimum(end, n_given + stop)
+      once = functools.partial(draw_block, start, stop, first, last)
+      # A loop of one turn or none, not a branch: it leaves the caches where they are.
+      carry = jax.lax.fori_loop(
+        0, (first < last).astype(jnp.int32), lambda _, c, once=once: once(c), carry
+      )
+  tokens, nll, drawn = carry
+  caches = [Cache(cache.given, kv) for cache, kv in zip(progress.caches, drawn, strict=True)]
   return Progress(tokens, nll, end, progress.keys, caches)
 
 

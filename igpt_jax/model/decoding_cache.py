@@ -1,9 +1,12 @@
 """One position at a time: weights laid out for it, caches of keys and values, attention over them.
 
-A cache has two parts: that of the given pixels, once per picture however many samples continue it,
-and that of the drawn ones, once per sample.
+A layer's cache has two parts: that of the given pixels, once per picture however many samples
+continue it, and that of the drawn ones, once per sample. A loop over positions writes into a short
+block of the latter alone and reads the positions before it as they are: nothing is sliced or masked
+in the loop but that block.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,26 +16,82 @@ from igpt_jax.model import layers
 from igpt_jax.model.image_gpt import ImageGPT
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
-CACHE = ("batch", "heads", None, None)
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+class KeysValues(NamedTuple):
+  """Of some positions of one layer; positions are innermost where a sum goes over channels.
+
+  Attributes:
+    k: [N, n_head, head_dim, T].
+    v: [N, n_head, T, head_dim].
+    k_scale, v_scale: what int8 keys and values are multiplied by, float32 [N, n_head, T]; else None.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
+
+  @property
+  def length(self) -> int:
+    return self.k.shape[-1]
+
+
+_TIME = KeysValues(k=3, v=2, k_scale=2, v_scale=2)  # axes of positions
+_AXES = ("batch", "heads", None, None)
 
 
 class Cache(NamedTuple):
-  """Keys and values of one layer.
+  """One layer's: of B pictures' given positions, and of N samples' others, filled from the left."""
 
-  Attributes:
-    given: [B, n_head, P, head_dim] each, of B pictures.
-    drawn: [B * samples_per_picture, n_head, T - P, head_dim] each; filled from the left.
-  """
+  given: KeysValues
+  drawn: KeysValues
 
-  given: tuple[jax.Array, jax.Array]
-  drawn: tuple[jax.Array, jax.Array]
+
+def _each(function: Callable, *parts: KeysValues) -> KeysValues:
+  """`function` of the time axis and of each field that there is."""
+  fields = zip(_TIME, *parts, strict=True)
+  return KeysValues(*(None if of[0] is None else function(axis, *of) for axis, *of in fields))
+
+
+def take(kv: KeysValues, start: int, end: int) -> KeysValues:
+  """Positions start..end-1."""
+  return _each(lambda axis, x: jax.lax.slice_in_dim(x, start, end, axis=axis), kv)
+
+
+def put(kv: KeysValues, part: KeysValues, at: jax.Array | int) -> KeysValues:
+  """`kv` with `part` written from position `at` on."""
+  return _each(
+    lambda axis, x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=axis), kv, part
+  )
+
+
+def store(k_NxTxHxK: jax.Array, v_NxTxHxK: jax.Array, dtype: str) -> KeysValues:
+  """Keys and values as they are kept; int8: scaled by the largest of each position and head."""
+  k, v = k_NxTxHxK.transpose(0, 2, 3, 1), v_NxTxHxK.swapaxes(1, 2)
+  if dtype != "int8":
+    kept = KeysValues(k.astype(dtype), v.astype(dtype))
+  else:
+    (k, k_scale), (v, v_scale) = _to_int8(k, axis=2), _to_int8(v, axis=3)
+    kept = KeysValues(k, v, k_scale, v_scale)
+  return _each(lambda _, x: constrain(x, *_AXES[: x.ndim]), kept)
+
+
+def _to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+  x = x.astype(jnp.float32)
+  scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 1e-30) / 127
+  return jnp.round(x / scale).astype(jnp.int8), jnp.squeeze(scale, axis)
 
 
 class Weights(NamedTuple):
-  """Of one layer, in the compute dtype, whole over the batch's devices."""
+  """Of one layer, in the compute dtype, whole over the batch's devices; matrices [out, in].
+
+  With a column per sample, a matrix is the product's left side: read once, as it lies.
+  """
 
   gain_1: jax.Array
-  qkv: jax.Array  # [D, 3, E]
+  qkv: jax.Array  # [3, E, D]
   attn_proj: jax.Array
   gain_2: jax.Array
   fc: jax.Array
@@ -50,112 +109,175 @@ class Tables(NamedTuple):
 
 
 def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
-  """Casts, gathers and takes apart the weights: once, before a loop over positions."""
+  """Casts, gathers, turns and takes apart the weights: once, before a loop over positions."""
   dtype = jnp.dtype(model.config.dtype)
 
-  def whole(parameter, layer, axes):
+  def whole(parameter, axes, layer=...):
     return gather_weight(parameter[...][layer].astype(dtype), *axes)
+
+  def turned(parameter, product, layer):
+    return whole(parameter, product.weight_axes, layer).swapaxes(-1, -2)
 
   blocks = model.blocks
   per_layer = [
     Weights(
       gain_1=blocks.ln_1.g[...][layer],
-      qkv=whole(blocks.attn.qkv, layer, layers.TO_QKV.weight_axes).swapaxes(0, 1),
-      attn_proj=whole(blocks.attn.proj, layer, layers.FROM_HEADS.weight_axes),
+      qkv=turned(blocks.attn.qkv, layers.TO_QKV, layer),
+      attn_proj=turned(blocks.attn.proj, layers.FROM_HEADS, layer),
       gain_2=blocks.ln_2.g[...][layer],
-      fc=whole(blocks.mlp.fc, layer, layers.TO_INNER.weight_axes),
-      mlp_proj=whole(blocks.mlp.proj, layer, layers.FROM_INNER.weight_axes),
+      fc=turned(blocks.mlp.fc, layers.TO_INNER, layer),
+      mlp_proj=turned(blocks.mlp.proj, layers.FROM_INNER, layer),
     )
     for layer in range(model.config.n_layer)
   ]
   tables = Tables(
-    wte=gather_weight(model.wte[...].astype(dtype), "vocab", "embed"),
-    wpe=gather_weight(model.wpe[...].astype(dtype), "position", "embed"),
+    wte=whole(model.wte, ("vocab", "embed")),
+    wpe=whole(model.wpe, ("position", "embed")),
     sos=model.sos[...].astype(dtype),
     gain=model.ln_f.g[...],
-    wtet=gather_weight(model.wtet[...].astype(dtype), "vocab", "embed"),
+    wtet=whole(model.wtet, ("vocab", "embed")),
   )
   return tables, per_layer
 
 
-def prefill(model: ImageGPT, given_BxP: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+def prefill(model: ImageGPT, given_BxP: jax.Array, dtype: str) -> list[KeysValues]:
   """Keys and values of positions 0..P-1, of every layer, in one pass over the given pixels.
 
   Position 0 is the start vector's, so that the last given pixel is still to be fed.
   """
   config = model.config
-  batch, n_given = given_BxP.shape
+  shape = (*given_BxP.shape, config.n_head, config.head_dim)
 
-  def split(_, x, qkv_3xBxTxE):
-    heads = qkv_3xBxTxE[1:].reshape(2, batch, n_given, config.n_head, config.head_dim)
-    return constrain(heads.swapaxes(2, 3), None, *CACHE)
+  def keep(_, x, qkv_3xBxTxE):
+    return store(qkv_3xBxTxE[1].reshape(shape), qkv_3xBxTxE[2].reshape(shape), dtype)
 
-  _, kv_Lx2xBxHxPxK = model.hidden(model.embed(given_BxP), collect=split)
-  return [(kv_Lx2xBxHxPxK[layer, 0], kv_Lx2xBxHxPxK[layer, 1]) for layer in range(config.n_layer)]
+  _, stacked = model.hidden(model.embed(given_BxP), collect=keep)
+  return [_each(lambda _, x, at=layer: x[at], stacked) for layer in range(config.n_layer)]
 
 
-def attend(q_NxHxK: jax.Array, cache: Cache, n_drawn: jax.Array, read: int) -> jax.Array:
-  """Attention of one query per sample over the given positions and the first drawn ones, [N, H, K].
+def room(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
+  """Of every layer, with nothing in it yet."""
+  config = model.config
+  nothing = jnp.zeros((n, length, config.n_head, config.head_dim), dtype)
+  return [store(nothing, nothing, dtype) for _ in range(config.n_layer)]
+
+
+def attend(
+  q_NxHxK: jax.Array, given: KeysValues, done: KeysValues, block: KeysValues, last: jax.Array
+) -> jax.Array:
+  """Attention of one query per sample, float32 [N, H, K].
 
   Args:
     q_NxHxK: queries.
-    cache: of this layer.
-    n_drawn: how many drawn positions are filled.
-    read: at least `n_drawn`: how much of the cache is looked at.
+    given: of B pictures, N / B samples of each.
+    done: of the samples' positions before the block.
+    block: of the positions from there on, up to and with `last`; what comes after isn't looked at.
+    last: index into the block.
   """
-  n, n_head, head_dim = q_NxHxK.shape
-  (given_k, given_v), (k, v) = cache
-  k, v = k[:, :, :read], v[:, :, :read]
-  q_NxHxK = q_NxHxK * jnp.asarray(head_dim**-0.5, q_NxHxK.dtype)
-  # A picture's samples side by side: its given positions are read once for all of them.
-  q_BxSxHxK = q_NxHxK.reshape(given_k.shape[0], -1, n_head, head_dim)
-  of_given = jnp.einsum("bshk,bhtk->bsht", q_BxSxHxK, given_k, preferred_element_type=jnp.float32)
-  of_given = of_given.reshape(n, n_head, -1)
-  of_drawn = jnp.einsum("nhk,nhtk->nht", q_NxHxK, k, preferred_element_type=jnp.float32)
-  of_drawn = jnp.where(jnp.arange(read) < n_drawn, of_drawn, -jnp.inf)
-  scores = jnp.concatenate([of_given, of_drawn], axis=-1)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  from_given, from_drawn = jnp.split(weights, [of_given.shape[-1]], axis=-1)
-  from_given = from_given.reshape(*q_BxSxHxK.shape[:3], -1)
-  out = jnp.einsum("nht,nhtk->nhk", from_drawn, v)
-  return out + jnp.einsum("bsht,bhtk->bshk", from_given, given_v).reshape(out.shape)
+  n, _, head_dim = q_NxHxK.shape
+  q_NxHxK = q_NxHxK.astype(jnp.float32) * head_dim**-0.5
+  own = [part for part in (done, block) if part.length]
+  shared = given.length and n > given.k.shape[0]
+  if given.length and not shared:
+    own = [given, *own]
+  scores = [_scores(q_NxHxK, part) for part in own]
+  scores[-1] = jnp.where(jnp.arange(block.length) <= last, scores[-1], -jnp.inf)
+  if shared:
+    scores = [_shared_scores(q_NxHxK, given), *scores]
+  lengths = [each.shape[-1] for each in scores]
+  scores = jnp.concatenate(scores, axis=-1)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  ends = [sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
+  weights = jnp.split(weights, ends, axis=-1)
+  mixed = [_mix(*pair) for pair in zip(weights[-len(own) :], own, strict=True)]
+  if shared:
+    mixed.append(_shared_mix(weights[0], given))
+  return sum(mixed) / total
+
+
+def _scores(q_NxHxK: jax.Array, kv: KeysValues) -> jax.Array:
+  """q k, [N, H, T]. A product of one row reads keys faster as a plain sum, and int8 ones in place."""
+  scores = jnp.sum(q_NxHxK[..., None] * kv.k.astype(jnp.float32), axis=2)
+  return scores if kv.k_scale is None else scores * kv.k_scale
+
+
+def _mix(weights_NxHxT: jax.Array, kv: KeysValues) -> jax.Array:
+  """Weighted values, [N, H, K]."""
+  if kv.v_scale is not None:
+    weights_NxHxT = weights_NxHxT * kv.v_scale
+  return jnp.sum(weights_NxHxT[..., None] * kv.v.astype(jnp.float32), axis=2)
+
+
+def _by_picture(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
+  """[B, H, samples of a picture, A]: what they share is read once for all of them."""
+  return x_NxHxA.reshape(n_pictures, -1, *x_NxHxA.shape[1:]).swapaxes(1, 2)
+
+
+def _by_sample(x_BxHxSxA: jax.Array) -> jax.Array:
+  x_BxSxHxA = x_BxHxSxA.swapaxes(1, 2)
+  return x_BxSxHxA.reshape(-1, *x_BxSxHxA.shape[2:])
+
+
+def _shared_scores(q_NxHxK: jax.Array, given: KeysValues) -> jax.Array:
+  q_BxHxSxK = _by_picture(q_NxHxK, given.k.shape[0])
+  scores = jnp.einsum("bhsk,bhkt->bhst", q_BxHxSxK, given.k.astype(jnp.float32))
+  return _by_sample(scores if given.k_scale is None else scores * given.k_scale[:, :, None])
+
+
+def _shared_mix(weights_NxHxT: jax.Array, given: KeysValues) -> jax.Array:
+  weights = _by_picture(weights_NxHxT, given.v.shape[0])
+  if given.v_scale is not None:
+    weights = weights * given.v_scale[:, :, None]
+  return _by_sample(jnp.einsum("bhst,bhtk->bhsk", weights, given.v.astype(jnp.float32)))
 
 
 def decode_step(
   tables: Tables,
   weights: list[Weights],
-  caches: list[Cache],
+  before: list[tuple[KeysValues, KeysValues]],
+  blocks: list[KeysValues],
   token_N: jax.Array,
   position: jax.Array,
-  read: int,
-) -> tuple[list[Cache], jax.Array]:
+) -> tuple[list[KeysValues], jax.Array]:
   """Feeds the pixel before `position`, and returns the logits of the pixel there, [N, n_vocab].
 
   Args:
     tables, weights: as laid out.
-    caches: of every layer, filled before `position`.
+    before: of every layer: what is given, and what was drawn before the block.
+    blocks: of every layer: the positions after that, filled before `position`, which is in it.
     token_N: the pixels before `position`; at position 0 the start vector stands for them.
     position: of the pixel to predict; not a given one.
-    read: how many drawn positions of the caches are looked at; this one's included.
   """
   embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
-  x_NxD = constrain(embedded + tables.wpe[position], "batch", "channels")
+  x_DxN = constrain((embedded + tables.wpe[position]).T, *_COLUMNS)
   updated = []
-  for block, cache in zip(weights, caches, strict=True):
-    n, n_head, _, head_dim = cache.drawn[0].shape
-    at = position - cache.given[0].shape[2]
-    qkv = jnp.einsum("nd,dse->nse", layers.rms_norm(x_NxD, block.gain_1), block.qkv)
-    q, k, v = qkv.reshape(n, 3, n_head, head_dim).swapaxes(0, 1)
-    drawn = tuple(
-      jax.lax.dynamic_update_slice_in_dim(whole, new[:, :, None].astype(whole.dtype), at, axis=2)
-      for whole, new in zip(cache.drawn, (k, v), strict=True)
-    )
-    cache = Cache(cache.given, drawn)
-    heads = attend(q, cache, at + 1, read).reshape(n, -1)
-    x_NxD = x_NxD + heads @ block.attn_proj
-    hidden = layers.rms_norm(x_NxD, block.gain_2) @ block.fc
-    x_NxD = x_NxD + layers.activation(hidden) @ block.mlp_proj
-    x_NxD = constrain(x_NxD, "batch", "channels")
-    updated.append(cache)
-  final = layers.rms_norm(x_NxD, tables.gain)
-  return updated, jnp.einsum("nd,vd->nv", final, tables.wtet, preferred_element_type=jnp.float32)
+  for layer, (given, done), block in zip(weights, before, blocks, strict=True):
+    n, n_head, head_dim, _ = block.k.shape
+    qkv = _dot(layer.qkv.reshape(-1, len(x_DxN)), _norm(x_DxN, layer.gain_1))
+    q, k, v = _rows(qkv).reshape(n, 3, n_head, head_dim).swapaxes(0, 1)
+    at = position - given.length - done.length
+    block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
+    heads_NxHxK = attend(q, given, done, block, at).astype(x_DxN.dtype)
+    x_DxN = x_DxN + _dot(layer.attn_proj, heads_NxHxK.reshape(n, -1).T)
+    hidden = layers.activation(_dot(layer.fc, _norm(x_DxN, layer.gain_2)))
+    x_DxN = constrain(x_DxN + _dot(layer.mlp_proj, hidden), *_COLUMNS)
+    updated.append(block)
+  return updated, _rows(_dot(tables.wtet, _norm(x_DxN, tables.gain), jnp.float32))
+
+
+_COLUMNS = ("channels", "batch")
+
+
+def _dot(weight: jax.Array, x: jax.Array, dtype=None) -> jax.Array:
+  return jnp.matmul(weight, x, preferred_element_type=dtype)
+
+
+def _rows(columns: jax.Array) -> jax.Array:
+  """Turned; by itself, where XLA would turn the product before it round, to a slower one."""
+  return jax.lax.optimization_barrier(columns).T
+
+
+def _norm(x_DxN: jax.Array, gain: jax.Array) -> jax.Array:
+  """As the model's norms, of columns."""
+  return layers.rms_norm(x_DxN.T, gain).T
