@@ -28,6 +28,7 @@ FLOORS = {
   "jobs": 3,
   "main": 4,
   "demo": 4,
+  "notebook": 4,
 }
 
 # A library -> the only files or folders that may import it.
@@ -44,6 +45,7 @@ ONLY_IN = {
   "wandb": ["metrics.py"],
   "starlette": ["demo/"],
   "uvicorn": ["demo/"],
+  "IPython": ["notebook.py"],
 }
 
 MESH_AXES = {"fsdp", "tensor"}

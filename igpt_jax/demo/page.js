@@ -306,8 +306,8 @@ async function begin() {
     return;
   }
   for (const model of about.models) {
-    const million = (model.parameters / 1e6).toPrecision(2);
-    at("model").add(new Option(`${model.name}: ${model.resolution}×${model.resolution}, ${million}M parameters`));
+    const size = new Intl.NumberFormat("en", { notation: "compact" }).format(model.parameters);
+    at("model").add(new Option(`${model.name}: ${model.resolution}×${model.resolution}, ${size} parameters`));
   }
   at("n").max = about.samples;
   at("n").value = Math.min(4, about.samples);
