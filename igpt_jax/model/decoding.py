@@ -14,29 +14,18 @@ import jax.numpy as jnp
 from igpt_jax.errors import UserError
 from igpt_jax.model import decoding_cache
 from igpt_jax.model.decoding_cache import Cache, decode_step, put, take
-from igpt_jax.model.decoding_draw import SamplingConfig, draw, filter_logits, nats_of
+from igpt_jax.model.decoding_draw import Samples, SamplingConfig, draw, filter_logits, nats_of
+from igpt_jax.model.decoding_masked import fill
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 
 __all__ = [
-  "Progress", "Samples", "SamplingConfig", "begin", "complete", "draw", "extend", "filter_logits",
+  "Progress", "Samples", "SamplingConfig", "begin", "complete", "draw", "extend", "fill",
+  "filter_logits",
 ]  # fmt: skip
 
 
 # Drawn positions that a loop writes into; those before it are read only.
 _BLOCK = 128
-
-
-class Samples(NamedTuple):
-  """What was drawn.
-
-  Attributes:
-    tokens: int32 [B, n_positions], the given pixels included.
-    nll: float32 [B, n_positions], nats per token under the model itself (temperature 1, no
-      truncation); 0 at the given pixels.
-  """
-
-  tokens: jax.Array
-  nll: jax.Array
 
 
 class Progress(NamedTuple):

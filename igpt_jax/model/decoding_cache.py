@@ -158,8 +158,13 @@ def prefill(model: ImageGPT, given_BxP: jax.Array, dtype: str) -> list[KeysValue
 def room(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
   """Of every layer, with nothing in it yet."""
   config = model.config
-  nothing = jnp.zeros((n, length, config.n_head, config.head_dim), dtype)
-  return [store(nothing, nothing, dtype) for _ in range(config.n_layer)]
+  nothing = jax.ShapeDtypeStruct((n, length, config.n_head, config.head_dim), config.dtype)
+  abstract = jax.eval_shape(lambda k, v: store(k, v, dtype), nothing, nothing)
+
+  def zeros(_, leaf):
+    return constrain(jnp.zeros(leaf.shape, leaf.dtype), *_AXES[: leaf.ndim])
+
+  return [_each(zeros, abstract) for _ in range(config.n_layer)]
 
 
 def attend(

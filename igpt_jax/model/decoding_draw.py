@@ -1,6 +1,7 @@
 """How a colour is drawn from the model's logits: temperature, top-k, top-p, and a key per sample."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,19 @@ class SamplingConfig:
       raise UserError(f"top_k: {self.top_k}; expected 0 (all colours) or more")
     if not 0 < self.top_p <= 1:
       raise UserError(f"top_p: {self.top_p}; expected a number in (0, 1]")
+
+
+class Samples(NamedTuple):
+  """What was drawn.
+
+  Attributes:
+    tokens: int32 [B, n_positions], the given pixels included.
+    nll: float32 [B, n_positions], nats per token under the model itself (temperature 1, no
+      truncation); 0 at the given pixels.
+  """
+
+  tokens: jax.Array
+  nll: jax.Array
 
 
 def filter_logits(logits_BxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
@@ -63,7 +77,7 @@ def draw(
   return jax.vmap(one)(keys_B, filter_logits(logits_BxV, sampling)).astype(jnp.int32)
 
 
-def nats_of(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
-  """-log p(token) under the logits as they are, float32 [B]."""
-  chosen = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=-1)[:, 0]
-  return jax.nn.logsumexp(logits_BxV, axis=-1) - chosen
+def nats_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """-log p(token) under the logits [..., V] as they are, float32 [...]."""
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - chosen
