@@ -24,7 +24,7 @@ from igpt_jax.data.sources import PICTURE_SUFFIXES, DataConfig, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain
 
-_LINES = 12  # of what a job prints, that are shown
+_LINES = 20  # of what a job prints, that are shown
 _ENLARGED = 16  # times, of the digit that is the example
 
 
@@ -254,7 +254,7 @@ class _Screen:
 
 
 def _text(lines: Iterable[str]) -> str:
-  return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+  return f'<pre style="white-space: pre-wrap">{html.escape(chr(10).join(lines))}</pre>'
 
 
 def _image(path: pathlib.Path) -> str:
