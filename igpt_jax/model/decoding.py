@@ -63,17 +63,22 @@ def begin(
     keys: PRNG keys, one per sample [B * samples_per_picture]: a sample is the same whatever batch
       it is drawn in.
     samples_per_picture: completions of each picture; they share its part of the caches.
-    cache_dtype: of keys and values; "": the compute dtype.
+    cache_dtype: of keys and values, "float32", "bfloat16" or "int8" (scaled by the largest number of
+      each position and head); "": the compute dtype.
 
   Returns:
     Progress of N = B * samples_per_picture pictures, a picture's own ones side by side.
 
   Raises:
-    UserError: the model isn't causal.
+    UserError: the model isn't causal, or there's no such cache.
   """
   if not config.causal:
     raise UserError(
       "this checkpoint is a BERT model: it has no left-to-right distribution to sample"
+    )
+  if cache_dtype and cache_dtype not in decoding_cache.CACHE_DTYPES:
+    raise UserError(
+      f"cache_dtype: {cache_dtype!r}; expected one of {', '.join(decoding_cache.CACHE_DTYPES)}"
     )
   n_pictures, n_given = given_BxP.shape
   room = config.n_positions - n_given
