@@ -74,7 +74,6 @@ class Target:
 
   def add(self, numbers: list[int], tokens: np.ndarray, nll: np.ndarray) -> None:
     """Keeps samples, on disk too."""
-    os.makedirs(self.folder, exist_ok=True)
     with (
       files.replacing(os.path.join(self.folder, f"{numbers[0]:04d}.npz")) as partial,
       open(partial, "wb") as file,
@@ -115,15 +114,14 @@ def run(config: ConfigDict, workdir: str) -> None:
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
     completer = Completer(found, config, mesh)
-    clock = metrics.Countdown("samples", len(to_do) * config.n, say)
-    done = 0
     # A list: what is missing changes as samples come in, and only where they are written.
-    for batch, numbers in list(_batches(to_do, config.n, config.sample.batch_size)):
+    batches = list(_batches(to_do, config.n, config.sample.batch_size))
+    clock = metrics.Countdown("batches", len(batches), say)
+    for done, (batch, numbers) in enumerate(batches, 1):
       _draw(completer, batch, numbers, settings, config)
-      for target in batch:
+      for target in dict.fromkeys(batch):
         if common.is_main() and not _missing(target, config.n):
           _finish(target, reader, settings, config)
-      done += sum(number < config.n for number in numbers) * len(batch)
       clock.tick(done)
   if not common.is_main():
     return
@@ -249,11 +247,13 @@ def _draw(
     if target in batch[:i]:
       break  # the last one again, which filled the batch up
     rows = slice(i * len(numbers), i * len(numbers) + len(kept))
-    target.add(kept, drawn.tokens[rows], drawn.nll[rows])
     scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+    os.makedirs(target.folder, exist_ok=True)
     for number, painted in zip(kept, completer.reader.paint(drawn.tokens[rows]), strict=True):
       path = os.path.join(target.folder, f"{number:04d}.png")
       pictures.save_png(path, pictures.grid([[painted]], scale=scale, gap=0))
+    # Last: from now on they aren't drawn again.
+    target.add(kept, drawn.tokens[rows], drawn.nll[rows])
 
 
 def _rows(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
