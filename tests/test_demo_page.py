@@ -106,7 +106,7 @@ def wait_until_done(page):
 
 def test_upload_complete_and_save(browser, server, tmp_path):
   with person(browser, server) as page:
-    assert page.is_disabled("#complete")
+    assert page.is_disabled("#complete") and page.is_hidden("#take")
     choose(page, photo())
     page.click("#complete")
     wait_until_done(page)
@@ -270,4 +270,11 @@ def test_on_a_phone(browser, server, tmp_path):
     assert all(each["x"] >= 0 and each["x"] + each["width"] <= 390 for each in figures)
     assert figures[1]["x"] > figures[0]["x"] and figures[2]["x"] == figures[0]["x"]  # two a row
     page.screenshot(path=tmp_path / "phone.png", full_page=True)
+    # What goes wrong is seen, wherever the page was scrolled to.
+    page.evaluate("() => scrollTo(0, 0)")
+    page.set_input_files("#file", {**photo(), "buffer": bytes(600_000)})
+    page.wait_for_selector("#error:visible")
+    page.wait_for_function(
+      "() => document.querySelector('#error').getBoundingClientRect().bottom <= innerHeight"
+    )
     assert Image.open(tmp_path / "phone.png").width == 390

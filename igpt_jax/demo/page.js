@@ -14,6 +14,7 @@ let stopper = null; // of the request under way
 function tell(message) {
   at("error").textContent = message;
   at("error").hidden = !message;
+  if (message) at("error").scrollIntoView({ behavior: "smooth", block: "nearest" });
 }
 
 // --- what is given ---------------------------------------------------------------------------------
