@@ -44,6 +44,7 @@ setuptools.setup(
     "wandb": ["wandb>=0.19,<1"],
     "photos": ["scikit-image>=0.24,<0.27"],  # the photographs of photo_patches
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
+    "onnx": ["onnxruntime>=1.20,<2"],  # job quality by a network of one's own
     "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
     "test": [
       "playwright>=1.50,<2",  # the page in a browser, where there is a Chromium

@@ -158,6 +158,11 @@ def base() -> ConfigDict:
   config.keep = 0.5  # complete: share of the rows that is given
   config.n = 8  # complete: samples of each picture
 
+  config.quality = ConfigDict()
+  config.quality.images = 1_000  # samples, completions, and pictures of test to compare them with
+  config.quality.network = ""  # a checkpoint, or a network in .onnx; "": the model itself
+  config.quality.layer = -1  # of that checkpoint; -1: the middle one
+
   config.source = ""  # convert: a checkpoint
   config.target = ""  # convert: what to write; nothing may be there
   config.format = "orbax"  # convert: orbax (this program's own), huggingface, openai
@@ -217,7 +222,7 @@ def validate(config: ConfigDict) -> None:
     "evaluate.baseline_images", "features.grid", "features.batch_size", "probe.max_iterations", "probe.steps",
     "probe.batch_size", "probe.eval_every", "lowdata.trials", "finetune.batch_size", "finetune.steps",
     "finetune.eval_every", "finetune.masks",
-    "sample.completions", "sample.per_picture", "sample.batch_size", "n", "benchmark.repeats",
+    "sample.completions", "sample.per_picture", "sample.batch_size", "quality.images", "n", "benchmark.repeats",
     "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(

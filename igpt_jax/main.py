@@ -17,8 +17,8 @@ from igpt_jax.errors import UserError
 
 # Each is a module of igpt_jax.jobs with run(config, workdir).
 JOBS = (
-  "pretrain", "evaluate", "probe", "lowdata", "finetune", "sample", "complete", "fit_palette", "prepare", "convert",
-  "download", "compile", "benchmark",
+  "pretrain", "evaluate", "probe", "lowdata", "finetune", "sample", "complete", "quality",
+  "fit_palette", "prepare", "convert", "download", "compile", "benchmark",
 )  # fmt: skip
 
 # Of several processes one may have long work of its own at the end (fitting probes) ...

@@ -55,6 +55,15 @@ _SECTIONS = {
   "lowdata.json": ("Few labels", {"verdict": "{}"}),
   "finetune/finetune.json": ("Fine-tuning", _FINETUNING),
   "finetune_scratch/finetune.json": ("The same from random parameters", _FINETUNING),
+  "quality.json": (
+    "Quality",
+    {
+      "samples_distance": "Fréchet distance to test of samples {:.4g}",
+      "completions_distance": "of completions {:.4g}",
+      "train_distance": "of training pictures {:.4g}",
+      "network": "by {}",
+    },
+  ),
   "sample.json": (
     "Samples",
     {

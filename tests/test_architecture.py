@@ -46,6 +46,7 @@ ONLY_IN = {
   "starlette": ["demo/"],
   "uvicorn": ["demo/"],
   "IPython": ["notebook.py"],
+  "onnxruntime": ["jobs/quality.py"],
 }
 
 MESH_AXES = {"fsdp", "tensor"}
@@ -218,7 +219,7 @@ for name in {modules}:
   importlib.import_module(name)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "importing initialised a backend"
-heavy = {{"tensorflow", "torch", "wandb", "tensorboardX", "transformers", "starlette", "uvicorn"}} & sys.modules.keys()
+heavy = {{"tensorflow", "torch", "wandb", "tensorboardX", "transformers", "starlette", "uvicorn", "onnxruntime"}} & sys.modules.keys()
 assert not heavy, heavy
 import jax
 jax.devices()
