@@ -64,7 +64,7 @@ def test_cached_logits_are_those_of_the_full_forward(n_given, n_done):
 
     def body(before, blocks, position):
       return decoding_cache.decode_step(
-        tables, weights, before, blocks, tokens[:, position - 1], position
+        tables, weights, before, blocks, tokens[:, position - 1], position, CONFIG.n_head
       )
 
     given, drawn = zip(*begun.caches, strict=True)
@@ -272,6 +272,25 @@ def test_cache_dtypes(dtype, per_picture):
     assert abs(samples.nll[:, 32:].mean() / true.mean() - 1) < 0.005
     plain = complete(given, keys, config=config, samples_per_picture=per_picture)
     assert abs(true.mean() / plain.nll[:, 32:].mean() - 1) < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("per_picture", [1, 3])
+def test_rows_as_accelerators_keep_them_are_the_same(dtype, per_picture, monkeypatch):
+  given, keys = tiny.random_tokens(CONFIG, 2)[:, :6], make_keys(2 * per_picture)
+  settings = dict(sampling=PLAIN, samples_per_picture=per_picture, cache_dtype=dtype)
+
+  def run():
+    return tiny.jit(functools.partial(decoding.complete, CONFIG, **settings))(
+      tiny.random_params(CONFIG), given, keys
+    )
+
+  expected = run()
+  monkeypatch.setattr(decoding_cache, "_keeps_rows", lambda: True)
+  monkeypatch.setattr(decoding, "_BLOCK", 4)
+  found = run()
+  np.testing.assert_array_equal(found.tokens, expected.tokens)
+  np.testing.assert_allclose(found.nll, expected.nll, rtol=0, atol=1e-4)
 
 
 def test_an_unknown_cache_dtype_is_refused():

@@ -17,6 +17,7 @@ from igpt_jax.model.decoding_cache import Cache, decode_step, put, take
 from igpt_jax.model.decoding_draw import Samples, SamplingConfig, draw, filter_logits, nats_of
 from igpt_jax.model.decoding_masked import fill
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.parallel import hardware
 
 __all__ = [
   "Progress", "Samples", "SamplingConfig", "begin", "complete", "draw", "extend", "fill",
@@ -24,8 +25,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-# Drawn positions that a loop writes into; those before it are read only.
+# Drawn positions that a loop writes into; those before it are read only. Shorter ones read less of
+# what isn't filled yet, and more of them take longer to compile.
 _BLOCK = 128
+_MAX_BLOCKS = {"cpu": 8}
+_MAX_BLOCKS_ELSEWHERE = 2
 
 
 class Progress(NamedTuple):
@@ -129,7 +133,7 @@ def extend(
     tokens, nll, blocks = carry
     column = jnp.maximum(position - 1, 0)
     last = jax.lax.dynamic_index_in_dim(tokens, column, axis=1, keepdims=False)
-    blocks, logits = decode_step(tables, weights, before, blocks, last, position)
+    blocks, logits = decode_step(tables, weights, before, blocks, last, position, config.n_head)
     token = draw(logits, progress.keys, position, sampling)
     nats = nats_of(logits, token)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
@@ -149,8 +153,10 @@ def extend(
     return tokens, nll, [put(*each, start) for each in zip(drawn, blocks, strict=True)]
 
   carry = progress.tokens, progress.nll, [cache.drawn for cache in progress.caches]
-  for start in range(0, room, _BLOCK):
-    stop = min(start + _BLOCK, room)
+  most = _MAX_BLOCKS.get(hardware.platform(), _MAX_BLOCKS_ELSEWHERE)
+  block = _BLOCK * -(-room // (_BLOCK * most))
+  for start in range(0, room, block):
+    stop = min(start + block, room)
     if known:
       first, last = max(position, n_given + start), min(end, n_given + stop)
       if first < last:

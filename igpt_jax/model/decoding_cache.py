@@ -14,18 +14,23 @@ import jax.numpy as jnp
 
 from igpt_jax.model import layers
 from igpt_jax.model.image_gpt import ImageGPT
+from igpt_jax.parallel import hardware
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 class KeysValues(NamedTuple):
-  """Of some positions of one layer; positions are innermost where a sum goes over channels.
+  """Of some positions of one layer.
+
+  XLA on a CPU reads them fastest with what a sum goes over outside: positions innermost of keys,
+  channels innermost of values. An accelerator takes whole rows, one per position.
 
   Attributes:
-    k: [N, n_head, head_dim, T].
-    v: [N, n_head, T, head_dim].
-    k_scale, v_scale: what int8 keys and values are multiplied by, float32 [N, n_head, T]; else None.
+    k: [N, n_head, head_dim, T], or rows [N, T, n_head * head_dim].
+    v: [N, n_head, T, head_dim], or rows [N, T, n_head * head_dim].
+    k_scale, v_scale: what int8 keys and values are multiplied by, float32 [N, n_head, T], or rows
+      [N, T, n_head]; else None.
   """
 
   k: jax.Array
@@ -34,12 +39,12 @@ class KeysValues(NamedTuple):
   v_scale: jax.Array | None = None
 
   @property
+  def in_rows(self) -> bool:
+    return self.k.ndim == 3
+
+  @property
   def length(self) -> int:
-    return self.k.shape[-1]
-
-
-_TIME = KeysValues(k=3, v=2, k_scale=2, v_scale=2)  # axes of positions
-_AXES = ("batch", "heads", None, None)
+    return self.k.shape[1] if self.in_rows else self.k.shape[3]
 
 
 class Cache(NamedTuple):
@@ -49,10 +54,20 @@ class Cache(NamedTuple):
   drawn: KeysValues
 
 
+def _keeps_rows() -> bool:
+  return hardware.platform() != "cpu"
+
+
 def _each(function: Callable, *parts: KeysValues) -> KeysValues:
-  """`function` of the time axis and of each field that there is."""
-  fields = zip(_TIME, *parts, strict=True)
+  """`function` of the axis of positions and of each field that there is."""
+  axes = (1, 1, 1, 1) if parts[0].in_rows else (3, 2, 2, 2)
+  fields = zip(axes, *parts, strict=True)
   return KeysValues(*(None if of[0] is None else function(axis, *of) for axis, *of in fields))
+
+
+def _pin(kv: KeysValues) -> KeysValues:
+  axes = ("batch", "length", "heads") if kv.in_rows else ("batch", "heads", None, None)
+  return _each(lambda _, x: constrain(x, *axes[: x.ndim]), kv)
 
 
 def take(kv: KeysValues, start: int, end: int) -> KeysValues:
@@ -69,19 +84,22 @@ def put(kv: KeysValues, part: KeysValues, at: jax.Array | int) -> KeysValues:
 
 def store(k_NxTxHxK: jax.Array, v_NxTxHxK: jax.Array, dtype: str) -> KeysValues:
   """Keys and values as they are kept; int8: scaled by the largest of each position and head."""
-  k, v = k_NxTxHxK.transpose(0, 2, 3, 1), v_NxTxHxK.swapaxes(1, 2)
-  if dtype != "int8":
-    kept = KeysValues(k.astype(dtype), v.astype(dtype))
-  else:
-    (k, k_scale), (v, v_scale) = _to_int8(k, axis=2), _to_int8(v, axis=3)
-    kept = KeysValues(k, v, k_scale, v_scale)
-  return _each(lambda _, x: constrain(x, *_AXES[: x.ndim]), kept)
+  k, v, scales = k_NxTxHxK, v_NxTxHxK, []
+  if dtype == "int8":
+    (k, k_scale), (v, v_scale) = _to_int8(k), _to_int8(v)
+    scales = [k_scale, v_scale]
+  k, v = k.astype(dtype), v.astype(dtype)
+  if _keeps_rows():
+    shape = (*k.shape[:2], k.shape[2] * k.shape[3])
+    return _pin(KeysValues(k.reshape(shape), v.reshape(shape), *scales))
+  scales = [scale.swapaxes(1, 2) for scale in scales]
+  return _pin(KeysValues(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), *scales))
 
 
-def _to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   x = x.astype(jnp.float32)
-  scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 1e-30) / 127
-  return jnp.round(x / scale).astype(jnp.int8), jnp.squeeze(scale, axis)
+  scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / 127
+  return jnp.round(x / scale).astype(jnp.int8), jnp.squeeze(scale, -1)
 
 
 class Weights(NamedTuple):
@@ -152,7 +170,7 @@ def prefill(model: ImageGPT, given_BxP: jax.Array, dtype: str) -> list[KeysValue
     return store(qkv_3xBxTxE[1].reshape(shape), qkv_3xBxTxE[2].reshape(shape), dtype)
 
   _, stacked = model.hidden(model.embed(given_BxP), collect=keep)
-  return [_each(lambda _, x, at=layer: x[at], stacked) for layer in range(config.n_layer)]
+  return [_pin(jax.tree.map(lambda x, at=layer: x[at], stacked)) for layer in range(config.n_layer)]
 
 
 def room(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
@@ -160,11 +178,8 @@ def room(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
   config = model.config
   nothing = jax.ShapeDtypeStruct((n, length, config.n_head, config.head_dim), config.dtype)
   abstract = jax.eval_shape(lambda k, v: store(k, v, dtype), nothing, nothing)
-
-  def zeros(_, leaf):
-    return constrain(jnp.zeros(leaf.shape, leaf.dtype), *_AXES[: leaf.ndim])
-
-  return [_each(zeros, abstract) for _ in range(config.n_layer)]
+  empty = [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)]
+  return [_pin(kv) for kv in empty * config.n_layer]
 
 
 def attend(
@@ -202,16 +217,37 @@ def attend(
 
 
 def _scores(q_NxHxK: jax.Array, kv: KeysValues) -> jax.Array:
-  """q k, [N, H, T]. A product of one row reads keys faster as a plain sum, and int8 ones in place."""
+  """q k, [N, H, T]."""
+  if kv.in_rows:
+    k = _heads(kv.k, q_NxHxK.shape[1], q_NxHxK.dtype)
+    scores = jnp.einsum(
+      "nhk,nthk->nht", q_NxHxK.astype(k.dtype), k, preferred_element_type="float32"
+    )
+    return scores if kv.k_scale is None else scores * kv.k_scale.swapaxes(1, 2)
+  # A product of one row reads keys faster as a plain sum, and int8 ones in place.
   scores = jnp.sum(q_NxHxK[..., None] * kv.k.astype(jnp.float32), axis=2)
   return scores if kv.k_scale is None else scores * kv.k_scale
 
 
 def _mix(weights_NxHxT: jax.Array, kv: KeysValues) -> jax.Array:
   """Weighted values, [N, H, K]."""
+  if kv.in_rows:
+    if kv.v_scale is not None:
+      weights_NxHxT = weights_NxHxT * kv.v_scale.swapaxes(1, 2)
+    v = _heads(kv.v, weights_NxHxT.shape[1], weights_NxHxT.dtype)
+    weights_NxHxT = weights_NxHxT.astype(v.dtype)
+    return jnp.einsum("nht,nthk->nhk", weights_NxHxT, v, preferred_element_type="float32")
   if kv.v_scale is not None:
     weights_NxHxT = weights_NxHxT * kv.v_scale
   return jnp.sum(weights_NxHxT[..., None] * kv.v.astype(jnp.float32), axis=2)
+
+
+def _heads(rows_NxTxE: jax.Array, n_head: int, dtype) -> jax.Array:
+  """[N, T, H, K], as floats."""
+  if rows_NxTxE.dtype == jnp.int8:
+    rows_NxTxE = rows_NxTxE.astype(dtype)
+  n, length, width = rows_NxTxE.shape
+  return rows_NxTxE.reshape(n, length, n_head, width // n_head)
 
 
 def _by_picture(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
@@ -225,15 +261,26 @@ def _by_sample(x_BxHxSxA: jax.Array) -> jax.Array:
 
 
 def _shared_scores(q_NxHxK: jax.Array, given: KeysValues) -> jax.Array:
-  q_BxHxSxK = _by_picture(q_NxHxK, given.k.shape[0])
-  scores = jnp.einsum("bhsk,bhkt->bhst", q_BxHxSxK, given.k.astype(jnp.float32))
-  return _by_sample(scores if given.k_scale is None else scores * given.k_scale[:, :, None])
+  q = _by_picture(q_NxHxK, given.k.shape[0])
+  scale = given.k_scale
+  if given.in_rows:
+    k = _heads(given.k, q.shape[1], q.dtype)
+    scores = jnp.einsum("bhsk,bthk->bhst", q.astype(k.dtype), k, preferred_element_type="float32")
+    scale = None if scale is None else scale.swapaxes(1, 2)
+  else:
+    scores = jnp.einsum("bhsk,bhkt->bhst", q, given.k.astype(jnp.float32))
+  return _by_sample(scores if scale is None else scores * scale[:, :, None])
 
 
 def _shared_mix(weights_NxHxT: jax.Array, given: KeysValues) -> jax.Array:
   weights = _by_picture(weights_NxHxT, given.v.shape[0])
-  if given.v_scale is not None:
-    weights = weights * given.v_scale[:, :, None]
+  scale = given.v_scale
+  if scale is not None:
+    weights = weights * (scale.swapaxes(1, 2) if given.in_rows else scale)[:, :, None]
+  if given.in_rows:
+    v = _heads(given.v, weights.shape[1], weights.dtype)
+    weights = weights.astype(v.dtype)
+    return _by_sample(jnp.einsum("bhst,bthk->bhsk", weights, v, preferred_element_type="float32"))
   return _by_sample(jnp.einsum("bhst,bhtk->bhsk", weights, given.v.astype(jnp.float32)))
 
 
@@ -244,6 +291,7 @@ def decode_step(
   blocks: list[KeysValues],
   token_N: jax.Array,
   position: jax.Array,
+  n_head: int,
 ) -> tuple[list[KeysValues], jax.Array]:
   """Feeds the pixel before `position`, and returns the logits of the pixel there, [N, n_vocab].
 
@@ -253,14 +301,15 @@ def decode_step(
     blocks: of every layer: the positions after that, filled before `position`, which is in it.
     token_N: the pixels before `position`; at position 0 the start vector stands for them.
     position: of the pixel to predict; not a given one.
+    n_head: of the model.
   """
   embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
   x_DxN = constrain((embedded + tables.wpe[position]).T, *_COLUMNS)
   updated = []
   for layer, (given, done), block in zip(weights, before, blocks, strict=True):
-    n, n_head, head_dim, _ = block.k.shape
+    n = x_DxN.shape[1]
     qkv = _dot(layer.qkv.reshape(-1, len(x_DxN)), _norm(x_DxN, layer.gain_1))
-    q, k, v = _rows(qkv).reshape(n, 3, n_head, head_dim).swapaxes(0, 1)
+    q, k, v = _rows(qkv).reshape(n, 3, n_head, -1).swapaxes(0, 1)
     at = position - given.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
     heads_NxHxK = attend(q, given, done, block, at).astype(x_DxN.dtype)

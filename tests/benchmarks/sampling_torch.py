@@ -40,7 +40,8 @@ from igpt_jax.pretrained import huggingface
 GREEDY, PLAIN = decoding.SamplingConfig(temperature=0.0), decoding.SamplingConfig()
 CHECKED_PIXELS = 24
 
-Side = Callable[[], np.ndarray]  # draws the pictures, blocks until they are there: tokens [B, T]
+# Draws the pictures, and blocks until they are there: tokens [B, T].
+Side = Callable[[], np.ndarray]
 
 
 def model_config(size: str) -> ImageGPTConfig:
@@ -105,7 +106,7 @@ def make_theirs(config, model, given, n_pixels: int, greedy: bool) -> Side:
   return run
 
 
-def timed(run: Side) -> tuple[float, float]:
+def timed(run: Callable) -> tuple[float, float]:
   """Seconds by the clock, and of CPU time."""
   began, cpu_began = time.perf_counter(), time.process_time()
   run()
@@ -113,14 +114,23 @@ def timed(run: Side) -> tuple[float, float]:
 
 
 def copy_speed() -> tuple[float, float]:
-  """Bytes read and written per second of a copy, by the clock and by CPU time."""
-  source = jax.block_until_ready(jnp.ones(2**26, jnp.float32) * 2)
-  copy = jax.jit(lambda x: x + 1)
-  jax.block_until_ready(copy(source))
-  wall, cpu = zip(
-    *(timed(lambda: jax.block_until_ready(copy(source))) for _ in range(5)), strict=True
-  )
-  return 2 * source.nbytes / statistics.median(wall), 2 * source.nbytes / statistics.median(cpu)
+  """Bytes read and written per second of a copy by all of torch's threads: by the clock, by CPU time.
+
+  Into memory that is there already: what a new page costs is another matter.
+  """
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  source = torch.ones(2**26, device=device)
+  target = torch.ones_like(source)
+
+  def copy() -> None:
+    target.copy_(source)
+    if device == "cuda":
+      torch.cuda.synchronize()
+
+  copy()
+  wall, cpu = zip(*(timed(copy) for _ in range(5)), strict=True)
+  size = 2 * source.nbytes
+  return size / statistics.median(wall), size / statistics.median(cpu)
 
 
 def bytes_per_step(config: ImageGPTConfig, batch: int, n_given: int) -> float:
