@@ -4,7 +4,8 @@
     --config.images='my/*.jpg' --config.keep=0.5 --config.n=8 --workdir runs/mine
 
 `images` is a file, a glob in quotes, or a folder (CLASS/*.jpg: a grid for each class); without it, n
-pictures are drawn from nothing. The upper `keep` of the rows is given. Leaves grid.png and, for each
+pictures are drawn from nothing. The upper `keep` of the rows is given; a BERT checkpoint fills any region:
+--config.hide=upper, left, right, centre, or a picture that is white where to fill. Leaves grid.png and, for each
 picture, its samples as PNGs, an animation of their pixels appearing, and JSON with seeds and nats per
 token. Interrupted, the same command goes on with the rest. How to draw: --config.sample.temperature,
 top_k, top_p; how many at a time: --config.sample.batch_size.

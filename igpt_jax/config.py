@@ -155,7 +155,9 @@ def base() -> ConfigDict:
   config.sample.batch_size = 64  # complete: samples drawn at a time
 
   config.images = ""  # complete: a file, a glob in quotes, or a folder; "": samples from nothing
-  config.keep = 0.5  # complete: share of the rows that is given
+  config.keep = 0.5  # complete: share of the rows (or columns) that is given
+  config.hide = "lower"  # complete: and by BERT upper, left, right, centre, or a picture of a mask
+  config.passes = 16  # complete, by BERT: over the picture, the surest pixels first
   config.n = 8  # complete: samples of each picture
 
   config.quality = ConfigDict()
@@ -222,7 +224,7 @@ def validate(config: ConfigDict) -> None:
     "evaluate.baseline_images", "features.grid", "features.batch_size", "probe.max_iterations", "probe.steps",
     "probe.batch_size", "probe.eval_every", "lowdata.trials", "finetune.batch_size", "finetune.steps",
     "finetune.eval_every", "finetune.masks",
-    "sample.completions", "sample.per_picture", "sample.batch_size", "quality.images", "n", "benchmark.repeats",
+    "sample.completions", "sample.per_picture", "sample.batch_size", "quality.images", "n", "passes", "benchmark.repeats",
     "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(

@@ -322,7 +322,7 @@ def test_checkpoints_that_cannot_complete(photos, tmp_path):
   with pytest.raises(UserError, match="carries no palette"):
     complete.run(settings(bare, images=str(photos)), str(tmp_path / "out"))
   bert = own_checkpoint.write(tmp_path / "bert", causal=False)
-  with pytest.raises(UserError, match="is a BERT model"):
-    complete.run(settings(bert, images=str(photos)), str(tmp_path / "out"))
+  with pytest.raises(UserError, match="is a BERT model"):  # as the page asks
+    completion.describe(settings(bert), "")
   with pytest.raises(UserError, match="no checkpoint in"):
     complete.run(settings("", images=str(photos)), str(tmp_path / "nothing"))

@@ -263,6 +263,24 @@ def test_a_cache_of_another_checkpoint_is_refused(trained, tmp_path):
     probe.run(config, str(tmp_path / "two"))
 
 
+def test_a_bert_model(tmp_path):
+  """Its features are those of whole pictures, or means over masked ones."""
+  config = config_of(
+    objective="masked", train__steps=4, train__learning_rate=1e-3, features__baselines=()
+  )
+  pretrain.run(config, str(tmp_path))
+  accuracies = []
+  for masks in (0, 2):
+    config.features.masks = masks
+    probe.run(config, str(tmp_path))
+    values = read(tmp_path / "probe.json")
+    assert values["objective"] == "masked" and len(values["rows"]) == 3
+    assert 1 < values["validation_nats_per_token"] < 3
+    accuracies.append([row["validation_accuracy"] for row in values["rows"]])
+  assert accuracies[0] != accuracies[1]
+  assert len(list((tmp_path / "features").glob("4-*/train-*"))) == 2
+
+
 def test_labels_are_needed(trained, tmp_path):
   pictures = tmp_path / "pictures"
   for split in ("train", "test"):

@@ -4,7 +4,7 @@ OUT is the workdir, or complete/ in it where it holds checkpoints:
 
   OUT/[CLASS/]grid.png              a row each: what is given, samples …, the original
   OUT/[CLASS/]PICTURE/0000.png …    the samples
-  OUT/[CLASS/]PICTURE/appearing.gif their pixels appearing
+  OUT/[CLASS/]PICTURE/appearing.gif their pixels appearing (not of a BERT model's)
   OUT/[CLASS/]PICTURE/complete.json seeds, nats per token
   OUT/[CLASS/]PICTURE/0000.npz …    tokens and nats of a batch's samples
   OUT/complete.json                 settings, and all of it in brief
@@ -29,9 +29,10 @@ from igpt_jax import checkpoint, files, metrics, pictures, report
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion, own_pictures
+from igpt_jax.jobs import common, completion, filling, own_pictures
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.completion import NOTHING, Completer, Picture, Reader
+from igpt_jax.jobs.filling import Filler
 from igpt_jax.jobs.own_pictures import File
 from igpt_jax.jobs.sample import given_rows
 
@@ -90,12 +91,13 @@ class Target:
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Completes `images`, or draws `n` pictures, with `checkpoint`."""
-  found = completion.describe(config, workdir)
+  found = completion.describe(config, workdir, bert=True)
+  known = filling.known_pixels(config, found)
   chosen = own_pictures.find(config.images) if config.images else []
   mesh = common.mesh_of(config)
   in_run = checkpoint.latest_step(workdir) is not None
   out = os.path.join(workdir, "complete") if in_run else workdir
-  settings = _settings(config, found)
+  settings = _settings(config, found, known)
   _check_same(settings, out)
   common.open_workdir(out)
   reader = Reader(found)
@@ -110,10 +112,13 @@ def run(config: ConfigDict, workdir: str) -> None:
   to_do = [target for target in targets if len(_missing(target, config.n))]
   before = len(targets) - len(to_do)
   what = f"{config.n} samples of {len(targets)} pictures" if chosen else f"{config.n} samples"
-  given = f", {settings['rows_given']} of {settings['resolution']} rows given" if chosen else ""
+  given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
-    completer = Completer(found, config, mesh)
+    if found.config.causal:
+      completer = Completer(found, config, mesh)
+    else:
+      completer = Filler(found, config, mesh, known)
     # A list: what is missing changes as samples come in, and only where they are written.
     batches = list(_batches(to_do, config.n, config.sample.batch_size))
     clock = metrics.Countdown("batches", len(batches), say)
@@ -137,7 +142,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   say(f"mean {values['nats_per_token']:.4f} nats/token; wrote {out}")
 
 
-def _settings(config: ConfigDict, found: checkpoint.Described) -> dict[str, Any]:
+def _settings(config: ConfigDict, found: checkpoint.Described, known: np.ndarray) -> dict[str, Any]:
   """All that decides what a picture's samples are."""
   sampling = config_lib.sampling(config)
   resolution = found.run["resolution"]
@@ -147,6 +152,9 @@ def _settings(config: ConfigDict, found: checkpoint.Described) -> dict[str, Any]
     "resolution": resolution,
     "dtype": config_lib.compute_dtype(config),
     "rows_given": given_rows(config.keep, resolution) if config.images else 0,
+    # Pixels that are given, a row of 0 and 1 each: of pictures, if there are any.
+    "known": ["".join(str(int(pixel)) for pixel in row) for row in known & bool(config.images)],
+    **({} if found.config.causal else {"passes": config.passes}),
     "n": config.n,
     "seed": config.seed,
     **dataclasses.asdict(sampling),
@@ -230,7 +238,11 @@ def _batches(
 
 
 def _draw(
-  completer: Completer, batch: list[Target], numbers: list[int], settings, config: ConfigDict
+  completer: Completer | Filler,
+  batch: list[Target],
+  numbers: list[int],
+  settings,
+  config: ConfigDict,
 ) -> None:
   """Draws a batch and writes it to disk."""
   *_, drawn = completer.draw(
@@ -273,12 +285,13 @@ def _is_finished(target: Target) -> bool:
 def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: ConfigDict) -> None:
   """The animation and the JSON of a picture whose samples are all there; the JSON comes last."""
   tokens, nll = _rows(target, config.n)
-  n_given = settings["rows_given"] * settings["resolution"]
-  shown = reader.paint(tokens[:_GRID_SAMPLES])
-  scale = config.sample.scale or pictures.default_scale(settings["resolution"])
-  frames = pictures.appearing(list(shown), n_given, columns=4, scale=scale)
-  pictures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
-  nats = nll[:, n_given:].mean(1)
+  if "passes" not in settings:  # else pixels don't appear one after the other
+    n_given = settings["rows_given"] * settings["resolution"]
+    shown = reader.paint(tokens[:_GRID_SAMPLES])
+    scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+    frames = pictures.appearing(list(shown), n_given, columns=4, scale=scale)
+    pictures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
+  nats = nll[:, ~_known(settings).reshape(-1)].mean(1)
   values = {
     "picture": target.file.path if target.file else None,
     "picture_identity": target.picture.identity,
@@ -297,6 +310,11 @@ def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: Co
   report.write_json(os.path.join(target.folder, "complete.json"), values)
 
 
+def _known(settings: dict[str, Any]) -> np.ndarray:
+  """bool [H, W]."""
+  return np.array([[pixel == "1" for pixel in row] for row in settings["known"]])
+
+
 def _write_grids(
   targets: list[Target], reader: Reader, settings: dict[str, Any], out: str, config: ConfigDict
 ) -> dict[str, Any]:
@@ -304,13 +322,13 @@ def _write_grids(
   groups = collections.defaultdict(list)
   for target in targets:
     groups[target.file.group if target.file else ""].append(target)
-  rows_given, briefly = settings["rows_given"], {}
+  known, briefly = _known(settings), {}
   scale = config.sample.scale or pictures.default_scale(settings["resolution"])
   for group, members in groups.items():
     rows: list[list[np.ndarray]] = []
     for target in members:
       tokens, nll = _rows(target, config.n)
-      nats = float(nll[:, rows_given * settings["resolution"] :].mean())
+      nats = float(nll[:, ~known.reshape(-1)].mean())
       briefly[os.path.relpath(target.folder, out)] = nats
       if target.file is None:
         painted = list(reader.paint(tokens[:_GRID_DRAWN]))
@@ -319,13 +337,13 @@ def _write_grids(
       elif len(rows) < _GRID_ROWS:
         original = reader.paint(target.picture.tokens[None])[0]
         drawn = list(reader.paint(tokens[:_GRID_SAMPLES]))
-        rows.append([pictures.hide_below(original, rows_given), *drawn, original])
+        rows.append([pictures.hide(original, known), *drawn, original])
     pictures.save_png(os.path.join(out, group, "grid.png"), pictures.grid(rows, scale=scale))
     if len(members) > _GRID_ROWS:
       say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} pictures")
   return {
     "settings": settings,
-    "pictures": len(briefly) if rows_given else 0,
+    "pictures": len(briefly) if known.any() else 0,
     "nats_per_token": float(np.mean(list(briefly.values()))),
     "each_nats_per_token": {name: round(nats, 5) for name, nats in briefly.items()},
   }

@@ -86,15 +86,15 @@ class _Program(NamedTuple):
   extend: dict  # holds the second step once the first has said where its result lies
 
 
-def describe(config: ConfigDict, workdir: str) -> checkpoint.Described:
+def describe(config: ConfigDict, workdir: str, *, bert: bool = False) -> checkpoint.Described:
   """The checkpoint to complete with; its weights are not read yet.
 
   Raises:
-    UserError: there is none, it has no palette, or it is a BERT model.
+    UserError: there is none, it has no palette, or it is a BERT model and `bert` isn't set.
   """
   found = starting_point.of_job(config, workdir)
   common.palette_of(found)
-  if not found.config.causal:
+  if not found.config.causal and not bert:
     raise UserError(
       f"checkpoint: {found.path} is a BERT model, which has no left-to-right distribution to draw "
       "from; fix: a checkpoint of objective=autoregressive"
@@ -219,10 +219,7 @@ class Completer:
     given = np.repeat(given, n // shared, axis=0)
     padded = sharding.round_up_batch(self._mesh, len(given))
     given = np.pad(given, ((0, padded - len(given)), (0, 0)))
-    identities = np.repeat(np.asarray([picture.identity for picture in pictures], np.uint32), n)
-    of_samples = np.stack([identities, np.tile(np.asarray(numbers, np.uint32), len(pictures))], 1)
-    of_samples = np.pad(of_samples, ((0, padded * shared - len(of_samples)), (0, 0)))
-    return shared, given, _keys(jax.random.key(seed), of_samples)
+    return shared, given, sample_keys(pictures, numbers, padded * shared, seed)
 
   def _program(self, shape, per_picture: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
     """The newest few are kept; the rest make room."""
@@ -261,6 +258,17 @@ def _upright(image: np.ndarray, data: bytes) -> np.ndarray:
   ):  # Pillow raises many kinds over a note that is damaged: the picture itself is read
     turn = None
   return image if turn is None else np.asarray(Image.fromarray(image).transpose(turn))
+
+
+def sample_keys(
+  pictures: Sequence[Picture], numbers: Sequence[int], padded: int, seed: int
+) -> jax.Array:
+  """A PRNG key for each sample, decided by seed, picture and number; `padded` in all."""
+  n = len(numbers)
+  identities = np.repeat(np.asarray([picture.identity for picture in pictures], np.uint32), n)
+  of_samples = np.stack([identities, np.tile(np.asarray(numbers, np.uint32), len(pictures))], 1)
+  of_samples = np.pad(of_samples, ((0, padded - len(of_samples)), (0, 0)))
+  return _keys(jax.random.key(seed), of_samples)
 
 
 @jax.jit

@@ -1,0 +1,126 @@
+"""Regions of a picture, and BERT models that fill them through job complete."""
+
+import json
+
+import numpy as np
+import own_checkpoint
+import pytest
+import tiny
+from PIL import Image
+
+from igpt_jax import checkpoint
+from igpt_jax import config as config_lib
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import complete, completion, filling
+from igpt_jax.model.decoding import SamplingConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+DRAW = SamplingConfig()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+  return own_checkpoint.write(tmp_path_factory.mktemp("bert") / "run", causal=False)
+
+
+def settings(trained, **changes):
+  config = config_lib.base()
+  config.update_from_flattened_dict({
+    "job": "complete", "checkpoint": trained, "n": 2, "sample.batch_size": 4, "passes": 3,
+    "mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, **changes,
+  })  # fmt: skip
+  config_lib.validate(config)
+  return config
+
+
+def known_of(trained, **changes):
+  return filling.known_pixels(settings(trained, **changes), checkpoint.describe(trained))
+
+
+@pytest.mark.parametrize(
+  "hide, keep, expected",
+  [
+    ("lower", 0.5, "1111 1111 0000 0000"),
+    ("lower", 0.75, "1111 1111 1111 0000"),
+    ("upper", 0.75, "0000 1111 1111 1111"),
+    ("left", 0.5, "0011 0011 0011 0011"),
+    ("right", 0.25, "1000 1000 1000 1000"),
+    ("centre", 0.75, "1111 1001 1001 1111"),
+  ],
+)
+def test_regions(bert, hide, keep, expected):
+  known = known_of(bert, hide=hide, keep=keep)
+  assert " ".join("".join(str(int(pixel)) for pixel in row) for row in known) == expected
+
+
+def test_a_picture_of_a_mask(bert, tmp_path):
+  mask = np.zeros((40, 40), np.uint8)
+  mask[20:, :10] = 255
+  Image.fromarray(mask).save(tmp_path / "mask.png")
+  known = known_of(bert, hide=str(tmp_path / "mask.png"))
+  assert not known[2:, 0].any() and known.sum() == 14
+  for value, word in ((0, "dark"), (255, "light")):
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "flat.png")
+    with pytest.raises(UserError, match=f"is {word} all over"):
+      known_of(bert, hide=str(tmp_path / "flat.png"))
+  (tmp_path / "torn.png").write_bytes((tmp_path / "mask.png").read_bytes()[:40])
+  with pytest.raises(UserError, match="can't be read"):
+    known_of(bert, hide=str(tmp_path / "torn.png"))
+  with pytest.raises(UserError, match=r"config\.hide: 'middle'; expected one of lower, upper"):
+    known_of(bert, hide="middle")
+
+
+def test_raster_order_cannot_condition_on_what_comes_after(tmp_path):
+  causal = own_checkpoint.write(tmp_path / "causal")
+  with pytest.raises(UserError, match=r"config\.hide: left.*raster order.*fix: "):
+    known_of(causal, hide="left")
+
+
+def filler_of(bert, mesh, **changes):
+  config = settings(bert, **changes)
+  found = completion.describe(config, "", bert=True)
+  return filling.Filler(found, config, mesh, filling.known_pixels(config, found))
+
+
+def some_pictures(n):
+  rng = np.random.default_rng(0)
+  return [completion.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
+
+
+def test_a_sample_is_the_same_in_any_batch_and_on_any_mesh(bert):
+  given = some_pictures(3)
+  (together,) = filler_of(bert, tiny.mesh_of((2, 2, 2)), hide="left").draw(
+    given, [0, 1], 2, DRAW, seed=3
+  )
+  assert together.tokens.shape == (6, 16)
+  one = filler_of(bert, tiny.mesh_of(), hide="left")
+  known = known_of(bert, hide="left").reshape(-1)
+  for i, picture in enumerate(given):
+    for number in (0, 1):
+      (alone,) = one.draw([picture], [number], 2, DRAW, seed=3)
+      np.testing.assert_array_equal(alone.tokens[0], together.tokens[2 * i + number])
+      np.testing.assert_array_equal(alone.tokens[0][known], picture.tokens[known])
+      assert (alone.nll[0][known] == 0).all() and (alone.nll[0][~known] > 0).all()
+  assert (together.tokens[0] != together.tokens[1]).any()
+
+
+def test_the_job(bert, tmp_path):
+  rng = np.random.default_rng(0)
+  for name in "ab":
+    noise = rng.integers(0, 256, (9, 9, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"{name}.png")
+  out = tmp_path / "out"
+  complete.run(settings(bert, images=str(tmp_path / "*.png"), hide="upper", keep=0.25), str(out))
+  values = json.loads((out / "complete.json").read_text())
+  assert values["pictures"] == 2 and values["settings"]["passes"] == 3
+  assert values["settings"]["known"] == ["0000", "0000", "0000", "1111"]
+  assert values["nats_per_token"] > 0
+  assert (out / "a" / "0001.png").exists() and not (out / "a" / "appearing.gif").exists()
+  grid = np.asarray(Image.open(out / "grid.png"))
+  assert (grid[5:20, 5:20] == 200).all()  # the upper rows of what is given are hidden
+  with pytest.raises(UserError, match="drawn in another way"):
+    complete.run(settings(bert, images=str(tmp_path / "*.png"), hide="left"), str(out))
+  complete.run(settings(bert), str(tmp_path / "nothing"))  # from nothing
+  drawn = json.loads((tmp_path / "nothing" / "complete.json").read_text())
+  assert drawn["pictures"] == 0 and len(drawn["each_nats_per_token"]) == 1
