@@ -16,6 +16,7 @@ from igpt_jax.data.sources import DataConfig
 from igpt_jax.errors import UserError
 from igpt_jax.model.attention import IMPLEMENTATIONS
 from igpt_jax.model.decoding import SamplingConfig
+from igpt_jax.model.decoding_cache import CACHE_DTYPES
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
 from igpt_jax.prediction.topology import check_name
 from igpt_jax.training.objectives import OBJECTIVES
@@ -151,6 +152,7 @@ def base() -> ConfigDict:
   config.sample.temperature = 1.0
   config.sample.top_k = 0
   config.sample.top_p = 1.0
+  config.sample.cache = ""  # of keys and values: float32, bfloat16, int8; "": the model's dtype
   config.sample.scale = 0  # picture pixels per model pixel in the PNGs; 0: chosen
   config.sample.batch_size = 64  # complete: samples drawn at a time
 
@@ -217,6 +219,7 @@ def validate(config: ConfigDict) -> None:
   _choice("objective", settled.objective, OBJECTIVES)
   _choice("model.size", settled.model.size, PRESETS)
   _choice("model.attention", config.model.attention, IMPLEMENTATIONS)
+  _choice("sample.cache", config.sample.cache, ("", *CACHE_DTYPES))
   _choice("evaluate.split", config.evaluate.split, ("test", "validation", "train"))
   _positive(
     config, "data.resolution", "palette.images", "train.batch_size", "train.log_every",

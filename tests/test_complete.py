@@ -317,6 +317,22 @@ def test_nothing_readable(trained, tmp_path):
     complete.run(settings(trained, images=str(tmp_path / "bad.jpg")), str(tmp_path / "out"))
 
 
+def test_a_cache_of_another_dtype(trained, photos, tmp_path):
+  """Nearly the same likelihoods; another run than that of the model's own dtype."""
+  nats = {}
+  for cache in ("", "int8"):
+    out = tmp_path / (cache or "own")
+    complete.run(settings(trained, images=str(photos), **{"sample.cache": cache}), str(out))
+    nats[cache] = json.loads((out / "complete.json").read_text())["nats_per_token"]
+  assert nats["int8"] != nats[""] and nats["int8"] == pytest.approx(nats[""], rel=0.1)
+  with pytest.raises(UserError, match="cache:  there, int8 here"):
+    complete.run(
+      settings(trained, images=str(photos), **{"sample.cache": "int8"}), str(tmp_path / "own")
+    )
+  with pytest.raises(UserError, match=r"config\.sample\.cache: 'int4'; expected one of .*int8"):
+    settings(trained, **{"sample.cache": "int4"})
+
+
 def test_checkpoints_that_cannot_complete(photos, tmp_path):
   bare = own_checkpoint.write(tmp_path / "bare", palette=False)
   with pytest.raises(UserError, match="carries no palette"):

@@ -151,6 +151,7 @@ def _settings(config: ConfigDict, found: checkpoint.Described, known: np.ndarray
     "step": found.step,
     "resolution": resolution,
     "dtype": config_lib.compute_dtype(config),
+    "cache": config.sample.cache,
     "rows_given": given_rows(config.keep, resolution) if config.images else 0,
     # Pixels that are given, a row of 0 and 1 each: of pictures, if there are any.
     "known": ["".join(str(int(pixel)) for pixel in row) for row in known & bool(config.images)],

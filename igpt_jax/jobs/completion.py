@@ -161,6 +161,7 @@ class Completer:
     )
     self.reader = Reader(found)
     self._mesh = mesh
+    self._cache_dtype = config.sample.cache
     self._programs: collections.OrderedDict[tuple, _Program] = collections.OrderedDict()
     self._fetch = jax.jit(lambda *arrays: arrays, out_shardings=sharding.replicated(mesh))
 
@@ -226,7 +227,12 @@ class Completer:
     key = shape, per_picture, n_pixels, sampling
     if key not in self._programs:
       begin = jax.jit(
-        functools.partial(decoding.begin, self.trained.config, samples_per_picture=per_picture)
+        functools.partial(
+          decoding.begin,
+          self.trained.config,
+          samples_per_picture=per_picture,
+          cache_dtype=self._cache_dtype,
+        )
       )
       self._programs[key] = _Program(begin, {})
       while len(self._programs) > _PROGRAMS:

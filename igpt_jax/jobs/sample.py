@@ -54,7 +54,11 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(padded * per_picture))
     compiled = jax.jit(
       functools.partial(
-        decoding.complete, trained.config, sampling=settings, samples_per_picture=per_picture
+        decoding.complete,
+        trained.config,
+        sampling=settings,
+        samples_per_picture=per_picture,
+        cache_dtype=config.sample.cache,
       ),
       out_shardings=sharding.replicated(mesh),
     )
