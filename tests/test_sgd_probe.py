@@ -95,7 +95,7 @@ def test_one_that_diverges_spoils_no_other(of_one_device):
   assert not np.isfinite(weights[2]).all()
   assert np.isfinite(weights[:2]).all()
   assert np.isfinite([each["probe_loss"] for each in told]).all()
-  assert told[-1]["probe_loss"] < 0.5 * told[0]["probe_loss"]
+  assert told[-1]["probe_loss"] < 0.8 * told[0]["probe_loss"]
 
 
 @pytest.mark.parametrize("shape", tiny.MESHES, ids=str)
