@@ -110,7 +110,7 @@ def compare_checkpoints(workdir: str) -> None:
       "best layer": (nats, [values["test_accuracy"] for values in found]),
       "last layer": (nats, [curve(values["rows"])[1][-1] for values in found]),
     },
-    title="Better generative models have better features",
+    title="Linear probe against validation loss, as training goes on",
     x_label="validation loss, nats per token (better to the right)",
     y_label="test accuracy",
     markers=True,
