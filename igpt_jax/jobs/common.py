@@ -177,6 +177,13 @@ def load_model(
     palette_of(found)
   check(found)
   say(f"checkpoint: {found.path}")
+  return read_model(config, found, mesh)
+
+
+def read_model(
+  config: ConfigDict, found: checkpoint.Described, mesh: Mesh
+) -> checkpoint.Pretrained:
+  """What was found, with its weights on the mesh, to compute as the config says."""
   return checkpoint.with_params(
     found,
     starting_point.read(found, mesh, say),

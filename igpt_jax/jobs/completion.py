@@ -21,11 +21,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.data import transforms
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, starting_point
-from igpt_jax.jobs.common import say
 from igpt_jax.model import decoding
 from igpt_jax.model.decoding import SamplingConfig
 from igpt_jax.parallel import sharding
@@ -153,12 +151,7 @@ class Completer:
   def __init__(self, found: checkpoint.Described, config: ConfigDict, mesh: Mesh):
     """Reads the weights of what `describe` found onto the mesh."""
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = checkpoint.with_params(
-      found,
-      starting_point.read(found, mesh, say),
-      dtype=config_lib.compute_dtype(config),
-      attention=config.model.attention,
-    )
+    self.trained = common.read_model(config, found, mesh)
     self.reader = Reader(found)
     self._mesh = mesh
     self._cache_dtype = config.sample.cache

@@ -15,10 +15,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import completion, starting_point
-from igpt_jax.jobs.common import say
+from igpt_jax.jobs import common, completion
 from igpt_jax.jobs.completion import Drawn, Picture, Reader
 from igpt_jax.jobs.sample import given_rows
 from igpt_jax.model import decoding_masked
@@ -96,12 +94,7 @@ class Filler:
     self, found: checkpoint.Described, config: ConfigDict, mesh: Mesh, known_HxW: np.ndarray
   ):
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = checkpoint.with_params(
-      found,
-      starting_point.read(found, mesh, say),
-      dtype=config_lib.compute_dtype(config),
-      attention=config.model.attention,
-    )
+    self.trained = common.read_model(config, found, mesh)
     self.reader = Reader(found)
     self._mesh = mesh
     self._known_T = known_HxW.reshape(-1)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 from igpt_jax.parallel import sharding
+from igpt_jax.training.objectives import draw_visible
 from igpt_jax.training.state import param_shardings
 
 _MASK_SEED = 0  # a picture's masks are the same in every run
@@ -81,8 +82,7 @@ def pooled_features(
   def add(total, draw):
     key = jax.random.fold_in(jax.random.key(_MASK_SEED), draw)
     keys_B = jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
-    uniform = jax.vmap(lambda each: jax.random.uniform(each, tokens.shape[1:]))(keys_B)
-    keep = uniform > config.mask_probability
+    keep = draw_visible(keys_B, tokens.shape[1], config.mask_probability)
     return total + bound.features(tokens, keep, config.grid)[layers], None
 
   shape = (len(layers), len(tokens), config.grid**2 * model.n_embd)
