@@ -22,7 +22,7 @@ from igpt_jax import checkpoint, metrics
 from igpt_jax import config as config_lib
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common
+from igpt_jax.jobs import common, finetune_start
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params
 from igpt_jax.parallel import sharding
@@ -112,8 +112,7 @@ def open_source(config: ConfigDict, workdir: str) -> Source:
   sharding.batch_size_per_shard(mesh, config.features.batch_size, "features.batch_size")
   data_config = config_lib.data(config)
   splits = {name: open_split(data_config, name) for name in SPLITS}
-  for split in splits.values():
-    check_labels(split)
+  finetune_start.check_labels(splits)
   trained = common.load_model(
     config,
     workdir,
@@ -143,15 +142,6 @@ def features_asked_for(config: ConfigDict, found: checkpoint.Described) -> Featu
     masks=config.features.masks,
     mask_probability=found.run["mask_probability"],
   )
-
-
-def check_labels(split: Split) -> None:
-  """Raises UserError when there is nothing to classify."""
-  if split.n_classes < 2:
-    raise UserError(
-      f"data.name: {split.fingerprint} has no labels; a classifier needs at least two classes; "
-      "fix: a labelled data set, or a folder with one sub-folder per class"
-    )
 
 
 Stores = dict[str, FeatureStore]  # of each split

@@ -140,7 +140,7 @@ def check_labels(splits: Mapping[str, Split]) -> None:
   for split in splits.values():
     if split.n_classes < 2:
       raise UserError(
-        f"data.name: {split.fingerprint} has no labels; fine-tuning needs at least two classes; "
+        f"data.name: {split.fingerprint} has no labels; a classifier needs at least two classes; "
         "fix: a labelled data set, or a folder with one sub-folder per class"
       )
     if split.class_names != train.class_names:
