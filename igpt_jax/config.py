@@ -21,6 +21,7 @@ from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
 from igpt_jax.prediction.topology import check_name
 from igpt_jax.training.objectives import OBJECTIVES
 from igpt_jax.training.optimizer import OptimizerConfig
+from igpt_jax.training.profiling import Window
 
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
 
@@ -92,6 +93,9 @@ def base() -> ConfigDict:
   config.mesh.data = -1
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
+  config.hang_seconds = 1_800.0  # training without progress, after which it ends; 0: never
+  config.host_seconds = 100  # of silence, after which a host counts as lost; with --distributed
+  config.profile = ConfigDict({"start": 0, "steps": 0})  # which training steps to trace; 0: none
 
   config.evaluate = ConfigDict()
   config.evaluate.split = "test"
@@ -227,15 +231,17 @@ def validate(config: ConfigDict) -> None:
     "evaluate.baseline_images", "features.grid", "features.batch_size", "probe.max_iterations", "probe.steps",
     "probe.batch_size", "probe.eval_every", "lowdata.trials", "finetune.batch_size", "finetune.steps",
     "finetune.eval_every", "finetune.masks",
-    "sample.completions", "sample.per_picture", "sample.batch_size", "quality.images", "n", "passes", "benchmark.repeats",
+    "sample.completions", "sample.per_picture", "sample.batch_size", "quality.images", "n", "passes", "host_seconds", "benchmark.repeats",
     "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(
     config, "seed", "train.eval_every", "train.eval_images", "train.keep_every",
     "evaluate.images", "features.masks", "features.images", "features.eval_images", "probe.around_best", "finetune.images",
-    "finetune.warmup_steps", "finetune.patience", "watch_seconds", "watch_patience", "sample.scale", "model.n_layer", "model.n_head",
+    "finetune.warmup_steps", "finetune.patience", "watch_seconds", "watch_patience", "hang_seconds", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
   )  # fmt: skip
+  trained = {"finetune": config.finetune, "probe": config.probe}.get(config.job, config.train)
+  Window(**config.profile).check_within(trained.steps)
   # Job compile may leave sampling out.
   _positive(config, "sample.samples", least=0 if config.job == "compile" else 1)
   if config.palette.size:

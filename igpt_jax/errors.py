@@ -1,9 +1,17 @@
-"""The one error a person can cause. Ground floor: imports nothing."""
+"""The errors that a person is told in one line. Ground floor: imports nothing."""
 
 
 class UserError(Exception):
   """Something in the configuration, the data or the workdir is not as it must be.
 
   The message names the thing, its value, what was expected and the fix. `main` prints it without a
-  traceback and exits with status 2.
+  traceback and exits with `status`.
   """
+
+  status = 2  # a mistake: running the same command again doesn't help
+
+
+class HostsDiffer(UserError):
+  """Hosts of one run have come to different numbers; the same command may go on."""
+
+  status = 1

@@ -7,13 +7,17 @@ import importlib
 import os
 import sys
 import threading
+import time
 import traceback
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from igpt_jax import watchdog
 from igpt_jax.errors import UserError
+
+_BEGAN = time.monotonic()
 
 # Each is a module of igpt_jax.jobs with run(config, workdir).
 JOBS = (
@@ -49,9 +53,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
     raise SystemExit(_fail(error)) from None
 
 
-def _fail(message: object) -> int:
+def _fail(message: object, status: int = 2) -> int:
   print(f"igpt_jax: {message}", file=sys.stderr)
-  return 2
+  return status
+
+
+def _trains(config) -> bool:
+  return config.job in ("pretrain", "finetune") or (
+    config.job == "probe" and config.probe.method == "sgd"
+  )
 
 
 def _join_processes(config) -> None:
@@ -60,10 +70,7 @@ def _join_processes(config) -> None:
   import jax
 
   # It takes SIGTERM over. Training answers that by saving; other jobs are to end by it.
-  trains = config.job in ("pretrain", "finetune") or (
-    config.job == "probe" and config.probe.method == "sgd"
-  )
-  jax.config.update("jax_enable_preemption_service", trains)
+  jax.config.update("jax_enable_preemption_service", _trains(config))
 
   environment = os.environ
   settings = {}
@@ -73,7 +80,11 @@ def _join_processes(config) -> None:
       "process_id": int(environment["JAX_PROCESS_ID"]),
     }
   try:
-    jax.distributed.initialize(**settings, shutdown_timeout_seconds=_WAIT_FOR_OTHERS_SECONDS)
+    jax.distributed.initialize(
+      **settings,
+      heartbeat_timeout_seconds=max(int(config.host_seconds), 1),
+      shutdown_timeout_seconds=_WAIT_FOR_OTHERS_SECONDS,
+    )
   except (ValueError, KeyError) as error:
     raise UserError(
       f"--distributed: no cluster was recognised ({error}); expected a TPU pod, GKE, SLURM, or "
@@ -95,6 +106,7 @@ def _leave(status: int) -> NoReturn:
   farewell.join(_WAIT_FOR_OTHERS_TO_FAIL_SECONDS)
   sys.stdout.flush()
   sys.stderr.flush()
+  watchdog.end_workers()
   os._exit(status)
 
 
@@ -113,15 +125,19 @@ def main(argv: list[str]) -> int:
     if config.job not in JOBS:
       raise UserError(f"config.job: {config.job!r}; expected one of {', '.join(JOBS)}")
     from igpt_jax import config as config_lib
+    from igpt_jax.jobs import goodput
 
     if _DISTRIBUTED.value:
       _join_processes(config)
     config_lib.validate(config)
     job = importlib.import_module(f"igpt_jax.jobs.{config.job}")
-    job.run(config, os.path.abspath(workdir))
+    goodput.process_began(_BEGAN)
+    # Other jobs may be right to say nothing for hours.
+    with watchdog.Watchdog(config.hang_seconds if _trains(config) else 0, "hang_seconds"):
+      job.run(config, os.path.abspath(workdir))
     return 0
   except UserError as error:
-    status = _fail(error)
+    status = _fail(error, error.status)
   except KeyboardInterrupt:
     status = 130
   except Exception:
@@ -135,4 +151,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+  watchdog.tell_stacks()
   app.run(main, flags_parser=_parse_flags)

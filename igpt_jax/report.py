@@ -30,6 +30,7 @@ _SECTIONS = {
       "validation_loss": "validation {:.4f} nats/token",
       "images_per_second": "{:,.0f} images/s in the last interval",
       "elapsed_seconds": "{:,.0f} s in all",
+      "goodput": "goodput {:.1%}",
     },
   ),
   "evaluation.json": (

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import errors
+from igpt_jax import errors, watchdog
+from igpt_jax.data import order as order_lib
 from igpt_jax.data import palette as palette_lib
 from igpt_jax.data import sources, transforms
 
@@ -170,14 +171,24 @@ class Batches:
     wait_seconds: time spent waiting in `next`, all in all: what the data cost the loop.
   """
 
-  def __init__(self, iterator, loader: _Loader, split: sources.Split, config: sources.DataConfig):
+  def __init__(
+    self,
+    iterator,
+    loader: _Loader,
+    split: sources.Split,
+    config: sources.DataConfig,
+    stream: order_lib.Stream | None = None,
+  ):
     self._running = [iterator]
+    self._stream = stream
+    self._newest: np.ndarray | None = None
     self._loader = loader
     self._split = split
     self._config = config
     self.bad: dict[str, str] = {}
     self._bad_indices: set[int] = set()
     self.wait_seconds = 0.0
+    self._taken = 0
     # Also for those who forget: left to the interpreter's end, worker processes end noisily.
     self._close = weakref.finalize(self, _stop, self._running)
 
@@ -187,14 +198,24 @@ class Batches:
   def __next__(self) -> dict[str, np.ndarray]:
     if not self._running:
       raise ValueError("these batches are closed")
+    watchdog.beat("waiting for data")
     start = time.perf_counter()
     batch = next(self._running[0])
     self.wait_seconds += time.perf_counter() - start
+    watchdog.beat("computing")
+    self._newest = batch["index"]
+    self._taken += 1
     n_bad = batch.pop("n_bad")
     for row in np.flatnonzero(n_bad):
       for offset in range(n_bad[row]):
         self._note((int(batch["index"][row]) + offset) % len(self._split))
     return batch
+
+  def place(self) -> dict[str, str]:
+    """Where in which training stream the newest batch is, in words that all hosts have in common."""
+    if self._stream is None or self._newest is None:
+      raise ValueError("place: no batch of a training stream was read yet")
+    return {"data": self._split.fingerprint, **self._stream.place(self._taken - 1, self._newest)}
 
   def _note(self, index: int) -> None:
     if index in self._bad_indices:
@@ -275,26 +296,11 @@ def train_batches(
   """
   rows = _rows_of_host(batch_size, process_count)
   loader = _Loader(split, config, palette, train=augment, images=images or palette is None)
-  dataset = (
-    train_order(len(split), seed)
-    .random_map(loader.train_element)
-    .batch(rows, drop_remainder=True, batch_fn=_stack)
-  )
+  order = order_lib.train_order(len(split), seed)
+  dataset = order.random_map(loader.train_element).batch(rows, drop_remainder=True, batch_fn=_stack)
   dataset = dataset[start_step * process_count + process_index :: process_count]
-  return Batches(_start(dataset, config), loader, split, config)
-
-
-def train_order(n_records: int, seed: int):
-  """Endless: element i is the record that comes i-th in training, a new permutation every epoch.
-
-  Raises:
-    UserError: a seed that grain doesn't take.
-  """
-  import grain
-
-  if not 0 <= seed < 2**32:
-    raise errors.UserError(f"seed: {seed}; expected 0 to 2**32 - 1")
-  return grain.MapDataset.range(n_records).seed(seed).shuffle().repeat()
+  stream = order_lib.Stream(order, seed, start_step, process_index, process_count)
+  return Batches(_start(dataset, config), loader, split, config, stream)
 
 
 def eval_batches(

@@ -18,7 +18,7 @@ from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, finetune_start, loop
+from igpt_jax.jobs import common, finetune_start, goodput, loop
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -168,6 +168,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     process_count=shares,
   )
   writers = loop.make_writers(config, folder, first_step)
+  clock = goodput.Clock(folder, first_step)
   flops = compilation.flops_per_image(model_config)
   outcome = loop.run(
     loop.Work(
@@ -189,11 +190,14 @@ def run(config: ConfigDict, workdir: str) -> None:
     writers=writers,
     progress=metrics.Progress(settings.steps, batch_size, flops, hardware.peak_flops(mesh), _SHOWN),
     stop=StopSignal(),
+    clock=clock,
+    profiler=loop.make_profiler(config, folder),
   )
   steps, stopped_by = outcome.step, outcome.stopped_by
   del train_state, outcome  # room for the best one
   checkpoints.close()
   writers.close()
+  spent = clock.end(steps, stopped_by is None)
   if stopped_by:
     say(f"stopped by {stopped_by} at step {steps}: saved; the same command goes on from here")
     return
@@ -208,6 +212,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     "steps": steps,
     "ended_early": steps < settings.steps,
     "elapsed_seconds": elapsed(),
+    **spent,
     "objective": config.objective,
     "classes": len(classes),
     "data": {name: split.fingerprint for name, split in (splits | {"train": train_split}).items()},

@@ -6,6 +6,7 @@ model or a loss.
 """
 
 import dataclasses
+import functools
 import os
 import signal
 import time
@@ -20,11 +21,11 @@ from ml_collections import ConfigDict
 from igpt_jax import __version__, metrics
 from igpt_jax import config as config_lib
 from igpt_jax.data.pipeline import Batches
-from igpt_jax.jobs import common
+from igpt_jax.jobs import agreement, common, goodput
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import sharding
-from igpt_jax.training import compilation
+from igpt_jax.training import compilation, profiling
 from igpt_jax.training.state import TrainState
 
 
@@ -116,6 +117,8 @@ def run(
   writers: metrics.Writers,
   progress: metrics.Progress,
   stop: StopSignal,
+  clock: goodput.Clock,
+  profiler: profiling.Profiler,
 ) -> Outcome:
   """Trains from `train_state` until `work.steps`, until `work.ended`, or until `stop` is asked for.
 
@@ -127,7 +130,11 @@ def run(
     writers: of metrics; they stay open.
     progress: what a log's speed and line come from.
     stop: not entered yet.
+    clock: of where the time goes; left in the phase of checkpoints.
+    profiler: not entered yet.
   """
+  clock.reads(batches)
+  clock.enter("step")
   first_step = at_step = int(train_state.step)
   pending: tuple[int, dict[str, jax.Array]] | None = None
   last: dict[str, Any] = {}
@@ -145,13 +152,15 @@ def run(
     last.update(values, **measured)
     writers.write(of_step, {**values, **measured})
     say(progress.line(of_step, {**values, **measured}))
+    clock.note(of_step)
 
-  def pause(function: Callable) -> Any:
-    """Does something beside the training, outside the clock."""
+  def pause(function: Callable, phase: str) -> Any:
+    """Does something beside the training, outside the measured speed."""
     flush()
     jax.block_until_ready(train_state)
     paused = time.monotonic()
-    result = function()
+    with clock.phase(phase):
+      result = function()
     progress.pause(time.monotonic() - paused)
     return result
 
@@ -163,16 +172,22 @@ def run(
   def evaluate() -> None:
     nonlocal evaluated_at
     evaluated_at = at_step
-    values = pause(lambda: work.evaluate(train_state))
+    values = pause(lambda: work.evaluate(train_state), "evaluation")
     last.update(values)
     writers.write(at_step, values)
     say(progress.line(at_step, values))
 
+  def agree_and_save() -> None:
+    if at_step > first_step:
+      agreement.check(at_step, batches.place(), train_state.params)
+    work.save(train_state, at_step)
+
   def save() -> None:
-    pause(lambda: work.save(train_state, at_step))
+    pause(agree_and_save, "checkpoint")
+    clock.saved(at_step)
 
   compiled = None
-  with stop, batches, jax.set_mesh(mesh):
+  with stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < work.steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
         if evaluation_due():
@@ -185,20 +200,27 @@ def run(
       read = next(batches)
       batch = sharding.put_batch({name: read[name] for name in work.fields}, mesh)
       if compiled is None:
-        compiled = compilation.compile_step(work.train_step, work.abstract, work.shardings, batch)
+        agreement.check(at_step, batches.place())
+        with clock.phase("compile"):
+          compiled = compilation.compile_step(work.train_step, work.abstract, work.shardings, batch)
         say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
         progress.start(first_step, batches.wait_seconds)
-      with jax.transfer_guard("disallow"):
+      if profiler.due(at_step):
+        pause(functools.partial(profiler.turn, at_step), "profile")
+      with profiler.named(at_step), jax.transfer_guard("disallow"):
         train_state, values = compiled(train_state, batch)
       at_step += 1
       flush()
       if at_step % work.log_every == 0 or at_step == work.steps:
         pending = at_step, values
     flush()
+    if profiler.tracing:
+      pause(profiler.close, "profile")
     # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
     if at_step > evaluated_at and (at_step >= work.steps or evaluation_due()):
       evaluate()
     save()
+    clock.enter("checkpoint")  # which is still being written
   done = at_step >= work.steps or work.ended()
   return Outcome(train_state, at_step, last, None if done else stop.requested)
 
@@ -215,6 +237,12 @@ def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.W
       metrics.WandbWriter(workdir, config_lib.as_json(config), config.log.wandb_project)
     )
   return metrics.Writers(writers)
+
+
+def make_profiler(config: ConfigDict, folder: str) -> profiling.Profiler:
+  """As `config.profile` says, on the main process: its trace goes to FOLDER/profile."""
+  window = profiling.Window(**config.profile) if common.is_main() else profiling.Window()
+  return profiling.Profiler(window, os.path.join(folder, "profile"), say)
 
 
 def describe_run(

@@ -15,7 +15,7 @@ from igpt_jax import metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, loop, starting_point
+from igpt_jax.jobs import common, goodput, loop, starting_point
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -66,6 +66,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     elapsed_before = saved["elapsed_seconds"]
     train_state = checkpoints.restore(newest, abstract, shardings)
     say(f"resuming at step {first_step} of {config.train.steps} from {workdir}")
+  clock = goodput.Clock(workdir, first_step)
 
   began = time.monotonic()
   parameters = count_params(model_config)
@@ -130,9 +131,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     writers=writers,
     progress=metrics.Progress(config.train.steps, batch_size, flops, hardware.peak_flops(mesh)),
     stop=StopSignal(),
+    clock=clock,
+    profiler=loop.make_profiler(config, workdir),
   )
   checkpoints.close()
   writers.close()
+  spent = clock.end(outcome.step, outcome.stopped_by is None)
   if outcome.stopped_by:
     say(
       f"stopped by {outcome.stopped_by} at step {outcome.step}: saved; the same command goes on "
@@ -141,7 +145,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     return
   if outcome.step > first_step and common.is_main():
     elapsed = elapsed_before + time.monotonic() - began
-    finish(workdir, outcome.step, parameters, outcome.last, elapsed)
+    finish(workdir, outcome.step, parameters, outcome.last | spent, elapsed)
   say(f"done: {config.train.steps} steps in {workdir}")
 
 

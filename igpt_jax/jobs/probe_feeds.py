@@ -13,7 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax.data import pipeline
+from igpt_jax import watchdog
+from igpt_jax.data import order, pipeline
 from igpt_jax.jobs import common, feature_sets
 from igpt_jax.jobs.feature_sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.parallel import sharding
@@ -86,6 +87,7 @@ class Stored:
   def _read(self, split: str, rows: np.ndarray) -> dict[str, np.ndarray]:
     stores = {name: each[split] for name, each in self._stores.items()}
     store, layers = stores[LAYERS], self._source.features.layers
+    watchdog.beat("computing")
     batch = {
       name: np.stack([each.layer(layer)[rows] for layer in layers], axis=1)
       for name, each in stores.items()
@@ -116,11 +118,17 @@ class _Shuffled:
   def __init__(self, feed: Stored, start_step: int):
     self._feed, self._step = feed, start_step
     self._size = feed._config.probe.batch_size
-    self._order = pipeline.train_order(len(feed._train), feed._config.seed)
+    self._order = order.train_order(len(feed._train), feed._config.seed)
     self._share = common.input_share(feed._source.mesh)
     self.wait_seconds = 0.0  # reading is the work itself: nothing runs ahead
 
+  def place(self) -> dict[str, str]:
+    """As of `pipeline.Batches`."""
+    first = max(self._step - 1, 0) * self._size
+    return order.place_in(self._order, self._feed._config.seed, first, self._size)
+
   def __next__(self) -> dict[str, np.ndarray]:
+    watchdog.beat("reading features")
     share, shares = self._share
     local = self._size // shares
     first = self._step * self._size + share * local

@@ -16,7 +16,7 @@ from igpt_jax import metrics
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import loop, probe_feeds
+from igpt_jax.jobs import goodput, loop, probe_feeds
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.feature_sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.jobs.probe_feeds import LAYERS
@@ -99,6 +99,7 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
 
   began = time.monotonic()
   writers = loop.make_writers(config, folder, newest or 0)
+  clock = goodput.Clock(folder, newest or 0)
   outcome = loop.run(
     loop.Work(
       steps=config.probe.steps,
@@ -118,9 +119,12 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
     writers=writers,
     progress=metrics.Progress(config.probe.steps, config.probe.batch_size, 0.0, None, _SHOWN),
     stop=loop.StopSignal(),
+    clock=clock,
+    profiler=loop.make_profiler(config, folder),
   )
   checkpoints.close()
   writers.close()
+  clock.end(outcome.step, outcome.stopped_by is None)
   if outcome.stopped_by:
     raise UserError(
       f"stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; the same command "

@@ -1,0 +1,54 @@
+"""In which order training reads records: a function of the seed and the data alone; and where it is in it."""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from igpt_jax import errors
+
+_COMPARED = 256  # records of a batch that tell one order from another
+
+
+def train_order(n_records: int, seed: int):
+  """Endless: element i is the record that comes i-th in training, a new permutation every epoch.
+
+  Raises:
+    UserError: a seed that grain doesn't take.
+  """
+  import grain
+
+  if not 0 <= seed < 2**32:
+    raise errors.UserError(f"seed: {seed}; expected 0 to 2**32 - 1")
+  return grain.MapDataset.range(n_records).seed(seed).shuffle().repeat()
+
+
+def place_in(order: Sequence[int], seed: int, first: int, size: int) -> dict[str, str]:
+  """The batch of `size` records from `first` on, in words that tell it from any other."""
+  drawn = [order[i] for i in range(first, first + min(size, _COMPARED))]
+  checksum = zlib.crc32(np.asarray(drawn, np.int32).tobytes())
+  return {"order": f"records {first} to {first + size - 1} by seed {seed}, checksum {checksum:08x}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Which share of which order one host reads; attributes as for `pipeline.train_batches`."""
+
+  order: Sequence[int]
+  seed: int
+  start_step: int
+  process_index: int
+  process_count: int
+
+  def place(self, batch: int, read: np.ndarray) -> dict[str, str]:
+    """Of batch number `batch` of this stream, of which this host has read these records.
+
+    Equal on all hosts, if they read their shares of one batch.
+    """
+    rows = len(read)
+    first = (self.start_step + batch) * rows * self.process_count
+    mine = first + self.process_index * rows
+    right = read.tolist() == [self.order[i] for i in range(mine, mine + rows)]
+    said = "in that order" if right else f"in another: {read[:4].tolist()} …"
+    return {**place_in(self.order, self.seed, first, rows * self.process_count), "read": said}
