@@ -34,7 +34,7 @@ FLOORS = {
 
 # A library -> the only files or folders that may import it.
 ONLY_IN = {
-  "orbax": ["checkpoint.py"],
+  "orbax": ["checkpoint/"],
   "tensorflow_datasets": ["data/"],
   "grain": ["data/"],
   "ml_collections": ["main.py", "config.py", "jobs/"],

@@ -1,12 +1,14 @@
 """A split's features: every picture once, whatever the mesh; of the layers, grid and masks asked for."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import bind
+from igpt_jax.training import checksum as checksums
 from igpt_jax.training.checksum import checksum
 from igpt_jax.training.features import FeatureExtractor, feature_config
 from igpt_jax.training.state import param_shardings
@@ -102,6 +104,26 @@ def test_masks_are_a_pictures_own():
 def test_what_a_model_does_not_have(asked, message):
   with pytest.raises(UserError, match=message):
     feature_config(tiny.make_config(), **asked)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_checksum_is_the_same_by_numpy_and_on_a_device(monkeypatch, dtype):
+  """Of leaves of any rank, and of floats as of the float32 that they become when they are read."""
+  rng = np.random.default_rng(0)
+  shapes = {"three": (3, 5, 7), "one": (9,), "none": (), "empty": (0, 3)}
+  tree = {
+    name: np.asarray(rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()
+  }
+  tree |= {"step": np.int32(-5), "rng": np.array([2**32 - 1, 5], np.uint32)}
+  monkeypatch.setattr(checksums, "_PIECE", 8)
+  found = checksums.checksum_on_host(tree)
+  monkeypatch.setattr(checksums, "_is_here", lambda leaf: False)
+  assert checksum(jax.tree.map(jnp.asarray, tree)) == found
+  read = {
+    name: leaf if name in ("step", "rng") else leaf.astype(np.float32)
+    for name, leaf in tree.items()
+  }
+  assert checksum(read) == found
 
 
 def test_checksums_tell_parameters_apart():

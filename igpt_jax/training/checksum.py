@@ -1,21 +1,43 @@
-"""A number that tells one set of parameters from another, the same on every mesh and host."""
+"""A number that tells one set of arrays from another, the same on every mesh and host."""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from igpt_jax.model.image_gpt import Params
+# Of a leaf, numbers that `checksum_on_host` works on at a time.
+_PIECE = 1 << 22
 
 
-def checksum(params: Params) -> str:
-  """16 hexadecimal digits of the names, shapes and bits of float32 leaves; exact, where they lie.
+def checksum(tree: Any) -> str:
+  """16 hexadecimal digits of the names, shapes and bits of all leaves; exact, where they lie.
 
   Against mistakes, not against forgery: of each leaf, hashes of its numbers and their places are summed
-  modulo 2**32.
+  modulo 2**32. Floats count as the float32 that they are or become without loss, integers modulo 2**32.
   """
-  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-  sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
+  if all(_is_here(leaf) for leaf in jax.tree.leaves(tree)):
+    return checksum_on_host(tree)
+  return _told(tree, lambda leaves: jax.device_get(_sums(leaves)))
+
+
+def checksum_on_host(tree: Any) -> str:
+  """`checksum` of numpy arrays, by numpy: no device is touched, and little memory is taken."""
+  return _told(tree, lambda leaves: [_sum_on_host(np.asarray(leaf)) for leaf in leaves])
+
+
+def _is_here(leaf: Any) -> bool:
+  """Whether it lies in this process' own memory: numpy is quick there, and compiles nothing."""
+  if not isinstance(leaf, jax.Array):
+    return True
+  return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
+
+
+def _told(tree: Any, sums_of: Callable[[list], Sequence[Any]]) -> str:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  sums = sums_of([leaf for _, leaf in leaves])
   said = [
     f"{jax.tree_util.keystr(path)} {leaf.shape} {int(total)}"
     for (path, leaf), total in zip(leaves, sums, strict=True)
@@ -29,7 +51,10 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sum(leaf: jax.Array) -> jax.Array:
-  bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+  if jnp.issubdtype(leaf.dtype, jnp.floating):
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+  else:
+    bits = leaf.astype(jnp.uint32)
   place = jnp.zeros(leaf.shape, jnp.uint32)
   for axis in range(leaf.ndim):
     along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
@@ -37,8 +62,28 @@ def _sum(leaf: jax.Array) -> jax.Array:
   return jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32)
 
 
-def _mixed(x: jax.Array) -> jax.Array:
+def _sum_on_host(leaf: np.ndarray) -> int:
+  if not leaf.ndim:
+    leaf, places = leaf[None], np.zeros(1, np.uint32)
+  else:
+    places = _mixed(np.arange(leaf.shape[0], dtype=np.uint32) + np.uint32(1))
+  total = 0
+  rows = max(_PIECE * len(leaf) // max(leaf.size, 1), 1)
+  for first in range(0, len(leaf), rows):
+    part, place = leaf[first : first + rows], places[first : first + rows]
+    for axis in range(1, leaf.ndim):
+      along = np.arange(leaf.shape[axis], dtype=np.uint32)
+      place = _mixed(place[..., None] + along + np.uint32(axis + 1))
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      bits = np.ascontiguousarray(part, np.float32).view(np.uint32)
+    else:
+      bits = part.astype(np.uint32)
+    total += int(_mixed(bits ^ place).sum(dtype=np.uint64))
+  return total % 2**32
+
+
+def _mixed(x: Any) -> Any:
   """Every bit of the result depends on every bit of x (MurmurHash3's last step)."""
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-    x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    x = (x ^ (x >> shift)) * np.uint32(factor)
   return x ^ (x >> 16)

@@ -1,0 +1,232 @@
+"""What any job reads of a checkpoint: what it says of itself, its parameters, its head.
+
+Whatever is read is compared with the checksum that was saved with it.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from igpt_jax.checkpoint import folders, sums
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
+from igpt_jax.training.state import HEAD, head_sharding, param_shardings
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
+    abstract,
+    shardings,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+  """A trained model of any origin, its parameters not read yet.
+
+  Attributes:
+    path: where it is.
+    step: updates it was trained for; 0 if unknown.
+    config: its model.
+    palette: float32 [k, 3] in [-1, 1], or None if it was trained on bare tokens.
+    run: what is known of its training: "model", "objective", "mask_probability", "resolution", and
+      of a run of this program "config", "data", …
+    format: "orbax" for this program's own, or "openai", "huggingface".
+    classes: names of a head's classes; () where there is no head.
+    sums: checksums of its items, where it has any.
+  """
+
+  path: str
+  step: int
+  config: ImageGPTConfig
+  palette: np.ndarray | None
+  run: dict[str, Any]
+  format: str = "orbax"
+  classes: tuple[str, ...] = ()
+  sums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(Described):
+  """A trained model as the jobs use it: `params` are on the mesh, float32, in place."""
+
+  params: Params
+
+
+@contextlib.contextmanager
+def quiet(level: int):
+  """Only what is of `level` or worse is heard of orbax' log."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  before = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(level)
+  try:
+    yield
+  finally:
+    for logger, own in zip(loggers, before, strict=True):
+      logger.setLevel(own)
+
+
+def _deaf_to_stragglers(hook):
+  """A sys.unraisablehook that passes on all but what comes of other reads when one has failed.
+
+  They are still under way in threads of their own, and find orbax' event loop closed.
+  """
+
+  def hear(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return hear
+
+
+@contextlib.contextmanager
+def reading(folder: str):
+  """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
+  hook = sys.unraisablehook
+  sys.unraisablehook = _deaf_to_stragglers(hook)
+  try:
+    with quiet(logging.CRITICAL):
+      yield
+    # Not after a failure: nobody knows when the last of the reads ends.
+    sys.unraisablehook = hook
+  except UserError:
+    raise
+  except Exception as error:  # of damaged files come errors of every kind
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    first: BaseException = error
+    while first.__cause__ or first.__context__:
+      first = first.__cause__ or first.__context__
+    raise UserError(
+      f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
+      f"a whole checkpoint of this program; {folders.advice(folder)}"
+    ) from error
+
+
+def describe(path: str) -> Described:
+  """What a checkpoint of this program says about itself, and its palette.
+
+  Args:
+    path: a workdir, or one checkpoint in it.
+
+  Raises:
+    UserError: there is none, it is damaged, or another program's.
+  """
+  folder, step = folders.find(path)
+  with reading(folder):
+    found = ocp.checkpointables_metadata(folder)
+    run, sums_of_items = sums.without_sums(folder, found.custom_metadata or {})
+    if "model" not in run:
+      raise UserError(
+        f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model"
+      )
+    for name in sums_of_items.keys() - found.metadata.keys():
+      raise LookupError(f"{name} isn't there")
+    config = ImageGPTConfig(**run["model"])
+    palette = None
+    if "palette" in found.metadata:
+      item = ocp.load_checkpointables(folder, {"palette": None})["palette"]
+      sums.check(folder, sums_of_items, {"palette": item})
+      palette = np.asarray(item["centers"])
+    classes = tuple(run["classes"]) if "head" in found.metadata else ()
+  return Described(folder, step, config, palette, run, classes=classes, sums=sums_of_items)
+
+
+def check_readable(folder: str) -> None:
+  """Reads what is small of a run's checkpoint, of whatever it is.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  with reading(folder):
+    found = ocp.checkpointables_metadata(folder)
+    _, sums_of_items = sums.without_sums(folder, found.custom_metadata or {})
+    small = [name for name in ("palette", "metrics") if name in found.metadata]
+    items = ocp.load_checkpointables(folder, dict.fromkeys(small)) if small else {}
+    sums.check(folder, sums_of_items, items)
+
+
+def newest(workdir: str) -> Described | None:
+  """The newest checkpoint of a workdir that can be described; None: there is none at all.
+
+  Raises:
+    UserError: there are checkpoints, and none of them can be.
+  """
+  folder, why = folders.folder_of_steps(os.path.abspath(workdir)), {}
+  for step in reversed(folders.numbered(folder)):
+    path = os.path.join(folder, str(step))
+    if folders.is_finished(path):
+      try:
+        return describe(path)
+      except UserError as error:
+        why[step] = str(error)
+  if why:
+    raise none_is_good(folder, why)
+  return None
+
+
+def none_is_good(folder: str, why: Mapping[int, str]) -> UserError:
+  return UserError(
+    f"checkpoint: none in {folder} can be gone on from:\n"
+    + "\n".join(f"  {step}: {why[step]}" for step in sorted(why))
+    + f"\nfix: copy one of them again, another --workdir, or remove {folder} to begin anew"
+  )
+
+
+def load_params(found: Described, mesh: Mesh) -> Params:
+  """The parameters on the mesh, float32, whatever mesh wrote them."""
+  target = with_shardings(abstract_params(found.config), param_shardings(found.config, mesh))
+  with reading(found.path):
+    return _load(found, {"params": target})["params"]
+
+
+def load_head(found: Described, mesh: Mesh) -> jax.Array:
+  """A head's weights on the mesh, float32 [n_classes, n_embd]; only where there are `classes`."""
+  shape = len(found.classes), found.config.n_embd
+  target = jax.ShapeDtypeStruct(shape, np.float32, sharding=head_sharding(mesh))
+  with reading(found.path):
+    return _load(found, {"head": {HEAD: target}})["head"][HEAD]
+
+
+def load_host_params(found: Described) -> Params:
+  """The parameters as numpy arrays of the stored dtype; no device is touched."""
+  with reading(found.path):
+    stored = ocp.checkpointables_metadata(found.path).metadata["params"]
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
+    return _load(found, {"params": target})["params"]
+
+
+def _load(found: Described, target: dict[str, Any]) -> dict[str, Any]:
+  items = ocp.load_checkpointables(found.path, target)
+  sums.check(found.path, found.sums, items)
+  return items
+
+
+def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> Pretrained:
+  """Reads a checkpoint's parameters (not its optimizer) onto the mesh.
+
+  Args:
+    path: a workdir, or one checkpoint in it.
+    mesh: where the parameters go; any shape, whatever mesh wrote them.
+    **model_overrides: fields of ImageGPTConfig that don't change the parameters (dtype, …).
+  """
+  found = describe(path)
+  return with_params(found, load_params(found, mesh), **model_overrides)
+
+
+def with_params(found: Described, params: Params, **model_overrides: Any) -> Pretrained:
+  """What was described, now with its parameters; `model_overrides` as for `load_pretrained`."""
+  fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+  fields["config"] = dataclasses.replace(found.config, **model_overrides)
+  return Pretrained(**fields, params=params)

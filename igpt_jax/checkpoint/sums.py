@@ -1,0 +1,66 @@
+"""Checksums of all that a checkpoint holds: taken when it is saved, compared when it is read.
+
+Orbax stores none of the numbers, and a flipped bit in a file is another number. They travel among
+what a checkpoint says of its run; one that has none (older, or another program's) is read unchecked.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from igpt_jax.checkpoint import folders
+from igpt_jax.errors import UserError
+from igpt_jax.training.checksum import checksum
+
+_KEY = "checksums"
+_RUN = "run"
+
+
+def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
+  """The run as it is stored: with the items' checksums, and one of itself."""
+  return {**run, _KEY: {**sums, _RUN: _of_json([run, sums])}}
+
+
+def without_sums(folder: str, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+  """The run as it was given, and the checksums of the items, {} where there are none.
+
+  Raises:
+    UserError: it isn't what was saved.
+  """
+  run = dict(stored)
+  sums = run.pop(_KEY, {})
+  if sums:
+    if not isinstance(sums, dict):
+      raise _differs(folder, _RUN)
+    sums = dict(sums)
+    if sums.pop(_RUN, None) != _of_json([run, sums]):
+      raise _differs(folder, _RUN)
+  return run, sums
+
+
+def of_items(items: Mapping[str, Any]) -> dict[str, str]:
+  """Of each item, computed where its arrays lie."""
+  return {name: checksum(item) for name, item in items.items()}
+
+
+def check(folder: str, sums: Mapping[str, str], items: Mapping[str, Any]) -> None:
+  """Compares items that were read with what was saved.
+
+  Raises:
+    UserError: naming the first that differs.
+  """
+  for name, item in items.items():
+    if name in sums and checksum(item) != sums[name]:
+      raise _differs(folder, name)
+
+
+def _of_json(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _differs(folder: str, item: str) -> UserError:
+  return UserError(
+    f"checkpoint: {folder} is damaged: its {item} isn't what was saved (another checksum); "
+    f"{folders.advice(folder)}"
+  )

@@ -1,0 +1,337 @@
+"""What a run writes and goes on from: its checkpoints, the newest good one, what is set aside.
+
+What is promised, and what isn't: a checkpoint gets its name when all of it is written, and older ones
+are deleted only then, so that a killed run loses none. Its files are told to go to the disk (fsync)
+before that, as far as the file system keeps such a promise (buckets and networks may not); the name
+itself is not, so that a power cut may take the newest checkpoint away, or, on a file system without
+such a promise, leave a damaged one. That one is noticed, and the one before is used.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from igpt_jax.checkpoint import folders, reading, sums
+from igpt_jax.checkpoint.folders import FOLDER
+from igpt_jax.checkpoint.reading import Described
+from igpt_jax.errors import UserError
+from igpt_jax.files import sync
+from igpt_jax.model.image_gpt import Params
+from igpt_jax.training.state import HEAD, TrainState
+
+# What orbax and what it writes by raise where a disk or a bucket fails.
+SAVE_ERRORS = (OSError, ValueError, RuntimeError)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """A state as it is stored: model and head apart, so that the model is found alone."""
+  items = {
+    "params": {name: leaf for name, leaf in state.params.items() if name != HEAD},
+    "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
+  }
+  if HEAD in state.params:
+    items["head"] = {HEAD: state.params[HEAD]}
+  return items
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+  """What a run goes on from.
+
+  Attributes:
+    step: of the checkpoint.
+    run: as it was saved.
+    state: put where it was asked for.
+  """
+
+  step: int
+  run: dict[str, Any]
+  state: TrainState
+
+
+def _on_any(wrong: bool) -> bool:
+  """Whether it is so on any process."""
+  if jax.process_count() == 1:
+    return wrong
+  return bool(multihost_utils.process_allgather(np.int32(wrong)).any())
+
+
+class Checkpoints:
+  """The checkpoints of one training run.
+
+  Args:
+    workdir: of the run.
+    keep: how many of the newest to keep.
+    keep_every: keep those whose step is a multiple of this, too; 0: none.
+    keep_best: keep, too, the first of those whose score of this name is largest; "": by no score.
+    say: told what is set aside, and why.
+
+  Raises:
+    UserError: there are checkpoints, and none of them can be read.
+  """
+
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    keep: int = 3,
+    keep_every: int = 0,
+    keep_best: str = "",
+    say: Callable[[str], None] = lambda message: None,
+  ):
+    self._folder = os.path.join(os.path.abspath(workdir), FOLDER)
+    self._say = say
+    policies = ocp.training.preservation_policies
+    preserve: list[Any] = [policies.LatestN(keep)]
+    if keep_every:
+      preserve.append(policies.EveryNSteps(keep_every))
+    if keep_best:
+      preserve.append(
+        policies.BestN(
+          get_metric_fn=lambda scores: (scores[keep_best], -scores["step"]),
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._preserve = policies.AnyPreservationPolicy(preserve)
+    self._begun = False
+    self._error: BaseException | None = None
+    self._set_aside_unreadable()
+    self._checkpointer = self._open()
+
+  def _open(self) -> ocp.training.Checkpointer:
+    context = ocp.Context()
+    # In the background, a folder that can't be made is told only after a wait.
+    context.asynchronous.create_directories_asynchronously = False
+    context.asynchronous.post_finalization_callback = self._sync
+    return ocp.training.Checkpointer(
+      self._folder,
+      context=context,
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=self._preserve,
+      cleanup_tmp_directories=True,
+    )
+
+  def _sync(self) -> None:
+    """All that was written of a checkpoint goes to the disk before it gets its name."""
+    for name in os.listdir(self._folder):
+      if ".orbax-checkpoint-tmp" in name:
+        for parent, _, files in os.walk(os.path.join(self._folder, name)):
+          for each in (*files, ""):
+            sync(os.path.join(parent, each))
+
+  def latest(self) -> int | None:
+    """Step of the newest whole checkpoint."""
+    newest = self._checkpointer.latest
+    return None if newest is None else newest.step
+
+  def resume(self, abstract: TrainState, shardings: TrainState) -> Resumed | None:
+    """The newest good checkpoint, each leaf put where `shardings` says; None: there is none at all.
+
+    Those after it are damaged: they are told and set aside, for the run will write them again.
+
+    Raises:
+      UserError: there are checkpoints, and none is good; they stay as they are.
+    """
+    why: dict[int, str] = {}
+    for step in reversed([each.step for each in self._checkpointer.checkpoints]):
+      try:
+        run, state = self.read_run(step), self.restore(step, abstract, shardings)
+        error = None
+      except UserError as caught:
+        error = caught
+      if _on_any(error is not None):
+        why[step] = str(error or "another process can't read it")
+        continue
+      if why:
+        self._checkpointer.close()
+        self._set_aside(why)
+        self._checkpointer = self._open()
+      return Resumed(step, run, state)
+    if why:
+      raise reading.none_is_good(self._folder, why)
+    return None
+
+  def _set_aside_unreadable(self) -> None:
+    """Takes the number from steps that aren't whole, so that a run can write them again.
+
+    Orbax takes any folder with a number for a checkpoint, and reads a little of each.
+    """
+    unfinished: dict[int, str] = {}
+    damaged: dict[int, str] = {}
+    steps = folders.numbered(self._folder) if jax.process_index() == 0 else []
+    for step in steps:
+      path = os.path.join(self._folder, str(step))
+      if not folders.is_finished(path):
+        unfinished[step] = "it was never finished, its last file isn't there"
+        continue
+      try:
+        reading.check_readable(path)
+      except UserError as error:
+        damaged[step] = str(error)
+    if damaged and len(unfinished) + len(damaged) == len(steps):
+      raise reading.none_is_good(self._folder, damaged)
+    self._set_aside(unfinished, "unfinished")
+    self._set_aside(damaged)
+
+  def _set_aside(self, why: dict[int, str], suffix: str = "damaged") -> None:
+    for step in why if jax.process_index() == 0 else ():
+      source = os.path.join(self._folder, str(step))
+      target = f"{source}.{suffix}"
+      shutil.rmtree(target, ignore_errors=True)
+      os.rename(source, target)
+      self._say(f"checkpoint {step} is set aside as {target}: {why[step]}")
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"igpt_jax: {suffix} checkpoints set aside")
+
+  def save(
+    self,
+    state: TrainState,
+    *,
+    palette: np.ndarray | None,
+    run: dict[str, Any],
+    scores: dict[str, float] | None = None,
+  ) -> None:
+    """Begins to write `state` under its step; the arrays are copied before this returns.
+
+    Args:
+      state: with or without a head.
+      palette: the colours, if known.
+      run: of `Described`; "classes" names those of a head.
+      scores: of this step, for `keep_best`.
+
+    Raises:
+      SAVE_ERRORS: it can't be written, or the one before wasn't; `reopen`, and try again.
+    """
+    step = int(state.step)
+    if step == self.latest():
+      return
+    self.wait()
+    items = _items(state)
+    if palette is not None:
+      items["palette"] = {"centers": np.asarray(palette, np.float32)}
+    self._begun = True
+    self._checkpointer.save_checkpointables_async(
+      step,
+      items,
+      custom_metadata=sums.with_sums(run, sums.of_items(items)),
+      metrics=None if scores is None else {**scores, "step": step},
+    )
+
+  def read_run(self, step: int) -> dict[str, Any]:
+    """The run as it was saved at `step`."""
+    folder = os.path.join(self._folder, str(step))
+    with reading.reading(folder):
+      return sums.without_sums(
+        folder, self._checkpointer.checkpointables_metadata(step).custom_metadata
+      )[0]
+
+  def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
+    """The state at `step`, each leaf put where `shardings` says, whatever mesh wrote it.
+
+    Raises:
+      UserError: it can't be read, or isn't what was saved.
+    """
+    folder = os.path.join(self._folder, str(step))
+    target = _items(reading.with_shardings(abstract, shardings))
+    with reading.reading(folder):
+      stored = self._checkpointer.checkpointables_metadata(step).custom_metadata
+      loaded = self._checkpointer.load_checkpointables(step, target)
+    sums.check(folder, sums.without_sums(folder, stored)[1], loaded)
+    return TrainState(params=loaded["params"] | loaded.get("head", {}), **loaded["training"])
+
+  def failed(self) -> bool:
+    """Whether what was begun has failed already; doesn't wait. Several processes: only `wait` tells."""
+    if not self._begun or jax.process_count() > 1 or self._checkpointer.is_saving_in_progress():
+      return False
+    with contextlib.suppress(*SAVE_ERRORS):
+      self.wait()
+    return self._error is not None
+
+  def wait(self) -> None:
+    """Returns when everything that was begun is on disk.
+
+    Raises:
+      SAVE_ERRORS: it isn't, and won't be; `reopen`, and save again.
+    """
+    if self._error is None:
+      try:
+        self._checkpointer.wait()
+      except SAVE_ERRORS as error:
+        self._error = error  # orbax tells it only once
+    if self._error is not None:
+      raise self._error
+    self._begun = False
+
+  def reopen(self) -> None:
+    """After an error: removes what was half written; what is whole stays."""
+    self._checkpointer = self._open()
+    self._begun, self._error = False, None
+
+  def close(self) -> None:
+    """Waits, and lets go.
+
+    Raises:
+      SAVE_ERRORS: as `wait`.
+    """
+    self.wait()
+    self._checkpointer.close()
+
+
+def _sparing_memory() -> ocp.Context:
+  """Without a second copy of all that is on this host, and in pieces that can be read singly.
+
+  Orbax' default, OCDBT, gathers whatever is to be written in memory first; a file for every piece is
+  written as it comes. Reading makes no difference between the two.
+  """
+  context = ocp.Context()
+  context.array.saving.use_ocdbt = False
+  context.array.saving.storage_options.chunk_byte_size = 64 << 20
+  context.memory.deepcopy_host_arrays = False
+  return context
+
+
+def save_params(workdir: str, params: Params, found: Described) -> str:
+  """Writes a workdir with one checkpoint without a training state, whole or not at all.
+
+  Args:
+    workdir: to make; nothing may be there.
+    params: numpy arrays, of any float type.
+    found: what the checkpoint says about itself; its path and format are left out.
+
+  Returns:
+    The checkpoint's folder.
+  """
+  workdir = os.path.abspath(workdir)
+  if os.path.lexists(workdir):
+    raise UserError(f"checkpoint to write: {workdir} exists; fix: name another target")
+  items: dict[str, Any] = {"params": params}
+  if found.palette is not None:
+    items["palette"] = {"centers": np.asarray(found.palette, np.float32)}
+  part = f"{workdir}.part-{os.getpid()}"
+  try:
+    os.makedirs(part)  # orbax would leave threads waiting where this fails
+    with (
+      _sparing_memory(),
+      reading.quiet(logging.ERROR),
+    ):  # it warns that there is no OCDBT to merge
+      ocp.save_checkpointables(
+        os.path.join(part, FOLDER, str(found.step)),
+        items,
+        custom_metadata=sums.with_sums(found.run, sums.of_items(items)),
+      )
+    os.rename(part, workdir)
+  except OSError as error:
+    raise UserError(f"checkpoint to write: {workdir}: {error.strerror or error}") from error
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+  return os.path.join(workdir, FOLDER, str(found.step))
