@@ -134,10 +134,19 @@ class Checkpoints:
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
 
-  def resume(self, abstract: TrainState, shardings: TrainState) -> Resumed | None:
-    """The newest good checkpoint, each leaf put where `shardings` says; None: there is none at all.
+  def resume(
+    self,
+    abstract: TrainState,
+    shardings: TrainState,
+    check: Callable[[int, dict[str, Any]], object] = lambda step, run: None,
+  ) -> Resumed | None:
+    """The newest good checkpoint; None: there is none at all.
 
     Those after it are damaged: they are told and set aside, for the run will write them again.
+
+    Args:
+      abstract, shardings: of the state, and where each leaf of it goes.
+      check: may refuse a checkpoint's step and run before its arrays are read.
 
     Raises:
       UserError: there are checkpoints, and none is good; they stay as they are.
@@ -145,10 +154,15 @@ class Checkpoints:
     why: dict[int, str] = {}
     for step in reversed([each.step for each in self._checkpointer.checkpoints]):
       try:
-        run, state = self.read_run(step), self.restore(step, abstract, shardings)
-        error = None
+        run, error = self.read_run(step), None
       except UserError as caught:
-        error = caught
+        run, error = {}, caught
+      if error is None:
+        check(step, run)
+        try:
+          state = self.restore(step, abstract, shardings)
+        except UserError as caught:
+          error = caught
       if _on_any(error is not None):
         why[step] = str(error or "another process can't read it")
         continue

@@ -82,17 +82,24 @@ def run(config: ConfigDict, workdir: str) -> None:
     keep=config.train.keep,
     keep_every=config.train.keep_every,
     keep_best="validation_accuracy",
+    say=say,
   )
   shardings = state.state_shardings(model_config, tx, mesh, len(classes))
   abstract = state.abstract_state(model_config, tx, len(classes))
-  newest = checkpoints.latest()
+
+  def position(at_step: int) -> dict[str, Any]:
+    return pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step)
+
   say(
     f"fine-tuning {finetune_start.describe(start, config)} on {len(classes)} classes of {train_split.fingerprint}, "
     f"head at layer {loss.layer} of {model_config.n_layer}, loss {loss.generative:g} × generative + "
     f"{loss.classification:g} × classification, learning rate {optimizer_config.learning_rate:g}; "
     f"{hardware.describe_devices(mesh)}"
   )
-  if newest is None:
+  resumed = checkpoints.resume(
+    abstract, shardings, lambda at, run: pipeline.check_position(run["data"], position(at))
+  )
+  if resumed is None:
     first_step, elapsed_before, best = 0, 0.0, Best()
     params = start.params(mesh)
     train_state = state.make_state(model_config, tx, config.seed, mesh, params, len(classes))
@@ -106,15 +113,13 @@ def run(config: ConfigDict, workdir: str) -> None:
         "accuracy": None if start.head is None else scores.accuracy,
       }
   else:
-    saved = checkpoints.read_run(newest)
-    here = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=newest)
-    first_step = pipeline.check_position(saved["data"], here)
+    first_step, saved, train_state = resumed.step, resumed.run, resumed.state
     elapsed_before, began_with, best = (
       saved["elapsed_seconds"],
       saved["began_with"],
       Best(**saved["best"]),
     )
-    train_state = checkpoints.restore(newest, abstract, shardings)
+    del resumed  # its arrays will be donated
     say(f"resuming at step {first_step} of at most {settings.steps} from {folder}")
 
   began = time.monotonic()
@@ -135,12 +140,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     return values
 
   def save(at: state.TrainState, at_step: int) -> None:
-    position = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step)
     described = loop.describe_run(
       config,
       model_config,
       mask_probability=loss.mask_probability,
-      data=position,
+      data=position(at_step),
       elapsed_seconds=elapsed(),
     )
     fine_tuned = {

@@ -59,13 +59,14 @@ def begin(
       has no palette.
   """
   scratch = config.finetune.scratch
-  resuming = checkpoint.latest_step(folder) is not None
+  own = checkpoint.newest(folder)
+  resuming = own is not None
   named = config.checkpoint or config.init_from or checkpoint.latest_step(workdir) is not None
   if scratch and not resuming and not named:
     config = config_lib.settle(config)
     palette = common.training_palette(config, data_config, split, folder)
     return Begin(config, palette, config.mask_probability)
-  found = checkpoint.describe(folder) if resuming else starting_point.of_job(config, workdir)
+  found = own if own is not None else starting_point.of_job(config, workdir)
   common.check_resolution(config, found)
   palette = common.palette_of(found)
   has_head = bool(found.classes) and (resuming or not scratch)

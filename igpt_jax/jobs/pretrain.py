@@ -7,6 +7,7 @@ RNG, data position and metrics.
 
 import os
 import time
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -52,19 +53,25 @@ def run(config: ConfigDict, workdir: str) -> None:
     if palette is not None:
       palette.save(os.path.join(workdir, "palette.npy"))
 
-  checkpoints = Checkpoints(workdir, keep=config.train.keep, keep_every=config.train.keep_every)
+  checkpoints = Checkpoints(
+    workdir, keep=config.train.keep, keep_every=config.train.keep_every, say=say
+  )
   shardings = state.state_shardings(model_config, tx, mesh)
   abstract = state.abstract_state(model_config, tx)
-  newest = checkpoints.latest()
+
+  def position(at_step: int) -> dict[str, Any]:
+    return pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step)
+
+  resumed = checkpoints.resume(
+    abstract, shardings, lambda at, run: pipeline.check_position(run["data"], position(at))
+  )
   first_step, elapsed_before = 0, 0.0
-  if newest is None:
+  if resumed is None:
     train_state = state.make_state(model_config, tx, config.seed, mesh, start.params(mesh, say))
   else:
-    saved = checkpoints.read_run(newest)
-    here = pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=newest)
-    first_step = pipeline.check_position(saved["data"], here)
-    elapsed_before = saved["elapsed_seconds"]
-    train_state = checkpoints.restore(newest, abstract, shardings)
+    first_step, train_state = resumed.step, resumed.state
+    elapsed_before = resumed.run["elapsed_seconds"]
+    del resumed  # its arrays will be donated
     say(f"resuming at step {first_step} of {config.train.steps} from {workdir}")
   clock = goodput.Clock(workdir, first_step)
 
@@ -104,7 +111,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       config,
       model_config,
       mask_probability=config.mask_probability,
-      data=pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step),
+      data=position(at_step),
       elapsed_seconds=elapsed_before + time.monotonic() - began,
     )
     checkpoints.save(at, palette=None if palette is None else palette.centers, run=run)

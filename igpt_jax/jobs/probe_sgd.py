@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
 
   folder = os.path.join(out, "probe_sgd")
   os.makedirs(folder, exist_ok=True)
-  checkpoints = Checkpoints(folder, keep=1)
+  checkpoints = Checkpoints(folder, keep=1, say=say)
   said = {
     "model": {"checksum": source.checksum},
     "learning_rates": list(rates),
@@ -66,13 +66,17 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
   position = {
     "split": source.splits["train"], "batch_size": config.probe.batch_size, "seed": config.seed
   }  # fmt: skip
-  newest = checkpoints.latest()
-  if newest is not None:
-    saved = checkpoints.read_run(newest)
-    _check_same(folder, saved["probe"], said)
-    pipeline.check_position(saved["data"], pipeline.position(**position, step=newest))
-    state = _joined(checkpoints.restore(newest, _probes(abstract), _probes(shardings)), state)
-    say(f"resuming the probe at step {newest} of {config.probe.steps} from {folder}")
+
+  def check(at: int, run: dict[str, Any]) -> None:
+    _check_same(folder, run["probe"], said)
+    pipeline.check_position(run["data"], pipeline.position(**position, step=at))
+
+  resumed = checkpoints.resume(_probes(abstract), _probes(shardings), check)
+  first_step = 0
+  if resumed is not None:
+    first_step, state = resumed.step, _joined(resumed.state, state)
+    del resumed  # its arrays will be donated
+    say(f"resuming the probe at step {first_step} of {config.probe.steps} from {folder}")
 
   evaluate_step = jax.jit(
     sgd_probe.make_eval_step(feed.extract),
@@ -98,8 +102,8 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
     checkpoints.save(_probes(at), palette=None, run=described)
 
   began = time.monotonic()
-  writers = loop.make_writers(config, folder, newest or 0)
-  clock = goodput.Clock(folder, newest or 0)
+  writers = loop.make_writers(config, folder, first_step)
+  clock = goodput.Clock(folder, first_step)
   outcome = loop.run(
     loop.Work(
       steps=config.probe.steps,
@@ -114,7 +118,7 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
       save=save,
     ),
     state,
-    feed.training(newest or 0),
+    feed.training(first_step),
     mesh=mesh,
     writers=writers,
     progress=metrics.Progress(config.probe.steps, config.probe.batch_size, 0.0, None, _SHOWN),

@@ -138,8 +138,8 @@ def of_run(config: ConfigDict, workdir: str, split: Split) -> Start:
     UserError: `init_from` can't be read, is of another model than the config asks for, or has no
       palette for these pictures; or the workdir holds parameters that no run here has trained.
   """
-  if checkpoint.latest_step(workdir) is not None:
-    own = checkpoint.describe(workdir)
+  own = checkpoint.newest(workdir)
+  if own is not None:
     if "data" not in own.run:
       raise UserError(
         f"workdir: {workdir} holds an imported checkpoint, without a training state to go on from; "
