@@ -3,6 +3,7 @@
 Flags become a config, `config.job` names what to run; nothing else happens here.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -29,6 +30,13 @@ JOBS = (
 _WAIT_FOR_OTHERS_SECONDS = 7 * 86_400
 # ... but when one fails, all of them usually do, for the same reason and at the same time.
 _WAIT_FOR_OTHERS_TO_FAIL_SECONDS = 10
+
+# jax ends the process when it hears nothing from another one, in words of its own.
+_LOST = (
+  "igpt_jax: ended from outside: another host was probably lost (killed, stopped, or cut off for "
+  "config.host_seconds: {}), or this one killed; the lines above say more; the same command on all hosts "
+  "goes on from the newest checkpoint"
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The config file; --config.FIELD=VALUE overrides a field.", lock_config=True
@@ -125,15 +133,20 @@ def main(argv: list[str]) -> int:
     if config.job not in JOBS:
       raise UserError(f"config.job: {config.job!r}; expected one of {', '.join(JOBS)}")
     from igpt_jax import config as config_lib
-    from igpt_jax.jobs import goodput
+    from igpt_jax.jobs import agreement, goodput
 
-    if _DISTRIBUTED.value:
-      _join_processes(config)
-    config_lib.validate(config)
-    job = importlib.import_module(f"igpt_jax.jobs.{config.job}")
-    goodput.process_began(_BEGAN)
-    # Other jobs may be right to say nothing for hours.
-    with watchdog.Watchdog(config.hang_seconds if _trains(config) else 0, "hang_seconds"):
+    with contextlib.ExitStack() as watched:
+      if _DISTRIBUTED.value:
+        _join_processes(config)
+        watched.enter_context(watchdog.last_words(_LOST.format(config.host_seconds)))
+      config_lib.validate(config)
+      if _DISTRIBUTED.value:
+        agreement.check_config(config_lib.as_json(config))
+      job = importlib.import_module(f"igpt_jax.jobs.{config.job}")
+      goodput.process_began(_BEGAN)
+      # Other jobs may be right to say nothing for hours.
+      hang_seconds = config.hang_seconds if _trains(config) else 0
+      watched.enter_context(watchdog.Watchdog(hang_seconds, "hang_seconds"))
       job.run(config, os.path.abspath(workdir))
     return 0
   except UserError as error:

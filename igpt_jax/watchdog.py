@@ -4,13 +4,17 @@ Whoever works says so, by `enter` and `beat`, which cost less than a microsecond
 from a thread. It can't see a hang in native code that keeps Python's lock.
 """
 
+import contextlib
 import faulthandler
+import functools
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 STATUS = 124  # of a process that was ended because it hung; `timeout` ends so too
 # What is done for the first time is compiled first, which may take long and shows no progress.
@@ -21,6 +25,7 @@ _beats = 0
 _phase = "start"
 _doing = ""
 _begun: set[tuple[str, str]] = set()
+_tellers: list[subprocess.Popen] = []  # of last words
 
 
 def enter(phase: str) -> None:
@@ -93,6 +98,7 @@ class Watchdog:
         flush=True,
       )
       faulthandler.dump_traceback(sys.stderr, all_threads=True)
+      _hush()
     finally:
       end_workers()  # only now: who waits for one of them would raise an error of its own
       os._exit(STATUS)
@@ -102,6 +108,42 @@ def end_workers() -> None:
   """Kills the processes that this one has started to load its data."""
   for worker in multiprocessing.active_children():
     worker.kill()
+
+
+@functools.cache
+def end_with_parent() -> None:
+  """Ends a worker process when the one that started it is gone, however that ended."""
+  parent = multiprocessing.parent_process()
+  if parent is None:
+    return
+
+  def wait() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, name="end with parent", daemon=True).start()
+
+
+@contextlib.contextmanager
+def last_words(text: str) -> Iterator[None]:
+  """Has `text` told on stderr if this process ends within the block.
+
+  By a shell that waits for it: jax ends a process from native code, an operating system kills it.
+  """
+  script = 'read -r word || printf "%s\\n" "$1" >&2'
+  with subprocess.Popen(["sh", "-c", script, "sh", text], stdin=subprocess.PIPE) as teller:
+    _tellers.append(teller)
+    try:
+      yield
+    finally:
+      _hush()
+
+
+def _hush() -> None:
+  """Nothing more is to be told when this process ends."""
+  while _tellers:
+    with contextlib.suppress(BrokenPipeError):
+      _tellers.pop().communicate(b"enough\n")
 
 
 def tell_stacks() -> None:

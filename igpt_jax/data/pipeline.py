@@ -89,6 +89,7 @@ class _Loader:
     return state
 
   def __setstate__(self, state):
+    watchdog.end_with_parent()
     self.__dict__.update(state)
     self._set_up()
 

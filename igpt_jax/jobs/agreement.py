@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from igpt_jax import __version__
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.training.checksum import checksum
@@ -76,19 +77,30 @@ def check(at_step: int, place: Mapping[str, Any], params: Params | None = None) 
       )
 
 
-def check_config(config: Mapping[str, Any], free: tuple[str, ...]) -> None:
-  """Compares a config, its fields by their dotted names, on all hosts.
+# Fields of a config that may be a host's own: where it finds things, how it reads them.
+_OWN = (
+  "log", "init_from", "checkpoint", "source", "images", "palette.path", "features.cache", "data.path", "data.data_dir",
+  "data.manual_dir", "data.threads", "data.workers", "data.cache_mb",
+)  # fmt: skip
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+  """Compares a config, as JSON, on all hosts; what may be a host's own is left out.
 
   Raises:
-    UserError: fields other than the `free` ones, or their parts, differ.
+    UserError: fields differ.
   """
+  leaves, _ = jax.tree_util.tree_flatten_with_path(config, lambda x: not isinstance(x, dict))
+  named = {".".join(str(key.key) for key in path): value for path, value in leaves}
   compared = {
     f"config.{name}": value
-    for name, value in config.items()
-    if not any(name == each or name.startswith(each + ".") for each in free)
+    for name, value in named.items()
+    if not any(name == each or name.startswith(each + ".") for each in _OWN)
   }
-  found = differing(compared)
+  # The first has one length whatever the hosts run, the second only where that is the same.
+  found = differing({"igpt_jax": __version__, "fields": sorted(compared)}) or differing(compared)
   if found:
     raise UserError(
-      f"hosts: their configs differ: {_in_words(found)}; fix: the same command on every host"
+      f"hosts: they were started differently: {_in_words(found)}; expected the same everywhere; fix: "
+      "the same command on every host"
     )
