@@ -13,6 +13,8 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, completion
 from igpt_jax.model.image_gpt import count_params
 
+_SAMPLES = 4  # that the page asks for, if one doesn't say
+
 
 @dataclasses.dataclass
 class _Offered:
@@ -40,7 +42,6 @@ class Models:
     """
     self._config = config_lib.base()
     self._config.palette.path = palette_path
-    self._mesh = mesh or common.mesh_of(self._config)
     self._offered: list[_Offered] = []
     for path in paths:
       if not path:
@@ -49,6 +50,8 @@ class Models:
       config.checkpoint = path
       found = completion.describe(config, "")
       self._offered.append(_Offered(_name_of(found), found))
+    largest = max((each.found.config for each in self._offered), key=count_params)
+    self._mesh = mesh or common.sampling_mesh(self._config, largest, _SAMPLES)
 
   def __len__(self) -> int:
     return len(self._offered)

@@ -19,7 +19,8 @@ from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import starting_point
-from igpt_jax.parallel import sharding
+from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.parallel import hardware, sharding
 from igpt_jax.parallel.sharding import make_mesh
 
 
@@ -59,6 +60,28 @@ def open_workdir(workdir: str) -> None:
 
 def mesh_of(config: ConfigDict) -> Mesh:
   return make_mesh(**config.mesh)
+
+
+# What copies of the weights may take, one for each device.
+_COPIES_BYTES = 2**30
+
+
+def sampling_mesh(config: ConfigDict, model: ImageGPTConfig, samples: int) -> Mesh:
+  """`mesh_of` the config; on a CPU, where that is left open, a device for each core.
+
+  Samples are the same on any mesh. As many devices as divide the samples, while a copy of the weights
+  for each takes little memory.
+
+  Args:
+    config: whose `mesh` it is.
+    model: to sample from.
+    samples: that are drawn at a time.
+  """
+  open_mesh = dict(config.mesh) == {"data": -1, "fsdp": 1, "tensor": 1}
+  if open_mesh and not jax.distributed.is_initialized():
+    most = min(hardware.usable_cores(), _COPIES_BYTES // (4 * count_params(model)))
+    hardware.split_cpu(max((n for n in range(1, most + 1) if samples % n == 0), default=1))
+  return mesh_of(config)
 
 
 def own_mesh(mesh: Mesh) -> Mesh | None:

@@ -94,7 +94,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   found = completion.describe(config, workdir, bert=True)
   known = filling.known_pixels(config, found)
   chosen = own_pictures.find(config.images) if config.images else []
-  mesh = common.mesh_of(config)
+  mesh = common.sampling_mesh(config, found.config, config.n)
   in_run = checkpoint.latest_step(workdir) is not None
   out = os.path.join(workdir, "complete") if in_run else workdir
   settings = _settings(config, found, known)

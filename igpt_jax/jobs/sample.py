@@ -17,7 +17,7 @@ from igpt_jax import config as config_lib
 from igpt_jax import pictures, report
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, watch
+from igpt_jax.jobs import common, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.model import decoding
 from igpt_jax.parallel import sharding
@@ -30,8 +30,10 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def sample(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; pictures go to `out`."""
-  mesh = common.mesh_of(config)
   settings = config_lib.sampling(config)
+  found = starting_point.of_job(config, workdir)
+  at_once = math.gcd(config.sample.samples, config.sample.completions)
+  mesh = common.sampling_mesh(config, found.config, at_once)
   trained = common.load_model(config, workdir, mesh, needs_palette=True)
   if not trained.config.causal:
     raise UserError(

@@ -103,13 +103,14 @@ def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Weights(NamedTuple):
-  """Of one layer, in the compute dtype, whole over the batch's devices; matrices [out, in].
+  """Of one layer, in the compute dtype, whole over the batch's devices.
 
-  With a column per sample, a matrix is the product's left side: read once, as it lies.
+  On a CPU matrices are [out, in]: with a column per sample, a matrix is the product's left side, and
+  read once, as it lies. Accelerators take them as they are kept, [in, out], and a row per sample.
   """
 
   gain_1: jax.Array
-  qkv: jax.Array  # [3, E, D]
+  qkv: jax.Array  # [3, E, D], or [D, 3, E]
   attn_proj: jax.Array
   gain_2: jax.Array
   fc: jax.Array
@@ -134,13 +135,18 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     return gather_weight(parameter[...][layer].astype(dtype), *axes)
 
   def turned(parameter, product, layer):
-    return whole(parameter, product.weight_axes, layer).swapaxes(-1, -2)
+    weight = whole(parameter, product.weight_axes, layer)
+    return weight if _keeps_rows() else weight.swapaxes(-1, -2)
+
+  def qkv(layer):
+    weight = turned(blocks.attn.qkv, layers.TO_QKV, layer)
+    return weight.swapaxes(0, 1) if _keeps_rows() else weight
 
   blocks = model.blocks
   per_layer = [
     Weights(
       gain_1=blocks.ln_1.g[...][layer],
-      qkv=turned(blocks.attn.qkv, layers.TO_QKV, layer),
+      qkv=qkv(layer),
       attn_proj=turned(blocks.attn.proj, layers.FROM_HEADS, layer),
       gain_2=blocks.ln_2.g[...][layer],
       fc=turned(blocks.mlp.fc, layers.TO_INNER, layer),
@@ -155,7 +161,8 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     gain=model.ln_f.g[...],
     wtet=whole(model.wtet, ("vocab", "embed")),
   )
-  return tables, per_layer
+  # Else XLA on a CPU leaves out the cast, and reads float32 at every position.
+  return jax.lax.optimization_barrier((tables, per_layer))
 
 
 def prefill(model: ImageGPT, given_BxP: jax.Array, dtype: str) -> list[KeysValues]:
@@ -304,34 +311,55 @@ def decode_step(
     n_head: of the model.
   """
   embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
-  x_DxN = constrain((embedded + tables.wpe[position]).T, *_COLUMNS)
+  stream = _stream(_from_rows(embedded + tables.wpe[position]))
+  n = len(token_N)
   updated = []
   for layer, (given, done), block in zip(weights, before, blocks, strict=True):
-    n = x_DxN.shape[1]
-    qkv = _dot(layer.qkv.reshape(-1, len(x_DxN)), _norm(x_DxN, layer.gain_1))
-    q, k, v = _rows(qkv).reshape(n, 3, n_head, -1).swapaxes(0, 1)
+    qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
+    q, k, v = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
     at = position - given.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
-    heads_NxHxK = attend(q, given, done, block, at).astype(x_DxN.dtype)
-    x_DxN = x_DxN + _dot(layer.attn_proj, heads_NxHxK.reshape(n, -1).T)
-    hidden = layers.activation(_dot(layer.fc, _norm(x_DxN, layer.gain_2)))
-    x_DxN = constrain(x_DxN + _dot(layer.mlp_proj, hidden), *_COLUMNS)
+    heads_NxHxK = attend(q, given, done, block, at).astype(stream.dtype)
+    stream = _dot(_from_rows(heads_NxHxK.reshape(n, -1)), layer.attn_proj) + stream
+    hidden = layers.activation(_dot(_norm(stream, layer.gain_2), layer.fc))
+    stream = _stream(_dot(hidden, layer.mlp_proj) + stream)
     updated.append(block)
-  return updated, _rows(_dot(tables.wtet, _norm(x_DxN, tables.gain), jnp.float32))
+  wtet = tables.wtet.T if _keeps_rows() else tables.wtet
+  return updated, _to_rows(_dot(_norm(stream, tables.gain), wtet, jnp.float32))
 
 
-_COLUMNS = ("channels", "batch")
+# The residual stream of one position is [D, N] on a CPU, and [N, D] elsewhere (see `Weights`).
 
 
-def _dot(weight: jax.Array, x: jax.Array, dtype=None) -> jax.Array:
-  return jnp.matmul(weight, x, preferred_element_type=dtype)
+def _stream(x: jax.Array) -> jax.Array:
+  axes = ("batch", "channels")
+  return constrain(x, *(axes if _keeps_rows() else axes[::-1]))
 
 
-def _rows(columns: jax.Array) -> jax.Array:
-  """Turned; by itself, where XLA would turn the product before it round, to a slower one."""
-  return jax.lax.optimization_barrier(columns).T
+def _qkv(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Queries, keys and values, [N, 3, E] or [N, 3 E]."""
+  if _keeps_rows():
+    return jnp.einsum("nd,dse->nse", x, weight)
+  return _to_rows(_dot(x, weight.reshape(-1, weight.shape[-1])))
 
 
-def _norm(x_DxN: jax.Array, gain: jax.Array) -> jax.Array:
-  """As the model's norms, of columns."""
-  return layers.rms_norm(x_DxN.T, gain).T
+def _dot(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
+  if _keeps_rows():
+    return jnp.matmul(x, weight, preferred_element_type=dtype)
+  # XLA on a CPU has products of bfloat16 with float32 sums, and makes float32's of all others; also
+  # where x was turned round, as a sum is whose first term was: the stream is added last.
+  return jnp.matmul(weight, x, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+
+
+def _from_rows(rows: jax.Array) -> jax.Array:
+  return rows if _keeps_rows() else rows.T
+
+
+def _to_rows(x: jax.Array) -> jax.Array:
+  """Columns turned; by themselves, where XLA would turn the product before them, to a slower one."""
+  return x if _keeps_rows() else jax.lax.optimization_barrier(x).T
+
+
+def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+  """As the model's norms."""
+  return layers.rms_norm(x, gain) if _keeps_rows() else layers.rms_norm(x, gain[:, None], axis=0)

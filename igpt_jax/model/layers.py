@@ -38,16 +38,16 @@ def activation(hidden: jax.Array) -> jax.Array:
   return hidden * jax.nn.sigmoid(1.702 * hidden)
 
 
-def inverse_rms(x: jax.Array) -> jax.Array:
+def inverse_rms(x: jax.Array, axis: int = -1) -> jax.Array:
   """rsqrt(mean(x²) + 1e-5) over channels, float32 [..., 1]."""
   return jax.lax.rsqrt(
-    jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + NORM_EPSILON
+    jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axis, keepdims=True) + NORM_EPSILON
   )
 
 
-def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-  """x · rsqrt(mean(x²) + 1e-5) · gain, in float32; in x's dtype."""
-  return _normed(x, inverse_rms(x), gain)
+def rms_norm(x: jax.Array, gain: jax.Array, axis: int = -1) -> jax.Array:
+  """x · rsqrt(mean(x²) + 1e-5) · gain, in float32; in x's dtype. `axis` is that of the channels."""
+  return _normed(x, inverse_rms(x, axis), gain)
 
 
 def _normed(x: jax.Array, scale: jax.Array, gain: jax.Array) -> jax.Array:

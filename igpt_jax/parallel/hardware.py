@@ -1,6 +1,7 @@
 """Public peaks of the accelerators we know: what a step's speed is divided by."""
 
 import dataclasses
+import os
 
 import jax
 from jax.sharding import Mesh
@@ -53,6 +54,27 @@ def target():
 def platform() -> str:
   """Of `target`: "cpu", "gpu" or "tpu"."""
   return target().platform
+
+
+def usable_cores() -> int:
+  """That this process may run on."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def split_cpu(n_devices: int) -> None:
+  """Makes a CPU count as so many devices, where no device was asked for yet; nothing on accelerators.
+
+  XLA's threads share the work of an operation, of which sampling has many small ones; devices each
+  go through the whole program for their own pictures.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return  # the user has said how many
+  try:
+    jax.config.update("jax_num_cpu_devices", n_devices)
+  except RuntimeError:  # devices are in use: they stay as they are
+    return
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -8,6 +8,8 @@ machine does hits both; medians, and the spread from the fastest turn to the slo
 threads is told too: on a machine that does other work it is the steadier figure, if each side has
 one thread (`taskset -c 0`): several that wait for each other spin.
 
+On a CPU ours has a device for each core, as the jobs do.
+
 The roofline is what must be read for a token, the weights once per step and the cache's filled part,
 over the speed at which this machine copies (bytes read and written), measured between the turns.
 """
@@ -35,6 +37,7 @@ import transformers
 
 from igpt_jax.model import decoding
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Params, count_params, init_params
+from igpt_jax.parallel import hardware, sharding
 from igpt_jax.pretrained import huggingface
 
 GREEDY, PLAIN = decoding.SamplingConfig(temperature=0.0), decoding.SamplingConfig()
@@ -44,11 +47,10 @@ CHECKED_PIXELS = 24
 Side = Callable[[], np.ndarray]
 
 
-def model_config(size: str) -> ImageGPTConfig:
+def model_config(size: str, dtype: str) -> ImageGPTConfig:
   if size == "small":
-    return ImageGPTConfig(n_layer=6, n_head=8, n_embd=256)
+    return ImageGPTConfig(n_layer=6, n_head=8, n_embd=256, dtype=dtype)
   preset = PRESETS[size]
-  dtype = "bfloat16" if torch.cuda.is_available() else "float32"
   return ImageGPTConfig(
     n_layer=preset.n_layer, n_head=preset.n_head, n_embd=preset.n_embd, dtype=dtype
   )
@@ -63,16 +65,19 @@ def make_params(config: ImageGPTConfig) -> Params:
 
 
 def make_ours(config, params, given, n_pixels: int, sampling, cache_dtype: str = "") -> Side:
-  placed = jax.device_put(params)
+  mesh = sharding.make_mesh()
+  placed = jax.device_put(params, sharding.replicated(mesh))
+  given = jax.device_put(given, sharding.sharding(mesh, "batch"))
   keys = jax.random.split(jax.random.key(1), len(given))
 
   def run(params, given, keys):
     progress = decoding.begin(config, params, given, keys, cache_dtype=cache_dtype)
     return decoding.extend(config, params, progress, n_pixels, sampling=sampling).tokens
 
-  compiled = jax.jit(run).lower(placed, jnp.asarray(given), keys).compile()
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(run).lower(placed, given, keys).compile()
   end = given.shape[1] + n_pixels
-  return lambda: np.asarray(compiled(placed, jnp.asarray(given), keys))[:, :end]
+  return lambda: np.asarray(compiled(placed, given, keys))[:, :end]
 
 
 def load_theirs(config, params):
@@ -133,12 +138,12 @@ def copy_speed() -> tuple[float, float]:
   return size / statistics.median(wall), size / statistics.median(cpu)
 
 
-def bytes_per_step(config: ImageGPTConfig, batch: int, n_given: int) -> float:
+def bytes_per_step(config: ImageGPTConfig, batch: int, n_given: int, cache: str = "") -> float:
   """That a step must read, on average: every matrix once, and the filled part of the cache."""
-  item = jnp.dtype(config.dtype).itemsize
+  item, cached = jnp.dtype(config.dtype).itemsize, jnp.dtype(cache or config.dtype).itemsize
   weights = count_params(config) - (config.n_vocab + config.n_positions) * config.n_embd  # tables
   positions = (n_given + 1 + config.n_positions) / 2
-  return item * (weights + batch * positions * 2 * config.n_embd * config.n_layer)
+  return item * weights + cached * batch * positions * 2 * config.n_embd * config.n_layer
 
 
 def check_same_pixels(config, params, model, batch: int) -> None:
@@ -152,7 +157,7 @@ def check_same_pixels(config, params, model, batch: int) -> None:
 
 
 def compare(size: str, arguments) -> list[dict]:
-  config, batch = model_config(size), arguments.batch
+  config, batch = model_config(size, arguments.dtype), arguments.batch
   params = make_params(config)
   model = load_theirs(config, params)
   check_same_pixels(config, params, model, batch)
@@ -160,26 +165,26 @@ def compare(size: str, arguments) -> list[dict]:
   nothing = np.zeros((batch, 0), np.int32)
   upper = np.random.default_rng(2).integers(config.n_vocab, size=(batch, half), dtype=np.int32)
   sides = {
-    "igpt_jax": (make_ours(config, params, nothing, length, PLAIN), 0),
-    "igpt_jax, half given": (make_ours(config, params, upper, length - half, PLAIN), half),
+    "igpt_jax": (make_ours(config, params, nothing, length, PLAIN), 0, ""),
+    "igpt_jax, half given": (make_ours(config, params, upper, length - half, PLAIN), half, ""),
   }
   for cache_dtype in filter(None, arguments.caches.split(",")):
     run = make_ours(config, params, nothing, length, PLAIN, cache_dtype)
-    sides[f"igpt_jax, {cache_dtype} cache"] = run, 0
-  sides["transformers"] = make_theirs(config, model, nothing, length, greedy=False), 0
+    sides[f"igpt_jax, {cache_dtype} cache"] = run, 0, cache_dtype
+  sides["transformers"] = make_theirs(config, model, nothing, length, greedy=False), 0, ""
   taken = {name: [] for name in sides}
   copies = []
   for turn in range(arguments.repeats):
-    for name, (run, _) in sides.items():
+    for name, (run, _, _) in sides.items():
       taken[name].append(timed(run))
       copies.append(copy_speed())
     print(f"  turn {turn + 1} of {arguments.repeats}, load {os.getloadavg()[0]:.1f}", flush=True)
   copy_wall, copy_cpu = (statistics.median(each) for each in zip(*copies, strict=True))
   theirs = taken["transformers"]
   rows = []
-  for name, (_, n_given) in sides.items():
+  for name, (_, n_given, cache) in sides.items():
     wall, cpu = zip(*taken[name], strict=True)
-    steps, need = length - n_given, bytes_per_step(config, batch, n_given)
+    steps, need = length - n_given, bytes_per_step(config, batch, n_given, cache)
     rows.append({
       "size": size, "side": name, "batch": batch, "pixels": steps,
       "seconds": statistics.median(wall), "fastest": min(wall), "slowest": max(wall),
@@ -219,17 +224,22 @@ def main() -> None:
   on_gpu = torch.cuda.is_available()
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--sizes", default="s,m,l" if on_gpu else "small", help="small, s, m, l")
+  parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", help="of both sides")
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--repeats", type=int, default=3, help="turns that each side takes")
   parser.add_argument("--caches", default="", help="ours with these caches, too: int8,bfloat16")
   parser.add_argument("--json", help="write the figures here, too")
   arguments = parser.parse_args()
+  cores = hardware.usable_cores()
+  hardware.split_cpu(max(n for n in range(1, cores + 1) if arguments.batch % n == 0))
   if on_gpu != (jax.default_backend() == "gpu"):
     raise SystemExit(f"torch is on {'cuda' if on_gpu else 'cpu'}, jax on {jax.default_backend()}")
   machine = {
     "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
     "processor": platform.processor() or platform.machine(),
-    "usable_cores": len(os.sched_getaffinity(0)),
+    "usable_cores": cores,
+    "dtype": arguments.dtype,
     "torch_threads": torch.get_num_threads(),
     "python": platform.python_version(),
     "load_at_start": os.getloadavg()[0],
