@@ -57,6 +57,7 @@ class Watchdog:
 
   def __init__(self, seconds: float, field: str):
     self._seconds, self._field = seconds, field
+    self._seen, self._idle = -1, 0.0
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -71,17 +72,22 @@ class Watchdog:
 
   def _watch(self) -> None:
     pause = min(self._seconds / 20, 5.0)
-    seen, idle, looked = -1, 0.0, time.monotonic()
+    looked = time.monotonic()
     while not self._ended.wait(pause):
       now = time.monotonic()
       # After a SIGSTOP the clock has run on, the process has not.
-      idle, looked = idle + min(now - looked, 2 * pause), now
-      if _beats != seen:
-        seen, idle = _beats, 0.0
-        continue
-      first = (_phase, _doing) not in _begun
-      if idle > (max(self._seconds, FIRST_SECONDS) if first else self._seconds):
-        self._end(idle)
+      if self.hangs(min(now - looked, 2 * pause)):
+        self._end(self._idle)
+      looked = now
+
+  def hangs(self, seconds: float) -> bool:
+    """Whether nothing has moved for too long; asked `seconds` after the last time."""
+    if _beats != self._seen:
+      self._seen, self._idle = _beats, 0.0
+      return False
+    self._idle += seconds
+    first = (_phase, _doing) not in _begun
+    return self._idle > (max(self._seconds, FIRST_SECONDS) if first else self._seconds)
 
   def _end(self, idle: float) -> None:
     late = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (STATUS,))

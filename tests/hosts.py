@@ -24,9 +24,23 @@ SMALL = {
 
 
 class Hosts:
-  """The processes of one command; `per_host` adds overrides to some of them."""
+  """The processes of one command; `per_host` adds overrides to some of them.
 
-  def __init__(self, folder, workdir, overrides, per_host=None):
+  `before` is what each process' command begins with, `address` where the first one is reached,
+  `program` what Python is to run.
+  """
+
+  def __init__(
+    self,
+    folder,
+    workdir,
+    overrides,
+    per_host=None,
+    *,
+    before=((),) * HOSTS,
+    address="127.0.0.1",
+    program=("-m", "igpt_jax.main"),
+  ):
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
@@ -39,7 +53,7 @@ class Hosts:
         "JAX_NUM_CPU_DEVICES": str(DEVICES),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"{address}:{port}",
         "JAX_NUM_PROCESSES": str(HOSTS),
         "JAX_PROCESS_ID": str(i),
       }
@@ -47,7 +61,7 @@ class Hosts:
         self.processes.append(
           subprocess.Popen(
             [
-              sys.executable, "-m", "igpt_jax.main", "--distributed",
+              *before[i], sys.executable, *program, "--distributed",
               "--config=configs/quickstart.py", f"--workdir={workdir}",
               *(f"--config.{name}={value}" for name, value in settings.items()),
             ],

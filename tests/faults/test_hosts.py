@@ -1,0 +1,104 @@
+"""One of two hosts is killed, stopped or cut off, or comes to other numbers: the others end, and say why.
+
+Short: one of each kind. IGPT_JAX_FAULTS=long: every signal to every host.
+"""
+
+import os
+import pathlib
+import signal
+
+import networks
+import pytest
+from hosts import HOSTS, hosts
+
+from igpt_jax import checkpoint
+
+LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"
+FAULTY = str(pathlib.Path(__file__).parent / "faulty_main.py")
+HOST_SECONDS = 10
+BOUND = HOST_SECONDS + 60  # that the others may live on
+SIGNALS = (
+  [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGSTOP, 1)]
+  if LONG
+  else [(signal.SIGSTOP, 1)]
+)
+ENDLESS = {
+  "train.steps": 100_000, "train.eval_every": 0, "train.checkpoint_every": 50_000, "host_seconds": HOST_SECONDS,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_folders(tmp_path_factory):
+  """The data is made once, and programs are compiled once."""
+  folder = tmp_path_factory.mktemp("shared")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    yield
+
+
+def assert_ends_with_words(started, host):
+  status = started.processes[host].wait(BOUND)
+  said = started.said(host, "err")
+  assert status not in (0, 2), said
+  assert "another host was probably lost" in said and "config.host_seconds: 10" in said
+
+
+@pytest.mark.parametrize("number, lost", SIGNALS)
+def test_the_others_end_when_a_host_is_lost(tmp_path, number, lost):
+  with hosts(tmp_path / "said", tmp_path / "run", ENDLESS) as started:
+    started.wait_for("/100000  loss")
+    started.processes[lost].send_signal(number)
+    assert_ends_with_words(started, 1 - lost)
+
+
+def test_both_end_when_they_are_cut_off_from_each_other(tmp_path):
+  with (
+    networks.two_networks(tmp_path / "net") as cable,
+    hosts(
+      tmp_path / "said",
+      tmp_path / "run",
+      ENDLESS,
+      before=cable.before,
+      address=networks.ADDRESSES[0],
+    ) as started,
+  ):
+    started.wait_for("/100000  loss")
+    cable.cut()
+    for host in range(HOSTS):
+      assert_ends_with_words(started, host)
+
+
+def both_say(started, status, *texts):
+  assert started.statuses() == [status] * HOSTS, started.everything()
+  for host in range(HOSTS):
+    for text in texts:
+      assert text in started.said(host, "err")
+    assert "Traceback" not in started.said(host, "err")
+
+
+def test_another_config_on_one_host_is_a_mistake(tmp_path):
+  with hosts(
+    tmp_path / "said", tmp_path / "run", {}, per_host={1: {"train.learning_rate": 0.5}}
+  ) as started:
+    both_say(started, 2, "config.train.learning_rate: host 0 has 0.003, host 1 0.5")
+  assert not (tmp_path / "run").exists()
+
+
+def test_another_order_of_the_data_on_one_host_is_a_mistake(tmp_path):
+  with hosts(tmp_path / "said", tmp_path / "run", {}, program=(FAULTY, "other_order")) as started:
+    both_say(
+      started, 2, "hosts: they differ at step 0: order: host 0 has records 0 to 15 by seed 0"
+    )
+
+
+def test_parameters_that_differ_are_not_saved(tmp_path):
+  """Every host has a copy, which a fault on one of them changes."""
+  overrides = {"mesh.fsdp": 1, "train.eval_every": 0}
+  with hosts(
+    tmp_path / "said", tmp_path / "run", overrides, program=(FAULTY, "diverge")
+  ) as started:
+    both_say(started, 1, "hosts: their parameters differ at step 4: checksum: host 0 has ")
+  assert checkpoint.whole_steps(str(tmp_path / "run")) == []
