@@ -42,6 +42,7 @@ class Models:
     """
     self._config = config_lib.base()
     self._config.palette.path = palette_path
+    common.use_cores(self._config)
     self._offered: list[_Offered] = []
     for path in paths:
       if not path:

@@ -66,22 +66,33 @@ def mesh_of(config: ConfigDict) -> Mesh:
 _COPIES_BYTES = 2**30
 
 
-def sampling_mesh(config: ConfigDict, model: ImageGPTConfig, samples: int) -> Mesh:
-  """`mesh_of` the config; on a CPU, where that is left open, a device for each core.
+def _mesh_is_open(config: ConfigDict) -> bool:
+  """Whether the config leaves to us how devices are used."""
+  return dict(config.mesh) == {"data": -1, "fsdp": 1, "tensor": 1}
 
-  Samples are the same on any mesh. As many devices as divide the samples, while a copy of the weights
-  for each takes little memory.
+
+def use_cores(config: ConfigDict) -> None:
+  """Makes each core of a CPU a device, for sampling; before anything asks for devices."""
+  if _mesh_is_open(config) and not jax.distributed.is_initialized():
+    hardware.split_cpu(min(hardware.usable_cores(), 8))
+
+
+def sampling_mesh(config: ConfigDict, model: ImageGPTConfig, samples: int) -> Mesh:
+  """`mesh_of` the config; of a CPU's devices as many as divide the samples.
+
+  Samples are the same on any mesh. Each device has a copy of the weights, while these take little.
 
   Args:
     config: whose `mesh` it is.
     model: to sample from.
     samples: that are drawn at a time.
   """
-  open_mesh = dict(config.mesh) == {"data": -1, "fsdp": 1, "tensor": 1}
-  if open_mesh and not jax.distributed.is_initialized():
-    most = min(hardware.usable_cores(), _COPIES_BYTES // (4 * count_params(model)))
-    hardware.split_cpu(max((n for n in range(1, most + 1) if samples % n == 0), default=1))
-  return mesh_of(config)
+  devices = jax.devices()
+  if devices[0].platform != "cpu" or jax.process_count() > 1 or not _mesh_is_open(config):
+    return mesh_of(config)
+  most = min(len(devices), _COPIES_BYTES // (4 * count_params(model)))
+  n = max((n for n in range(1, most + 1) if samples % n == 0), default=1)
+  return make_mesh(devices=devices[:n])
 
 
 def own_mesh(mesh: Mesh) -> Mesh | None:

@@ -75,10 +75,17 @@ def run(config: ConfigDict, workdir: str) -> None:
       + "; or ".join(planning.remedies(training, mesh))
     )
   if training.model.causal and config.sample.samples and not config.plan:
-    mesh = planning.sampling_mesh(training.model, topology)
+    mesh = planning.sampling_mesh(
+      training.model, topology, config.sample.samples, config.sample.cache
+    )
     say(f"compiling the sampling of {config.sample.samples} pictures, mesh ({sizes_of(mesh)})")
     drawn = forecasting.sampling(
-      training.model, config_lib.sampling(config), config.sample.samples, topology, mesh
+      training.model,
+      config_lib.sampling(config),
+      config.sample.samples,
+      topology,
+      mesh,
+      config.sample.cache,
     )
     batch = sharding.round_up_batch(mesh, config.sample.samples)
     values["sampling"] = {"mesh": dict(mesh.shape)} | sampling_summary(drawn, topology, batch)

@@ -91,6 +91,7 @@ class Target:
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Completes `images`, or draws `n` pictures, with `checkpoint`."""
+  common.use_cores(config)
   found = completion.describe(config, workdir, bert=True)
   known = filling.known_pixels(config, found)
   chosen = own_pictures.find(config.images) if config.images else []

@@ -25,6 +25,7 @@ from igpt_jax.parallel import sharding
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Samples from `checkpoint` (or the workdir's newest); watching, from every checkpoint."""
+  common.use_cores(config)
   watch.run(config, workdir, "sample.json", sample)
 
 

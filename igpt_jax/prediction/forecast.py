@@ -107,8 +107,9 @@ def sampling(
   n_pictures: int,
   topology: Topology,
   mesh: Mesh,
+  cache_dtype: str = "",
 ) -> Forecast:
-  """Drawing whole pictures from nothing: one prefill of the start vector, then pixel by pixel."""
+  """Drawing whole pictures from nothing, pixel by pixel; `cache_dtype` as of `decoding.begin`."""
   params = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     abstract_params(model),
@@ -119,7 +120,7 @@ def sampling(
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
   keys = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
   draw = jax.jit(
-    functools.partial(decoding.complete, model, sampling=settings),
+    functools.partial(decoding.complete, model, sampling=settings, cache_dtype=cache_dtype),
     out_shardings=sharding.replicated(mesh),
   )
 

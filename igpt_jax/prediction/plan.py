@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
@@ -30,6 +31,7 @@ _AGAIN = {"none": 0.0, "names": 0.03, "full": 0.3}
 _WORKING = 60.0  # bytes per position and channel of the layer that is worked on
 _STATE = 18  # bytes per parameter: itself, two moments, a gradient (float32), a bfloat16 copy
 _WEIGHTS_SHARE = 0.7  # of a device's memory, where pictures are drawn
+_CACHE_SHARE = 0.9  # and of weights and cache together
 _EFFICIENCY = 0.7  # of the matrix units' peak
 
 
@@ -165,18 +167,27 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
   return seconds / training.batch_size, training.batch_size
 
 
-def sampling_mesh(model: ImageGPTConfig, topology: Topology) -> Mesh:
-  """Weights whole on as few devices as hold them: drawing reads all of them for every pixel."""
-  n = len(topology.devices)
+def sampling_mesh(
+  model: ImageGPTConfig, topology: Topology, n_pictures: int = 0, cache_dtype: str = ""
+) -> Mesh:
+  """Weights whole on as few devices as hold them: drawing reads all of them for every pixel.
+
+  Args:
+    model: to sample from.
+    topology: of the devices.
+    n_pictures, cache_dtype: what the cache must have room for, spread over all devices.
+  """
+  n, hbm = len(topology.devices), topology.chip.hbm_bytes
   held = 6 * count_params(model)  # float32, and the bfloat16 copy that is computed with
+  item = jnp.dtype(cache_dtype or model.dtype).itemsize
+  cache = 2 * model.n_layer * model.n_positions * model.n_embd * item * n_pictures / n
+  possible = [t for t in range(1, n + 1) if n % t == 0 and model.n_head % t == 0]
   fitting = [
     tensor
-    for tensor in range(1, n + 1)
-    if n % tensor == 0
-    and model.n_head % tensor == 0
-    and held / tensor < _WEIGHTS_SHARE * topology.chip.hbm_bytes
+    for tensor in possible
+    if held / tensor < min(_WEIGHTS_SHARE * hbm, _CACHE_SHARE * hbm - cache)
   ]
-  tensor = fitting[0] if fitting else 1
+  tensor = fitting[0] if fitting else possible[-1]
   return sharding.make_mesh(n // tensor, 1, tensor, devices=list(topology.devices))
 
 
