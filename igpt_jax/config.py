@@ -269,7 +269,8 @@ def validate(config: ConfigDict) -> None:
   sampling(config)
   optimizer(config)
   if not config.init_from:  # else the model is known when that is
-    model(config, n_vocab=palette_size(config))
+    settled.model.dtype = config.model.dtype or "float32"  # which one would ask for devices
+    model(settled, n_vocab=palette_size(config))
 
 
 def settle(config: ConfigDict, start: ImageGPTConfig | None = None) -> ConfigDict:
