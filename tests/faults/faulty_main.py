@@ -19,33 +19,28 @@ from igpt_jax.training import compilation
 _SECOND = os.environ.get("JAX_PROCESS_ID") == "1"
 
 
-def hanging(function):
-  """The function, of which the 6th call doesn't return."""
-  calls = []
-
-  def call(*args):
-    calls.append(1)
-    if len(calls) == 6:
-      threading.Event().wait()
-    return function(*args)
-
-  return call
-
-
 def build_in(fault):
-  if fault == "hang_data":
-    start = pipeline._start
+  if fault in ("hang_data", "hang_step"):
+    steps = []
+    step, start = compilation.CompiledStep.__call__, pipeline._start
+
+    def counted(*args):
+      steps.append(1)
+      if fault == "hang_step" and len(steps) == 6:
+        threading.Event().wait()
+      return step(*args)
 
     class Hanging:
       def __init__(self, iterator):
-        self._next, self.close = hanging(iterator.__next__), iterator.close
+        self._iterator, self.close = iterator, iterator.close
 
       def __next__(self):
-        return self._next()
+        if fault == "hang_data" and len(steps) == 5:
+          threading.Event().wait()
+        return next(self._iterator)
 
+    compilation.CompiledStep.__call__ = counted
     pipeline._start = lambda dataset, config: Hanging(start(dataset, config))
-  elif fault == "hang_step":
-    compilation.CompiledStep.__call__ = hanging(compilation.CompiledStep.__call__)
   elif fault == "diverge" and _SECOND:
     optimizer = config_lib.optimizer
 
