@@ -161,6 +161,8 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     gain=model.ln_f.g[...],
     wtet=whole(model.wtet, ("vocab", "embed")),
   )
+  if _keeps_rows():
+    return tables, per_layer
   # Else XLA on a CPU leaves out the cast, and reads float32 at every position.
   return jax.lax.optimization_barrier((tables, per_layer))
 
