@@ -62,8 +62,7 @@ def base() -> ConfigDict:
   config.model = ConfigDict()
   config.model.size = ""  # s, m, l, xl; "": init_from's, or s
   config.model.n_layer = 0  # 0: the size's
-  config.model.n_head = 0
-  config.model.n_embd = 0
+  config.model.n_head = config.model.n_embd = 0
   config.model.dtype = ""  # float32, bfloat16; "": bfloat16 on accelerators, float32 on CPU
   config.model.remat = ""  # none, names, full, offload; "": the size's
   config.model.attention = "auto"
@@ -88,6 +87,7 @@ def base() -> ConfigDict:
   config.train.checkpoint_every = 1_000
   config.train.keep = 3  # newest checkpoints
   config.train.keep_every = 0  # and those at multiples of this; 0: none
+  config.train.save_retry_seconds = 600.0  # in which a save that fails is tried again; 0: never
 
   config.mesh = ConfigDict()  # devices; one may be -1: what is left
   config.mesh.data = -1
@@ -237,7 +237,7 @@ def validate(config: ConfigDict) -> None:
   _positive(
     config, "seed", "train.eval_every", "train.eval_images", "train.keep_every",
     "evaluate.images", "features.masks", "features.images", "features.eval_images", "probe.around_best", "finetune.images",
-    "finetune.warmup_steps", "finetune.patience", "watch_seconds", "watch_patience", "hang_seconds", "sample.scale", "model.n_layer", "model.n_head",
+    "finetune.warmup_steps", "finetune.patience", "train.save_retry_seconds", "watch_seconds", "watch_patience", "hang_seconds", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
   )  # fmt: skip
   trained = {"finetune": config.finetune, "probe": config.probe}.get(config.job, config.train)

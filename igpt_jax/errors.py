@@ -11,6 +11,12 @@ class UserError(Exception):
   status = 2  # a mistake: running the same command again doesn't help
 
 
+class SaveFailed(UserError):
+  """A checkpoint can't be written; the same command may go on, once it can."""
+
+  status = 1
+
+
 class HostsDiffer(UserError):
   """Hosts of one run have come to different numbers; the same command may go on."""
 

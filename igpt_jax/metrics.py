@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked; progress lines."""
 
+import contextlib
 import json
 import os
 import time
@@ -7,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from igpt_jax.errors import UserError
-from igpt_jax.files import replacing
+from igpt_jax.files import replacing, sync
 
 
 class JsonlWriter:
   """Appends one JSON object a line. A record's "step" never occurs twice for one kind of record.
 
-  Resuming at a step drops the records after it: they are computed again, to the same values.
+  Resuming at a step drops the records after it: they are computed again, to the same values. Where the
+  disk is full a record waits for the next one, or for `sync`, which says so.
   """
 
   def __init__(self, path: str, resume_step: int):
@@ -23,13 +25,36 @@ class JsonlWriter:
         kept = [line.rstrip("\n") + "\n" for line in lines if _belongs_before(line, resume_step)]
       with replacing(path) as partial, open(partial, "w", encoding="utf-8") as out:
         out.writelines(kept)
-    self._file = open(path, "a", encoding="utf-8")
+    self._file = open(path, "ab", buffering=0)
+    self._waiting = b""
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    self._waiting += (json.dumps({"step": step, **values}) + "\n").encode()
+    with contextlib.suppress(OSError):
+      self._append()
+
+  def _append(self) -> None:
+    """Whole lines, or nothing."""
+    end, left = self._file.seek(0, os.SEEK_END), self._waiting
+    try:
+      while left:
+        left = left[self._file.write(left) :]
+    except OSError:
+      self._file.truncate(end)
+      raise
+    self._waiting = b""
+
+  def sync(self) -> None:
+    """What was written is on the disk, as far as the file system keeps such a promise.
+
+    Raises:
+      OSError: it can't be; it still waits.
+    """
+    self._append()
+    sync(self.path)
 
   def close(self) -> None:
+    self._append()
     self._file.close()
 
 
@@ -112,6 +137,12 @@ class Writers:
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     for writer in self._writers:
       writer.write(step, values)
+
+  def sync(self) -> None:
+    """What goes on with a checkpoint is on the disk: metrics.jsonl."""
+    for writer in self._writers:
+      if isinstance(writer, JsonlWriter):
+        writer.sync()
 
   def close(self) -> None:
     for writer in self._writers:

@@ -78,16 +78,19 @@ def quiet(level: int):
       logger.setLevel(own)
 
 
-def _deaf_to_stragglers(hook):
-  """A sys.unraisablehook that passes on all but what comes of other reads when one has failed.
+def deaf_to_stragglers(hook):
+  """A sys.unraisablehook that passes on all but what comes of others when one read or write failed.
 
   They are still under way in threads of their own, and find orbax' event loop closed.
   """
+  if hasattr(hook, "passes_to"):
+    return hook
 
   def hear(unraisable):
     if str(unraisable.exc_value) != "Event loop is closed":
       hook(unraisable)
 
+  hear.passes_to = hook
   return hear
 
 
@@ -95,7 +98,7 @@ def _deaf_to_stragglers(hook):
 def reading(folder: str):
   """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
   hook = sys.unraisablehook
-  sys.unraisablehook = _deaf_to_stragglers(hook)
+  sys.unraisablehook = deaf_to_stragglers(hook)
   try:
     with quiet(logging.CRITICAL):
       yield

@@ -12,12 +12,12 @@ import dataclasses
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from igpt_jax.checkpoint import folders, reading, sums
@@ -26,6 +26,7 @@ from igpt_jax.checkpoint.reading import Described
 from igpt_jax.errors import UserError
 from igpt_jax.files import sync
 from igpt_jax.model.image_gpt import Params
+from igpt_jax.parallel import hosts
 from igpt_jax.training.state import HEAD, TrainState
 
 # What orbax and what it writes by raise where a disk or a bucket fails.
@@ -58,11 +59,18 @@ class Resumed:
   state: TrainState
 
 
-def _on_any(wrong: bool) -> bool:
-  """Whether it is so on any process."""
-  if jax.process_count() == 1:
-    return wrong
-  return bool(multihost_utils.process_allgather(np.int32(wrong)).any())
+def _sync_unnamed(folder: str) -> None:
+  """What was written of a checkpoint goes to the disk before it gets its name."""
+  for name in os.listdir(folder):
+    if ".orbax-checkpoint-tmp" in name:
+      for parent, _, files in os.walk(os.path.join(folder, name)):
+        for each in (*files, ""):
+          sync(os.path.join(parent, each))
+
+
+def _told_by_us(record: logging.LogRecord) -> bool:
+  """A filter of orbax' tracebacks: what it logs so, it raises, and that is told in a line."""
+  return not (record.exc_info and "orbax" in record.pathname)
 
 
 class Checkpoints:
@@ -107,27 +115,30 @@ class Checkpoints:
     self._error: BaseException | None = None
     self._set_aside_unreadable()
     self._checkpointer = self._open()
+    # What orbax says of a save that fails comes from its threads, at any time.
+    logging.getLogger("absl").addFilter(_told_by_us)
+    sys.unraisablehook = reading.deaf_to_stragglers(sys.unraisablehook)
 
   def _open(self) -> ocp.training.Checkpointer:
-    context = ocp.Context()
+    context, folder = ocp.Context(), self._folder
     # In the background, a folder that can't be made is told only after a wait.
     context.asynchronous.create_directories_asynchronously = False
-    context.asynchronous.post_finalization_callback = self._sync
+    context.asynchronous.post_finalization_callback = lambda: _sync_unnamed(folder)
     return ocp.training.Checkpointer(
       self._folder,
       context=context,
-      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=self._preserve,
       cleanup_tmp_directories=True,
     )
 
-  def _sync(self) -> None:
-    """All that was written of a checkpoint goes to the disk before it gets its name."""
-    for name in os.listdir(self._folder):
-      if ".orbax-checkpoint-tmp" in name:
-        for parent, _, files in os.walk(os.path.join(self._folder, name)):
-          for each in (*files, ""):
-            sync(os.path.join(parent, each))
+  @property
+  def folder(self) -> str:
+    return self._folder
+
+  def kept(self) -> str:
+    """Says which checkpoints are whole."""
+    steps = folders.whole_steps(self._folder)
+    return f"whole ones: {', '.join(map(str, steps))}" if steps else "there is no whole one yet"
 
   def latest(self) -> int | None:
     """Step of the newest whole checkpoint."""
@@ -163,7 +174,7 @@ class Checkpoints:
           state = self.restore(step, abstract, shardings)
         except UserError as caught:
           error = caught
-      if _on_any(error is not None):
+      if hosts.on_any(error is not None):
         why[step] = str(error or "another process can't read it")
         continue
       if why:
@@ -204,8 +215,7 @@ class Checkpoints:
       shutil.rmtree(target, ignore_errors=True)
       os.rename(source, target)
       self._say(f"checkpoint {step} is set aside as {target}: {why[step]}")
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"igpt_jax: {suffix} checkpoints set aside")
+    hosts.wait_for_all(f"{suffix} checkpoints set aside")
 
   def save(
     self,
@@ -237,6 +247,7 @@ class Checkpoints:
     self._checkpointer.save_checkpointables_async(
       step,
       items,
+      force=True,  # also before one that is there
       custom_metadata=sums.with_sums(run, sums.of_items(items)),
       metrics=None if scores is None else {**scores, "step": step},
     )

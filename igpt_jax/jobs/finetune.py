@@ -18,7 +18,7 @@ from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, finetune_start, goodput, loop
+from igpt_jax.jobs import common, finetune_start, goodput, lock, loop, saving
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -33,6 +33,12 @@ def run(config: ConfigDict, workdir: str) -> None:
   folder = os.path.join(workdir, "finetune_scratch" if settings.scratch else "finetune")
   finetune_start.check_settings(settings)
   common.open_workdir(folder)
+  with lock.held(folder):
+    _run(config, workdir, folder)
+
+
+def _run(config: ConfigDict, workdir: str, folder: str) -> None:
+  settings = config.finetune
   workdir_lib.check(config, folder, workdir_lib.FINETUNE_FREE)
   mesh = common.mesh_of(config)
   batch_size = settings.batch_size
@@ -185,7 +191,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       abstract=abstract,
       shardings=shardings,
       evaluate=evaluate,
-      save=save,
+      save=saving.Saver(checkpoints, save, config.train.save_retry_seconds),
       ended=lambda: 0 < settings.patience <= best.waited,
     ),
     train_state,

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from igpt_jax import __version__, metrics
 from igpt_jax import config as config_lib
 from igpt_jax.data.pipeline import Batches
-from igpt_jax.jobs import agreement, common, goodput
+from igpt_jax.jobs import agreement, common, goodput, saving
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import sharding
@@ -40,7 +40,7 @@ class Work:
     fields: of a batch, that the step takes.
     abstract, shardings: of the state.
     evaluate: state -> numbers, to be written down.
-    save: begins to write the state, under its step.
+    save: of the state, under its step.
     ended: asked after each evaluation whether to end before `steps`.
   """
 
@@ -53,7 +53,7 @@ class Work:
   abstract: TrainState
   shardings: TrainState
   evaluate: Callable[[TrainState], dict[str, float]]
-  save: Callable[[TrainState, int], None]
+  save: saving.Saver
   ended: Callable[[], bool] = lambda: False
 
 
@@ -180,7 +180,7 @@ def run(
   def agree_and_save() -> None:
     if at_step > first_step:
       agreement.check(at_step, batches.place(), train_state.params)
-    work.save(train_state, at_step)
+    work.save(train_state, at_step, writers.sync)
 
   def save() -> None:
     pause(agree_and_save, "checkpoint")
@@ -194,7 +194,7 @@ def run(
           evaluate()
           if work.ended():
             break
-        if at_step % work.save_every == 0:
+        if at_step % work.save_every == 0 or work.save.failed():
           save()
       # Only begun here: it travels while the device is still at the step before.
       read = next(batches)
@@ -221,6 +221,7 @@ def run(
       evaluate()
     save()
     clock.enter("checkpoint")  # which is still being written
+    work.save.finish(train_state, at_step)
   done = at_step >= work.steps or work.ended()
   return Outcome(train_state, at_step, last, None if done else stop.requested)
 

@@ -16,7 +16,7 @@ from igpt_jax import metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, goodput, loop, starting_point
+from igpt_jax.jobs import common, goodput, lock, loop, saving, starting_point
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -29,6 +29,11 @@ from igpt_jax.training.evaluation import Likelihood
 def run(config: ConfigDict, workdir: str) -> None:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
   common.open_workdir(workdir)
+  with lock.held(workdir):
+    _run(config, workdir)
+
+
+def _run(config: ConfigDict, workdir: str) -> None:
   workdir_lib.check(config, workdir)
   given = config
   mesh = common.mesh_of(config)
@@ -130,7 +135,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       abstract=abstract,
       shardings=shardings,
       evaluate=evaluate,
-      save=save,
+      save=saving.Saver(checkpoints, save, config.train.save_retry_seconds),
     ),
     train_state,
     batches,

@@ -16,7 +16,7 @@ from igpt_jax import metrics
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import goodput, loop, probe_feeds
+from igpt_jax.jobs import goodput, lock, loop, probe_feeds, saving
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.feature_sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.jobs.probe_feeds import LAYERS
@@ -38,6 +38,13 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
       "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
       "with sgd; fix: config.probe.method=lbfgs"
     )
+  folder = os.path.join(out, "probe_sgd")
+  os.makedirs(folder, exist_ok=True)
+  with lock.held(folder):
+    return _run(config, workdir, folder, source)
+
+
+def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[dict[str, Any]]:
   mesh = source.mesh
   sharding.batch_size_per_shard(mesh, config.probe.batch_size, "probe.batch_size")
   feed = probe_feeds.open_feed(config, workdir, source)
@@ -53,8 +60,6 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
     shardings = sgd_probe.state_shardings(abstract, feed.groups, mesh, frozen_shardings)
     state = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
 
-  folder = os.path.join(out, "probe_sgd")
-  os.makedirs(folder, exist_ok=True)
   checkpoints = Checkpoints(folder, keep=1, say=say)
   said = {
     "model": {"checksum": source.checksum},
@@ -115,7 +120,7 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
       abstract=abstract,
       shardings=shardings,
       evaluate=evaluate,
-      save=save,
+      save=saving.Saver(checkpoints, save, config.train.save_retry_seconds),
     ),
     state,
     feed.training(first_step),

@@ -1,0 +1,18 @@
+"""What the processes of one program agree on; a single process agrees with itself."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def on_any(here: bool) -> bool:
+  """Whether it is so on any process; all must ask together."""
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.process_allgather(np.int32(here)).any())
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when all processes have come here; `what` names the place."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"igpt_jax: {what}")
