@@ -152,9 +152,7 @@ class Clock:
     if self._ended and step == self._first_step:
       return {}  # it had ended before, and nothing was done
     self._ended = ended
-    if common.is_main():
-      self._write(step)
-    spent = self.told()
+    spent = self._write(step) if common.is_main() else self.told()
     say(describe(spent))
     return spent
 
@@ -168,9 +166,11 @@ class Clock:
       "steps_again": self._steps_again,
     }
 
-  def _write(self, step: int) -> None:
+  def _write(self, step: int) -> dict[str, Any]:
+    """Writes the file for a run that has got to `step`; gives what is `told` in it."""
+    told = self.told()
     values = {
-      **self.told(),
+      **told,
       "step": step,
       "ended": self._ended,
       "written": time.time(),
@@ -181,6 +181,7 @@ class Clock:
       report.write_json(self._path, values)
     except OSError as error:  # not worth a run
       say(f"{self._path}: can't be written ({error.strerror or error}); the run goes on")
+    return told
 
 
 def describe(spent: dict[str, Any]) -> str:
@@ -195,7 +196,7 @@ def describe(spent: dict[str, Any]) -> str:
   if restarts:
     lost = sum(seconds[name] for name in LOST)
     text += (
-      f", lost to {restarts} restart{'s' * (restarts > 1)} {lost / total:.1%} "
-      f"({spent['steps_again']:,} steps done again, {format_seconds(seconds['down'])} between)"
+      f", lost to {restarts} restart{'s' * (restarts > 1)} {lost / total:.1%} (steps done again: "
+      f"{spent['steps_again']:,}, time between: {format_seconds(seconds['down'])})"
     )
   return text

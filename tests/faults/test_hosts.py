@@ -7,14 +7,20 @@ import os
 import pathlib
 import signal
 
+import jax
 import networks
+import numpy as np
 import pytest
 from hosts import HOSTS, hosts
 
 from igpt_jax import checkpoint
+from igpt_jax.data.order import Stream, train_order
+from igpt_jax.errors import HostsDiffer, UserError
+from igpt_jax.jobs import agreement
 
 LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"
 FAULTY = str(pathlib.Path(__file__).parent / "faulty_main.py")
+long = pytest.mark.skipif(not LONG, reason="of the long form: IGPT_JAX_FAULTS=long")
 HOST_SECONDS = 10
 BOUND = HOST_SECONDS + 60  # that the others may live on
 SIGNALS = (
@@ -71,6 +77,67 @@ def test_both_end_when_they_are_cut_off_from_each_other(tmp_path):
       assert_ends_with_words(started, host)
 
 
+@pytest.fixture
+def other(monkeypatch):
+  """This process is one of two hosts; the other one says the same but for what is set here."""
+  said = {}
+
+  def gather(mine):
+    theirs = []
+    for row in mine:
+      name = bytes(row[4:]).partition(b"=")[0].decode()
+      theirs.append(agreement._as_bytes(name, said[name]) if name in said else row)
+    return np.stack([mine, np.stack(theirs)])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(agreement.multihost_utils, "process_allgather", gather)
+  return said
+
+
+def test_what_differs_is_named_with_the_host(other):
+  place = {"order": "x" * 200, "empty": ""}
+  agreement.check(3, place)
+  other["step"] = 4
+  with pytest.raises(UserError, match=r"they differ at step 3: step: host 0 has 3, host 1 4;"):
+    agreement.check(3, place)
+  del other["step"]
+  other["order"] = "x" * 199 + "y"  # beyond what is shown
+  with pytest.raises(UserError, match=r"they differ at step 3: order: host 0 has xxx"):
+    agreement.check(3, place)
+
+
+def test_parameters_are_compared_by_their_numbers(other):
+  params = {"a": jax.numpy.ones(3)}
+  agreement.check(3, {}, params)
+  other["checksum"] = "0" * 16
+  with pytest.raises(HostsDiffer, match="host 1 0000000000000000; nothing of this is saved"):
+    agreement.check(3, {}, params)
+
+
+def test_only_what_is_a_hosts_own_may_differ(other):
+  config = {"seed": 1, "data": {"path": "/here", "name": "folder"}, "log": {"wandb": True}}
+  other.update({"config.data.path": "/there", "config.log.wandb": False})
+  agreement.check_config(config)
+  other["config.data.name"] = "tokens"
+  with pytest.raises(UserError, match=r"config\.data\.name: host 0 has folder, host 1 tokens;"):
+    agreement.check_config(config)
+
+
+def test_a_batch_that_is_not_of_the_order_is_noticed():
+  order = train_order(10, seed=3)
+  streams = [Stream(order, 3, 5, host, HOSTS) for host in range(HOSTS)]
+  batch = [order[i] for i in range((5 + 2) * 8, (5 + 3) * 8)]
+  places = [
+    each.place(2, np.array(rows))
+    for each, rows in zip(streams, np.split(np.array(batch), 2), strict=True)
+  ]
+  assert places[0] == places[1]
+  assert places[0]["order"].startswith("records 56 to 63 by seed 3, checksum ")
+  assert streams[0].place(2, np.array(batch[4:])) != places[0]
+  assert streams[0].place(3, np.array(batch[:4])) != places[0]
+  assert Stream(train_order(10, seed=4), 3, 5, 0, HOSTS).place(2, np.array(batch[:4])) != places[0]
+
+
 def both_say(started, status, *texts):
   assert started.statuses() == [status] * HOSTS, started.everything()
   for host in range(HOSTS):
@@ -79,6 +146,7 @@ def both_say(started, status, *texts):
     assert "Traceback" not in started.said(host, "err")
 
 
+@long
 def test_another_config_on_one_host_is_a_mistake(tmp_path):
   with hosts(
     tmp_path / "said", tmp_path / "run", {}, per_host={1: {"train.learning_rate": 0.5}}
@@ -87,6 +155,7 @@ def test_another_config_on_one_host_is_a_mistake(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@long
 def test_another_order_of_the_data_on_one_host_is_a_mistake(tmp_path):
   with hosts(tmp_path / "said", tmp_path / "run", {}, program=(FAULTY, "other_order")) as started:
     both_say(
