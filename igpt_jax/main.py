@@ -34,8 +34,8 @@ _WAIT_FOR_OTHERS_TO_FAIL_SECONDS = 10
 # jax ends the process when it hears nothing from another one, in words of its own.
 _LOST = (
   "igpt_jax: ended from outside: another host was probably lost (killed, stopped, or cut off for "
-  "config.host_seconds: {}), or this one killed; the lines above say more; the same command on all hosts "
-  "goes on from the newest checkpoint"
+  "config.host_seconds: {}) or never came, or this one was killed; the lines above say more; the same "
+  "command on all hosts goes on from the newest checkpoint"
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -137,8 +137,8 @@ def main(argv: list[str]) -> int:
 
     with contextlib.ExitStack() as watched:
       if _DISTRIBUTED.value:
-        _join_processes(config)
         watched.enter_context(watchdog.last_words(_LOST.format(config.host_seconds)))
+        _join_processes(config)
       config_lib.validate(config)
       if _DISTRIBUTED.value:
         agreement.check_config(config_lib.as_json(config))

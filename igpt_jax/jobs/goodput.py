@@ -78,8 +78,7 @@ class Clock:
       pass
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
       say(f"{self._path}: can't be read ({error!r:.100}); times are counted from here on")
-    if not self._ended:
-      self._write(first_step)
+    self._write(first_step)
 
   def _go_on(self, found: dict[str, Any]) -> None:
     """Takes over what earlier processes have spent, and counts what was lost since."""
@@ -149,8 +148,8 @@ class Clock:
     Returns:
       "goodput": the share of all time that steps took, "seconds" by phase, "starts", "steps_again".
     """
-    if self._ended and step == self._first_step:
-      return {}  # it had ended before, and nothing was done
+    if self._idle(step):
+      return {}
     self._ended = ended
     spent = self._write(step) if common.is_main() else self.told()
     say(describe(spent))
@@ -166,9 +165,15 @@ class Clock:
       "steps_again": self._steps_again,
     }
 
+  def _idle(self, step: int) -> bool:
+    """The run had ended before this process, which has done nothing."""
+    return self._ended and step == self._first_step
+
   def _write(self, step: int) -> dict[str, Any]:
     """Writes the file for a run that has got to `step`; gives what is `told` in it."""
     told = self.told()
+    if self._idle(step):
+      return told
     values = {
       **told,
       "step": step,

@@ -126,6 +126,7 @@ def test_what_had_ended_stays_as_it_was(times, tmp_path):
   again = goodput.Clock(str(tmp_path), 5)
   again.enter("step")
   times.now += 1
+  again.saved(5)
   assert again.end(5, ended=True) == {}
   assert stored(tmp_path) == before
 
