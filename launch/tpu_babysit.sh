@@ -18,7 +18,8 @@
 #   2    a mistake in the arguments or config  delete the machines, exit 2
 #   75   the machines were lost                delete what is left of them, make them again
 #   143  the run was told to stop              start it again, on the same machines if they live
-#   else the run failed                        start it again on the same machines, a few times
+#   else the run failed, hung (124) or lost    start it again on the same machines, a few times
+#        a host (134)
 #
 # --dry-run prints one session and the deletion. With --keep the machines are left at the end. To go
 # on with machines of a babysitter that is gone, give the --owner=ID that it printed.

@@ -745,6 +745,27 @@ def test_babysitter_does_not_repeat_a_refused_config(world):
   _assert_gone_with(world, creations=1)
 
 
+@pytest.mark.parametrize("first, second", [(124, 134), (134, 134), (1, 134)])
+def test_babysitter_goes_on_after_a_hang_or_a_lost_host(world, first, second):
+  world.write(
+    "train.sh",
+    f'[ "$attempt" = 2 ] || {{ [ "$host" = 0 ] && exit {first}; exit {second}; }}',
+  )
+  result = world.run("tpu_babysit.sh", *BABYSIT, *MAIN)
+  assert result.returncode == 0, result.stderr
+  assert "failed with status" in result.stderr and len(world.calls("main.0")) == 2
+  _assert_gone_with(world, creations=1)
+
+
+def test_babysitter_takes_one_hosts_mistake_for_the_runs(world):
+  """The others lose that host, which is no reason to start them again."""
+  world.write("train.sh", '[ "$host" = 1 ] && exit 2; exit 134')
+  result = world.run("tpu_babysit.sh", *BABYSIT, *MAIN)
+  assert result.returncode == 2, result.stderr
+  assert len(world.calls("main.0")) == 1
+  _assert_gone_with(world, creations=1)
+
+
 def test_babysitter_restarts_are_bounded(world):
   world.write("states", "FAILED\n")
   result = world.run("tpu_babysit.sh", *BABYSIT, "--max-restarts=2", *MAIN)
