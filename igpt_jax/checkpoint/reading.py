@@ -129,10 +129,11 @@ def describe(path: str) -> Described:
   folder, step = folders.find(path)
   with reading(folder):
     found = ocp.checkpointables_metadata(folder)
-    run, sums_of_items = sums.without_sums(folder, found.custom_metadata or {})
+    run, sums_of_items = sums.without_sums(folder, found.custom_metadata)
     if "model" not in run:
       raise UserError(
-        f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model"
+        f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model; "
+        f"{folders.advice(folder)}"
       )
     for name in sums_of_items.keys() - found.metadata.keys():
       raise LookupError(f"{name} isn't there")
@@ -154,7 +155,7 @@ def check_readable(folder: str) -> None:
   """
   with reading(folder):
     found = ocp.checkpointables_metadata(folder)
-    _, sums_of_items = sums.without_sums(folder, found.custom_metadata or {})
+    _, sums_of_items = sums.without_sums(folder, found.custom_metadata)
     small = [name for name in ("palette", "metrics") if name in found.metadata]
     items = ocp.load_checkpointables(folder, dict.fromkeys(small)) if small else {}
     sums.check(folder, sums_of_items, items)

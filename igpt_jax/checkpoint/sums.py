@@ -22,12 +22,19 @@ def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]
   return {**run, _KEY: {**sums, _RUN: _of_json([run, sums])}}
 
 
-def without_sums(folder: str, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def without_sums(
+  folder: str, stored: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
   """The run as it was given, and the checksums of the items, {} where there are none.
 
   Raises:
     UserError: it isn't what was saved.
   """
+  if not stored:
+    raise UserError(
+      f"checkpoint: {folder} says nothing of its run: it is damaged, or not written by igpt_jax; "
+      f"{folders.advice(folder)}"
+    )
   run = dict(stored)
   sums = run.pop(_KEY, {})
   if sums:
