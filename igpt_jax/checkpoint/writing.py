@@ -189,21 +189,26 @@ class Checkpoints:
   def _set_aside_unreadable(self) -> None:
     """Takes the number from steps that aren't whole, so that a run can write them again.
 
-    Orbax takes any folder with a number for a checkpoint, and reads a little of each.
+    Orbax takes any folder with a number for a checkpoint, and reads a little of each. What isn't
+    finished and older than what is, was being deleted when a run was killed.
     """
     unfinished: dict[int, str] = {}
     damaged: dict[int, str] = {}
     steps = folders.numbered(self._folder) if jax.process_index() == 0 else []
+    finished = {n for n in steps if folders.is_finished(os.path.join(self._folder, str(n)))}
     for step in steps:
       path = os.path.join(self._folder, str(step))
-      if not folders.is_finished(path):
+      if step not in finished:
+        if step < max(finished, default=0):
+          shutil.rmtree(path)
+          continue
         unfinished[step] = "it was never finished, its last file isn't there"
         continue
       try:
         reading.check_readable(path)
       except UserError as error:
         damaged[step] = str(error)
-    if damaged and len(unfinished) + len(damaged) == len(steps):
+    if damaged and len(damaged) == len(finished):
       raise reading.none_is_good(self._folder, damaged)
     self._set_aside(unfinished, "unfinished")
     self._set_aside(damaged)
