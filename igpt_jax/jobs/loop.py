@@ -179,7 +179,7 @@ def run(
 
   def agree_and_save() -> None:
     if at_step > first_step:
-      agreement.check(at_step, batches.place(), train_state.params)
+      agreement.check(at_step, batches.place, train_state.params)
     work.save(train_state, at_step, writers.sync)
 
   def save() -> None:
@@ -200,7 +200,7 @@ def run(
       read = next(batches)
       batch = sharding.put_batch({name: read[name] for name in work.fields}, mesh)
       if compiled is None:
-        agreement.check(at_step, batches.place())
+        agreement.check(at_step, batches.place)
         with clock.phase("compile"):
           compiled = compilation.compile_step(work.train_step, work.abstract, work.shardings, batch)
         say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
