@@ -1,7 +1,7 @@
 """Whether all hosts of a run do the same: asked now and then, where they wait for each other anyway."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,12 +47,14 @@ def _in_words(found: Mapping[str, list[str]]) -> str:
   return "; ".join(said)
 
 
-def check(at_step: int, place: Mapping[str, Any], params: Params | None = None) -> None:
+def check(
+  at_step: int, place: Callable[[], Mapping[str, Any]], params: Params | None = None
+) -> None:
   """Compares the step, the place in the data, and the numbers of parameters, on all hosts.
 
   Args:
     at_step: of this host.
-    place: where in which data this host is, in words that all hosts must have in common.
+    place: tells where in which data this host is, in words that all hosts must have in common.
     params: of which each host, or group of hosts that share one copy, has a copy to compare.
 
   Raises:
@@ -61,7 +63,7 @@ def check(at_step: int, place: Mapping[str, Any], params: Params | None = None) 
   """
   if jax.process_count() == 1:
     return
-  found = differing({"step": at_step, **place})
+  found = differing({"step": at_step, **place()})
   if found:
     raise UserError(
       f"hosts: they differ at step {at_step}: {_in_words(found)}; expected the same everywhere; fix: "

@@ -96,22 +96,22 @@ def other(monkeypatch):
 
 def test_what_differs_is_named_with_the_host(other):
   place = {"order": "x" * 200, "empty": ""}
-  agreement.check(3, place)
+  agreement.check(3, lambda: place)
   other["step"] = 4
   with pytest.raises(UserError, match=r"they differ at step 3: step: host 0 has 3, host 1 4;"):
-    agreement.check(3, place)
+    agreement.check(3, lambda: place)
   del other["step"]
   other["order"] = "x" * 199 + "y"  # beyond what is shown
   with pytest.raises(UserError, match=r"they differ at step 3: order: host 0 has xxx"):
-    agreement.check(3, place)
+    agreement.check(3, lambda: place)
 
 
 def test_parameters_are_compared_by_their_numbers(other):
   params = {"a": jax.numpy.ones(3)}
-  agreement.check(3, {}, params)
+  agreement.check(3, dict, params)
   other["checksum"] = "0" * 16
   with pytest.raises(HostsDiffer, match="host 1 0000000000000000; nothing of this is saved"):
-    agreement.check(3, {}, params)
+    agreement.check(3, dict, params)
 
 
 def test_only_what_is_a_hosts_own_may_differ(other):
