@@ -32,6 +32,7 @@ PARAMETERS = {
   "blocks/mlp/proj": P(None, ("tensor", "fsdp"), None),
 }
 GOLDEN = {
+  "skipped": P(),
   "step": P(),
   "rng": P(),
   "opt_state/0/count": P(),

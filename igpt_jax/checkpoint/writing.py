@@ -32,6 +32,8 @@ from igpt_jax.training.state import HEAD, TrainState
 # What orbax and what it writes by raise where a disk or a bucket fails.
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
+_SKIPPED = "skipped"  # of a state; it travels in the run, for older checkpoints haven't any
+
 
 def _items(state: TrainState) -> dict[str, Any]:
   """A state as it is stored: model and head apart, so that the model is found alone."""
@@ -246,6 +248,7 @@ class Checkpoints:
       return
     self.wait()
     items = _items(state)
+    run = run | {_SKIPPED: [int(n) for n in jax.device_get(state.skipped)]}
     if palette is not None:
       items["palette"] = {"centers": np.asarray(palette, np.float32)}
     self._begun = True
@@ -276,8 +279,14 @@ class Checkpoints:
     with reading.reading(folder):
       stored = self._checkpointer.checkpointables_metadata(step).custom_metadata
       loaded = self._checkpointer.load_checkpointables(step, target)
-    sums.check(folder, sums.without_sums(folder, stored)[1], loaded)
-    return TrainState(params=loaded["params"] | loaded.get("head", {}), **loaded["training"])
+    run, expected = sums.without_sums(folder, stored)
+    sums.check(folder, expected, loaded)
+    skipped = np.asarray(run.get(_SKIPPED, (0, 0)), np.int32)
+    return TrainState(
+      params=loaded["params"] | loaded.get("head", {}),
+      skipped=jax.device_put(skipped, shardings.skipped),
+      **loaded["training"],
+    )
 
   def failed(self) -> bool:
     """Whether what was begun has failed already; doesn't wait. Several processes: only `wait` tells."""

@@ -68,7 +68,7 @@ _COPIES_BYTES = 2**30
 
 def _mesh_is_open(config: ConfigDict) -> bool:
   """Whether the config leaves to us how devices are used."""
-  return dict(config.mesh) == {"data": -1, "fsdp": 1, "tensor": 1}
+  return dict(config.mesh) == dict(config_lib.base().mesh)
 
 
 def use_cores(config: ConfigDict) -> None:

@@ -18,13 +18,14 @@ from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, finetune_start, goodput, lock, loop, saving
+from igpt_jax.jobs import common, finetune_start, goodput, guard, lock, loop, saving
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training import compilation, finetune, optimizer, state
+from igpt_jax.training.guard import GuardConfig
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -34,7 +35,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   finetune_start.check_settings(settings)
   common.open_workdir(folder)
   with lock.held(folder):
-    _run(config, workdir, folder)
+    guard.persist(lambda: _run(config, workdir, folder), GuardConfig(**config.guard), folder)
 
 
 def _run(config: ConfigDict, workdir: str, folder: str) -> None:
@@ -94,17 +95,21 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
   abstract = state.abstract_state(model_config, tx, len(classes))
 
   def position(at_step: int) -> dict[str, Any]:
-    return pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step)
+    return pipeline.position(train_split, batch_size=batch_size, seed=data_seed, step=at_step)
 
+  def check(at_step: int, run: dict[str, Any]) -> None:
+    saved = guard.without_rollbacks(run["data"], config.seed, rollbacks)
+    pipeline.check_position(saved, position(at_step))
+
+  rollbacks = guard.rollbacks(folder)
+  data_seed = guard.data_seed(config.seed, rollbacks)
   say(
     f"fine-tuning {finetune_start.describe(start, config)} on {len(classes)} classes of {train_split.fingerprint}, "
     f"head at layer {loss.layer} of {model_config.n_layer}, loss {loss.generative:g} × generative + "
     f"{loss.classification:g} × classification, learning rate {optimizer_config.learning_rate:g}; "
     f"{hardware.describe_devices(mesh)}"
   )
-  resumed = checkpoints.resume(
-    abstract, shardings, lambda at, run: pipeline.check_position(run["data"], position(at))
-  )
+  resumed = checkpoints.resume(abstract, shardings, check)
   if resumed is None:
     first_step, elapsed_before, best = 0, 0.0, Best()
     params = start.params(mesh)
@@ -172,7 +177,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     data_config,
     palette,
     batch_size=batch_size,
-    seed=config.seed,
+    seed=data_seed,
     start_step=first_step,
     process_index=share,
     process_count=shares,
@@ -202,6 +207,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     stop=StopSignal(),
     clock=clock,
     profiler=loop.make_profiler(config, folder),
+    guard=loop.make_guard(config, folder),
   )
   steps, stopped_by = outcome.step, outcome.stopped_by
   del train_state, outcome  # room for the best one

@@ -5,12 +5,13 @@ the end: evaluate, save. What is evaluated, saved and trained is the job's; noth
 model or a loss.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,9 +24,11 @@ from igpt_jax import config as config_lib
 from igpt_jax.data.pipeline import Batches
 from igpt_jax.jobs import agreement, common, goodput, saving
 from igpt_jax.jobs.common import say
+from igpt_jax.jobs.guard import Guard
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.training import compilation, profiling
+from igpt_jax.training.guard import BadNumbers, GuardConfig
 from igpt_jax.training.state import TrainState
 
 
@@ -119,6 +122,7 @@ def run(
   stop: StopSignal,
   clock: goodput.Clock,
   profiler: profiling.Profiler,
+  guard: Guard,
 ) -> Outcome:
   """Trains from `train_state` until `work.steps`, until `work.ended`, or until `stop` is asked for.
 
@@ -132,6 +136,10 @@ def run(
     stop: not entered yet.
     clock: of where the time goes; left in the phase of checkpoints.
     profiler: not entered yet.
+    guard: shown what is logged.
+
+  Raises:
+    BadNumbers: as the guard has it; what was begun to be saved is saved, and the writers are closed.
   """
   clock.reads(batches)
   clock.enter("step")
@@ -153,6 +161,7 @@ def run(
     writers.write(of_step, {**values, **measured})
     say(progress.line(of_step, {**values, **measured}))
     clock.note(of_step)
+    guard.look(of_step, values, lambda: train_state.params, read)
 
   def pause(function: Callable, phase: str) -> Any:
     """Does something beside the training, outside the measured speed."""
@@ -186,8 +195,8 @@ def run(
     pause(agree_and_save, "checkpoint")
     clock.saved(at_step)
 
-  compiled = None
-  with stop, batches, profiler, jax.set_mesh(mesh):
+  compiled, read = None, {}
+  with _settled(work.save, writers), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < work.steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
         if evaluation_due():
@@ -224,6 +233,21 @@ def run(
     work.save.finish(train_state, at_step)
   done = at_step >= work.steps or work.ended()
   return Outcome(train_state, at_step, last, None if done else stop.requested)
+
+
+@contextlib.contextmanager
+def _settled(save: saving.Saver, writers: metrics.Writers) -> Iterator[None]:
+  """Leaves nothing under way where the run goes back and begins anew."""
+  try:
+    yield
+  except BadNumbers:
+    save.settle()
+    writers.close()
+    raise
+
+
+def make_guard(config: ConfigDict, folder: str) -> Guard:
+  return Guard(GuardConfig(**config.guard), folder)
 
 
 def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:

@@ -16,7 +16,7 @@ from igpt_jax import metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, goodput, lock, loop, saving, starting_point
+from igpt_jax.jobs import common, goodput, guard, lock, loop, saving, starting_point
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -24,13 +24,14 @@ from igpt_jax.model.image_gpt import count_params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import Likelihood
+from igpt_jax.training.guard import GuardConfig
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
   common.open_workdir(workdir)
   with lock.held(workdir):
-    _run(config, workdir)
+    guard.persist(lambda: _run(config, workdir), GuardConfig(**config.guard), workdir)
 
 
 def _run(config: ConfigDict, workdir: str) -> None:
@@ -65,11 +66,15 @@ def _run(config: ConfigDict, workdir: str) -> None:
   abstract = state.abstract_state(model_config, tx)
 
   def position(at_step: int) -> dict[str, Any]:
-    return pipeline.position(train_split, batch_size=batch_size, seed=config.seed, step=at_step)
+    return pipeline.position(train_split, batch_size=batch_size, seed=data_seed, step=at_step)
 
-  resumed = checkpoints.resume(
-    abstract, shardings, lambda at, run: pipeline.check_position(run["data"], position(at))
-  )
+  def check(at_step: int, run: dict[str, Any]) -> None:
+    saved = guard.without_rollbacks(run["data"], config.seed, rollbacks)
+    pipeline.check_position(saved, position(at_step))
+
+  rollbacks = guard.rollbacks(workdir)
+  data_seed = guard.data_seed(config.seed, rollbacks)
+  resumed = checkpoints.resume(abstract, shardings, check)
   first_step, elapsed_before = 0, 0.0
   if resumed is None:
     train_state = state.make_state(model_config, tx, config.seed, mesh, start.params(mesh, say))
@@ -96,7 +101,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     data_config,
     palette,
     batch_size=batch_size,
-    seed=config.seed,
+    seed=data_seed,
     start_step=first_step,
     process_index=share,
     process_count=shares,
@@ -145,6 +150,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     stop=StopSignal(),
     clock=clock,
     profiler=loop.make_profiler(config, workdir),
+    guard=loop.make_guard(config, workdir),
   )
   checkpoints.close()
   writers.close()

@@ -4,6 +4,7 @@ Its state is checkpointed in OUT/probe_sgd, so that the same command goes on; va
 to metrics.jsonl there. Learning rates are chosen on validation, for each layer; test is looked at once.
 """
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -130,6 +131,7 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
     stop=loop.StopSignal(),
     clock=clock,
     profiler=loop.make_profiler(config, folder),
+    guard=loop.make_guard(config, folder),
   )
   checkpoints.close()
   writers.close()
@@ -172,12 +174,12 @@ def _rows(name: str, source: Source, rates, validation_RxF, test_RxF) -> list[di
 
 def _probes(state: TrainState) -> TrainState:
   """What is saved: what the step doesn't change is left out."""
-  return TrainState(state.step, {"probes": state.params["probes"]}, state.opt_state, state.rng)
+  return dataclasses.replace(state, params={"probes": state.params["probes"]})
 
 
 def _joined(saved: TrainState, whole: TrainState) -> TrainState:
   params = {**saved.params, "frozen": whole.params["frozen"]}
-  return TrainState(saved.step, params, saved.opt_state, saved.rng)
+  return dataclasses.replace(saved, params=params)
 
 
 def _check_same(folder: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -64,6 +64,12 @@ class Saver:
     """
     return self._checkpoints.failed()
 
+  def settle(self) -> None:
+    """Returns when nothing is being written any more, be it whole or not."""
+    error = _caught(self._checkpoints.close)
+    if error is not None:
+      say(f"checkpoint: the last one wasn't saved: {_in_words(error)}")
+
   def finish(self, state: TrainState, step: int) -> None:
     """Returns when `state`, whose save was begun, is saved.
 

@@ -6,6 +6,7 @@ trained model's layers, and baselines. Each classifier's loss and gradient are i
 diverges spoils no other.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -63,6 +64,7 @@ def make_state(
     params={"probes": probes, "frozen": frozen},
     opt_state=optimizer.init(probes),
     rng=jax.random.key_data(jax.random.key(0)),  # nothing is drawn
+    skipped=jnp.zeros(2, jnp.int32),  # rates that are too large are expected
   )
 
 
@@ -84,6 +86,7 @@ def state_shardings(
     params={"probes": placed[0], "frozen": frozen_shardings},
     opt_state=placed[1],
     rng=everywhere,
+    skipped=everywhere,
   )
 
 
@@ -124,7 +127,8 @@ def make_train_step(extract: Extract, optimizer: optax.GradientTransformation):
     }
     probes = optax.apply_updates(probes, updates)
     params = {"probes": probes, "frozen": frozen}
-    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+    new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    return new, metrics
 
   return train_step
 

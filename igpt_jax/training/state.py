@@ -19,17 +19,20 @@ class TrainState:
   """What a step reads and writes.
 
   Attributes:
-    step: int32 [], updates made so far.
+    step: int32 [], steps made so far.
     params: nested dict of float32 arrays: the model's, and in fine-tuning the head's: HEAD,
       [n_classes, n_embd].
     opt_state: optax' state.
     rng: uint32 [2], key data; step k draws from fold_in(rng, k) and the state never changes it.
+    skipped: int32 [2], steps whose update was left out since it wasn't finite: in a row up to now, and
+      in all.
   """
 
   step: jax.Array
   params: Params
   opt_state: optax.OptState
   rng: jax.Array
+  skipped: jax.Array
 
 
 def init_state(
@@ -52,6 +55,7 @@ def init_state(
     params=params,
     opt_state=optimizer.init(params),
     rng=jax.random.key_data(rng),
+    skipped=jnp.zeros(2, jnp.int32),
   )
 
 
@@ -81,7 +85,9 @@ def state_shardings(
     params,
     transform_non_params=lambda _: everywhere,
   )
-  return TrainState(step=everywhere, params=params, opt_state=moments, rng=everywhere)
+  return TrainState(
+    step=everywhere, params=params, opt_state=moments, rng=everywhere, skipped=everywhere
+  )
 
 
 def param_shardings(config: ImageGPTConfig, mesh: Mesh) -> Params:

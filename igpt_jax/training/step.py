@@ -25,7 +25,7 @@ def make_train_step(
   """Builds train_step(state, batch) -> (state, metrics).
 
   `batch["tokens"]` is [B, T], any integer type. The metrics are float32 scalars of the state the
-  step started from: `loss` in nats per token, `grad_norm`, `learning_rate`. The batch is worked
+  step started from: `loss` in nats per token, and those of `update`. The batch is worked
   through in `accumulate` parts, one after the other, whose gradients are averaged: activations of
   one part are in memory at a time. Each device's pictures are spread evenly over the parts.
   """
@@ -68,16 +68,44 @@ def update(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
-  """The state after a step with these gradients; `metrics`, with `grad_norm` and `learning_rate`."""
+  """The state after a step with these gradients, and what it tells.
+
+  Where the loss or a gradient isn't finite, parameters and moments stay as they were, which is decided
+  and counted on the device.
+
+  Args:
+    metrics: float32 scalars; `loss` is one.
+
+  Returns:
+    The state; `metrics` with `grad_norm`, `learning_rate`, `skipped_updates` (of the whole run) and
+    `skipped_in_row` (up to this step).
+  """
+  norm = optax.tree.norm(grads)
+  finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+
+  def keep(new, old):
+    return jnp.where(finite, new, old)
+
+  in_row, in_all = state.skipped
+  skipped = jnp.stack([jnp.where(finite, 0, in_row + 1), in_all + ~finite])
   new_state = TrainState(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
+    params=jax.tree.map(keep, params, state.params),
+    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
     rng=state.rng,
+    skipped=skipped,
   )
-  rate = jnp.asarray(schedule(state.step), jnp.float32)
-  return new_state, {**metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+  # The optimizer counts its updates alone.
+  rate = jnp.asarray(schedule(state.step - in_all), jnp.float32)
+  told = {
+    "grad_norm": norm,
+    "learning_rate": rate,
+    "skipped_updates": skipped[1].astype(jnp.float32),
+    "skipped_in_row": skipped[0].astype(jnp.float32),
+  }
+  return new_state, {**metrics, **told}
 
 
 def make_eval_step(

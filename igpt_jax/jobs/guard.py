@@ -1,0 +1,223 @@
+"""What a run does about bad numbers: updates that aren't finite, and losses that jump.
+
+A step whose loss or gradient isn't finite changes nothing but the step's number, decided on the device
+(`training.step.update`); here is counted, told, and at last acted upon what the metrics say of it,
+once at each log. Going back means: to the last checkpoint before the trouble, with other data from
+there on. What happened stays in WORKDIR/incidents.
+"""
+
+import collections
+import json
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from igpt_jax import checkpoint, report
+from igpt_jax.jobs import common
+from igpt_jax.jobs.common import say
+from igpt_jax.model.image_gpt import Params
+from igpt_jax.parallel import hosts
+from igpt_jax.training.guard import BadNumbers, GuardConfig
+
+FOLDER = "incidents"
+_RECORD = "incidents.jsonl"
+_REMEMBERED = 20  # losses, that one is compared with
+_ENOUGH = 5  # of them
+
+
+class Guard:
+  """Looks at the metrics of one run.
+
+  Args:
+    config: what to do.
+    folder: the run's; None: nothing is written down.
+  """
+
+  def __init__(self, config: GuardConfig, folder: str | None):
+    self._config, self._folder = config, folder
+    self._losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+    self._spiking_since: int | None = None
+    self._well: int | None = None
+
+  def look(
+    self,
+    step: int,
+    values: dict[str, float],
+    params: Callable[[], Params],
+    batch: Mapping[str, np.ndarray],
+  ) -> None:
+    """Looks at what was logged at `step`.
+
+    Args:
+      step: of the metrics.
+      values: `loss`, `grad_norm`, `skipped_updates`, `skipped_in_row`.
+      params: to write down about, if need be.
+      batch: the newest one, likewise.
+
+    Raises:
+      BadNumbers: as configured.
+    """
+    loss, in_row = values.get("loss", 0.0), round(values.get("skipped_in_row", 0))
+    if in_row:
+      self._skipped(step, in_row, values, params, batch)
+      return
+    median = statistics.median(self._losses) if len(self._losses) >= _ENOUGH else math.inf
+    if self._config.spike and loss > median + self._config.spike:
+      self._spiked(step, median, values, params, batch)
+      return
+    self._well, self._spiking_since = step, None
+    self._losses.append(loss)
+
+  def _skipped(self, step, in_row, values, params, batch) -> None:
+    self._well = step - in_row if self._well is None else max(self._well, step - in_row)
+    what = (
+      f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}: not finite; "
+      f"{in_row} updates in a row were left out, {round(values['skipped_updates'])} in all"
+    )
+    if in_row < self._config.in_row or self._config.then == "warn":
+      say(what)
+      return
+    self._act(what, "not finite", self._config.then, step, self._well, values, params, batch)
+
+  def _spiked(self, step, median, values, params, batch) -> None:
+    since = step - 1 if self._well is None else self._well
+    what = (
+      f"step {step}: the loss jumped to {values['loss']:.4f} nats/token, from a median of "
+      f"{median:.4f}; gradient norm {values['grad_norm']:.4g}"
+    )
+    if self._config.spike_then == "warn":
+      if self._spiking_since is None:
+        say(f"{what}; config.guard.spike_then='rollback' would go back")
+        _record(self._folder, {"step": step, "what": "spike", **_numbers(values)})
+      self._spiking_since = step
+      return
+    self._act(what, "spike", self._config.spike_then, step, since, values, params, batch)
+
+  def _act(self, what, kind, then, step, since, values, params, batch) -> None:
+    said = f"training: {what}"
+    if self._folder is not None:
+      dump = os.path.join(self._folder, FOLDER, str(step))
+      described = describe(params())
+      if common.is_main():
+        os.makedirs(dump, exist_ok=True)
+        report.write_json(
+          os.path.join(dump, "diagnosis.json"),
+          {
+            "step": step,
+            "what": what,
+            "well_until": since,
+            "metrics": _numbers(values),
+            "losses_before": list(self._losses),
+            "parameters": described,
+          },
+        )
+        np.savez(os.path.join(dump, "batch.npz"), **dict(batch))
+      _record(self._folder, {"step": step, "what": kind, **_numbers(values)})
+      said += f"; wrote {dump}"
+    fix = "a lower train.learning_rate, train.clip_norm=1, or float32"
+    raise BadNumbers(f"{said}; fix: {fix}", step, since, then == "rollback")
+
+
+def describe(params: Params) -> dict[str, dict[str, float]]:
+  """Of each parameter: the largest absolute value, the mean square, how many aren't finite."""
+
+  @jax.jit
+  def numbers(params):
+    return jax.tree.map(
+      lambda leaf: {
+        "largest": abs(leaf).max(),
+        "mean_square": (leaf * leaf).mean(),
+        "not_finite": (~jax.numpy.isfinite(leaf)).sum(),
+      },
+      params,
+    )
+
+  flat = jax.tree_util.tree_flatten_with_path(jax.device_get(numbers(params)))[0]
+  found: dict[str, dict[str, float]] = {}
+  for path, value in flat:
+    found.setdefault(jax.tree_util.keystr(path[:-1]), {})[path[-1].key] = float(value)
+  return found
+
+
+def persist(run: Callable[[], None], config: GuardConfig, folder: str) -> None:
+  """Runs `run` until it ends, again from an older checkpoint where its numbers go bad.
+
+  Raises:
+    BadNumbers: the config doesn't say to go back, there's nowhere to go back to, or it has gone back
+      often enough.
+  """
+  while True:
+    try:
+      run()
+      return
+    except BadNumbers as bad:
+      if not bad.back:
+        raise
+      _go_back(bad, config, folder)
+
+
+def _go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
+  before = rollbacks(folder)
+  steps = checkpoint.whole_steps(folder)
+  good = [step for step in steps if step <= bad.since]
+  hosts.wait_for_all("checkpoints listed")
+  if before >= config.rollbacks or not good:
+    why = (
+      f"it went back {before} times already (config.guard.rollbacks)"
+      if good
+      else f"there is no checkpoint of step {bad.since} or before to go back to"
+    )
+    raise BadNumbers(f"{bad}; {why}", bad.step, bad.since, False) from bad
+  if common.is_main():
+    for step in (step for step in steps if step > max(good)):
+      path = checkpoint.path_of(folder, step)
+      shutil.rmtree(f"{path}.rolled_back", ignore_errors=True)
+      os.rename(path, f"{path}.rolled_back")
+  # The last thing: a run that is killed before has not gone back.
+  _record(folder, {"step": bad.step, "what": "rollback", "to": max(good)})
+  hosts.wait_for_all("gone back")
+  say(f"{bad}\ngoing back to step {max(good)}, with other data (rollback {before + 1})")
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float | str]:
+  return {
+    name: value if math.isfinite(value) else str(value)
+    for name, value in values.items()
+    if isinstance(value, int | float)
+  }
+
+
+def _record(folder: str | None, values: dict[str, Any]) -> None:
+  if folder is not None and common.is_main():
+    with open(os.path.join(folder, _RECORD), "a", encoding="utf-8") as file:
+      file.write(json.dumps(values) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+
+
+def rollbacks(folder: str) -> int:
+  """How often the run in `folder` went back."""
+  path = os.path.join(folder, _RECORD)
+  if not os.path.exists(path):
+    return 0
+  with open(path, encoding="utf-8") as lines:
+    return sum('"what": "rollback"' in line for line in lines)
+
+
+def data_seed(seed: int, n_rollbacks: int) -> int:
+  """The seed of the data's order after so many rollbacks."""
+  if not n_rollbacks:
+    return seed
+  return int(np.random.SeedSequence((seed, n_rollbacks)).generate_state(1)[0])
+
+
+def without_rollbacks(position: dict[str, Any], seed: int, n_rollbacks: int) -> dict[str, Any]:
+  """A saved data position, its seed the newest one if it is one of this run's."""
+  own = [data_seed(seed, n) for n in range(n_rollbacks + 1)]
+  return position | {"seed": own[-1]} if position.get("seed") in own else position
