@@ -6,6 +6,7 @@ Flags become a config, `config.job` names what to run; nothing else happens here
 import contextlib
 import importlib
 import os
+import re
 import sys
 import threading
 import time
@@ -31,12 +32,12 @@ _WAIT_FOR_OTHERS_SECONDS = 7 * 86_400
 # ... but when one fails, all of them usually do, for the same reason and at the same time.
 _WAIT_FOR_OTHERS_TO_FAIL_SECONDS = 10
 
-# jax ends the process when it hears nothing from another one, in words of its own.
 _LOST = (
-  "igpt_jax: ended from outside: another host was probably lost (killed, stopped, or cut off for "
-  "config.host_seconds: {}) or never came, or this one was killed; the lines above say more; the same "
-  "command on all hosts goes on from the newest checkpoint"
+  "another host was probably lost (killed, stopped, or cut off for config.host_seconds: {}) or never came{}; "
+  "the lines above say more; the same command on all hosts goes on from the newest checkpoint"
 )
+# How a backend's error reads when the other end of a connection is gone.
+_OF_OTHERS = re.compile(r"gloo|nccl|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The config file; --config.FIELD=VALUE overrides a field.", lock_config=True
@@ -137,7 +138,9 @@ def main(argv: list[str]) -> int:
 
     with contextlib.ExitStack() as watched:
       if _DISTRIBUTED.value:
-        watched.enter_context(watchdog.last_words(_LOST.format(config.host_seconds)))
+        # jax ends the process when it hears nothing from another one, in words of its own.
+        lost = _LOST.format(config.host_seconds, ", or this one was killed")
+        watched.enter_context(watchdog.last_words(f"igpt_jax: ended from outside: {lost}"))
         _join_processes(config)
       config_lib.validate(config)
       if _DISTRIBUTED.value:
@@ -153,11 +156,13 @@ def main(argv: list[str]) -> int:
     status = _fail(error, error.status)
   except KeyboardInterrupt:
     status = 130
-  except Exception:
+  except Exception as error:
     if not _DISTRIBUTED.value:
       raise
     traceback.print_exc()
     status = 1
+    if _OF_OTHERS.search(str(error)):
+      _fail(_LOST.format(config.host_seconds, ""))
   if _DISTRIBUTED.value:
     _leave(status)
   return status

@@ -1,6 +1,7 @@
 """igpt_jax.main with a fault built in: `python faulty_main.py FAULT ARGUMENTS`.
 
-hang_data: the 6th batch of training never comes. hang_step: neither does the 6th step end.
+hang_data: the 6th batch of training never comes. hang_step: the 6th step never ends.
+hang_second: it doesn't on the second host.
 diverge: the second host learns at another rate than its config says.
 other_order: the second host shuffles otherwise.
 """
@@ -20,6 +21,8 @@ _SECOND = os.environ.get("JAX_PROCESS_ID") == "1"
 
 
 def build_in(fault):
+  if fault == "hang_second":
+    fault = "hang_step" if _SECOND else ""
   if fault in ("hang_data", "hang_step"):
     steps = []
     step, start = compilation.CompiledStep.__call__, pipeline._start

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hosts import HOSTS, hosts
 
-from igpt_jax import checkpoint
+from igpt_jax import checkpoint, watchdog
 from igpt_jax.data.order import Stream, train_order
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.jobs import agreement
@@ -75,6 +75,19 @@ def test_both_end_when_they_are_cut_off_from_each_other(tmp_path):
     cable.cut()
     for host in range(HOSTS):
       assert_ends_with_words(started, host)
+
+
+@long
+def test_a_host_that_hangs_ends_both(tmp_path):
+  """It still answers the first host, which only gets nowhere with it."""
+  settings = ENDLESS | {"hang_seconds": 15}
+  with hosts(
+    tmp_path / "said", tmp_path / "run", settings, program=(FAULTY, "hang_second")
+  ) as started:
+    started.wait_for("step      4/100000  loss")
+    statuses = [each.wait(15 + 60) for each in started.processes]
+    assert watchdog.STATUS in statuses and not {0, 2} & set(statuses), statuses
+    assert "igpt_jax: hung: in phase step" in started.everything()
 
 
 @pytest.fixture
