@@ -135,8 +135,7 @@ def describe(path: str) -> Described:
         f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model; "
         f"{folders.advice(folder)}"
       )
-    for name in sums_of_items.keys() - found.metadata.keys():
-      raise LookupError(f"{name} isn't there")
+    _check_names(sums_of_items, found.metadata)
     config = ImageGPTConfig(**run["model"])
     palette = None
     if "palette" in found.metadata:
@@ -156,9 +155,15 @@ def check_readable(folder: str) -> None:
   with reading(folder):
     found = ocp.checkpointables_metadata(folder)
     _, sums_of_items = sums.without_sums(folder, found.custom_metadata)
-    small = [name for name in ("palette", "metrics") if name in found.metadata]
-    items = ocp.load_checkpointables(folder, dict.fromkeys(small)) if small else {}
-    sums.check(folder, sums_of_items, items)
+    _check_names(sums_of_items, found.metadata)
+    if "palette" in found.metadata:
+      sums.check(folder, sums_of_items, ocp.load_checkpointables(folder, {"palette": None}))
+    sums.check_metrics(folder, sums_of_items)
+
+
+def _check_names(expected: Mapping[str, str], found: Mapping[str, Any]) -> None:
+  for name in expected.keys() - found.keys() - {sums.METRICS}:
+    raise LookupError(f"{name} isn't there")
 
 
 def newest(workdir: str) -> Described | None:

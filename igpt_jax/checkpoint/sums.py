@@ -6,6 +6,7 @@ what a checkpoint says of its run; one that has none (older, or another program'
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from igpt_jax.training.checksum import checksum
 
 _KEY = "checksums"
 _RUN = "run"
+METRICS = "metrics"  # orbax' name for scores, which it doesn't count among the items
 
 
 def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
@@ -49,6 +51,26 @@ def without_sums(
 def of_items(items: Mapping[str, Any]) -> dict[str, str]:
   """Of each item, computed where its arrays lie."""
   return {name: checksum(item) for name, item in items.items()}
+
+
+def of_metrics(metrics: Mapping[str, float] | None) -> dict[str, str]:
+  """Of the scores by which orbax keeps the best: {} where there are none."""
+  return {METRICS: _of_json(metrics)} if metrics else {}
+
+
+def check_metrics(folder: str, sums: Mapping[str, str]) -> None:
+  """Reads the scores as orbax will.
+
+  Raises:
+    OSError, ValueError: they can't be read.
+    UserError: they aren't what was saved.
+  """
+  path = os.path.join(folder, METRICS, METRICS)
+  if os.path.exists(path) or METRICS in sums:
+    with open(path, encoding="utf-8") as file:
+      metrics = json.load(file)
+    if METRICS in sums and sums[METRICS] != _of_json(metrics):
+      raise _differs(folder, METRICS)
 
 
 def check(folder: str, sums: Mapping[str, str], items: Mapping[str, Any]) -> None:
