@@ -251,13 +251,14 @@ class Checkpoints:
     run = run | {_SKIPPED: [int(n) for n in jax.device_get(state.skipped)]}
     if palette is not None:
       items["palette"] = {"centers": np.asarray(palette, np.float32)}
+    metrics = None if scores is None else {**scores, "step": step}
     self._begun = True
     self._checkpointer.save_checkpointables_async(
       step,
       items,
       force=True,  # also before one that is there
-      custom_metadata=sums.with_sums(run, sums.of_items(items)),
-      metrics=None if scores is None else {**scores, "step": step},
+      custom_metadata=sums.with_sums(run, sums.of_items(items) | sums.of_metrics(metrics)),
+      metrics=metrics,
     )
 
   def read_run(self, step: int) -> dict[str, Any]:
