@@ -157,10 +157,14 @@ def main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     status = 130
   except Exception as error:
-    if not _DISTRIBUTED.value:
+    from igpt_jax.jobs import memory
+
+    said = memory.in_words(error, config.job)
+    if said is None and not _DISTRIBUTED.value:
       raise
-    traceback.print_exc()
-    status = 1
+    if said is None:
+      traceback.print_exc()
+    status = 1 if said is None else _fail(said)
     if _OF_OTHERS.search(str(error)):
       _fail(_LOST.format(config.host_seconds, ""))
   if _DISTRIBUTED.value:

@@ -18,7 +18,7 @@ from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, finetune_start, goodput, guard, lock, loop, saving
+from igpt_jax.jobs import common, finetune_start, goodput, guard, lock, loop, memory, saving
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -54,6 +54,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
   given, config, palette = config, start.config, start.palette
   model_config = config_lib.model(config, n_vocab=palette.size)
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
+  memory.check_state(model_config, mesh)
   loss = finetune.JointLoss(
     layer=finetune_start.check_layer(settings.layer, model_config.n_layer, start.head),
     generative=settings.generative,

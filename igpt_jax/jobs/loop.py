@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from igpt_jax import __version__, metrics
 from igpt_jax import config as config_lib
 from igpt_jax.data.pipeline import Batches
-from igpt_jax.jobs import agreement, common, goodput, saving
+from igpt_jax.jobs import agreement, common, goodput, memory, saving
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.guard import Guard
 from igpt_jax.model.image_gpt import ImageGPTConfig
@@ -213,6 +213,7 @@ def run(
         with clock.phase("compile"):
           compiled = compilation.compile_step(work.train_step, work.abstract, work.shardings, batch)
         say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+        memory.check_step(compiled, mesh)
         progress.start(first_step, batches.wait_seconds)
       if profiler.due(at_step):
         pause(functools.partial(profiler.turn, at_step), "profile")

@@ -16,7 +16,7 @@ from igpt_jax import metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, goodput, guard, lock, loop, saving, starting_point
+from igpt_jax.jobs import common, goodput, guard, lock, loop, memory, saving, starting_point
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -49,6 +49,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
   n_vocab = config_lib.palette_size(config) if palette is None else palette.size
   model_config = config_lib.model(config, n_vocab=n_vocab)
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
+  memory.check_state(model_config, mesh)
   optimizer_config = config_lib.optimizer(config)
   objective = objectives.make_objective(config.objective, config.mask_probability)
   schedule = optimizer.make_schedule(optimizer_config)

@@ -82,6 +82,18 @@ def chip_of(device: jax.Device) -> Chip | None:
   return CHIPS.get(device.device_kind)
 
 
+def memory_bytes(device: jax.Device) -> float | None:
+  """That programs can use of a device; of a CPU, its share of the machine's. None: not known."""
+  if device.platform == "cpu":
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+      return None
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole / jax.local_device_count()
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  chip = chip_of(device)
+  return limit or (chip and chip.hbm_bytes)
+
+
 def peak_flops(mesh: Mesh) -> float | None:
   """FLOP/s of all devices of a mesh together, or None when it isn't known."""
   chip = chip_of(mesh.devices.flat[0])

@@ -38,6 +38,14 @@ class CompiledStep:
     worked = analysis.temp_size_in_bytes / 2**30
     return f"per device {held:.2f} GiB held, {worked:.2f} GiB to work in"
 
+  @property
+  def needed_bytes(self) -> int:
+    """Of each device's memory; 0 if unknown."""
+    analysis = self.executable.memory_analysis()
+    if analysis is None:
+      return 0
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
 
 def compile_step(
   train_step: Callable,

@@ -1,0 +1,69 @@
+"""Whether what is asked for fits the devices: said before work starts, and with the knobs that help."""
+
+import jax
+from jax.sharding import Mesh
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.parallel import hardware, sharding
+from igpt_jax.training.compilation import CompiledStep
+
+_STATE_BYTES = 16  # of a parameter in training: itself, two moments, its gradient, all float32
+
+_KNOBS = {
+  "sample": "a smaller sample.samples or sample.completions, sample.cache='int8'",
+  "complete": "a smaller sample.batch_size or n, sample.cache='int8'",
+  "evaluate": "a smaller evaluate.batch_size",
+  "finetune": "a smaller finetune.batch_size, model.remat='full', mesh.fsdp=-1 with mesh.data=1",
+}
+_TRAINING = (
+  "a smaller train.batch_size, or train.accumulate=2 or more, model.remat='full', mesh.fsdp=-1 with "
+  "mesh.data=1, model.dtype='bfloat16'; --config.job=compile tells what each of them needs"
+)
+_OTHERS = "a smaller batch_size of that job"
+
+
+def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
+  """Before a training state is made.
+
+  Raises:
+    UserError: its share is larger than a device's memory.
+  """
+  room = hardware.memory_bytes(mesh.devices.flat[0])
+  need = _STATE_BYTES * count_params(model) / sharding.weight_shards(mesh)
+  if room is not None and need > room:
+    raise UserError(
+      f"model: {count_params(model):,} parameters ({model.n_layer} layers of {model.n_embd}) take "
+      f"{_gib(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
+      f"most {_gib(room)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
+    )
+
+
+def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
+  """Before the first step runs.
+
+  Raises:
+    UserError: it needs more than a device has.
+  """
+  room, need = hardware.memory_bytes(mesh.devices.flat[0]), compiled.needed_bytes
+  if room is not None and need > room:
+    raise UserError(
+      f"training: a step needs {_gib(need)} of each device, which has {_gib(room)}; fix: {_TRAINING}"
+    )
+
+
+def in_words(error: Exception, job: str) -> UserError | None:
+  """What to tell of an error that says that a device's memory is full; None: it is another."""
+  exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (
+    "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+  )
+  if not exhausted and not isinstance(error, MemoryError):
+    return None
+  first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "MemoryError"
+  training = job in ("pretrain", "probe", "lowdata")
+  knobs = _KNOBS.get(job, _TRAINING if training else _OTHERS)
+  return UserError(f"out of memory ({first}); fix: {knobs}")
+
+
+def _gib(n_bytes: float) -> str:
+  return f"{n_bytes / 2**30:,.2f} GiB"
