@@ -94,6 +94,12 @@ def deaf_to_stragglers(hook):
   return hear
 
 
+def told_by_us(record: logging.LogRecord) -> bool:
+  """A filter of orbax' tracebacks: what it logs so, it raises, and that is told in a line."""
+  of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+  return not (record.exc_info and of_orbax)
+
+
 @contextlib.contextmanager
 def reading(folder: str):
   """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
@@ -107,6 +113,7 @@ def reading(folder: str):
   except UserError:
     raise
   except Exception as error:  # of damaged files come errors of every kind
+    logging.getLogger("asyncio").addFilter(told_by_us)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     first: BaseException = error
     while first.__cause__ or first.__context__:
@@ -115,6 +122,17 @@ def reading(folder: str):
       f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
       f"a whole checkpoint of this program; {folders.advice(folder)}"
     ) from error
+
+
+def _alone() -> contextlib.AbstractContextManager[Any]:
+  """For what each process reads for itself: orbax would have it wait for the others."""
+  if jax.process_count() == 1:
+    return contextlib.nullcontext()
+  context, this = ocp.Context(), jax.process_index()
+  context.multiprocessing.primary_host = this
+  context.multiprocessing.active_processes = {this}
+  context.multiprocessing.barrier_sync_key_prefix = f"igpt_jax_{this}"
+  return context
 
 
 def describe(path: str) -> Described:
@@ -127,7 +145,7 @@ def describe(path: str) -> Described:
     UserError: there is none, it is damaged, or another program's.
   """
   folder, step = folders.find(path)
-  with reading(folder):
+  with reading(folder), _alone():
     found = ocp.checkpointables_metadata(folder)
     run, sums_of_items = sums.without_sums(folder, found.custom_metadata)
     if "model" not in run:
@@ -152,7 +170,7 @@ def check_readable(folder: str) -> None:
   Raises:
     UserError: it is damaged.
   """
-  with reading(folder):
+  with reading(folder), _alone():
     found = ocp.checkpointables_metadata(folder)
     _, sums_of_items = sums.without_sums(folder, found.custom_metadata)
     _check_names(sums_of_items, found.metadata)

@@ -70,11 +70,6 @@ def _sync_unnamed(folder: str) -> None:
           sync(os.path.join(parent, each))
 
 
-def _told_by_us(record: logging.LogRecord) -> bool:
-  """A filter of orbax' tracebacks: what it logs so, it raises, and that is told in a line."""
-  return not (record.exc_info and "orbax" in record.pathname)
-
-
 class Checkpoints:
   """The checkpoints of one training run.
 
@@ -118,7 +113,7 @@ class Checkpoints:
     self._set_aside_unreadable()
     self._checkpointer = self._open()
     # What orbax says of a save that fails comes from its threads, at any time.
-    logging.getLogger("absl").addFilter(_told_by_us)
+    logging.getLogger("absl").addFilter(reading.told_by_us)
     sys.unraisablehook = reading.deaf_to_stragglers(sys.unraisablehook)
 
   def _open(self) -> ocp.training.Checkpointer:
@@ -192,17 +187,19 @@ class Checkpoints:
     """Takes the number from steps that aren't whole, so that a run can write them again.
 
     Orbax takes any folder with a number for a checkpoint, and reads a little of each. What isn't
-    finished and older than what is, was being deleted when a run was killed.
+    finished and older than what is, was being deleted when a run was killed. All processes read the
+    same, for orbax counts what it reads; one of them acts.
     """
     unfinished: dict[int, str] = {}
+    deleted: list[str] = []
     damaged: dict[int, str] = {}
-    steps = folders.numbered(self._folder) if jax.process_index() == 0 else []
+    steps = folders.numbered(self._folder)
     finished = {n for n in steps if folders.is_finished(os.path.join(self._folder, str(n)))}
     for step in steps:
       path = os.path.join(self._folder, str(step))
       if step not in finished:
         if step < max(finished, default=0):
-          shutil.rmtree(path)
+          deleted.append(path)
           continue
         unfinished[step] = "it was never finished, its last file isn't there"
         continue
@@ -212,6 +209,9 @@ class Checkpoints:
         damaged[step] = str(error)
     if damaged and len(damaged) == len(finished):
       raise reading.none_is_good(self._folder, damaged)
+    hosts.wait_for_all("checkpoints looked at")
+    for path in deleted if jax.process_index() == 0 else ():
+      shutil.rmtree(path, ignore_errors=True)
     self._set_aside(unfinished, "unfinished")
     self._set_aside(damaged)
 
