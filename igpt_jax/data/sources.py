@@ -62,8 +62,8 @@ class DataConfig:
     for field, ok, expected in (
       ("validation", 0 <= self.validation < 1, "a share of train, 0 to below 1"),
       ("max_bad", 0 <= self.max_bad <= 1, "a share of the records, 0 to 1"),
-      ("threads", self.threads >= 0, "0 or more"),
-      ("workers", self.workers >= 0, "0 or more"),
+      ("threads", 0 <= self.threads <= 1_024, "between 0 and 1,024"),
+      ("workers", 0 <= self.workers <= 1_024, "between 0 and 1,024"),
       ("cache_mb", self.cache_mb >= 0, "0 or more megabytes"),
       ("name", bool(self.name), "digits, photo_patches, folder, tokens, or a TFDS name"),
     ):
