@@ -10,6 +10,7 @@ such a promise, leave a damaged one. That one is noticed, and the one before is 
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import sys
@@ -79,6 +80,8 @@ class Checkpoints:
     keep_every: keep those whose step is a multiple of this, too; 0: none.
     keep_best: keep, too, the first of those whose score of this name is largest; "": by no score.
     say: told what is set aside, and why.
+    patience: seconds that one of several processes waits for the others while a save is written; 0:
+      orbax' own 20 minutes.
 
   Raises:
     UserError: there are checkpoints, and none of them can be read.
@@ -92,9 +95,10 @@ class Checkpoints:
     keep_every: int = 0,
     keep_best: str = "",
     say: Callable[[str], None] = lambda message: None,
+    patience: float = 0.0,
   ):
     self._folder = os.path.join(os.path.abspath(workdir), FOLDER)
-    self._say = say
+    self._say, self._patience = say, patience
     policies = ocp.training.preservation_policies
     preserve: list[Any] = [policies.LatestN(keep)]
     if keep_every:
@@ -120,6 +124,8 @@ class Checkpoints:
     context, folder = ocp.Context(), self._folder
     # In the background, a folder that can't be made is told only after a wait.
     context.asynchronous.create_directories_asynchronously = False
+    if self._patience and jax.process_count() > 1:
+      context.asynchronous.timeout_secs = max(math.ceil(self._patience), 10)
     context.asynchronous.post_finalization_callback = lambda: _sync_unnamed(folder)
     return ocp.training.Checkpointer(
       self._folder,

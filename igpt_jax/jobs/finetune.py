@@ -91,6 +91,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     keep_every=config.train.keep_every,
     keep_best="validation_accuracy",
     say=say,
+    patience=config.train.save_retry_seconds,
   )
   shardings = state.state_shardings(model_config, tx, mesh, len(classes))
   abstract = state.abstract_state(model_config, tx, len(classes))

@@ -61,7 +61,11 @@ def _run(config: ConfigDict, workdir: str) -> None:
       palette.save(os.path.join(workdir, "palette.npy"))
 
   checkpoints = Checkpoints(
-    workdir, keep=config.train.keep, keep_every=config.train.keep_every, say=say
+    workdir,
+    keep=config.train.keep,
+    keep_every=config.train.keep_every,
+    say=say,
+    patience=config.train.save_retry_seconds,
   )
   shardings = state.state_shardings(model_config, tx, mesh)
   abstract = state.abstract_state(model_config, tx)

@@ -61,7 +61,7 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
     shardings = sgd_probe.state_shardings(abstract, feed.groups, mesh, frozen_shardings)
     state = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
 
-  checkpoints = Checkpoints(folder, keep=1, say=say)
+  checkpoints = Checkpoints(folder, keep=1, say=say, patience=config.train.save_retry_seconds)
   said = {
     "model": {"checksum": source.checksum},
     "learning_rates": list(rates),

@@ -3,8 +3,8 @@
 
 Training waits meanwhile: what it computed would be lost with it. Older checkpoints stay as they are,
 for none is deleted before a newer one is whole. Several processes try together: one that fails at the
-beginning of a save tells the others at once; one that fails in the background is waited for by the
-others as long as orbax waits (20 minutes).
+beginning of a save tells the others at once; for one that fails in the background they wait as long
+again before they know.
 """
 
 import os
@@ -129,6 +129,8 @@ def _in_words(error: Exception | None) -> str:
     first = first.__cause__ or first.__context__
   if isinstance(first, OSError) and first.strerror:
     return first.strerror
+  if "DEADLINE_EXCEEDED" in str(first):
+    return "another process didn't come to the end of its part"
   said = re.search(r"os_error_code='(\d+)'", str(first))  # in tensorstore's many words
   if said:
     return os.strerror(int(said[1]))
