@@ -19,6 +19,7 @@ import time
 import numpy as np
 import pytest
 import test_checkpoint_files as small
+from hosts import hosts
 
 from igpt_jax import checkpoint, metrics
 from igpt_jax.checkpoint import Checkpoints, writing
@@ -305,3 +306,29 @@ def test_a_second_run_is_refused(tmp_path):
   with lock.held(str(tmp_path)), pytest.raises(UserError, match="in use by another run"):
     pretrain.run(config_of(), str(tmp_path))
   assert np.all(os.listdir(tmp_path) == [lock.FILE])
+
+
+@pytest.mark.skipif(not LONG, reason="of the long form: IGPT_JAX_FAULTS=long")
+def test_two_processes_outlive_a_full_disk_and_a_damaged_checkpoint(tmp_path):
+  """Together they try again, and together they go back to the one before."""
+  settings = {"train.steps": 12, "train.checkpoint_every": 2, "train.save_retry_seconds": 20}
+  with hosts(tmp_path / "said0", tmp_path / "roomy", settings) as started:
+    started.succeed()
+  with tmpfs(tmp_path / "disk", "64m") as disk:
+    workdir = disk / "run"
+    with hosts(tmp_path / "said1", workdir, settings) as started:
+      started.wait_for("step  2/12")
+      remount(disk, f"size={(used(disk)[0] + 4) * 4096}")
+      started.wait_for("NOT SAVED")
+      remount(disk, "size=64m")
+      started.succeed()
+    assert told(workdir) == told(tmp_path / "roomy")
+    newest = disk / "run" / "checkpoints" / "12"
+    before = checkpoint.describe(str(workdir)).sums
+    for path in (newest / "training").rglob("d/*"):
+      path.write_bytes(path.read_bytes()[:-7])
+    with hosts(tmp_path / "said2", workdir, settings) as started:
+      started.succeed()
+      assert f"checkpoint 12 is set aside as {newest}.damaged" in started.said(0)
+    assert told(workdir) == told(tmp_path / "roomy")
+    assert checkpoint.describe(str(workdir)).sums == before
