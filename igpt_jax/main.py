@@ -81,6 +81,10 @@ def _join_processes(config) -> None:
   # It takes SIGTERM over. Training answers that by saving; other jobs are to end by it.
   jax.config.update("jax_enable_preemption_service", _trains(config))
 
+  # `validate` asks for devices, and so comes later.
+  seconds = config.host_seconds
+  if not isinstance(seconds, int | float) or not 1 <= seconds <= 10**6:
+    raise UserError(f"config.host_seconds: {seconds}; expected 1 to 1,000,000")
   environment = os.environ
   settings = {}
   if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_PROCESS_ID" in environment:
@@ -91,7 +95,7 @@ def _join_processes(config) -> None:
   try:
     jax.distributed.initialize(
       **settings,
-      heartbeat_timeout_seconds=max(int(config.host_seconds), 1),
+      heartbeat_timeout_seconds=int(seconds),
       shutdown_timeout_seconds=_WAIT_FOR_OTHERS_SECONDS,
     )
   except (ValueError, KeyError) as error:
