@@ -78,6 +78,9 @@ def quiet(level: int):
       logger.setLevel(own)
 
 
+_STRAGGLERS = ("Event loop is closed", "Encountered error while reading array index")
+
+
 def deaf_to_stragglers(hook):
   """A sys.unraisablehook that passes on all but what comes of others when one read or write failed.
 
@@ -87,7 +90,7 @@ def deaf_to_stragglers(hook):
     return hook
 
   def hear(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
+    if not str(unraisable.exc_value).startswith(_STRAGGLERS):
       hook(unraisable)
 
   hear.passes_to = hook
