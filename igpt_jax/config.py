@@ -5,6 +5,7 @@ jobs there are frozen dataclasses.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -35,6 +36,13 @@ def _positive(config: ConfigDict, *names: str, least: int = 1) -> None:
       value = value[part]
     if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
       raise UserError(f"config.{name}: {value}; expected {least} or more")
+
+
+def _at_most(config: ConfigDict, most: int, *names: str) -> None:
+  for name in names:
+    value = functools.reduce(getattr, name.split("."), config)
+    if value > most:
+      raise UserError(f"config.{name}: {value}; expected at most {most:,}")
 
 
 def _choice(name: str, value: str, choices) -> None:
@@ -68,6 +76,11 @@ def validate(config: ConfigDict) -> None:
     "evaluate.images", "features.masks", "features.images", "features.eval_images", "probe.around_best", "finetune.images",
     "finetune.warmup_steps", "finetune.patience", "train.save_retry_seconds", "watch_seconds", "watch_patience", "hang_seconds", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
+  )  # fmt: skip
+  _at_most(
+    config, 65_536, "train.batch_size", "evaluate.batch_size", "features.batch_size", "probe.batch_size",
+    "finetune.batch_size", "sample.batch_size", "sample.samples", "sample.completions",
+    "sample.per_picture", "n", "benchmark.samples",
   )  # fmt: skip
   trained = {"finetune": config.finetune, "probe": config.probe}.get(config.job, config.train)
   GuardConfig(**config.guard)

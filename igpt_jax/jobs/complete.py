@@ -29,7 +29,7 @@ from igpt_jax import checkpoint, files, metrics, pictures, report
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion, filling, own_pictures
+from igpt_jax.jobs import common, completion, filling, memory, own_pictures
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.completion import NOTHING, Completer, Picture, Reader
 from igpt_jax.jobs.filling import Filler
@@ -96,6 +96,8 @@ def run(config: ConfigDict, workdir: str) -> None:
   known = filling.known_pixels(config, found)
   chosen = own_pictures.find(config.images) if config.images else []
   mesh = common.sampling_mesh(config, found.config, config.n)
+  if found.config.causal:
+    memory.check_cache(found.config, config.sample.batch_size, config.sample.cache, mesh)
   in_run = checkpoint.latest_step(workdir) is not None
   out = os.path.join(workdir, "complete") if in_run else workdir
   settings = _settings(config, found, known)

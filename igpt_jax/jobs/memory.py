@@ -1,6 +1,7 @@
 """Whether what is asked for fits the devices: said before work starts, and with the knobs that help."""
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
@@ -36,6 +37,22 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
       f"model: {count_params(model):,} parameters ({model.n_layer} layers of {model.n_embd}) take "
       f"{_gib(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
       f"most {_gib(room)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
+    )
+
+
+def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh) -> None:
+  """Before samples are drawn together.
+
+  Raises:
+    UserError: a device's share of their keys and values is larger than its memory.
+  """
+  room = hardware.memory_bytes(mesh.devices.flat[0])
+  item = np.dtype(cache_dtype or model.dtype).itemsize
+  need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
+  if room is not None and need > room:
+    raise UserError(
+      f"sampling: keys and values of {samples:,} pictures take {_gib(need)} of each device, which has "
+      f"{_gib(room)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
     )
 
 

@@ -17,7 +17,7 @@ from igpt_jax import config as config_lib
 from igpt_jax import pictures, report
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, starting_point, watch
+from igpt_jax.jobs import common, memory, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.model import decoding
 from igpt_jax.parallel import sharding
@@ -41,6 +41,8 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
       f"checkpoint: {trained.path} is a BERT model: it has no left-to-right distribution to sample; "
       "fix: a checkpoint of objective=autoregressive"
     )
+  rows = max(config.sample.samples, config.sample.completions * config.sample.per_picture)
+  memory.check_cache(trained.config, rows, config.sample.cache, mesh)
   palette = common.palette_of(trained)
   resolution = trained.run["resolution"]
   rows_given = given_rows(config.sample.keep, resolution)
