@@ -145,6 +145,7 @@ def test_a_mesh_trains_as_one_device_does(config, layer):
   one, params = run_steps(config, layer, (1, 1, 1))
   assert one[0].keys() == {
     "loss", "generative_loss", "classification_loss", "accuracy", "grad_norm", "learning_rate",
+    "skipped_updates", "skipped_in_row",
   }  # fmt: skip
   found, theirs = run_steps(config, layer, (2, 2, 2))
   for mine, other in zip(one, found, strict=True):

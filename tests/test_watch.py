@@ -9,8 +9,8 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
+from igpt_jax.checkpoint import folders
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import watch
 
@@ -19,7 +19,7 @@ from igpt_jax.jobs import watch
 def whole(monkeypatch):
   """A checkpoint is whole here when there is a file in it; making real ones is other tests' matter."""
   monkeypatch.setattr(
-    checkpoint, "_is_whole", lambda folder: os.path.exists(os.path.join(folder, "whole"))
+    folders, "is_whole", lambda folder: os.path.exists(os.path.join(folder, "whole"))
   )
 
 

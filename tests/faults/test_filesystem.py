@@ -13,6 +13,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -260,7 +261,7 @@ def test_a_workdir_holds_one_run_at_a_time(tmp_path, capfd):
     "import sys, time; from igpt_jax.jobs import lock\n"
     f"with lock.held({str(tmp_path)!r}):\n  print('held', flush=True); time.sleep(600)"
   )
-  other = subprocess.Popen(["python", "-c", program], stdout=subprocess.PIPE, text=True)
+  other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
   try:
     assert other.stdout.readline() == "held\n"
     with (
