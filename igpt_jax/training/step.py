@@ -82,18 +82,18 @@ def update(
   """
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
 
-  def keep(new, old):
-    return jnp.where(finite, new, old)
+  def updated():
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
 
+  params, opt_state = jax.lax.cond(finite, updated, lambda: (state.params, state.opt_state))
   in_row, in_all = state.skipped
   skipped = jnp.stack([jnp.where(finite, 0, in_row + 1), in_all + ~finite])
   new_state = TrainState(
     step=state.step + 1,
-    params=jax.tree.map(keep, params, state.params),
-    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+    params=params,
+    opt_state=opt_state,
     rng=state.rng,
     skipped=skipped,
   )
