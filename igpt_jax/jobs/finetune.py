@@ -96,22 +96,14 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
   shardings = state.state_shardings(model_config, tx, mesh, len(classes))
   abstract = state.abstract_state(model_config, tx, len(classes))
 
-  def position(at_step: int) -> dict[str, Any]:
-    return pipeline.position(train_split, batch_size=batch_size, seed=data_seed, step=at_step)
-
-  def check(at_step: int, run: dict[str, Any]) -> None:
-    saved = guard.without_rollbacks(run["data"], config.seed, rollbacks)
-    pipeline.check_position(saved, position(at_step))
-
-  rollbacks = guard.rollbacks(folder)
-  data_seed = guard.data_seed(config.seed, rollbacks)
+  order = guard.DataOrder(folder, train_split, batch_size=batch_size, seed=config.seed)
   say(
     f"fine-tuning {finetune_start.describe(start, config)} on {len(classes)} classes of {train_split.fingerprint}, "
     f"head at layer {loss.layer} of {model_config.n_layer}, loss {loss.generative:g} × generative + "
     f"{loss.classification:g} × classification, learning rate {optimizer_config.learning_rate:g}; "
     f"{hardware.describe_devices(mesh)}"
   )
-  resumed = checkpoints.resume(abstract, shardings, check)
+  resumed = checkpoints.resume(abstract, shardings, order.check)
   if resumed is None:
     first_step, elapsed_before, best = 0, 0.0, Best()
     params = start.params(mesh)
@@ -157,7 +149,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
       config,
       model_config,
       mask_probability=loss.mask_probability,
-      data=position(at_step),
+      data=order.position(at_step),
       elapsed_seconds=elapsed(),
     )
     fine_tuned = {
@@ -179,7 +171,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     data_config,
     palette,
     batch_size=batch_size,
-    seed=data_seed,
+    seed=order.seed,
     start_step=first_step,
     process_index=share,
     process_count=shares,

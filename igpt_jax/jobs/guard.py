@@ -19,6 +19,8 @@ import jax
 import numpy as np
 
 from igpt_jax import checkpoint, report
+from igpt_jax.data import pipeline
+from igpt_jax.data.sources import Split
 from igpt_jax.jobs import common
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import Params
@@ -210,14 +212,34 @@ def rollbacks(folder: str) -> int:
     return sum('"what": "rollback"' in line for line in lines)
 
 
-def data_seed(seed: int, n_rollbacks: int) -> int:
-  """The seed of the data's order after so many rollbacks."""
-  if not n_rollbacks:
-    return seed
-  return int(np.random.SeedSequence((seed, n_rollbacks)).generate_state(1)[0])
+class DataOrder:
+  """The order of a run's training pictures, which is another one after each time it went back.
 
+  Args:
+    folder: of the run.
+    split: that is trained on.
+    batch_size: of a step.
+    seed: of the config; of the order until the run goes back.
+  """
 
-def without_rollbacks(position: dict[str, Any], seed: int, n_rollbacks: int) -> dict[str, Any]:
-  """A saved data position, its seed the newest one if it is one of this run's."""
-  own = [data_seed(seed, n) for n in range(n_rollbacks + 1)]
-  return position | {"seed": own[-1]} if position.get("seed") in own else position
+  def __init__(self, folder: str, split: Split, *, batch_size: int, seed: int):
+    self._split, self._batch_size = split, batch_size
+    self._seeds = [seed]
+    for n in range(1, rollbacks(folder) + 1):
+      self._seeds.append(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))
+
+  @property
+  def seed(self) -> int:
+    """Of the order from here on."""
+    return self._seeds[-1]
+
+  def position(self, step: int) -> dict[str, Any]:
+    """What a checkpoint stores of the data."""
+    return pipeline.position(self._split, batch_size=self._batch_size, seed=self.seed, step=step)
+
+  def check(self, step: int, run: Mapping[str, Any]) -> None:
+    """Raises UserError when a checkpoint's run had other data; it may have had an earlier order."""
+    saved = run["data"]
+    if saved.get("seed") in self._seeds:
+      saved = saved | {"seed": self.seed}
+    pipeline.check_position(saved, self.position(step))

@@ -7,7 +7,6 @@ RNG, data position and metrics.
 
 import os
 import time
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -70,16 +69,8 @@ def _run(config: ConfigDict, workdir: str) -> None:
   shardings = state.state_shardings(model_config, tx, mesh)
   abstract = state.abstract_state(model_config, tx)
 
-  def position(at_step: int) -> dict[str, Any]:
-    return pipeline.position(train_split, batch_size=batch_size, seed=data_seed, step=at_step)
-
-  def check(at_step: int, run: dict[str, Any]) -> None:
-    saved = guard.without_rollbacks(run["data"], config.seed, rollbacks)
-    pipeline.check_position(saved, position(at_step))
-
-  rollbacks = guard.rollbacks(workdir)
-  data_seed = guard.data_seed(config.seed, rollbacks)
-  resumed = checkpoints.resume(abstract, shardings, check)
+  order = guard.DataOrder(workdir, train_split, batch_size=batch_size, seed=config.seed)
+  resumed = checkpoints.resume(abstract, shardings, order.check)
   first_step, elapsed_before = 0, 0.0
   if resumed is None:
     train_state = state.make_state(model_config, tx, config.seed, mesh, start.params(mesh, say))
@@ -106,7 +97,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     data_config,
     palette,
     batch_size=batch_size,
-    seed=data_seed,
+    seed=order.seed,
     start_step=first_step,
     process_index=share,
     process_count=shares,
@@ -126,7 +117,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
       config,
       model_config,
       mask_probability=config.mask_probability,
-      data=position(at_step),
+      data=order.position(at_step),
       elapsed_seconds=elapsed_before + time.monotonic() - began,
     )
     checkpoints.save(at, palette=None if palette is None else palette.centers, run=run)
