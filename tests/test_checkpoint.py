@@ -35,16 +35,7 @@ def make_run(**changes):
 
 
 def random_state(step, shape=(1, 1, 1)) -> TrainState:
-  """Every leaf random, the moments and the counters too."""
-  rng = np.random.default_rng(step)
-
-  def draw(leaf):
-    if leaf.dtype == np.float32:
-      return rng.standard_normal(leaf.shape).astype(np.float32)
-    return rng.integers(2**30, size=leaf.shape).astype(leaf.dtype)
-
-  state = dataclasses.replace(jax.tree.map(draw, ABSTRACT), step=np.asarray(step, np.int32))
-  return jax.device_put(state, state_shardings(CONFIG, OPTIMIZER, tiny.mesh_of(shape)))
+  return tiny.random_state(ABSTRACT, step, state_shardings(CONFIG, OPTIMIZER, tiny.mesh_of(shape)))
 
 
 def save(workdir, *states, palette=PALETTE, keep=3, keep_every=0, **run):

@@ -1,5 +1,6 @@
 """Models small enough to test with, meshes for them, and parameters that make every part matter."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.training.state import TrainState
 
 # Compiling small programs is most of these tests' time: these emitters triple it.
 _COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
@@ -59,6 +61,19 @@ def random_params(config: ImageGPTConfig, seed: int = 0) -> Params:
 def random_tokens(config: ImageGPTConfig, batch: int, seed: int = 0) -> np.ndarray:
   rng = np.random.default_rng(seed + 1_000)
   return rng.integers(config.n_vocab, size=(batch, config.n_positions), dtype=np.int32)
+
+
+def random_state(abstract: TrainState, step: int, shardings: TrainState) -> TrainState:
+  """Every leaf random, the moments and the counters too; but for the step."""
+  rng = np.random.default_rng(step)
+
+  def draw(leaf):
+    if leaf.dtype == np.float32:
+      return rng.standard_normal(leaf.shape).astype(np.float32)
+    return rng.integers(2**30, size=leaf.shape).astype(leaf.dtype)
+
+  state = dataclasses.replace(jax.tree.map(draw, abstract), step=np.asarray(step, np.int32))
+  return jax.device_put(state, shardings)
 
 
 def mesh_of(shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:

@@ -205,13 +205,25 @@ def load_model(
     UserError, before the weights are read: there is none, it is of another resolution than the
       data, or its palette is needed and not known.
   """
+  found = find_model(config, workdir, needs_palette=needs_palette, check=check)
+  return read_model(config, found, mesh)
+
+
+def find_model(
+  config: ConfigDict,
+  workdir: str,
+  *,
+  needs_palette: bool,
+  check: Callable[[checkpoint.Described], object] = lambda found: None,
+) -> checkpoint.Described:
+  """What `load_model` reads the weights of; raises what it raises."""
   found = starting_point.of_job(config, workdir)
   check_resolution(config, found)
   if needs_palette:
     palette_of(found)
   check(found)
   say(f"checkpoint: {found.path}")
-  return read_model(config, found, mesh)
+  return found
 
 
 def read_model(

@@ -20,6 +20,7 @@ from igpt_jax import report
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, compile_table
 from igpt_jax.jobs.common import say
+from igpt_jax.jobs.memory import gib
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction import plan as planning
@@ -117,10 +118,6 @@ def describe(training: Training, mesh) -> str:
 
 def sizes_of(mesh) -> str:
   return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-
-
-def gib(size: float) -> str:
-  return f"{size / 2**30:.2f} GiB"
 
 
 def summary(

@@ -20,9 +20,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint, files, metrics, pictures, report
@@ -35,6 +33,7 @@ from igpt_jax.jobs.completion import NOTHING, Completer, Picture, Reader
 from igpt_jax.jobs.filling import Filler
 from igpt_jax.jobs.own_pictures import File
 from igpt_jax.jobs.sample import given_rows
+from igpt_jax.parallel import hosts
 
 _GRID_ROWS = 64  # pictures, and
 _GRID_SAMPLES = 16  # samples of each, that grids show; all are in files of their own
@@ -107,8 +106,8 @@ def run(config: ConfigDict, workdir: str) -> None:
   targets, unreadable = _targets(chosen, reader, out)
   for target in targets:
     target.read()
-  if jax.process_count() > 1:  # no one draws before all have seen what is there
-    multihost_utils.sync_global_devices("igpt_jax: complete")
+  # No one draws before all have seen what is there
+  hosts.wait_for_all("complete")
   if common.is_main():
     report.write_json(os.path.join(out, _SETTINGS), settings)
 

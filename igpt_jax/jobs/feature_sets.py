@@ -25,7 +25,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, finetune_start
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import hosts, sharding
 from igpt_jax.training.checksum import checksum
 from igpt_jax.training.feature_store import FeatureStore
 from igpt_jax.training.features import FeatureConfig, FeatureExtractor, feature_config
@@ -337,5 +337,4 @@ def _fill(
       if writing is not None:
         writing.add(rows, number * batch_size)
       clock.tick(min(number * batch_size, total))
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("igpt_jax: features written")
+  hosts.wait_for_all("features written")

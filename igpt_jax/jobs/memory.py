@@ -35,8 +35,8 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
   if room is not None and need > room:
     raise UserError(
       f"model: {count_params(model):,} parameters ({model.n_layer} layers of {model.n_embd}) take "
-      f"{_gib(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
-      f"most {_gib(room)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
+      f"{gib(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
+      f"most {gib(room)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
     )
 
 
@@ -51,8 +51,8 @@ def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mes
   need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
   if room is not None and need > room:
     raise UserError(
-      f"sampling: keys and values of {samples:,} pictures take {_gib(need)} of each device, which has "
-      f"{_gib(room)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
+      f"sampling: keys and values of {samples:,} pictures take {gib(need)} of each device, which has "
+      f"{gib(room)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
     )
 
 
@@ -65,7 +65,7 @@ def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
   room, need = hardware.memory_bytes(mesh.devices.flat[0]), compiled.needed_bytes
   if room is not None and need > room:
     raise UserError(
-      f"training: a step needs {_gib(need)} of each device, which has {_gib(room)}; fix: {_TRAINING}"
+      f"training: a step needs {gib(need)} of each device, which has {gib(room)}; fix: {_TRAINING}"
     )
 
 
@@ -82,5 +82,5 @@ def in_words(error: Exception, job: str) -> UserError | None:
   return UserError(f"out of memory ({first}); fix: {knobs}")
 
 
-def _gib(n_bytes: float) -> str:
-  return f"{n_bytes / 2**30:,.2f} GiB"
+def gib(n_bytes: float) -> str:
+  return f"{n_bytes / 2**30:.2f} GiB"

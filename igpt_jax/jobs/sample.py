@@ -17,7 +17,7 @@ from igpt_jax import config as config_lib
 from igpt_jax import pictures, report
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, memory, starting_point, watch
+from igpt_jax.jobs import common, memory, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.model import decoding
 from igpt_jax.parallel import sharding
@@ -32,10 +32,10 @@ def run(config: ConfigDict, workdir: str) -> None:
 def sample(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; pictures go to `out`."""
   settings = config_lib.sampling(config)
-  found = starting_point.of_job(config, workdir)
+  found = common.find_model(config, workdir, needs_palette=True)
   at_once = math.gcd(config.sample.samples, config.sample.completions)
   mesh = common.sampling_mesh(config, found.config, at_once)
-  trained = common.load_model(config, workdir, mesh, needs_palette=True)
+  trained = common.read_model(config, found, mesh)
   if not trained.config.causal:
     raise UserError(
       f"checkpoint: {trained.path} is a BERT model: it has no left-to-right distribution to sample; "

@@ -35,15 +35,7 @@ def shardings():
 
 
 def random_state(step):
-  rng = np.random.default_rng(step)
-
-  def draw(leaf):
-    if leaf.dtype == np.float32:
-      return rng.standard_normal(leaf.shape).astype(np.float32)
-    return rng.integers(2**30, size=leaf.shape).astype(leaf.dtype)
-
-  state = dataclasses.replace(jax.tree.map(draw, ABSTRACT), step=np.asarray(step, np.int32))
-  return jax.device_put(state, shardings())
+  return tiny.random_state(ABSTRACT, step, shardings())
 
 
 def make_run(step):
