@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from igpt_jax import files
 from igpt_jax.config_fields import base
 from igpt_jax.data.sources import DataConfig
 from igpt_jax.errors import UserError
@@ -26,21 +27,27 @@ from igpt_jax.training.objectives import OBJECTIVES
 from igpt_jax.training.optimizer import OptimizerConfig
 from igpt_jax.training.profiling import Window
 
+PATHS = (
+  "init_from", "checkpoint", "source", "target", "images", "data.path", "data.manual_dir", "palette.path", "features.cache",
+  "quality.network", "download.directory",
+)  # fmt: skip
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
+
+
+def _field(config: ConfigDict, name: str) -> Any:
+  return functools.reduce(getattr, name.split("."), config)
 
 
 def _positive(config: ConfigDict, *names: str, least: int = 1) -> None:
   for name in names:
-    value: Any = config
-    for part in name.split("."):
-      value = value[part]
+    value = _field(config, name)
     if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
       raise UserError(f"config.{name}: {value}; expected {least} or more")
 
 
 def _at_most(config: ConfigDict, most: int, *names: str) -> None:
   for name in names:
-    value = functools.reduce(getattr, name.split("."), config)
+    value = _field(config, name)
     if value > most:
       raise UserError(f"config.{name}: {value}; expected at most {most:,}")
 
@@ -108,6 +115,8 @@ def validate(config: ConfigDict) -> None:
         f"config.topology: {config.topology!r} is for job compile; config.job is {config.job!r}"
       )
     check_name(config.topology)
+  for name in PATHS:
+    files.local(f"config.{name}", _field(config, name))
   data(config)
   sampling(config)
   optimizer(config)

@@ -1,15 +1,36 @@
-"""Files that appear whole or not at all. Ground floor: imports nothing of the project."""
+"""Where files lie, and how they appear whole or not at all. Ground floor."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Iterator
 
+from igpt_jax.errors import UserError
+
 # What file systems that have no such promise to make say of a folder, or of any file.
 _NOT_FOR_THIS = {
   errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES,
   errno.EPERM, errno.EISDIR,
 }  # fmt: skip
+
+
+def local(name: str, path: str) -> str:
+  """The absolute path that a person means, ~ and all; `name` is of the setting.
+
+  Raises:
+    UserError: it is a bucket's address, gs://BUCKET/….
+  """
+  scheme, separator, address = path.partition("://")
+  if separator:
+    bucket = address.split("/")[0]
+    raise UserError(
+      f"{name}: {path}; expected a local path; fix: mount the bucket ("
+      + (
+        f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}" if scheme == "gs" else f"at /mnt/{bucket}"
+      )
+      + f") and give the path below /mnt/{bucket}"
+    )
+  return os.path.abspath(os.path.expanduser(path))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from igpt_jax import watchdog
+from igpt_jax import files, watchdog
 from igpt_jax.errors import UserError
 
 _BEGAN = time.monotonic()
@@ -147,6 +147,7 @@ def main(argv: list[str]) -> int:
         watched.enter_context(watchdog.last_words(f"igpt_jax: ended from outside: {lost}"))
         _join_processes(config)
       config_lib.validate(config)
+      workdir = files.local("--workdir", workdir)
       if _DISTRIBUTED.value:
         agreement.check_config(config_lib.as_json(config))
       job = importlib.import_module(f"igpt_jax.jobs.{config.job}")
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> int:
       # Other jobs may be right to say nothing for hours.
       hang_seconds = config.hang_seconds if _trains(config) else 0
       watched.enter_context(watchdog.Watchdog(hang_seconds, "hang_seconds"))
-      job.run(config, os.path.abspath(workdir))
+      job.run(config, workdir)
     return 0
   except UserError as error:
     status = _fail(error, error.status)

@@ -134,7 +134,6 @@ def test_detect(tmp_path, checkpoint, directory):
   for path in (directory, directory / "config.json"):
     assert formats.detect(path) == "huggingface"
     assert formats.load(path).config == CONFIG
-  assert formats.detect("gs://bucket/run") == "orbax"
 
 
 def test_detect_our_own_checkpoints(tmp_path):

@@ -76,7 +76,7 @@ class Palette:
   @classmethod
   def given(cls, path: str) -> Palette:
     """What `palette.path` names: a .npy file, or by "default" the one that comes with the project."""
-    return cls.default() if path == "default" else cls.load(path)
+    return cls.default() if path == "default" else cls.load(files.local("palette.path", path))
 
   @classmethod
   def default(cls) -> Palette:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from igpt_jax import errors
+from igpt_jax import errors, files
 
 # Data sets of our own: their builders need neither TensorFlow nor a network.
 OWN = {"digits": "igpt_jax.data.digits", "photo_patches": "igpt_jax.data.photo_patches"}
@@ -27,13 +27,7 @@ _TEST_SPLIT = {"imagenet2012": ("validation",)}
 def resolve_data_dir(data_dir: str) -> str:
   """The folder of prepared data: as given, else $TFDS_DATA_DIR, else TFDS's own default."""
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  if "://" in data_dir:
-    bucket = data_dir.split("://")[1].split("/")[0]
-    raise errors.UserError(
-      f"data.data_dir: {data_dir}; expected a local path; fix: mount the bucket "
-      f"(gcsfuse --implicit-dirs {bucket} /mnt/{bucket}) and give the path below /mnt/{bucket}"
-    )
-  return os.path.abspath(os.path.expanduser(data_dir))
+  return files.local("data.data_dir", data_dir)
 
 
 def prepare_command(name: str, data_dir: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_jax import files
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.pretrained import clusters as palettes
@@ -29,14 +30,12 @@ def detect(path: str | os.PathLike[str]) -> str:
   Args:
     path: a TensorFlow checkpoint's prefix, one of its files, or the directory it is alone in; a
       Hugging Face model directory or its config.json; a directory Orbax wrote, or a run's workdir
-      of such. Remote paths (gs://…) are taken for Orbax's, the only format read remotely.
+      of such.
 
   Raises:
     UserError: nothing is there, or nothing known.
   """
-  path = os.fspath(path)
-  if "://" in path:
-    return "orbax"
+  path = files.local("checkpoint", os.fspath(path))
   if _bundle_prefix(path):
     return "openai"
   if os.path.isfile(path) and os.path.basename(path) == "config.json":
