@@ -4,18 +4,21 @@ hang_data: the 6th batch of training never comes. hang_step: the 6th step never 
 hang_second: it doesn't on the second host.
 diverge: the second host learns at another rate than its config says.
 other_order: the second host shuffles otherwise.
+bad_once: losses aren't finite from the 7th update on, until the run has gone back.
 """
 
 import os
 import sys
 import threading
 
+import jax
 from absl import app
 
 from igpt_jax import config as config_lib
 from igpt_jax import main, watchdog
 from igpt_jax.data import pipeline
 from igpt_jax.training import compilation
+from igpt_jax.training import step as step_lib
 
 _SECOND = os.environ.get("JAX_PROCESS_ID") == "1"
 
@@ -58,6 +61,24 @@ def build_in(fault):
     pipeline.train_batches = lambda *args, seed, **settings: batches(
       *args, seed=seed + 1, **settings
     )
+  elif fault == "bad_once":
+    make_step = step_lib.make_train_step
+    made = []
+
+    def make(config, objective, *rest):
+      bad = float("nan") if not made else 1.0  # compiled again after going back
+      made.append(1)
+
+      def train_step(state, batch):
+        def changed(*args):
+          nll, weight = objective(*args)
+          return nll * jax.numpy.where(state.step >= 6, bad, 1.0), weight
+
+        return make_step(config, changed, *rest)(state, batch)
+
+      return train_step
+
+    step_lib.make_train_step = make
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Short: one of each kind. IGPT_JAX_FAULTS=long: every signal to every host.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from hosts import HOSTS, hosts
 
-from igpt_jax import checkpoint, watchdog
+from igpt_jax import checkpoint, metrics, watchdog
 from igpt_jax.data.order import Stream, train_order
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.jobs import agreement
@@ -184,3 +185,19 @@ def test_parameters_that_differ_are_not_saved(tmp_path):
   ) as started:
     both_say(started, 1, "hosts: their parameters differ at step 4: checksum: host 0 has ")
   assert checkpoint.whole_steps(str(tmp_path / "run")) == []
+
+
+def test_both_go_back_to_one_checkpoint_with_the_same_other_data(tmp_path):
+  overrides = {"guard.in_row": 2, "train.steps": 12, "train.checkpoint_every": 4}
+  workdir = tmp_path / "run"
+  with hosts(tmp_path / "said", workdir, overrides, program=(FAULTY, "bad_once")) as started:
+    started.succeed()
+    assert "going back to step 4, with other data (rollback 1)" in started.said(0)
+    assert "NOT SAVED" not in started.everything()
+  with open(workdir / "incidents.jsonl", encoding="utf-8") as lines:
+    what = [json.loads(line) for line in lines]
+  assert [each["what"] for each in what] == ["not finite", "rollback"]
+  told = [r for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
+  assert [r["step"] for r in told] == list(range(1, 13))
+  assert all(np.isfinite(r["loss"]) for r in told) and told[-1]["skipped_updates"] == 0
+  assert checkpoint.whole_steps(str(workdir)) == [4, 8, 12]
