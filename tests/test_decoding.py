@@ -234,6 +234,36 @@ def loop_bodies(text):
   return found
 
 
+@pytest.mark.parametrize("per_picture", [1, 2])
+def test_rows_of_other_devices_heads_are_left_alone(per_picture, monkeypatch):
+  """The same samples, and no device sends another one what it made of its heads' keys."""
+  monkeypatch.setattr(decoding_cache, "_keeps_rows", lambda: True)
+  mesh = tiny.mesh_of((1, 2, 4))
+  config = tiny.make_config(n_head=4, n_positions=60)
+  given, keys = tiny.random_tokens(config, 4)[:, :7], make_keys(4 * per_picture)
+  params = tiny.random_params(config)
+  expected = complete(given, keys, config=config, samples_per_picture=per_picture)
+  placed = jax.device_put(params, param_shardings(config, mesh))
+  with jax.set_mesh(mesh):
+    given = sharding.put_global(given, mesh)
+    run = jax.jit(
+      functools.partial(decoding.complete, config, sampling=PLAIN, samples_per_picture=per_picture)
+    )
+    compiled = run.lower(placed, given, keys).compile()
+    np.testing.assert_array_equal(compiled(placed, given, keys).tokens, expected.tokens)
+  sent = [
+    line
+    for body in loop_bodies(compiled.as_text()).values()
+    for line in body.splitlines()
+    if re.search(r" (all-reduce|all-gather|all-to-all|collective-permute)", line)
+  ]
+  assert sent  # the sums over heads, at least
+  for line in sent:
+    for shape in re.findall(r"\[([\d,]+)\]", line.split("channel_id")[0]):
+      *others, length = shape.split(",")
+      assert length not in ("7", "53", "60") and "53" not in others, line
+
+
 def test_weights_are_gathered_before_the_loop():
   """Fully sharded: no pixel waits for a weight. What the prefill gathers is another matter."""
   mesh = tiny.mesh_of((1, 8, 1))

@@ -6,6 +6,7 @@ block of the latter alone and reads the positions before it as they are: nothing
 in the loop but that block.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from igpt_jax.model import layers
 from igpt_jax.model.image_gpt import ImageGPT
 from igpt_jax.parallel import hardware
-from igpt_jax.parallel.sharding import constrain, gather_weight
+from igpt_jax.parallel.sharding import constrain, gather_weight, parts_around
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -203,60 +204,56 @@ def attend(
     block: of the positions from there on, up to and with `last`; what comes after isn't looked at.
     last: index into the block.
   """
-  n, _, head_dim = q_NxHxK.shape
-  q_NxHxK = q_NxHxK.astype(jnp.float32) * head_dim**-0.5
-  own = [part for part in (done, block) if part.length]
-  shared = given.length and n > given.k.shape[0]
-  if given.length and not shared:
-    own = [given, *own]
-  scores = [_scores(q_NxHxK, part) for part in own]
+  dtype = q_NxHxK.dtype
+  q_NxHxK = q_NxHxK.astype(jnp.float32) * q_NxHxK.shape[-1] ** -0.5
+  parts = [part for part in (given, done, block) if part.length]
+  scores = [_scores(q_NxHxK, part, dtype) for part in parts]
   scores[-1] = jnp.where(jnp.arange(block.length) <= last, scores[-1], -jnp.inf)
-  if shared:
-    scores = [_shared_scores(q_NxHxK, given), *scores]
-  lengths = [each.shape[-1] for each in scores]
+  ends = list(itertools.accumulate(part.length for part in parts[:-1]))
   scores = jnp.concatenate(scores, axis=-1)
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  ends = [sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
   weights = jnp.split(weights, ends, axis=-1)
-  mixed = [_mix(*pair) for pair in zip(weights[-len(own) :], own, strict=True)]
-  if shared:
-    mixed.append(_shared_mix(weights[0], given))
-  return sum(mixed) / total
+  return sum(_mix(*pair, dtype) for pair in zip(weights, parts, strict=True)) / total
 
 
-def _scores(q_NxHxK: jax.Array, kv: KeysValues) -> jax.Array:
-  """q k, [N, H, T]."""
+def _scores(q_NxHxK: jax.Array, kv: KeysValues, dtype) -> jax.Array:
+  """q k, float32 [N, H, T], of B pictures' keys; int8 ones of rows are multiplied as `dtype`."""
   if kv.in_rows:
-    k = _heads(kv.k, q_NxHxK.shape[1], q_NxHxK.dtype)
-    scores = jnp.einsum(
-      "nhk,nthk->nht", q_NxHxK.astype(k.dtype), k, preferred_element_type="float32"
-    )
-    return scores if kv.k_scale is None else scores * kv.k_scale.swapaxes(1, 2)
-  # A product of one row reads keys faster as a plain sum, and int8 ones in place.
-  scores = jnp.sum(q_NxHxK[..., None] * kv.k.astype(jnp.float32), axis=2)
-  return scores if kv.k_scale is None else scores * kv.k_scale
+    k = _grouped(_floats(kv.k, dtype))
+    q = _by_group(_in_places(q_NxHxK), len(k)).astype(k.dtype)
+    scores = jnp.einsum("bgme,btge->bgmt", q, k, preferred_element_type="float32")
+    scores = _by_head(scores, q_NxHxK.shape[1])
+    return scores if kv.k_scale is None else _scaled(scores, kv.k_scale.swapaxes(1, 2))
+  k, n_pictures = kv.k.astype(jnp.float32), len(kv.k)
+  if n_pictures < len(q_NxHxK):
+    scores = _by_sample(jnp.einsum("bhsk,bhkt->bhst", _by_picture(q_NxHxK, n_pictures), k))
+  else:
+    # A product of one row reads keys faster as a plain sum, and int8 ones in place.
+    scores = jnp.sum(q_NxHxK[..., None] * k, axis=2)
+  return scores if kv.k_scale is None else _scaled(scores, kv.k_scale)
 
 
-def _mix(weights_NxHxT: jax.Array, kv: KeysValues) -> jax.Array:
-  """Weighted values, [N, H, K]."""
-  if kv.in_rows:
-    if kv.v_scale is not None:
-      weights_NxHxT = weights_NxHxT * kv.v_scale.swapaxes(1, 2)
-    v = _heads(kv.v, weights_NxHxT.shape[1], weights_NxHxT.dtype)
-    weights_NxHxT = weights_NxHxT.astype(v.dtype)
-    return jnp.einsum("nht,nthk->nhk", weights_NxHxT, v, preferred_element_type="float32")
+def _mix(weights_NxHxT: jax.Array, kv: KeysValues, dtype) -> jax.Array:
+  """Weighted values, float32 [N, H, K]; as `_scores`."""
   if kv.v_scale is not None:
-    weights_NxHxT = weights_NxHxT * kv.v_scale
-  return jnp.sum(weights_NxHxT[..., None] * kv.v.astype(jnp.float32), axis=2)
+    scale = kv.v_scale.swapaxes(1, 2) if kv.in_rows else kv.v_scale
+    weights_NxHxT = _scaled(weights_NxHxT, scale)
+  if kv.in_rows:
+    v = _grouped(_floats(kv.v, dtype))
+    weights = _by_group(weights_NxHxT, len(v)).astype(v.dtype)
+    mixed = jnp.einsum("bgmt,btge->bgme", weights, v, preferred_element_type="float32")
+    return _from_places(_by_head(mixed, weights_NxHxT.shape[1]))
+  v, n_pictures = kv.v.astype(jnp.float32), len(kv.v)
+  if n_pictures < len(weights_NxHxT):
+    weights = _by_picture(weights_NxHxT, n_pictures)
+    return _by_sample(jnp.einsum("bhst,bhtk->bhsk", weights, v))
+  return jnp.sum(weights_NxHxT[..., None] * v, axis=2)
 
 
-def _heads(rows_NxTxE: jax.Array, n_head: int, dtype) -> jax.Array:
-  """[N, T, H, K], as floats."""
-  if rows_NxTxE.dtype == jnp.int8:
-    rows_NxTxE = rows_NxTxE.astype(dtype)
-  n, length, width = rows_NxTxE.shape
-  return rows_NxTxE.reshape(n, length, n_head, width // n_head)
+def _scaled(x_NxHxT: jax.Array, scale_BxHxT: jax.Array) -> jax.Array:
+  by_picture = x_NxHxT.reshape(len(scale_BxHxT), -1, *x_NxHxT.shape[1:])
+  return (by_picture * scale_BxHxT[:, None]).reshape(x_NxHxT.shape)
 
 
 def _by_picture(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
@@ -269,28 +266,57 @@ def _by_sample(x_BxHxSxA: jax.Array) -> jax.Array:
   return x_BxSxHxA.reshape(-1, *x_BxSxHxA.shape[2:])
 
 
-def _shared_scores(q_NxHxK: jax.Array, given: KeysValues) -> jax.Array:
-  q = _by_picture(q_NxHxK, given.k.shape[0])
-  scale = given.k_scale
-  if given.in_rows:
-    k = _heads(given.k, q.shape[1], q.dtype)
-    scores = jnp.einsum("bhsk,bthk->bhst", q.astype(k.dtype), k, preferred_element_type="float32")
-    scale = None if scale is None else scale.swapaxes(1, 2)
-  else:
-    scores = jnp.einsum("bhsk,bhkt->bhst", q, given.k.astype(jnp.float32))
-  return _by_sample(scores if scale is None else scores * scale[:, :, None])
+# Rows hold all heads side by side. Taken apart, each head and sample would be a product of one row,
+# which accelerators have no units for: they'd turn all keys to float32 first. So each head is a row
+# as wide as all of them, zero outside its own channels, and a picture's samples and heads are the
+# rows of one product that reads keys as they lie; the zeros cost less than the reading. Heads split
+# over devices are as many groups, [B, G, M = S H / G, E / G], which don't meet.
 
 
-def _shared_mix(weights_NxHxT: jax.Array, given: KeysValues) -> jax.Array:
-  weights = _by_picture(weights_NxHxT, given.v.shape[0])
-  scale = given.v_scale
-  if scale is not None:
-    weights = weights * (scale.swapaxes(1, 2) if given.in_rows else scale)[:, :, None]
-  if given.in_rows:
-    v = _heads(given.v, weights.shape[1], weights.dtype)
-    weights = weights.astype(v.dtype)
-    return _by_sample(jnp.einsum("bhst,bthk->bhsk", weights, v, preferred_element_type="float32"))
-  return _by_sample(jnp.einsum("bhst,bhtk->bhsk", weights, given.v.astype(jnp.float32)))
+def _floats(x: jax.Array, dtype) -> jax.Array:
+  return x.astype(dtype) if x.dtype == jnp.int8 else x  # exact in bfloat16, too
+
+
+def _grouped(rows_BxTxE: jax.Array) -> jax.Array:
+  """[B, T, G, E / G]."""
+  return rows_BxTxE.reshape(*rows_BxTxE.shape[:2], parts_around("heads"), -1)
+
+
+def _by_group(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
+  """[B, G, M, A]."""
+  n, n_head, last = x_NxHxA.shape
+  n_groups = parts_around("heads")
+  x = x_NxHxA.reshape(n_pictures, n // n_pictures, n_groups, n_head // n_groups, last)
+  return x.swapaxes(1, 2).reshape(n_pictures, n_groups, -1, last)
+
+
+def _by_head(x_BxGxMxA: jax.Array, n_head: int) -> jax.Array:
+  """[N, H, A]: `_by_group`'s way back."""
+  n_pictures, n_groups, _, last = x_BxGxMxA.shape
+  x = x_BxGxMxA.reshape(n_pictures, n_groups, -1, n_head // n_groups, last)
+  return x.swapaxes(1, 2).reshape(-1, n_head, last)
+
+
+def _places(n_head: int, head_dim: int) -> jax.Array:
+  """1 at a head's own channels, else 0, [h, E / G] of the h heads of a group."""
+  return jnp.repeat(jnp.eye(n_head // parts_around("heads")), head_dim, axis=1)
+
+
+def _in_places(x_NxHxK: jax.Array) -> jax.Array:
+  """Each head's channels where its group's rows have them, [N, H, E / G]."""
+  n, n_head, head_dim = x_NxHxK.shape
+  places = _places(n_head, head_dim)
+  wide = x_NxHxK.reshape(n, -1, 1, places.shape[1]) * places
+  return wide.reshape(n, n_head, -1)
+
+
+def _from_places(x_NxHxE: jax.Array) -> jax.Array:
+  """Each head's own channels, [N, H, K]: what others say of them is left out."""
+  n, n_head, _ = x_NxHxE.shape
+  width = x_NxHxE.shape[2] * parts_around("heads")
+  places = _places(n_head, width // n_head)
+  own = jnp.sum(x_NxHxE.reshape(n, -1, *places.shape) * places, axis=2)
+  return own.reshape(n, n_head, -1)
 
 
 def decode_step(

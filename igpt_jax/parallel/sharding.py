@@ -166,13 +166,15 @@ def axis_parts(mesh: Mesh, logical: str) -> int:
   return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry))
 
 
+def parts_around(logical: str) -> int:
+  """How many parts the mesh around, if there is one, splits an axis into."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else axis_parts(mesh, logical)
+
+
 def axis_share(logical: str, size: int) -> int | None:
   """A device's share of an axis of `size` under the mesh around; None if it doesn't divide."""
-  mesh = jax.sharding.get_abstract_mesh()
-  entry = RULES[logical]
-  if mesh.empty or entry is None:
-    return size
-  parts = axis_parts(mesh, logical)
+  parts = parts_around(logical)
   return size // parts if size % parts == 0 else None
 
 
