@@ -4,8 +4,12 @@ Set before any test imports jax's backend. Not by XLA_FLAGS: programs that tests
 those.
 """
 
+import atexit
+import gc
 import os
+import shutil
 import signal
+import tempfile
 
 # Started in the background, this process ignores Ctrl-C, and so would every program a test starts
 # to interrupt it.
@@ -21,6 +25,31 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Many tests compile the same small programs: this process, and those that it starts, do so once. A
+# folder for each process that runs tests: jax' cache isn't made for several writers.
+_compiled = tempfile.mkdtemp(prefix="igpt_jax_tests_")
+atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+for name, value in {
+  "jax_compilation_cache_dir": _compiled,
+  "jax_persistent_cache_min_compile_time_secs": 0.1,
+  "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+  os.environ[name.upper()] = str(value)
+  jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+  """Nothing of one file's programs is kept for the next, or looked at when garbage is collected.
+
+  The end of every stream of data collects it all (grain's threads end so), which would take the
+  longer the more tests have been run.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture(scope="module")
