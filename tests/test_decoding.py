@@ -12,7 +12,7 @@ import scipy.stats
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import decoding, decoding_cache
+from igpt_jax.model import decoding, decoding_cache, decoding_step
 from igpt_jax.model.decoding import SamplingConfig, filter_logits
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
@@ -60,10 +60,10 @@ def test_cached_logits_are_those_of_the_full_forward(n_given, n_done):
   @tiny.jit
   def decode(params, tokens):
     begun = decoding.begin(CONFIG, params, tokens[:, :n_given], make_keys(3))
-    tables, weights = decoding_cache.lay_out(bind(CONFIG, params))
+    tables, weights = decoding_step.lay_out(bind(CONFIG, params))
 
     def body(before, blocks, position):
-      return decoding_cache.decode_step(
+      return decoding_step.decode_step(
         tables, weights, before, blocks, tokens[:, position - 1], position, CONFIG.n_head
       )
 
@@ -237,7 +237,8 @@ def loop_bodies(text):
 @pytest.mark.parametrize("per_picture", [1, 2])
 def test_rows_of_other_devices_heads_are_left_alone(per_picture, monkeypatch):
   """The same samples, and no device sends another one what it made of its heads' keys."""
-  monkeypatch.setattr(decoding_cache, "_keeps_rows", lambda: True)
+  for room in (decoding_cache, decoding_step):
+    monkeypatch.setattr(room, "keeps_rows", lambda: True)
   mesh = tiny.mesh_of((1, 2, 4))
   config = tiny.make_config(n_head=4, n_positions=60)
   given, keys = tiny.random_tokens(config, 4)[:, :7], make_keys(4 * per_picture)
@@ -316,7 +317,8 @@ def test_rows_as_accelerators_keep_them_are_the_same(dtype, per_picture, monkeyp
     )
 
   expected = run()
-  monkeypatch.setattr(decoding_cache, "_keeps_rows", lambda: True)
+  for room in (decoding_cache, decoding_step):
+    monkeypatch.setattr(room, "keeps_rows", lambda: True)
   monkeypatch.setattr(decoding, "_BLOCK", 4)
   found = run()
   np.testing.assert_array_equal(found.tokens, expected.tokens)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
 from igpt_jax.model import decoding_cache
-from igpt_jax.model.decoding_cache import Cache, decode_step, put, take
+from igpt_jax.model.decoding_cache import Cache, put, take
 from igpt_jax.model.decoding_draw import Samples, SamplingConfig, draw, filter_logits, nats_of
 from igpt_jax.model.decoding_masked import fill
+from igpt_jax.model.decoding_step import decode_step, lay_out
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 from igpt_jax.parallel import hardware
 
@@ -122,7 +123,7 @@ def extend(
       row of a picture.
     sampling: how to draw.
   """
-  tables, weights = decoding_cache.lay_out(bind(config, params))
+  tables, weights = lay_out(bind(config, params))
   room = progress.caches[0].drawn.length
   n_given = config.n_positions - room
   position = progress.position
