@@ -14,7 +14,7 @@ import tiny
 from igpt_jax.errors import UserError
 from igpt_jax.model import decoding, decoding_cache, decoding_step
 from igpt_jax.model.decoding import SamplingConfig, filter_logits
-from igpt_jax.model.image_gpt import bind
+from igpt_jax.model.image_gpt import bind, to_compute_dtypes
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import token_nll
 from igpt_jax.training.state import param_shardings
@@ -192,6 +192,21 @@ def test_greedy_takes_the_likeliest_everywhere():
   again = complete(given, make_keys(4, seed=1), sampling=greedy).tokens
   np.testing.assert_array_equal(again, tokens)
   assert np.any(complete(given, make_keys(4)).tokens != tokens)
+
+
+def test_parameters_may_be_kept_as_they_are_multiplied():
+  config = tiny.make_config(dtype="bfloat16")
+  given, keys = tiny.random_tokens(config, 3)[:, :5], make_keys(3)
+  run = tiny.jit(functools.partial(decoding.complete, config, sampling=PLAIN))
+  expected = run(tiny.random_params(config), given, keys)
+  params = jax.device_put(tiny.random_params(config))
+  gains, weight = params["blocks"]["ln_1"]["g"], params["wte"]
+  converted = to_compute_dtypes(config, params)
+  assert converted["blocks"]["ln_1"]["g"] is gains and weight.is_deleted()
+  assert converted["wte"].dtype == "bfloat16"
+  found = run(converted, given, keys)
+  np.testing.assert_array_equal(found.tokens, expected.tokens)
+  np.testing.assert_array_equal(found.nll, expected.nll)
 
 
 @pytest.mark.parametrize("shape", tiny.MESHES)

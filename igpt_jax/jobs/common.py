@@ -1,6 +1,7 @@
 """What every job begins with: a workdir, a mesh, a palette, a trained model."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -19,7 +20,7 @@ from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import starting_point
-from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.model.image_gpt import ImageGPTConfig, count_params, to_compute_dtypes
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.parallel.sharding import make_mesh
 
@@ -236,6 +237,15 @@ def read_model(
     dtype=config_lib.compute_dtype(config),
     attention=config.model.attention,
   )
+
+
+def read_to_draw(
+  config: ConfigDict, found: checkpoint.Described, mesh: Mesh
+) -> checkpoint.Pretrained:
+  """`read_model`, its weights in the dtype they are multiplied in: all of them are read for every
+  pixel, and what they don't take is left for the caches."""
+  trained = read_model(config, found, mesh)
+  return dataclasses.replace(trained, params=to_compute_dtypes(trained.config, trained.params))
 
 
 def check_resolution(config: ConfigDict, trained: checkpoint.Described) -> None:

@@ -151,7 +151,7 @@ class Completer:
   def __init__(self, found: checkpoint.Described, config: ConfigDict, mesh: Mesh):
     """Reads the weights of what `describe` found onto the mesh."""
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = common.read_model(config, found, mesh)
+    self.trained = common.read_to_draw(config, found, mesh)
     self.reader = Reader(found)
     self._mesh = mesh
     self._cache_dtype = config.sample.cache

@@ -94,7 +94,7 @@ class Filler:
     self, found: checkpoint.Described, config: ConfigDict, mesh: Mesh, known_HxW: np.ndarray
   ):
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = common.read_model(config, found, mesh)
+    self.trained = common.read_to_draw(config, found, mesh)
     self.reader = Reader(found)
     self._mesh = mesh
     self._known_T = known_HxW.reshape(-1)

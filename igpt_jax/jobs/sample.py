@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from igpt_jax import checkpoint, pictures, report
 from igpt_jax import config as config_lib
-from igpt_jax import pictures, report
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, memory, watch
@@ -32,15 +32,10 @@ def run(config: ConfigDict, workdir: str) -> None:
 def sample(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; pictures go to `out`."""
   settings = config_lib.sampling(config)
-  found = common.find_model(config, workdir, needs_palette=True)
+  found = common.find_model(config, workdir, needs_palette=True, check=check_draws)
   at_once = math.gcd(config.sample.samples, config.sample.completions)
   mesh = common.sampling_mesh(config, found.config, at_once)
-  trained = common.read_model(config, found, mesh)
-  if not trained.config.causal:
-    raise UserError(
-      f"checkpoint: {trained.path} is a BERT model: it has no left-to-right distribution to sample; "
-      "fix: a checkpoint of objective=autoregressive"
-    )
+  trained = common.read_to_draw(config, found, mesh)
   rows = max(config.sample.samples, config.sample.completions * config.sample.per_picture)
   memory.check_cache(trained.config, rows, config.sample.cache, mesh)
   palette = common.palette_of(trained)
@@ -114,6 +109,15 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
   report.write_json(os.path.join(out, "sample.json"), values)
   report.write_summary(out)
   say(f"wrote samples.png and completions.png to {out}")
+
+
+def check_draws(found: checkpoint.Described) -> None:
+  """Raises UserError when a model has no distribution to draw from."""
+  if not found.config.causal:
+    raise UserError(
+      f"checkpoint: {found.path} is a BERT model: it has no left-to-right distribution to sample; "
+      "fix: a checkpoint of objective=autoregressive"
+    )
 
 
 def given_rows(keep: float, resolution: int) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from igpt_jax.model import decoding
-from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params
+from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params, compute_dtypes
 from igpt_jax.parallel import sharding
 from igpt_jax.prediction import bundles, hlo, schedule
 from igpt_jax.prediction.topology import Topology
@@ -111,8 +111,9 @@ def sampling(
 ) -> Forecast:
   """Drawing whole pictures from nothing, pixel by pixel; `cache_dtype` as of `decoding.begin`."""
   params = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    lambda leaf, dtype, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
     abstract_params(model),
+    compute_dtypes(model),
     state.param_shardings(model, mesh),
   )
   batch = sharding.round_up_batch(mesh, n_pictures)

@@ -178,7 +178,7 @@ def sampling_mesh(
     n_pictures, cache_dtype: what the cache must have room for, spread over all devices.
   """
   n, hbm = len(topology.devices), topology.chip.hbm_bytes
-  held = 6 * count_params(model)  # float32, and the bfloat16 copy that is computed with
+  held = 4 * count_params(model)  # bfloat16, and each layer taken out of the stack
   item = jnp.dtype(cache_dtype or model.dtype).itemsize
   cache = 2 * model.n_layer * model.n_positions * model.n_embd * item * n_pictures / n
   possible = [t for t in range(1, n + 1) if n % t == 0 and model.n_head % t == 0]
