@@ -9,11 +9,13 @@ such a promise, leave a damaged one. That one is noticed, and the one before is 
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,9 @@ from igpt_jax.training.state import HEAD, TrainState
 
 # What orbax and what it writes by raise where a disk or a bucket fails.
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)
+
+# How often a checkpoint is read before it is set aside, and the seconds between.
+_READS, _PAUSE_SECONDS = 2, 1
 
 _SKIPPED = "skipped"  # of a state; it travels in the run, for older checkpoints haven't any
 
@@ -167,18 +172,12 @@ class Checkpoints:
     """
     why: dict[int, str] = {}
     for step in reversed([each.step for each in self._checkpointer.checkpoints]):
-      try:
-        run, error = self.read_run(step), None
-      except UserError as caught:
-        run, error = {}, caught
-      if error is None:
+      run, error = _read_again(functools.partial(self.read_run, step))
+      if run is not None:
         check(step, run)
-        try:
-          state = self.restore(step, abstract, shardings)
-        except UserError as caught:
-          error = caught
-      if hosts.on_any(error is not None):
-        why[step] = str(error or "another process can't read it")
+        state, error = _read_again(functools.partial(self.restore, step, abstract, shardings))
+      if error:
+        why[step] = error
         continue
       if why:
         self._checkpointer.close()
@@ -209,10 +208,9 @@ class Checkpoints:
           continue
         unfinished[step] = "it was never finished, its last file isn't there"
         continue
-      try:
-        reading.check_readable(path)
-      except UserError as error:
-        damaged[step] = str(error)
+      _, error = _read_again(functools.partial(reading.check_readable, path))
+      if error:
+        damaged[step] = error
     if damaged and len(damaged) == len(finished):
       raise reading.none_is_good(self._folder, damaged)
     hosts.wait_for_all("checkpoints looked at")
@@ -331,6 +329,19 @@ class Checkpoints:
     """
     self.wait()
     self._checkpointer.close()
+
+
+def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
+  """What `read` returns on every process, or why it can't, twice: a network may fail once."""
+  for attempt in range(_READS):
+    time.sleep(_PAUSE_SECONDS if attempt else 0)
+    try:
+      found, error = read(), ""
+    except UserError as caught:
+      found, error = None, str(caught)
+    if not hosts.on_any(bool(error)):
+      return found, ""
+  return None, error or "another process can't read it"
 
 
 def _sparing_memory() -> ocp.Context:

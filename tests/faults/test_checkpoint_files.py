@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from igpt_jax import checkpoint
-from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.checkpoint import Checkpoints, reading, writing
 from igpt_jax.errors import UserError
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from igpt_jax.training.state import abstract_state, state_shardings
@@ -28,6 +28,13 @@ CLASSES = ("cat", "dog", "owl")
 ABSTRACT = abstract_state(CONFIG, OPTIMIZER, len(CLASSES))
 PALETTE = np.random.default_rng(0).uniform(-1, 1, (11, 3)).astype(np.float32)
 OLD, NEW = 3, 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pause():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(writing, "_PAUSE_SECONDS", 0)
+    yield
 
 
 def shardings():
@@ -245,6 +252,27 @@ def test_the_newest_good_one_may_be_far_back(tmp_path):
   assert found.step == 1 and same(found.state, random_state(1))
   assert sorted(os.listdir(folder)) == ["1", "2.damaged", "5.damaged", "6.damaged", "9.unfinished"]
   assert sorted(line.split()[1] for line in said) == ["2", "5", "6", "9"]
+  checkpoints.close()
+
+
+@pytest.mark.parametrize("read", ["check_readable", "read_run", "restore"])
+def test_what_fails_to_be_read_only_once_is_not_set_aside(whole, tmp_path, monkeypatch, read):
+  shutil.copytree(whole, tmp_path / "run")
+  owner = reading if read == "check_readable" else Checkpoints
+  original, failures = getattr(owner, read), []
+
+  def fails_once(*arguments):
+    if not failures:
+      failures.append(read)
+      raise UserError("the bucket is away")
+    return original(*arguments)
+
+  monkeypatch.setattr(owner, read, fails_once)
+  said = []
+  checkpoints = Checkpoints(str(tmp_path / "run"), say=said.append)
+  found = checkpoints.resume(ABSTRACT, shardings())
+  assert failures and found.step == NEW and same(found.state, random_state(NEW))
+  assert not said
   checkpoints.close()
 
 
