@@ -855,13 +855,24 @@ def test_slurm_runs_one_task_per_gpu_from_sbatchs_copy(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "status, restarts, requeued", [("143", "0", True), ("143", "100", False), ("9", "0", False)]
+  "status, restarts, least, requeued",
+  [
+    ("143", "0", "600", True),
+    ("143", "100", "600", False),
+    ("134", "0", "0", True),
+    ("134", "100", "0", False),
+    ("1", "0", "600", False),
+    ("2", "0", "0", False),
+    ("0", "0", "0", False),
+  ],
 )
-def test_slurm_queues_only_a_stopped_run_again(world, status, restarts, requeued):
+def test_slurm_queues_what_would_go_on_again(world, status, restarts, least, requeued):
   world.write("srun.status", status)
-  result = world.run("slurm.sbatch", *MAIN_ARGS, **SLURM, SLURM_RESTART_COUNT=restarts)
+  settings = SLURM | {"SLURM_RESTART_COUNT": restarts, "MIN_SECONDS": least}
+  result = world.run("slurm.sbatch", *MAIN_ARGS, **settings)
   assert result.returncode == int(status)
   assert world.calls("scontrol") == ([["requeue", "7"]] if requeued else [])
+  assert ("(MIN_SECONDS)" in result.stdout + result.stderr) == (status == "1")
 
 
 def test_slurm_refuses_tasks_that_jax_cannot_place(world):
