@@ -255,4 +255,4 @@ def test_a_mistake_on_one_host_ends_both(mistaken, host):
   assert statuses[host] == 2, mistaken[host].everything()
   assert statuses[1 - host] != 0
   said = mistaken[host].said(host, "err")
-  assert "igpt_jax: palette missing.npy" in said and "Traceback" not in said
+  assert "missing.npy: No such file or directory; expected" in said and "Traceback" not in said

@@ -68,7 +68,8 @@ class Palette:
       with open(path, "rb") as file:
         array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-      raise errors.UserError(f"palette {path}: {error}; {hint}") from error
+      why = getattr(error, "strerror", None) or error
+      raise errors.UserError(f"palette {path}: {why}; {hint}") from error
     if not isinstance(array, np.ndarray):
       raise errors.UserError(f"palette {path}: an archive of arrays; {hint}")
     return cls(array, name=f"palette {path}")
