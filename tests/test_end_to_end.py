@@ -1,6 +1,5 @@
 """The jobs as a person runs them: real configs, shrunk; real subprocesses where exit codes matter."""
 
-import concurrent.futures
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from lives import Lives
 from PIL import Image
 
 from igpt_jax import checkpoint, metrics
@@ -454,28 +454,28 @@ def bad_files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(bad_files, tmp_path_factory):
-  """What the command says to each mistake; two at a time, since starting Python is what takes."""
+  """What the command says to each mistake: its status, stdout, stderr, and the workdir."""
   root = tmp_path_factory.mktemp("mistakes")
-
-  def make(name):
-    overrides = [each.format(**bad_files) for each in MISTAKES[name][0]]
+  lives, found = Lives(JAX_NUM_CPU_DEVICES="4"), {}
+  for name, (overrides, _) in MISTAKES.items():
     workdir = root / name.replace(" ", "_")
-    done = call("configs/quickstart.py", workdir, *overrides, JAX_NUM_CPU_DEVICES="4")
-    return name, (done, workdir)
-
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    return dict(pool.map(make, MISTAKES))
+    said = [workdir.with_suffix(suffix) for suffix in (".out", ".err")]
+    overrides = [each.format(**bad_files) for each in overrides]
+    args = ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
+    status = lives.status(lives.begin(args, *said), 120)
+    found[name] = (status, *(file.read_text() for file in said), workdir)
+  lives.close()
+  return found
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_clear_message(name, answers):
-  result, workdir = answers[name]
-  said = result.stdout + result.stderr
-  assert result.returncode == 2, said
-  assert "Traceback" not in said
-  assert result.stderr.count("\n") == 1, said
-  assert re.search(MISTAKES[name][1], result.stderr), said
-  assert "compil" not in result.stdout
+  status, out, err, workdir = answers[name]
+  assert status == 2, out + err
+  assert "Traceback" not in out + err
+  assert err.count("\n") == 1, err
+  assert re.search(MISTAKES[name][1], err), err
+  assert "compil" not in out
   assert not (workdir / "checkpoints").exists()
 
 

@@ -1,7 +1,7 @@
 """Runs the command many times, each in a process forked from one that has imported all of it.
 
-As a program it reads a life a line from stdin, JSON: {"args": …, "env": …, "out": file}; it answers
-with the life's process id at once, and with its number and status when it is over.
+As a program it reads a life a line from stdin, JSON: {"args": …, "env": …, "out": file, "err": file};
+it answers with the life's process id at once, and with its number and status when it is over.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Lives:
@@ -38,11 +38,11 @@ class Lives:
       else:
         self._started.put(said["pid"])
 
-  def begin(self, args, out, **env: str) -> int:
-    """The process id of a life with these arguments, which speaks to the file `out`."""
-    self._server.stdin.write(
-      json.dumps({"args": list(map(str, args)), "env": env, "out": str(out)}) + "\n"
-    )
+  def begin(self, args, out, err=None, **env: str) -> int:
+    """The process id of a life with these arguments, which speaks to the files `out` and `err`; or
+    to `out` alone."""
+    life = {"args": list(map(str, args)), "env": env, "out": str(out), "err": str(err or out)}
+    self._server.stdin.write(json.dumps(life) + "\n")
     self._server.stdin.flush()
     return self._started.get(timeout=60)
 
@@ -79,8 +79,8 @@ def _serve() -> None:
     life = json.loads(line)
     pid = os.fork()
     if not pid:
-      os.dup2(os.open(life["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-      os.dup2(1, 2)
+      for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(life[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
       os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
       os.environ.update(life["env"])
       sys.argv = ["igpt_jax", *life["args"]]
