@@ -90,7 +90,7 @@ def validate(config: ConfigDict) -> None:
     "sample.per_picture", "n", "benchmark.samples",
   )  # fmt: skip
   trained = {"finetune": config.finetune, "probe": config.probe}.get(config.job, config.train)
-  GuardConfig(**config.guard)
+  guard(config)
   Window(**config.profile).check_within(trained.steps)
   # Job compile may leave sampling out.
   _positive(config, "sample.samples", least=0 if config.job == "compile" else 1)
@@ -200,6 +200,10 @@ def sampling(config: ConfigDict) -> SamplingConfig:
     top_k=config.sample.top_k,
     top_p=config.sample.top_p,
   )
+
+
+def guard(config: ConfigDict) -> GuardConfig:
+  return GuardConfig(**config.guard)
 
 
 def data(config: ConfigDict) -> DataConfig:

@@ -25,7 +25,6 @@ from igpt_jax.jobs.loop import StopSignal
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training import compilation, finetune, optimizer, state
-from igpt_jax.training.guard import GuardConfig
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -35,7 +34,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   finetune_start.check_settings(settings)
   common.open_workdir(folder)
   with lock.held(folder):
-    guard.persist(lambda: _run(config, workdir, folder), GuardConfig(**config.guard), folder)
+    guard.persist(lambda: _run(config, workdir, folder), config_lib.guard(config), folder)
 
 
 def _run(config: ConfigDict, workdir: str, folder: str) -> None:

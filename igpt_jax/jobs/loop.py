@@ -28,7 +28,7 @@ from igpt_jax.jobs.guard import Guard
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.training import compilation, profiling
-from igpt_jax.training.guard import BadNumbers, GuardConfig
+from igpt_jax.training.guard import BadNumbers
 from igpt_jax.training.state import TrainState
 
 
@@ -248,7 +248,7 @@ def _settled(save: saving.Saver, writers: metrics.Writers) -> Iterator[None]:
 
 
 def make_guard(config: ConfigDict, folder: str) -> Guard:
-  return Guard(GuardConfig(**config.guard), folder)
+  return Guard(config_lib.guard(config), folder)
 
 
 def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:

@@ -23,14 +23,13 @@ from igpt_jax.model.image_gpt import count_params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import Likelihood
-from igpt_jax.training.guard import GuardConfig
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
   common.open_workdir(workdir)
   with lock.held(workdir):
-    guard.persist(lambda: _run(config, workdir), GuardConfig(**config.guard), workdir)
+    guard.persist(lambda: _run(config, workdir), config_lib.guard(config), workdir)
 
 
 def _run(config: ConfigDict, workdir: str) -> None:
