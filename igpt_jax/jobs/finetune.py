@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from igpt_jax import checkpoint, metrics, pictures, report
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
-from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
 from igpt_jax.jobs import common, finetune_start, goodput, guard, lock, loop, memory, saving
 from igpt_jax.jobs import workdir as workdir_lib
@@ -164,17 +163,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
       scores={"validation_accuracy": best.newest} if best.evaluated == at_step else None,
     )
 
-  share, shares = common.input_share(mesh)
-  batches = pipeline.train_batches(
-    train_split,
-    data_config,
-    palette,
-    batch_size=batch_size,
-    seed=order.seed,
-    start_step=first_step,
-    process_index=share,
-    process_count=shares,
-  )
+  batches = order.batches(first_step, data_config, palette, mesh)
   writers = loop.make_writers(config, folder, first_step)
   clock = goodput.Clock(folder, first_step)
   flops = compilation.flops_per_image(model_config)

@@ -17,10 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, report
 from igpt_jax.data import pipeline
-from igpt_jax.data.sources import Split
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.jobs import common
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import Params
@@ -228,18 +230,31 @@ class DataOrder:
     for n in range(1, rollbacks(folder) + 1):
       self._seeds.append(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))
 
-  @property
-  def seed(self) -> int:
-    """Of the order from here on."""
-    return self._seeds[-1]
+  def batches(
+    self, step: int, config: DataConfig, palette: Palette | None, mesh: Mesh
+  ) -> pipeline.Batches:
+    """This host's share of the order's batches, from `step` on."""
+    share, shares = common.input_share(mesh)
+    return pipeline.train_batches(
+      self._split,
+      config,
+      palette,
+      batch_size=self._batch_size,
+      seed=self._seeds[-1],
+      start_step=step,
+      process_index=share,
+      process_count=shares,
+    )
 
   def position(self, step: int) -> dict[str, Any]:
     """What a checkpoint stores of the data."""
-    return pipeline.position(self._split, batch_size=self._batch_size, seed=self.seed, step=step)
+    return pipeline.position(
+      self._split, batch_size=self._batch_size, seed=self._seeds[-1], step=step
+    )
 
   def check(self, step: int, run: Mapping[str, Any]) -> None:
     """Raises UserError when a checkpoint's run had other data; it may have had an earlier order."""
     saved = run["data"]
     if saved.get("seed") in self._seeds:
-      saved = saved | {"seed": self.seed}
+      saved = saved | {"seed": self._seeds[-1]}
     pipeline.check_position(saved, self.position(step))

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from igpt_jax import config as config_lib
 from igpt_jax import metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
-from igpt_jax.data import pipeline
 from igpt_jax.data.sources import open_split
 from igpt_jax.jobs import common, goodput, guard, lock, loop, memory, saving, starting_point
 from igpt_jax.jobs import workdir as workdir_lib
@@ -90,17 +89,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     f"{train_split.fingerprint}; {hardware.describe_devices(mesh)}"
   )
 
-  share, shares = common.input_share(mesh)
-  batches = pipeline.train_batches(
-    train_split,
-    data_config,
-    palette,
-    batch_size=batch_size,
-    seed=order.seed,
-    start_step=first_step,
-    process_index=share,
-    process_count=shares,
-  )
+  batches = order.batches(first_step, data_config, palette, mesh)
   likelihood = Likelihood(model_config, objective, mesh)
 
   def evaluate(at: state.TrainState) -> dict[str, float]:
