@@ -10,7 +10,7 @@ import numpy as np
 import own_checkpoint
 import pytest
 from PIL import Image
-from tiny import mesh_of
+from tiny import compilations, mesh_of
 
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
@@ -119,11 +119,10 @@ def test_rows_appear_one_after_the_other_and_are_those_of_one_go(trained):
 
 def test_rows_are_compiled_once_for_a_shape(trained):
   completer = completer_of(trained)
-  for seed, picture in enumerate(some_pictures(3)):
-    list(completer.draw([picture], [0, 1], 1, SamplingConfig(), seed=seed, rows_at_a_time=1))
-  (program,) = completer._programs.values()
-  assert program.begin._cache_size() == 1
-  assert program.extend["step"]._cache_size() == 1
+  with compilations() as found:
+    for seed, picture in enumerate(some_pictures(3)):
+      list(completer.draw([picture], [0, 1], 1, SamplingConfig(), seed=seed, rows_at_a_time=1))
+  assert found["begin"] == found["extend"] == 1
 
 
 def test_only_the_newest_programs_are_kept(trained, monkeypatch):

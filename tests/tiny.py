@@ -1,5 +1,7 @@
 """Models small enough to test with, meshes for them, and parameters that make every part matter."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -102,3 +104,23 @@ def leaf_names(tree) -> dict:
   return {
     "/".join(re.sub(r"[\[\]'.]", "", str(key)) for key in path): leaf for path, leaf in leaves
   }
+
+
+@contextlib.contextmanager
+def compilations():
+  """Counts the programs that are compiled meanwhile, by the names of their functions.
+
+  A program's own count of its signatures is another thing: jax may keep several for one program.
+  """
+  found: collections.Counter[str] = collections.Counter()
+  listening = [True]
+
+  def heard(event, seconds, **about):
+    if listening and event == "/jax/core/compile/backend_compile_duration":
+      found[about["fun_name"].removeprefix("jit(").removesuffix(")")] += 1
+
+  jax.monitoring.register_event_duration_secs_listener(heard)
+  try:
+    yield found
+  finally:
+    listening.clear()
