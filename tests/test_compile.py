@@ -15,13 +15,13 @@ import pytest
 import tiny
 
 from igpt_jax.model import decoding
-from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params
+from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
-from igpt_jax.prediction import hlo, schedule
+from igpt_jax.prediction import forecast, hlo, schedule
 from igpt_jax.training import compilation
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from igpt_jax.training.state import abstract_state, param_shardings, state_shardings
+from igpt_jax.training.state import abstract_state, state_shardings
 from igpt_jax.training.step import make_train_step
 
 pytestmark = [
@@ -241,17 +241,9 @@ def test_sampling_reads_its_cache_as_it_is_kept(cache):
   """No part of it is laid out anew as float32, nor as the heads' own products would have it."""
   config = ImageGPTConfig(n_layer=2, n_head=4, n_embd=256, n_positions=512, dtype="bfloat16")
   mesh = sharding.make_mesh(4, devices=tiny.tpu_devices("v5e:2x2"))
-  params = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    abstract_params(config), param_shardings(config, mesh),
-  )  # fmt: skip
-  given = jax.ShapeDtypeStruct((64, 0), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 64))
-  draw = functools.partial(
-    decoding.complete, config, sampling=decoding.SamplingConfig(), cache_dtype=cache
-  )
+  lower = forecast.sampling_program(config, decoding.SamplingConfig(), 64, mesh, cache)
   with jax.set_mesh(mesh):
-    program = hlo.parse(jax.jit(draw).lower(params, given, keys).compile().as_text())
+    program = hlo.parse(lower().compile().as_text())
   block = 16 * 256 * 256  # of a chip's pictures, half of their positions, all channels
 
   def elements(shape):

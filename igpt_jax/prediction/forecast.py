@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,6 +111,22 @@ def sampling(
   cache_dtype: str = "",
 ) -> Forecast:
   """Drawing whole pictures from nothing, pixel by pixel; `cache_dtype` as of `decoding.begin`."""
+  lower = sampling_program(model, settings, n_pictures, mesh, cache_dtype)
+
+  def compiled():
+    return compilation.timed(lambda: lower().compile())
+
+  return _forecast(compiled, model, topology, mesh)
+
+
+def sampling_program(
+  model: ImageGPTConfig,
+  settings: decoding.SamplingConfig,
+  n_pictures: int,
+  mesh: Mesh,
+  cache_dtype: str = "",
+) -> Callable[[], jax.stages.Lowered]:
+  """What lowers the program that `sampling` is about, to be called under the mesh."""
   params = jax.tree.map(
     lambda leaf, dtype, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
     abstract_params(model),
@@ -124,11 +141,7 @@ def sampling(
     functools.partial(decoding.complete, model, sampling=settings, cache_dtype=cache_dtype),
     out_shardings=sharding.replicated(mesh),
   )
-
-  def compiled():
-    return compilation.timed(lambda: draw.lower(params, given, keys).compile())
-
-  return _forecast(compiled, model, topology, mesh)
+  return functools.partial(draw.lower, params, given, keys)
 
 
 def _forecast(compile_it, model: ImageGPTConfig, topology: Topology, mesh: Mesh) -> Forecast:

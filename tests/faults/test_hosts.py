@@ -3,7 +3,6 @@
 Short: one of each kind. IGPT_JAX_FAULTS=long: every signal to every host.
 """
 
-import json
 import os
 import pathlib
 import signal
@@ -194,8 +193,7 @@ def test_both_go_back_to_one_checkpoint_with_the_same_other_data(tmp_path):
     started.succeed()
     assert "going back to step 4, with other data (rollback 1)" in started.said(0)
     assert "NOT SAVED" not in started.everything()
-  with open(workdir / "incidents.jsonl", encoding="utf-8") as lines:
-    what = [json.loads(line) for line in lines]
+  what = metrics.read_jsonl(workdir / "incidents.jsonl")
   assert [each["what"] for each in what] == ["not finite", "rollback"]
   told = [r for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
   assert [r["step"] for r in told] == list(range(1, 13))
