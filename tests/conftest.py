@@ -1,6 +1,6 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, with eight virtual devices of it.
 
-Set before any test imports jax's backend. Not by XLA_FLAGS: programs that tests start would inherit
+Set before any test opens jax's backend. Not by XLA_FLAGS: programs that tests start would inherit
 those.
 """
 
@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
+import igpt_jax  # noqa: F401 - before any device is asked for: it sets the compiler's flags
 
 jax.config.update("jax_num_cpu_devices", 8)
 
