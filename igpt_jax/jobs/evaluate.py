@@ -53,16 +53,15 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   limit = config.evaluate.images
   total = min(len(split), limit or len(split))
   clock = metrics.Countdown(f"{config.evaluate.split}: {total:,} pictures", total, say)
-  draws = config.evaluate.masks if objective_name == "masked" else 1
-  results = []
+  masks = config.evaluate.masks if objective_name == "masked" else 1
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
-  for draw in range(draws):
-    with stream(split, limit) as batches:
-      clocked = clock.part(draw, draws, config.evaluate.batch_size)
-      counted = counting(batches, counts) if draw == 0 else batches
-      results.append(likelihood(trained.params, counted, seed=draw, report=clocked))
-  nats = sum(each for each, _ in results) / draws
-  images = results[0][1]
+  with stream(split, limit) as batches:
+    nats, images, predicted = likelihood(
+      trained.params,
+      counting(batches, counts),
+      masks=masks,
+      report=clock.part(0, 1, config.evaluate.batch_size),
+    )
 
   values = {
     "checkpoint": trained.path,
@@ -75,7 +74,8 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
     **baselines(config, data_config, split, stream, all_hosts(counts, mesh), mesh),
   }
   if objective_name == "masked":
-    values["masks_per_picture"] = draws
+    values["masks_per_picture"] = masks
+    values["masks_counted"] = predicted  # of all; those that hide nothing are left out
   values["below_position_unigram"] = 1 - nats / values["position_unigram"]
   if common.is_main():
     report.write_json(os.path.join(out, "evaluation.json"), values)

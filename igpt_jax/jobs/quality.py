@@ -72,8 +72,6 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   completed, of_completions = gather(
     config, completer, held_out, range(1), rows_given, "completions"
   )
-  if not common.is_main():
-    return
   reference = frechet.moments(network(shown))
 
   def distance(pictures: np.ndarray) -> float:
@@ -96,6 +94,9 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
     "samples_nats_per_token": float(of_samples.mean()),
     "completions_nats_per_token": float(of_completions[:, rows_given * resolution :].mean()),
   }
+  # Only now: the network runs on the devices of all processes.
+  if not common.is_main():
+    return
   report.write_text(os.path.join(out, "quality.md"), table(values))
   report.write_json(os.path.join(out, "quality.json"), values)
   report.write_summary(out)
