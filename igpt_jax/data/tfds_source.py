@@ -16,12 +16,16 @@ import tempfile
 from typing import Any
 
 from igpt_jax import errors, files
+from igpt_jax.data import digests
 
 # Data sets of our own: their builders need neither TensorFlow nor a network.
 OWN = {"digits": "igpt_jax.data.digits", "photo_patches": "igpt_jax.data.photo_patches"}
 
 # Where the stored test split has no labels, the literature tests on validation.
 _TEST_SPLIT = {"imagenet2012": ("validation",)}
+
+# Shards of a split that are read to know what is in them. More would be ImageNet, on every host.
+_READ_WHOLE_BYTES = 2**30
 
 
 def resolve_data_dir(data_dir: str) -> str:
@@ -41,13 +45,16 @@ def prepare_command(name: str, data_dir: str) -> str:
 class TfdsRecords:
   """One stored split. Opened anew in each process that it is sent to."""
 
-  def __init__(self, builder_dir: str, split: str):
-    """`builder_dir` is .../NAME/[CONFIG/]VERSION; `split` a stored split."""
+  def __init__(self, builder_dir: str, split: str, verify: bool = False):
+    """`builder_dir` is .../NAME/[CONFIG/]VERSION; `split` a stored split; `verify` as in `DataConfig`."""
     self._builder_dir = builder_dir
     self._split = split
-    self._open()
+    split_info = self._open()
+    self.former_name = self.name
+    self.identity = _identity(split_info, self.class_names, verify)
 
-  def _open(self) -> None:
+  def _open(self):
+    """Opens the split in this process; returns what TFDS knows of it."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -70,6 +77,7 @@ class TfdsRecords:
         + prepare_command(info.name, "DIR")
       ) from error
     self._parse = tf_example_pb2.Example.FromString
+    return builder.info.splits[self._split]
 
   def __len__(self) -> int:
     return len(self._source)
@@ -86,14 +94,34 @@ class TfdsRecords:
     }
 
   def __getstate__(self):
-    return {"_builder_dir": self._builder_dir, "_split": self._split}
+    kept = ("_builder_dir", "_split", "former_name", "identity")
+    return {name: self.__dict__[name] for name in kept}
 
   def __setstate__(self, state):
     self.__dict__.update(state)
     self._open()
 
 
-def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
+def _identity(split_info, class_names: tuple[str, ...], verify: bool) -> str:
+  """What tells a stored split from another of its name: all of it, where that is read in a moment.
+
+  Of a large one it is TFDS' own records: bytes and number of the examples in each shard, and its size.
+  """
+  shards = [os.path.abspath(path) for path in split_info.filepaths]
+  try:
+    sizes = [os.path.getsize(path) for path in shards]
+  except OSError as error:
+    raise errors.UserError(
+      f"data set: {error.filename}: {error.strerror}; expected all shards of the split; fix: prepare it "
+      "again, into another data_dir or once its folder is removed"
+    ) from None
+  parts = [(split_info.num_bytes, *split_info.shard_lengths), class_names, sizes]
+  if sum(sizes) <= _READ_WHOLE_BYTES:
+    parts.append(digests.of_files(shards, shards[0], verify))
+  return digests.combined(parts)
+
+
+def open_records(name: str, data_dir: str, stored: str, verify: bool = False) -> TfdsRecords:
   """Opens the stored `train` or `test` split (or ImageNet's validation, which is its test).
 
   Raises:
@@ -117,7 +145,7 @@ def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
     raise errors.UserError(
       f"data set {name}: has splits {', '.join(sorted(splits)) or 'none'}; expected {names[0]}"
     )
-  return TfdsRecords(builder_dir, found)
+  return TfdsRecords(builder_dir, found, verify)
 
 
 def find(name: str, directory: str) -> str | None:

@@ -82,7 +82,7 @@ def check(
 # Fields of a config that may be a host's own: where it finds things, how it reads them.
 _OWN = (
   "log", "init_from", "checkpoint", "source", "images", "palette.path", "features.cache", "data.path", "data.data_dir",
-  "data.manual_dir", "data.threads", "data.workers", "data.cache_mb",
+  "data.manual_dir", "data.threads", "data.workers", "data.cache_mb", "data.verify",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
+from igpt_jax.files import printable
 from igpt_jax.jobs import starting_point
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params, to_compute_dtypes
 from igpt_jax.parallel import hardware, sharding
@@ -32,7 +33,7 @@ def is_main() -> bool:
 
 def say(message: str) -> None:
   if is_main():
-    print(message, flush=True)
+    print(printable(message), flush=True)  # it may name a file
 
 
 def versions() -> dict[str, str]:
