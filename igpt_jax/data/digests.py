@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from igpt_jax.metrics import Countdown
 
@@ -39,23 +39,40 @@ def of_files(paths: Sequence[str], kept_as: str, verify: bool = False) -> list[s
     kept_as: names the set of files among the user's: each set has an index of its own.
     verify: read every file, whatever the index says.
   """
-  index = _path_of_index(kept_as)
-  kept = {} if verify or index is None else _read_index(index)
+  kept = _read_index(kept_as)
+  known = {} if verify else kept
   clock = Countdown(f"{kept_as}: files looked at", len(paths), _LOG.warning)
   states = _in_threads(_state, paths, clock)
-  new = [i for i, state in enumerate(states) if state is not None and state[0] not in kept]
-  reader = _Reader(kept_as, sum(states[i][1] for i in new))
-  found: list[str | None] = [None if state is None else kept.get(state[0]) for state in states]
-  entries = {state[0]: kept[state[0]] for state in states if state and state[0] in kept}
+  new = [i for i, state in enumerate(states) if state and state.key not in known]
+  entries = {state.key: known[state.key] for state in states if state and state.key in known}
+  found = [entries.get(state.key) if state else None for state in states]
+  reader = _Reader(kept_as, sum(states[i].size for i in new))
   for i, (key, digest) in zip(new, _in_threads(reader, [paths[i] for i in new]), strict=True):
     found[i] = digest
     if key is not None:
       entries[key] = digest
-  if index is not None and entries and entries != kept:
-    # It is a cache: who can't keep it reads again.
-    with contextlib.suppress(OSError):
-      _write_index(index, entries)
+  _write_index(kept_as, entries, kept)
   return [digest or UNREADABLE for digest in found]
+
+
+def of_reading(
+  read: Callable[[], str], paths: Sequence[str], kept_as: str, verify: bool = False
+) -> str:
+  """The digest that `read` makes of what is in these files; kept until one of them changes.
+
+  Arguments as of `of_files`.
+  """
+  kept = _read_index(kept_as)
+  began = time.time_ns()
+  before = [_state(path) for path in paths]
+  key = combined([[state.key if state else "" for state in before]])
+  if key in kept and not verify:
+    return kept[key]
+  digest = read()
+  settled = all(state and state.written < began - _TICK_NS for state in before)
+  if settled and before == [_state(path) for path in paths]:
+    _write_index(kept_as, {key: digest}, kept)
+  return digest
 
 
 def combined(parts: Iterable[Sequence[str | int]]) -> str:
@@ -82,20 +99,24 @@ def _in_threads(work: Callable[[str], Any], paths: Sequence[str], clock=None) ->
   return done
 
 
-def _key(path: str, status: os.stat_result) -> str:
-  """A name for a file as it is now: none that is written later has it."""
-  fields = (path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-  text = "\0".join(str(field) for field in fields)
-  return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+class _State(NamedTuple):
+  """A file as it is now: its key, which nothing that is written later has, its size, its newest time."""
+
+  key: str
+  size: int
+  written: int
 
 
-def _state(path: str) -> tuple[str, int] | None:
-  """A file's key and size; None: there's none."""
+def _state(file: str | int, path: str | None = None) -> _State | None:
+  """Of a path, or of an open file and the path it was opened by; None: there is none."""
   try:
-    status = os.stat(path)
+    status = os.stat(file)
   except OSError:
     return None
-  return _key(path, status), status.st_size
+  fields = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, path or file)
+  text = "\0".join(str(field) for field in fields)
+  key = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+  return _State(key, status.st_size, max(status.st_mtime_ns, status.st_ctime_ns))
 
 
 class _Reader:
@@ -113,49 +134,53 @@ class _Reader:
     whole = hashlib.sha256()
     try:
       with open(path, "rb", buffering=0) as file:
-        before = os.fstat(file.fileno())
+        before = _state(file.fileno(), path)
         while block := file.read(_BLOCK):
           whole.update(block)
           with self._lock:
             self._done += len(block)
             self._clock.tick(self._done // 10**6)
-        key = _key(path, os.fstat(file.fileno()))
+        after = _state(file.fileno(), path)
     except OSError:
       return None, None
-    settled = max(before.st_mtime_ns, before.st_ctime_ns) < began - _TICK_NS
-    kept = settled and key == _key(path, before)
-    return key if kept else None, whole.hexdigest()[:32]
+    kept = before and before == after and before.written < began - _TICK_NS
+    return before.key if kept else None, whole.hexdigest()[:32]
 
 
-def _path_of_index(kept_as: str) -> str | None:
+def _path_of_index(kept_as: str) -> str:
   cache = os.environ.get("XDG_CACHE_HOME", "")
   if not os.path.isabs(cache):  # as its specification says
     cache = os.path.expanduser("~/.cache")
   name = hashlib.sha256(os.fsencode(os.path.abspath(kept_as))).hexdigest()[:32]
-  return os.path.join(cache, "igpt_jax", "digests", name) if os.path.isabs(cache) else None
+  return os.path.join(cache, "igpt_jax", "digests", name)
 
 
-def _read_index(path: str) -> dict[str, str]:
-  """Key -> digest; nothing where the index isn't whole."""
+def _read_index(kept_as: str) -> dict[str, str]:
+  """Key -> digest; nothing where there is no index, or it isn't whole."""
   try:
-    with open(path, "rb") as file:
+    with open(_path_of_index(kept_as), "rb") as file:
       checksum, _, body = file.read().partition(b"\n")
   except OSError:
     return {}
-  if checksum.decode(errors="replace") != hashlib.sha256(body).hexdigest():
+  if checksum != hashlib.sha256(body).hexdigest().encode():
     return {}
   return dict(line.split() for line in body.decode().splitlines())
 
 
-def _write_index(path: str, entries: dict[str, str]) -> None:
+def _write_index(kept_as: str, entries: dict[str, str], kept: dict[str, str]) -> None:
+  """Keeps entries, where they aren't those kept already; where they can't be kept they are read again."""
+  if not entries or entries == kept:
+    return
+  path = _path_of_index(kept_as)
   body = "".join(f"{key} {digest}\n" for key, digest in entries.items()).encode()
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  # A name of its own: several processes may be at it, and the last one's stays.
-  handle, partial = tempfile.mkstemp(dir=os.path.dirname(path))
-  try:
-    with open(handle, "wb") as file:
-      file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    os.replace(partial, path)
-  except OSError:
-    os.remove(partial)
-    raise
+  with contextlib.suppress(OSError):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # A name of its own: several processes may be at it, and the last one's stays.
+    handle, partial = tempfile.mkstemp(dir=os.path.dirname(path))
+    try:
+      with open(handle, "wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+      os.replace(partial, path)
+    except OSError:
+      os.remove(partial)
+      raise

@@ -7,8 +7,10 @@ for data that isn't there. Data sets of our own are made on first use.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
+import logging
 import os
 import pathlib
 import shutil
@@ -17,6 +19,9 @@ from typing import Any
 
 from igpt_jax import errors, files
 from igpt_jax.data import digests
+from igpt_jax.metrics import Countdown
+
+_LOG = logging.getLogger(__name__)
 
 # Data sets of our own: their builders need neither TensorFlow nor a network.
 OWN = {"digits": "igpt_jax.data.digits", "photo_patches": "igpt_jax.data.photo_patches"}
@@ -24,7 +29,7 @@ OWN = {"digits": "igpt_jax.data.digits", "photo_patches": "igpt_jax.data.photo_p
 # Where the stored test split has no labels, the literature tests on validation.
 _TEST_SPLIT = {"imagenet2012": ("validation",)}
 
-# Shards of a split that are read to know what is in them. More would be ImageNet, on every host.
+# Of a split's shards that are read to know what is in them. More would be ImageNet, on every host.
 _READ_WHOLE_BYTES = 2**30
 
 
@@ -51,7 +56,39 @@ class TfdsRecords:
     self._split = split
     split_info = self._open()
     self.former_name = self.name
-    self.identity = _identity(split_info, self.class_names, verify)
+    self.identity = self._identity(split_info, verify)
+
+  def _identity(self, split_info, verify: bool) -> str:
+    """What tells this split from another of its name: its records, where these are read in a moment.
+
+    Of a large one it is what TFDS says of it: bytes and number of the records in each shard. Not the
+    shards' own bytes, which are others each time that the same records are written.
+    """
+    shards = [os.path.abspath(path) for path in split_info.filepaths]
+    try:
+      size = sum(os.path.getsize(path) for path in shards)
+    except OSError as error:
+      raise errors.UserError(
+        f"data set {self.name}: {error.filename}: {error.strerror}; expected all shards of the split; "
+        "fix: remove its folder and prepare it again"
+      ) from None
+    parts = [(split_info.num_bytes, *split_info.shard_lengths), self.class_names]
+    if size <= _READ_WHOLE_BYTES:
+      parts.append([digests.of_reading(self._read_all, shards, shards[0], verify)])
+    return digests.combined(parts)
+
+  def _read_all(self) -> str:
+    """A digest of all pictures and labels."""
+    whole = hashlib.sha256()
+    clock = Countdown(
+      f"{self.name}: records read, to know them by their contents", len(self), _LOG.warning
+    )
+    for i in range(len(self)):
+      record = self[i]
+      whole.update(b"%d %d\n" % (record["label"], len(record["image"])))
+      whole.update(record["image"])
+      clock.tick(i)
+    return whole.hexdigest()
 
   def _open(self):
     """Opens the split in this process; returns what TFDS knows of it."""
@@ -100,25 +137,6 @@ class TfdsRecords:
   def __setstate__(self, state):
     self.__dict__.update(state)
     self._open()
-
-
-def _identity(split_info, class_names: tuple[str, ...], verify: bool) -> str:
-  """What tells a stored split from another of its name: all of it, where that is read in a moment.
-
-  Of a large one it is TFDS' own records: bytes and number of the examples in each shard, and its size.
-  """
-  shards = [os.path.abspath(path) for path in split_info.filepaths]
-  try:
-    sizes = [os.path.getsize(path) for path in shards]
-  except OSError as error:
-    raise errors.UserError(
-      f"data set: {error.filename}: {error.strerror}; expected all shards of the split; fix: prepare it "
-      "again, into another data_dir or once its folder is removed"
-    ) from None
-  parts = [(split_info.num_bytes, *split_info.shard_lengths), class_names, sizes]
-  if sum(sizes) <= _READ_WHOLE_BYTES:
-    parts.append(digests.of_files(shards, shards[0], verify))
-  return digests.combined(parts)
 
 
 def open_records(name: str, data_dir: str, stored: str, verify: bool = False) -> TfdsRecords:
