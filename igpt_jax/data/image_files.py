@@ -43,6 +43,8 @@ def canonical(name: str) -> str:
 
   Some systems write é as one character, others as two. Bytes that aren't UTF-8 stay, as surrogates.
   """
+  if name.isascii():  # as most of a million are
+    return name
   return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
@@ -157,8 +159,8 @@ def in_words(left_out: Mapping[str, str]) -> str:
   return f"{len(left_out):,}: {', '.join(parts)}"
 
 
-def _order(name: str) -> tuple[str, bytes]:
-  return canonical(name), os.fsencode(name)
+def _order(name: str) -> tuple[str, str]:
+  return canonical(name), name
 
 
 def _place(path: str) -> tuple[int, int]:
