@@ -340,8 +340,9 @@ def png(path, value=0):
   Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(path, "png")
 
 
-def ids(root, split="train+validation"):
-  found = sources.open_split(sources.DataConfig(name="folder", path=str(root)), split)
+def ids(root):
+  config = sources.DataConfig(name="folder", path=str(root), validation=0.0)
+  found = sources.open_split(config, "train")
   records = (found[i] for i in range(len(found)))
   return sorted((os.path.relpath(record["id"], root), record["label"]) for record in records)
 

@@ -59,7 +59,7 @@ def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
     if saved.get(key) != current[key]:
       raise errors.UserError(
         f"{name}: {current[key]}; expected {saved.get(key)}, which the checkpoint was trained with; "
-        "fix: restore that setting, or start in another workdir"
+        "fix: restore that data or setting, or start in another workdir"
       )
   step, rest = divmod(saved["next_index"], saved["batch_size"])
   if rest:
