@@ -1,17 +1,19 @@
 """A person's files: the upright pixels in sRGB that a viewer shows, in every format and mode."""
 
+import importlib.machinery
 import io
 import pathlib
 import struct
 import subprocess
 import sys
+import types
 import zlib
 
 import cv2
 import icc
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, ImageFile, features
 
 from igpt_jax.data import own_images, transforms
 from igpt_jax.data.transforms import BadRecord
@@ -286,24 +288,48 @@ def png_header(width, height):
   )
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize(
   ("data", "reason"),
   [
     (b"", "the file is empty"),
     (b"hello", "cannot identify image"),
-    (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC.*convert it to JPEG"),
+    (b"\0\0\0\x18ftypheic" + bytes(40), "cannot identify image.*HEIC.*pip install pillow-heif"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS"),
     (png_header(0, 5), ""),
     (png_header(11_600, 11_600), "implausible size 11600×11600; expected 1 to 134,217,728 pixels"),
-    (png_header(60_000, 60_000), "implausible size"),
+    (png_header(60_000, 60_000), "implausible size of 3,600,000,000 pixels; expected 1 to 134"),
     (png_header(11_000, 11_000), "truncated"),
     *((encoded(RGB, kind.split()[0])[:-60], "") for kind in ("jpeg", "png", "tiff", "gif", "webp")),
   ],
+  ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
 )
 def test_what_cannot_be_read_is_said_in_one_line(data, reason):
   with pytest.raises(BadRecord, match=f"^mine: .*{reason}") as raised:
     own_images.read(data, "mine")
   assert "\n" not in str(raised.value) and "<_io" not in str(raised.value)
+
+
+def test_heic_is_read_where_its_package_is_installed(monkeypatch):
+  """By a stand-in for pillow-heif, which registers a decoder with Pillow as the package does."""
+
+  class Decoder(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+      self._size, self._mode = (2, 1), "RGB"
+      self.tile = [ImageFile._Tile("raw", (0, 0, 2, 1), 40, "RGB")]
+
+  package = types.ModuleType("pillow_heif")
+  package.__spec__ = importlib.machinery.ModuleSpec("pillow_heif", None)
+  package.register_heif_opener = lambda: Image.register_open(
+    "HEIF", Decoder, lambda start: start[4:12] == b"ftypheic"
+  )
+  monkeypatch.setitem(sys.modules, "pillow_heif", package)
+  monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
+  monkeypatch.setattr(Image, "ID", list(Image.ID))
+  data = (b"\0\0\0\x18ftypheic" + bytes(28) + bytes(range(6))).ljust(80, b"\0")
+  read_close_to(data, np.arange(6).reshape(1, 2, 3))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 2000)], ids=str)

@@ -17,10 +17,11 @@ the header. Reading one takes less than MAX_MEMORY beside the file itself, whate
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
 from igpt_jax.data import transforms
 
@@ -28,6 +29,7 @@ from igpt_jax.data import transforms
 # progressive JPEG, 0.1 of another.
 MAX_MEMORY = 5 * 2**29  # bytes, 2.5 GiB
 
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 _EXIF_ORIENTATION = 0x0112
 _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _TURNS = {
@@ -62,7 +64,7 @@ def read(data: bytes, name: str = "image") -> np.ndarray:
       range.
   """
   with transforms.naming(name):
-    image = transforms.open_image(data, name)
+    image = _open(data, name)
     large = image.width * image.height > _LARGE
     jpeg = data[:2] == b"\xff\xd8"
     pixels = transforms.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
@@ -96,6 +98,22 @@ def as_stored(data: bytes) -> bool:
       )
   except transforms.BadRecord:
     return False  # `read` says what is wrong with it
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+  """As `transforms.open_image`; HEIC too, where pillow-heif is installed."""
+  if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
+    return transforms.open_image(data, name)
+  if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+  try:
+    return transforms.open_image(data, name)
+  except UnidentifiedImageError as error:
+    raise ValueError(
+      f"{error}: HEIC, perhaps; fix: pip install pillow-heif, or convert it to JPEG"
+    ) from None
 
 
 def _orientation(image: Image.Image) -> int:
