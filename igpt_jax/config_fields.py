@@ -151,7 +151,7 @@ def base() -> ConfigDict:
 
   config.images = ""  # complete: a file, a glob in quotes, or a folder; "": samples from nothing
   config.keep = 0.5  # complete: share of the rows (or columns) that is given
-  config.hide = "lower"  # complete: and by BERT upper, left, right, centre, or a picture of a mask
+  config.hide = "lower"  # complete: and by BERT upper, left, right, centre, or an image of a mask
   config.passes = 16  # complete, by BERT: over the picture, the surest pixels first
   config.n = 8  # complete: samples of each picture
 

@@ -1,5 +1,6 @@
 """Completing one's own pictures: files in, pictures out, whatever the batch and however often begun."""
 
+import dataclasses
 import io
 import json
 import os
@@ -155,20 +156,21 @@ def test_a_picture_is_turned_as_the_camera_was_held(trained):
   assert (reader.read(encoded(lying, format="PNG"), "lying").tokens != upright).any()
 
 
-def test_every_orientation_is_what_pillow_makes_of_it():
-  from PIL import ImageOps
-
-  image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-  for orientation in range(0, 10):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(image, format="PNG", exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    np.testing.assert_array_equal(completion._upright(image, data), expected)
+@pytest.mark.parametrize("augment", [None, "none", "paper", "cifar"])
+def test_an_image_of_the_models_own_size_is_encoded_as_it_is(trained, augment):
+  """Whoever wrote the checkpoint: one that says nothing of its data is taken for the paper's."""
+  found = completion.describe(settings(trained), "")
+  run = {**found.run, "resolution": 8, "config": {"data": {"augment": augment} if augment else {}}}
+  reader = completion.Reader(dataclasses.replace(found, run=run))
+  tokens = np.random.default_rng(0).integers(0, 11, 64).astype(np.int32)
+  image = reader.paint(tokens[None])[0]
+  np.testing.assert_array_equal(reader.read(encoded(image, format="PNG"), "").tokens, tokens)
+  beside = np.pad(image, ((0, 0), (3, 4), (0, 0)))
+  np.testing.assert_array_equal(reader.read(encoded(beside, format="PNG"), "").tokens, tokens)
 
 
 def test_a_file_that_is_no_picture_is_named(trained):
-  with pytest.raises(BadRecord, match=r"^my\.jpg: unreadable picture \(cannot identify image\)$"):
+  with pytest.raises(BadRecord, match=r"^my\.jpg: unreadable image \(cannot identify image\)$"):
     completer_of(trained).reader.read(b"nothing", "my.jpg")
 
 
@@ -217,7 +219,7 @@ def test_a_folder_of_classes(trained, photos, tmp_path, capsys):
   (photos / "cats" / "bad.jpg").write_bytes(b"no picture")
   out = tmp_path / "out"
   complete.run(settings(trained, images=str(photos), keep=0.5), str(out))
-  assert "bad.jpg: unreadable picture" in capsys.readouterr().out
+  assert "bad.jpg: unreadable image" in capsys.readouterr().out
   values = json.loads((out / "complete.json").read_text())
   assert list(values["each_nats_per_token"]) == ["cats/a", "cats/b", "dogs/a"]
   assert len(values["unreadable"]) == 1

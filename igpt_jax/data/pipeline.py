@@ -20,8 +20,8 @@ import numpy as np
 
 from igpt_jax import errors, watchdog
 from igpt_jax.data import order as order_lib
+from igpt_jax.data import own_images, sources, transforms
 from igpt_jax.data import palette as palette_lib
-from igpt_jax.data import sources, transforms
 
 # --- positions -------------------------------------------------------------------------------------
 
@@ -118,10 +118,13 @@ class _Loader:
       record = split[index]
       data, label = record["image"], np.int32(record["label"])
       room = self._config.cache_mb * 2**20 // len(split)  # for each decoded picture
-      if self._from_encoded and len(data) > room:
+      is_file = split.is_folder
+      in_part = self._from_encoded and len(data) > room
+      if in_part and (not is_file or own_images.as_stored(data)):
         image = transforms.paper_train_encoded(data, rng, self._config.resolution, record["id"])
       else:
-        image = transforms.decode(data, record["id"])
+        decode = own_images.read if is_file else transforms.decode
+        image = decode(data, record["id"])
         if image.nbytes <= room:
           self._cache[index] = image, label
         image = self._transform(image, rng)

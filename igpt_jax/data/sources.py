@@ -131,6 +131,11 @@ class Split:
     """Whether records are tokens already, which need neither decoding nor a palette."""
     return isinstance(self.records, TokenRecords)
 
+  @property
+  def is_folder(self) -> bool:
+    """Whether records are a person's files, which `own_images` reads; TFDS's are decoded as stored."""
+    return isinstance(self.records, FolderRecords)
+
   def __repr__(self):
     return f"Split({self.fingerprint})"
 
