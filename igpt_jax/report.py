@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from igpt_jax import identity
 from igpt_jax.files import replacing
 
 _FINETUNING = {
@@ -86,16 +87,49 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 
 
 def write_summary(workdir: str) -> str:
-  """Gathers what the jobs wrote into summary.md, and returns its text."""
+  """Gathers what the jobs wrote into summary.md, and returns its text.
+
+  Where the results aren't all of one checkpoint, the newest, each line says whose they are.
+  """
   lines = [f"# {os.path.basename(os.path.abspath(workdir))}", ""]
-  for name, (heading, shown) in _SECTIONS.items():
-    path = os.path.join(workdir, name)
-    if not os.path.exists(path):
+  kept: dict[str, dict[str, Any]] = {}
+  damaged: dict[str, str] = {}
+  for name in _SECTIONS:
+    try:
+      kept[name] = identity.read(os.path.join(workdir, name))
+    except FileNotFoundError:
       continue
-    with open(path, encoding="utf-8") as file:
-      values = json.load(file)
-    parts = [form.format(values[key]) for key, form in shown.items() if values.get(key) is not None]
-    lines.append(f"- **{heading}**: {', '.join(parts)}")
+    except ValueError as error:
+      damaged[name] = f"{name} is damaged ({error}); fix: run that job again"
+  whose = _whose(kept)
+  for name, (heading, shown) in _SECTIONS.items():
+    if name in kept:
+      values = kept[name]
+      parts = [form.format(values[k]) for k, form in shown.items() if values.get(k) is not None]
+      lines.append(f"- **{heading}**{whose.get(name, '')}: {', '.join(parts)}")
+    elif name in damaged:
+      lines.append(f"- **{heading}**: {damaged[name]}")
   text = "\n".join(lines) + "\n"
   write_text(os.path.join(workdir, "summary.md"), text)
   return text
+
+
+def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+  """By name of a result, which checkpoint it is of, in words; {} where all are of the newest."""
+  of_checkpoint = {
+    name: (values.get(f"{start}step"), values.get(f"{start}parameters"))
+    for name, values in kept.items()
+    for start in ["start_" if name.startswith("finetune/") else ""]
+    if name not in ("training.json", "finetune_scratch/finetune.json")
+  }
+  steps = {step for step, _ in of_checkpoint.values()}
+  if "training.json" in kept:
+    steps.add(kept["training.json"].get("step"))
+  if len(steps) <= 1 and len({parameters for _, parameters in of_checkpoint.values()}) <= 1:
+    return {}
+  return {
+    name: " (step "
+    + ("unknown" if step is None else f"{step:,}")
+    + (f", parameters {parameters[:8]})" if parameters else ")")
+    for name, (step, parameters) in of_checkpoint.items()
+  }
