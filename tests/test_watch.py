@@ -13,7 +13,7 @@ from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import folders
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import provenance, watch
+from igpt_jax.jobs import guard, provenance, watch
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def whole(monkeypatch):
   monkeypatch.setattr(checkpoint, "describe", describe)
   monkeypatch.setattr(provenance, "of_checkpoint", lambda found: {"parameters": found})
   monkeypatch.setattr(provenance, "of_run", lambda found: "a run")
+  monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0))
 
 
 def write(workdir, step, whole=True, parameters="first"):
@@ -159,6 +160,28 @@ def test_a_step_that_was_written_again_is_done_again(tmp_path, whole, capsys):
   run(config_of(), tmp_path, recorder(seen))
   run(config_of(), tmp_path, recorder(seen))
   assert seen == [20, 40, 40, 40]
+
+
+def test_a_step_that_the_run_went_back_behind_has_no_numbers(tmp_path, whole, monkeypatch):
+  """Until it is written again, also where retention deletes what was written before it is seen."""
+  for step in (20, 40, 60):
+    write(tmp_path, step)
+  end(tmp_path)
+  seen = []
+  run(config_of(), tmp_path, recorder(seen))
+  for step in (40, 60):
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
+  guard._record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
+  order = guard.order_seeds(str(tmp_path), 0)[-1]
+  monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0 if found == "first" else order))
+  run(config_of(), tmp_path, recorder(seen))
+  kept = sorted(os.listdir(tmp_path / "evaluate"))
+  assert kept == ["20", "40.before", "60.before"] and seen == [20, 40, 60]
+  write(tmp_path, 60, parameters="second")
+  for _ in range(2):  # what was written since stays
+    run(config_of(), tmp_path, recorder(seen))
+  assert sorted(os.listdir(tmp_path / "evaluate")) == ["20", "40.before", "60", "60.before"]
+  assert seen == [20, 40, 60, 60]
 
 
 def test_other_settings_are_other_results(tmp_path, whole):

@@ -46,6 +46,13 @@ def of_run(found: Described) -> str:
   )
 
 
+def seeds_of(found: Described) -> tuple[int, int]:
+  """Seeds of a checkpoint's run, and of the order of its images since it last went back."""
+  config, data = found.run.get("config", {}), found.run.get("data", {})
+  seed = config.get("seed", 0)
+  return seed, data.get("seed", seed)
+
+
 def of_data(config: ConfigDict, splits: Iterable[str]) -> dict[str, Any]:
   """These splits' contents, and what is shown of their images.
 

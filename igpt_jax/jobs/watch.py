@@ -10,7 +10,7 @@ looked at; one that the run deletes while it is being read is passed over.
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,14 @@ from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint, identity, report
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, provenance
+from igpt_jax.jobs import common, guard, provenance
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import hosts
 
 MADE_FROM = "made_from.json"
 
-MadeFrom = dict[str, Any]  # "checkpoint", "run", "settings": what decides a step's results
+# What decides a step's results: "checkpoint", "settings"; and whose it is: "run", "seeds".
+MadeFrom = dict[str, Any]
 
 _ENDED = -1
 _NOTHING_NEW = -2
@@ -105,10 +106,13 @@ class _Watch:
     self._result, self._settings = result, settings
     self._gone: set[int] = set()
     self._news = time.monotonic()
+    self._rollbacks = 0  # of the run, that have been acted upon
     self.last: MadeFrom | None = None
 
   def next(self) -> int:
     """The first step that isn't done; or that there is none yet, or will be none any more."""
+    if common.is_main():
+      self._put_abandoned_aside()
     # Looked at before the checkpoints: the last of them is written before this is.
     ended = _training_has_ended(self._watched)
     for step in checkpoint.whole_steps(self._watched):
@@ -140,17 +144,24 @@ class _Watch:
     if common.is_main():
       differing = _differing(out, made_from)
       if differing:
-        before = f"{out}.before"
-        shutil.rmtree(before, ignore_errors=True)
-        os.rename(out, before)
-        say(
-          f"{out} is of another checkpoint or other settings: put aside as {before}, done again:\n"
-          + "\n".join(differing)
-        )
+        _put_aside(out, "is of another checkpoint or other settings", differing)
       common.open_workdir(out)
       report.write_json(os.path.join(out, MADE_FROM), made_from)
     hosts.wait_for_all("watch begins")
     return out
+
+  def _put_abandoned_aside(self) -> None:
+    """Steps that the run went back behind have no numbers any more, until they are written again."""
+    rollbacks = len(guard.rollbacks(self._watched))
+    if rollbacks == self._rollbacks:
+      return
+    self._rollbacks = rollbacks
+    names = os.listdir(self._folder) if os.path.isdir(self._folder) else []
+    for step in (int(name) for name in names if name.isdigit()):
+      out = os.path.join(self._folder, str(step))
+      kept = _read_made_from(out)
+      if kept and guard.is_abandoned(self._watched, *kept["seeds"], step):
+        _put_aside(out, "is of a step that the run went back behind")
 
   def pass_over(self, step: int) -> None:
     """Leaves a step out from now on."""
@@ -162,6 +173,7 @@ class _Watch:
     return {
       "checkpoint": provenance.of_checkpoint(found),
       "run": provenance.of_run(found),
+      "seeds": provenance.seeds_of(found),
       "settings": self._settings,
     }
 
@@ -181,7 +193,7 @@ class _Watch:
 
 def results_like(out: str, result: str, made_from: MadeFrom) -> dict[str, Any] | None:
   """What a job left of a step of the same run with the same settings; None: nothing."""
-  same = {name: value for name, value in made_from.items() if name != "checkpoint"}
+  same = {name: made_from[name] for name in ("run", "settings")}
   return None if _differing(out, same) else results(out, result)
 
 
@@ -198,13 +210,26 @@ def results(out: str, result: str) -> dict[str, Any] | None:
 
 def _differing(out: str, made_from: MadeFrom) -> list[str]:
   """How a folder of results, if there is one, is of something else than this, in lines."""
+  kept = _read_made_from(out)
+  if kept is None:
+    return ["  it doesn't say what of"] if os.path.isdir(out) and os.listdir(out) else []
+  return identity.differing(kept, made_from)
+
+
+def _read_made_from(out: str) -> MadeFrom | None:
+  """What a folder of results says it was made from; None: it doesn't say."""
   try:
     kept = identity.read(os.path.join(out, MADE_FROM))
-  except FileNotFoundError:
-    return ["  it doesn't say what of"] if os.path.isdir(out) and os.listdir(out) else []
-  except ValueError as error:
-    return [f"  {MADE_FROM} is damaged ({error})"]
-  return identity.differing(kept, made_from)
+  except (FileNotFoundError, ValueError):
+    return None
+  return kept if kept.keys() >= {"checkpoint", "run", "seeds", "settings"} else None
+
+
+def _put_aside(out: str, why: str, lines: Sequence[str] = ()) -> None:
+  before = f"{out}.before"
+  shutil.rmtree(before, ignore_errors=True)
+  os.rename(out, before)
+  say("\n".join([f"{out} {why}: put aside as {before}", *lines]))
 
 
 def _training_has_ended(watched: str) -> bool:
