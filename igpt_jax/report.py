@@ -91,27 +91,28 @@ def write_summary(workdir: str) -> str:
 
   Where the results aren't all of one checkpoint, the newest, each line says whose they are.
   """
-  lines = [f"# {os.path.basename(os.path.abspath(workdir))}", ""]
   kept: dict[str, dict[str, Any]] = {}
-  damaged: dict[str, str] = {}
-  for name in _SECTIONS:
+  texts: dict[str, str] = {}
+  for name, (_, shown) in _SECTIONS.items():
     try:
-      kept[name] = identity.read(os.path.join(workdir, name))
+      values = identity.read(os.path.join(workdir, name))
+      texts[name] = _numbers(values, shown)
+      kept[name] = values
     except FileNotFoundError:
       continue
-    except ValueError as error:
-      damaged[name] = f"{name} is damaged ({error}); fix: run that job again"
+    except (ValueError, TypeError) as error:
+      texts[name] = f"{name} is damaged ({error}); fix: run that job again"
   whose = _whose(kept)
-  for name, (heading, shown) in _SECTIONS.items():
-    if name in kept:
-      values = kept[name]
-      parts = [form.format(values[k]) for k, form in shown.items() if values.get(k) is not None]
-      lines.append(f"- **{heading}**{whose.get(name, '')}: {', '.join(parts)}")
-    elif name in damaged:
-      lines.append(f"- **{heading}**: {damaged[name]}")
-  text = "\n".join(lines) + "\n"
+  lines = [f"- **{_SECTIONS[name][0]}**{whose.get(name, '')}: {of}" for name, of in texts.items()]
+  text = "\n".join([f"# {os.path.basename(os.path.abspath(workdir))}", "", *lines]) + "\n"
   write_text(os.path.join(workdir, "summary.md"), text)
   return text
+
+
+def _numbers(values: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+  return ", ".join(
+    form.format(values[key]) for key, form in shown.items() if values.get(key) is not None
+  )
 
 
 def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -125,11 +126,13 @@ def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
   steps = {step for step, _ in of_checkpoint.values()}
   if "training.json" in kept:
     steps.add(kept["training.json"].get("step"))
-  if len(steps) <= 1 and len({parameters for _, parameters in of_checkpoint.values()}) <= 1:
+  if (
+    len(steps - {None}) <= 1 and len({parameters for _, parameters in of_checkpoint.values()}) <= 1
+  ):
     return {}
   return {
-    name: " (step "
-    + ("unknown" if step is None else f"{step:,}")
-    + (f", parameters {parameters[:8]})" if parameters else ")")
+    name: " ("
+    + (f"step {step}, parameters {parameters[:8]}" if parameters else "an older version's")
+    + ")"
     for name, (step, parameters) in of_checkpoint.items()
   }
