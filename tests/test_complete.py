@@ -11,14 +11,15 @@ import numpy as np
 import own_checkpoint
 import pytest
 from PIL import Image
-from tiny import compilations, mesh_of
+from tiny import compilations, make_config, mesh_of, random_params
 
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, complete, completion, own_pictures
+from igpt_jax.jobs import common, complete, completion, own_pictures, starting_point
 from igpt_jax.model.decoding import SamplingConfig
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.pretrained import formats
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -305,6 +306,114 @@ def test_a_workdir_of_other_samples_is_left_alone(trained, photos, tmp_path):
   complete.run(settings(trained, images=str(photos)), str(tmp_path / "out"))
   with pytest.raises(UserError, match=r"rows_given: 2 there, 1 here"):
     complete.run(settings(trained, images=str(photos), keep=0.3), str(tmp_path / "out"))
+
+
+def write_foreign(prefix, seed):
+  """A model in OpenAI's format, its palette beside it."""
+  config = make_config(n_vocab=11)
+  levels = np.random.default_rng(0).integers(0, 256, (11, 3))
+  centers = (levels / 127.5 - 1).astype(np.float32)
+  os.makedirs(os.path.dirname(prefix))
+  formats.save(prefix, "openai", config, random_params(config, seed), clusters=centers)
+
+
+@pytest.mark.parametrize("kind", ["own", "openai"])
+def test_another_model_in_the_same_place_is_refused(tmp_path, kind):
+  """Same path, same step: only what is in the weights tells them apart."""
+  place = tmp_path / "model"
+
+  def write(seed):
+    shutil.rmtree(place, ignore_errors=True)
+    if kind == "own":
+      return own_checkpoint.write(place, seed=seed)
+    write_foreign(str(place / "model.ckpt-7"), seed)
+    return str(place)
+
+  config = settings(write(0), n=2)
+  complete.run(config, str(tmp_path / "out"))
+  write(1)
+  with pytest.raises(
+    UserError, match=r"by another model:\n  parameters: \w{16} there, \w{16} here\nfix"
+  ):
+    complete.run(config, str(tmp_path / "out"))
+  write(0)
+  complete.run(config, str(tmp_path / "out"))
+
+
+def test_the_same_model_elsewhere_has_nothing_to_do(trained, tmp_path, monkeypatch):
+  """Not even to read its weights."""
+  complete.run(settings(trained, n=2), str(tmp_path / "out"))
+  shutil.copytree(trained, tmp_path / "moved")
+  monkeypatch.setattr(complete, "Completer", None)
+  complete.run(settings(str(tmp_path / "moved"), n=2), str(tmp_path / "out"))
+  values = json.loads((tmp_path / "out" / "complete.json").read_text())
+  assert values["checkpoint"].startswith(str(tmp_path / "moved"))
+
+
+def test_a_checkpoint_of_any_format_has_one_checksum(tmp_path):
+  own = own_checkpoint.write(tmp_path / "own", seed=3)
+  write_foreign(str(tmp_path / "foreign" / "model.ckpt-7"), 3)
+  sums = {
+    starting_point.checksum_of(starting_point.describe(path, config_lib.base()))
+    for path in (own, str(tmp_path / "foreign"))
+  }
+  described = starting_point.describe(own, config_lib.base())
+  older = dataclasses.replace(described, sums={})  # from before checkpoints had checksums
+  assert sums == {starting_point.checksum_of(older)} == {described.sums["params"]}
+
+
+def test_samples_say_themselves_what_they_are_of(trained, tmp_path):
+  """What was drawn with other settings isn't taken for these, though no settings.json says so."""
+  out, fresh = tmp_path / "out", tmp_path / "fresh"
+  complete.run(settings(trained, n=2), str(out))
+  (out / "settings.json").unlink()
+  complete.run(settings(trained, n=2, seed=1), str(out))
+  complete.run(settings(trained, n=2, seed=1), str(fresh))
+  assert tokens_in(out / "unconditional") == tokens_in(fresh / "unconditional")
+  told = [
+    json.loads((each / "unconditional" / "complete.json").read_text()) for each in (out, fresh)
+  ]
+  assert told[0] == told[1]
+
+
+def test_larger_images_are_other_results(trained, tmp_path):
+  complete.run(settings(trained, n=2), str(tmp_path / "out"))
+  with pytest.raises(UserError, match=r"scale: 24 there, 3 here"):
+    complete.run(settings(trained, n=2, **{"sample.scale": 3}), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+  "damage", ["cut", "empty", "noise", "no zip inside", "of an older version"]
+)
+def test_damaged_samples_are_drawn_again(trained, tmp_path, damage):
+  out = tmp_path / "out"
+  complete.run(settings(trained, n=2), str(out))
+  before = tokens_in(out / "unconditional")
+  kept = out / "unconditional" / "0000.npz"
+  whole = kept.read_bytes()
+  with np.load(kept, allow_pickle=False) as part:
+    arrays = dict(part)
+  if damage == "of an older version":
+    del arrays["settings"]
+    arrays["tokens"] = arrays["tokens"] * 0
+    np.savez(kept, **arrays)
+  else:
+    kept.write_bytes(
+      {
+        "cut": whole[: len(whole) // 2], "empty": b"", "noise": b"noise" * 50,
+        "no zip inside": whole[:200] + b"\0" * (len(whole) - 400) + whole[-200:],
+      }[damage]
+    )  # fmt: skip
+  complete.run(settings(trained, n=2), str(out))
+  assert tokens_in(out / "unconditional") == before
+
+
+@pytest.mark.parametrize("text", ['{"n": ', "[]"])
+def test_damaged_settings_are_said(trained, tmp_path, text):
+  complete.run(settings(trained, n=2), str(tmp_path / "out"))
+  (tmp_path / "out" / "settings.json").write_text(text)
+  with pytest.raises(UserError, match=r"settings\.json is damaged .*fix: another --workdir"):
+    complete.run(settings(trained, n=2), str(tmp_path / "out"))
 
 
 def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):

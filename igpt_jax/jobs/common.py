@@ -138,7 +138,8 @@ def training_palette(
   Returns None for data that is tokens already, unless there is a palette to show them with.
 
   Raises:
-    UserError: a given palette isn't one, or has another size than `palette.size`; tokens beyond it.
+    UserError: a given palette isn't one, or has another size than `palette.size`, or other colours
+      than the run was begun with; tokens beyond it.
   """
   kept = os.path.join(workdir, "palette.npy")
   wanted = config.palette.size
@@ -149,6 +150,12 @@ def training_palette(
         f"palette.path: {config.palette.path} has {palette.size} colours, the model's palette.size is "
         f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
       )
+    if begun_with is None and os.path.exists(kept):
+      if not np.array_equal(Palette.load(kept).centers, palette.centers):
+        raise UserError(
+          f"palette.path: {config.palette.path} has other colours than {kept}, which the run there was "
+          "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"
+        )
   elif begun_with is not None:
     palette = begun_with
   elif os.path.exists(kept):

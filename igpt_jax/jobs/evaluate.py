@@ -6,6 +6,7 @@ uniform, unigram (how frequent each colour is) and per-position unigram (… at 
 
 import math
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from igpt_jax import config as config_lib
 from igpt_jax import metrics, report
 from igpt_jax.data.sources import DataConfig, Split, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, watch
+from igpt_jax.jobs import common, provenance, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import sharding
 from igpt_jax.training.evaluation import Likelihood, count_tokens, counting, unigram_nats
@@ -25,7 +26,16 @@ from igpt_jax.training.objectives import make_objective
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`; watching, every checkpoint."""
-  watch.run(config, workdir, "evaluation.json", evaluate)
+  watch.run(config, workdir, "evaluation.json", evaluate, settings_of)
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+  """All but the checkpoint that decides evaluation.json."""
+  splits = [config.evaluate.split] if _is_lone(config) else [config.evaluate.split, "train"]
+  return {
+    "data": provenance.of_data(config, splits),
+    **provenance.of_settings(config, ["evaluate"], without=["evaluate.batch_size"]),
+  }
 
 
 def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
@@ -66,6 +76,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
+    "parameters": starting_point.checksum_of(trained),
     "objective": objective_name,
     "data": split.fingerprint,
     "images": images,
@@ -103,7 +114,7 @@ def baselines(
   flatters them. `test` is how often each token occurs at each position of the split, [T, V].
   """
   n_positions, n_vocab = test.shape
-  if split.is_tokens and not os.path.isdir(os.path.expanduser(data_config.path)):
+  if _is_lone(config):
     train, source = test, "the evaluated tokens themselves"
   else:
     train_split = open_split(data_config, "train")
@@ -116,6 +127,11 @@ def baselines(
     "position_unigram": unigram_nats(train, test),
     "baselines_counted_on": source,
   }
+
+
+def _is_lone(config: ConfigDict) -> bool:
+  """Whether the data is one file of tokens, beside which there is no other split."""
+  return config.data.name == "tokens" and not os.path.isdir(os.path.expanduser(config.data.path))
 
 
 def all_hosts(counts: np.ndarray, mesh: Mesh) -> np.ndarray:

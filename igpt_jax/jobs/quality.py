@@ -7,19 +7,20 @@ real as test's, say what distance is left when nothing is wrong.
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, metrics, report
+from igpt_jax import checkpoint, identity, metrics, report
 from igpt_jax import config as config_lib
 from igpt_jax.data import pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion, starting_point, watch
+from igpt_jax.jobs import common, completion, provenance, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.completion import NOTHING, Completer, Picture
 from igpt_jax.jobs.sample import given_rows
@@ -34,7 +35,25 @@ _PER_PASS = 128  # pictures
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Draws from `checkpoint` (or the workdir's newest) and compares with the test split."""
-  watch.run(config, workdir, "quality.json", quality)
+  watch.run(config, workdir, "quality.json", quality, settings_of)
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+  """All but the checkpoint that decides quality.json."""
+  path = os.path.expanduser(config.quality.network)
+  if path.endswith(".onnx"):
+    _check_file(config)
+    network = identity.of_file(path)
+  else:
+    network = provenance.of_checkpoint(starting_point.describe(path, config)) if path else "its own"
+  return {
+    "data": provenance.of_data(config, ["train", "test"]),
+    "network": network,
+    **provenance.of_settings(
+      config, ["quality", "sample", "seed"],
+      without=["quality.network", "sample.batch_size", "sample.scale"],
+    ),
+  }  # fmt: skip
 
 
 def quality(config: ConfigDict, workdir: str, out: str) -> None:
@@ -81,6 +100,7 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   values = {
     "checkpoint": found.path,
     "step": found.step,
+    "parameters": starting_point.checksum_of(found),
     "network": called,
     "pictures": n,
     "data": {name: split.fingerprint for name, split in splits.items()},
@@ -150,8 +170,7 @@ def describe_network(
   """
   path = config.quality.network
   if path.endswith(".onnx"):
-    if not os.path.isfile(os.path.expanduser(path)):
-      raise UserError(f"config.quality.network: {path}: no such file")
+    _check_file(config)
     return None
   chosen = starting_point.describe(path, config) if path else found
   common.palette_of(chosen)
@@ -162,6 +181,12 @@ def describe_network(
       f"config.quality.layer: {layer}; expected 0 to {n_layer}, or -1 for the middle one"
     )
   return chosen
+
+
+def _check_file(config: ConfigDict) -> None:
+  path = config.quality.network
+  if not os.path.isfile(os.path.expanduser(path)):
+    raise UserError(f"config.quality.network: {path}: no such file")
 
 
 def open_network(

@@ -3,12 +3,11 @@
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import report
+from igpt_jax import identity, report
 from igpt_jax.errors import UserError
 
 # Fields that may differ when a run goes on: they change what is told or done beside the training,
@@ -22,22 +21,17 @@ _FREE = (
 )  # fmt: skip
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat.update(_flatten(value, f"{prefix}{name}."))
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-# Those that may differ when a fine-tuning goes on: what pretraining alone heeds, but not where the
-# fine-tuning begins.
+# Those that may differ when a fine-tuning goes on: what pretraining alone heeds. Where it begins is
+# compared by contents (`finetune_start`).
 FINETUNE_FREE = (
-  *(name for name in _FREE if name not in ("checkpoint", "finetune")),
+  *(name for name in _FREE if name != "finetune"),
   "train.batch_size", "train.steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
 )  # fmt: skip
+
+
+def may_differ(field: str, free: Sequence[str] = _FREE) -> bool:
+  """Whether a field, or the part of the config that it is in, doesn't decide a run's numbers."""
+  return any(field == name or field.startswith(name + ".") for name in free)
 
 
 def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None:
@@ -56,14 +50,13 @@ def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None
     return
   try:
     with open(path, encoding="utf-8") as file:
-      theirs = _flatten(json.load(file))
+      theirs = identity.flatten(json.load(file))
   except ValueError as error:
     raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
   changed = [
     f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
-    for name, value in _flatten(config_lib.as_json(config)).items()
-    if theirs.get(name, "absent") != value
-    and not any(name == each or name.startswith(each + ".") for each in free)
+    for name, value in identity.flatten(config_lib.as_json(config)).items()
+    if theirs.get(name, "absent") != value and not may_differ(name, free)
   ]
   if changed:
     raise UserError(
