@@ -52,6 +52,28 @@ def _items(state: TrainState) -> dict[str, Any]:
   return items
 
 
+def _told_by_us(record: logging.LogRecord) -> bool:
+  """A filter of orbax' tracebacks: what it logs so, it raises, and that is told in a line."""
+  of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+  return not (record.exc_info and of_orbax)
+
+
+def _deaf_to_stragglers(hook):
+  """A sys.unraisablehook that passes on all but what comes of other writes when one has failed.
+
+  They are still under way in threads of their own, and find orbax' event loop closed.
+  """
+  if hasattr(hook, "passes_to"):
+    return hook
+
+  def hear(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  hear.passes_to = hook
+  return hear
+
+
 @dataclasses.dataclass(frozen=True)
 class Resumed:
   """What a run goes on from.
@@ -122,8 +144,8 @@ class Checkpoints:
     self._set_aside_unreadable()
     self._checkpointer = self._open()
     # What orbax says of a save that fails comes from its threads, at any time.
-    logging.getLogger("absl").addFilter(reading.told_by_us)
-    sys.unraisablehook = reading.deaf_to_stragglers(sys.unraisablehook)
+    logging.getLogger("absl").addFilter(_told_by_us)
+    sys.unraisablehook = _deaf_to_stragglers(sys.unraisablehook)
 
   def _open(self) -> ocp.training.Checkpointer:
     context, folder = ocp.Context(), self._folder
