@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -144,7 +145,8 @@ def run(
   clock.reads(batches)
   clock.enter("step")
   first_step = at_step = int(train_state.step)
-  pending: tuple[int, dict[str, jax.Array]] | None = None
+  # A step's number, its metrics, and the batch that they are of.
+  pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
   last: dict[str, Any] = {}
 
   def flush() -> None:
@@ -152,7 +154,8 @@ def run(
     nonlocal pending
     if pending is None:
       return
-    of_step, values = pending[0], {name: float(v) for name, v in jax.device_get(pending[1]).items()}
+    of_step, values, of_batch = pending
+    values = {name: float(value) for name, value in jax.device_get(values).items()}
     pending = None
     measured = progress.measure(of_step)
     if measured:
@@ -161,7 +164,7 @@ def run(
     writers.write(of_step, {**values, **measured})
     say(progress.line(of_step, {**values, **measured}))
     clock.note(of_step)
-    guard.look(of_step, values, lambda: train_state.params, read)
+    guard.look(of_step, values, lambda: train_state, of_batch)
 
   def pause(function: Callable, phase: str) -> Any:
     """Does something beside the training, outside the measured speed."""
@@ -195,7 +198,7 @@ def run(
     pause(agree_and_save, "checkpoint")
     clock.saved(at_step)
 
-  compiled, read = None, {}
+  compiled = None
   with _settled(work.save, writers), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < work.steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
@@ -222,7 +225,7 @@ def run(
       at_step += 1
       flush()
       if at_step % work.log_every == 0 or at_step == work.steps:
-        pending = at_step, values
+        pending = at_step, values, read
     flush()
     if profiler.tracing:
       pause(profiler.close, "profile")
