@@ -138,7 +138,7 @@ class Checkpoints:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._preserve = policies.AnyPreservationPolicy(preserve)
+    self._preserve, self._score = policies.AnyPreservationPolicy(preserve), keep_best
     self._begun = False
     self._error: BaseException | None = None
     self._set_aside_unreadable()
@@ -174,6 +174,12 @@ class Checkpoints:
     """Step of the newest whole checkpoint."""
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
+
+  def scores(self) -> dict[int, float | None]:
+    """Of every whole checkpoint, and the one being written, the score of `keep_best`; None: it has none."""
+    return {
+      each.step: (each.metrics or {}).get(self._score) for each in self._checkpointer.checkpoints
+    }
 
   def resume(
     self,
