@@ -68,13 +68,11 @@ class Outcome:
   Attributes:
     state: the last one, saved.
     step: its number.
-    last: the newest value of every metric.
     stopped_by: the signal that ended it; None: it has ended by itself.
   """
 
   state: TrainState
   step: int
-  last: dict[str, Any]
   stopped_by: str | None
 
 
@@ -147,7 +145,6 @@ def run(
   first_step = at_step = int(train_state.step)
   # A step's number, its metrics, and the batch that they are of.
   pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
-  last: dict[str, Any] = {}
 
   def flush() -> None:
     """Writes the metrics that were left one step behind."""
@@ -160,7 +157,6 @@ def run(
     measured = progress.measure(of_step)
     if measured:
       measured["data_wait"] = progress.share_waited(batches.wait_seconds)
-    last.update(values, **measured)
     writers.write(of_step, {**values, **measured})
     say(progress.line(of_step, {**values, **measured}))
     clock.note(of_step)
@@ -185,7 +181,6 @@ def run(
     nonlocal evaluated_at
     evaluated_at = at_step
     values = pause(lambda: work.evaluate(train_state), "evaluation")
-    last.update(values)
     writers.write(at_step, values)
     say(progress.line(at_step, values))
 
@@ -236,7 +231,7 @@ def run(
     clock.enter("checkpoint")  # which is still being written
     work.save.finish(train_state, at_step)
   done = at_step >= work.steps or work.ended()
-  return Outcome(train_state, at_step, last, None if done else stop.requested)
+  return Outcome(train_state, at_step, None if done else stop.requested)
 
 
 @contextlib.contextmanager
