@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax.checkpoint import folders, sums
 from igpt_jax.checkpoint.settled import settled
-from igpt_jax.errors import UserError
+from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
 from igpt_jax.training.state import HEAD, head_sharding, param_shardings
 
@@ -165,6 +165,8 @@ def newest(workdir: str) -> Described | None:
     if folders.is_finished(path):
       try:
         return describe(path)
+      except NewerFormat:
+        raise
       except UserError as error:
         why[step] = str(error)
   if why:

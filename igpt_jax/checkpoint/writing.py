@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from igpt_jax.checkpoint import folders, reading, sums
 from igpt_jax.checkpoint.folders import FOLDER
 from igpt_jax.checkpoint.reading import Described
-from igpt_jax.errors import UserError
+from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.files import sync
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hosts
@@ -369,6 +369,8 @@ def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
     time.sleep(_PAUSE_SECONDS if attempt else 0)
     try:
       found, error = read(), ""
+    except NewerFormat:
+      raise  # on every process; what it is of is whole, and not to be set aside
     except UserError as caught:
       found, error = None, str(caught)
     if not hosts.on_any(bool(error)):
