@@ -90,7 +90,12 @@ def test_the_run_travels_with_the_state(tmp_path):
   assert checkpoints.latest() == 4
   found = checkpoints.read_run(4)
   assert make_run(data=data, elapsed_seconds=1.5).items() <= found.items()
-  assert found.keys() - make_run().keys() == {"data", "elapsed_seconds", "skipped"}
+  assert found.keys() - make_run().keys() == {
+    "data",
+    "elapsed_seconds",
+    "skipped",
+    "format_version",
+  }
   checkpoints.close()
 
 
