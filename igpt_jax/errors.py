@@ -11,6 +11,10 @@ class UserError(Exception):
   status = 2  # a mistake: running the same command again doesn't help
 
 
+class NewerFormat(UserError):
+  """A workdir or a checkpoint was written by a version that knows more than this one: it isn't damaged."""
+
+
 class SaveFailed(UserError):
   """A checkpoint can't be written; the same command may go on, once it can."""
 

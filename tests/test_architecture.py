@@ -14,6 +14,7 @@ PACKAGE = ROOT / "igpt_jax"
 FLOORS = {
   "errors": 0,
   "files": 0,
+  "history": 0,
   "watchdog": 0,
   "parallel": 1,
   "model": 1,

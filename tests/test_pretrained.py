@@ -1,6 +1,7 @@
 """Foreign checkpoints in and out: exact both ways, recognised, and nothing half-written."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -214,6 +215,20 @@ def test_a_failed_write_leaves_nothing(tmp_path, name):
   with pytest.raises(RuntimeError, match="device lost"):
     formats.save(tmp_path / "x", name, CONFIG, random_params(CONFIG), fetch=fail_midway)
   assert not list(tmp_path.iterdir())
+
+
+def test_colours_are_there_before_the_weights(tmp_path, monkeypatch):
+  """A conversion that is killed leaves no checkpoint without its palette; one that fails, nothing."""
+  seen = []
+
+  def fail(prefix, *arguments, **settings):
+    seen.extend(os.listdir(tmp_path))
+    raise UserError("no room")
+
+  monkeypatch.setattr(openai, "write_checkpoint", fail)
+  with pytest.raises(UserError, match="no room"):
+    formats.save(tmp_path / "m", "openai", CONFIG, random_params(CONFIG), clusters=CLUSTERS)
+  assert seen == ["kmeans_centers.npy"] and not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["openai", "huggingface"])

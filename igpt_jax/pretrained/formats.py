@@ -4,6 +4,7 @@ Only the choice between formats may enter here. Our own checkpoints are recognis
 `igpt_jax.checkpoint`.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -179,13 +180,18 @@ def save(
     palette = os.path.join(os.path.dirname(prefix), palettes.NPY_NAME)
     if clusters is not None and os.path.exists(palette):
       raise UserError(f"palette to write: {palette} exists; fix: name another target directory")
-    openai.write_checkpoint(
-      prefix, config, params, num_shards=num_shards, fetch=fetch, report=report
-    )
-    if clusters is not None:
-      try:
-        np.save(palette, np.asarray(clusters, np.float32), allow_pickle=False)
-      except OSError as error:
-        raise UserError(f"palette to write: {palette}: {error.strerror}") from error
+    with contextlib.ExitStack() as undo:
+      # First: a checkpoint that is there has its colours.
+      if clusters is not None:
+        try:
+          with files.replacing(palette) as partial, open(partial, "wb") as file:
+            np.save(file, np.asarray(clusters, np.float32), allow_pickle=False)
+        except OSError as error:
+          raise UserError(f"palette to write: {palette}: {error.strerror}") from error
+        undo.callback(os.remove, palette)
+      openai.write_checkpoint(
+        prefix, config, params, num_shards=num_shards, fetch=fetch, report=report
+      )
+      undo.pop_all()
   else:
     raise UserError(f"format: {format!r}; expected one of openai, huggingface")
