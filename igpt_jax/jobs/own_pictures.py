@@ -3,10 +3,19 @@
 import glob
 import os
 import pathlib
+import unicodedata
 from typing import NamedTuple
 
 from igpt_jax.data.sources import PICTURE_SUFFIXES
 from igpt_jax.errors import UserError
+
+
+# What job `complete` writes beside the folders of its images, whole or not yet.
+_RESERVED = [
+  name + partial
+  for name in ("grid.png", "complete.json", "settings.json", "", ".", "..")
+  for partial in ("", ".partial")
+]
 
 
 class File(NamedTuple):
@@ -71,14 +80,23 @@ def _pictures(folder: pathlib.Path) -> list[str]:
 
 
 def _named(found: list[tuple[str, str]]) -> list[File]:
-  """With names that differ: a file's own, its whole name, or that with a number."""
-  taken: set[tuple[str, str]] = set()
+  """With names that differ: a file's own, its whole name, or that with a number.
+
+  They differ from what else lies beside them, too: the job's own files, and folders of classes.
+  """
+  groups = {group for _, group in found}
+  taken = {(group, _plain(name)) for group in groups for name in _RESERVED}
+  taken |= {("", _plain(group)) for group in groups}
   files = []
   for path, group in found:
     base = os.path.basename(path)
     names = [os.path.splitext(base)[0], base, *(f"{base}-{i}" for i in range(2, len(found) + 2))]
-    # Some disks don't tell Cat from cat.
-    name = next(name for name in names if (group, name.lower()) not in taken)
-    taken.add((group, name.lower()))
+    name = next(name for name in names if (group, _plain(name)) not in taken)
+    taken.add((group, _plain(name)))
     files.append(File(path, group, name))
   return files
+
+
+def _plain(name: str) -> str:
+  """One for all names that some disk doesn't tell apart: Cat and cat, é in one character or two."""
+  return unicodedata.normalize("NFC", name).casefold()
