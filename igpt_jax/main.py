@@ -79,10 +79,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     raise SystemExit(_fail(_shortened(error))) from None
   except Exception as error:  # a config file is a program: it may raise anything
     last = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
     raise SystemExit(
       _fail(
-        f"--config: {_shortened(f'{type(error).__name__}: {error}')} ({last.filename}:{last.lineno}); "
-        "expected a config file, as in configs/, or the config.json of a workdir"
+        f"--config: {_shortened(f'{type(error).__name__}: {error}')}{where}; expected a config file, "
+        "as in configs/, or the config.json of a workdir"
       )
     ) from None
 

@@ -119,7 +119,11 @@ class WandbWriter:
       self._run = wandb.init(
         project=project, id=run_id, resume="allow", name=name, dir=workdir, config=dict(config)
       )
-    except (wandb.errors.Error, OSError, ValueError) as error:  # no key, no network, no such project
+    except (
+      wandb.errors.Error,
+      OSError,
+      ValueError,
+    ) as error:  # no key, no network, no such project
       raise UserError(
         f"log.wandb: True, but wandb.init failed ({' '.join(str(error).split())[:300]}); fix: "
         "`wandb login` or WANDB_API_KEY; or WANDB_MODE=offline, which is sent later by `wandb sync`; "

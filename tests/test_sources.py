@@ -95,7 +95,9 @@ def test_a_stored_split_is_held_out_by_its_name(tmp_path, name):
 def test_a_stored_tfds_split_is_held_out_by_its_name(data_dir):
   config = _config(data_dir=data_dir, validation_split="test")
   assert [len(sources.open_split(config, s)) for s in ("train", "validation")] == [1497, 300]
-  with pytest.raises(errors.NoSuchSplit, match="beside test, which data.validation_split holds out"):
+  with pytest.raises(
+    errors.NoSuchSplit, match="beside test, which data.validation_split holds out"
+  ):
     sources.open_split(config, "test")
 
 
@@ -104,7 +106,9 @@ def test_nothing_held_out(data_dir):
   config = _config(data_dir=data_dir, validation=0)
   assert not sources.has_validation(config) and sources.has_validation(_config())
   assert len(sources.open_split(config, "train")) == 1497
-  with pytest.raises(errors.NoSuchSplit, match=r"data.validation: 0 .*--config.data.validation=0.1"):
+  with pytest.raises(
+    errors.NoSuchSplit, match=r"data.validation: 0 .*--config.data.validation=0.1"
+  ):
     sources.open_split(config, "validation")
 
 

@@ -1,6 +1,8 @@
 """Which files a person means by `config.images`: one, a glob, or a folder with or without classes."""
 
+import collections
 import glob
+import itertools
 import os
 import pathlib
 import unicodedata
@@ -11,11 +13,11 @@ from igpt_jax.errors import UserError
 
 
 # What job `complete` writes beside the folders of its images, whole or not yet.
-_RESERVED = [
+_RESERVED = frozenset(
   name + partial
-  for name in ("grid.png", "complete.json", "settings.json", "", ".", "..")
+  for name in ("grid.png", "complete.json", "settings.json")
   for partial in ("", ".partial")
-]
+)
 
 
 class File(NamedTuple):
@@ -84,16 +86,20 @@ def _named(found: list[tuple[str, str]]) -> list[File]:
 
   They differ from what else lies beside them, too: the job's own files, and folders of classes.
   """
-  groups = {group for _, group in found}
-  taken = {(group, _plain(name)) for group in groups for name in _RESERVED}
-  taken |= {("", _plain(group)) for group in groups}
+  taken = collections.defaultdict(lambda: set(_RESERVED))
+
+  def first_free(folder: str, *names: str) -> str:
+    numbered = (f"{names[-1]}-{i}" for i in itertools.count(2))
+    name = next(n for n in itertools.chain(names, numbered) if _plain(n) not in taken[folder])
+    taken[folder].add(_plain(name))
+    return name
+
+  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in found)}
   files = []
   for path, group in found:
     base = os.path.basename(path)
-    names = [os.path.splitext(base)[0], base, *(f"{base}-{i}" for i in range(2, len(found) + 2))]
-    name = next(name for name in names if (group, _plain(name)) not in taken)
-    taken.add((group, _plain(name)))
-    files.append(File(path, group, name))
+    name = first_free(groups[group], os.path.splitext(base)[0], base)
+    files.append(File(path, groups[group], name))
   return files
 
 

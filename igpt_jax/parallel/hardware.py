@@ -78,16 +78,13 @@ def check_platform() -> None:
     return
   try:
     jax.devices()
-  except RuntimeError as error:
+  except (RuntimeError, AssertionError) as error:  # of a plugin that isn't installed jax asserts
+    why = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0][:300]
     raise UserError(
-      f"JAX_PLATFORMS: {wanted}: {_first_line(error)}; expected cpu, or tpu or cuda with its plugin "
-      "(pip install 'igpt_jax[tpu]' or 'igpt_jax[cuda]') and its devices; fix: unset JAX_PLATFORMS, "
-      "which takes what there is"
+      f"JAX_PLATFORMS: {wanted}: {why or 'no such devices'}; expected cpu, or tpu or cuda with its "
+      "plugin (pip install 'igpt_jax[tpu]' or 'igpt_jax[cuda]') and its devices; fix: unset "
+      "JAX_PLATFORMS, which takes what there is"
     ) from None
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().split("\n")[0][:300]
 
 
 def usable_cores() -> int:
