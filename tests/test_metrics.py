@@ -165,7 +165,7 @@ def test_wandb_without_a_key_or_a_network_is_one_line(tmp_path, monkeypatch, err
       raise self.errors.Error(error)
 
   monkeypatch.setitem(sys.modules, "wandb", Failing())
-  with pytest.raises(UserError, match="log.wandb: True.*WANDB_MODE=offline") as told:
+  with pytest.raises(UserError, match=r"log.wandb: True.*WANDB_MODE=offline") as told:
     metrics.WandbWriter(str(tmp_path), {"seed": 0}, "igpt")
   assert "\n" not in str(told.value) and error.split()[0] in str(told.value)
   assert told.value.status == 2  # launchers don't try again

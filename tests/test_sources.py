@@ -96,7 +96,7 @@ def test_a_stored_tfds_split_is_held_out_by_its_name(data_dir):
   config = _config(data_dir=data_dir, validation_split="test")
   assert [len(sources.open_split(config, s)) for s in ("train", "validation")] == [1497, 300]
   with pytest.raises(
-    errors.NoSuchSplit, match="beside test, which data.validation_split holds out"
+    errors.NoSuchSplit, match=r"beside test, which data.validation_split holds out"
   ):
     sources.open_split(config, "test")
 
@@ -114,7 +114,7 @@ def test_nothing_held_out(data_dir):
 
 @pytest.mark.parametrize("name", ["train", "../train", "a/b", "val[:10]"])
 def test_what_no_held_out_split_can_be_called(name):
-  with pytest.raises(errors.UserError, match="data.validation_split"):
+  with pytest.raises(errors.UserError, match=r"data.validation_split"):
     _config(validation_split=name)
 
 

@@ -163,12 +163,6 @@ def training_palette(
   else:
     palette = fit_palette(config, data_config, split)
   size = config_lib.palette_size(config) if palette is None else palette.size
-  if size < 2:
-    raise UserError(
-      f"palette: a single colour of {config.palette.path or split.fingerprint} (rgb "
-      f"{', '.join(map(str, palette.colors[0]))}), of which there is nothing to learn; expected two or "
-      "more; fix: other images, or another palette.path"
-    )
   if split.is_tokens and split.records.max_token >= size:
     raise UserError(
       f"data.path: {data_config.path} has tokens up to {split.records.max_token}; expected less than "
@@ -191,6 +185,11 @@ def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Pa
     if left <= 0:
       break
   palette = palette_fit.fit_palette(histogram, size, seed=config.seed)
+  if palette.size < 2:
+    raise UserError(
+      f"palette: {split.fingerprint} has a single colour (rgb {', '.join(map(str, palette.colors[0]))}), "
+      "of which there is nothing to learn; expected two or more; fix: other images"
+    )
   if palette.size < size:
     say(f"palette: these pictures have {palette.size} colours, all are in the palette")
   return palette

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from igpt_jax.data.sources import PICTURE_SUFFIXES
 from igpt_jax.errors import UserError
 
-
 # What job `complete` writes beside the folders of its images, whole or not yet.
 _RESERVED = frozenset(
   name + partial

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
 
-
 # Below it logits divided by a temperature overflow float32, and a probability rounds to 0.
 _LEAST = 1e-6
 
