@@ -213,6 +213,32 @@ def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
     own_pictures.find(str(my / "cats" / "*.heic"))
 
 
+def test_results_have_names_of_their_own(trained, tmp_path):
+  """Whatever images and classes are called: no folder is in the way of a file, or of another."""
+  (tmp_path / "my" / "cat").mkdir(parents=True)
+  (tmp_path / "my" / "grid.png").mkdir()
+  names = (
+    "grid.jpg", "grid.gif", "complete.json.png", "settings.json.png", "cat.png", "Cat.png",
+    "grid.png.partial.png", "grid.png/0000.png.png", "cat/grid.bmp", "cat/grid.png", "cat/grid.png.png",
+    "e\u0301.png", "\u00e9.png",
+  )  # fmt: skip
+  for i, name in enumerate(names):
+    Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / "my" / name)
+  folder = str(tmp_path / "my")
+  found = own_pictures.find(folder)
+  places = [os.path.join(file.group, file.name).lower() for file in found]
+  assert len(set(places)) == len(names)
+  for attempt in range(2):  # the second one finds what the first has left
+    complete.run(settings(trained, images=folder, n=1), str(tmp_path / "out"))
+    values = json.loads((tmp_path / "out" / "complete.json").read_text())
+    assert values["pictures"] == len(names), attempt
+  for place in ("grid.png", "cat/grid.png", "settings.json"):
+    assert (tmp_path / "out" / place).is_file()
+  for file in found:
+    own = tmp_path / "out" / file.group / file.name / "complete.json"
+    assert json.loads(own.read_text())["picture"] == file.path
+
+
 # --- the job ---------------------------------------------------------------------------------------
 
 
@@ -429,6 +455,8 @@ def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):
     ({"keep": 0.0}, "config.keep: 0.0; expected a share"),
     ({"n": 0}, "config.n: 0; expected 1 or more"),
     ({"sample.top_p": 0.0}, "top_p: 0.0"),
+    ({"sample.temperature": 1e-38}, "temperature: 1e-38"),
+    ({"seed": 2**32}, "config.seed: 4294967296"),
     ({"sample.batch_size": 0}, "config.sample.batch_size"),
     ({"images": "nowhere/*.jpg"}, "matches no file"),
   ],

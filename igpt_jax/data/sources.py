@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,8 @@ from igpt_jax import errors
 from igpt_jax.data import digests, transforms
 from igpt_jax.data.folder import FolderRecords, class_folders
 
-SPLITS = ("train", "validation", "train+validation", "test")
+SPLITS = ("train", "validation", "test")
+_TESTS = ("test", "val", "validation")  # folders that are the test split, the first that is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,9 @@ class DataConfig:
     augment: `none`, `paper` (random resize and crop as for ImageNet), `cifar` (pad, crop, flip) or
       `shift` (by up to an eighth of the side; for digits).
     resample: of `paper` in training: `fused` (one resize) or `literal` (the two of the paper).
-    validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others'.
+    validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others',
+      and none (0) in its final runs, which train on all of train.
+    validation_split: name of a stored split that is held out instead; train is then the whole of train.
     max_bad: share of a split's records that may be unreadable before it is an error.
     threads: that load batches, in each process; 0 chooses. Each reads two batches ahead: more of them
       hide slow reads, as from a bucket mounted by gcsfuse.
@@ -51,6 +55,7 @@ class DataConfig:
   augment: str = "none"
   resample: str = "fused"
   validation: float = 0.1
+  validation_split: str = ""
   max_bad: float = 0.001
   threads: int = 0
   workers: int = 0
@@ -65,6 +70,11 @@ class DataConfig:
       ("threads", 0 <= self.threads <= 1_024, "between 0 and 1,024"),
       ("workers", 0 <= self.workers <= 1_024, "between 0 and 1,024"),
       ("cache_mb", self.cache_mb >= 0, "0 or more megabytes"),
+      (
+        "validation_split",
+        re.fullmatch(r"[\w-]*", self.validation_split) and self.validation_split != "train",
+        "the name of a stored split other than train, such as validation",
+      ),
       ("name", bool(self.name), "digits, photo_patches, folder, tokens, or a TFDS name"),
     ):
       if not ok:
@@ -93,7 +103,7 @@ class Split:
   either `image` (encoded bytes, or a uint8 array) or `tokens` (integer [T]).
 
   Attributes:
-    name: train, validation, train+validation or test.
+    name: train, validation or test.
     n_classes: number of labels, 0 if there are none.
     class_names: n_classes names.
     indices: int32 [n], the places of the split's records among all that are stored.
@@ -144,36 +154,64 @@ def open_split(config: DataConfig, split: str) -> Split:
   """Opens one split of the configured data set.
 
   Validation is the tail of one fixed permutation of train: the same pictures whatever the seed of
-  the run. Test is the stored test split, or the stored validation split where there is no test
-  (ImageNet); only evaluation opens it.
+  the run; or a stored split of its own (`validation_split`, or a folder of tokens' validation.npy).
+  Test is the stored test split, or the stored validation split where there is no test (ImageNet)
+  and nobody chooses by it; only evaluation opens it.
 
   Raises:
-    UserError: the data set, or this split of it, isn't there; the message says how to get it.
+    UserError: the data set isn't there; the message says how to get it.
+    NoSuchSplit: this split of it isn't, or nothing is held out.
   """
   if split not in SPLITS:
     raise errors.UserError(f"split: {split!r}; expected one of {', '.join(SPLITS)}")
+  own = _own_validation(config)
+  if split == "validation" and not has_validation(config):
+    raise errors.NoSuchSplit(
+      "data.validation: 0 holds nothing out, and this job chooses by what is held out; fix: "
+      "--config.data.validation=0.1, or data.validation_split"
+    )
+  stored = own if own and split == "validation" else "test" if split == "test" else "train"
   if config.name == "folder":
-    return _open_folder(config, split)
-  if config.name == "tokens":
-    return _open_tokens(config, split)
-  from igpt_jax.data import tfds_source
+    records = _folder_records(config, stored, held_out=own if split == "test" else "")
+  elif config.name == "tokens":
+    records = _token_records(config, stored)
+  else:
+    from igpt_jax.data import tfds_source
 
-  stored = "test" if split == "test" else "train"
-  records = tfds_source.open_records(config.name, config.data_dir, stored, config.verify)
-  return _view(records, config, split)
+    records = tfds_source.open_records(
+      config.name,
+      config.data_dir,
+      stored,
+      held_out=own if split == "test" else "",
+      verify=config.verify,
+    )
+  return _view(records, 0 if own or split == "test" else config.validation, split)
 
 
-def _view(records: Records, config: DataConfig, split: str) -> Split:
-  """The part of stored train, or the whole of stored test, that `split` names."""
+def has_validation(config: DataConfig) -> bool:
+  """Whether something is held out of training, to choose by."""
+  return bool(config.validation or _own_validation(config))
+
+
+def _own_validation(config: DataConfig) -> str:
+  """The stored split that is held out; "": a share of train is."""
+  if not config.validation_split and config.name == "tokens":
+    path = pathlib.Path(config.path).expanduser()
+    return "validation" if (path / "validation.npy").is_file() else ""
+  return config.validation_split
+
+
+def _view(records: Records, share: float, split: str) -> Split:
+  """The records that `split` names, where a share of them is validation; 0: all of them."""
   n = len(records)
-  if split in ("test", "train+validation"):
+  if not share:
     return Split(records, np.arange(n, dtype=np.int32), split)
-  n_held_out = round(n * config.validation)
+  n_held_out = round(n * share)
   order = np.random.default_rng(0).permutation(n).astype(np.int32)
   chosen = order[n - n_held_out :] if split == "validation" else order[: n - n_held_out]
   if not len(chosen):
     raise errors.UserError(
-      f"data.validation: {config.validation} of {n} records leaves nothing for {split}; "
+      f"data.validation: {share} of {n} records leaves nothing for {split}; "
       "fix: another share" + (", or evaluate on test" if split == "validation" else "")
     )
   return Split(records, np.sort(chosen), split)
@@ -182,23 +220,20 @@ def _view(records: Records, config: DataConfig, split: str) -> Split:
 # --- a folder of images -----------------------------------------------------------------------------
 
 
-def _open_folder(config: DataConfig, split: str) -> Split:
+def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRecords:
   root = pathlib.Path(config.path).expanduser()
-  names = ("test", "val", "validation") if split == "test" else ("train",)
+  names = [name for name in (_TESTS if stored == "test" else (stored,)) if name != held_out]
   folder = next((root / name for name in names if (root / name).is_dir()), None)
   if folder is None:
     found = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None
     there = (
       "no such folder" if found is None else f"holds folders {found}" if found else "no folders"
     )
-    raise errors.UserError(
-      f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg for split {split!r}"
-    )
-  if split != "test":
-    return _view(FolderRecords(folder, verify=config.verify), config, split)
+    kind = errors.UserError if found is None else errors.NoSuchSplit
+    raise kind(f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg")
   train = root / "train"
-  classes = class_folders(train) if train.is_dir() else None
-  return _view(FolderRecords(folder, classes, config.verify), config, split)
+  classes = class_folders(train) if stored != "train" and train.is_dir() else None
+  return FolderRecords(folder, classes, config.verify)
 
 
 # --- files of tokens -------------------------------------------------------------------------------
@@ -216,7 +251,7 @@ class TokenRecords:
     try:
       self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-      raise errors.UserError(
+      raise errors.NoSuchSplit(
         f"data.path {path}: no such file; expected tokens [N, T] in .npy; fix: data.path, or "
         "--config.job=download, which fetches the released test splits (config.download)"
       ) from None
@@ -263,29 +298,16 @@ class TokenRecords:
     self.__dict__.update(state, _rows=np.load(state["_path"], mmap_mode="r", allow_pickle=False))
 
 
-def _open_tokens(config: DataConfig, split: str) -> Split:
+def _token_records(config: DataConfig, stored: str) -> TokenRecords:
   path = pathlib.Path(config.path).expanduser()
 
   def records_of(file: pathlib.Path) -> TokenRecords:
     return TokenRecords(file, config.resolution**2, config.verify)
 
   if path.is_dir():
-    own_validation = (path / "validation.npy").is_file()
-    if split == "validation" and own_validation:
-      records = records_of(path / "validation.npy")
-      return Split(records, np.arange(len(records), dtype=np.int32), split)
-    if split == "train" and own_validation:
-      records = records_of(path / "train.npy")
-      return Split(records, np.arange(len(records), dtype=np.int32), split)
-    if split == "train+validation" and own_validation:
-      raise errors.UserError(
-        f"data.path {path}: train and validation are two files; expected one for {split}; "
-        "fix: join them into train.npy and drop validation.npy"
-      )
-    stored = "test" if split == "test" else "train"
-    return _view(records_of(path / f"{stored}.npy"), config, split)
-  if split != "test":
-    raise errors.UserError(
-      f"data.path {path}: a file of tokens is a test split; expected a folder with train.npy for {split}"
+    return records_of(path / f"{stored}.npy")
+  if stored != "test":
+    raise errors.NoSuchSplit(
+      f"data.path {path}: a file of tokens is a test split; expected a folder with {stored}.npy"
     )
-  return _view(records_of(path), config, split)
+  return records_of(path)

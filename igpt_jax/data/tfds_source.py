@@ -139,11 +139,21 @@ class TfdsRecords:
     self._open()
 
 
-def open_records(name: str, data_dir: str, stored: str, verify: bool = False) -> TfdsRecords:
-  """Opens the stored `train` or `test` split (or ImageNet's validation, which is its test).
+def open_records(
+  name: str, data_dir: str, stored: str, held_out: str = "", verify: bool = False
+) -> TfdsRecords:
+  """Opens a stored split; for `test` also ImageNet's validation, which is its test.
+
+  Args:
+    name: of the data set.
+    data_dir: where it is prepared.
+    stored: name of the split.
+    held_out: a stored split that isn't to be the test.
+    verify: read its files, also those that haven't changed since they were read.
 
   Raises:
-    UserError: not prepared, or no such split.
+    UserError: not prepared.
+    NoSuchSplit: prepared, without such a split.
   """
   import tensorflow_datasets as tfds
 
@@ -157,11 +167,12 @@ def open_records(name: str, data_dir: str, stored: str, verify: bool = False) ->
     )
   splits = tfds.builder_from_directory(builder_dir).info.splits
   tests = _TEST_SPLIT.get(name.split("/")[0].split(":")[0], ("test", "validation"))
-  names = tests if stored == "test" else ("train",)
+  names = [n for n in (tests if stored == "test" else (stored,)) if n != held_out]
   found = next((n for n in names if n in splits and splits[n].num_examples), None)
   if found is None:
-    raise errors.UserError(
-      f"data set {name}: has splits {', '.join(sorted(splits)) or 'none'}; expected {names[0]}"
+    raise errors.NoSuchSplit(
+      f"data set {name}: has splits {', '.join(sorted(splits)) or 'none'}; expected {stored}"
+      + (f" beside {held_out}, which data.validation_split holds out" if held_out else "")
     )
   return TfdsRecords(builder_dir, found, verify)
 

@@ -33,6 +33,9 @@ MAX_PIXELS = 2**27
 # A byte of JPEG holds at most this many pixels: one bit for each block of an even colour.
 _MAX_PIXELS_PER_JPEG_BYTE = 512
 
+# Goes up whenever evaluation shows other pixels of the same file: what was computed of them is stale.
+EVALUATION_VERSION = 2
+
 AUGMENTATIONS = ("none", "paper", "cifar", "shift")
 RESAMPLINGS = ("fused", "literal")
 PAPER_CROP = 224  # side of the crop, section 3.2

@@ -193,6 +193,11 @@ def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Pa
     if left <= 0:
       break
   palette = palette_fit.fit_palette(histogram, size, seed=config.seed)
+  if palette.size < 2:
+    raise UserError(
+      f"palette: {split.fingerprint} has a single colour (rgb {', '.join(map(str, palette.colors[0]))}), "
+      "of which there is nothing to learn; expected two or more; fix: other images"
+    )
   if palette.size < size:
     say(f"palette: these pictures have {palette.size} colours, all are in the palette")
   return palette

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from igpt_jax import config as config_lib
 from igpt_jax import metrics, report
 from igpt_jax.data.sources import DataConfig, Split, open_split
-from igpt_jax.errors import UserError
+from igpt_jax.errors import NoSuchSplit, UserError
 from igpt_jax.jobs import common, provenance, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import sharding
@@ -31,9 +31,9 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
   """All but the checkpoint that decides evaluation.json."""
-  splits = [config.evaluate.split] if _is_lone(config) else [config.evaluate.split, "train"]
+  counted_on = ["train"] if _counted_on(config_lib.data(config)) else []
   return {
-    "data": provenance.of_data(config, splits),
+    "data": provenance.of_data(config, [config.evaluate.split, *counted_on]),
     **provenance.of_settings(config, ["evaluate"], without=["evaluate.batch_size"]),
   }
 
@@ -44,6 +44,11 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   sharding.batch_size_per_shard(mesh, config.evaluate.batch_size, "evaluate.batch_size")
   data_config = config_lib.data(config)
   split = open_split(data_config, config.evaluate.split)
+  train_split = _counted_on(data_config)
+  if train_split is None:
+    say(
+      "baselines: there is no train: counted on the evaluated images themselves, which flatters them"
+    )
   trained = common.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
   n_vocab = trained.config.n_vocab
   palette = None if split.is_tokens else common.palette_of(trained)
@@ -82,7 +87,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
     "images": images,
     "nats_per_token": nats,
     "bits_per_token": nats / math.log(2),
-    **baselines(config, data_config, split, stream, all_hosts(counts, mesh), mesh),
+    **baselines(config, train_split, stream, all_hosts(counts, mesh), mesh),
   }
   if objective_name == "masked":
     values["masks_per_picture"] = masks
@@ -100,24 +105,30 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   )
 
 
+def _counted_on(data_config: DataConfig) -> Split | None:
+  """Train, which the unigrams are counted on; None where there is only what is evaluated."""
+  try:
+    return open_split(data_config, "train")
+  except NoSuchSplit:
+    return None
+
+
 def baselines(
   config: ConfigDict,
-  data_config: DataConfig,
-  split: Split,
+  train_split: Split | None,
   stream,
   test: np.ndarray,
   mesh: Mesh,
 ) -> dict[str, float | str]:
   """Nats per token of the split under distributions that know no neighbours.
 
-  They are counted on training pictures. A lone file of tokens has none: then on itself, which
-  flatters them. `test` is how often each token occurs at each position of the split, [T, V].
+  They are counted on training images; where there are none, on the evaluated ones, which flatters
+  them. `test` is how often each token occurs at each position of the split, [T, V].
   """
   n_positions, n_vocab = test.shape
-  if _is_lone(config):
+  if train_split is None:
     train, source = test, "the evaluated tokens themselves"
   else:
-    train_split = open_split(data_config, "train")
     with stream(train_split, config.evaluate.baseline_images) as batches:
       train = all_hosts(count_tokens(batches, n_vocab, n_positions), mesh)
     source = f"{int(train[0].sum()):,} pictures of {train_split.fingerprint}"
@@ -127,11 +138,6 @@ def baselines(
     "position_unigram": unigram_nats(train, test),
     "baselines_counted_on": source,
   }
-
-
-def _is_lone(config: ConfigDict) -> bool:
-  """Whether the data is one file of tokens, beside which there is no other split."""
-  return config.data.name == "tokens" and not os.path.isdir(os.path.expanduser(config.data.path))
 
 
 def all_hosts(counts: np.ndarray, mesh: Mesh) -> np.ndarray:

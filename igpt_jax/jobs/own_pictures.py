@@ -1,12 +1,22 @@
 """Which files a person means by `config.images`: one, a glob, or a folder with or without classes."""
 
+import collections
 import glob
+import itertools
 import os
+import unicodedata
 from typing import NamedTuple
 
 from igpt_jax.data import image_files
 from igpt_jax.errors import UserError
 from igpt_jax.jobs.common import say
+
+# What job `complete` writes beside the folders of its images, whole or not yet.
+_RESERVED = frozenset(
+  name + partial
+  for name in ("grid.png", "complete.json", "settings.json")
+  for partial in ("", ".partial")
+)
 
 
 class File(NamedTuple):
@@ -86,14 +96,27 @@ def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
 
 
 def _named(found: list[tuple[str, str]]) -> list[File]:
-  """With names that differ: a file's own, its whole name, or that with a number."""
-  taken: set[tuple[str, str]] = set()
+  """With names that differ: a file's own, its whole name, or that with a number.
+
+  They differ from what else lies beside them, too: the job's own files, and folders of classes.
+  """
+  taken = collections.defaultdict(lambda: set(_RESERVED))
+
+  def first_free(folder: str, *names: str) -> str:
+    numbered = (f"{names[-1]}-{i}" for i in itertools.count(2))
+    name = next(n for n in itertools.chain(names, numbered) if _plain(n) not in taken[folder])
+    taken[folder].add(_plain(name))
+    return name
+
+  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in found)}
   files = []
   for path, group in found:
     base = os.path.basename(path)
-    names = [os.path.splitext(base)[0], base, *(f"{base}-{i}" for i in range(2, len(found) + 2))]
-    # Some disks don't tell Cat from cat.
-    name = next(name for name in names if (group, name.lower()) not in taken)
-    taken.add((group, name.lower()))
-    files.append(File(path, group, name))
+    name = first_free(groups[group], os.path.splitext(base)[0], base)
+    files.append(File(path, groups[group], name))
   return files
+
+
+def _plain(name: str) -> str:
+  """One for all names that some disk doesn't tell apart: Cat and cat, é in one character or two."""
+  return unicodedata.normalize("NFC", name).casefold()

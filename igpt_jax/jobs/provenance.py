@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from igpt_jax import config as config_lib
 from igpt_jax import identity
 from igpt_jax.checkpoint import Described
+from igpt_jax.data import transforms
 from igpt_jax.data.sources import open_split
 from igpt_jax.jobs import starting_point
 from igpt_jax.jobs import workdir as workdir_lib
@@ -85,4 +86,5 @@ def of_settings(
 
 def recipe(config: ConfigDict) -> str:
   """What evaluation shows of an image: its centre as in the paper, or its whole square."""
-  return "paper" if config.data.augment == "paper" else "square"
+  shown = "paper" if config.data.augment == "paper" else "square"
+  return f"{shown}, version {transforms.EVALUATION_VERSION}"

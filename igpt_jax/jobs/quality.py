@@ -65,6 +65,8 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   mesh = common.mesh_of(config)
   data_config = config_lib.data(config)
   splits = {name: open_split(data_config, name) for name in ("train", "test")}
+  for split in splits.values():
+    _check_enough(split.fingerprint, len(split))
   n = min(config.quality.images, *map(len, splits.values()))
   other = describe_network(config, found)
   completer = Completer(found, config, mesh)
@@ -75,10 +77,11 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
     order = np.random.default_rng(config.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
     images = np.concatenate(list(pipeline.image_stream(chosen, data_config, augment=False)))
+    _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
     return images
 
   palette, resolution = completer.reader.palette, completer.reader.resolution
-  test = real("test")
+  test, train = real("test"), real("train")
   shown = completer.reader.paint(palette.encode(test).reshape(len(test), -1))
   n = len(test)
   rows_given = given_rows(config.sample.keep, resolution)
@@ -96,7 +99,6 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   def distance(pictures: np.ndarray) -> float:
     return frechet.distance(frechet.moments(network(pictures)), reference)
 
-  train = real("train")
   values = {
     "checkpoint": found.path,
     "step": found.step,
@@ -121,6 +123,12 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   report.write_json(os.path.join(out, "quality.json"), values)
   report.write_summary(out)
   say(table(values).rstrip())
+
+
+def _check_enough(of: str, n: int) -> None:
+  """Raises UserError where images have no covariance."""
+  if n < 2:
+    raise UserError(f"data: {of}: {n}; a Fréchet distance needs 2 or more; fix: more images")
 
 
 def gather(

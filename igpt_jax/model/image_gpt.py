@@ -71,6 +71,10 @@ class ImageGPTConfig:
     for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
       if getattr(self, name) < 1:
         raise UserError(f"model.{name}: {getattr(self, name)}; expected a positive number")
+    if self.n_vocab < 2:
+      raise UserError(
+        f"model.n_vocab: {self.n_vocab}; expected 2 colours or more: one is no choice"
+      )
     if self.n_embd % self.n_head:
       fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
       nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
