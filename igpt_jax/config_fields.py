@@ -1,6 +1,7 @@
 """Every setting there is, with its default.
 
-0 and "" leave the choice to the preset, the data or a checkpoint, as comments say.
+0 and "" leave the choice to the preset, the data or a checkpoint, as comments say. A field that is new,
+or has a new name, needs an entry in `history.py`: older workdirs go on.
 """
 
 from ml_collections import ConfigDict
