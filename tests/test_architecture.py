@@ -12,9 +12,11 @@ PACKAGE = ROOT / "igpt_jax"
 
 # Rooms by floor: a room imports from lower floors, and from its own floor only without a circle.
 FLOORS = {
+  "cpu_compiler": 0,
   "errors": 0,
   "files": 0,
   "history": 0,
+  "identity": 0,
   "watchdog": 0,
   "parallel": 1,
   "model": 1,
