@@ -15,6 +15,10 @@ class NoSuchSplit(UserError):
   """The data set is there, but not this split of it; some jobs can do without."""
 
 
+class NewerFormat(UserError):
+  """A workdir or a checkpoint was written by a version that knows more than this one: it isn't damaged."""
+
+
 class SaveFailed(UserError):
   """A checkpoint can't be written; the same command may go on, once it can."""
 

@@ -59,8 +59,10 @@ class JsonlWriter:
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
-  """The records of a metrics file; a line that a crash cut short is left out."""
+  """The records of a metrics file, [] where there is none; a line that a crash cut short is left out."""
   records = []
+  if not os.path.exists(path):
+    return records
   with open(path, encoding="utf-8") as lines:
     for line in lines:
       try:
@@ -68,6 +70,12 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
       except ValueError:
         continue
   return records
+
+
+def newest(path: str) -> dict[str, Any]:
+  """The newest value of every metric in a metrics file."""
+  values = {name: value for record in read_jsonl(path) for name, value in record.items()}
+  return {name: value for name, value in values.items() if name != "step"}
 
 
 def _belongs_before(line: str, step: int) -> bool:

@@ -1,8 +1,13 @@
 """What is saved comes back bit for bit, on whatever mesh; what isn't whole isn't there."""
 
+import asyncio
 import dataclasses
+import gc
+import logging
 import os
 import shutil
+import sys
+import warnings
 
 import jax
 import numpy as np
@@ -10,7 +15,7 @@ import pytest
 import tiny
 
 from igpt_jax import checkpoint
-from igpt_jax.checkpoint import Checkpoints, find, load_pretrained
+from igpt_jax.checkpoint import Checkpoints, find, load_pretrained, reading
 from igpt_jax.errors import UserError
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from igpt_jax.training.state import (
@@ -215,6 +220,48 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
       found.write_bytes(b"")
   with pytest.raises(UserError, match=r"checkpoint: .*checkpoints/3 can't be read"):
     load_pretrained(str(tmp_path), tiny.mesh_of())
+
+
+def test_a_failed_read_leaves_nothing_to_be_told_later(tmp_path, monkeypatch, caplog):
+  """Orbax' other reads are over, and heard; how the process tells errors is as it was."""
+  save(tmp_path, random_state(5))
+  unraisable, hook = [], lambda told: unraisable.append(told)
+  monkeypatch.setattr(sys, "unraisablehook", hook)
+  filters = list(logging.getLogger("asyncio").filters), list(warnings.filters)
+  found = checkpoint.describe(str(tmp_path))
+  for piece in (tmp_path / "checkpoints" / "5" / "params").glob("**/d/*"):
+    piece.write_bytes(piece.read_bytes()[:10])
+  for _ in range(10):
+    with pytest.raises(UserError, match="can't be read"):
+      checkpoint.load_params(found, tiny.mesh_of((1, 1, 1)))
+    gc.collect()
+  assert not unraisable and not [r for r in caplog.records if r.name == "asyncio"]
+  assert sys.unraisablehook is hook
+  assert (list(logging.getLogger("asyncio").filters), list(warnings.filters)) == filters
+
+
+@pytest.mark.parametrize("maker", ["asyncio", "uvloop"])
+def test_reads_that_go_on_are_waited_for_when_one_fails(maker):
+  """In loops as orbax makes them: of asyncio, and of uvloop for one within another."""
+  module, ended = pytest.importorskip(maker), []
+
+  async def read(seconds):
+    await asyncio.sleep(seconds)
+    ended.append(seconds)
+    raise LookupError(f"after {seconds} s")
+
+  async def read_all():
+    await asyncio.gather(read(0.1), read(0), read(0.2))
+
+  original = module.new_event_loop
+  with pytest.raises(UserError, match="after 0 s"), reading.reading("here"):
+    loop = module.new_event_loop()
+    try:
+      loop.run_until_complete(read_all())
+    finally:
+      loop.close()
+  assert ended == [0, 0.1, 0.2]
+  assert module.new_event_loop is original
 
 
 def test_the_folder_is_named_as_documented(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +12,18 @@ import pytest
 from PIL import Image
 
 from igpt_jax import checkpoint, metrics
+from igpt_jax.checkpoint import writing
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, convert, evaluate, finetune, finetune_start, pretrain, sample
+from igpt_jax.jobs import (
+  common,
+  convert,
+  evaluate,
+  finetune,
+  finetune_start,
+  pretrain,
+  sample,
+  saving,
+)
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training import compilation
 from igpt_jax.training import finetune as finetune_lib
@@ -205,6 +216,34 @@ def test_it_ends_when_nothing_gets_better_and_takes_the_best(start, tmp_path, mo
   assert sorted(os.listdir(tmp_path / "finetune" / "checkpoints")) == ["2", "5"]
   finetune.run(tiny(**settings), str(tmp_path))  # once more: there is nothing left to do
   assert left == [0.9] and result(tmp_path)["steps"] == 5
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_the_best_of_those_that_were_saved_is_taken(start, tmp_path, monkeypatch, patience):
+  """What a failing disk has swallowed isn't the best, also of a run that named it so before."""
+  sync = writing._sync_unnamed
+
+  def fail_at_2(folder):
+    if any(name.startswith("2.") for name in os.listdir(folder)):
+      raise OSError(28, os.strerror(28))
+    sync(folder)
+
+  monkeypatch.setattr(writing, "_sync_unnamed", fail_at_2)
+  monkeypatch.setattr(saving, "_FIRST_PAUSE", 0.01)
+  settings = {"checkpoint": start, "finetune.eval_every": 1, "finetune.steps": 5}
+  settings |= {"finetune.patience": patience, "train.keep": 2}
+  left = scripted(monkeypatch, [0.1, 0.9, 0.4, 0.3, 0.3])
+  finetune.run(tiny(**settings), str(tmp_path))
+  values, folder = result(tmp_path), tmp_path / "finetune" / "checkpoints"
+  assert not (folder / "2").exists() and left == ([0.3] if patience else [])
+  assert values["best_step"] == 3 and values["validation_accuracy"] == 0.4
+  assert values["checkpoint"] == str(folder / "3")
+  finetune.run(tiny(**settings), str(tmp_path))
+  assert result(tmp_path)["best_step"] == 3
+
+  shutil.rmtree(folder / "3")  # as it were in a run of before, whose best was never there
+  finetune.run(tiny(**settings), str(tmp_path))
+  assert result(tmp_path)["best_step"] == 4
 
 
 def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):

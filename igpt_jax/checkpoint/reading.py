@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +16,8 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from igpt_jax.checkpoint import folders, sums
-from igpt_jax.errors import UserError
+from igpt_jax.checkpoint.settled import settled
+from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
 from igpt_jax.training.state import HEAD, head_sharding, param_shardings
 
@@ -67,57 +66,24 @@ class Pretrained(Described):
 @contextlib.contextmanager
 def quiet(level: int):
   """Only what is of `level` or worse is heard of orbax' log."""
-  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-  before = [logger.level for logger in loggers]
-  for logger in loggers:
-    logger.setLevel(level)
+  logger = logging.getLogger("absl")
+  before = logger.level
+  logger.setLevel(level)
   try:
     yield
   finally:
-    for logger, own in zip(loggers, before, strict=True):
-      logger.setLevel(own)
-
-
-_STRAGGLERS = ("Event loop is closed", "Encountered error while reading array index")
-
-
-def deaf_to_stragglers(hook):
-  """A sys.unraisablehook that passes on all but what comes of others when one read or write failed.
-
-  They are still under way in threads of their own, and find orbax' event loop closed.
-  """
-  if hasattr(hook, "passes_to"):
-    return hook
-
-  def hear(unraisable):
-    if not str(unraisable.exc_value).startswith(_STRAGGLERS):
-      hook(unraisable)
-
-  hear.passes_to = hook
-  return hear
-
-
-def told_by_us(record: logging.LogRecord) -> bool:
-  """A filter of orbax' tracebacks: what it logs so, it raises, and that is told in a line."""
-  of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
-  return not (record.exc_info and of_orbax)
+    logger.setLevel(before)
 
 
 @contextlib.contextmanager
 def reading(folder: str):
   """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
-  hook = sys.unraisablehook
-  sys.unraisablehook = deaf_to_stragglers(hook)
   try:
-    with quiet(logging.CRITICAL):
+    with quiet(logging.CRITICAL), settled():
       yield
-    # Not after a failure: nobody knows when the last of the reads ends.
-    sys.unraisablehook = hook
   except UserError:
     raise
   except Exception as error:  # of damaged files come errors of every kind
-    logging.getLogger("asyncio").addFilter(told_by_us)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     first: BaseException = error
     while first.__cause__ or first.__context__:
       first = first.__cause__ or first.__context__
@@ -199,6 +165,8 @@ def newest(workdir: str) -> Described | None:
     if folders.is_finished(path):
       try:
         return describe(path)
+      except NewerFormat:
+        raise
       except UserError as error:
         why[step] = str(error)
   if why:

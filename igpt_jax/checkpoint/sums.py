@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from igpt_jax import history
 from igpt_jax.checkpoint import folders
 from igpt_jax.errors import UserError
 from igpt_jax.training.checksum import checksum
@@ -20,16 +21,19 @@ METRICS = "metrics"  # orbax' name for scores, which it doesn't count among the 
 
 
 def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
-  """The run as it is stored: with the items' checksums, and one of itself."""
+  """The run as it is stored: with the format's number, the items' checksums, and one of itself."""
+  run = {**run, history.KEY: history.FORMAT}
   return {**run, _KEY: {**sums, _RUN: _of_json([run, sums])}}
 
 
 def without_sums(
   folder: str, stored: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-  """The run as it was given, and the checksums of the items, {} where there are none.
+  """The run as it was given, its config with today's names, and the checksums of the items, {} where
+  there are none.
 
   Raises:
+    NewerFormat: this version doesn't know how to read it.
     UserError: it isn't what was saved.
   """
   if not stored:
@@ -37,6 +41,7 @@ def without_sums(
       f"checkpoint: {folder} says nothing of its run: it is damaged, or not written by igpt_jax; "
       f"{folders.advice(folder)}"
     )
+  number = history.format_of(stored, f"checkpoint: {folder}")
   run = dict(stored)
   sums = run.pop(_KEY, {})
   if sums:
@@ -45,6 +50,8 @@ def without_sums(
     sums = dict(sums)
     if sums.pop(_RUN, None) != _of_json([run, sums]):
       raise _differs(folder, _RUN)
+  if "config" in run:
+    run["config"] = history.upgraded(run["config"], number)
   return run, sums
 
 

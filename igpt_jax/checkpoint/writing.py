@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from igpt_jax.checkpoint import folders, reading, sums
 from igpt_jax.checkpoint.folders import FOLDER
 from igpt_jax.checkpoint.reading import Described
-from igpt_jax.errors import UserError
+from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.files import sync
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hosts
@@ -50,6 +50,28 @@ def _items(state: TrainState) -> dict[str, Any]:
   if HEAD in state.params:
     items["head"] = {HEAD: state.params[HEAD]}
   return items
+
+
+def _told_by_us(record: logging.LogRecord) -> bool:
+  """A filter of orbax' tracebacks: what it logs so, it raises, and that is told in a line."""
+  of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+  return not (record.exc_info and of_orbax)
+
+
+def _deaf_to_stragglers(hook):
+  """A sys.unraisablehook that passes on all but what comes of other writes when one has failed.
+
+  They are still under way in threads of their own, and find orbax' event loop closed.
+  """
+  if hasattr(hook, "passes_to"):
+    return hook
+
+  def hear(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  hear.passes_to = hook
+  return hear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +138,14 @@ class Checkpoints:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._preserve = policies.AnyPreservationPolicy(preserve)
+    self._preserve, self._score = policies.AnyPreservationPolicy(preserve), keep_best
     self._begun = False
     self._error: BaseException | None = None
     self._set_aside_unreadable()
     self._checkpointer = self._open()
     # What orbax says of a save that fails comes from its threads, at any time.
-    logging.getLogger("absl").addFilter(reading.told_by_us)
-    sys.unraisablehook = reading.deaf_to_stragglers(sys.unraisablehook)
+    logging.getLogger("absl").addFilter(_told_by_us)
+    sys.unraisablehook = _deaf_to_stragglers(sys.unraisablehook)
 
   def _open(self) -> ocp.training.Checkpointer:
     context, folder = ocp.Context(), self._folder
@@ -152,6 +174,12 @@ class Checkpoints:
     """Step of the newest whole checkpoint."""
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
+
+  def scores(self) -> dict[int, float | None]:
+    """Of every whole checkpoint, and the one being written, the score of `keep_best`; None: it has none."""
+    return {
+      each.step: (each.metrics or {}).get(self._score) for each in self._checkpointer.checkpoints
+    }
 
   def resume(
     self,
@@ -283,7 +311,11 @@ class Checkpoints:
     target = _items(reading.with_shardings(abstract, shardings))
     with reading.reading(folder):
       stored = self._checkpointer.checkpointables_metadata(step).custom_metadata
-      loaded = self._checkpointer.load_checkpointables(step, target)
+      # Orbax reads items one after the other, too, but leaves coroutines about when one of them fails.
+      loaded = {
+        name: self._checkpointer.load_checkpointables(step, {name: item})[name]
+        for name, item in target.items()
+      }
     run, expected = sums.without_sums(folder, stored)
     sums.check(folder, expected, loaded)
     skipped = np.asarray(run.get(_SKIPPED, (0, 0)), np.int32)
@@ -337,6 +369,8 @@ def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
     time.sleep(_PAUSE_SECONDS if attempt else 0)
     try:
       found, error = read(), ""
+    except NewerFormat:
+      raise  # on every process; what it is of is whole, and not to be set aside
     except UserError as caught:
       found, error = None, str(caught)
     if not hosts.on_any(bool(error)):

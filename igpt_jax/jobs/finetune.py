@@ -9,6 +9,7 @@ command goes on from the newest checkpoint there, to the same numbers.
 import dataclasses
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -122,6 +123,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
       saved["began_with"],
       Best(**saved["best"]),
     )
+    best.keep_to(checkpoints.scores())
     del resumed  # its arrays will be donated
     say(f"resuming at step {first_step} of at most {settings.steps} from {folder}")
 
@@ -143,6 +145,9 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     return values
 
   def save(at: state.TrainState, at_step: int) -> None:
+    # Nothing is being written now: of the checkpoints before, all that can be are whole.
+    score = best.newest if best.evaluated == at_step else None
+    best.keep_to(checkpoints.scores() | {at_step: score})
     described = loop.describe_run(
       config,
       model_config,
@@ -160,7 +165,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
       at,
       palette=palette.centers,
       run=described | fine_tuned,
-      scores={"validation_accuracy": best.newest} if best.evaluated == at_step else None,
+      scores=None if score is None else {"validation_accuracy": score},
     )
 
   batches = order.batches(first_step, data_config, palette, mesh)
@@ -243,7 +248,8 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
 
 @dataclasses.dataclass
 class Best:
-  """The first evaluation with the best accuracy so far; part of what a checkpoint says.
+  """The first evaluation with the best accuracy so far, of those whose checkpoints can be read at the
+  end; part of what a checkpoint says.
 
   Attributes:
     step, accuracy: of it.
@@ -263,6 +269,14 @@ class Best:
       self.step, self.accuracy, self.waited = step, accuracy, 0
     else:
       self.waited += 1
+
+  def keep_to(self, scores: Mapping[int, float | None]) -> None:
+    """Names the best of these checkpoints, step -> accuracy, if its own isn't among them."""
+    if self.step in scores:
+      return
+    scored = {step: score for step, score in sorted(scores.items()) if score is not None}
+    self.step = max(scored, key=scored.__getitem__, default=0)
+    self.accuracy = scored.get(self.step, -1.0)
 
 
 _SHOWN = (

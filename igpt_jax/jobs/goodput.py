@@ -68,6 +68,7 @@ class Clock:
     self._starts, self._steps_again, self._ended = 1, 0, False
     self._before = dict.fromkeys((*PHASES, *LOST), 0.0)
     self._saved: dict[str, dict[str, float]] = {}
+    self._stored: dict[str, Any] = {}
     self._written = 0.0
     if not common.is_main():
       return
@@ -87,6 +88,7 @@ class Clock:
     reached, written = int(found["step"]), float(found["written"])
     self._steps_again, self._ended = int(found["steps_again"]), bool(found["ended"])
     self._starts = int(found["starts"]) + 1
+    self._stored = {name: found[name] for name in ("goodput", "seconds", "starts", "steps_again")}
     self._saved = {str(step): each for step, each in saved.items() if step <= self._first_step}
     if reached > self._first_step:
       kept = saved[max(map(int, self._saved))] if self._saved else {}
@@ -146,10 +148,11 @@ class Clock:
     """The run has ended at `step`, or was stopped there: tells where its time has gone.
 
     Returns:
-      "goodput": the share of all time that steps took, "seconds" by phase, "starts", "steps_again".
+      "goodput": the share of all time that steps took, "seconds" by phase, "starts", "steps_again"; of
+      a run that had ended before, what it was then.
     """
     if self._idle(step):
-      return {}
+      return self._stored
     self._ended = ended
     spent = self._write(step) if common.is_main() else self.told()
     say(describe(spent))

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax import checkpoint, report
+from igpt_jax import checkpoint, files, report
 from igpt_jax.data import pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
@@ -28,6 +28,7 @@ from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hosts
 from igpt_jax.training.guard import BadNumbers, GuardConfig
+from igpt_jax.training.state import TrainState
 
 FOLDER = "incidents"
 _RECORD = "incidents.jsonl"
@@ -53,7 +54,7 @@ class Guard:
     self,
     step: int,
     values: dict[str, float],
-    params: Callable[[], Params],
+    state: Callable[[], TrainState],
     batch: Mapping[str, np.ndarray],
   ) -> None:
     """Looks at what was logged at `step`.
@@ -61,24 +62,24 @@ class Guard:
     Args:
       step: of the metrics.
       values: `loss`, `grad_norm`, `skipped_updates`, `skipped_in_row`.
-      params: to write down about, if need be.
-      batch: the newest one, likewise.
+      state: the newest, whose parameters are written down about, if need be.
+      batch: this process's rows of what that step saw, kept likewise.
 
     Raises:
       BadNumbers: as configured.
     """
     loss, in_row = values.get("loss", 0.0), round(values.get("skipped_in_row", 0))
     if in_row:
-      self._skipped(step, in_row, values, params, batch)
+      self._skipped(step, in_row, values, state, batch)
       return
     median = statistics.median(self._losses) if len(self._losses) >= _ENOUGH else math.inf
     if self._config.spike and loss > median + self._config.spike:
-      self._spiked(step, median, values, params, batch)
+      self._spiked(step, median, values, state, batch)
       return
     self._well, self._spiking_since = step, None
     self._losses.append(loss)
 
-  def _skipped(self, step, in_row, values, params, batch) -> None:
+  def _skipped(self, step, in_row, values, state, batch) -> None:
     self._well = step - in_row if self._well is None else max(self._well, step - in_row)
     what = (
       f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}: not finite; "
@@ -87,9 +88,9 @@ class Guard:
     if in_row < self._config.in_row or self._config.then == "warn":
       say(what)
       return
-    self._act(what, "not finite", self._config.then, step, self._well, values, params, batch)
+    self._act(what, "not finite", self._config.then, step, self._well, values, state, batch)
 
-  def _spiked(self, step, median, values, params, batch) -> None:
+  def _spiked(self, step, median, values, state, batch) -> None:
     since = step - 1 if self._well is None else self._well
     what = (
       f"step {step}: the loss jumped to {values['loss']:.4f} nats/token, from a median of "
@@ -101,15 +102,23 @@ class Guard:
         _record(self._folder, {"step": step, "what": "spike", **_numbers(values)})
       self._spiking_since = step
       return
-    self._act(what, "spike", self._config.spike_then, step, since, values, params, batch)
+    self._act(what, "spike", self._config.spike_then, step, since, values, state, batch)
 
-  def _act(self, what, kind, then, step, since, values, params, batch) -> None:
+  def _act(self, what, kind, then, step, since, values, state, batch) -> None:
     said = f"training: {what}"
     if self._folder is not None:
       dump = os.path.join(self._folder, FOLDER, str(step))
-      described = describe(params())
+      newest = state()
+      described = describe(newest.params)
+      os.makedirs(dump, exist_ok=True)
+      # One of several processes has but its rows, and the bad picture may be in any's.
+      of_host = "" if common.is_main() else f"_of_host_{jax.process_index()}"
+      with (
+        files.replacing(os.path.join(dump, f"batch{of_host}.npz")) as partial,
+        open(partial, "wb") as file,
+      ):
+        np.savez(file, **batch)
       if common.is_main():
-        os.makedirs(dump, exist_ok=True)
         report.write_json(
           os.path.join(dump, "diagnosis.json"),
           {
@@ -118,10 +127,10 @@ class Guard:
             "well_until": since,
             "metrics": _numbers(values),
             "losses_before": list(self._losses),
+            "parameters_of_step": int(newest.step),  # metrics come a step late
             "parameters": described,
           },
         )
-        np.savez(os.path.join(dump, "batch.npz"), **dict(batch))
       _record(self._folder, {"step": step, "what": kind, **_numbers(values)})
       said += f"; wrote {dump}"
     fix = "a lower train.learning_rate, train.clip_norm=1, or float32"

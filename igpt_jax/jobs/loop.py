@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -67,13 +68,11 @@ class Outcome:
   Attributes:
     state: the last one, saved.
     step: its number.
-    last: the newest value of every metric.
     stopped_by: the signal that ended it; None: it has ended by itself.
   """
 
   state: TrainState
   step: int
-  last: dict[str, Any]
   stopped_by: str | None
 
 
@@ -144,24 +143,24 @@ def run(
   clock.reads(batches)
   clock.enter("step")
   first_step = at_step = int(train_state.step)
-  pending: tuple[int, dict[str, jax.Array]] | None = None
-  last: dict[str, Any] = {}
+  # A step's number, its metrics, and the batch that they are of.
+  pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
 
   def flush() -> None:
     """Writes the metrics that were left one step behind."""
     nonlocal pending
     if pending is None:
       return
-    of_step, values = pending[0], {name: float(v) for name, v in jax.device_get(pending[1]).items()}
+    of_step, values, of_batch = pending
+    values = {name: float(value) for name, value in jax.device_get(values).items()}
     pending = None
     measured = progress.measure(of_step)
     if measured:
       measured["data_wait"] = progress.share_waited(batches.wait_seconds)
-    last.update(values, **measured)
     writers.write(of_step, {**values, **measured})
     say(progress.line(of_step, {**values, **measured}))
     clock.note(of_step)
-    guard.look(of_step, values, lambda: train_state.params, read)
+    guard.look(of_step, values, lambda: train_state, of_batch)
 
   def pause(function: Callable, phase: str) -> Any:
     """Does something beside the training, outside the measured speed."""
@@ -182,7 +181,6 @@ def run(
     nonlocal evaluated_at
     evaluated_at = at_step
     values = pause(lambda: work.evaluate(train_state), "evaluation")
-    last.update(values)
     writers.write(at_step, values)
     say(progress.line(at_step, values))
 
@@ -195,7 +193,7 @@ def run(
     pause(agree_and_save, "checkpoint")
     clock.saved(at_step)
 
-  compiled, read = None, {}
+  compiled = None
   with _settled(work.save, writers), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < work.steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
@@ -222,7 +220,7 @@ def run(
       at_step += 1
       flush()
       if at_step % work.log_every == 0 or at_step == work.steps:
-        pending = at_step, values
+        pending = at_step, values, read
     flush()
     if profiler.tracing:
       pause(profiler.close, "profile")
@@ -234,7 +232,7 @@ def run(
     clock.enter("checkpoint")  # which is still being written
     work.save.finish(train_state, at_step)
   done = at_step >= work.steps or work.ended()
-  return Outcome(train_state, at_step, last, None if done else stop.requested)
+  return Outcome(train_state, at_step, None if done else stop.requested)
 
 
 @contextlib.contextmanager

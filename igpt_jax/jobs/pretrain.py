@@ -5,8 +5,10 @@ the curve. Running the same command again goes on from the newest checkpoint: pa
 RNG, data position and metrics.
 """
 
+import contextlib
 import os
 import time
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,6 +24,8 @@ from igpt_jax.model.image_gpt import count_params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import Likelihood
+
+RESULT = "training.json"  # there when a run has made all its steps
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -78,6 +82,10 @@ def _run(config: ConfigDict, workdir: str) -> None:
     del resumed  # its arrays will be donated
     say(f"resuming at step {first_step} of {config.train.steps} from {workdir}")
   clock = goodput.Clock(workdir, first_step)
+  if first_step < config.train.steps and common.is_main():
+    # Of a run that had ended, and lost its last checkpoint: who watches it is to wait again.
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(workdir, RESULT))
 
   began = time.monotonic()
   parameters = count_params(model_config)
@@ -151,24 +159,28 @@ def _run(config: ConfigDict, workdir: str) -> None:
       "from here"
     )
     return
-  if outcome.step > first_step and common.is_main():
+  if common.is_main():
     elapsed = elapsed_before + time.monotonic() - began
-    finish(workdir, outcome.step, parameters, outcome.last | spent, elapsed)
+    finish(workdir, outcome.step, parameters, spent, elapsed)
   say(f"done: {config.train.steps} steps in {workdir}")
 
 
-def finish(workdir: str, at_step: int, parameters: int, last: dict, elapsed: float) -> None:
-  """training.json, the curve, the summary."""
-  values = {"step": at_step, "parameters": parameters, "elapsed_seconds": elapsed, **last}
-  report.write_json(os.path.join(workdir, "training.json"), values)
+def finish(
+  workdir: str, at_step: int, parameters: int, spent: dict[str, Any], elapsed: float
+) -> None:
+  """The curve, training.json, the summary; of a run that had ended before, what isn't there of them."""
   draw_curve(workdir, os.path.join(workdir, "loss.png"))
+  path = os.path.join(workdir, RESULT)
+  if not os.path.exists(path):
+    values = {"step": at_step, "parameters": parameters, "elapsed_seconds": elapsed}
+    newest = metrics.newest(os.path.join(workdir, "metrics.jsonl"))
+    report.write_json(path, values | newest | spent)
   report.write_summary(workdir)
 
 
 def draw_curve(workdir: str, path: str) -> bool:
   """Draws a run's losses so far into a PNG; False where there are none yet."""
-  written = os.path.join(workdir, "metrics.jsonl")
-  records = metrics.read_jsonl(written) if os.path.exists(written) else []
+  records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
   curves = {}
   for name, label in (("loss", "training"), ("validation_loss", "validation")):
     points = [(record["step"], record[name]) for record in records if name in record]

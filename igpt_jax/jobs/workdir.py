@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from igpt_jax import __version__, history, report
 from igpt_jax import config as config_lib
-from igpt_jax import report
 from igpt_jax.errors import UserError
 
 # Fields that may differ when a run goes on: they change what is told or done beside the training,
@@ -49,22 +49,27 @@ def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None
     free: fields, or whole parts of the config, that may differ.
 
   Raises:
-    UserError: it holds another config's run; the fields that differ are listed.
+    UserError: it holds another config's run, the fields that differ are listed; or a newer version's,
+      that had settings which this one can't heed.
   """
-  path = os.path.join(workdir, "config.json")
-  if not os.path.exists(path):
+  theirs = read(workdir)
+  if theirs is None:
     return
-  try:
-    with open(path, encoding="utf-8") as file:
-      theirs = _flatten(json.load(file))
-  except ValueError as error:
-    raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
-  changed = [
-    f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
-    for name, value in _flatten(config_lib.as_json(config)).items()
-    if theirs.get(name, "absent") != value
-    and not any(name == each or name.startswith(each + ".") for each in free)
-  ]
+  ours = _flatten(config_lib.as_json(config))
+  changed, unknown = [], []
+  for name in sorted(ours.keys() | theirs.keys()):
+    if any(name == each or name.startswith(each + ".") for each in free):
+      continue
+    if name not in ours:
+      unknown.append(f"  {name}: {theirs[name]}")
+    elif theirs.get(name, "absent") != ours[name]:
+      changed.append(f"  {name}: {theirs.get(name, 'absent')} there, {ours[name]} here")
+  if unknown:
+    raise UserError(
+      f"workdir: {workdir} holds a run with settings that igpt_jax {__version__} doesn't have:\n"
+      + "\n".join(unknown)
+      + "\nfix: the newer igpt_jax that began it, or another --workdir"
+    )
   if changed:
     raise UserError(
       f"workdir: {workdir} holds another config's run:\n" + "\n".join(changed) + "\n"
@@ -72,8 +77,27 @@ def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None
     )
 
 
+def read(workdir: str) -> dict[str, Any] | None:
+  """The settings of a workdir's run, "part.field" -> value, by today's names; None: it holds none.
+
+  Raises:
+    UserError: they can't be read, or are of a newer format.
+  """
+  path = os.path.join(workdir, "config.json")
+  try:
+    with open(path, encoding="utf-8") as file:
+      config = json.load(file)
+    if not isinstance(config, dict):
+      raise ValueError("no object in it")
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
+  return _flatten(history.upgraded(config, history.format_of(config, f"workdir: {path}")))
+
+
 def claim(config: ConfigDict, workdir: str) -> None:
   """Writes config.json into a workdir that has none: from now on it is this run's."""
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
-    report.write_json(path, config_lib.as_json(config))
+    report.write_json(path, {history.KEY: history.FORMAT, **config_lib.as_json(config)})

@@ -15,6 +15,7 @@ import tiny
 from igpt_jax import checkpoint, metrics
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, finetune, guard, pretrain
+from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training import optimizer
 from igpt_jax.training import state as state_lib
@@ -165,6 +166,37 @@ def test_goes_back_with_other_data(tmp_path, monkeypatch, capsys):
   plain, gone_back = losses(tmp_path / "plain"), losses(tmp_path)
   assert [plain[s] for s in range(1, 5)] == [gone_back[s] for s in range(1, 5)]
   assert plain[5] != gone_back[5]
+
+
+@pytest.mark.parametrize(("log_every", "bad"), [(1, 7), (3, 9), (1, 16)])
+def test_the_batch_that_is_kept_is_the_bad_one(tmp_path, monkeypatch, log_every, bad):
+  """Though the next one is read, and trained on, before the numbers of a step are looked at."""
+  batches, put = [], sharding.put_batch
+  monkeypatch.setattr(
+    sharding, "put_batch", lambda batch, mesh: (batches.append(batch), put(batch, mesh))[1]
+  )
+  settings = {"train.steps": 16, "train.log_every": log_every, "guard.in_row": 1}
+  settings |= {"train.eval_every": 0, "guard.then": "stop"}
+  pretrain.run(config_of(**settings), str(tmp_path / "good"))
+  read = [batch["tokens"] for batch in batches if "mask" not in batch]
+  assert len(read) == 16
+  marked = jnp.asarray(read[bad - 1])
+
+  def faulty(config, objective, *rest):
+    def changed(model, tokens, keys):
+      nll, weight = objective(model, tokens, keys)
+      return jnp.where((tokens == marked).all(), jnp.nan, nll), weight
+
+    return ORIGINAL(config, changed, *rest)
+
+  monkeypatch.setattr(step_lib, "make_train_step", faulty)
+  with pytest.raises(BadNumbers, match=f"step {bad}: loss nan"):
+    pretrain.run(config_of(**settings), str(tmp_path / "bad"))
+  dump = tmp_path / "bad" / "incidents" / str(bad)
+  with np.load(dump / "batch.npz", allow_pickle=False) as kept:
+    np.testing.assert_array_equal(kept["tokens"], read[bad - 1])
+  diagnosis = json.loads((dump / "diagnosis.json").read_text())
+  assert diagnosis["parameters_of_step"] == min(bad + 1, 16)
 
 
 def test_goes_on_after_it_went_back(tmp_path, monkeypatch):

@@ -1,0 +1,80 @@
+"""Reads that are over when the first of them has failed.
+
+Orbax reads arrays at the same time, in event loops that it makes for a call and closes with the first
+error. What is still under way then finds its loop closed, or fails unheard; either is told later, by
+whichever thread or garbage collection comes upon it, in tracebacks of its own.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+try:
+  import uvloop  # of orbax' own requirements: for a loop within another one
+except ImportError:  # on Windows
+  uvloop = None
+
+
+class _Settling:
+  """An event loop that, if its first task has failed, waits for the others before it closes.
+
+  They aren't cancelled: a read that is cancelled still calls back, into the closed loop.
+  """
+
+  _first: asyncio.Task | None = None
+
+  def create_task(self, *args, **kwargs) -> asyncio.Task:
+    task = super().create_task(*args, **kwargs)
+    self._first = self._first or task
+    return task
+
+  def close(self) -> None:
+    if not self.is_closed() and self._failed():
+      self.run_until_complete(self._settle())
+    super().close()
+
+  def _failed(self) -> bool:
+    first = self._first
+    if first is None or not first.done() or first.cancelled():
+      return False
+    return isinstance(first.exception(), Exception)  # Ctrl-C isn't, and doesn't want to wait
+
+  async def _settle(self) -> None:
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+      await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0)  # what has just ended is looked at once more
+
+
+class _Loop(_Settling, asyncio.SelectorEventLoop):
+  pass
+
+
+# (module, what it makes loops by, what is in its place meanwhile)
+_MAKERS: list[tuple[Any, Any, Any]] = [(asyncio, asyncio.new_event_loop, _Loop)]
+if uvloop is not None:
+
+  class _UVLoop(_Settling, uvloop.Loop):
+    pass
+
+  _MAKERS.append((uvloop, uvloop.new_event_loop, _UVLoop))
+
+_scopes, _lock = 0, threading.Lock()
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+  """In the block new event loops leave nothing under way: those of all threads, and undone after it."""
+  global _scopes
+  with _lock:
+    _scopes += 1
+    for module, _, settling in _MAKERS:
+      module.new_event_loop = settling
+  try:
+    yield
+  finally:
+    with _lock:
+      _scopes -= 1
+      for module, original, _ in _MAKERS if _scopes == 0 else ():
+        module.new_event_loop = original
