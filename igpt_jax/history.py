@@ -25,6 +25,7 @@ RENAMED: dict[int, dict[str, str]] = {}
 # that don't name it. A default that changes later doesn't change it here.
 ADDED: dict[str, Any] = {
   "data.validation_split": "",
+  "data.verify": False,
 }
 
 

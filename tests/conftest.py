@@ -26,6 +26,11 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# What data is known by is kept here, not in the home of who runs the tests.
+_cache = tempfile.mkdtemp(prefix="igpt_jax_cache_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = _cache
+
 # Many tests compile the same small programs: this process, and those that it starts, do so once. A
 # folder for each process that runs tests: jax' cache isn't made for several writers.
 _compiled = tempfile.mkdtemp(prefix="igpt_jax_tests_")

@@ -189,6 +189,27 @@ def test_files_are_found_by_name_glob_and_folder(photos):
     own_pictures.find(str(photos / "empty"))
 
 
+def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
+  my = tmp_path / "my"
+  for name in ("a", "cats/b.jfif", "cats/2020/b.png", "__MACOSX/c.png", "cats/._d.png"):
+    (my / name).parent.mkdir(parents=True, exist_ok=True)
+    (my / name).write_bytes(encoded(np.zeros((4, 4, 3), np.uint8), format="PNG"))
+  (my / "notes.txt").write_text("no picture")
+  (my / "cats" / "e.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+  (my / "cats" / "loop").symlink_to(my)
+  found = [("", "a"), ("cats", "b"), ("cats", "b.jfif")]
+  assert [(f.group, f.name) for f in own_pictures.find(str(my))] == found
+  said = capsys.readouterr().out
+  assert "config.images: left out 3: " in said and "(cats/e.heic)" in said and "(notes.txt)" in said
+  assert [f.name for f in own_pictures.find(str(my / "*"))] == ["a"]
+  assert "notes.txt" in capsys.readouterr().out
+  assert [f.name for f in own_pictures.find(str(my / "notes.txt"))] == [
+    "notes"
+  ]  # who names it, means it
+  with pytest.raises(UserError, match=r"holds no pictures.*left out 1: 1 HEIC"):
+    own_pictures.find(str(my / "cats" / "*.heic"))
+
+
 def test_results_have_names_of_their_own(trained, tmp_path):
   """Whatever images and classes are called: no folder is in the way of a file, or of another."""
   (tmp_path / "my" / "cat").mkdir(parents=True)

@@ -343,6 +343,56 @@ def test_a_folder_of_pictures_of_every_kind(tmp_path):
   assert json.loads((tmp_path / "run" / "probe.json").read_text())["pixels_test_accuracy"] == 1
 
 
+def test_an_older_run_on_a_folder_goes_on_until_its_images_are_exchanged(
+  tmp_path, monkeypatch, caplog
+):
+  """An older version knew a folder by its files' names; from the next checkpoint on contents count."""
+  from igpt_jax.data import pipeline
+  from igpt_jax.errors import UserError
+
+  root, workdir = tmp_path / "images", str(tmp_path / "run")
+  make_folder(root, size=(8, 8))
+  for path in root.rglob("*.png"):
+    Image.open(path).save(path.with_suffix(".bmp"))  # of one size
+    path.unlink()
+
+  def run(steps):
+    settings = {"data.name": "folder", "data.path": str(root), "train.eval_every": 0}
+    config = tiny(**settings, **{"train.steps": 8, "train.checkpoint_every": 2})
+    monkeypatch.setattr(
+      pretrain.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= steps else None
+    )
+    pretrain.run(config, workdir)
+
+  def exchange(split):
+    first, second = root / split / "warm" / "0.bmp", root / split / "cold" / "1.bmp"
+    contents = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(contents)
+
+  with monkeypatch.context() as older:
+    newer = pipeline.position
+
+    def position(split, **where):
+      kept = newer(split, **where) | {"fingerprint": split.former_fingerprint}
+      del kept["former_fingerprint"]
+      return kept
+
+    older.setattr(pipeline, "position", position)
+    run(2)
+  run(4)
+  assert sum("by names alone" in record.getMessage() for record in caplog.records) == 1
+  run(6)
+  assert sum("by names alone" in record.getMessage() for record in caplog.records) == 1
+  exchange("test")
+  run(7)
+  exchange("train")
+  with pytest.raises(UserError, match=r"data set: folder train\[43 of 48\] .*; expected folder tr"):
+    run(8)
+  exchange("train")
+  run(8)
+
+
 def test_cifar_pictures_train_with_falling_loss(tmp_path):
   """Real CIFAR-10 pictures through the folder door, a few steps of the small config."""
   import tarfile

@@ -256,3 +256,26 @@ def test_a_mistake_on_one_host_ends_both(mistaken, host):
   assert statuses[1 - host] != 0
   said = mistaken[host].said(host, "err")
   assert "missing.npy: No such file or directory; expected" in said and "Traceback" not in said
+
+
+def test_hosts_whose_data_differs_are_told_before_they_evaluate(of_two, tmp_path):
+  """Each has the images in a place of its own; in one of these two files are exchanged."""
+  rng = np.random.default_rng(0)
+  for i in range(6):
+    for split in ("train", "test"):
+      folder = tmp_path / "0" / split
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.bmp")
+  shutil.copytree(tmp_path / "0", tmp_path / "1")
+  shutil.copy(tmp_path / "0/test/3.bmp", tmp_path / "1/test/4.bmp")
+  shutil.copy(tmp_path / "0/test/4.bmp", tmp_path / "1/test/3.bmp")
+  settings = {
+    "job": "evaluate", "checkpoint": str(of_two[0]), "data.name": "folder",
+    "evaluate.batch_size": 8,
+  }  # fmt: skip
+  places = {host: {"data.path": str(tmp_path / str(host))} for host in range(HOSTS)}
+  with hosts(tmp_path / "said", tmp_path / "run", settings, places) as started:
+    assert started.statuses() == [2] * HOSTS, started.everything()
+    for host in range(HOSTS):
+      assert "they would read different data: data: host 0 has " in started.said(host, "err")
+  assert not (tmp_path / "run" / "evaluation.json").exists()

@@ -33,21 +33,33 @@ def position(split: sources.Split, *, batch_size: int, seed: int, step: int) -> 
     "batch_size": batch_size,
     "seed": seed,
     "fingerprint": split.fingerprint,
+    "former_fingerprint": split.former_fingerprint,
   }
 
 
 def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
   """The step to go on from, if `saved` belongs to the stream that `current` describes.
 
+  A checkpoint that holds the former fingerprint is told apart by that: it names no contents.
+
   Raises:
     UserError: another data set, split, seed or batch size; continuing would silently be another run.
   """
+  if (
+    "former_fingerprint" not in saved and saved.get("fingerprint") == current["former_fingerprint"]
+  ):
+    logging.getLogger(__name__).warning(
+      "the checkpoint knows its data by names alone (%s), from now on by contents: %s",
+      saved["fingerprint"],
+      current["fingerprint"],
+    )
+    saved = saved | {"fingerprint": current["fingerprint"]}
   names = {"fingerprint": "data set", "batch_size": "batch size", "seed": "data seed"}
   for key, name in names.items():
     if saved.get(key) != current[key]:
       raise errors.UserError(
         f"{name}: {current[key]}; expected {saved.get(key)}, which the checkpoint was trained with; "
-        "fix: restore that setting, or start in another workdir"
+        "fix: restore that data or setting, or start in another workdir"
       )
   step, rest = divmod(saved["next_index"], saved["batch_size"])
   if rest:

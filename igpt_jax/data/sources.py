@@ -1,7 +1,7 @@
 """From a data set's name to records that can be read in any order.
 
 Holds the one config of the data room, the splits that every source shares, and the sources that
-need no library: folders of pictures and files of tokens. `tfds_source` reads everything else.
+need no library: folders of images (`folder`) and files of tokens. `tfds_source` reads everything else.
 Records are undecoded; order, augmentation and batches belong to `pipeline`.
 """
 
@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from igpt_jax import errors
-from igpt_jax.data import transforms
+from igpt_jax.data import digests, transforms
+from igpt_jax.data.folder import FolderRecords, class_folders
 
 SPLITS = ("train", "validation", "test")
 _TESTS = ("test", "val", "validation")  # folders that are the test split, the first that is there
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,7 @@ class DataConfig:
       hide slow reads, as from a bucket mounted by gcsfuse.
     workers: processes that load batches; 0 loads in this one.
     cache_mb: decoded pictures of a data set that fits in this are kept, and read only once.
+    verify: read all files once more to know their contents, also those that seem unchanged.
   """
 
   name: str = "digits"
@@ -61,6 +60,7 @@ class DataConfig:
   threads: int = 0
   workers: int = 0
   cache_mb: int = 512
+  verify: bool = False
 
   def __post_init__(self):
     transforms.check_recipe(self.augment, self.resolution, self.resample)
@@ -86,7 +86,9 @@ class DataConfig:
 class Records(Protocol):
   """All records of one stored split. Picklable, for worker processes."""
 
-  name: str  # data set and version, part of the fingerprint
+  name: str  # for a person: data set and version
+  identity: str  # a digest of contents and labels, the same wherever they lie
+  former_name: str  # what stood for both in a fingerprint of 0.1.0
   class_names: tuple[str, ...]
 
   def __len__(self) -> int: ...
@@ -105,8 +107,9 @@ class Split:
     n_classes: number of labels, 0 if there are none.
     class_names: n_classes names.
     indices: int32 [n], the places of the split's records among all that are stored.
-    fingerprint: names data set, version, split and number of records: what a checkpoint stores, so
-      that a changed data set is noticed.
+    fingerprint: names data set, split, number of records, and a digest of which they are and what is in
+      them: what checkpoints, features and results are known by. The same on every host.
+    former_fingerprint: what a checkpoint holds in its place that didn't know contents yet.
   """
 
   def __init__(self, records: Records, indices: np.ndarray, name: str):
@@ -114,7 +117,11 @@ class Split:
     self.name = name
     self.class_names = tuple(records.class_names)
     self.n_classes = len(self.class_names)
-    self.fingerprint = f"{records.name} {name}[{len(indices)} of {len(records)}]"
+    part = f"{name}[{len(indices)} of {len(records)}]"
+    chosen = hashlib.sha256(np.asarray(indices, "<i4").tobytes()).hexdigest()
+    digest = digests.combined([(records.identity, chosen)])
+    self.fingerprint = f"{records.name} {part} {digest}"
+    self.former_fingerprint = f"{records.former_name} {part}"
     self.indices = indices
 
   def __len__(self) -> int:
@@ -167,7 +174,11 @@ def open_split(config: DataConfig, split: str) -> Split:
     from igpt_jax.data import tfds_source
 
     records = tfds_source.open_records(
-      config.name, config.data_dir, stored, held_out=own if split == "test" else ""
+      config.name,
+      config.data_dir,
+      stored,
+      held_out=own if split == "test" else "",
+      verify=config.verify,
     )
   return _view(records, 0 if own or split == "test" else config.validation, split)
 
@@ -201,62 +212,7 @@ def _view(records: Records, share: float, split: str) -> Split:
   return Split(records, np.sort(chosen), split)
 
 
-# --- a folder of pictures --------------------------------------------------------------------------
-
-
-class FolderRecords:
-  """Picture files of one folder: CLASS/*.jpg, or *.jpg without labels."""
-
-  def __init__(self, root: pathlib.Path, class_names: Sequence[str] | None = None):
-    """`class_names` fixes the order of labels; default: the folder's own, sorted."""
-    self._root = root
-    subfolders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    loose = _pictures(root)
-    if subfolders and loose:
-      raise errors.UserError(
-        f"data.path {root}: has both class folders ({subfolders[0]}, …) and loose pictures "
-        f"({loose[0]}, …); expected one kind; fix: move the loose ones into a class folder"
-      )
-    self.class_names = tuple(subfolders if class_names is None else class_names)
-    strangers = sorted(set(subfolders) - set(self.class_names))
-    if strangers:
-      raise errors.UserError(
-        f"data.path {root}: class {strangers[0]!r} is not among train's ({len(self.class_names)})"
-      )
-    files = [(name, -1) for name in loose]
-    for folder in subfolders:
-      label = self.class_names.index(folder)
-      files += [(f"{folder}/{name}", label) for name in _pictures(root / folder)]
-    if not files:
-      raise errors.UserError(
-        f"data.path {root}: holds no pictures; expected CLASS/*.jpg or *.jpg "
-        f"({', '.join(sorted(PICTURE_SUFFIXES))})"
-      )
-    # A sorted folder is class after class; any stretch of this order is a mixture.
-    order = np.random.default_rng(0).permutation(len(files))
-    self._files = [files[i] for i in order]
-    digest = hashlib.sha256("\n".join(name for name, _ in files).encode()).hexdigest()[:12]
-    self.name = f"folder:{digest}"
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    name, label = self._files[index]
-    path = self._root / name
-    try:
-      return {"image": path.read_bytes(), "label": label, "id": str(path)}
-    except OSError as error:
-      raise transforms.BadRecord(f"{path}: {error.strerror}") from error
-
-
-def _pictures(folder: pathlib.Path) -> list[str]:
-  with os.scandir(folder) as entries:
-    return sorted(
-      e.name
-      for e in entries
-      if not e.name.startswith(".") and pathlib.Path(e.name).suffix.lower() in PICTURE_SUFFIXES
-    )
+# --- a folder of images -----------------------------------------------------------------------------
 
 
 def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRecords:
@@ -271,10 +227,8 @@ def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRec
     kind = errors.UserError if found is None else errors.NoSuchSplit
     raise kind(f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg")
   train = root / "train"
-  classes = None
-  if stored != "train" and train.is_dir():
-    classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
-  return FolderRecords(folder, classes)
+  classes = class_folders(train) if stored != "train" and train.is_dir() else None
+  return FolderRecords(folder, classes, config.verify)
 
 
 # --- files of tokens -------------------------------------------------------------------------------
@@ -283,10 +237,11 @@ def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRec
 class TokenRecords:
   """Rows of a .npy file of tokens, integer [N, T], mapped rather than read."""
 
+  name = "tokens"
   class_names: tuple[str, ...] = ()
 
-  def __init__(self, path: pathlib.Path, n_positions: int):
-    """`n_positions` is the T that the model expects."""
+  def __init__(self, path: pathlib.Path, n_positions: int, verify: bool = False):
+    """`n_positions` is the T that the model expects; `verify` as in `DataConfig`."""
     self._path = path
     try:
       self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -319,7 +274,9 @@ class TokenRecords:
         f"data.path {path}: tokens from {self.min_token} to {self.max_token}; expected 0 to 65535"
       )
     edges = np.ascontiguousarray(rows[[0, -1]]).tobytes()
-    self.name = f"tokens:{hashlib.sha256(edges).hexdigest()[:12]}"
+    self.former_name = f"tokens:{hashlib.sha256(edges).hexdigest()[:12]}"
+    place = str(path.absolute())
+    self.identity = digests.combined([digests.of_files([place], place, verify)])
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -338,11 +295,14 @@ class TokenRecords:
 
 def _token_records(config: DataConfig, stored: str) -> TokenRecords:
   path = pathlib.Path(config.path).expanduser()
-  n_positions = config.resolution**2
+
+  def records_of(file: pathlib.Path) -> TokenRecords:
+    return TokenRecords(file, config.resolution**2, config.verify)
+
   if path.is_dir():
-    return TokenRecords(path / f"{stored}.npy", n_positions)
+    return records_of(path / f"{stored}.npy")
   if stored != "test":
     raise errors.NoSuchSplit(
       f"data.path {path}: a file of tokens is a test split; expected a folder with {stored}.npy"
     )
-  return TokenRecords(path, n_positions)
+  return records_of(path)

@@ -7,6 +7,8 @@ of data sets, batches or palettes.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import typing
 import warnings
@@ -115,7 +117,17 @@ def _decode_top(data: bytes, frame: int, n_rows: int) -> np.ndarray | None:
     return None
 
 
+@functools.cache
+def _register_plugins() -> None:
+  """HEIC, where its plugin is installed."""
+  if importlib.util.find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+
 def _decode_with_pillow(data: bytes, record_id: str) -> np.ndarray:
+  _register_plugins()
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")

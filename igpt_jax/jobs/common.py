@@ -19,7 +19,8 @@ from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import starting_point
+from igpt_jax.files import printable
+from igpt_jax.jobs import agreement, starting_point
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params, to_compute_dtypes
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.parallel.sharding import make_mesh
@@ -32,7 +33,7 @@ def is_main() -> bool:
 
 def say(message: str) -> None:
   if is_main():
-    print(message, flush=True)
+    print(printable(message), flush=True)  # it may name a file
 
 
 def versions() -> dict[str, str]:
@@ -287,7 +288,11 @@ def eval_stream(
   """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked.
 
   The first `start` batches are left out.
+
+  Raises:
+    UserError: another host has other data.
   """
+  agreement.check_data(split.fingerprint)
   share, shares = input_share(mesh)
   with pipeline.eval_batches(
     split,
