@@ -15,7 +15,7 @@ from igpt_jax.errors import UserError
 
 
 def get_config(path: str) -> ConfigDict:
-  """All fields; those that a run of an older version didn't know have their defaults.
+  """All fields, by today's names; those that a run of an older version didn't know are as it meant them.
 
   Args:
     path: of a config.json.
@@ -34,7 +34,11 @@ def get_config(path: str) -> ConfigDict:
     raise UserError(f"--config: {path} is damaged ({error}); expected JSON") from None
   if not isinstance(saved, dict):
     raise UserError(f"--config: {path} holds no settings; expected the config.json of a workdir")
-  saved = history.upgraded(saved, history.format_of(saved, f"--config: {path}"))
+  number = history.format_of(saved, f"--config: {path}")
+  try:
+    saved = history.upgraded(saved, number)
+  except AttributeError:  # a value where a part of the settings is expected
+    raise UserError(f"--config: {path} is damaged; expected the config.json of a workdir") from None
   config = base()
   strangers = []
   for name, value in _leaves(saved):

@@ -73,6 +73,8 @@ MISTAKES = {
   ),
   "damaged settings": (["--config={damaged}"], "--config: .*damaged.json is damaged .*; expected JSON"),
   "settings of no run": (["--config={listed}"], "holds no settings; expected the config.json of a"),
+  "settings in no parts": (["--config={flat}"], "--config: .*flat.json is damaged; expected the config"),
+  "settings of a newer format": (["--config={format}"], "--config: .*: written in format 99 by a newer"),
   "newer settings": (["--config={newer}"], "doesn't know: train.speed, x.y; fix: the version of"),
   "settings of another type": (["--config={typed}"], "train.steps is 'many'; expected as in 1000000"),
   "empty settings": (["--config={null}"], "train.steps is None; expected as in 1000000"),
@@ -97,6 +99,8 @@ def given(tmp_path_factory):
   for name, text in (
     ("damaged.json", '{"seed": 1'),
     ("listed.json", "[1]"),
+    ("flat.json", '{"data": [1]}'),
+    ("format.json", '{"format_version": 99}'),
     ("newer.json", '{"seed": 1, "train": {"speed": 2}, "x": {"y": 1}}'),
     ("typed.json", '{"train": {"steps": "many"}}'),
     ("null.json", '{"train": {"steps": null}}'),
