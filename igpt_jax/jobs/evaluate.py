@@ -1,7 +1,8 @@
 """Exact likelihood of a split, every picture once, beside what knows no pictures.
 
 Writes evaluation.json: `nats_per_token`, `bits_per_token`, and the baselines on the same tokens:
-uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel).
+uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel). A BERT
+model's is the mean over `masks_counted`, the masks that hide something of an image.
 """
 
 import math
@@ -75,7 +76,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   }
   if objective_name == "masked":
     values["masks_per_picture"] = masks
-    values["masks_counted"] = predicted  # of all; those that hide nothing are left out
+    values["masks_counted"] = predicted
   values["below_position_unigram"] = 1 - nats / values["position_unigram"]
   if common.is_main():
     report.write_json(os.path.join(out, "evaluation.json"), values)
