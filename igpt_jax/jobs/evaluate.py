@@ -63,6 +63,12 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
       masks=masks,
       report=clock.part(0, 1, config.evaluate.batch_size),
     )
+  if not predicted:
+    raise UserError(
+      f"evaluate.masks: {masks} of each of {images:,} images, and not a pixel was masked, each with "
+      f"probability {trained.run['mask_probability']:g}: there is no likelihood to tell; expected at "
+      "least one; fix: more evaluate.masks, or more images (evaluate.images)"
+    )
 
   values = {
     "checkpoint": trained.path,
