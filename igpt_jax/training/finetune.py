@@ -262,11 +262,11 @@ class Classifier:
           jax.block_until_ready(sums[-2])  # so that the host runs ahead by one batch, no more
         if report is not None:
           report(len(sums))
-    if not sums:
-      raise ValueError("no pictures to classify")
     fetched = jax.device_get(sums)
+    images = sum(float(each.pop("images")) for each in fetched)
+    if not images:
+      raise ValueError("no pictures to classify")
     totals = {name: sum(float(each[name]) for each in fetched) for name in fetched[0]}
-    images = totals.pop("images")
     return Scores(
       images=round(images),
       nats_per_token=mean_nats(totals.pop("nats"), totals.pop("predicted")),
