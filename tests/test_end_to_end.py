@@ -16,6 +16,7 @@ from lives import Lives
 from PIL import Image
 
 from igpt_jax import checkpoint, metrics
+from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, evaluate, pretrain, probe, sample
 from igpt_jax.jobs import fit_palette as fit_palette_job
 from igpt_jax.parallel.sharding import make_mesh
@@ -282,15 +283,29 @@ def test_masked_objective_trains_evaluates_and_refuses_to_sample(tmp_path):
   evaluate.run(config, str(tmp_path))
   values = json.loads((tmp_path / "evaluation.json").read_text())
   assert values["masks_per_picture"] == 2 and values["nats_per_token"] < np.log(17)
+  assert values["masks_counted"] == 600
   with pytest.raises(Exception, match="BERT"):
     sample.run(config, str(tmp_path))
+
+
+def test_masks_that_hide_nothing(tmp_path):
+  """Training goes on without a validation loss, and evaluation says that there's no likelihood."""
+  config = tiny(objective="masked", **{"mask_probability": 1e-6, "evaluate.images": 5})
+  pretrain.run(config, str(tmp_path))
+  records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+  losses = [record["loss"] for record in records if "loss" in record]
+  assert losses and not any(losses)
+  assert not any("validation_loss" in record for record in records)
+  assert "validation" not in (tmp_path / "summary.md").read_text()
+  with pytest.raises(UserError, match=r"evaluate\.masks: 1 of each of 5 images.*probability 1e-06"):
+    evaluate.run(config, str(tmp_path))
+  assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_the_projects_own_palette_by_name(tmp_path):
   from igpt_jax import config as config_lib
   from igpt_jax.data.palette import Palette
   from igpt_jax.data.sources import open_split
-  from igpt_jax.errors import UserError
 
   def palette_of(config):
     data_config = config_lib.data(config)
@@ -434,7 +449,6 @@ def test_cifar_pictures_train_with_falling_loss(tmp_path):
 
 
 def test_tensorboard_and_wandb_are_extras(tmp_path, monkeypatch):
-  from igpt_jax.errors import UserError
 
   for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
     monkeypatch.setitem(sys.modules, module, None)
@@ -530,7 +544,6 @@ def test_a_mistake_is_one_clear_message(name, answers):
 
 
 def test_a_workdir_of_another_config_is_refused_by_field(trained):
-  from igpt_jax.errors import UserError
 
   with pytest.raises(UserError, match=r"model\.n_embd: 16 there, 32 here"):
     pretrain.run(tiny(**{"model.n_embd": 32}), str(trained))
@@ -541,7 +554,6 @@ def test_a_workdir_of_another_config_is_refused_by_field(trained):
 
 
 def test_another_resolution_than_the_checkpoints_is_refused(trained):
-  from igpt_jax.errors import UserError
 
   for job in (evaluate, probe, sample):
     with pytest.raises(UserError, match=r"trained at 8; fix: --config.data.resolution=8"):
@@ -561,7 +573,6 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_else(trained, tmp_path):
 
 
 def test_damaged_pictures_are_counted_and_named(tmp_path):
-  from igpt_jax.errors import UserError
 
   root = tmp_path / "pictures"
   make_folder(root)
@@ -575,7 +586,6 @@ def test_damaged_pictures_are_counted_and_named(tmp_path):
 
 
 def test_an_unwritable_workdir_is_said_at_once(tmp_path):
-  from igpt_jax.errors import UserError
 
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="can't be written to"):
@@ -584,7 +594,6 @@ def test_an_unwritable_workdir_is_said_at_once(tmp_path):
 
 def test_prepare_job(data_dir, capsys):
   """Our own data is made; what needs TensorFlow says so; what needs nothing says that."""
-  from igpt_jax.errors import UserError
   from igpt_jax.jobs import prepare
 
   prepare.run(tiny(), "unused")

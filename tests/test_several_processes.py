@@ -12,6 +12,7 @@ import time
 
 import jax
 import numpy as np
+import own_checkpoint
 import pytest
 import tiny
 from hosts import HOSTS, ROOT, SMALL, hosts
@@ -184,13 +185,17 @@ def assert_same_numbers(found, expected, rel=CLOSE):
   jax.tree.map(same, found, expected)
 
 
-def test_two_processes_complete_as_one(of_two, tmp_path):
+@pytest.mark.parametrize("objective", ["autoregressive", "bert"])
+def test_two_processes_complete_as_one(of_two, tmp_path, objective):
   rng = np.random.default_rng(0)
   (tmp_path / "images").mkdir()
   for i in range(3):
     image = Image.fromarray(rng.integers(256, size=(20, 16, 3), dtype=np.uint8))
     image.save(tmp_path / "images" / f"{i}.png")
   settings = {"images": str(tmp_path / "images"), "n": 3, "sample.batch_size": 4}
+  if objective == "bert":
+    settings["checkpoint"] = own_checkpoint.write(tmp_path / "bert", causal=False)
+    settings |= {"hide": "left", "passes": 3}
   two, one = run_both(complete, of_two, tmp_path, settings)
   found, expected = (json.loads((each / "complete.json").read_text()) for each in (two, one))
   assert found.pop("settings") == expected.pop("settings")

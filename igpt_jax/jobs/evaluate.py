@@ -1,7 +1,8 @@
 """Exact likelihood of a split, every picture once, beside what knows no pictures.
 
 Writes evaluation.json: `nats_per_token`, `bits_per_token`, and the baselines on the same tokens:
-uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel).
+uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel). A BERT
+model's is the mean over `masks_counted`, the masks that hide something of an image.
 """
 
 import math
@@ -77,6 +78,12 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
       masks=masks,
       report=clock.part(0, 1, config.evaluate.batch_size),
     )
+  if not predicted:
+    raise UserError(
+      f"evaluate.masks: {masks} of each of {images:,} images, and not a pixel was masked, each with "
+      f"probability {trained.run['mask_probability']:g}: there is no likelihood to tell; expected at "
+      "least one; fix: more evaluate.masks, or more images (evaluate.images)"
+    )
 
   values = {
     "checkpoint": trained.path,
@@ -91,7 +98,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   }
   if objective_name == "masked":
     values["masks_per_picture"] = masks
-    values["masks_counted"] = predicted  # of all; those that hide nothing are left out
+    values["masks_counted"] = predicted
   values["below_position_unigram"] = 1 - nats / values["position_unigram"]
   if common.is_main():
     report.write_json(os.path.join(out, "evaluation.json"), values)

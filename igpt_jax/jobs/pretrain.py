@@ -112,7 +112,9 @@ def _run(config: ConfigDict, workdir: str) -> None:
     with common.eval_stream(
       validation_split, data_config, palette, mesh, eval_batch, limit
     ) as stream:
-      return {"validation_loss": likelihood(at.params, stream)[0]}
+      result = likelihood(at.params, stream)
+    # BERT's masks may hide nothing of few images: then there is no loss to tell.
+    return {"validation_loss": result.nats_per_token} if result.predicted else {}
 
   def save(at: state.TrainState, at_step: int) -> None:
     run = loop.describe_run(

@@ -1,5 +1,6 @@
 """Likelihood of a stream of batches: masked sums on the device, one transfer at the end."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -7,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import Objective
@@ -21,7 +21,7 @@ class Result(NamedTuple):
   """The likelihood of some images.
 
   Attributes:
-    nats_per_token: mean over what was predicted.
+    nats_per_token: mean over what was predicted; nan: nothing was.
     images: how many there were.
     predicted: what the mean is over: each image once; BERT: an image's masks that hide something.
   """
@@ -67,9 +67,6 @@ class Likelihood:
       batches: this host's rows: `tokens`, `mask` (which rows count) and `index` (of the picture).
       masks: that the objective draws of each picture, if it draws any.
       report: called with the number of batches done, now and then.
-
-    Raises:
-      UserError: nothing was masked.
     """
     sums = []
     everywhere = sharding.replicated(self._mesh)
@@ -88,25 +85,14 @@ class Likelihood:
     nats, images, predicted = (
       sum(float(each[name]) for each in fetched) for name in ("nats", "images", "predicted")
     )
-    images /= masks
-    return Result(mean_nats(nats, predicted, images), round(images), round(predicted))
+    if not images:
+      raise ValueError("no pictures to evaluate")
+    return Result(mean_nats(nats, predicted), round(images / masks), round(predicted))
 
 
-def mean_nats(nats: float, predicted: float, images: float) -> float:
-  """Nats per token, the mean over what was predicted of some images.
-
-  Raises:
-    UserError: nothing was masked.
-  """
-  if not images:
-    raise ValueError("no pictures to evaluate")
-  if not predicted:
-    raise UserError(
-      f"mask_probability: not a pixel of {images:,.0f} images was masked, so that there is no "
-      "likelihood to tell; expected some; fix: more images (evaluate.images, train.eval_images), more "
-      "masks of each (evaluate.masks), or a model that is trained with a larger mask_probability"
-    )
-  return nats / predicted
+def mean_nats(nats: float, predicted: float) -> float:
+  """Nats per token, the mean over what was predicted; nan: nothing was, for no mask hid a pixel."""
+  return nats / predicted if predicted else math.nan
 
 
 def unigram_nats(train_counts: np.ndarray, test_counts: np.ndarray) -> float:

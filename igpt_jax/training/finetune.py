@@ -173,7 +173,7 @@ class Scores:
     accuracy: of the majority of a BERT model's masks; of the one pass of another model.
     accuracy_of_mean: of the mean of logits over the masks; else the same as `accuracy`.
     classification_loss: nats per picture, mean over masks.
-    nats_per_token: generative, mean over the masks that hide something.
+    nats_per_token: generative, mean over the masks that hide something; nan: none does.
   """
 
   images: int
@@ -262,13 +262,13 @@ class Classifier:
           jax.block_until_ready(sums[-2])  # so that the host runs ahead by one batch, no more
         if report is not None:
           report(len(sums))
-    if not sums:
-      raise ValueError("no pictures to classify")
     fetched = jax.device_get(sums)
+    images = sum(float(each.pop("images")) for each in fetched)
+    if not images:
+      raise ValueError("no pictures to classify")
     totals = {name: sum(float(each[name]) for each in fetched) for name in fetched[0]}
-    images, nats, predicted = (totals.pop(name) for name in ("images", "nats", "predicted"))
     return Scores(
       images=round(images),
-      nats_per_token=mean_nats(nats, predicted, images),
+      nats_per_token=mean_nats(totals.pop("nats"), totals.pop("predicted")),
       **{name: total / images for name, total in totals.items()},
     )
