@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
 
 import numpy as np
 import pytest
@@ -100,6 +102,14 @@ def test_another_label_or_name_is_another_data_set(root):
   (root / "train/cut/004.png").rename(root / "train/cut/005.png")
   seen.append(train().fingerprint)
   assert len(set(seen)) == 3
+  # A class more in train: none of test's files is another, but all its labels are.
+  config = sources.DataConfig(name="folder", path=str(root))
+  shutil.move(root / "train/cut", root / "train/cat")
+  before = sources.open_split(config, "test")
+  (root / "train" / "ant").mkdir()
+  after = sources.open_split(config, "test")
+  assert [after[i]["label"] - before[i]["label"] for i in range(15)] == [1] * 15
+  assert after.fingerprint != before.fingerprint
 
 
 def test_neither_place_nor_time_nor_links_make_another(root, tmp_path, monkeypatch):
@@ -134,7 +144,7 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
   import tensorflow_datasets as tfds
 
   monkeypatch.setattr(tfds_source, "_READ_WHOLE_BYTES", limit)
-  noise = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), np.uint8)
+  noise, level = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), np.uint8), 0
 
   class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Coloured squares."""
@@ -155,7 +165,7 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
     def _generate_examples(self):
       for i, image in enumerate(noise):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "png", compress_level=0)
+        Image.fromarray(image).save(file, "png", compress_level=level)
         yield i, {"image": file.getvalue(), "label": i % 2, "id": f"square{i}"}
 
   def prepared(folder):
@@ -166,8 +176,11 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
   first = prepared("a")
   assert first.fingerprint.startswith("squares/1.0.0 train[")
   assert prepared("b").fingerprint == first.fingerprint
+  sent = pickle.loads(pickle.dumps(first))  # as to a worker
+  part = np.arange(3)
+  assert sent.select(part).fingerprint == first.select(part).fingerprint != first.fingerprint
   # Where all is read, of the same size; else as TFDS' own records tell.
-  noise = 255 - noise if limit else noise[:-1]
+  noise, level = (255 - noise, 0) if limit else (0 * noise, 9)
   assert prepared("c").fingerprint != first.fingerprint
   shutil.rmtree(tmp_path / "a")
   second = prepared("a")  # in the first one's place
@@ -181,8 +194,25 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
 # --- what is kept of it ----------------------------------------------------------------------------
 
 
-def test_what_was_written_just_now_is_read_again(root):
-  """Within one tick of the file system's clock nothing but the contents tells that they changed."""
+def test_what_was_written_just_now_is_read_again(root, monkeypatch):
+  """Within a tick of the file system's clock nothing but the contents tells that they changed."""
+
+  class Coarse:
+    """The operating system, with the clock of a FAT file system."""
+
+    def __getattr__(self, name):
+      return getattr(os, name)
+
+    def stat(self, file):
+      status = os.stat(file)
+      return types.SimpleNamespace(
+        st_size=status.st_size,
+        st_ino=status.st_ino,
+        st_mtime_ns=status.st_mtime_ns // 2_000_000_000 * 2_000_000_000,
+        st_ctime_ns=status.st_ctime_ns // 2_000_000_000 * 2_000_000_000,
+      )
+
+  monkeypatch.setattr(digests, "os", Coarse())
   file = root / "train/dog/000.png"
   seen = set()
   for i in range(30):
