@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax import errors
+from igpt_jax import errors, watchdog
 from igpt_jax.data import digests, pipeline, sources, tfds_source, transforms
 
 SPLITS = ("train", "validation", "test")
@@ -305,7 +305,9 @@ def test_long_reading_is_told(root, caplog, monkeypatch):
   (root / "train/cat/big.png").write_bytes(bytes(40_000_000))
   now = iter(range(10**6))  # a second between any two looks at the clock
   monkeypatch.setattr("igpt_jax.metrics.time.monotonic", lambda: next(now))
+  beats = watchdog._beats
   prints(root)
+  assert watchdog._beats - beats > 400  # at every block, so that no watchdog takes it for a hang
   lines = [record.getMessage() for record in caplog.records]
   assert any("data/train: megabytes read" in line and "/40" in line for line in lines), lines
 
@@ -352,6 +354,13 @@ def test_an_older_checkpoint_goes_on_and_knows_its_data_from_then_on(root, name,
   for wrong in ("folder:0244dee8a75c train[13 of 15]", FORMER[name]["validation"], None):
     with pytest.raises(errors.UserError, match="data set: "):
       pipeline.check_position(older | {"fingerprint": wrong}, position())
+  deeper = root / "train/cat/2020/new.png"
+  deeper.parent.mkdir()
+  deeper.write_bytes(b"an image that no older version has read")
+  if name == "folder":
+    with pytest.raises(errors.UserError, match="images at any depth"):
+      pipeline.check_position(older, position())
+  shutil.rmtree(deeper.parent)
   newer = position(5)
   assert pipeline.check_position(newer, position()) == 5
   # The names, and the first row and the last, stay.

@@ -67,6 +67,7 @@ class FolderRecords:
       if not images and not others:
         left_out[folder] = "a class without an image"
       clock.tick(n_listed)
+      digests.beat()
     if not files:
       raise errors.UserError(
         f"data.path {root}: holds no pictures; expected CLASS/*.jpg or *.jpg"

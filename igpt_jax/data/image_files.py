@@ -138,7 +138,7 @@ def _why_not_ftyp(start: bytes) -> str | None:
     start[8:12],
     *(start[i : i + 4] for i in range(16, int.from_bytes(start[:4], "big"), 4)),
   ]
-  if b"avif" in brands:
+  if b"avif" in brands or b"avis" in brands:
     from PIL import features
 
     return None if features.check("avif") else "AVIF, which this Pillow can't read"
