@@ -5,16 +5,18 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax import errors
+from igpt_jax import errors, watchdog
 from igpt_jax.data import digests, pipeline, sources, tfds_source, transforms
 
 SPLITS = ("train", "validation", "test")
@@ -100,6 +102,14 @@ def test_another_label_or_name_is_another_data_set(root):
   (root / "train/cut/004.png").rename(root / "train/cut/005.png")
   seen.append(train().fingerprint)
   assert len(set(seen)) == 3
+  # A class more in train: none of test's files is another, but all its labels are.
+  config = sources.DataConfig(name="folder", path=str(root))
+  shutil.move(root / "train/cut", root / "train/cat")
+  before = sources.open_split(config, "test")
+  (root / "train" / "ant").mkdir()
+  after = sources.open_split(config, "test")
+  assert [after[i]["label"] - before[i]["label"] for i in range(15)] == [1] * 15
+  assert after.fingerprint != before.fingerprint
 
 
 def test_neither_place_nor_time_nor_links_make_another(root, tmp_path, monkeypatch):
@@ -134,7 +144,7 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
   import tensorflow_datasets as tfds
 
   monkeypatch.setattr(tfds_source, "_READ_WHOLE_BYTES", limit)
-  noise = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), np.uint8)
+  noise, level = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), np.uint8), 0
 
   class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Coloured squares."""
@@ -155,7 +165,7 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
     def _generate_examples(self):
       for i, image in enumerate(noise):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "png", compress_level=0)
+        Image.fromarray(image).save(file, "png", compress_level=level)
         yield i, {"image": file.getvalue(), "label": i % 2, "id": f"square{i}"}
 
   def prepared(folder):
@@ -166,8 +176,11 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
   first = prepared("a")
   assert first.fingerprint.startswith("squares/1.0.0 train[")
   assert prepared("b").fingerprint == first.fingerprint
+  sent = pickle.loads(pickle.dumps(first))  # as to a worker
+  part = np.arange(3)
+  assert sent.select(part).fingerprint == first.select(part).fingerprint != first.fingerprint
   # Where all is read, of the same size; else as TFDS' own records tell.
-  noise = 255 - noise if limit else noise[:-1]
+  noise, level = (255 - noise, 0) if limit else (0 * noise, 9)
   assert prepared("c").fingerprint != first.fingerprint
   shutil.rmtree(tmp_path / "a")
   second = prepared("a")  # in the first one's place
@@ -181,8 +194,25 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
 # --- what is kept of it ----------------------------------------------------------------------------
 
 
-def test_what_was_written_just_now_is_read_again(root):
-  """Within one tick of the file system's clock nothing but the contents tells that they changed."""
+def test_what_was_written_just_now_is_read_again(root, monkeypatch):
+  """Within a tick of the file system's clock nothing but the contents tells that they changed."""
+
+  class Coarse:
+    """The operating system, with the clock of a FAT file system."""
+
+    def __getattr__(self, name):
+      return getattr(os, name)
+
+    def stat(self, file):
+      status = os.stat(file)
+      return types.SimpleNamespace(
+        st_size=status.st_size,
+        st_ino=status.st_ino,
+        st_mtime_ns=status.st_mtime_ns // 2_000_000_000 * 2_000_000_000,
+        st_ctime_ns=status.st_ctime_ns // 2_000_000_000 * 2_000_000_000,
+      )
+
+  monkeypatch.setattr(digests, "os", Coarse())
   file = root / "train/dog/000.png"
   seen = set()
   for i in range(30):
@@ -275,7 +305,9 @@ def test_long_reading_is_told(root, caplog, monkeypatch):
   (root / "train/cat/big.png").write_bytes(bytes(40_000_000))
   now = iter(range(10**6))  # a second between any two looks at the clock
   monkeypatch.setattr("igpt_jax.metrics.time.monotonic", lambda: next(now))
+  beats = watchdog._beats
   prints(root)
+  assert watchdog._beats - beats > 400  # at every block, so that no watchdog takes it for a hang
   lines = [record.getMessage() for record in caplog.records]
   assert any("data/train: megabytes read" in line and "/40" in line for line in lines), lines
 
@@ -322,6 +354,13 @@ def test_an_older_checkpoint_goes_on_and_knows_its_data_from_then_on(root, name,
   for wrong in ("folder:0244dee8a75c train[13 of 15]", FORMER[name]["validation"], None):
     with pytest.raises(errors.UserError, match="data set: "):
       pipeline.check_position(older | {"fingerprint": wrong}, position())
+  deeper = root / "train/cat/2020/new.png"
+  deeper.parent.mkdir()
+  deeper.write_bytes(b"an image that no older version has read")
+  if name == "folder":
+    with pytest.raises(errors.UserError, match="images at any depth"):
+      pipeline.check_position(older, position())
+  shutil.rmtree(deeper.parent)
   newer = position(5)
   assert pipeline.check_position(newer, position()) == 5
   # The names, and the first row and the last, stay.
@@ -361,9 +400,9 @@ def test_images_lie_at_any_depth_and_have_any_suffix(tmp_path, caplog):
   ]  # fmt: skip
   (line,) = [record.getMessage() for record in caplog.records]
   assert line == (
-    f"{train}: left out 4: 1 HEIC, for which Pillow needs a plugin (pip install pillow-heif) "
-    "(dog/i.HEIC), 2 no images that can be read (dog/f.txt, …), 1 raw photographs, to be developed "
-    "first (dog/h.nef)"
+    f"{train}: left out 4 files: dog/i.HEIC (HEIC, for which Pillow needs a plugin: pip install "
+    "pillow-heif), dog/h.nef (a raw photograph, to be developed first), dog/f.txt and 1 more (no image "
+    "that can be read)"
   )
   caplog.clear()
   ids(tmp_path)
@@ -455,14 +494,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path, caplog):
     ("train/dog/deep/b.png", 1),
   ]
   (line,) = [record.getMessage() for record in caplog.records]
-  assert "3 links to folders that are read already (cat/far, …)" in line
-  assert "1 links to nothing (cat/gone.png)" in line and "1 not files (cat/pipe.png)" in line
+  assert "cat/far and 2 more (a link to a folder that is read already)" in line
+  assert "cat/pipe.png (a pipe or a device)" in line and "cat/gone.png (a link to nothing)" in line
 
 
 def test_loose_images_beside_classes_and_nothing_at_all(tmp_path):
   (tmp_path / "train" / "cat").mkdir(parents=True)
   (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
-  with pytest.raises(errors.UserError, match=r"left out 1: 1 no images .*\(cat/notes\.txt\)"):
+  with pytest.raises(errors.UserError, match=r"left out 1 file: cat/notes\.txt \(no image "):
     ids(tmp_path)
   png(tmp_path / "train" / "loose")
   with pytest.raises(errors.UserError, match="loose pictures"):
@@ -494,7 +533,7 @@ def test_what_may_not_be_read_is_said(caplog):
     with nobody():
       split = sources.open_split(config, "train")
       assert len(split) == 3
-      assert "1 Permission denied (dog/closed)" in caplog.records[0].getMessage()
+      assert "dog/closed (Permission denied)" in caplog.records[0].getMessage()
       with pytest.raises(transforms.BadRecord, match=r"cat/b\.png: Permission denied"):
         [split[i] for i in range(3)]
     (root / "train").chmod(0)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from igpt_jax import watchdog
 from igpt_jax.metrics import Countdown
 
 UNREADABLE = "unreadable"  # in the place of a digest
@@ -84,6 +85,11 @@ def combined(parts: Iterable[Sequence[str | int]]) -> str:
   return whole.hexdigest()[:16]
 
 
+def beat() -> None:
+  """Tells the watchdog that knowing the data, which may take long, goes on."""
+  watchdog.beat("reading data to know its contents")
+
+
 def _in_threads(work: Callable[[str], Any], paths: Sequence[str], clock=None) -> list[Any]:
   """`work` of every path, in their order."""
   done: list[Any] = []
@@ -92,6 +98,7 @@ def _in_threads(work: Callable[[str], Any], paths: Sequence[str], clock=None) ->
     starts = range(0, len(paths), _TOGETHER)
     for part in pool.map(lambda at: [work(path) for path in paths[at : at + _TOGETHER]], starts):
       done += part
+      beat()
       if clock is not None:
         clock.tick(len(done))
   finally:
@@ -139,6 +146,7 @@ class _Reader:
           whole.update(block)
           with self._lock:
             self._done += len(block)
+            beat()
             self._clock.tick(self._done // 10**6)
         after = _state(file.fileno(), path)
     except OSError:

@@ -65,8 +65,9 @@ class FolderRecords:
       files += [(os.path.join(folder, image), labels[name]) for image in images]
       left_out |= {os.path.join(folder, other): why for other, why in others.items()}
       if not images and not others:
-        left_out[folder] = "classes without images"
+        left_out[folder] = "a class without an image"
       clock.tick(n_listed)
+      digests.beat()
     if not files:
       raise errors.UserError(
         f"data.path {root}: holds no pictures; expected CLASS/*.jpg or *.jpg"

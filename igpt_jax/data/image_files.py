@@ -74,7 +74,9 @@ def scan(folder: str) -> tuple[list[str], list[str], dict[str, str]]:
           else:
             left_out[entry.name] = why
         else:
-          left_out[entry.name] = "not files" if os.path.exists(entry.path) else "links to nothing"
+          left_out[entry.name] = (
+            "a pipe or a device" if os.path.exists(entry.path) else "a link to nothing"
+          )
       except OSError as error:
         left_out[entry.name] = str(error.strerror)
   return sorted(folders, key=_order), sorted(images, key=_order), left_out
@@ -100,7 +102,7 @@ def find(folder: str) -> tuple[list[str], dict[str, str]]:
     for path in (os.path.join(below, name) for name in folders):
       place = _place(os.path.join(folder, path))
       if place in read:
-        left_out[path] = "links to folders that are read already"
+        left_out[path] = "a link to a folder that is read already"
       else:
         read.add(place)
         waiting.append(path)
@@ -113,7 +115,7 @@ def why_not(path: str) -> str | None:
   if suffix in IMAGE_SUFFIXES:
     return None
   if suffix in _RAW_SUFFIXES:
-    return "raw photographs, to be developed first"
+    return "a raw photograph, to be developed first"
   try:
     with open(path, "rb") as file:
       start = file.read(64)
@@ -127,7 +129,7 @@ def why_not(path: str) -> str | None:
     or (start.startswith(b"BM") and start[6:10] == b"\0\0\0\0")
     or re.match(rb"P[1-6]\s+[\d#]", start)
   )
-  return None if known else "no images that can be read"
+  return None if known else "no image that can be read"
 
 
 def _why_not_ftyp(start: bytes) -> str | None:
@@ -136,27 +138,27 @@ def _why_not_ftyp(start: bytes) -> str | None:
     start[8:12],
     *(start[i : i + 4] for i in range(16, int.from_bytes(start[:4], "big"), 4)),
   ]
-  if b"avif" in brands:
+  if b"avif" in brands or b"avis" in brands:
     from PIL import features
 
     return None if features.check("avif") else "AVIF, which this Pillow can't read"
   if any(brand in _HEIC_BRANDS for brand in brands) or brands[0] == b"mif1":
     if importlib.util.find_spec("pillow_heif"):
       return None
-    return "HEIC, for which Pillow needs a plugin (pip install pillow-heif)"
-  return "no images that can be read"
+    return "HEIC, for which Pillow needs a plugin: pip install pillow-heif"
+  return "no image that can be read"
 
 
 def in_words(left_out: Mapping[str, str]) -> str:
-  """What was left out, and why: "2: 1 links to nothing (a.jpg), 1 …"."""
+  """What was left out, and why: "3 files: a.txt and 1 more (no image that can be read), …"."""
   by_reason: dict[str, list[str]] = {}
   for name, why in left_out.items():
     by_reason.setdefault(why, []).append(name)
   parts = []
   for why, names in sorted(by_reason.items()):
-    first = printable(min(names, key=_order)) + (", …" if len(names) > 1 else "")
-    parts.append(f"{len(names):,} {why} ({first})")
-  return f"{len(left_out):,}: {', '.join(parts)}"
+    others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    parts.append(f"{printable(min(names, key=_order))}{others} ({why})")
+  return f"{len(left_out):,} file{'s' * (len(left_out) > 1)}: {', '.join(parts)}"
 
 
 def _order(name: str) -> tuple[str, str]:

@@ -54,12 +54,15 @@ def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
       current["fingerprint"],
     )
     saved = saved | {"fingerprint": current["fingerprint"]}
+  fix = "restore that data or setting"
+  if str(saved.get("fingerprint")).startswith("folder:"):  # fewer files of a folder were read then
+    fix += " (images at any depth, and without a known suffix, count now)"
   names = {"fingerprint": "data set", "batch_size": "batch size", "seed": "data seed"}
   for key, name in names.items():
     if saved.get(key) != current[key]:
       raise errors.UserError(
         f"{name}: {current[key]}; expected {saved.get(key)}, which the checkpoint was trained with; "
-        "fix: restore that data or setting, or start in another workdir"
+        f"fix: {fix}, or start in another workdir"
       )
   step, rest = divmod(saved["next_index"], saved["batch_size"])
   if rest:
