@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, identity
+from igpt_jax import checkpoint, files
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Described
 from igpt_jax.data.palette import Palette
@@ -112,9 +112,9 @@ def _check_same_start(config: ConfigDict, workdir: str, own: Described) -> None:
     return
   now = starting_point.of_job(config, workdir)
   if "parameters" in began:
-    differing = identity.differing(began, provenance.of_checkpoint(now))
+    differing = files.differing(began, provenance.of_checkpoint(now))
   else:  # begun by a version that knew it by its path
-    differing = identity.differing(began, {"checkpoint": now.path})
+    differing = files.differing(began, {"checkpoint": now.path})
   if differing:
     folder = os.path.dirname(os.path.dirname(own.path))
     raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import identity, report
+from igpt_jax import files, report
 from igpt_jax.errors import UserError
 
 # Fields that may differ when a run goes on: they change what is told or done beside the training,
@@ -50,12 +50,12 @@ def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None
     return
   try:
     with open(path, encoding="utf-8") as file:
-      theirs = identity.flatten(json.load(file))
+      theirs = files.flatten(json.load(file))
   except ValueError as error:
     raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
   changed = [
     f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
-    for name, value in identity.flatten(config_lib.as_json(config)).items()
+    for name, value in files.flatten(config_lib.as_json(config)).items()
     if theirs.get(name, "absent") != value and not may_differ(name, free)
   ]
   if changed:
