@@ -67,16 +67,12 @@ def begin(
     config = config_lib.settle(config)
     palette = common.training_palette(config, data_config, split, folder)
     return Begin(config, palette, config.mask_probability)
-  if own is None:
-    found = starting_point.of_job(config, workdir)
-  else:
-    found = own
-    if scratch:
-      starting_point.check_palette(
-        config, own, f"put those colours back, which {folder}/palette.npy holds"
-      )
-    else:
-      _check_same_start(config, workdir, own)
+  found = own if own is not None else starting_point.of_job(config, workdir)
+  if own is not None and not scratch:
+    _check_same_start(config, workdir, own)
+  elif own is not None and not named:
+    fix = f"put those colours back, which {folder}/palette.npy holds"
+    starting_point.check_palette(config, own, fix)
   common.check_resolution(config, found)
   palette = common.palette_of(found)
   has_head = bool(found.classes) and (resuming or not scratch)
