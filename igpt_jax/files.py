@@ -1,9 +1,15 @@
-"""Where files lie, and how they appear whole or not at all. Ground floor."""
+"""Where files lie, how they appear whole or not at all, and whether what is kept is what is meant.
+
+Ground floor.
+"""
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from igpt_jax.errors import UserError
 
@@ -75,3 +81,50 @@ def sync(path: str | os.PathLike[str]) -> None:
       raise
   finally:
     os.close(handle)
+
+
+def digest(value: Any) -> str:
+  """16 hexadecimal digits of a value that JSON can hold."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_of_file(path: str) -> str:
+  """16 hexadecimal digits of a file's contents."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """A JSON object that was kept.
+
+  Raises:
+    OSError: it can't be read.
+    ValueError: it isn't a JSON object.
+  """
+  with open(path, encoding="utf-8") as file:
+    values = json.load(file)
+  if not isinstance(values, dict):
+    raise ValueError("not a JSON object")
+  return values
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The leaves of a tree of mappings, by their names joined with dots."""
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      flat.update(flatten(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def differing(theirs: Any, mine: Mapping[str, Any]) -> list[str]:
+  """A line for each value of `mine` that `theirs`, which was read from JSON, hasn't got."""
+  kept = flatten(theirs) if isinstance(theirs, Mapping) else {}
+  wanted = flatten(json.loads(json.dumps(mine)))
+  return [
+    f"  {name}: {kept.get(name, 'absent')} there, {value} here"
+    for name, value in wanted.items()
+    if name not in kept or kept[name] != value
+  ]

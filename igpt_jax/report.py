@@ -8,8 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from igpt_jax import identity
-from igpt_jax.files import replacing
+from igpt_jax import files
 
 _FINETUNING = {
   "steps": "{:,} steps",
@@ -78,7 +77,7 @@ _SECTIONS = {
 
 
 def write_text(path: str, text: str) -> None:
-  with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
+  with files.replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
     file.write(text)
 
 
@@ -95,7 +94,7 @@ def write_summary(workdir: str) -> str:
   texts: dict[str, str] = {}
   for name, (_, shown) in _SECTIONS.items():
     try:
-      values = identity.read(os.path.join(workdir, name))
+      values = files.read_json(os.path.join(workdir, name))
       texts[name] = _numbers(values, shown)
       kept[name] = values
     except FileNotFoundError:

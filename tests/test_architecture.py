@@ -16,7 +16,6 @@ FLOORS = {
   "errors": 0,
   "files": 0,
   "history": 0,
-  "identity": 0,
   "watchdog": 0,
   "parallel": 1,
   "model": 1,

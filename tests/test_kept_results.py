@@ -14,7 +14,7 @@ from tiny import make_config, random_params
 
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, sample
+from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, quality, sample
 from igpt_jax.pretrained import formats
 from igpt_jax.training.features import FeatureExtractor
 
@@ -224,17 +224,24 @@ def test_the_same_classifiers_are_tested_on_more_images(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "job, name", [(evaluate, "evaluation.json"), (sample, "sample.json"), (probe, "probe.json")]
+  "job, kind, name",
+  [
+    (evaluate, "evaluate", "evaluation.json"),
+    (sample, "sample", "sample.json"),
+    (quality, "quality", "quality.json"),
+    (probe, "probe", "probe.json"),
+  ],
 )
-def test_a_step_written_again_by_another_run_is_done_again(run, tmp_path, job, name):
+def test_a_step_written_again_by_another_run_is_done_again(run, tmp_path, job, kind, name):
   settings = {
     "sample__samples": 2, "sample__completions": 2, "sample__per_picture": 1,
-    **(SGD if job is probe else {}),
+    "quality__images": 4, **(SGD if job is probe else {}),
   }  # fmt: skip
-  kind = name.split(".")[0].replace("evaluation", "evaluate")
+  shutil.rmtree(run / "checkpoints" / "8")
   job.run(watching(kind, **settings), str(run))
   first = read(run / kind / "12" / name)
   train_anew(run, seed=5)
+  shutil.rmtree(run / "checkpoints" / "8")
   job.run(watching(kind, **settings), str(run))
   second = read(run / kind / "12" / name)
   job.run(config_of(**settings, checkpoint=str(run)), str(tmp_path / "fresh"))
@@ -242,7 +249,7 @@ def test_a_step_written_again_by_another_run_is_done_again(run, tmp_path, job, n
   assert first["parameters"] != second["parameters"] == fresh["parameters"]
   assert second == fresh
   # And once more: nothing to do.
-  before = {step: os.stat(run / kind / str(step) / name).st_mtime_ns for step in (4, 8, 12)}
+  before = {step: os.stat(run / kind / str(step) / name).st_mtime_ns for step in (4, 12)}
   job.run(watching(kind, **settings), str(run))
   assert before == {step: os.stat(run / kind / str(step) / name).st_mtime_ns for step in before}
 

@@ -157,6 +157,17 @@ def test_two_processes_evaluate_as_one(of_two, tmp_path):
   assert found == expected
 
 
+def test_two_processes_watch_as_one(of_two, tmp_path):
+  """They agree on what is done, and on what is to be done again."""
+  workdir = shutil.copytree(of_two[0], tmp_path / "run")
+  for images in (50, 40):
+    watching = {"watch": True, "watch_seconds": 0.01, "evaluate.images": images}
+    run_job("evaluate", workdir, tmp_path, watching)
+    for step in (4, 8):
+      values = json.loads((workdir / "evaluate" / str(step) / "evaluation.json").read_text())
+      assert values["images"] == images and values["step"] == step
+
+
 def test_two_processes_sample_as_one(of_two, tmp_path):
   workdir, _ = of_two
   run_job("sample", workdir, tmp_path)

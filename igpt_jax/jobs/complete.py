@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, files, identity, metrics, pictures, report
+from igpt_jax import checkpoint, files, metrics, pictures, report
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   _check_same(settings, out)
   common.open_workdir(out)
   reader = Reader(found)
-  targets, unreadable = _targets(chosen, reader, out, identity.digest(settings))
+  targets, unreadable = _targets(chosen, reader, out, files.digest(settings))
   for target in targets:
     target.read()
   # No one draws before all have seen what is there
@@ -180,14 +180,14 @@ def _settings(config: ConfigDict, found: checkpoint.Described, known: np.ndarray
 def _check_same(settings: dict[str, Any], out: str) -> None:
   """Raises UserError where `out` holds what was drawn in another way, or by another model."""
   try:
-    theirs = identity.read(os.path.join(out, _SETTINGS))
+    theirs = files.read_json(os.path.join(out, _SETTINGS))
   except FileNotFoundError:
     return
   except (OSError, ValueError) as error:
     raise UserError(
       f"workdir: {out}/{_SETTINGS} is damaged ({error}); fix: another --workdir"
     ) from None
-  differing = identity.differing(theirs, settings)
+  differing = files.differing(theirs, settings)
   if differing:
     raise UserError(
       f"workdir: {out} holds samples that were drawn in another way, or by another model:\n"
@@ -289,11 +289,11 @@ def _rows(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _is_finished(target: Target, settings: dict[str, Any]) -> bool:
   try:
-    kept = identity.read(os.path.join(target.folder, "complete.json"))
+    kept = files.read_json(os.path.join(target.folder, "complete.json"))
   except (OSError, ValueError):
     return False
   mine = {"picture_identity": target.picture.identity, "settings": settings}
-  return not identity.differing(kept, mine)
+  return not files.differing(kept, mine)
 
 
 def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: ConfigDict) -> None:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, identity, metrics
+from igpt_jax import checkpoint, files, metrics
 from igpt_jax import config as config_lib
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
@@ -273,7 +273,7 @@ def _stores(
   for name in SPLITS:
     computed_from = identity_of(config, source, name, digest)
     # Another checkpoint's features in a folder of the user's own are refused, not put beside these.
-    label = identity.digest({**computed_from, "checkpoint": ""})[:8]
+    label = files.digest({**computed_from, "checkpoint": ""})[:8]
     stores[name] = FeatureStore(
       os.path.join(folder, f"{name}-{label}"),
       computed_from,
@@ -297,7 +297,7 @@ def identity_of(config: ConfigDict, source: Source, name: str, digest: str) -> d
     "data": source.splits[name].fingerprint,
     "resolution": config.data.resolution,
     "recipe": provenance.recipe(config),
-    "palette": identity.of_palette(source.trained.palette),
+    "palette": provenance.of_palette(source.trained.palette),
     "dtype": model.dtype,
     "heads": model.n_head,
     "grid": source.features.grid,

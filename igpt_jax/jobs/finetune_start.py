@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, identity
+from igpt_jax import checkpoint, files
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Described
 from igpt_jax.data.palette import Palette
@@ -67,16 +67,12 @@ def begin(
     config = config_lib.settle(config)
     palette = common.training_palette(config, data_config, split, folder)
     return Begin(config, palette, config.mask_probability)
-  if own is None:
-    found = starting_point.of_job(config, workdir)
-  else:
-    found = own
-    if scratch:
-      starting_point.check_palette(
-        config, own, f"put those colours back, which {folder}/palette.npy holds"
-      )
-    else:
-      _check_same_start(config, workdir, own)
+  found = own if own is not None else starting_point.of_job(config, workdir)
+  if own is not None and not scratch:
+    _check_same_start(config, workdir, own)
+  elif own is not None and not named:
+    fix = f"put those colours back, which {folder}/palette.npy holds"
+    starting_point.check_palette(config, own, fix)
   common.check_resolution(config, found)
   palette = common.palette_of(found)
   has_head = bool(found.classes) and (resuming or not scratch)
@@ -112,9 +108,9 @@ def _check_same_start(config: ConfigDict, workdir: str, own: Described) -> None:
     return
   now = starting_point.of_job(config, workdir)
   if "parameters" in began:
-    differing = identity.differing(began, provenance.of_checkpoint(now))
+    differing = files.differing(began, provenance.of_checkpoint(now))
   else:  # begun by a version that knew it by its path
-    differing = identity.differing(began, {"checkpoint": now.path})
+    differing = files.differing(began, {"checkpoint": now.path})
   if differing:
     folder = os.path.dirname(os.path.dirname(own.path))
     raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import identity, metrics, report
+from igpt_jax import files, metrics, report
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, feature_sets, probe_report, probe_sgd, provenance, watch
 from igpt_jax.jobs.common import say
@@ -190,13 +190,13 @@ class _Baselines:
   def rows(self) -> list[dict[str, Any]]:
     """Those that were kept, if they are these; []: they are to be fitted."""
     try:
-      kept = identity.read(self._path)
+      kept = files.read_json(self._path)
     except FileNotFoundError:
       return []
     except ValueError as error:
       say(f"baselines: {self._path} is damaged ({error}): fitted again")
       return []
-    same = not identity.differing(kept.get("depends_on"), self._depends_on)
+    same = not files.differing(kept.get("depends_on"), self._depends_on)
     return kept.get("rows", []) if same else []
 
   def keep(self, rows: list[dict[str, Any]]) -> None:

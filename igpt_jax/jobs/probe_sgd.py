@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import identity, metrics
+from igpt_jax import files, metrics
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.errors import UserError
@@ -185,7 +185,7 @@ def _joined(saved: TrainState, whole: TrainState) -> TrainState:
 
 
 def _check_same(folder: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-  differing = identity.differing(theirs, mine)
+  differing = files.differing(theirs, mine)
   if differing:
     raise UserError(
       f"probe: {folder} holds another probe, begun before:\n" + "\n".join(differing) + "\n"

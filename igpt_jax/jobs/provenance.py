@@ -5,13 +5,15 @@ count: another checkpoint may lie where one lay before, and the same one elsewhe
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import identity
+from igpt_jax import files
 from igpt_jax.checkpoint import Described
 from igpt_jax.data import transforms
 from igpt_jax.data.sources import open_split
@@ -28,9 +30,16 @@ def of_checkpoint(found: Described) -> dict[str, Any]:
   return {
     "parameters": starting_point.checksum_of(found),
     "model": {name: value for name, value in model.items() if name not in _HOW_IT_IS_COMPUTED},
-    "palette": identity.of_palette(found.palette),
+    "palette": of_palette(found.palette),
     "mask_probability": found.run["mask_probability"] if masked else None,
   }
+
+
+def of_palette(centers: np.ndarray | None) -> str | None:
+  """16 hexadecimal digits of colours, float [k, 3]; None: there are none."""
+  if centers is None:
+    return None
+  return hashlib.sha256(np.ascontiguousarray(centers, np.float32).tobytes()).hexdigest()[:16]
 
 
 def of_run(found: Described) -> str:
@@ -38,8 +47,8 @@ def of_run(found: Described) -> str:
 
   Two runs that begin with the same of both are one: training is deterministic.
   """
-  settings = identity.flatten(found.run.get("config", {}))
-  return identity.digest(
+  settings = files.flatten(found.run.get("config", {}))
+  return files.digest(
     {
       "settings": {k: v for k, v in settings.items() if not workdir_lib.may_differ(k)},
       "data": found.run.get("data", {}).get("fingerprint"),
@@ -73,7 +82,7 @@ def of_settings(
 ) -> dict[str, Any]:
   """The fields of these names, or parts of the config, but for some; and the dtype of computation."""
   names, without = tuple(names), tuple(without)
-  fields = identity.flatten(config_lib.as_json(config))
+  fields = files.flatten(config_lib.as_json(config))
   return {
     **{
       field: value

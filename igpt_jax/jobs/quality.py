@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, identity, metrics, report
+from igpt_jax import checkpoint, files, metrics, report
 from igpt_jax import config as config_lib
 from igpt_jax.data import pipeline
 from igpt_jax.data.palette import Palette
@@ -43,7 +43,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
   path = os.path.expanduser(config.quality.network)
   if path.endswith(".onnx"):
     _check_file(config)
-    network = identity.of_file(path)
+    network = files.digest_of_file(path)
   else:
     network = provenance.of_checkpoint(starting_point.describe(path, config)) if path else "its own"
   return {

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, identity, report
+from igpt_jax import checkpoint, files, report
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, guard, provenance
 from igpt_jax.jobs.common import say
@@ -200,7 +200,7 @@ def results_like(out: str, result: str, made_from: MadeFrom) -> dict[str, Any] |
 def results(out: str, result: str) -> dict[str, Any] | None:
   """What a job left of a step; None: nothing, or it is damaged."""
   try:
-    return identity.read(os.path.join(out, result))
+    return files.read_json(os.path.join(out, result))
   except FileNotFoundError:
     return None
   except ValueError as error:
@@ -213,13 +213,13 @@ def _differing(out: str, made_from: MadeFrom) -> list[str]:
   kept = _read_made_from(out)
   if kept is None:
     return ["  it doesn't say what of"] if os.path.isdir(out) and os.listdir(out) else []
-  return identity.differing(kept, made_from)
+  return files.differing(kept, made_from)
 
 
 def _read_made_from(out: str) -> MadeFrom | None:
   """What a folder of results says it was made from; None: it doesn't say."""
   try:
-    kept = identity.read(os.path.join(out, MADE_FROM))
+    kept = files.read_json(os.path.join(out, MADE_FROM))
   except (FileNotFoundError, ValueError):
     return None
   return kept if kept.keys() >= {"checkpoint", "run", "seeds", "settings"} else None
@@ -242,7 +242,7 @@ def _training_has_ended(watched: str) -> bool:
   def number(name: str, *fields: str) -> int:
     path = os.path.join(watched, name)
     try:
-      value: Any = identity.read(path)
+      value: Any = files.read_json(path)
       for field in fields:
         value = value[field]
       return int(value)

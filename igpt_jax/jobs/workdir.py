@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from igpt_jax import __version__, history, identity, report
+from igpt_jax import __version__, files, history, report
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
 
@@ -50,7 +50,7 @@ def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None
   theirs = read(workdir)
   if theirs is None:
     return
-  ours = identity.flatten(config_lib.as_json(config))
+  ours = files.flatten(config_lib.as_json(config))
   changed, unknown = [], []
   for name in sorted(ours.keys() | theirs.keys()):
     if may_differ(name, free):
@@ -88,7 +88,7 @@ def read(workdir: str) -> dict[str, Any] | None:
     return None
   except ValueError as error:
     raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
-  return identity.flatten(history.upgraded(config, history.format_of(config, f"workdir: {path}")))
+  return files.flatten(history.upgraded(config, history.format_of(config, f"workdir: {path}")))
 
 
 def claim(config: ConfigDict, workdir: str) -> None:

@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import identity as identity_lib
+from igpt_jax import files
 from igpt_jax.errors import UserError
-from igpt_jax.files import replacing
 from igpt_jax.training.features import FeatureRows
 
 _SECONDS_BETWEEN_SAVES = 20.0
@@ -115,7 +114,7 @@ class FeatureStore:
   def _lengthen(self, name: str) -> None:
     """Makes an array of all rows wanted, which begins with those that are there."""
     before = self._stored_rows(name)
-    with replacing(self._path(name)) as partial:
+    with files.replacing(self._path(name)) as partial:
       array = np.lib.format.open_memmap(partial, "w+", self._dtype(name), self._shape(name))
       if before:
         array[:before] = self._load(name, "r")
@@ -154,7 +153,7 @@ class FeatureStore:
 
   def _write(self, name: str, values: Mapping[str, Any]) -> None:
     with (
-      replacing(os.path.join(self.folder, name)) as path,
+      files.replacing(os.path.join(self.folder, name)) as path,
       open(path, "w", encoding="utf-8") as file,
     ):
       json.dump(values, file, indent=2)
@@ -193,7 +192,7 @@ class Writing:
 
 def _read(path: str) -> dict[str, Any]:
   try:
-    return identity_lib.read(path)
+    return files.read_json(path)
   except (OSError, ValueError) as error:
     raise _unreadable(path, error) from None
 
@@ -211,7 +210,7 @@ def _unreadable(path: str, why: object) -> UserError:
 
 
 def _compare(path: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-  differing = identity_lib.differing(theirs, mine)
+  differing = files.differing(theirs, mine)
   if differing:
     raise UserError(
       f"features.cache: {os.path.dirname(path)} holds features of something else:\n"
