@@ -123,8 +123,9 @@ def test_a_number_that_is_none_is_refused(older, number):
     workdir.check(config_of(), older)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"seed": '])
-def test_a_damaged_config_is_one_line(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"seed": ', '{"data": 3}'])
+def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, text):
+  monkeypatch.setattr(history, "ADDED", {"data.crop": 0})
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(UserError, match=r"config\.json is damaged"):
     workdir.check(config_lib.base(), str(tmp_path))

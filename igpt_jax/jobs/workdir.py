@@ -82,13 +82,12 @@ def read(workdir: str) -> dict[str, Any] | None:
   try:
     with open(path, encoding="utf-8") as file:
       config = json.load(file)
-    if not isinstance(config, dict):
-      raise ValueError("no object in it")
+    number = history.format_of(config, f"workdir: {path}")
+    return files.flatten(history.upgraded(config, number))
   except FileNotFoundError:
     return None
-  except ValueError as error:
+  except (ValueError, TypeError, AttributeError) as error:  # what isn't JSON, or not of this shape
     raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
-  return files.flatten(history.upgraded(config, history.format_of(config, f"workdir: {path}")))
 
 
 def claim(config: ConfigDict, workdir: str) -> None:
