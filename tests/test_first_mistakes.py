@@ -45,6 +45,7 @@ MISTAKES = {
   "no seed": (["--config.seed="], "seed"),
   "cold": (["--config.sample.temperature=1e-38"], "temperature: 1e-38; expected 0 .greedy., or"),
   "many steps": (["--config.train.steps=" + "9" * 400], "config.train.steps: a number of 1,329 bits"),
+  "more processes than cores": (["--config.data.workers=1000"], "data.workers: 1000; expected between 0"),
   "finetune": (["--config.job=finetune", "--config.data.validation=0", *OWN], NO_VALIDATION),
   "probe": (["--config.job=probe", "--config.data.validation=0", *OWN], NO_VALIDATION),
   "lowdata": (["--config.job=lowdata", "--config.data.validation=0", *OWN], NO_VALIDATION),
@@ -84,11 +85,11 @@ MISTAKES = {
 }  # fmt: skip
 for job in ("pretrain", "complete", "convert"):
   MISTAKES[f"{job} in a file"] = (
-    [f"--config.job={job}", "--workdir={file}"], "--workdir: .*file is a file; expected a folder"
+    [f"--config.job={job}", "--workdir={file}"], "--workdir: .*file isn't a folder; expected one"
   )  # fmt: skip
 MISTAKES["in a file's folder"] = (
   ["--workdir={file}/a/b"],
-  "--workdir: .*file is a file; expected a",
+  "--workdir: .*file isn't a folder; expected one",
 )
 
 
@@ -208,6 +209,13 @@ def test_results_are_no_images_to_train_on(tmp_path, workdir, refused):
     return
   with pytest.raises(UserError, match=r"lies within data.path"):
     places.check(config, str(tmp_path / workdir))
+
+
+def test_a_workdir_whose_name_is_not_utf8(tmp_path):
+  """Orbax can't write there: told now, not after ten minutes of trying to save."""
+  with pytest.raises(UserError, match=r"udcff' isn't UTF-8"):
+    places.check(config_lib.base(), str(tmp_path / "run\udcff"))
+  places.check(config_lib.base(), str(tmp_path / "Läufe 🙂"))
 
 
 # --- a run's own config.json -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 from typing import Any, Protocol
@@ -63,12 +64,13 @@ class DataConfig:
   verify: bool = False
 
   def __post_init__(self):
+    most = max(16, 4 * (os.cpu_count() or 1))
     transforms.check_recipe(self.augment, self.resolution, self.resample)
     for field, ok, expected in (
       ("validation", 0 <= self.validation < 1, "a share of train, 0 to below 1"),
       ("max_bad", 0 <= self.max_bad <= 1, "a share of the records, 0 to 1"),
       ("threads", 0 <= self.threads <= 1_024, "between 0 and 1,024"),
-      ("workers", 0 <= self.workers <= 1_024, "between 0 and 1,024"),
+      ("workers", 0 <= self.workers <= most, f"between 0 and {most}: each takes 100 MB"),
       ("cache_mb", self.cache_mb >= 0, "0 or more megabytes"),
       (
         "validation_split",

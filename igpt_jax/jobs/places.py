@@ -19,14 +19,21 @@ def check(config: ConfigDict, workdir: str) -> None:
     workdir: its absolute path.
 
   Raises:
-    UserError: a file is in the way, or what the job leaves would be its next input.
+    UserError: a file is in the way, its name isn't UTF-8, or what the job leaves would be its next input.
   """
+  try:
+    workdir.encode()
+  except UnicodeEncodeError:
+    raise UserError(
+      f"--workdir: {workdir!a} isn't UTF-8; expected a name that checkpoints can be written under; fix: "
+      "another --workdir"
+    ) from None
   above = workdir
   while not os.path.lexists(above):
     above = os.path.dirname(above)
   if not os.path.isdir(above):
     raise UserError(
-      f"--workdir: {workdir}: {above} is a file; expected a folder, or a path where one can be made; "
+      f"--workdir: {workdir}: {above} isn't a folder; expected one, or a path where one can be made; "
       "fix: another --workdir"
     )
   if config.job == "complete" and config.images and _would_read(config.images, workdir):
