@@ -14,7 +14,7 @@ from tiny import make_config, random_params
 
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, quality, sample
+from igpt_jax.jobs import evaluate, finetune, fit_palette, lowdata, pretrain, probe, quality, sample
 from igpt_jax.pretrained import formats
 from igpt_jax.training.features import FeatureExtractor
 
@@ -343,6 +343,30 @@ def test_a_palette_that_was_replaced_is_refused(tmp_path, checkpoints):
   assert (run / "palette.npy").read_bytes() == kept
   shutil.copy(run / "palette.npy", path)
   pretrain.run(config, str(run))
+
+
+def test_a_fitted_palette_is_that_of_the_data(tmp_path, capsys):
+  """Of a run that was ended before its first checkpoint, and begun again on other images."""
+  run = tmp_path / "run"
+  first = config_of(palette__size=4, train__steps=4)
+  pretrain.run(first, str(run))
+  shutil.rmtree(run / "checkpoints")
+  fitted = read(run / "palette.json")
+  pretrain.run(first, str(run))
+  assert "4 colours, kept in" in capsys.readouterr().out
+  shutil.rmtree(run / "checkpoints")
+  fitted["fitted_to"] = "other images"
+  (run / "palette.json").write_text(json.dumps(fitted))
+  pretrain.run(first, str(run))
+  assert "fitting 4 colours" in capsys.readouterr().out
+  assert read(run / "palette.json")["fitted_to"] != "other images"
+
+
+def test_fitting_a_palette_leaves_a_runs_own_alone(run, tmp_path):
+  kept = (run / "palette.npy").read_bytes()
+  with pytest.raises(UserError, match=r"holds checkpoints.*fix: another --workdir"):
+    fit_palette.run(config_of(palette__size=4), str(run))
+  assert (run / "palette.npy").read_bytes() == kept
 
 
 FINETUNE = {

@@ -27,7 +27,10 @@ class Palette:
 
   Attributes:
     centers: float32 [k, 3], RGB in [-1, 1], the original's convention (x / 127.5 - 1).
+    fitted_to: fingerprint of the images that it was fitted to in this process; "": it was read.
   """
+
+  fitted_to = ""
 
   def __init__(self, centers: Any, name: str = "palette"):
     """Checks `centers`, [k, 3] in [-1, 1]; `name` is what errors call it."""

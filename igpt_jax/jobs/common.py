@@ -7,23 +7,26 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import __version__, checkpoint
+from igpt_jax import __version__, checkpoint, files, report
 from igpt_jax import config as config_lib
 from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.files import printable
-from igpt_jax.jobs import agreement, starting_point
+from igpt_jax.jobs import agreement, provenance, starting_point
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params, to_compute_dtypes
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.parallel.sharding import make_mesh
+
+PALETTE = "palette.npy"  # in a workdir
 
 
 def is_main() -> bool:
@@ -141,7 +144,7 @@ def training_palette(
     UserError: a given palette isn't one, or has another size than `palette.size`, or other colours
       than the run was begun with; tokens beyond it.
   """
-  kept = os.path.join(workdir, "palette.npy")
+  kept = os.path.join(workdir, PALETTE)
   wanted = config.palette.size
   if config.palette.path:
     palette = Palette.given(config.palette.path)
@@ -158,7 +161,7 @@ def training_palette(
         )
   elif begun_with is not None:
     palette = begun_with
-  elif os.path.exists(kept):
+  elif os.path.exists(kept) and not _fitted_to_other_data(workdir, split):
     palette = Palette.load(kept)
     say(f"palette: {palette.size} colours, kept in {kept}")
     if wanted and palette.size > wanted:
@@ -200,7 +203,29 @@ def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Pa
     )
   if palette.size < size:
     say(f"palette: these pictures have {palette.size} colours, all are in the palette")
+  palette.fitted_to = split.fingerprint
   return palette
+
+
+def keep_palette(palette: Palette, workdir: str, **measured: Any) -> None:
+  """Writes palette.npy and, if it was fitted here, palette.json: what it was fitted to, what was measured."""
+  palette.save(os.path.join(workdir, PALETTE))
+  if palette.fitted_to:
+    values = {"colors": palette.size, "fitted_to": palette.fitted_to, **measured}
+    values["digest"] = provenance.of_palette(palette.centers)
+    report.write_json(os.path.join(workdir, "palette.json"), values)
+
+
+def _fitted_to_other_data(workdir: str, split: Split) -> bool:
+  """Whether palette.npy is that of palette.json, fitted to other images: of a run that got no further."""
+  try:
+    fitted = files.read_json(os.path.join(workdir, "palette.json"))
+  except (OSError, ValueError):
+    return False
+  palette = Palette.load(os.path.join(workdir, PALETTE))
+  if fitted.get("digest") != provenance.of_palette(palette.centers):
+    return False
+  return fitted.get("fitted_to") != split.fingerprint
 
 
 def load_model(

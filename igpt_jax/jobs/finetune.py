@@ -76,7 +76,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
   # Only now: a mistake in the lines above leaves the folder unclaimed.
   if common.is_main():
     workdir_lib.claim(given, folder)
-    palette.save(os.path.join(folder, "palette.npy"))
+    common.keep_palette(palette, folder)
 
   classifier = finetune.Classifier(
     model_config,

@@ -9,16 +9,22 @@ import os
 import numpy as np
 from ml_collections import ConfigDict
 
+from igpt_jax import checkpoint, pictures
 from igpt_jax import config as config_lib
-from igpt_jax import pictures, report
 from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.sources import has_validation, open_split
+from igpt_jax.errors import UserError
 from igpt_jax.jobs import common
 from igpt_jax.jobs.common import say
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Fits `palette.size` colours to at most `palette.images` pictures of the training split."""
+  if checkpoint.latest_step(workdir) is not None:
+    raise UserError(
+      f"workdir: {workdir} holds checkpoints, whose tokens stand for the colours of its palette.npy; fix: "
+      "another --workdir"
+    )
   common.open_workdir(workdir)
   data_config = config_lib.data(config)
   split = open_split(data_config, "train")
@@ -32,18 +38,14 @@ def run(config: ConfigDict, workdir: str) -> None:
   )
   if not common.is_main():
     return
-  path = os.path.join(workdir, "palette.npy")
-  palette.save(path)
+  path = os.path.join(workdir, common.PALETTE)
   pictures.save_png(os.path.join(workdir, "palette.png"), swatches(palette.colors))
-  report.write_json(
-    os.path.join(workdir, "palette.json"),
-    {
-      "colors": palette.size,
-      "fitted_to": split.fingerprint,
-      "measured_on": measured.fingerprint,
-      "mse_per_channel": error.mse,
-      "psnr_db": error.psnr if np.isfinite(error.psnr) else None,
-    },
+  common.keep_palette(
+    palette,
+    workdir,
+    measured_on=measured.fingerprint,
+    mse_per_channel=error.mse,
+    psnr_db=error.psnr if np.isfinite(error.psnr) else None,
   )
   say(
     f"palette: {palette.size} colours in {path}; {measured.name} images: MSE {error.mse:.2f} per channel, "

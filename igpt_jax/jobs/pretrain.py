@@ -59,7 +59,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
   if common.is_main():
     workdir_lib.claim(given, workdir)
     if palette is not None:
-      palette.save(os.path.join(workdir, "palette.npy"))
+      common.keep_palette(palette, workdir)
 
   checkpoints = Checkpoints(
     workdir,

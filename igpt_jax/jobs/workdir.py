@@ -12,11 +12,11 @@ from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
 
 # Fields that may differ when a run goes on: they change what is told or done beside the training,
-# not what is computed in it.
+# not what is computed in it; or say where something lies that is compared by its contents.
 _FREE = (
   "job", "checkpoint", "watch", "watch_seconds", "watch_patience", "evaluate", "features", "probe", "lowdata",
   "finetune", "sample", "quality", "images", "keep", "hide", "passes", "n", "log", "mesh", "source", "target", "format",
-  "download", "topology", "plan", "benchmark", "guard", "hang_seconds", "host_seconds", "profile", "train.accumulate", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb", "data.verify",
+  "download", "topology", "plan", "benchmark", "guard", "hang_seconds", "host_seconds", "profile", "train.accumulate", "data.path", "data.data_dir", "palette.path", "data.max_bad", "data.threads", "data.workers", "data.cache_mb", "data.verify",
   "data.manual_dir", "train.log_every", "train.eval_every", "train.eval_images",
   "train.checkpoint_every", "train.keep", "train.keep_every", "train.save_retry_seconds", "model.dtype", "model.remat", "model.attention",
 )  # fmt: skip
