@@ -18,7 +18,7 @@ import tempfile
 from typing import Any
 
 from igpt_jax import errors, files
-from igpt_jax.data import digests
+from igpt_jax.data import digests, transforms
 from igpt_jax.metrics import Countdown
 
 _LOG = logging.getLogger(__name__)
@@ -84,9 +84,12 @@ class TfdsRecords:
       f"{self.name}: records read, to know them by their contents", len(self), _LOG.warning
     )
     for i in range(len(self)):
-      record = self[i]
-      whole.update(b"%d %d\n" % (record["label"], len(record["image"])))
-      whole.update(record["image"])
+      try:
+        record = self[i]
+        whole.update(b"%d %d\n" % (record["label"], len(record["image"])))
+        whole.update(record["image"])
+      except transforms.BadRecord:
+        whole.update(b"unreadable\n")
       clock.tick(i)
       digests.beat()
     return whole.hexdigest()
@@ -121,8 +124,12 @@ class TfdsRecords:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    features = self._parse(self._source[index]).features.feature
     name = f"{self._split}[{index}]"
+    try:
+      stored = self._source[index]
+    except RuntimeError as error:  # array_record's, of a damaged file
+      raise transforms.BadRecord(f"{self.name} {name}: {error}") from error
+    features = self._parse(stored).features.feature
     if self._name:
       name = features[self._name].bytes_list.value[0].decode(errors="replace")
     return {

@@ -1,0 +1,236 @@
+"""All images of a folder are read, wherever below it they lie and whatever they are called, or it is said."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from igpt_jax import errors
+from igpt_jax.data import pipeline, sources, transforms
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+  """An empty cache of the user's."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def png(path, value=0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(path, "png")
+
+
+def ids(root):
+  config = sources.DataConfig(name="folder", path=str(root), validation=0.0)
+  found = sources.open_split(config, "train")
+  records = (found[i] for i in range(len(found)))
+  return sorted((os.path.relpath(record["id"], root), record["label"]) for record in records)
+
+
+def test_images_lie_at_any_depth_and_have_any_suffix(tmp_path, caplog):
+  train = tmp_path / "train"
+  for name in ("cat/a.png", "cat/2020/b.PNG", "cat/2020/01/c", "dog/d.jfif", "dog/e.2020-01-01"):
+    png(train / name)
+  (train / "dog" / "f.txt").write_text("P1 isn't what a text begins with")
+  (train / "dog" / "g").write_text("")
+  (train / "dog" / "h.nef").write_bytes(b"MM\0*")
+  (train / "dog" / "i.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+  assert ids(tmp_path) == [
+    ("train/cat/2020/01/c", 0), ("train/cat/2020/b.PNG", 0), ("train/cat/a.png", 0),
+    ("train/dog/d.jfif", 1), ("train/dog/e.2020-01-01", 1),
+  ]  # fmt: skip
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert line == (
+    f"{train}: left out 4 files: dog/i.HEIC (HEIC, for which Pillow needs a plugin: pip install "
+    "pillow-heif), dog/h.nef (a raw photograph, to be developed first), dog/f.txt and 1 more (no image "
+    "that can be read)"
+  )
+  caplog.clear()
+  ids(tmp_path)
+  assert not caplog.records  # once is enough
+
+
+FORMATS = {
+  "JPEG": {}, "PNG": {}, "GIF": {}, "BMP": {}, "TIFF": {}, "WEBP": {}, "PPM": {}, "JPEG2000": {},
+  "AVIF": {}, "QOI": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_known_without_its_suffix(tmp_path, kind):
+  if kind == "AVIF" and not features.check("avif"):
+    pytest.skip("this Pillow reads no AVIF")
+  (tmp_path / "train").mkdir()
+  Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "train" / "image", kind)
+  split = sources.open_split(sources.DataConfig(name="folder", path=str(tmp_path)), "train")
+  assert abs(transforms.decode(split[0]["image"]).astype(int) - 90).max() < 4
+
+
+def test_heic_is_read_where_its_plugin_is(tmp_path):
+  """A plugin in its place, which reads one grey for any."""
+  (tmp_path / "pillow_heif.py").write_text(
+    "from PIL import Image, ImageFile\n"
+    "class Heif(ImageFile.ImageFile):\n"
+    "  format = 'HEIF'\n"
+    "  def _open(self):\n"
+    "    self._mode, self._size = 'RGB', (4, 4)\n"
+    "  def load(self):\n"
+    "    return Image.new('RGB', (4, 4), (7, 7, 7)).load()\n"
+    "  def convert(self, mode):\n"
+    "    return Image.new(mode, (4, 4), (7, 7, 7))\n"
+    "def register_heif_opener():\n"
+    "  Image.register_open('HEIF', Heif, lambda start: start[4:12] == b'ftypheic')\n"
+  )
+  (tmp_path / "data" / "train").mkdir(parents=True)
+  (tmp_path / "data" / "train" / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+  program = (
+    "import sys; sys.path.insert(0, sys.argv[1])\n"
+    "from igpt_jax.data import sources, transforms\n"
+    "split = sources.open_split(sources.DataConfig(name='folder', path=sys.argv[2]), 'train')\n"
+    "print(transforms.decode(split[0]['image']).tolist()[0][0])\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program, tmp_path, tmp_path / "data"], capture_output=True, text=True
+  )
+  assert done.stdout == "[7, 7, 7]\n", done.stderr
+
+
+def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path, caplog):
+  train = tmp_path / "train"
+  png(train / "cat/a.png")
+  for name in (
+    "__MACOSX/cat/a.png",
+    ".git/a.png",
+    "@eaDir/b.png",
+    "cat/._a.png",
+    "cat/@eaDir/a.png",
+  ):
+    png(train / name)
+  for name in ("Thumbs.db", ".DS_Store", "desktop.ini"):
+    (train / name).write_bytes(b"\xff\xd8\xff")
+    (train / "cat" / name).write_bytes(b"\xff\xd8\xff")
+  split = sources.open_split(sources.DataConfig(name="folder", path=str(tmp_path)), "train")
+  assert (len(split), split.class_names) == (1, ("cat",))
+  assert not caplog.records
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path, caplog):
+  train, elsewhere = tmp_path / "data" / "train", tmp_path / "elsewhere"
+  png(train / "cat" / "a.png")
+  png(elsewhere / "deep" / "b.png")
+  png(tmp_path / "c.png")
+  (train / "dog").symlink_to(elsewhere)
+  (train / "cat" / "c.png").symlink_to(tmp_path / "c.png")
+  (train / "cat" / "up").symlink_to(train)
+  (train / "cat" / "far").symlink_to(tmp_path / "data")
+  (train / "cat" / "self").symlink_to(train / "cat" / "self")
+  (train / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+  (elsewhere / "deep" / "loop").symlink_to(elsewhere)
+  os.mkfifo(train / "cat" / "pipe.png")
+  assert ids(tmp_path / "data") == [
+    ("train/cat/a.png", 0),
+    ("train/cat/c.png", 0),
+    ("train/dog/deep/b.png", 1),
+  ]
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert "cat/far and 2 more (a link to a folder that is read already)" in line
+  assert "cat/pipe.png (a pipe or a device)" in line and "cat/gone.png (a link to nothing)" in line
+
+
+def test_loose_images_beside_classes_and_nothing_at_all(tmp_path):
+  (tmp_path / "train" / "cat").mkdir(parents=True)
+  (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
+  with pytest.raises(errors.UserError, match=r"left out 1 file: cat/notes\.txt \(no image "):
+    ids(tmp_path)
+  png(tmp_path / "train" / "loose")
+  with pytest.raises(errors.UserError, match="loose pictures"):
+    ids(tmp_path)
+
+
+@contextlib.contextmanager
+def nobody():
+  """Without root's right to read everything, where tests are root's."""
+  if os.geteuid():
+    yield
+    return
+  os.seteuid(65534)
+  try:
+    yield
+  finally:
+    os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_said(caplog):
+  with tempfile.TemporaryDirectory() as name:  # pytest's own are root's alone
+    root = pathlib.Path(name)
+    root.chmod(0o755)
+    for image in ("cat/a.png", "cat/b.png", "dog/c.png", "dog/closed/d.png"):
+      png(root / "train" / image)
+    (root / "train/dog/closed").chmod(0)
+    (root / "train/cat/b.png").chmod(0)
+    config = sources.DataConfig(name="folder", path=name, validation=0.0)
+    with nobody():
+      split = sources.open_split(config, "train")
+      assert len(split) == 3
+      assert "dog/closed (Permission denied)" in caplog.records[0].getMessage()
+      with pytest.raises(transforms.BadRecord, match=r"cat/b\.png: Permission denied"):
+        [split[i] for i in range(3)]
+    (root / "train").chmod(0)
+    with nobody(), pytest.raises(errors.UserError, match=r"train: Permission denied"):
+      sources.open_split(config, "train")
+    (root / "train").chmod(0o755)
+    (root / "train/dog/closed").chmod(0o755)
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def test_names_that_are_not_utf8_train(tmp_path, capsys):
+  from igpt_jax.jobs import common
+
+  strange = os.fsdecode(b"caf\xe9")
+  for i in range(3):
+    png(tmp_path / "train" / strange / f"{strange}{i}.png", i)
+    png(tmp_path / "train" / "tea" / f"{i}.png", i)
+  config = sources.DataConfig(name="folder", path=str(tmp_path), validation=0.0)
+  split = sources.open_split(config, "train")
+  assert split.class_names == ("caf\\xe9", "tea")
+  shown = [split[i]["id"] for i in range(6)]
+  assert json.dumps(shown).encode() and "\n".join(shown).encode()
+  with pipeline.train_batches(split, config, None, batch_size=6, seed=0) as batches:
+    assert sorted(next(batches)["label"]) == [0, 0, 0, 1, 1, 1]
+  common.say(f"unreadable: {strange}")
+  assert capsys.readouterr().out == "unreadable: caf\\xe9\n"
+
+
+ONE, TWO = "caf\u00e9", "cafe\u0301"  # é as one character, and as two
+
+
+def test_a_name_is_one_in_any_normal_form(tmp_path):
+  for name in (ONE, "tea"):
+    for i in range(3):
+      png(tmp_path / "a" / "train" / name / f"{ONE}{i}.png", i)
+      png(tmp_path / "b" / "train" / {ONE: TWO}.get(name, name) / f"{TWO}{i}.png", i)
+  png(tmp_path / "a" / "test" / TWO / "0.png")
+  png(tmp_path / "a" / "test" / "tea" / "0.png")
+  config = sources.DataConfig(name="folder", path=str(tmp_path / "a"))
+  train, test = (sources.open_split(config, split) for split in ("train", "test"))
+  assert train.class_names == test.class_names == (ONE, "tea")
+  assert sorted(test[i]["label"] for i in range(2)) == [0, 1]
+  other = sources.open_split(sources.DataConfig(name="folder", path=str(tmp_path / "b")), "train")
+  assert other.fingerprint == train.fingerprint
+  assert [other[i]["image"] for i in range(5)] == [train[i]["image"] for i in range(5)]
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path):
+  png(tmp_path / "train" / ONE / "a.png")
+  png(tmp_path / "train" / TWO / "b.png")
+  with pytest.raises(errors.UserError, match=rf"two folders are called '{ONE}'.*put them together"):
+    ids(tmp_path)
