@@ -188,6 +188,31 @@ def test_a_tfds_set_prepared_anew(tmp_path, monkeypatch, limit):
     sources.open_split(sources.DataConfig(name="squares", data_dir=str(tmp_path / "a")), "train")
 
 
+def test_a_tfds_set_is_known_by_its_pixels_not_by_how_they_are_compressed(tmp_path, monkeypatch):
+  """Our own sets are made on each machine, by the PNG encoder that is there."""
+
+  def fingerprint():
+    config = sources.DataConfig(name="digits", data_dir=str(tmp_path), verify=True)
+    return sources.open_split(config, "test").fingerprint
+
+  first, whole = fingerprint(), tfds_source.TfdsRecords.__getitem__
+  changed = 0
+
+  def compressed_anew(self, index):
+    record = whole(self, index)
+    pixels = np.array(Image.open(io.BytesIO(record["image"])))
+    pixels.flat[0] += changed
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+    assert file.getvalue() != record["image"]
+    return {**record, "image": file.getvalue()}
+
+  monkeypatch.setattr(tfds_source.TfdsRecords, "__getitem__", compressed_anew)
+  assert fingerprint() == first
+  changed = 1
+  assert fingerprint() != first
+
+
 def test_damaged_records_of_a_tfds_set_are_bad_ones_and_make_it_another(tmp_path):
   config = sources.DataConfig(data_dir=str(tmp_path))
   whole = sources.open_split(config, "train")

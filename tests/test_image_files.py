@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
@@ -71,35 +69,6 @@ def test_every_format_is_known_without_its_suffix(tmp_path, kind):
   Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "train" / "image", kind)
   split = sources.open_split(sources.DataConfig(name="folder", path=str(tmp_path)), "train")
   assert abs(transforms.decode(split[0]["image"]).astype(int) - 90).max() < 4
-
-
-def test_heic_is_read_where_its_plugin_is(tmp_path):
-  """A plugin in its place, which reads one grey for any."""
-  (tmp_path / "pillow_heif.py").write_text(
-    "from PIL import Image, ImageFile\n"
-    "class Heif(ImageFile.ImageFile):\n"
-    "  format = 'HEIF'\n"
-    "  def _open(self):\n"
-    "    self._mode, self._size = 'RGB', (4, 4)\n"
-    "  def load(self):\n"
-    "    return Image.new('RGB', (4, 4), (7, 7, 7)).load()\n"
-    "  def convert(self, mode):\n"
-    "    return Image.new(mode, (4, 4), (7, 7, 7))\n"
-    "def register_heif_opener():\n"
-    "  Image.register_open('HEIF', Heif, lambda start: start[4:12] == b'ftypheic')\n"
-  )
-  (tmp_path / "data" / "train").mkdir(parents=True)
-  (tmp_path / "data" / "train" / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-  program = (
-    "import sys; sys.path.insert(0, sys.argv[1])\n"
-    "from igpt_jax.data import sources, transforms\n"
-    "split = sources.open_split(sources.DataConfig(name='folder', path=sys.argv[2]), 'train')\n"
-    "print(transforms.decode(split[0]['image']).tolist()[0][0])\n"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", program, tmp_path, tmp_path / "data"], capture_output=True, text=True
-  )
-  assert done.stdout == "[7, 7, 7]\n", done.stderr
 
 
 def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path, caplog):

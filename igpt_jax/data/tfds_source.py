@@ -29,6 +29,8 @@ OWN = {"digits": "igpt_jax.data.digits", "photo_patches": "igpt_jax.data.photo_p
 # Where the stored test split has no labels, the literature tests on validation.
 _TEST_SPLIT = {"imagenet2012": ("validation",)}
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 # Of a split's shards that are read to know what is in them. More would be ImageNet, on every host.
 _READ_WHOLE_BYTES = 2**30
 
@@ -72,13 +74,15 @@ class TfdsRecords:
         f"data set {self.name}: {error.filename}: {error.strerror}; expected all shards of the split; "
         "fix: remove its folder and prepare it again"
       ) from None
-    parts = [(split_info.num_bytes, *split_info.shard_lengths), self.class_names]
     if size <= _READ_WHOLE_BYTES:
-      parts.append([digests.of_reading(self._read_all, shards, shards[0], verify)])
-    return digests.combined(parts)
+      records = [digests.of_reading(self._read_all, shards, shards[0], verify)]
+    else:
+      records = [split_info.num_bytes, *split_info.shard_lengths]
+    return digests.combined([records, self.class_names])
 
   def _read_all(self) -> str:
-    """A digest of all pictures and labels."""
+    """A digest of all images and labels. Of a PNG its pixels count, which compress to other bytes on
+    another machine: our own sets are made where they are used."""
     whole = hashlib.sha256()
     clock = Countdown(
       f"{self.name}: records read, to know them by their contents", len(self), _LOG.warning
@@ -86,8 +90,13 @@ class TfdsRecords:
     for i in range(len(self)):
       try:
         record = self[i]
-        whole.update(b"%d %d\n" % (record["label"], len(record["image"])))
-        whole.update(record["image"])
+        image = record["image"]
+        shape = (len(image),)
+        if image.startswith(_PNG):
+          pixels = transforms.decode(image, record["id"])
+          image, shape = pixels.tobytes(), pixels.shape
+        whole.update(f"{record['label']} {shape}\n".encode())
+        whole.update(image)
       except transforms.BadRecord:
         whole.update(b"unreadable\n")
       clock.tick(i)
