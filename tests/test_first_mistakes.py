@@ -55,14 +55,14 @@ MISTAKES = {
   ),
   "one colour": (
     ["--config.data.name=folder", "--config.data.path={grey}", "--config.data.augment=none"],
-    r"palette: folder:.* has a single colour \(rgb 255, 255, 255\).* expected two or more",
+    r"palette: folder .* has a single colour \(rgb 255, 255, 255\).* expected two or more",
   ),
   "one colour, fitted": (
     [
       "--config.job=fit_palette", "--config.data.name=folder", "--config.data.path={grey}",
       "--config.data.augment=none",
     ],
-    "palette: folder:.* has a single colour",
+    "palette: folder .* has a single colour",
   ),
   "results as images": (
     ["--config.job=complete", "--config.images={root}", *OWN],
@@ -213,7 +213,7 @@ def test_results_are_no_images_to_train_on(tmp_path, workdir, refused):
 
 def test_a_workdir_whose_name_is_not_utf8(tmp_path):
   """Orbax can't write there: told now, not after ten minutes of trying to save."""
-  with pytest.raises(UserError, match=r"udcff' isn't UTF-8"):
+  with pytest.raises(UserError, match=r"run\\xff isn't UTF-8"):
     places.check(config_lib.base(), str(tmp_path / "run\udcff"))
   places.check(config_lib.base(), str(tmp_path / "Läufe 🙂"))
 
@@ -267,7 +267,7 @@ def test_nothing_held_out_trains_on_all_of_train(tmp_path, capsys):
   assert "validation_loss" not in json.loads((tmp_path / "run" / "training.json").read_text())
   evaluate.run(tiny(**settings), str(tmp_path / "run"))
   values = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-  assert values["data"].endswith("test[300 of 300]")
+  assert "test[300 of 300]" in values["data"]
   assert "train[1497 of 1497]" in values["baselines_counted_on"]
   fit_palette.run(tiny(**settings), str(tmp_path / "palette"))
   fitted = json.loads((tmp_path / "palette" / "palette.json").read_text())

@@ -130,10 +130,10 @@ def test_a_single_image_has_no_covariance(trained, tmp_path):
       Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "my" / split / f"{i}.png")
   data = {"data__name": "folder", "data__path": str(tmp_path / "my"), "data__max_bad": 0.5}
   config = config_of(checkpoint=str(trained), **data)
-  with pytest.raises(UserError, match=r"data: folder:.* test\[1 of 1\]: 1; .* needs 2 or more"):
+  with pytest.raises(UserError, match=r"data: folder test\[1 of 1\] .*: 1; .* needs 2 or more"):
     quality.run(config, str(tmp_path / "out"))
   (tmp_path / "my" / "test" / "bad.png").write_bytes(b"no image")
-  with pytest.raises(UserError, match=r"readable images of .*test\[2 of 2\]: 1"):
+  with pytest.raises(UserError, match=r"readable images of .*test\[2 of 2\] .*: 1"):
     quality.run(config, str(tmp_path / "out"))
 
 

@@ -6,6 +6,7 @@ import os
 
 from ml_collections import ConfigDict
 
+from igpt_jax import files
 from igpt_jax.errors import UserError
 
 _GRID = "grid.png"  # what job `complete` leaves in the workdir itself
@@ -25,7 +26,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     workdir.encode()
   except UnicodeEncodeError:
     raise UserError(
-      f"--workdir: {workdir!a} isn't UTF-8; expected a name that checkpoints can be written under; fix: "
+      f"--workdir: {files.printable(workdir)} isn't UTF-8; expected a name that checkpoints can be written under; fix: "
       "another --workdir"
     ) from None
   above = workdir
