@@ -22,7 +22,7 @@ setuptools.setup(
     "google-crc32c>=1.5,<2",
     "grain>=0.2.18,<0.3",
     "importlib_resources>=6,<8",  # tensorflow-datasets needs it and doesn't say so
-    "jax>=0.10.2,<0.12",
+    "jax>=0.10.2,<0.13",
     "matplotlib>=3.9,<4",
     "ml_collections>=1.1,<2",
     "ml_dtypes>=0.5,<0.7",
@@ -38,8 +38,8 @@ setuptools.setup(
     "threadpoolctl>=3.1,<4",
   ],
   extras_require={
-    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-    "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     "tensorboard": ["tensorboardX>=2.6.2,<3"],
     "wandb": ["wandb>=0.19,<1"],
     "photos": ["scikit-image>=0.24,<0.27"],  # the photographs of photo_patches

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from igpt_jax import files
 from igpt_jax.config_fields import base
+from igpt_jax.data.order import MAX_SEED
 from igpt_jax.data.sources import DataConfig
 from igpt_jax.errors import UserError
 from igpt_jax.model.attention import IMPLEMENTATIONS
@@ -57,12 +58,32 @@ def _choice(name: str, value: str, choices) -> None:
     raise UserError(f"config.{name}: {value!r}; expected one of {', '.join(choices)}")
 
 
+_MAX_INT = 2**31 - 1  # steps, tokens and records are counted in 32 bits
+
+
+def _check_numbers(config: ConfigDict, prefix: str = "config.") -> None:
+  """Whole numbers that 32 bits hold, others that are finite; those in a sequence, too."""
+  for name, field in config.items():
+    if isinstance(field, ConfigDict):
+      _check_numbers(field, f"{prefix}{name}.")
+      continue
+    least, most = (0, MAX_SEED) if name == "seed" else (-_MAX_INT, _MAX_INT)
+    for value in field if isinstance(field, tuple | list) else (field,):
+      if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{prefix}{name}: {value}; expected a finite number")
+      if isinstance(value, int) and not least <= value <= most:
+        # Python writes no number of several thousand digits.
+        shown = value if abs(value) < 2**128 else f"a number of {value.bit_length():,} bits"
+        raise UserError(f"{prefix}{name}: {shown}; expected {least:,} to {most:,}")
+
+
 def validate(config: ConfigDict) -> None:
   """Checks what can be checked without data, checkpoint or device.
 
   Raises:
     UserError: naming the field, its value and what was expected.
   """
+  _check_numbers(config)
   settled = settle(config)
   _choice("objective", settled.objective, OBJECTIVES)
   _choice("model.size", settled.model.size, PRESETS)
@@ -79,7 +100,7 @@ def validate(config: ConfigDict) -> None:
     "benchmark.samples", "benchmark.pictures",
   )  # fmt: skip
   _positive(
-    config, "seed", "train.eval_every", "train.eval_images", "train.keep_every",
+    config, "train.eval_every", "train.eval_images", "train.keep_every",
     "evaluate.images", "features.masks", "features.images", "features.eval_images", "probe.around_best", "finetune.images",
     "finetune.warmup_steps", "finetune.patience", "train.save_retry_seconds", "watch_seconds", "watch_patience", "hang_seconds", "sample.scale", "model.n_layer", "model.n_head",
     "model.n_embd", least=0,
@@ -98,10 +119,6 @@ def validate(config: ConfigDict) -> None:
     _positive(config, "palette.size", least=2)
   if not 0 < config.mask_probability < 1:
     raise UserError(f"config.mask_probability: {config.mask_probability}; expected within (0, 1)")
-  if not 0 < config.data.validation < 1:
-    raise UserError(
-      f"config.data.validation: {config.data.validation}; expected a share within (0, 1)"
-    )
   if not 0 < config.sample.keep < 1:
     raise UserError(f"config.sample.keep: {config.sample.keep}; expected a share within (0, 1)")
   if not 0 < config.keep < 1:

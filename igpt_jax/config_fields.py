@@ -15,7 +15,7 @@ def base() -> ConfigDict:
   """
   config = ConfigDict()
   config.job = "pretrain"  # a name in igpt_jax.jobs
-  config.seed = 0
+  config.seed = 0  # of everything drawn, 0 to 2**32 - 1
   config.init_from = ""  # checkpoint that pretrain takes its first parameters from; "": random ones
   config.checkpoint = ""  # what the other jobs read; "": --workdir's newest, or else init_from
 
@@ -25,12 +25,15 @@ def base() -> ConfigDict:
   config.data.data_dir = ""  # TFDS' data_dir; "": TFDS' default
   config.data.resolution = 8  # height and width the model sees
   config.data.augment = "none"  # of training pictures: none, paper, cifar, shift
-  config.data.validation = 0.1  # share of train held out
+  # Share of train held out; 0: none, as in the paper's final runs, which are evaluated on test alone.
+  config.data.validation = 0.1
+  config.data.validation_split = ""  # a stored split held out instead: validation, val; "": none
   config.data.max_bad = 0.001  # share of unreadable pictures to put up with
   config.data.resample = "fused"  # of `paper` in training: fused (one resize), literal (the two)
   config.data.threads = 0  # that load pictures, in each process; 0: chosen
   config.data.workers = 0  # processes that load pictures; 0: this one
   config.data.cache_mb = 512  # a data set whose decoded pictures fit in this is read once
+  config.data.verify = False  # read every file to know its contents, also those that seem unchanged
   config.data.manual_dir = ""  # job prepare: archives fetched by hand; "": TFDS' default
 
   config.palette = ConfigDict()
@@ -142,16 +145,16 @@ def base() -> ConfigDict:
   config.sample.completions = 8  # held-out pictures to complete
   config.sample.per_picture = 4  # completions of each
   config.sample.keep = 0.5  # share of the rows that is given
-  config.sample.temperature = 1.0
-  config.sample.top_k = 0
-  config.sample.top_p = 1.0
+  config.sample.temperature = 1.0  # 1e-6 or more; 0: the likeliest colour
+  config.sample.top_k = 0  # of the likeliest colours; 0: all
+  config.sample.top_p = 1.0  # 1e-6 to 1: the likeliest colours whose probabilities reach it
   config.sample.cache = ""  # of keys and values: float32, bfloat16, int8; "": the model's dtype
   config.sample.scale = 0  # picture pixels per model pixel in the PNGs; 0: chosen
   config.sample.batch_size = 64  # complete: samples drawn at a time
 
   config.images = ""  # complete: a file, a glob in quotes, or a folder; "": samples from nothing
   config.keep = 0.5  # complete: share of the rows (or columns) that is given
-  config.hide = "lower"  # complete: and by BERT upper, left, right, centre, or a picture of a mask
+  config.hide = "lower"  # complete: and by BERT upper, left, right, centre, or an image of a mask
   config.passes = 16  # complete, by BERT: over the picture, the surest pixels first
   config.n = 8  # complete: samples of each picture
 

@@ -11,6 +11,10 @@ class UserError(Exception):
   status = 2  # a mistake: running the same command again doesn't help
 
 
+class NoSuchSplit(UserError):
+  """The data set is there, but not this split of it; some jobs can do without."""
+
+
 class NewerFormat(UserError):
   """A workdir or a checkpoint was written by a version that knows more than this one: it isn't damaged."""
 

@@ -33,6 +33,11 @@ def local(name: str, path: str) -> str:
   return os.path.abspath(os.path.expanduser(path))
 
 
+def printable(text: str | os.PathLike[str]) -> str:
+  """A file's name, or text that holds one, as it can be printed and written: other bytes as \\xNN."""
+  return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Gives a path to write to, beside `path`, and moves it there when the block ends well.

@@ -23,7 +23,10 @@ RENAMED: dict[int, dict[str, str]] = {}
 
 # Fields that came after format 1, by today's names, each with its default when it came: so did runs
 # that don't name it. A default that changes later doesn't change it here.
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {
+  "data.validation_split": "",
+  "data.verify": False,
+}
 
 
 def format_of(values: Mapping[str, Any], where: str) -> int:

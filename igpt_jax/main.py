@@ -40,26 +40,58 @@ _LOST = (
 _OF_OTHERS = re.compile(r"gloo|nccl|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "The config file; --config.FIELD=VALUE overrides a field.", lock_config=True
+  "config",
+  None,
+  "The config file, or the config.json of a workdir; --config.FIELD=VALUE overrides a field.",
+  lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where checkpoints, metrics and pictures go (default: runs/CONFIG)."
+  "workdir",
+  None,
+  "Where checkpoints, metrics and images go (default: runs/CONFIG; of a config.json, where it lies).",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of several processes: join them by jax.distributed (launch/ sets it)."
 )
 
 
+# The config file that takes a config.json for its argument.
+_SAVED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config_saved.py:")
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; a misspelt one is one line, not a traceback."""
+  """Parses the flags; a mistake in them, or in the config file, is one line, not a traceback."""
+  argv = [
+    re.sub(r"^(--?config=|)(?=.+\.json$)", rf"\g<1>{_SAVED}", argument)
+    if argument.startswith(("--config=", "-config=")) or before in ("--config", "-config")
+    else argument
+    for before, argument in zip(["", *argv], argv, strict=False)
+  ]
   try:
     return flags.FLAGS(argv)
+  except UserError as error:
+    raise SystemExit(_fail(error)) from None
   except (AttributeError, KeyError) as error:
     # ml_collections suggests the right name, inside a twice quoted string.
     said = str(error).replace("\\", "").strip("'\"").replace("'nDid you", "; did you")
     raise SystemExit(_fail(f"--config.FIELD: there is no such field: {said}")) from None
   except (flags.Error, TypeError, ValueError, OSError) as error:
-    raise SystemExit(_fail(error)) from None
+    raise SystemExit(_fail(_shortened(error))) from None
+  except Exception as error:  # a config file is a program: it may raise anything
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
+    raise SystemExit(
+      _fail(
+        f"--config: {_shortened(f'{type(error).__name__}: {error}')}{where}; expected a config file, "
+        "as in configs/, or the config.json of a workdir"
+      )
+    ) from None
+
+
+def _shortened(message: object) -> str:
+  """A message that quotes what a person gave, however long that is."""
+  text = str(message)
+  return text if len(text) <= 600 else f"{text[:300]} … {text[-300:]}"
 
 
 def _fail(message: object, status: int = 2) -> int:
@@ -128,17 +160,22 @@ def main(argv: list[str]) -> int:
     return _fail(f"unexpected argument {argv[1]!r}: every option begins with --")
   if _CONFIG.value is None:
     return _fail("--config: missing; expected a file, such as --config configs/quickstart.py")
-  source = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+  source = config_flags.get_config_filename(flags.FLAGS["config"])
+  saved = source.startswith(_SAVED)
+  source = source.removeprefix(_SAVED) if saved else source.split(":")[0]
   if not os.path.isfile(source):
     return _fail(f"--config: {source}: no such file; configs/ holds those of the project")
   config = _CONFIG.value
   logging.set_verbosity(logging.WARNING)  # the libraries' own chatter
-  workdir = _WORKDIR.value or os.path.join("runs", os.path.splitext(os.path.basename(source))[0])
+  folder, name = os.path.split(source)
+  own = folder or "." if saved else os.path.join("runs", os.path.splitext(name)[0])
+  workdir = _WORKDIR.value or own
   try:
     if config.job not in JOBS:
       raise UserError(f"config.job: {config.job!r}; expected one of {', '.join(JOBS)}")
     from igpt_jax import config as config_lib
-    from igpt_jax.jobs import agreement, goodput
+    from igpt_jax.jobs import agreement, goodput, places
+    from igpt_jax.parallel import hardware
 
     with contextlib.ExitStack() as watched:
       if _DISTRIBUTED.value:
@@ -148,6 +185,8 @@ def main(argv: list[str]) -> int:
         _join_processes(config)
       config_lib.validate(config)
       workdir = files.local("--workdir", workdir)
+      places.check(config, workdir)
+      hardware.check_platform()
       if _DISTRIBUTED.value:
         agreement.check_config(config_lib.as_json(config))
       job = importlib.import_module(f"igpt_jax.jobs.{config.job}")

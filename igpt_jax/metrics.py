@@ -123,9 +123,20 @@ class WandbWriter:
       with open(identity, encoding="utf-8") as file:
         run_id = file.read().strip()
     name = os.path.basename(os.path.abspath(workdir))
-    self._run = wandb.init(
-      project=project, id=run_id, resume="allow", name=name, dir=workdir, config=dict(config)
-    )
+    try:
+      self._run = wandb.init(
+        project=project, id=run_id, resume="allow", name=name, dir=workdir, config=dict(config)
+      )
+    except (
+      wandb.errors.Error,
+      OSError,
+      ValueError,
+    ) as error:  # no key, no network, no such project
+      raise UserError(
+        f"log.wandb: True, but wandb.init failed ({' '.join(str(error).split())[:300]}); fix: "
+        "`wandb login` or WANDB_API_KEY; or WANDB_MODE=offline, which is sent later by `wandb sync`; "
+        "or --config.log.wandb=False"
+      ) from None
     with open(identity, "w", encoding="utf-8") as file:
       file.write(self._run.id)
 

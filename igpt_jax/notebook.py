@@ -6,7 +6,6 @@ at a time, and the notebook's own touches none. Nothing is computed here.
 
 import base64
 import collections
-import glob
 import html
 import importlib.resources
 import os
@@ -19,8 +18,8 @@ import time
 from collections.abc import Iterable, Sequence
 
 from igpt_jax import checkpoint, pictures
-from igpt_jax.data import transforms
-from igpt_jax.data.sources import PICTURE_SUFFIXES, DataConfig, open_split
+from igpt_jax.data import image_files, transforms
+from igpt_jax.data.sources import DataConfig, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain
 
@@ -212,8 +211,7 @@ def own_pictures(folder: str = "my") -> str:
     for name, content in files.upload().items():
       with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
         file.write(content)
-  there = (os.path.splitext(path)[1].lower() for path in glob.glob(os.path.join(folder, "*")))
-  if not PICTURE_SUFFIXES & set(there):
+  if not image_files.find(folder)[0]:
     _write_examples(folder)
   return folder
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from igpt_jax import identity
 from igpt_jax.files import replacing
 
 _FINETUNING = {
@@ -86,16 +87,52 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 
 
 def write_summary(workdir: str) -> str:
-  """Gathers what the jobs wrote into summary.md, and returns its text."""
-  lines = [f"# {os.path.basename(os.path.abspath(workdir))}", ""]
-  for name, (heading, shown) in _SECTIONS.items():
-    path = os.path.join(workdir, name)
-    if not os.path.exists(path):
+  """Gathers what the jobs wrote into summary.md, and returns its text.
+
+  Where the results aren't all of one checkpoint, the newest, each line says whose they are.
+  """
+  kept: dict[str, dict[str, Any]] = {}
+  texts: dict[str, str] = {}
+  for name, (_, shown) in _SECTIONS.items():
+    try:
+      values = identity.read(os.path.join(workdir, name))
+      texts[name] = _numbers(values, shown)
+      kept[name] = values
+    except FileNotFoundError:
       continue
-    with open(path, encoding="utf-8") as file:
-      values = json.load(file)
-    parts = [form.format(values[key]) for key, form in shown.items() if values.get(key) is not None]
-    lines.append(f"- **{heading}**: {', '.join(parts)}")
-  text = "\n".join(lines) + "\n"
+    except (ValueError, TypeError) as error:
+      texts[name] = f"{name} is damaged ({error}); fix: run that job again"
+  whose = _whose(kept)
+  lines = [f"- **{_SECTIONS[name][0]}**{whose.get(name, '')}: {of}" for name, of in texts.items()]
+  text = "\n".join([f"# {os.path.basename(os.path.abspath(workdir))}", "", *lines]) + "\n"
   write_text(os.path.join(workdir, "summary.md"), text)
   return text
+
+
+def _numbers(values: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+  return ", ".join(
+    form.format(values[key]) for key, form in shown.items() if values.get(key) is not None
+  )
+
+
+def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+  """By name of a result, which checkpoint it is of, in words; {} where all are of the newest."""
+  of_checkpoint = {
+    name: (values.get(f"{start}step"), values.get(f"{start}parameters"))
+    for name, values in kept.items()
+    for start in ["start_" if name.startswith("finetune/") else ""]
+    if name not in ("training.json", "finetune_scratch/finetune.json")
+  }
+  steps = {step for step, _ in of_checkpoint.values()}
+  if "training.json" in kept:
+    steps.add(kept["training.json"].get("step"))
+  if (
+    len(steps - {None}) <= 1 and len({parameters for _, parameters in of_checkpoint.values()}) <= 1
+  ):
+    return {}
+  return {
+    name: " ("
+    + (f"step {step}, parameters {parameters[:8]}" if parameters else "an older version's")
+    + ")"
+    for name, (step, parameters) in of_checkpoint.items()
+  }

@@ -1,6 +1,6 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, with eight virtual devices of it.
 
-Set before any test imports jax's backend. Not by XLA_FLAGS: programs that tests start would inherit
+Set before any test opens jax's backend. Not by XLA_FLAGS: programs that tests start would inherit
 those.
 """
 
@@ -24,7 +24,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+import igpt_jax  # noqa: F401 - before any device is asked for: it sets the compiler's flags
+
 jax.config.update("jax_num_cpu_devices", 8)
+
+# What data is known by is kept here, not in the home of who runs the tests.
+_cache = tempfile.mkdtemp(prefix="igpt_jax_cache_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = _cache
 
 # Many tests compile the same small programs: this process, and those that it starts, do so once. A
 # folder for each process that runs tests: jax' cache isn't made for several writers.

@@ -1,6 +1,7 @@
 """Attention against numpy, one head and one picture at a time."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import tiny
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.attention import SAVED_NAMES, attention, choose
+from igpt_jax.parallel import hardware
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -158,6 +160,52 @@ def test_a_cpu_takes_blocks_where_there_is_more_than_one():
     assert chosen(8, 1024) == "blocked"
     assert chosen(1, 1024) == "xla"  # one picture for two devices
     assert chosen(8, 1024, n_head=2) == "xla"
+
+
+@pytest.mark.parametrize(
+  ("capability", "head_dim", "dtype", "expected"),
+  [
+    ((9, 0), 64, jnp.bfloat16, "cudnn"),
+    ((9, 0), 64, jnp.float16, "cudnn"),
+    ((9, 0), 64, jnp.float32, "xla"),
+    ((9, 0), 256, jnp.bfloat16, "cudnn"),
+    ((9, 0), 264, jnp.bfloat16, "xla"),
+    ((10, 0), 256, jnp.bfloat16, "cudnn"),
+    ((8, 0), 128, jnp.bfloat16, "cudnn"),
+    ((8, 9), 136, jnp.bfloat16, "xla"),
+    ((8, 0), 8, jnp.bfloat16, "cudnn"),
+    ((8, 0), 12, jnp.bfloat16, "xla"),
+    (None, 64, jnp.bfloat16, "xla"),  # another maker's
+  ],
+)
+def test_a_gpu_takes_cudnn_where_that_takes_the_heads(
+  monkeypatch, capability, head_dim, dtype, expected
+):
+  monkeypatch.setattr(hardware, "platform", lambda: "gpu")
+  monkeypatch.setattr(hardware, "cuda_capability", lambda: capability)
+  assert choose(jax.ShapeDtypeStruct((3, 8, 63, 3 * head_dim), dtype), 3) == expected
+  if expected == "xla":
+    qkv = jnp.zeros((3, 1, 4, 3 * head_dim), dtype)
+    with pytest.raises(UserError, match=r"model.attention: 'cudnn' doesn't take .*fix: 'xla'"):
+      attention(qkv, n_head=3, causal=True, implementation="cudnn")
+
+
+def test_what_gpu_it_is(monkeypatch):
+  """As jax tells a device of NVIDIA's; here there is none."""
+
+  def device(version, capability):
+    client = types.SimpleNamespace(platform_version=version)
+    return types.SimpleNamespace(client=client, compute_capability=capability)
+
+  assert hardware.cuda_capability() is None
+  monkeypatch.setattr(hardware, "platform", lambda: "gpu")
+  for version, capability, expected in (
+    ("PJRT C API\ncuda 12090", "9.0", (9, 0)),
+    ("PJRT C API\ncuda 13000", "12.1", (12, 1)),
+    ("PJRT C API\nrocm 60300", "gfx942", None),
+  ):
+    monkeypatch.setattr(jax, "local_devices", lambda v=version, c=capability: [device(v, c)])
+    assert hardware.cuda_capability() == expected
 
 
 def test_shapes_the_kernel_does_not_take_are_refused():

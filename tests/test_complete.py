@@ -1,5 +1,6 @@
 """Completing one's own pictures: files in, pictures out, whatever the batch and however often begun."""
 
+import dataclasses
 import io
 import json
 import os
@@ -10,14 +11,15 @@ import numpy as np
 import own_checkpoint
 import pytest
 from PIL import Image
-from tiny import compilations, mesh_of
+from tiny import compilations, make_config, mesh_of, random_params
 
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, complete, completion, own_pictures
+from igpt_jax.jobs import common, complete, completion, own_pictures, starting_point
 from igpt_jax.model.decoding import SamplingConfig
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.pretrained import formats
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -155,20 +157,21 @@ def test_a_picture_is_turned_as_the_camera_was_held(trained):
   assert (reader.read(encoded(lying, format="PNG"), "lying").tokens != upright).any()
 
 
-def test_every_orientation_is_what_pillow_makes_of_it():
-  from PIL import ImageOps
-
-  image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-  for orientation in range(0, 10):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(image, format="PNG", exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    np.testing.assert_array_equal(completion._upright(image, data), expected)
+@pytest.mark.parametrize("augment", [None, "none", "paper", "cifar"])
+def test_an_image_of_the_models_own_size_is_encoded_as_it_is(trained, augment):
+  """Whoever wrote the checkpoint: one that says nothing of its data is taken for the paper's."""
+  found = completion.describe(settings(trained), "")
+  run = {**found.run, "resolution": 8, "config": {"data": {"augment": augment} if augment else {}}}
+  reader = completion.Reader(dataclasses.replace(found, run=run))
+  tokens = np.random.default_rng(0).integers(0, 11, 64).astype(np.int32)
+  image = reader.paint(tokens[None])[0]
+  np.testing.assert_array_equal(reader.read(encoded(image, format="PNG"), "").tokens, tokens)
+  beside = np.pad(image, ((0, 0), (3, 4), (0, 0)))
+  np.testing.assert_array_equal(reader.read(encoded(beside, format="PNG"), "").tokens, tokens)
 
 
 def test_a_file_that_is_no_picture_is_named(trained):
-  with pytest.raises(BadRecord, match=r"^my\.jpg: unreadable picture \(cannot identify image\)$"):
+  with pytest.raises(BadRecord, match=r"^my\.jpg: unreadable image \(cannot identify image\)$"):
     completer_of(trained).reader.read(b"nothing", "my.jpg")
 
 
@@ -189,6 +192,53 @@ def test_files_are_found_by_name_glob_and_folder(photos):
     own_pictures.find(str(photos / "empty"))
 
 
+def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
+  my = tmp_path / "my"
+  for name in ("a", "cats/b.jfif", "cats/2020/b.png", "__MACOSX/c.png", "cats/._d.png"):
+    (my / name).parent.mkdir(parents=True, exist_ok=True)
+    (my / name).write_bytes(encoded(np.zeros((4, 4, 3), np.uint8), format="PNG"))
+  (my / "notes.txt").write_text("no picture")
+  (my / "cats" / "e.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+  (my / "cats" / "loop").symlink_to(my)
+  found = [("", "a"), ("cats", "b"), ("cats", "b.jfif")]
+  assert [(f.group, f.name) for f in own_pictures.find(str(my))] == found
+  said = capsys.readouterr().out
+  assert "config.images: left out 3: " in said and "(cats/e.heic)" in said and "(notes.txt)" in said
+  assert [f.name for f in own_pictures.find(str(my / "*"))] == ["a"]
+  assert "notes.txt" in capsys.readouterr().out
+  assert [f.name for f in own_pictures.find(str(my / "notes.txt"))] == [
+    "notes"
+  ]  # who names it, means it
+  with pytest.raises(UserError, match=r"holds no pictures.*left out 1: 1 HEIC"):
+    own_pictures.find(str(my / "cats" / "*.heic"))
+
+
+def test_results_have_names_of_their_own(trained, tmp_path):
+  """Whatever images and classes are called: no folder is in the way of a file, or of another."""
+  (tmp_path / "my" / "cat").mkdir(parents=True)
+  (tmp_path / "my" / "grid.png").mkdir()
+  names = (
+    "grid.jpg", "grid.gif", "complete.json.png", "settings.json.png", "cat.png", "Cat.png",
+    "grid.png.partial.png", "grid.png/0000.png.png", "cat/grid.bmp", "cat/grid.png", "cat/grid.png.png",
+    "e\u0301.png", "\u00e9.png",
+  )  # fmt: skip
+  for i, name in enumerate(names):
+    Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / "my" / name)
+  folder = str(tmp_path / "my")
+  found = own_pictures.find(folder)
+  places = [os.path.join(file.group, file.name).lower() for file in found]
+  assert len(set(places)) == len(names)
+  for attempt in range(2):  # the second one finds what the first has left
+    complete.run(settings(trained, images=folder, n=1), str(tmp_path / "out"))
+    values = json.loads((tmp_path / "out" / "complete.json").read_text())
+    assert values["pictures"] == len(names), attempt
+  for place in ("grid.png", "cat/grid.png", "settings.json"):
+    assert (tmp_path / "out" / place).is_file()
+  for file in found:
+    own = tmp_path / "out" / file.group / file.name / "complete.json"
+    assert json.loads(own.read_text())["picture"] == file.path
+
+
 # --- the job ---------------------------------------------------------------------------------------
 
 
@@ -196,7 +246,7 @@ def test_a_folder_of_classes(trained, photos, tmp_path, capsys):
   (photos / "cats" / "bad.jpg").write_bytes(b"no picture")
   out = tmp_path / "out"
   complete.run(settings(trained, images=str(photos), keep=0.5), str(out))
-  assert "bad.jpg: unreadable picture" in capsys.readouterr().out
+  assert "bad.jpg: unreadable image" in capsys.readouterr().out
   values = json.loads((out / "complete.json").read_text())
   assert list(values["each_nats_per_token"]) == ["cats/a", "cats/b", "dogs/a"]
   assert len(values["unreadable"]) == 1
@@ -284,6 +334,114 @@ def test_a_workdir_of_other_samples_is_left_alone(trained, photos, tmp_path):
     complete.run(settings(trained, images=str(photos), keep=0.3), str(tmp_path / "out"))
 
 
+def write_foreign(prefix, seed):
+  """A model in OpenAI's format, its palette beside it."""
+  config = make_config(n_vocab=11)
+  levels = np.random.default_rng(0).integers(0, 256, (11, 3))
+  centers = (levels / 127.5 - 1).astype(np.float32)
+  os.makedirs(os.path.dirname(prefix))
+  formats.save(prefix, "openai", config, random_params(config, seed), clusters=centers)
+
+
+@pytest.mark.parametrize("kind", ["own", "openai"])
+def test_another_model_in_the_same_place_is_refused(tmp_path, kind):
+  """Same path, same step: only what is in the weights tells them apart."""
+  place = tmp_path / "model"
+
+  def write(seed):
+    shutil.rmtree(place, ignore_errors=True)
+    if kind == "own":
+      return own_checkpoint.write(place, seed=seed)
+    write_foreign(str(place / "model.ckpt-7"), seed)
+    return str(place)
+
+  config = settings(write(0), n=2)
+  complete.run(config, str(tmp_path / "out"))
+  write(1)
+  with pytest.raises(
+    UserError, match=r"by another model:\n  parameters: \w{16} there, \w{16} here\nfix"
+  ):
+    complete.run(config, str(tmp_path / "out"))
+  write(0)
+  complete.run(config, str(tmp_path / "out"))
+
+
+def test_the_same_model_elsewhere_has_nothing_to_do(trained, tmp_path, monkeypatch):
+  """Not even to read its weights."""
+  complete.run(settings(trained, n=2), str(tmp_path / "out"))
+  shutil.copytree(trained, tmp_path / "moved")
+  monkeypatch.setattr(complete, "Completer", None)
+  complete.run(settings(str(tmp_path / "moved"), n=2), str(tmp_path / "out"))
+  values = json.loads((tmp_path / "out" / "complete.json").read_text())
+  assert values["checkpoint"].startswith(str(tmp_path / "moved"))
+
+
+def test_a_checkpoint_of_any_format_has_one_checksum(tmp_path):
+  own = own_checkpoint.write(tmp_path / "own", seed=3)
+  write_foreign(str(tmp_path / "foreign" / "model.ckpt-7"), 3)
+  sums = {
+    starting_point.checksum_of(starting_point.describe(path, config_lib.base()))
+    for path in (own, str(tmp_path / "foreign"))
+  }
+  described = starting_point.describe(own, config_lib.base())
+  older = dataclasses.replace(described, sums={})  # from before checkpoints had checksums
+  assert sums == {starting_point.checksum_of(older)} == {described.sums["params"]}
+
+
+def test_samples_say_themselves_what_they_are_of(trained, tmp_path):
+  """What was drawn with other settings isn't taken for these, though no settings.json says so."""
+  out, fresh = tmp_path / "out", tmp_path / "fresh"
+  complete.run(settings(trained, n=2), str(out))
+  (out / "settings.json").unlink()
+  complete.run(settings(trained, n=2, seed=1), str(out))
+  complete.run(settings(trained, n=2, seed=1), str(fresh))
+  assert tokens_in(out / "unconditional") == tokens_in(fresh / "unconditional")
+  told = [
+    json.loads((each / "unconditional" / "complete.json").read_text()) for each in (out, fresh)
+  ]
+  assert told[0] == told[1]
+
+
+def test_larger_images_are_other_results(trained, tmp_path):
+  complete.run(settings(trained, n=2), str(tmp_path / "out"))
+  with pytest.raises(UserError, match=r"scale: 24 there, 3 here"):
+    complete.run(settings(trained, n=2, **{"sample.scale": 3}), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+  "damage", ["cut", "empty", "noise", "no zip inside", "of an older version"]
+)
+def test_damaged_samples_are_drawn_again(trained, tmp_path, damage):
+  out = tmp_path / "out"
+  complete.run(settings(trained, n=2), str(out))
+  before = tokens_in(out / "unconditional")
+  kept = out / "unconditional" / "0000.npz"
+  whole = kept.read_bytes()
+  with np.load(kept, allow_pickle=False) as part:
+    arrays = dict(part)
+  if damage == "of an older version":
+    del arrays["settings"]
+    arrays["tokens"] = arrays["tokens"] * 0
+    np.savez(kept, **arrays)
+  else:
+    kept.write_bytes(
+      {
+        "cut": whole[: len(whole) // 2], "empty": b"", "noise": b"noise" * 50,
+        "no zip inside": whole[:200] + b"\0" * (len(whole) - 400) + whole[-200:],
+      }[damage]
+    )  # fmt: skip
+  complete.run(settings(trained, n=2), str(out))
+  assert tokens_in(out / "unconditional") == before
+
+
+@pytest.mark.parametrize("text", ['{"n": ', "[]"])
+def test_damaged_settings_are_said(trained, tmp_path, text):
+  complete.run(settings(trained, n=2), str(tmp_path / "out"))
+  (tmp_path / "out" / "settings.json").write_text(text)
+  with pytest.raises(UserError, match=r"settings\.json is damaged .*fix: another --workdir"):
+    complete.run(settings(trained, n=2), str(tmp_path / "out"))
+
+
 def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):
   run = own_checkpoint.write(tmp_path / "run")
   complete.run(settings("", images=str(photos)), run)
@@ -297,6 +455,8 @@ def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):
     ({"keep": 0.0}, "config.keep: 0.0; expected a share"),
     ({"n": 0}, "config.n: 0; expected 1 or more"),
     ({"sample.top_p": 0.0}, "top_p: 0.0"),
+    ({"sample.temperature": 1e-38}, "temperature: 1e-38"),
+    ({"seed": 2**32}, "config.seed: 4294967296"),
     ({"sample.batch_size": 0}, "config.sample.batch_size"),
     ({"images": "nowhere/*.jpg"}, "matches no file"),
   ],

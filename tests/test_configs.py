@@ -82,8 +82,32 @@ def test_config_says_what_it_is(path):
     ("model.attention", "flash", "auto"),
     ("evaluate.split", "valid", "validation"),
     ("sample.temperature", -1.0, "temperature"),
+    (
+      "sample.temperature",
+      1e-38,
+      r"temperature: 1e-38; expected 0 \(greedy\), or .* 1e-06 or more",
+    ),
+    (
+      "sample.temperature",
+      float("nan"),
+      "config.sample.temperature: nan; expected a finite number",
+    ),
+    (
+      "sample.temperature",
+      float("inf"),
+      "config.sample.temperature: inf; expected a finite number",
+    ),
     ("sample.top_k", -1, "top_k"),
-    ("seed", -1, "seed"),
+    ("sample.top_p", 1e-30, "top_p: 1e-30; expected a number from 1e-06 to 1"),
+    ("seed", -1, "config.seed: -1; expected 0 to 4,294,967,295"),
+    ("seed", 2**32, "config.seed: 4294967296; expected 0 to 4,294,967,295"),
+    ("seed", 2**200, "config.seed: a number of 201 bits; expected 0 to 4,294,967,295"),
+    ("train.steps", 2**200, "config.train.steps: a number of 201 bits"),
+    ("features.layers", (1, 2**200), "config.features.layers: a number of 201 bits"),
+    ("probe.learning_rates", (1.0, float("inf")), "config.probe.learning_rates: inf"),
+    ("data.validation", 1.0, "data.validation"),
+    ("data.validation", -0.1, "data.validation"),
+    ("data.validation_split", "train", "data.validation_split"),
   ],
 )
 def test_a_value_out_of_range_is_named(field, value, expected):

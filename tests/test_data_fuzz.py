@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = """
 import io, resource
 import numpy as np
-from PIL import Image
-from igpt_jax.data import transforms
+from PIL import Image, ImageCms
+from igpt_jax.data import own_images, transforms
 
 rng = np.random.default_rng(0)
 
@@ -28,6 +28,20 @@ originals = [
   encode((256, 256), mode="L"),
   encode((128, 160), mode="CMYK"),
   encode((96, 120), "png"),
+]
+exif = Image.Exif()
+exif[0x0112] = 6
+profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+notes = {"exif": exif, "icc_profile": profile}
+files = [
+  encode((240, 320), **notes),
+  encode((128, 160), mode="CMYK", **notes),
+  encode((96, 120), "png", mode="RGBA", **notes),
+  encode((96, 120), "png", mode="P"),
+  encode((96, 120), "webp", **notes),
+  encode((96, 120), "tiff", compression="tiff_lzw", **notes),
+  encode((96, 120), "tiff", mode="L", **notes),
+  encode((96, 120), "gif"),
 ]
 
 def frame_of(data):
@@ -64,6 +78,8 @@ def damage(data):
 for data in originals:  # all code is loaded and warm before memory is compared
   transforms.decode(data)
   transforms.paper_train_encoded(data, rng, 32)
+for data in files:
+  own_images.read(data)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
 decoded = refused = 0
@@ -81,17 +97,27 @@ for i in range(500):
     assert out.shape == (32, 32, 3) and out.dtype == np.uint8
   except transforms.BadRecord as error:
     assert str(error).startswith(name + ": "), error
+for i in range(1200):
+  data, name = damage(files[i % len(files)]), f"file {i}"
+  try:
+    image = own_images.read(data, name)
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3, image.shape
+    decoded += 1
+  except transforms.BadRecord as error:
+    assert str(error).startswith(name + ": ") and "\\n" not in str(error), error
+    refused += 1
+  own_images.as_stored(data)
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 print(decoded, refused, grown)
 """
 
 
-def test_five_hundred_damaged_records():
+def test_damaged_records_and_files():
   run = subprocess.run(
     [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=300
   )
   assert run.returncode == 0, run.stderr
   decoded, refused, grown_mb = map(int, run.stdout.split())
-  assert decoded + refused == 500
-  assert decoded > 50 and refused > 50  # both happen
+  assert decoded + refused == 1700
+  assert decoded > 200 and refused > 200  # both happen
   assert grown_mb < 700  # MAX_PIXELS as Pillow holds them and as an array

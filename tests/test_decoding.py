@@ -469,10 +469,23 @@ def test_bert_has_nothing_to_sample():
 
 
 @pytest.mark.parametrize(
+  "sampling",
+  [SamplingConfig(temperature=1e-6), SamplingConfig(top_p=1e-6), SamplingConfig(1e-6, 3, 1e-6)],
+  ids=str,
+)
+def test_the_least_temperature_and_share_take_the_likeliest_colour(sampling):
+  """Logits as far apart as they come, none of them colour 0."""
+  logits = jnp.asarray([[0.0, 5.0, -90.0, 5.1], [-1e3, 1e3, 999.0, 0.0]])
+  keys = jax.random.split(jax.random.key(0), 2)
+  assert decoding.draw(logits, keys, jnp.int32(1), sampling).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
   "field, value",
   [
     ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
-    ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_p", float("nan")),
+    ("temperature", 1e-38), ("temperature", 1e-300), ("temperature", 9e-7),
+    ("top_k", -1), ("top_p", 0.0), ("top_p", 1e-300), ("top_p", 9e-7), ("top_p", 1.5), ("top_p", float("nan")),
   ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(field, value):

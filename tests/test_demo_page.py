@@ -196,7 +196,7 @@ def test_errors_are_shown_and_the_next_try_goes_well(browser, server):
     )
     page.wait_for_selector("#error:has-text('The browser can\\'t show notes.txt')")
     page.click("#complete")
-    page.wait_for_selector("#error:has-text('this file: unreadable picture')")
+    page.wait_for_selector("#error:has-text('this file: unreadable image')")
     assert page.inner_text("#status") == "Not completed."
 
     page.set_input_files("#file", {**photo(), "name": "huge.png", "buffer": bytes(600_000)})

@@ -89,6 +89,10 @@ def test_rows_come_one_by_one_and_are_the_seeds(server):
     (("model=0", "model=1"), "model: 1; expected 0 to 0"),
     (("temperature=1", "temperature=-1"), "temperature: -1.0"),
     (("temperature=1", "temperature=inf"), "temperature: inf"),
+    (("temperature=1", "temperature=nan"), "temperature: nan"),
+    (("temperature=1", "temperature=1e-38"), "temperature: 1e-38; expected 0 (greedy), or"),
+    (("seed=3", "seed=4294967296"), "seed: 4294967296; expected 0 to 4294967295"),
+    (("seed=3", f"seed={'9' * 5_000}"), "expected a number"),
     (("seed=3", "seed=-1"), "seed: -1"),
     (("&seed=3", ""), "seed: None; expected a number"),
   ],
@@ -104,17 +108,17 @@ def test_what_is_no_picture_is_told_on_the_page(server):
   last = events(ask(server, body=b"no picture"))[-1]
   assert last == {
     "event": "error",
-    "message": "this file: unreadable picture (cannot identify image)",
+    "message": "this file: unreadable image (cannot identify image)",
   }
   assert free_again(server)
 
 
 def test_a_bomb_is_not_unfolded(server):
   buffer = io.BytesIO()
-  Image.new("1", (10_000, 10_000)).save(buffer, format="PNG")
+  Image.new("1", (12_000, 12_000)).save(buffer, format="PNG")
   assert len(buffer.getvalue()) < 100_000
   assert (
-    "implausible size 10000×10000" in events(ask(server, body=buffer.getvalue()))[-1]["message"]
+    "implausible size 12000×12000" in events(ask(server, body=buffer.getvalue()))[-1]["message"]
   )
 
 

@@ -16,6 +16,7 @@ from lives import Lives
 from PIL import Image
 
 from igpt_jax import checkpoint, metrics
+from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, evaluate, pretrain, probe, sample
 from igpt_jax.jobs import fit_palette as fit_palette_job
 from igpt_jax.parallel.sharding import make_mesh
@@ -282,15 +283,29 @@ def test_masked_objective_trains_evaluates_and_refuses_to_sample(tmp_path):
   evaluate.run(config, str(tmp_path))
   values = json.loads((tmp_path / "evaluation.json").read_text())
   assert values["masks_per_picture"] == 2 and values["nats_per_token"] < np.log(17)
+  assert values["masks_counted"] == 600
   with pytest.raises(Exception, match="BERT"):
     sample.run(config, str(tmp_path))
+
+
+def test_masks_that_hide_nothing(tmp_path):
+  """Training goes on without a validation loss, and evaluation says that there's no likelihood."""
+  config = tiny(objective="masked", **{"mask_probability": 1e-6, "evaluate.images": 5})
+  pretrain.run(config, str(tmp_path))
+  records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+  losses = [record["loss"] for record in records if "loss" in record]
+  assert losses and not any(losses)
+  assert not any("validation_loss" in record for record in records)
+  assert "validation" not in (tmp_path / "summary.md").read_text()
+  with pytest.raises(UserError, match=r"evaluate\.masks: 1 of each of 5 images.*probability 1e-06"):
+    evaluate.run(config, str(tmp_path))
+  assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_the_projects_own_palette_by_name(tmp_path):
   from igpt_jax import config as config_lib
   from igpt_jax.data.palette import Palette
   from igpt_jax.data.sources import open_split
-  from igpt_jax.errors import UserError
 
   def palette_of(config):
     data_config = config_lib.data(config)
@@ -343,6 +358,56 @@ def test_a_folder_of_pictures_of_every_kind(tmp_path):
   assert json.loads((tmp_path / "run" / "probe.json").read_text())["pixels_test_accuracy"] == 1
 
 
+def test_an_older_run_on_a_folder_goes_on_until_its_images_are_exchanged(
+  tmp_path, monkeypatch, caplog
+):
+  """An older version knew a folder by its files' names; from the next checkpoint on contents count."""
+  from igpt_jax.data import pipeline
+  from igpt_jax.errors import UserError
+
+  root, workdir = tmp_path / "images", str(tmp_path / "run")
+  make_folder(root, size=(8, 8))
+  for path in root.rglob("*.png"):
+    Image.open(path).save(path.with_suffix(".bmp"))  # of one size
+    path.unlink()
+
+  def run(steps):
+    settings = {"data.name": "folder", "data.path": str(root), "train.eval_every": 0}
+    config = tiny(**settings, **{"train.steps": 8, "train.checkpoint_every": 2})
+    monkeypatch.setattr(
+      pretrain.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= steps else None
+    )
+    pretrain.run(config, workdir)
+
+  def exchange(split):
+    first, second = root / split / "warm" / "0.bmp", root / split / "cold" / "1.bmp"
+    contents = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(contents)
+
+  with monkeypatch.context() as older:
+    newer = pipeline.position
+
+    def position(split, **where):
+      kept = newer(split, **where) | {"fingerprint": split.former_fingerprint}
+      del kept["former_fingerprint"]
+      return kept
+
+    older.setattr(pipeline, "position", position)
+    run(2)
+  run(4)
+  assert sum("by names alone" in record.getMessage() for record in caplog.records) == 1
+  run(6)
+  assert sum("by names alone" in record.getMessage() for record in caplog.records) == 1
+  exchange("test")
+  run(7)
+  exchange("train")
+  with pytest.raises(UserError, match=r"data set: folder train\[43 of 48\] .*; expected folder tr"):
+    run(8)
+  exchange("train")
+  run(8)
+
+
 def test_cifar_pictures_train_with_falling_loss(tmp_path):
   """Real CIFAR-10 pictures through the folder door, a few steps of the small config."""
   import tarfile
@@ -384,7 +449,6 @@ def test_cifar_pictures_train_with_falling_loss(tmp_path):
 
 
 def test_tensorboard_and_wandb_are_extras(tmp_path, monkeypatch):
-  from igpt_jax.errors import UserError
 
   for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
     monkeypatch.setitem(sys.modules, module, None)
@@ -480,7 +544,6 @@ def test_a_mistake_is_one_clear_message(name, answers):
 
 
 def test_a_workdir_of_another_config_is_refused_by_field(trained):
-  from igpt_jax.errors import UserError
 
   with pytest.raises(UserError, match=r"model\.n_embd: 16 there, 32 here"):
     pretrain.run(tiny(**{"model.n_embd": 32}), str(trained))
@@ -491,7 +554,6 @@ def test_a_workdir_of_another_config_is_refused_by_field(trained):
 
 
 def test_another_resolution_than_the_checkpoints_is_refused(trained):
-  from igpt_jax.errors import UserError
 
   for job in (evaluate, probe, sample):
     with pytest.raises(UserError, match=r"trained at 8; fix: --config.data.resolution=8"):
@@ -511,7 +573,6 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_else(trained, tmp_path):
 
 
 def test_damaged_pictures_are_counted_and_named(tmp_path):
-  from igpt_jax.errors import UserError
 
   root = tmp_path / "pictures"
   make_folder(root)
@@ -525,7 +586,6 @@ def test_damaged_pictures_are_counted_and_named(tmp_path):
 
 
 def test_an_unwritable_workdir_is_said_at_once(tmp_path):
-  from igpt_jax.errors import UserError
 
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="can't be written to"):
@@ -534,7 +594,6 @@ def test_an_unwritable_workdir_is_said_at_once(tmp_path):
 
 def test_prepare_job(data_dir, capsys):
   """Our own data is made; what needs TensorFlow says so; what needs nothing says that."""
-  from igpt_jax.errors import UserError
   from igpt_jax.jobs import prepare
 
   prepare.run(tiny(), "unused")

@@ -48,26 +48,58 @@ def test_the_last_batch_counts_for_what_is_in_it(shape):
   params = on_mesh(CAUSAL, mesh)
   done = []
   for batch_size in (8, 24):
-    found, images = likelihood(params, batches_of(tokens, batch_size), report=done.append)
-    assert images == 21
-    assert found == pytest.approx(expected, rel=1e-6)
+    found = likelihood(params, batches_of(tokens, batch_size), report=done.append)
+    assert found == (pytest.approx(expected, rel=1e-6), 21, 21)
   assert done == [1, 2, 3, 1]
   assert likelihood._step._cache_size() == 2  # one per batch shape
 
 
 def test_masks_belong_to_pictures():
-  """BERT's likelihood depends neither on the order nor on the batch; on the seed it does."""
+  """BERT's likelihood depends neither on the order nor on the batch."""
   mesh = tiny.mesh_of()
   tokens = tiny.random_tokens(BERT, 16)
   likelihood = Likelihood(BERT, masked(0.4), mesh)
   params = on_mesh(BERT, mesh)
   order = np.random.default_rng(0).permutation(16)
-  found, images = likelihood(params, batches_of(tokens, 8))
-  again, _ = likelihood(params, batches_of(tokens, 8, order))
-  other, _ = likelihood(params, batches_of(tokens, 8), seed=1)
-  assert images == 16
-  assert again == pytest.approx(found, rel=1e-6)
-  assert abs(other - found) > 1e-3
+  found = likelihood(params, batches_of(tokens, 8))
+  again = likelihood(params, batches_of(tokens, 8, order))
+  assert found.images == again.images == 16
+  assert again.nats_per_token == pytest.approx(found.nats_per_token, rel=1e-6)
+
+
+def nats_of_masks(tokens, probability, masks):
+  """Nats per token of every image under every mask [masks, N], computed here; nan: it hides nothing."""
+  model, rows = bind(BERT, tiny.random_params(BERT)), []
+  for seed in range(masks):
+    keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(len(tokens))]
+    keep = np.stack([jax.random.uniform(key, (BERT.n_positions,)) for key in keys]) > probability
+    nll = np.asarray(token_nll(model(tokens, jnp.asarray(keep)), jnp.asarray(tokens)), np.float64)
+    rows.append(
+      [row[~seen].mean() if not seen.all() else np.nan for row, seen in zip(nll, keep, strict=True)]
+    )
+  return np.asarray(rows)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("masks", [1, 3])
+def test_a_mask_that_hides_nothing_is_in_no_mean(masks, shape):
+  """Every image has masks of its own, and every mask that hides something counts once."""
+  mesh = tiny.mesh_of(shape)
+  tokens = tiny.random_tokens(BERT, 21)
+  expected = nats_of_masks(tokens, 0.05, masks)
+  assert 0.3 < np.isnan(expected).mean() < 0.7
+  likelihood = Likelihood(BERT, masked(0.05), mesh)
+  for batch_size in (8, 24):
+    found = likelihood(on_mesh(BERT, mesh), batches_of(tokens, batch_size), masks=masks)
+    assert found.nats_per_token == pytest.approx(np.nanmean(expected), rel=1e-5)
+    assert (found.images, found.predicted) == (21, np.isfinite(expected).sum())
+
+
+def test_without_a_masked_pixel_there_is_no_likelihood():
+  mesh = tiny.mesh_of()
+  likelihood = Likelihood(BERT, masked(1e-6), mesh)
+  found = likelihood(on_mesh(BERT, mesh), batches_of(tiny.random_tokens(BERT, 5), 4), masks=2)
+  assert np.isnan(found.nats_per_token) and (found.images, found.predicted) == (5, 0)
 
 
 def test_no_pictures_have_no_likelihood():

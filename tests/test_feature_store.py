@@ -14,8 +14,8 @@ ROWS, WIDTH, SIDE = 20, 6, 4
 IDENTITY = {"checkpoint": "abc", "data": "digits train", "resolution": 4}
 
 
-def store(folder, **changes):
-  return FeatureStore(str(folder), {**IDENTITY, **changes}, rows=ROWS, width=WIDTH, side=SIDE)
+def store(folder, rows=ROWS, **changes):
+  return FeatureStore(str(folder), {**IDENTITY, **changes}, rows=rows, width=WIDTH, side=SIDE)
 
 
 def rows_of(layers, first, last, without=()):
@@ -25,11 +25,11 @@ def rows_of(layers, first, last, without=()):
   return FeatureRows(index, features.astype(np.float32), images, index % 5)
 
 
-def fill(folder, layers, first=0, last=ROWS, without=()):
-  found = store(folder)
+def fill(folder, layers, first=0, last=ROWS, without=(), rows=ROWS):
+  found = store(folder, rows)
   writing = found.begin(layers)
   for start in range(first, last, 8):
-    writing.add(rows_of(layers, start, start + 8, without), start + 8)
+    writing.add(rows_of(layers, start, min(start + 8, rows), without), start + 8)
   writing.save(last)
   return found
 
@@ -77,6 +77,41 @@ def test_another_layer_is_added(tmp_path):
   assert found.layer(0)[5, 0] == 5 and found.layer(3)[5, 0] == 305
 
 
+def test_fewer_rows_are_the_first_of_more(tmp_path):
+  fill(tmp_path / "train", (0,), without=(3,))
+  fewer = store(tmp_path / "train", rows=6)
+  assert fewer.missing((0,)) == () and fewer.rows_done((0,)) == 6
+  assert fewer.layer(0).shape == (6, WIDTH) and fewer.images().shape == (6, SIDE, SIDE, 3)
+  assert fewer.labels().tolist() == [0, 1, 2, -1, 4, 0]
+  # Another layer of the first rows takes nothing from the one that has them all.
+  fill(tmp_path / "train", (0, 1), last=6, rows=6)
+  every = store(tmp_path / "train")
+  assert every.missing((0, 1)) == (1,) and every.rows_done((0,)) == ROWS
+  np.testing.assert_array_equal(every.layer(0)[4:, 0], np.arange(4, ROWS))
+
+
+def test_more_rows_are_added_to_fewer(tmp_path):
+  fill(tmp_path / "train", (0, 1), last=6, without=(2,), rows=6)
+  more = store(tmp_path / "train")
+  assert more.missing((0, 1)) == (0, 1) and more.rows_done((0, 1)) == 6
+  writing = more.begin((0, 1))
+  assert more.labels().tolist() == [0, 1, -1, 3, 4, 0] + [-1] * 14
+  # Cut off here, the first rows are still there for whoever wants no more.
+  assert store(tmp_path / "train", rows=6).missing((0, 1)) == ()
+  assert store(tmp_path / "train").rows_done((0, 1)) == 6
+  writing.add(rows_of((0, 1), 6, 14), 14)
+  writing.save(14)
+  between = store(tmp_path / "train", rows=10)
+  assert between.missing((0, 1)) == () and between.layer(1)[9, 0] == 109
+  writing.add(rows_of((0, 1), 14, 20), 20)
+  whole = store(tmp_path / "train")
+  assert whole.missing((0, 1)) == ()
+  np.testing.assert_array_equal(
+    whole.layer(1)[:, 0], np.where(np.arange(ROWS) == 2, 0, 100 + np.arange(ROWS))
+  )
+  assert whole.labels()[2] == -1 and (whole.images()[13] == 13).all()
+
+
 @pytest.mark.parametrize(
   "change", [{"checkpoint": "xyz"}, {"data": "digits test"}, {"resolution": 8}]
 )
@@ -108,6 +143,24 @@ def test_damage_is_said(tmp_path, damage):
     store(folder).layer(0)
 
 
+@pytest.mark.parametrize("progress", ["[]", '{"0": "20"}', '{"0": -1}', '{"0": 1.5}'])
+def test_progress_that_counts_no_rows_is_said(tmp_path, progress):
+  fill(tmp_path / "train", (0,))
+  (tmp_path / "train" / "progress.json").write_text(progress)
+  with pytest.raises(UserError, match=r"progress\.json can't be read"):
+    store(tmp_path / "train")
+
+
+def test_a_layer_shorter_than_its_progress_is_said(tmp_path):
+  folder = tmp_path / "train"
+  fill(folder, (0,))
+  np.save(folder / "layer-00.npy", np.zeros((ROWS - 1, WIDTH), np.float32))
+  with pytest.raises(
+    UserError, match=r"layer-00.npy is float32 \[19, 6\]; expected float32 \[20, 6\]"
+  ):
+    store(folder).layer(0)
+
+
 def test_pickles_are_not_loaded(tmp_path):
   fill(tmp_path / "train", (0,))
   np.save(tmp_path / "train" / "layer-00.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -128,4 +181,4 @@ def test_nothing_but_numbers_is_in_the_json(tmp_path):
   fill(tmp_path / "train", (0, 1))
   assert json.loads((tmp_path / "train" / "progress.json").read_text()) == {"0": ROWS, "1": ROWS}
   identity = json.loads((tmp_path / "train" / "identity.json").read_text())
-  assert identity == {**IDENTITY, "rows": ROWS, "width": WIDTH}
+  assert identity == {**IDENTITY, "width": WIDTH}

@@ -77,7 +77,10 @@ def test_layers_and_a_grid_of_blocks():
 
 
 def test_masks_are_a_pictures_own():
-  """BERT's masked features depend on the picture's place in the split, not on its batch."""
+  """BERT's masked features depend on the picture's place in the split, not on its batch.
+
+  They are means over masks of each picture's own, which are drawn here once more.
+  """
   config, mesh = tiny.make_config(causal=False), tiny.mesh_of()
   _, batches = stream(config, 16)
   params = on_mesh(config, mesh)
@@ -89,6 +92,17 @@ def test_masks_are_a_pictures_own():
   np.testing.assert_allclose(np.concatenate(apart, axis=1), together.features, rtol=0, atol=1e-5)
   (without,) = FeatureExtractor(config, plain, mesh)(params, [joined])
   assert np.abs(together.features - without.features).max() > 0.01
+  model, tokens, draws = (
+    bind(config, tiny.random_params(config)),
+    tiny.random_tokens(config, 16),
+    [],
+  )
+  for draw in range(3):
+    of_draw = jax.random.fold_in(jax.random.key(0), draw)
+    keys = [jax.random.fold_in(of_draw, index) for index in range(16)]
+    keep = np.stack([jax.random.uniform(key, (config.n_positions,)) for key in keys]) > 0.4
+    draws.append(model.features(tokens, keep))
+  np.testing.assert_allclose(together.features, np.mean(draws, axis=0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

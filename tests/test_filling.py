@@ -65,10 +65,36 @@ def test_a_picture_of_a_mask(bert, tmp_path):
     with pytest.raises(UserError, match=f"is {word} all over"):
       known_of(bert, hide=str(tmp_path / "flat.png"))
   (tmp_path / "torn.png").write_bytes((tmp_path / "mask.png").read_bytes()[:40])
-  with pytest.raises(UserError, match="can't be read"):
+  with pytest.raises(
+    UserError, match=r"config\.hide: .*torn\.png: unreadable image \(.*expected an image"
+  ):
     known_of(bert, hide=str(tmp_path / "torn.png"))
   with pytest.raises(UserError, match=r"config\.hide: 'middle'; expected one of lower, upper"):
     known_of(bert, hide="middle")
+
+
+def test_a_mask_is_cropped_as_the_image_it_belongs_to(bert, tmp_path):
+  """The same square of both, the same way up, whatever their format."""
+  wide = np.zeros((40, 100), np.uint8)
+  wide[:, 30:50] = 255  # the left half of the centre
+  expected = known_of(bert, hide="left")
+  deep = wide.astype(np.uint16) * 200  # 51,000 of 65,535 is light, 12,750 is dark
+  deep[wide == 0] = 12_750
+  see_through = np.stack([np.zeros_like(wide), 255 - wide], -1)  # black, or transparent
+  lying = Image.Exif()
+  lying[0x0112] = 6
+  for name, mask, options in (
+    ("wide.png", wide, {}),
+    ("deep.png", deep, {}),
+    ("deep.tif", deep, {}),
+    ("see_through.png", see_through, {}),
+    ("lying.png", np.rot90(wide), {"exif": lying}),
+    ("lying.tif", np.rot90(wide), {"exif": lying}),
+    ("own.png", np.where(expected, 0, 255).astype(np.uint8), {}),
+  ):
+    Image.fromarray(np.ascontiguousarray(mask)).save(tmp_path / name, **options)
+    known = known_of(bert, hide=str(tmp_path / name))
+    np.testing.assert_array_equal(known, expected, err_msg=name)
 
 
 def test_raster_order_cannot_condition_on_what_comes_after(tmp_path):

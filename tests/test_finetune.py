@@ -38,10 +38,10 @@ def labels(batch, seed=0):
   return np.random.default_rng(seed).integers(N_CLASSES, size=batch, dtype=np.int32)
 
 
-def keep_of(config, batch, seed=0):
+def keep_of(config, batch, seed=0, probability=MASKED):
   if config.causal:
     return None
-  return np.random.default_rng(seed).random((batch, config.n_positions)) > MASKED
+  return np.random.default_rng(seed).random((batch, config.n_positions)) > probability
 
 
 @pytest.fixture(params=[True, False], ids=["autoregressive", "bert"])
@@ -72,6 +72,28 @@ def test_the_parts_are_the_objectives_loss_and_cross_entropy(config, layer):
   np.testing.assert_allclose(parts["classification_loss"], classification, rtol=1e-5)
   np.testing.assert_allclose(total, 0.7 * generative + 1.3 * classification, rtol=1e-5)
   assert parts["accuracy"] == np.mean(np.argmax(logits, -1) == labels(5))
+
+
+@pytest.mark.parametrize("probability, masked_images", [(0.05, 5), (0.0, 0)])
+def test_images_without_a_mask_are_in_no_generative_loss(probability, masked_images):
+  """All of them are classified."""
+  config = tiny.make_config(causal=False)
+  tokens, keep = tiny.random_tokens(config, 8), keep_of(config, 8, probability=probability)
+  some = ~keep.all(axis=1)
+  assert some.sum() == masked_images
+  loss = functools.partial(finetune.joint_loss, config, JointLoss(2))
+  run = tiny.jit(jax.value_and_grad(loss, has_aux=True))
+  (total, parts), grads = run(params_of(config), tokens, labels(8), keep)
+  expected = (
+    run(params_of(config), tokens[some], labels(8)[some], keep[some])[0][1]
+    if any(some)
+    else {"generative_loss": 0}
+  )
+  np.testing.assert_allclose(parts["generative_loss"], expected["generative_loss"], rtol=1e-5)
+  np.testing.assert_allclose(
+    total, parts["generative_loss"] + parts["classification_loss"], rtol=1e-6
+  )
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)) and np.any(grads[HEAD])
 
 
 def test_the_joint_gradient_is_the_sum_of_both(config):
@@ -226,8 +248,8 @@ def batches_of(config, n=7, size=4, order=None):
     }
 
 
-def scores_of(config, mesh, masks, **batching):
-  classifier = Classifier(config, mesh, layer=2, mask_probability=MASKED, masks=masks)
+def scores_of(config, mesh, masks, probability=MASKED, **batching):
+  classifier = Classifier(config, mesh, layer=2, mask_probability=probability, masks=masks)
   params = jax.device_put(
     params_of(config), state_shardings(config, OPTIMIZER, mesh, N_CLASSES).params
   )
@@ -245,7 +267,7 @@ def test_scores_dont_depend_on_batches_or_mesh(config):
 
 
 def test_scores_are_those_of_every_mask_by_itself(config):
-  """Against the model called outside, and against the job that evaluates likelihoods."""
+  """Against the model called outside."""
   masks = 1 if config.causal else 3
   found = scores_of(config, tiny.mesh_of(), 3)
   tokens, label = tiny.random_tokens(config, 7), labels(7)
@@ -264,11 +286,17 @@ def test_scores_are_those_of_every_mask_by_itself(config):
   assert found.classification_loss == pytest.approx(np.mean(nats), rel=1e-5)
   if not config.causal:
     assert np.ptp(logits_KxBxC, axis=0).max() > 0.1 and not np.array_equal(seen[0], seen[1])
-  likelihood = Likelihood(
-    config,
-    make_objective("autoregressive" if config.causal else "masked", MASKED),
-    tiny.mesh_of(),
+
+
+@pytest.mark.parametrize("probability", [MASKED, 0.05])
+def test_a_classifiers_likelihood_is_that_of_evaluation(config, probability):
+  """Of the same masks; those that hide nothing are left out of both."""
+  objective = make_objective("autoregressive" if config.causal else "masked", probability)
+  masks = 1 if config.causal else 3
+  expected = Likelihood(config, objective, tiny.mesh_of())(
+    tiny.random_params(config), batches_of(config), masks=masks
   )
-  params = tiny.random_params(config)
-  nats = [likelihood(params, batches_of(config), seed=draw)[0] for draw in range(masks)]
-  assert found.nats_per_token == pytest.approx(np.mean(nats), rel=1e-5)
+  assert (expected.predicted == 7 * masks) == (config.causal or probability == MASKED)
+  found = scores_of(config, tiny.mesh_of(), 3, probability)
+  assert found.images == expected.images == 7
+  assert found.nats_per_token == pytest.approx(expected.nats_per_token, rel=1e-5)

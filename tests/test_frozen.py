@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from test_end_to_end import call, load_config
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint, identity, metrics
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data.palette import Palette
@@ -130,7 +130,7 @@ def resumed(tmp_path_factory):
 def test_its_settings_are_todays():
   """A field that came later needs its default in history.ADDED, one that went or moved an entry in
   history.RENAMED: without them no older workdir would go on."""
-  assert workdir.read(str(FROZEN)) == workdir._flatten(config_lib.as_json(config_of()))
+  assert workdir.read(str(FROZEN)) == identity.flatten(config_lib.as_json(config_of()))
 
 
 def test_its_state_and_its_data_are_read_as_they_were_written(frozen):

@@ -152,6 +152,26 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
   assert fake.logged == [({"loss": 1.0}, 3), "finished"] * 2
 
 
+@pytest.mark.parametrize(
+  "error", ["UsageError: No API key configured.\nUse `wandb login`", "CommError: Timed out"]
+)
+def test_wandb_without_a_key_or_a_network_is_one_line(tmp_path, monkeypatch, error):
+  class Failing(FakeWandb):
+    class errors:  # as wandb has it
+      class Error(Exception):
+        pass
+
+    def init(self, **settings):
+      raise self.errors.Error(error)
+
+  monkeypatch.setitem(sys.modules, "wandb", Failing())
+  with pytest.raises(UserError, match=r"log.wandb: True.*WANDB_MODE=offline") as told:
+    metrics.WandbWriter(str(tmp_path), {"seed": 0}, "igpt")
+  assert "\n" not in str(told.value) and error.split()[0] in str(told.value)
+  assert told.value.status == 2  # launchers don't try again
+  assert not list(tmp_path.iterdir())
+
+
 def test_writers_all_get_everything(tmp_path):
   paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
   writers = Writers([JsonlWriter(path, 0) for path in paths])

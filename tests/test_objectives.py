@@ -10,6 +10,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.training.objectives import (
   autoregressive,
+  has_counted,
   make_objective,
   masked,
   per_image,
@@ -112,6 +113,7 @@ def test_per_image_is_a_weighted_mean():
   nll = jnp.asarray([[1.0, 2.0, 6.0], [4.0, 5.0, 9.0], [7.0, 8.0, 9.0]])
   weight = jnp.asarray([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
   np.testing.assert_array_equal(per_image(nll, weight), [3.0, 7.0, 0.0])
+  np.testing.assert_array_equal(has_counted(weight), [1.0, 1.0, 0.0])
 
 
 def test_objectives_by_name():

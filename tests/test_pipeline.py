@@ -7,13 +7,14 @@ import pathlib
 import subprocess
 import sys
 
+import icc
 import numpy as np
 import pytest
 from PIL import Image
 
 from igpt_jax import errors
+from igpt_jax.data import own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
-from igpt_jax.data import pipeline, sources, transforms
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PALETTE = palette_lib.Palette.from_uint8(
@@ -115,6 +116,44 @@ def test_seeds_differ_and_neighbours_do_not_share_epochs(pictures):
   ]
   epochs = [tuple(o[i * N : (i + 1) * N]) for o in orders for i in range(2)]
   assert len(set(epochs)) == 6
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory):
+  """Eight photographs in every orientation, some with alpha or a profile; stored, not upright."""
+  root = tmp_path_factory.mktemp("turned")
+  rng = np.random.default_rng(2)
+  profile = icc.rgb_profile(icc.ADOBE_RGB, 2.2)
+  for i in range(24):
+    image = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((420, 300))
+    exif = Image.Exif()
+    exif[0x0112] = 1 + i % 8
+    suffix, options = [("jpg", {}), ("jpg", {"icc_profile": profile}), ("png", {})][i // 8]
+    if suffix == "png":
+      image.putalpha(Image.linear_gradient("L").resize(image.size))
+    folder = root / ("train" if i % 8 < 7 else "test") / "class"
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save(folder / f"{i:02d}.{suffix}", exif=exif, **options)
+  return root
+
+
+@pytest.mark.parametrize("cache_mb", [0, 512])
+@pytest.mark.parametrize("resample", ["fused", "literal"])
+def test_a_person_s_files_are_turned_upright_before_they_are_cropped(turned, resample, cache_mb):
+  """However they are decoded: in part, whole, or once and kept."""
+  config = _config(turned, augment="paper", resolution=32, resample=resample, cache_mb=cache_mb)
+  split = sources.open_split(config, "train")
+  assert split.is_folder
+  loader = pipeline._Loader(split, config, None, train=True, images=True)
+  evaluate = pipeline._Loader(split, config, None, train=False, images=True)
+  for i in range(len(split)):
+    upright = own_images.read(split[i]["image"])
+    for seed in range(2):  # the second time from the cache
+      expected = transforms.paper_train(upright, np.random.default_rng(seed), 32, resample)
+      got = loader.load(i, np.random.default_rng(seed))["image"]
+      np.testing.assert_array_equal(got, expected, err_msg=split[i]["id"])
+      got = evaluate.load(i, None)["image"]
+      np.testing.assert_array_equal(got, transforms.paper_eval(upright, 32))
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain, quality
@@ -119,6 +120,21 @@ def test_a_network_of_another_checkpoint(trained, tmp_path):
 def test_mistakes_are_named(trained, tmp_path, overrides, message):
   with pytest.raises(UserError, match=message):
     quality.run(config_of(checkpoint=str(trained), **overrides), str(tmp_path / "out"))
+
+
+def test_a_single_image_has_no_covariance(trained, tmp_path):
+  """Said before anything is drawn; of one that can't be read, too."""
+  for split, n in (("train", 5), ("test", 1)):
+    (tmp_path / "my" / split).mkdir(parents=True)
+    for i in range(n):
+      Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "my" / split / f"{i}.png")
+  data = {"data__name": "folder", "data__path": str(tmp_path / "my"), "data__max_bad": 0.5}
+  config = config_of(checkpoint=str(trained), **data)
+  with pytest.raises(UserError, match=r"data: folder:.* test\[1 of 1\]: 1; .* needs 2 or more"):
+    quality.run(config, str(tmp_path / "out"))
+  (tmp_path / "my" / "test" / "bad.png").write_bytes(b"no image")
+  with pytest.raises(UserError, match=r"readable images of .*test\[2 of 2\]: 1"):
+    quality.run(config, str(tmp_path / "out"))
 
 
 def test_without_the_extra_it_is_named(monkeypatch, tmp_path):

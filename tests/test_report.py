@@ -34,3 +34,40 @@ def test_writes_are_whole_or_not_at_all(tmp_path):
     report.write_json(str(path), {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
   assert os.listdir(tmp_path) == ["a.json"]
+
+
+def write_results(workdir, **results):
+  workdir.mkdir()
+  for name, values in {"training": {"step": 20}, **results}.items():
+    report.write_json(str(workdir / f"{name}.json"), values)
+  return report.write_summary(str(workdir)).splitlines()[3:]
+
+
+def test_results_of_several_checkpoints_say_whose_they_are(tmp_path):
+  evaluation = {"step": 20, "parameters": "a" * 16, "uniform": 1.0}
+  sample = {"step": 20, "parameters": "a" * 16, "pictures": "b.png"}
+  assert write_results(tmp_path / "one", evaluation=evaluation, sample=sample) == [
+    "- **Likelihood**: uniform 1.0000", "- **Samples**: b.png"
+  ]  # fmt: skip
+  for name, other, said in (
+    ("step", {"step": 10, "parameters": "b" * 16}, "step 10, parameters bbbbbbbb"),
+    ("begun anew", {"parameters": "c" * 16}, "step 20, parameters cccccccc"),
+    ("older", {"parameters": None}, "an older version's"),
+  ):
+    assert write_results(tmp_path / name, evaluation=evaluation, sample=sample | other) == [
+      "- **Likelihood** (step 20, parameters aaaaaaaa): uniform 1.0000",
+      f"- **Samples** ({said}): b.png",
+    ]
+  # All of one checkpoint, but not of the newest.
+  behind = evaluation | {"step": 10}
+  assert write_results(tmp_path / "behind", evaluation=behind) == [
+    "- **Likelihood** (step 10, parameters aaaaaaaa): uniform 1.0000"
+  ]
+
+
+@pytest.mark.parametrize("text", ['{"step": ', "[]", '{"uniform": "x"}'])
+def test_a_damaged_result_is_said(tmp_path, text):
+  (tmp_path / "evaluation.json").write_text(text)
+  (line,) = report.write_summary(str(tmp_path)).splitlines()[2:]
+  assert line.startswith("- **Likelihood**: evaluation.json is damaged (")
+  assert line.endswith("fix: run that job again")

@@ -12,13 +12,14 @@ import time
 
 import jax
 import numpy as np
+import own_checkpoint
 import pytest
 import tiny
 from hosts import HOSTS, ROOT, SMALL, hosts
 from PIL import Image
 
 from igpt_jax import checkpoint, metrics
-from igpt_jax.jobs import common, evaluate, finetune, pretrain, probe, sample
+from igpt_jax.jobs import common, complete, evaluate, finetune, pretrain, probe, quality, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -166,33 +167,75 @@ def test_two_processes_sample_as_one(of_two, tmp_path):
     np.testing.assert_array_equal(picture, np.asarray(Image.open(workdir / name)), err_msg=name)
 
 
+def run_both(job, of_two, tmp_path, settings):
+  """The folders in which two processes, and this one, have done a job on the run of two."""
+  name = job.__name__.rpartition(".")[2]
+  settings = {"checkpoint": str(of_two[0]), **settings}
+  run_job(name, tmp_path / "two", tmp_path, settings)
+  job.run(config_of({"job": name, **settings}), str(tmp_path / "one"))
+  return tmp_path / "two", tmp_path / "one"
+
+
+def assert_same_numbers(found, expected, rel=CLOSE):
+  """All that two JSONs say, but for the last digits of what is no whole number."""
+
+  def same(ours, theirs):
+    assert ours == (pytest.approx(theirs, rel=rel) if isinstance(theirs, float) else theirs)
+
+  jax.tree.map(same, found, expected)
+
+
+@pytest.mark.parametrize("objective", ["autoregressive", "bert"])
+def test_two_processes_complete_as_one(of_two, tmp_path, objective):
+  rng = np.random.default_rng(0)
+  (tmp_path / "images").mkdir()
+  for i in range(3):
+    image = Image.fromarray(rng.integers(256, size=(20, 16, 3), dtype=np.uint8))
+    image.save(tmp_path / "images" / f"{i}.png")
+  settings = {"images": str(tmp_path / "images"), "n": 3, "sample.batch_size": 4}
+  if objective == "bert":
+    settings["checkpoint"] = own_checkpoint.write(tmp_path / "bert", causal=False)
+    settings |= {"hide": "left", "passes": 3}
+  two, one = run_both(complete, of_two, tmp_path, settings)
+  found, expected = (json.loads((each / "complete.json").read_text()) for each in (two, one))
+  assert found.pop("settings") == expected.pop("settings")
+  assert_same_numbers(found, expected)
+  names = [path.relative_to(one) for path in one.rglob("*.png")]
+  assert len(names) == 3 * 3 + 1
+  for name in names:
+    np.testing.assert_array_equal(Image.open(two / name), Image.open(one / name), str(name))
+
+
+def test_two_processes_tell_quality_as_one(of_two, tmp_path):
+  settings = {"quality.images": 20, "sample.batch_size": 8}
+  two, one = run_both(quality, of_two, tmp_path, settings)
+  found, expected = (json.loads((each / "quality.json").read_text()) for each in (two, one))
+  assert expected["pictures"] == 20 and expected["samples_distance"] > 0
+  assert_same_numbers(found, expected, rel=1e-3)
+
+
 def rows_of(workdir) -> dict:
   return {row["name"]: row for row in json.loads((workdir / "probe.json").read_text())["rows"]}
 
 
 def test_two_processes_probe_as_one(of_two, tmp_path):
-  workdir, _ = of_two
-  run_job("probe", workdir, tmp_path)
-  found = rows_of(workdir)
-  for name in ("features", "probe"):
-    shutil.rmtree(workdir / name)
-  probe.run(config_of({}), str(workdir))
-  expected = rows_of(workdir)
-  # Raw pixels are the same numbers in the same order; features differ in the last digit.
-  assert found["raw pixels"] == expected["raw pixels"]
-  for layer in ("layer 0", "layer 1", "layer 2"):
-    ours, theirs = found[layer], expected[layer]
-    assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.02)
+  """Every checkpoint, one copy of the model being on both hosts."""
+  settings = {"watch": True, "mesh.data": 1, "mesh.fsdp": 8}
+  two, one = run_both(probe, of_two, tmp_path, settings)
+  for step in ("4", "8"):
+    found, expected = (rows_of(each / "probe" / step) for each in (two, one))
+    # Raw pixels are the same numbers in the same order; features differ in the last digit.
+    assert found["raw pixels"] == expected["raw pixels"]
+    for layer in ("layer 0", "layer 1", "layer 2"):
+      ours, theirs = found[layer], expected[layer]
+      assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.02)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_two_processes_probe_by_sgd_as_one(of_two, tmp_path, cached):
-  workdir, _ = of_two
   sgd = {"probe.method": "sgd", "probe.steps": 6, "probe.eval_every": 3, "probe.batch_size": 16}
-  settings = {**sgd, "probe.cached": cached, "checkpoint": str(workdir)}
-  run_job("probe", tmp_path / "two", tmp_path, settings)
-  probe.run(config_of(settings), str(tmp_path / "one"))
-  found, expected = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
+  two, one = run_both(probe, of_two, tmp_path, {**sgd, "probe.cached": cached})
+  found, expected = rows_of(two), rows_of(one)
   assert found.keys() == expected.keys()
   for name, row in found.items():
     assert row["test_accuracy"] == pytest.approx(expected[name]["test_accuracy"], abs=0.01)
@@ -205,12 +248,9 @@ FINETUNE = {
 
 
 def test_two_processes_fine_tune_as_one(of_two, tmp_path):
-  settings = {**FINETUNE, "checkpoint": str(of_two[0])}
-  run_job("finetune", tmp_path / "two", tmp_path, settings)
-  finetune.run(config_of(settings), str(tmp_path / "one"))
   found, expected = (
-    json.loads((tmp_path / name / "finetune" / "finetune.json").read_text())
-    for name in ("two", "one")
+    json.loads((each / "finetune" / "finetune.json").read_text())
+    for each in run_both(finetune, of_two, tmp_path, FINETUNE)
   )
   assert found["best_step"] == expected["best_step"]
   for name in ("test_nats_per_token", "test_classification_loss", "start_nats_per_token"):
@@ -256,3 +296,26 @@ def test_a_mistake_on_one_host_ends_both(mistaken, host):
   assert statuses[1 - host] != 0
   said = mistaken[host].said(host, "err")
   assert "missing.npy: No such file or directory; expected" in said and "Traceback" not in said
+
+
+def test_hosts_whose_data_differs_are_told_before_they_evaluate(of_two, tmp_path):
+  """Each has the images in a place of its own; in one of these two files are exchanged."""
+  rng = np.random.default_rng(0)
+  for i in range(6):
+    for split in ("train", "test"):
+      folder = tmp_path / "0" / split
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.bmp")
+  shutil.copytree(tmp_path / "0", tmp_path / "1")
+  shutil.copy(tmp_path / "0/test/3.bmp", tmp_path / "1/test/4.bmp")
+  shutil.copy(tmp_path / "0/test/4.bmp", tmp_path / "1/test/3.bmp")
+  settings = {
+    "job": "evaluate", "checkpoint": str(of_two[0]), "data.name": "folder",
+    "evaluate.batch_size": 8,
+  }  # fmt: skip
+  places = {host: {"data.path": str(tmp_path / str(host))} for host in range(HOSTS)}
+  with hosts(tmp_path / "said", tmp_path / "run", settings, places) as started:
+    assert started.statuses() == [2] * HOSTS, started.everything()
+    for host in range(HOSTS):
+      assert "they would read different data: data: host 0 has " in started.said(host, "err")
+  assert not (tmp_path / "run" / "evaluation.json").exists()

@@ -1,5 +1,6 @@
 """Splits are disjoint, complete and fixed; missing or wrong data is refused with the way to fix it."""
 
+import dataclasses
 import pathlib
 import pickle
 import subprocess
@@ -36,7 +37,7 @@ def _config(**changes):
 def test_digits_are_the_scans_of_scikit_learn(data_dir):
   from sklearn import datasets
 
-  train = sources.open_split(_config(data_dir=data_dir), "train+validation")
+  train = sources.open_split(_config(data_dir=data_dir, validation=0), "train")
   test = sources.open_split(_config(data_dir=data_dir), "test")
   assert (len(train), len(test), train.n_classes) == (1497, 300, 10)
   assert train.class_names == tuple("0123456789")
@@ -56,10 +57,13 @@ def test_digits_are_the_scans_of_scikit_learn(data_dir):
 
 def test_validation_is_a_fixed_part_of_train(data_dir):
   config = _config(data_dir=data_dir, validation=0.1)
+  whole = dataclasses.replace(config, validation=0)
   train, validation, both = (
     [split[i]["id"] for i in range(len(split))]
     for split in (
-      sources.open_split(config, s) for s in ("train", "validation", "train+validation")
+      sources.open_split(config, "train"),
+      sources.open_split(config, "validation"),
+      sources.open_split(whole, "train"),
     )
   )
   assert len(validation) == 150
@@ -67,6 +71,51 @@ def test_validation_is_a_fixed_part_of_train(data_dir):
   assert not set(train) & set(validation)
   order = np.random.default_rng(0).permutation(1497)
   assert set(validation) == {both[i] for i in order[-150:]}
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_a_stored_split_is_held_out_by_its_name(tmp_path, name):
+  """Training then sees all of train, and the held-out images are nobody's test."""
+  for split, n in (("train", 10), (name, 3)):
+    _folder(tmp_path, split, n=n)
+  stored = sources.open_split(_config(name="folder", path=str(tmp_path)), "test")
+  assert len(stored) == 6  # as ImageNet's validation is
+  config = _config(name="folder", path=str(tmp_path), validation_split=name)
+  sizes = [len(sources.open_split(config, split)) for split in ("train", "validation")]
+  assert sizes == [20, 6]
+  with pytest.raises(errors.NoSuchSplit, match="holds folders"):
+    sources.open_split(config, "test")
+  _folder(tmp_path, "test", n=1)
+  assert len(sources.open_split(config, "test")) == 2
+  missing = dataclasses.replace(config, validation_split="held_out")
+  with pytest.raises(errors.NoSuchSplit, match="held_out/CLASS"):
+    sources.open_split(missing, "validation")
+
+
+def test_a_stored_tfds_split_is_held_out_by_its_name(data_dir):
+  config = _config(data_dir=data_dir, validation_split="test")
+  assert [len(sources.open_split(config, s)) for s in ("train", "validation")] == [1497, 300]
+  with pytest.raises(
+    errors.NoSuchSplit, match=r"beside test, which data.validation_split holds out"
+  ):
+    sources.open_split(config, "test")
+
+
+def test_nothing_held_out(data_dir):
+  """The paper's final runs: train is all of train, and there is no validation to choose by."""
+  config = _config(data_dir=data_dir, validation=0)
+  assert not sources.has_validation(config) and sources.has_validation(_config())
+  assert len(sources.open_split(config, "train")) == 1497
+  with pytest.raises(
+    errors.NoSuchSplit, match=r"data.validation: 0 .*--config.data.validation=0.1"
+  ):
+    sources.open_split(config, "validation")
+
+
+@pytest.mark.parametrize("name", ["train", "../train", "a/b", "val[:10]"])
+def test_what_no_held_out_split_can_be_called(name):
+  with pytest.raises(errors.UserError, match=r"data.validation_split"):
+    _config(validation_split=name)
 
 
 def test_select_is_a_part_in_the_order_asked_for(data_dir):
@@ -79,10 +128,10 @@ def test_select_is_a_part_in_the_order_asked_for(data_dir):
 def test_photo_patches_have_imagenets_form_and_disjoint_regions(data_dir):
   pytest.importorskip("skimage")
   config = _config(
-    name="photo_patches", data_dir=data_dir, resolution=32, augment="paper", validation=0.04
+    name="photo_patches", data_dir=data_dir, resolution=32, augment="paper", validation=0
   )
   regions = {}
-  for name, n in (("train+validation", 1800), ("test", 360)):
+  for name, n in (("train", 1800), ("test", 360)):
     split = sources.open_split(config, name)
     assert len(split) == n and split.n_classes == 9
     for i in range(n):
@@ -94,7 +143,7 @@ def test_photo_patches_have_imagenets_form_and_disjoint_regions(data_dir):
       low, high = regions.get((label, name), (10**6, 0))
       regions[label, name] = min(low, int(x[1:])), max(high, int(x[1:]) + width)
   for label in split.class_names:
-    assert regions[label, "train+validation"][1] <= regions[label, "test"][0]
+    assert regions[label, "train"][1] <= regions[label, "test"][0]
 
 
 def test_buckets_are_mounted_not_addressed():
@@ -153,7 +202,7 @@ def test_folder_with_classes(tmp_path):
   for record in (train[i] for i in range(16)):
     assert transforms.decode(record["image"])[0, 0, 0] // 20 == record["label"]
     assert record["label"] == train.class_names.index(pathlib.Path(record["id"]).parent.name)
-  both = sources.open_split(config, "train+validation")
+  both = sources.open_split(dataclasses.replace(config, validation=0), "train")
   assert len({both[i]["label"] for i in range(6)}) == 2  # not class after class
   test = sources.open_split(config, "test")
   assert [test[i]["label"] for i in range(3)] == [1, 1, 1]
@@ -165,7 +214,7 @@ def test_folder_without_classes(tmp_path):
   for i in range(4):
     Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "train" / f"{i}.JPG", "jpeg")
   (tmp_path / "train" / "notes.txt").write_text("not a picture")
-  split = sources.open_split(_config(name="folder", path=str(tmp_path)), "train+validation")
+  split = sources.open_split(_config(name="folder", path=str(tmp_path), validation=0), "train")
   assert (len(split), split.n_classes, split[0]["label"]) == (4, 0, -1)
 
 

@@ -6,14 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from igpt_jax.training.state import abstract_state, make_state, state_shardings
-from igpt_jax.training.step import make_eval_step, make_train_step
+from igpt_jax.training.state import TrainState, abstract_state, make_state, state_shardings
+from igpt_jax.training.step import make_eval_step, make_train_step, update
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -22,12 +23,17 @@ OPTIMIZER = make_optimizer(RECIPE)
 STEPS = 4
 
 
-def objective_of(config):
-  return make_objective("autoregressive" if config.causal else "masked", 0.4)
+MASKED = 0.4
+RARELY = 0.05  # most images have nothing masked
 
 
-def build(config, accumulate=1):
-  return make_train_step(config, objective_of(config), OPTIMIZER, make_schedule(RECIPE), accumulate)
+def objective_of(config, probability=MASKED):
+  return make_objective("autoregressive" if config.causal else "masked", probability)
+
+
+def build(config, accumulate=1, probability=MASKED):
+  objective = objective_of(config, probability)
+  return make_train_step(config, objective, OPTIMIZER, make_schedule(RECIPE), accumulate)
 
 
 def plain_loss(params, tokens, keep, n_head):
@@ -64,6 +70,13 @@ def plain_loss(params, tokens, keep, n_head):
   return jnp.mean(jnp.sum(nll * hidden, axis=1) / jnp.sum(hidden, axis=1))
 
 
+def keep_of(config, step, batch, probability):
+  """The step's masks, drawn here: float32 [B, T], 1 where a pixel is visible."""
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(9), step), batch)
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, (config.n_positions,)))(keys)
+  return (uniform > probability).astype(jnp.float32)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_three_steps_against_plain_ones(causal):
   """Loss, gradient norm, rate, and every parameter and moment, by jax.grad and Adam in numpy."""
@@ -80,9 +93,7 @@ def test_three_steps_against_plain_ones(causal):
     tokens = tiny.random_tokens(config, 4, seed=t)
     keep = None
     if not causal:
-      keys = jax.random.split(jax.random.fold_in(jax.random.key(9), t), 4)
-      uniform = jax.vmap(lambda key: jax.random.uniform(key, (config.n_positions,)))(keys)
-      keep = (uniform > 0.4).astype(jnp.float32)
+      keep = keep_of(config, t, 4, MASKED)
       assert 0.2 < 1 - keep.mean() < 0.6
     loss, grads = plain(expected_params, jnp.asarray(tokens), keep, config.n_head)
     grads = {name: np.asarray(g, np.float64) for name, g in tiny.leaf_names(grads).items()}
@@ -132,11 +143,12 @@ def begin(config, mesh, step=0):
   return jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
 
 
-def run_steps(config, shape, accumulate=1):
+def run_steps(config, shape, accumulate=1, probability=MASKED):
   """The metrics of a few steps made as `pretrain` makes them, with what must hold on every mesh."""
   mesh = tiny.mesh_of(shape)
   shardings = state_shardings(config, OPTIMIZER, mesh)
-  step = tiny.jit(build(config, accumulate), donate_argnums=0, out_shardings=(shardings, None))
+  made = build(config, accumulate, probability)
+  step = tiny.jit(made, donate_argnums=0, out_shardings=(shardings, None))
   state, values = begin(config, mesh), []
   with jax.set_mesh(mesh):
     for seed in range(STEPS):
@@ -155,8 +167,8 @@ def run_steps(config, shape, accumulate=1):
 
 
 @functools.cache
-def one_device(config):
-  return run_steps(config, (1, 1, 1))
+def one_device(config, probability=MASKED):
+  return run_steps(config, (1, 1, 1), probability=probability)
 
 
 @pytest.mark.parametrize("shape", tiny.MESHES, ids=str)
@@ -175,8 +187,46 @@ def test_a_batch_in_parts_trains_as_a_whole_one(causal, accumulate, shape):
   assert_trains_as_one_device(config, *run_steps(config, shape, accumulate))
 
 
-def assert_trains_as_one_device(config, found, state):
-  expected, expected_state = one_device(config)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_images_without_a_mask_are_in_no_mean(accumulate, shape):
+  """Loss and gradient are over the others, wherever these are: on which device, in which part."""
+  config = tiny.make_config(n_head=4, causal=False)
+  found, state = run_steps(config, shape, accumulate, RARELY)
+  assert_trains_as_one_device(config, found, state, RARELY)
+  loss_and_grads = jax.value_and_grad(plain_loss)
+  tokens = jnp.asarray(tiny.random_tokens(config, 16, seed=0))
+  keep = keep_of(config, 0, 16, RARELY)
+  some = np.flatnonzero(jnp.any(keep == 0, axis=1))
+  assert 4 < len(some) < 12
+  loss, grads = loss_and_grads(tiny.random_params(config), tokens[some], keep[some], config.n_head)
+  np.testing.assert_allclose(found[0]["loss"], loss, rtol=1e-5)
+  norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
+  np.testing.assert_allclose(found[0]["grad_norm"], norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_without_a_mask_teaches_nothing(accumulate):
+  """Loss and gradient are 0; moments fade, and parameters move as they say."""
+  config = tiny.make_config(causal=False)
+  step = tiny.jit(build(config, accumulate, probability=1e-6))
+  before = begin(config, tiny.mesh_of(), step=5)
+  adam, *rest = before.opt_state
+  adam = adam._replace(
+    mu=jax.tree.map(jnp.ones_like, adam.mu), nu=jax.tree.map(jnp.ones_like, adam.nu)
+  )
+  before = dataclasses.replace(before, opt_state=(adam, *rest))
+  after, metrics = step(before, {"tokens": jnp.asarray(tiny.random_tokens(config, 4))})
+  assert {name: float(metrics[name]) for name in ("loss", "grad_norm", "skipped_updates")} == {
+    "loss": 0, "grad_norm": 0, "skipped_updates": 0
+  }  # fmt: skip
+  for name, leaf in tiny.leaf_names(after.opt_state[0].mu).items():
+    np.testing.assert_allclose(leaf, 0.9, rtol=1e-6, err_msg=name)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
+def assert_trains_as_one_device(config, found, state, probability=MASKED):
+  expected, expected_state = one_device(config, probability)
   for t in range(STEPS):
     for name in ("loss", "grad_norm", "learning_rate"):
       np.testing.assert_allclose(
@@ -189,6 +239,29 @@ def assert_trains_as_one_device(config, found, state):
     assert moved > 0.01, name
     expected_leaf = tiny.leaf_names(expected_state.params)[name]
     np.testing.assert_allclose(leaf, expected_leaf, rtol=0, atol=1e-3, err_msg=name)
+
+
+def test_the_learning_rate_told_is_the_one_applied():
+  """It counts updates, as the optimizer does: steps whose update is left out don't bring it on."""
+  schedule = make_schedule(RECIPE)
+  plain = optax.scale_by_learning_rate(schedule)  # the parameter's change is the rate, times -1
+  step = tiny.jit(
+    lambda state, grad: update(state, grad, {"loss": 1.0 + 0 * grad}, plain, schedule)
+  )
+  zeros = jnp.zeros(2, jnp.int32)
+  state = TrainState(jnp.int32(0), jnp.float32(0), plain.init(0.0), jnp.zeros(2, jnp.uint32), zeros)
+  told, applied, left_out = [], [], []
+  for grad in (1.0, np.nan, 1.0, np.inf, np.nan, 1.0, 1.0):
+    before = float(state.params)
+    state, metrics = step(state, jnp.float32(grad))
+    left_out.append(int(metrics["skipped_updates"]))
+    if np.isfinite(grad):
+      told.append(float(metrics["learning_rate"]))
+      applied.append(before - float(state.params))
+  assert left_out == [0, 1, 1, 2, 3, 3, 3]
+  np.testing.assert_allclose(told, [schedule(n) for n in range(4)], rtol=1e-6)
+  np.testing.assert_allclose(applied, told, rtol=1e-4)
+  assert len(set(told)) == 4
 
 
 def test_the_guard_would_notice_a_transfer():
@@ -255,7 +328,7 @@ def test_evaluation_sums_over_what_the_mask_counts():
     counted = np.ones(len(rows), bool) if mask is None else np.asarray(mask)
     batch = {"tokens": tokens[rows], "index": rows.astype(np.int32) + 100, "mask": counted}
     sums = evaluate(params, batch, key)
-    assert float(sums["images"]) == counted.sum()
+    assert float(sums["images"]) == float(sums["predicted"]) == counted.sum()
     return float(sums["nats"])
 
   # Two pictures alike have masks of their own all the same.

@@ -151,6 +151,34 @@ def test_drawn_crops_are_valid_and_reach_the_edges(size):
   assert min(sides) < 260 and max(sides) > 380
 
 
+def test_every_short_side_is_drawn_and_offsets_evenly_to_the_last_one():
+  rng = np.random.default_rng(0)
+  crops = [transforms.draw_paper_crop(rng, 300, 300) for _ in range(20_000)]
+  assert {crop.height for crop in crops} == set(range(256, 385))
+  left_over = np.array([crop.height - 224 for crop in crops])
+  for offsets in (np.array([c.top for c in crops]), np.array([c.left for c in crops])):
+    # Of 129 sides the mean share of one offset is 1 in 88: 227 times each, give or take 15.
+    assert 150 < (offsets == left_over).sum() < 300
+    assert 150 < (offsets == 0).sum() < 300
+    assert abs(np.mean(offsets / left_over) - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("resample", transforms.RESAMPLINGS)
+def test_the_paper_s_crops_reach_the_last_row_and_column(resample, monkeypatch):
+  monkeypatch.setattr(transforms, "PAPER_SHORT_SIDE", (226, 226))
+  image = RNG.integers(0, 256, (226, 226, 3), np.uint8)
+  windows = {
+    image[top : top + 224, left : left + 224].tobytes() for top in range(3) for left in range(3)
+  }
+  rng = np.random.default_rng(0)
+  seen = {transforms.paper_train(image, rng, 224, resample).tobytes() for _ in range(200)}
+  assert seen == windows
+  if resample == "fused":
+    data = _encode(image)
+    seen = {transforms.paper_train_encoded(data, rng, 224).tobytes() for _ in range(100)}
+    assert seen == windows
+
+
 def _photographs():
   """Real pictures: ImageNet's where a copy lies beside the repository, two that scikit-learn ships."""
   from sklearn import datasets
@@ -240,6 +268,28 @@ def test_paper_eval_is_a_centre_crop(resolution):
   assert (out[:, 1:-1] == 200).all()
 
 
+def test_an_image_of_the_models_own_size_is_not_resized():
+  image = RNG.integers(0, 256, (8, 8, 3), np.uint8)
+  wide = np.pad(image, ((0, 0), (2, 3), (0, 0)))
+  for augment in transforms.AUGMENTATIONS:
+    evaluate = transforms.eval_transform(augment, 8)
+    np.testing.assert_array_equal(evaluate(image), image)
+    np.testing.assert_array_equal(evaluate(wide), image)
+    np.testing.assert_array_equal(evaluate(wide.swapaxes(0, 1)), image.swapaxes(0, 1))
+
+
+def test_a_crop_is_what_a_resize_of_the_whole_image_gives_there():
+  rng = np.random.default_rng(0)
+  for size in ((375, 500), (500, 333), (96, 180), (30, 900), (1, 40), (224, 224)):
+    image = rng.integers(0, 256, (*size, 3), np.uint8)
+    for _ in range(3):
+      crop = transforms.draw_paper_crop(rng, *size)
+      whole = Image.fromarray(image).resize((crop.width, crop.height), Image.Resampling.BILINEAR)
+      window = np.asarray(whole, np.int16)[crop.top :, crop.left :][:224, :224]
+      difference = np.abs(transforms.crop_literal(image, crop, 224) - window)
+      assert difference.max() <= 2 and difference.mean() < 0.3  # Pillow's rounding
+
+
 def test_cifar_augmentation_shifts_and_mirrors():
   image = RNG.integers(0, 256, (32, 32, 3), np.uint8)
   padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
@@ -254,14 +304,16 @@ def test_cifar_augmentation_shifts_and_mirrors():
   assert len(seen) == 162
 
 
-def test_shift_moves_by_up_to_an_eighth_over_black():
-  image = RNG.integers(1, 256, (16, 16, 3), np.uint8)
-  padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
-  windows = {padded[t : t + 16, x : x + 16].tobytes(): (t, x) for t in range(5) for x in range(5)}
+@pytest.mark.parametrize(("side", "reach"), [(4, 1), (8, 1), (16, 2), (33, 4)])
+def test_shift_moves_by_up_to_an_eighth_over_black(side, reach):
+  image = RNG.integers(1, 256, (side, side, 3), np.uint8)
+  padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)))
+  places = [(top, left) for top in range(2 * reach + 1) for left in range(2 * reach + 1)]
+  windows = {padded[t : t + side, x : x + side].tobytes(): (t, x) for t, x in places}
   rng = np.random.default_rng(0)
-  seen = [windows[transforms.shift_train(image, rng, 16).tobytes()] for _ in range(1000)]
-  assert len(set(seen)) == 25
-  assert 0.4 < np.mean([s == (2, 2) for s in seen]) < 0.65  # every other one stays
+  seen = [windows[transforms.shift_train(image, rng, side).tobytes()] for _ in range(2000)]
+  assert set(seen) == set(places)
+  assert 0.4 < np.mean([s == (reach, reach) for s in seen]) < 0.65  # every other one stays
 
 
 def test_fit():

@@ -9,25 +9,39 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
+from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import folders
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import watch
+from igpt_jax.jobs import guard, provenance, watch
 
 
 @pytest.fixture
 def whole(monkeypatch):
-  """A checkpoint is whole here when there is a file in it; making real ones is other tests' matter."""
+  """A checkpoint is whole here when there is a file in it, which says what its parameters are; making
+  real ones is other tests' matter."""
+
+  def describe(path):
+    try:
+      with open(os.path.join(path, "whole"), encoding="utf-8") as file:
+        return file.read()
+    except FileNotFoundError:
+      raise UserError(f"checkpoint: {path} can't be read") from None
+
   monkeypatch.setattr(
     folders, "is_whole", lambda folder: os.path.exists(os.path.join(folder, "whole"))
   )
+  monkeypatch.setattr(checkpoint, "describe", describe)
+  monkeypatch.setattr(provenance, "of_checkpoint", lambda found: {"parameters": found})
+  monkeypatch.setattr(provenance, "of_run", lambda found: "a run")
+  monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0))
 
 
-def write(workdir, step, whole=True):
+def write(workdir, step, whole=True, parameters="first"):
   folder = workdir / "checkpoints" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   if whole:
-    (folder / "whole").touch()
+    (folder / "whole").write_text(parameters)
   return folder
 
 
@@ -58,7 +72,10 @@ def recorder(seen, then=None):
 
 
 def run(config, workdir, one):
-  watch.run(config, str(workdir), "evaluation.json", one)
+  def settings(config):
+    return {"evaluate.images": config.evaluate.images}
+
+  return watch.run(config, str(workdir), "evaluation.json", one, settings)
 
 
 def test_without_watching_the_job_is_done_once(tmp_path):
@@ -74,7 +91,7 @@ def test_every_checkpoint_of_a_running_training(tmp_path, whole):
     time.sleep(0.1)
     half = write(tmp_path, 60, whole=False)
     time.sleep(0.1)
-    (half / "whole").touch()
+    (half / "whole").write_text("first")
     time.sleep(0.05)
     write(tmp_path, 100)
     end(tmp_path)
@@ -102,6 +119,110 @@ def test_one_that_is_deleted_while_it_is_read_is_passed_over(tmp_path, whole):
   seen = []
   run(config_of(), tmp_path, recorder(seen, retention))
   assert seen == [40]
+
+
+def test_a_checkpoint_written_just_before_the_end_is_not_missed(tmp_path, whole, monkeypatch):
+  """The last one appears, and the run ends, right after the checkpoints were looked at."""
+  write(tmp_path, 20)
+  (tmp_path / "evaluate").mkdir()
+  list_steps, seen = checkpoint.whole_steps, []
+
+  def whole_steps(workdir):
+    steps = list_steps(workdir)
+    if seen == [20] and steps == [20]:
+      write(tmp_path, 100)
+      end(tmp_path)
+    return steps
+
+  monkeypatch.setattr(checkpoint, "whole_steps", whole_steps)
+  run(config_of(watch_seconds=0.0), tmp_path, recorder(seen))
+  assert seen == [20, 100]
+
+
+def test_a_step_that_was_written_again_is_done_again(tmp_path, whole, capsys):
+  """After a rollback, or in a workdir made anew."""
+  for step in (20, 40):
+    write(tmp_path, step)
+  end(tmp_path)
+  seen = []
+  run(config_of(), tmp_path, recorder(seen))
+  old = tmp_path / "evaluate" / "40"
+  (old / "probe_sgd").mkdir()
+  write(tmp_path, 40, parameters="second")
+  made_from = run(config_of(), tmp_path, recorder(seen))
+  assert seen == [20, 40, 40]
+  assert made_from["checkpoint"] == {"parameters": "second"}
+  assert "parameters: first there, second here" in capsys.readouterr().out
+  # Nothing of the other one is in the way; it is put aside.
+  assert sorted(os.listdir(old)) == ["evaluation.json", "made_from.json"]
+  assert (tmp_path / "evaluate" / "40.before" / "probe_sgd").is_dir()
+  write(tmp_path, 40, parameters="third")
+  run(config_of(), tmp_path, recorder(seen))
+  run(config_of(), tmp_path, recorder(seen))
+  assert seen == [20, 40, 40, 40]
+
+
+def test_a_step_that_the_run_went_back_behind_has_no_numbers(tmp_path, whole, monkeypatch):
+  """Until it is written again, also where retention deletes what was written before it is seen."""
+  for step in (20, 40, 60):
+    write(tmp_path, step)
+  end(tmp_path)
+  seen = []
+  run(config_of(), tmp_path, recorder(seen))
+  for step in (40, 60):
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
+  guard._record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
+  order = guard.order_seeds(str(tmp_path), 0)[-1]
+  monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0 if found == "first" else order))
+  run(config_of(), tmp_path, recorder(seen))
+  kept = sorted(os.listdir(tmp_path / "evaluate"))
+  assert kept == ["20", "40.before", "60.before"] and seen == [20, 40, 60]
+  write(tmp_path, 60, parameters="second")
+  for _ in range(2):  # what was written since stays
+    run(config_of(), tmp_path, recorder(seen))
+  assert sorted(os.listdir(tmp_path / "evaluate")) == ["20", "40.before", "60", "60.before"]
+  assert seen == [20, 40, 60, 60]
+
+
+def test_other_settings_are_other_results(tmp_path, whole):
+  write(tmp_path, 20)
+  end(tmp_path)
+  seen = []
+  run(config_of(**{"evaluate.images": 5}), tmp_path, recorder(seen))
+  run(config_of(**{"evaluate.images": 5}), tmp_path, recorder(seen))
+  assert seen == [20]
+  run(config_of(**{"evaluate.images": 7}), tmp_path, recorder(seen))
+  assert seen == [20, 20]
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("evaluation.json", '{"nats'),
+    ("evaluation.json", "[]"),
+    ("made_from.json", '{"checkpoint": '),
+    ("made_from.json", "{}"),
+    ("made_from.json", None),  # as an older version left it
+  ],
+)
+def test_what_is_damaged_or_doesnt_say_what_it_is_of_is_done_again(tmp_path, whole, name, text):
+  write(tmp_path, 20)
+  end(tmp_path)
+  seen = []
+  run(config_of(), tmp_path, recorder(seen))
+  kept = tmp_path / "evaluate" / "20" / name
+  kept.unlink() if text is None else kept.write_text(text)
+  run(config_of(), tmp_path, recorder(seen))
+  assert seen == [20, 20]
+
+
+@pytest.mark.parametrize("text", ['{"step": ', "[]", "{}", '{"step": "x"}'])
+def test_a_damaged_end_is_said(tmp_path, whole, text):
+  write(tmp_path, 20)
+  end(tmp_path)
+  (tmp_path / "training.json").write_text(text)
+  with pytest.raises(UserError, match=r"config\.watch: .*training\.json is damaged.*fix: "):
+    run(config_of(), tmp_path, recorder([]))
 
 
 def test_another_mistake_ends_it(tmp_path, whole):

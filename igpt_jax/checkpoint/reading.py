@@ -199,7 +199,7 @@ def load_head(found: Described, mesh: Mesh) -> jax.Array:
 
 def load_host_params(found: Described) -> Params:
   """The parameters as numpy arrays of the stored dtype; no device is touched."""
-  with reading(found.path):
+  with reading(found.path), _alone():
     stored = ocp.checkpointables_metadata(found.path).metadata["params"]
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
     return _load(found, {"params": target})["params"]

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from igpt_jax.data import own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
-from igpt_jax.data import pipeline, sources, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ def stages(
 ) -> list[Cost]:
   """Each stage by itself on the first pictures of a split, the best of `repeats` passes."""
   records = [split[i] for i in range(min(n_pictures, len(split)))]
-  pictures = [transforms.decode(r["image"], r["id"]) for r in records]
+  decode = own_images.read if split.is_folder else transforms.decode
+  pictures = [decode(r["image"], r["id"]) for r in records]
   rng = np.random.default_rng(0)
   make = transforms.train_transform(config.augment, config.resolution, config.resample)
   evaluate = transforms.eval_transform(config.augment, config.resolution)
@@ -65,7 +66,7 @@ def stages(
     palette.encode(picture)  # fills the table, once per run
   measured: list[tuple[str, Callable, Sequence]] = [
     ("read", split.__getitem__, range(len(records))),
-    ("decode", lambda r: transforms.decode(r["image"], r["id"]), records),
+    ("decode", lambda r: decode(r["image"], r["id"]), records),
     ("decode with Pillow", lambda r: _decode_pillow(r["image"], r["id"]), records),
     (f"augment ({config.augment}, {config.resample})", lambda x: make(x, rng), pictures),
     ("evaluate", evaluate, pictures),

@@ -8,6 +8,10 @@ import numpy as np
 
 from igpt_jax import errors
 
+MAX_SEED = (
+  2**32 - 1
+)  # random generators take 32 bits: of a longer seed some would heed the end alone
+
 _COMPARED = 256  # records of a batch that tell one order from another
 
 
@@ -19,8 +23,8 @@ def train_order(n_records: int, seed: int):
   """
   import grain
 
-  if not 0 <= seed < 2**32:
-    raise errors.UserError(f"seed: {seed}; expected 0 to 2**32 - 1")
+  if not 0 <= seed <= MAX_SEED:
+    raise errors.UserError(f"seed: {seed}; expected 0 to {MAX_SEED:,}")
   return grain.MapDataset.range(n_records).seed(seed).shuffle().repeat()
 
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from igpt_jax import errors, watchdog
 from igpt_jax.data import order as order_lib
+from igpt_jax.data import own_images, sources, transforms
 from igpt_jax.data import palette as palette_lib
-from igpt_jax.data import sources, transforms
 
 # --- positions -------------------------------------------------------------------------------------
 
@@ -33,21 +33,33 @@ def position(split: sources.Split, *, batch_size: int, seed: int, step: int) -> 
     "batch_size": batch_size,
     "seed": seed,
     "fingerprint": split.fingerprint,
+    "former_fingerprint": split.former_fingerprint,
   }
 
 
 def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
   """The step to go on from, if `saved` belongs to the stream that `current` describes.
 
+  A checkpoint that holds the former fingerprint is told apart by that: it names no contents.
+
   Raises:
     UserError: another data set, split, seed or batch size; continuing would silently be another run.
   """
+  if (
+    "former_fingerprint" not in saved and saved.get("fingerprint") == current["former_fingerprint"]
+  ):
+    logging.getLogger(__name__).warning(
+      "the checkpoint knows its data by names alone (%s), from now on by contents: %s",
+      saved["fingerprint"],
+      current["fingerprint"],
+    )
+    saved = saved | {"fingerprint": current["fingerprint"]}
   names = {"fingerprint": "data set", "batch_size": "batch size", "seed": "data seed"}
   for key, name in names.items():
     if saved.get(key) != current[key]:
       raise errors.UserError(
         f"{name}: {current[key]}; expected {saved.get(key)}, which the checkpoint was trained with; "
-        "fix: restore that setting, or start in another workdir"
+        "fix: restore that data or setting, or start in another workdir"
       )
   step, rest = divmod(saved["next_index"], saved["batch_size"])
   if rest:
@@ -106,10 +118,13 @@ class _Loader:
       record = split[index]
       data, label = record["image"], np.int32(record["label"])
       room = self._config.cache_mb * 2**20 // len(split)  # for each decoded picture
-      if self._from_encoded and len(data) > room:
+      is_file = split.is_folder
+      in_part = self._from_encoded and len(data) > room
+      if in_part and (not is_file or own_images.as_stored(data)):
         image = transforms.paper_train_encoded(data, rng, self._config.resolution, record["id"])
       else:
-        image = transforms.decode(data, record["id"])
+        decode = own_images.read if is_file else transforms.decode
+        image = decode(data, record["id"])
         if image.nbytes <= room:
           self._cache[index] = image, label
         image = self._transform(image, rng)

@@ -1,7 +1,7 @@
 """From a data set's name to records that can be read in any order.
 
 Holds the one config of the data room, the splits that every source shares, and the sources that
-need no library: folders of pictures and files of tokens. `tfds_source` reads everything else.
+need no library: folders of images (`folder`) and files of tokens. `tfds_source` reads everything else.
 Records are undecoded; order, augmentation and batches belong to `pipeline`.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pathlib
-from collections.abc import Sequence
+import re
 from typing import Any, Protocol
 
 import numpy as np
 
 from igpt_jax import errors
-from igpt_jax.data import transforms
+from igpt_jax.data import digests, transforms
+from igpt_jax.data.folder import FolderRecords, class_folders
 
-SPLITS = ("train", "validation", "train+validation", "test")
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+SPLITS = ("train", "validation", "test")
+_TESTS = ("test", "val", "validation")  # folders that are the test split, the first that is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,15 @@ class DataConfig:
     augment: `none`, `paper` (random resize and crop as for ImageNet), `cifar` (pad, crop, flip) or
       `shift` (by up to an eighth of the side; for digits).
     resample: of `paper` in training: `fused` (one resize) or `literal` (the two of the paper).
-    validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others'.
+    validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others',
+      and none (0) in its final runs, which train on all of train.
+    validation_split: name of a stored split that is held out instead; train is then the whole of train.
     max_bad: share of a split's records that may be unreadable before it is an error.
     threads: that load batches, in each process; 0 chooses. Each reads two batches ahead: more of them
       hide slow reads, as from a bucket mounted by gcsfuse.
     workers: processes that load batches; 0 loads in this one.
     cache_mb: decoded pictures of a data set that fits in this are kept, and read only once.
+    verify: read all files once more to know their contents, also those that seem unchanged.
   """
 
   name: str = "digits"
@@ -52,10 +55,12 @@ class DataConfig:
   augment: str = "none"
   resample: str = "fused"
   validation: float = 0.1
+  validation_split: str = ""
   max_bad: float = 0.001
   threads: int = 0
   workers: int = 0
   cache_mb: int = 512
+  verify: bool = False
 
   def __post_init__(self):
     transforms.check_recipe(self.augment, self.resolution, self.resample)
@@ -65,6 +70,11 @@ class DataConfig:
       ("threads", 0 <= self.threads <= 1_024, "between 0 and 1,024"),
       ("workers", 0 <= self.workers <= 1_024, "between 0 and 1,024"),
       ("cache_mb", self.cache_mb >= 0, "0 or more megabytes"),
+      (
+        "validation_split",
+        re.fullmatch(r"[\w-]*", self.validation_split) and self.validation_split != "train",
+        "the name of a stored split other than train, such as validation",
+      ),
       ("name", bool(self.name), "digits, photo_patches, folder, tokens, or a TFDS name"),
     ):
       if not ok:
@@ -76,7 +86,9 @@ class DataConfig:
 class Records(Protocol):
   """All records of one stored split. Picklable, for worker processes."""
 
-  name: str  # data set and version, part of the fingerprint
+  name: str  # for a person: data set and version
+  identity: str  # a digest of contents and labels, the same wherever they lie
+  former_name: str  # what stood for both in a fingerprint of 0.1.0
   class_names: tuple[str, ...]
 
   def __len__(self) -> int: ...
@@ -91,12 +103,13 @@ class Split:
   either `image` (encoded bytes, or a uint8 array) or `tokens` (integer [T]).
 
   Attributes:
-    name: train, validation, train+validation or test.
+    name: train, validation or test.
     n_classes: number of labels, 0 if there are none.
     class_names: n_classes names.
     indices: int32 [n], the places of the split's records among all that are stored.
-    fingerprint: names data set, version, split and number of records: what a checkpoint stores, so
-      that a changed data set is noticed.
+    fingerprint: names data set, split, number of records, and a digest of which they are and what is in
+      them: what checkpoints, features and results are known by. The same on every host.
+    former_fingerprint: what a checkpoint holds in its place that didn't know contents yet.
   """
 
   def __init__(self, records: Records, indices: np.ndarray, name: str):
@@ -104,7 +117,11 @@ class Split:
     self.name = name
     self.class_names = tuple(records.class_names)
     self.n_classes = len(self.class_names)
-    self.fingerprint = f"{records.name} {name}[{len(indices)} of {len(records)}]"
+    part = f"{name}[{len(indices)} of {len(records)}]"
+    chosen = hashlib.sha256(np.asarray(indices, "<i4").tobytes()).hexdigest()
+    digest = digests.combined([(records.identity, chosen)])
+    self.fingerprint = f"{records.name} {part} {digest}"
+    self.former_fingerprint = f"{records.former_name} {part}"
     self.indices = indices
 
   def __len__(self) -> int:
@@ -124,6 +141,11 @@ class Split:
     """Whether records are tokens already, which need neither decoding nor a palette."""
     return isinstance(self.records, TokenRecords)
 
+  @property
+  def is_folder(self) -> bool:
+    """Whether records are a person's files, which `own_images` reads; TFDS's are decoded as stored."""
+    return isinstance(self.records, FolderRecords)
+
   def __repr__(self):
     return f"Split({self.fingerprint})"
 
@@ -132,117 +154,86 @@ def open_split(config: DataConfig, split: str) -> Split:
   """Opens one split of the configured data set.
 
   Validation is the tail of one fixed permutation of train: the same pictures whatever the seed of
-  the run. Test is the stored test split, or the stored validation split where there is no test
-  (ImageNet); only evaluation opens it.
+  the run; or a stored split of its own (`validation_split`, or a folder of tokens' validation.npy).
+  Test is the stored test split, or the stored validation split where there is no test (ImageNet)
+  and nobody chooses by it; only evaluation opens it.
 
   Raises:
-    UserError: the data set, or this split of it, isn't there; the message says how to get it.
+    UserError: the data set isn't there; the message says how to get it.
+    NoSuchSplit: this split of it isn't, or nothing is held out.
   """
   if split not in SPLITS:
     raise errors.UserError(f"split: {split!r}; expected one of {', '.join(SPLITS)}")
+  own = _own_validation(config)
+  if split == "validation" and not has_validation(config):
+    raise errors.NoSuchSplit(
+      "data.validation: 0 holds nothing out, and this job chooses by what is held out; fix: "
+      "--config.data.validation=0.1, or data.validation_split"
+    )
+  stored = own if own and split == "validation" else "test" if split == "test" else "train"
   if config.name == "folder":
-    return _open_folder(config, split)
-  if config.name == "tokens":
-    return _open_tokens(config, split)
-  from igpt_jax.data import tfds_source
+    records = _folder_records(config, stored, held_out=own if split == "test" else "")
+  elif config.name == "tokens":
+    records = _token_records(config, stored)
+  else:
+    from igpt_jax.data import tfds_source
 
-  stored = "test" if split == "test" else "train"
-  return _view(tfds_source.open_records(config.name, config.data_dir, stored), config, split)
+    records = tfds_source.open_records(
+      config.name,
+      config.data_dir,
+      stored,
+      held_out=own if split == "test" else "",
+      verify=config.verify,
+    )
+  return _view(records, 0 if own or split == "test" else config.validation, split)
 
 
-def _view(records: Records, config: DataConfig, split: str) -> Split:
-  """The part of stored train, or the whole of stored test, that `split` names."""
+def has_validation(config: DataConfig) -> bool:
+  """Whether something is held out of training, to choose by."""
+  return bool(config.validation or _own_validation(config))
+
+
+def _own_validation(config: DataConfig) -> str:
+  """The stored split that is held out; "": a share of train is."""
+  if not config.validation_split and config.name == "tokens":
+    path = pathlib.Path(config.path).expanduser()
+    return "validation" if (path / "validation.npy").is_file() else ""
+  return config.validation_split
+
+
+def _view(records: Records, share: float, split: str) -> Split:
+  """The records that `split` names, where a share of them is validation; 0: all of them."""
   n = len(records)
-  if split in ("test", "train+validation"):
+  if not share:
     return Split(records, np.arange(n, dtype=np.int32), split)
-  n_held_out = round(n * config.validation)
+  n_held_out = round(n * share)
   order = np.random.default_rng(0).permutation(n).astype(np.int32)
   chosen = order[n - n_held_out :] if split == "validation" else order[: n - n_held_out]
   if not len(chosen):
     raise errors.UserError(
-      f"data.validation: {config.validation} of {n} records leaves nothing for {split}; "
+      f"data.validation: {share} of {n} records leaves nothing for {split}; "
       "fix: another share" + (", or evaluate on test" if split == "validation" else "")
     )
   return Split(records, np.sort(chosen), split)
 
 
-# --- a folder of pictures --------------------------------------------------------------------------
+# --- a folder of images -----------------------------------------------------------------------------
 
 
-class FolderRecords:
-  """Picture files of one folder: CLASS/*.jpg, or *.jpg without labels."""
-
-  def __init__(self, root: pathlib.Path, class_names: Sequence[str] | None = None):
-    """`class_names` fixes the order of labels; default: the folder's own, sorted."""
-    self._root = root
-    subfolders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    loose = _pictures(root)
-    if subfolders and loose:
-      raise errors.UserError(
-        f"data.path {root}: has both class folders ({subfolders[0]}, …) and loose pictures "
-        f"({loose[0]}, …); expected one kind; fix: move the loose ones into a class folder"
-      )
-    self.class_names = tuple(subfolders if class_names is None else class_names)
-    strangers = sorted(set(subfolders) - set(self.class_names))
-    if strangers:
-      raise errors.UserError(
-        f"data.path {root}: class {strangers[0]!r} is not among train's ({len(self.class_names)})"
-      )
-    files = [(name, -1) for name in loose]
-    for folder in subfolders:
-      label = self.class_names.index(folder)
-      files += [(f"{folder}/{name}", label) for name in _pictures(root / folder)]
-    if not files:
-      raise errors.UserError(
-        f"data.path {root}: holds no pictures; expected CLASS/*.jpg or *.jpg "
-        f"({', '.join(sorted(PICTURE_SUFFIXES))})"
-      )
-    # A sorted folder is class after class; any stretch of this order is a mixture.
-    order = np.random.default_rng(0).permutation(len(files))
-    self._files = [files[i] for i in order]
-    digest = hashlib.sha256("\n".join(name for name, _ in files).encode()).hexdigest()[:12]
-    self.name = f"folder:{digest}"
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    name, label = self._files[index]
-    path = self._root / name
-    try:
-      return {"image": path.read_bytes(), "label": label, "id": str(path)}
-    except OSError as error:
-      raise transforms.BadRecord(f"{path}: {error.strerror}") from error
-
-
-def _pictures(folder: pathlib.Path) -> list[str]:
-  with os.scandir(folder) as entries:
-    return sorted(
-      e.name
-      for e in entries
-      if not e.name.startswith(".") and pathlib.Path(e.name).suffix.lower() in PICTURE_SUFFIXES
-    )
-
-
-def _open_folder(config: DataConfig, split: str) -> Split:
+def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRecords:
   root = pathlib.Path(config.path).expanduser()
-  names = ("test", "val", "validation") if split == "test" else ("train",)
+  names = [name for name in (_TESTS if stored == "test" else (stored,)) if name != held_out]
   folder = next((root / name for name in names if (root / name).is_dir()), None)
   if folder is None:
     found = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None
     there = (
       "no such folder" if found is None else f"holds folders {found}" if found else "no folders"
     )
-    raise errors.UserError(
-      f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg for split {split!r}"
-    )
-  if split != "test":
-    return _view(FolderRecords(folder), config, split)
+    kind = errors.UserError if found is None else errors.NoSuchSplit
+    raise kind(f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg")
   train = root / "train"
-  classes = None
-  if train.is_dir():
-    classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
-  return _view(FolderRecords(folder, classes), config, split)
+  classes = class_folders(train) if stored != "train" and train.is_dir() else None
+  return FolderRecords(folder, classes, config.verify)
 
 
 # --- files of tokens -------------------------------------------------------------------------------
@@ -251,15 +242,16 @@ def _open_folder(config: DataConfig, split: str) -> Split:
 class TokenRecords:
   """Rows of a .npy file of tokens, integer [N, T], mapped rather than read."""
 
+  name = "tokens"
   class_names: tuple[str, ...] = ()
 
-  def __init__(self, path: pathlib.Path, n_positions: int):
-    """`n_positions` is the T that the model expects."""
+  def __init__(self, path: pathlib.Path, n_positions: int, verify: bool = False):
+    """`n_positions` is the T that the model expects; `verify` as in `DataConfig`."""
     self._path = path
     try:
       self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-      raise errors.UserError(
+      raise errors.NoSuchSplit(
         f"data.path {path}: no such file; expected tokens [N, T] in .npy; fix: data.path, or "
         "--config.job=download, which fetches the released test splits (config.download)"
       ) from None
@@ -287,7 +279,9 @@ class TokenRecords:
         f"data.path {path}: tokens from {self.min_token} to {self.max_token}; expected 0 to 65535"
       )
     edges = np.ascontiguousarray(rows[[0, -1]]).tobytes()
-    self.name = f"tokens:{hashlib.sha256(edges).hexdigest()[:12]}"
+    self.former_name = f"tokens:{hashlib.sha256(edges).hexdigest()[:12]}"
+    place = str(path.absolute())
+    self.identity = digests.combined([digests.of_files([place], place, verify)])
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -304,26 +298,16 @@ class TokenRecords:
     self.__dict__.update(state, _rows=np.load(state["_path"], mmap_mode="r", allow_pickle=False))
 
 
-def _open_tokens(config: DataConfig, split: str) -> Split:
+def _token_records(config: DataConfig, stored: str) -> TokenRecords:
   path = pathlib.Path(config.path).expanduser()
-  n_positions = config.resolution**2
+
+  def records_of(file: pathlib.Path) -> TokenRecords:
+    return TokenRecords(file, config.resolution**2, config.verify)
+
   if path.is_dir():
-    own_validation = (path / "validation.npy").is_file()
-    if split == "validation" and own_validation:
-      records = TokenRecords(path / "validation.npy", n_positions)
-      return Split(records, np.arange(len(records), dtype=np.int32), split)
-    if split == "train" and own_validation:
-      records = TokenRecords(path / "train.npy", n_positions)
-      return Split(records, np.arange(len(records), dtype=np.int32), split)
-    if split == "train+validation" and own_validation:
-      raise errors.UserError(
-        f"data.path {path}: train and validation are two files; expected one for {split}; "
-        "fix: join them into train.npy and drop validation.npy"
-      )
-    stored = "test" if split == "test" else "train"
-    return _view(TokenRecords(path / f"{stored}.npy", n_positions), config, split)
-  if split != "test":
-    raise errors.UserError(
-      f"data.path {path}: a file of tokens is a test split; expected a folder with train.npy for {split}"
+    return records_of(path / f"{stored}.npy")
+  if stored != "test":
+    raise errors.NoSuchSplit(
+      f"data.path {path}: a file of tokens is a test split; expected a folder with {stored}.npy"
     )
-  return _view(TokenRecords(path, n_positions), config, split)
+  return records_of(path)

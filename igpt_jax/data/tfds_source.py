@@ -7,8 +7,10 @@ for data that isn't there. Data sets of our own are made on first use.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
+import logging
 import os
 import pathlib
 import shutil
@@ -16,12 +18,19 @@ import tempfile
 from typing import Any
 
 from igpt_jax import errors, files
+from igpt_jax.data import digests
+from igpt_jax.metrics import Countdown
+
+_LOG = logging.getLogger(__name__)
 
 # Data sets of our own: their builders need neither TensorFlow nor a network.
 OWN = {"digits": "igpt_jax.data.digits", "photo_patches": "igpt_jax.data.photo_patches"}
 
 # Where the stored test split has no labels, the literature tests on validation.
 _TEST_SPLIT = {"imagenet2012": ("validation",)}
+
+# Of a split's shards that are read to know what is in them. More would be ImageNet, on every host.
+_READ_WHOLE_BYTES = 2**30
 
 
 def resolve_data_dir(data_dir: str) -> str:
@@ -41,13 +50,48 @@ def prepare_command(name: str, data_dir: str) -> str:
 class TfdsRecords:
   """One stored split. Opened anew in each process that it is sent to."""
 
-  def __init__(self, builder_dir: str, split: str):
-    """`builder_dir` is .../NAME/[CONFIG/]VERSION; `split` a stored split."""
+  def __init__(self, builder_dir: str, split: str, verify: bool = False):
+    """`builder_dir` is .../NAME/[CONFIG/]VERSION; `split` a stored split; `verify` as in `DataConfig`."""
     self._builder_dir = builder_dir
     self._split = split
-    self._open()
+    split_info = self._open()
+    self.former_name = self.name
+    self.identity = self._identity(split_info, verify)
 
-  def _open(self) -> None:
+  def _identity(self, split_info, verify: bool) -> str:
+    """What tells this split from another of its name: its records, where these are read in a moment.
+
+    Of a large one it is what TFDS says of it: bytes and number of the records in each shard. Not the
+    shards' own bytes, which are others each time that the same records are written.
+    """
+    shards = [os.path.abspath(path) for path in split_info.filepaths]
+    try:
+      size = sum(os.path.getsize(path) for path in shards)
+    except OSError as error:
+      raise errors.UserError(
+        f"data set {self.name}: {error.filename}: {error.strerror}; expected all shards of the split; "
+        "fix: remove its folder and prepare it again"
+      ) from None
+    parts = [(split_info.num_bytes, *split_info.shard_lengths), self.class_names]
+    if size <= _READ_WHOLE_BYTES:
+      parts.append([digests.of_reading(self._read_all, shards, shards[0], verify)])
+    return digests.combined(parts)
+
+  def _read_all(self) -> str:
+    """A digest of all pictures and labels."""
+    whole = hashlib.sha256()
+    clock = Countdown(
+      f"{self.name}: records read, to know them by their contents", len(self), _LOG.warning
+    )
+    for i in range(len(self)):
+      record = self[i]
+      whole.update(b"%d %d\n" % (record["label"], len(record["image"])))
+      whole.update(record["image"])
+      clock.tick(i)
+    return whole.hexdigest()
+
+  def _open(self):
+    """Opens the split in this process; returns what TFDS knows of it."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -70,6 +114,7 @@ class TfdsRecords:
         + prepare_command(info.name, "DIR")
       ) from error
     self._parse = tf_example_pb2.Example.FromString
+    return builder.info.splits[self._split]
 
   def __len__(self) -> int:
     return len(self._source)
@@ -86,18 +131,29 @@ class TfdsRecords:
     }
 
   def __getstate__(self):
-    return {"_builder_dir": self._builder_dir, "_split": self._split}
+    kept = ("_builder_dir", "_split", "former_name", "identity")
+    return {name: self.__dict__[name] for name in kept}
 
   def __setstate__(self, state):
     self.__dict__.update(state)
     self._open()
 
 
-def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
-  """Opens the stored `train` or `test` split (or ImageNet's validation, which is its test).
+def open_records(
+  name: str, data_dir: str, stored: str, held_out: str = "", verify: bool = False
+) -> TfdsRecords:
+  """Opens a stored split; for `test` also ImageNet's validation, which is its test.
+
+  Args:
+    name: of the data set.
+    data_dir: where it is prepared.
+    stored: name of the split.
+    held_out: a stored split that isn't to be the test.
+    verify: read its files, also those that haven't changed since they were read.
 
   Raises:
-    UserError: not prepared, or no such split.
+    UserError: not prepared.
+    NoSuchSplit: prepared, without such a split.
   """
   import tensorflow_datasets as tfds
 
@@ -111,13 +167,14 @@ def open_records(name: str, data_dir: str, stored: str) -> TfdsRecords:
     )
   splits = tfds.builder_from_directory(builder_dir).info.splits
   tests = _TEST_SPLIT.get(name.split("/")[0].split(":")[0], ("test", "validation"))
-  names = tests if stored == "test" else ("train",)
+  names = [n for n in (tests if stored == "test" else (stored,)) if n != held_out]
   found = next((n for n in names if n in splits and splits[n].num_examples), None)
   if found is None:
-    raise errors.UserError(
-      f"data set {name}: has splits {', '.join(sorted(splits)) or 'none'}; expected {names[0]}"
+    raise errors.NoSuchSplit(
+      f"data set {name}: has splits {', '.join(sorted(splits)) or 'none'}; expected {stored}"
+      + (f" beside {held_out}, which data.validation_split holds out" if held_out else "")
     )
-  return TfdsRecords(builder_dir, found)
+  return TfdsRecords(builder_dir, found, verify)
 
 
 def find(name: str, directory: str) -> str | None:

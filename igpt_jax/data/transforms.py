@@ -1,13 +1,16 @@
-"""From a record's bytes to the square uint8 picture that the model sees.
+"""From a record's bytes to the square uint8 image that the model sees.
 
-Holds decoding, the paper's resizing and cropping (section 3.2), and CIFAR's augmentation. Pure
-functions of one picture and, where random, of a generator that the caller seeds; nothing here knows
-of data sets, batches or palettes.
+Holds the decoding of prepared data sets (`own_images` reads a person's files), the paper's resizing
+and cropping (section 3.2), and CIFAR's augmentation. Pure functions of one image and, where random,
+of a generator that the caller seeds; nothing here knows of data sets, batches or palettes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+import re
 import typing
 import warnings
 from collections.abc import Callable
@@ -21,12 +24,17 @@ from igpt_jax import errors
 
 # The pipeline parallelises over pictures; OpenCV's own pool would only fight with it for the cores.
 cv2.setNumThreads(1)
+# What Pillow warns of in files that it reads all the same would be said once for each of a million.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# The largest picture of ImageNet has about 61 million pixels. A header that promises more than this
-# is taken for damage, before memory is spent on it.
-MAX_PIXELS = 2**26
-# A byte of JPEG holds at most some 350 pixels (one bit for each block of an even colour).
-_MAX_PIXELS_PER_JPEG_BYTE = 400
+# The largest image of ImageNet has about 61 million pixels, a camera's 108 or so. What promises more
+# than this is refused before memory is spent on it; own_images.py says how much memory that bounds.
+MAX_PIXELS = 2**27
+# A byte of JPEG holds at most this many pixels: one bit for each block of an even colour.
+_MAX_PIXELS_PER_JPEG_BYTE = 512
+
+# Goes up whenever evaluation shows other pixels of the same file: what was computed of them is stale.
+EVALUATION_VERSION = 2
 
 AUGMENTATIONS = ("none", "paper", "cifar", "shift")
 RESAMPLINGS = ("fused", "literal")
@@ -41,15 +49,15 @@ class BadRecord(Exception):
 # --- decoding --------------------------------------------------------------------------------------
 
 
-def decode(data: bytes | np.ndarray, record_id: str = "picture") -> np.ndarray:
-  """Decodes one encoded picture to RGB.
+def decode(data: bytes | np.ndarray, record_id: str = "image") -> np.ndarray:
+  """Decodes one record of a prepared data set to RGB. (`own_images` reads a person's files.)
 
   Follows what TensorFlow's `decode_image(channels=3)` gives, which is what TFDS shows: grey is
   repeated, an alpha channel is dropped (not composited), of 16 bits the high byte stays, EXIF
   rotation is ignored, CMYK is multiplied out, and the content decides, not the file's name.
 
   Args:
-    data: an encoded picture (JPEG, PNG, or anything Pillow reads), or an already decoded uint8 array
+    data: an encoded image (JPEG, PNG, or anything Pillow reads), or an already decoded uint8 array
       [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
     record_id: what errors call it.
 
@@ -62,24 +70,75 @@ def decode(data: bytes | np.ndarray, record_id: str = "picture") -> np.ndarray:
   if isinstance(data, np.ndarray):
     return _array_to_rgb(data, record_id)
   if data[:2] == b"\xff\xd8":
-    image = _decode_jpeg(data, record_id)
+    image = decode_jpeg(data, record_id)
     if image is not None:
       return image
-  return _decode_with_pillow(data, record_id)
+  with naming(record_id):
+    image = open_image(data, record_id)
+    image.load()
+    return _pillow_to_rgb(image)
 
 
-def _decode_jpeg(data: bytes, record_id: str) -> np.ndarray | None:
-  """libjpeg-turbo directly: a third cheaper than through Pillow. None means: let Pillow judge."""
+def decode_jpeg(data: bytes, record_id: str, short_side: int = 0) -> np.ndarray | None:
+  """Decodes a grey or three-colour JPEG by libjpeg-turbo, a third cheaper than through Pillow.
+
+  Args:
+    data: the file.
+    record_id: what errors call it.
+    short_side: where both sides are longer, decode at the smallest scale at which they still are as
+      long as this (libjpeg scales before the pixels exist, by averaging); 0: decode all pixels.
+
+  Returns:
+    uint8 [H, W, 3]; None where Pillow is to judge.
+
+  Raises:
+    BadRecord: an implausible size.
+  """
   try:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(height, width, record_id, len(data))
+    _check_size(height, width, record_id, jpeg_bytes=len(data))
     if colorspace not in ("RGB", "YCbCr", "Gray"):
       return None
-    return simplejpeg.decode_jpeg(data, "RGB")
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=short_side, min_width=short_side)
   except ValueError:
     # Strict decoding also refuses harmless oddities such as stray bytes between segments, which
-    # real ImageNet files have; Pillow passes those and still refuses a truncated picture.
+    # real ImageNet files have; Pillow passes those and still refuses a truncated image.
     return None
+
+
+def open_image(data: bytes, record_id: str) -> Image.Image:
+  """Opens a file with Pillow: its header is read and its size checked, its pixels aren't there yet.
+
+  Call it within `naming`, for whatever Pillow raises.
+  """
+  if not data:
+    raise ValueError("the file is empty")
+  try:
+    image = Image.open(io.BytesIO(data))
+  except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which is higher
+    n_pixels = int(re.search(r"\d+", str(error))[0])
+    raise BadRecord(
+      f"{record_id}: implausible size of {n_pixels:,} pixels; expected 1 to {MAX_PIXELS:,} pixels; "
+      "fix: scale it down"
+    ) from None
+  if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+    raise ValueError("EPS is a program that draws; expected an image of pixels")
+  jpeg_bytes = len(data) if image.format in ("JPEG", "MPO") else None
+  _check_size(image.height, image.width, record_id, jpeg_bytes=jpeg_bytes)
+  return image
+
+
+@contextlib.contextmanager
+def naming(record_id: str):
+  """Turns whatever is raised within into a BadRecord of one line that names the record."""
+  try:
+    yield
+  except BadRecord:
+    raise
+  except Exception as error:  # damaged bytes make Pillow's many decoders raise many kinds
+    # Pillow names the buffer it was given.
+    reason = " ".join(re.sub(r" file <[^>]*>", "", str(error)).split()) or type(error).__name__
+    raise BadRecord(f"{record_id}: unreadable image ({reason})") from error
 
 
 def _plain_frame(data: bytes) -> int | None:
@@ -115,25 +174,10 @@ def _decode_top(data: bytes, frame: int, n_rows: int) -> np.ndarray | None:
     return None
 
 
-def _decode_with_pillow(data: bytes, record_id: str) -> np.ndarray:
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      picture = Image.open(io.BytesIO(data))
-      jpeg_bytes = len(data) if picture.format == "JPEG" else None
-      _check_size(picture.height, picture.width, record_id, jpeg_bytes)
-      picture.load()
-      return _pillow_to_rgb(picture)
-  except BadRecord:
-    raise
-  except Exception as error:  # damaged bytes make Pillow's many decoders raise many kinds
-    raise BadRecord(f"{record_id}: unreadable picture ({error})") from error
-
-
 def _pillow_to_rgb(picture: Image.Image) -> np.ndarray:
   if picture.mode == "CMYK":
     ink = np.asarray(picture).astype(np.uint16)
-    if picture.format == "JPEG" and "adobe" not in picture.info:
+    if picture.format in ("JPEG", "MPO") and "adobe" not in picture.info:
       ink = (
         255 - ink
       )  # Pillow inverts every CMYK JPEG as Adobe's writers need; this one isn't theirs
@@ -165,12 +209,16 @@ def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
 
 
 def _check_size(height: int, width: int, record_id: str, jpeg_bytes: int | None = None) -> None:
-  """Refuses what no real picture of that many bytes has, before memory or time is spent on it."""
+  """Refuses what no real image of that many bytes has, before memory or time is spent on it."""
   limit = MAX_PIXELS
   if jpeg_bytes is not None:
     limit = min(limit, jpeg_bytes * _MAX_PIXELS_PER_JPEG_BYTE)
   if height < 1 or width < 1 or height * width > limit:
-    raise BadRecord(f"{record_id}: implausible size {width}×{height} (at most {limit:,} pixels)")
+    raise BadRecord(
+      f"{record_id}: implausible size {width}×{height}; expected 1 to {limit:,} pixels"
+      + (f" in {jpeg_bytes:,} bytes of JPEG" if limit < MAX_PIXELS else "")
+      + "; fix: scale it down"
+    )
 
 
 # --- resampling ------------------------------------------------------------------------------------
@@ -188,10 +236,21 @@ def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
   return cv2.resize(image, (width, height), interpolation=method)
 
 
-def _resize_bilinear(image: np.ndarray, height: int, width: int, box=None) -> np.ndarray:
-  """Antialiased bilinear (the triangle filter widens with the reduction). box: left, top, right, bottom."""
-  picture = Image.fromarray(image)
-  return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
+def _resize_box(image: np.ndarray, box: tuple[float, float, float, float], side: int) -> np.ndarray:
+  """Antialiased bilinear of a box (left, top, right, bottom) to side²: uint8 [side, side, 3].
+
+  The triangle filter widens with the reduction, and reaches past the box as it would in a resize of
+  the whole image, whose pixels these are; memory and time are those of the box.
+  """
+  left, top, right, bottom = box
+  reach_x, reach_y = (math.ceil(length / side) + 1 for length in (right - left, bottom - top))
+  x = max(0, math.floor(left) - reach_x)
+  y = max(0, math.floor(top) - reach_y)
+  part = image[y : math.ceil(bottom) + reach_y, x : math.ceil(right) + reach_x]
+  # A product of floats may end a hair past the image's edge.
+  box = left - x, top - y, min(right - x, part.shape[1]), min(bottom - y, part.shape[0])
+  resized = Image.fromarray(part).resize((side, side), Image.Resampling.BILINEAR, box=box)
+  return np.asarray(resized)
 
 
 def _scaled_to_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -229,13 +288,15 @@ def draw_paper_crop(rng: np.random.Generator, height: int, width: int) -> PaperC
 
 
 def crop_literal(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarray:
-  """The paper's words step by step: resize the whole picture, crop 224², average to resolution².
+  """The paper's words step by step: resize the image, crop 224², average to resolution².
 
   The paper names no filter. Antialiased bilinear, then the mean over areas, are this project's choice.
+  What the crop leaves out isn't resized: of an image of 30,000×1 that would be gigabytes.
   """
-  resized = _resize_bilinear(image, crop.height, crop.width)
-  window = resized[crop.top : crop.top + PAPER_CROP, crop.left : crop.left + PAPER_CROP]
-  return resize_area(np.ascontiguousarray(window), resolution, resolution)
+  scale_y, scale_x = image.shape[0] / crop.height, image.shape[1] / crop.width
+  left, top = crop.left * scale_x, crop.top * scale_y
+  box = left, top, left + PAPER_CROP * scale_x, top + PAPER_CROP * scale_y
+  return resize_area(_resize_box(image, box, PAPER_CROP), resolution, resolution)
 
 
 def crop_fused(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarray:
@@ -250,12 +311,11 @@ def crop_fused(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarra
 
 def crop_two_step(image: np.ndarray, box: tuple[int, int, int, int], resolution: int) -> np.ndarray:
   """The two resizes of `crop_literal` on a given source box: what `crop_fused` is compared with."""
-  window = _resize_bilinear(image, PAPER_CROP, PAPER_CROP, box=box)
-  return resize_area(window, resolution, resolution)
+  return resize_area(_resize_box(image, box, PAPER_CROP), resolution, resolution)
 
 
 def fit(image: np.ndarray, resolution: int) -> np.ndarray:
-  """Shorter side to `resolution`, centre crop; a picture of that size is returned as it is."""
+  """Shorter side to `resolution`, centre crop; an image of that size is returned as it is."""
   height, width = image.shape[:2]
   if (height, width) == (resolution, resolution):
     return image
@@ -269,7 +329,12 @@ def fit(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def paper_eval(image: np.ndarray, resolution: int) -> np.ndarray:
-  """Evaluation on ImageNet: shorter side 224, centre crop 224², down to resolution²."""
+  """Evaluation on ImageNet: shorter side 224, centre crop 224², down to resolution².
+
+  An image whose shorter side is the model's own is cropped alone: no resize, no blur.
+  """
+  if min(image.shape[:2]) == resolution:
+    return fit(image, resolution)
   height, width = _scaled_to_short_side(*image.shape[:2], PAPER_CROP)
   centre = PaperCrop(height, width, (height - PAPER_CROP) // 2, (width - PAPER_CROP) // 2)
   return crop_literal(image, centre, resolution)

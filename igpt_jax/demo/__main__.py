@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
   try:
     from igpt_jax.demo import models, serve
     from igpt_jax.demo.limits import Limits
+    from igpt_jax.parallel import hardware
 
+    hardware.check_platform()
     limits = Limits(
       samples=options.samples,
       upload_bytes=round(options.upload_mb * 2**20),

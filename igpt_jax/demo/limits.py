@@ -14,7 +14,8 @@ class Limits:
 
   Attributes:
     samples: of one picture.
-    upload_bytes: of one picture's file. (How many pixels it may unfold to, transforms.py says.)
+    upload_bytes: of one picture's file. (How many pixels it may unfold to, and
+      into how much memory, data/own_images.py says.)
     upload_seconds: that sending it may take.
     waiting: requests that wait for the one that is served.
     seconds: of drawing for one request, from its first row on: not of compiling before it.

@@ -84,7 +84,10 @@ async function choose(file) {
       const length = Math.min(bitmap.width, bitmap.height);
       square = document.createElement("canvas");
       square.width = square.height = 512;
-      square.getContext("2d").drawImage(
+      const pen = square.getContext("2d");
+      pen.fillStyle = "#fff"; // what is transparent is white for the model, too
+      pen.fillRect(0, 0, 512, 512);
+      pen.drawImage(
         bitmap, (bitmap.width - length) / 2, (bitmap.height - length) / 2, length, length, 0, 0, 512, 512);
       bitmap.close();
     } catch {

@@ -27,6 +27,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from igpt_jax.data.order import MAX_SEED
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.demo.limits import Full, Limits, Line
 from igpt_jax.demo.models import Models
@@ -296,11 +297,14 @@ class _Wish:
     if not 0 < self.keep < 1:
       raise Refused(400, f"keep: {self.keep}; expected a share of the rows within (0, 1)")
     self.n: int = number("n", int, 1, most_samples)
-    self.seed: int = number("seed", int, 0, 2**31 - 1)
-    # A program is compiled for each: tenths are fine enough.
-    self.sampling = SamplingConfig(
-      temperature=round(number("temperature", float, 0, _MAX_TEMPERATURE), 1)
-    )
+    self.seed: int = number("seed", int, 0, MAX_SEED)
+    temperature = number("temperature", float, 0, _MAX_TEMPERATURE)
+    try:
+      SamplingConfig(temperature)
+    except UserError as error:
+      raise Refused(400, str(error)) from None
+    # A program is compiled for each: tenths are fine enough, but 0 is another way of drawing.
+    self.sampling = SamplingConfig(max(round(temperature, 1), 0.1) if temperature else 0.0)
 
 
 async def _with_first(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -79,10 +79,24 @@ def check(
       )
 
 
+def check_data(fingerprint: str) -> None:
+  """Compares what all hosts are about to read, each from its own place perhaps.
+
+  Raises:
+    UserError: names, contents or labels differ.
+  """
+  found = differing({"data": fingerprint})
+  if found:
+    raise UserError(
+      f"hosts: they would read different data: {_in_words(found)}; expected the same files on every "
+      "host; fix: copy data.path or data.data_dir anew"
+    )
+
+
 # Fields of a config that may be a host's own: where it finds things, how it reads them.
 _OWN = (
   "log", "init_from", "checkpoint", "source", "images", "palette.path", "features.cache", "data.path", "data.data_dir",
-  "data.manual_dir", "data.threads", "data.workers", "data.cache_mb",
+  "data.manual_dir", "data.threads", "data.workers", "data.cache_mb", "data.verify",
 )  # fmt: skip
 
 

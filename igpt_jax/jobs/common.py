@@ -19,7 +19,8 @@ from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import starting_point
+from igpt_jax.files import printable
+from igpt_jax.jobs import agreement, starting_point
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params, to_compute_dtypes
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.parallel.sharding import make_mesh
@@ -32,7 +33,7 @@ def is_main() -> bool:
 
 def say(message: str) -> None:
   if is_main():
-    print(message, flush=True)
+    print(printable(message), flush=True)  # it may name a file
 
 
 def versions() -> dict[str, str]:
@@ -137,7 +138,8 @@ def training_palette(
   Returns None for data that is tokens already, unless there is a palette to show them with.
 
   Raises:
-    UserError: a given palette isn't one, or has another size than `palette.size`; tokens beyond it.
+    UserError: a given palette isn't one, or has another size than `palette.size`, or other colours
+      than the run was begun with; tokens beyond it.
   """
   kept = os.path.join(workdir, "palette.npy")
   wanted = config.palette.size
@@ -148,6 +150,12 @@ def training_palette(
         f"palette.path: {config.palette.path} has {palette.size} colours, the model's palette.size is "
         f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
       )
+    if begun_with is None and os.path.exists(kept):
+      if not np.array_equal(Palette.load(kept).centers, palette.centers):
+        raise UserError(
+          f"palette.path: {config.palette.path} has other colours than {kept}, which the run there was "
+          "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"
+        )
   elif begun_with is not None:
     palette = begun_with
   elif os.path.exists(kept):
@@ -185,6 +193,11 @@ def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Pa
     if left <= 0:
       break
   palette = palette_fit.fit_palette(histogram, size, seed=config.seed)
+  if palette.size < 2:
+    raise UserError(
+      f"palette: {split.fingerprint} has a single colour (rgb {', '.join(map(str, palette.colors[0]))}), "
+      "of which there is nothing to learn; expected two or more; fix: other images"
+    )
   if palette.size < size:
     say(f"palette: these pictures have {palette.size} colours, all are in the palette")
   return palette
@@ -282,7 +295,11 @@ def eval_stream(
   """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked.
 
   The first `start` batches are left out.
+
+  Raises:
+    UserError: another host has other data.
   """
+  agreement.check_data(split.fingerprint)
   share, shares = input_share(mesh)
   with pipeline.eval_batches(
     split,

@@ -7,27 +7,30 @@ OUT is the workdir, or complete/ in it where it holds checkpoints:
   OUT/[CLASS/]PICTURE/appearing.gif their pixels appearing (not of a BERT model's)
   OUT/[CLASS/]PICTURE/complete.json seeds, nats per token
   OUT/[CLASS/]PICTURE/0000.npz …    tokens and nats of a batch's samples
-  OUT/complete.json                 settings, and all of it in brief
+  OUT/settings.json                 what decides the samples: model by checksum, how they are drawn
+  OUT/complete.json                 the same, and all of it in brief
 
-What a batch has drawn is on disk before the next begins, and isn't drawn again.
+What a batch has drawn is on disk before the next begins, and isn't drawn again: a batch's file says
+by a digest which settings, and which image, it is of.
 """
 
 import collections
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, files, metrics, pictures, report
+from igpt_jax import checkpoint, files, identity, metrics, pictures, report
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion, filling, memory, own_pictures
+from igpt_jax.jobs import common, completion, filling, memory, own_pictures, provenance
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.completion import NOTHING, Completer, Picture, Reader
 from igpt_jax.jobs.filling import Filler
@@ -39,6 +42,8 @@ _GRID_ROWS = 64  # pictures, and
 _GRID_SAMPLES = 16  # samples of each, that grids show; all are in files of their own
 _GRID_DRAWN = 256  # samples from nothing
 _SETTINGS = "settings.json"
+# What an archive that isn't whole, or isn't one of these, raises when it is read.
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,16 +54,18 @@ class Target:
     file: that it was read from; None: samples are drawn from nothing.
     picture: as the model sees it.
     folder: of its results.
+    settings: digest of what decides its samples, but for the image.
     samples: number -> (tokens [T], nats [T]), those there are.
   """
 
   file: File | None
   picture: Picture
   folder: str
+  settings: str
   samples: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
   def read(self) -> None:
-    """Finds what was drawn before for this very picture."""
+    """Finds what was drawn before for this very picture with these settings."""
     if not os.path.isdir(self.folder):
       return
     for name in sorted(os.listdir(self.folder)):
@@ -66,11 +73,15 @@ class Target:
         continue
       try:
         with np.load(os.path.join(self.folder, name), allow_pickle=False) as part:
-          if int(part["identity"]) == self.picture.identity:
+          if self._is_of(part):
             rows = zip(part["numbers"], part["tokens"], part["nll"], strict=True)
             self.samples |= {int(number): (tokens, nll) for number, tokens, nll in rows}
-      except (OSError, ValueError, KeyError, EOFError):
-        continue  # damaged: drawn again
+      except _DAMAGED:
+        continue  # drawn again
+
+  def _is_of(self, part: Mapping[str, np.ndarray]) -> bool:
+    of_picture = int(part["identity"]) == self.picture.identity
+    return of_picture and str(part["settings"]) == self.settings
 
   def add(self, numbers: list[int], tokens: np.ndarray, nll: np.ndarray) -> None:
     """Keeps samples, on disk too."""
@@ -81,6 +92,7 @@ class Target:
       np.savez(
         file,
         identity=np.uint32(self.picture.identity),
+        settings=np.asarray(self.settings),
         numbers=np.asarray(numbers),
         tokens=tokens.astype(np.uint16),
         nll=nll,
@@ -103,7 +115,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   _check_same(settings, out)
   common.open_workdir(out)
   reader = Reader(found)
-  targets, unreadable = _targets(chosen, reader, out)
+  targets, unreadable = _targets(chosen, reader, out, identity.digest(settings))
   for target in targets:
     target.read()
   # No one draws before all have seen what is there
@@ -133,9 +145,10 @@ def run(config: ConfigDict, workdir: str) -> None:
   if not common.is_main():
     return
   for target in targets:
-    if not _is_finished(target):
+    if not _is_finished(target, settings):
       _finish(target, reader, settings, config)
-  values = _write_grids(targets, reader, settings, out, config)
+  values = {"checkpoint": found.path, "step": found.step}
+  values |= _write_grids(targets, reader, settings, out, config)
   if unreadable:
     values["unreadable"] = unreadable
   report.write_json(os.path.join(out, "complete.json"), values)
@@ -149,8 +162,7 @@ def _settings(config: ConfigDict, found: checkpoint.Described, known: np.ndarray
   sampling = config_lib.sampling(config)
   resolution = found.run["resolution"]
   return {
-    "checkpoint": found.path,
-    "step": found.step,
+    **provenance.of_checkpoint(found),
     "resolution": resolution,
     "dtype": config_lib.compute_dtype(config),
     "cache": config.sample.cache,
@@ -160,42 +172,40 @@ def _settings(config: ConfigDict, found: checkpoint.Described, known: np.ndarray
     **({} if found.config.causal else {"passes": config.passes}),
     "n": config.n,
     "seed": config.seed,
+    "scale": config.sample.scale or pictures.default_scale(resolution),
     **dataclasses.asdict(sampling),
   }
 
 
 def _check_same(settings: dict[str, Any], out: str) -> None:
-  """Raises UserError where `out` holds what was drawn in another way."""
+  """Raises UserError where `out` holds what was drawn in another way, or by another model."""
   try:
-    with open(os.path.join(out, _SETTINGS), encoding="utf-8") as file:
-      theirs = json.load(file)
+    theirs = identity.read(os.path.join(out, _SETTINGS))
   except FileNotFoundError:
     return
-  except ValueError as error:
+  except (OSError, ValueError) as error:
     raise UserError(
       f"workdir: {out}/{_SETTINGS} is damaged ({error}); fix: another --workdir"
     ) from None
-  differing = [
-    f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
-    for name, value in settings.items()
-    if theirs.get(name, "absent") != value
-  ]
+  differing = identity.differing(theirs, settings)
   if differing:
     raise UserError(
-      f"workdir: {out} holds samples that were drawn in another way:\n"
+      f"workdir: {out} holds samples that were drawn in another way, or by another model:\n"
       + "\n".join(differing)
-      + "\nfix: another --workdir"
+      + f"\nfix: another --workdir, or remove {out}"
     )
 
 
-def _targets(chosen: list[File], reader: Reader, out: str) -> tuple[list[Target], list[str]]:
+def _targets(
+  chosen: list[File], reader: Reader, out: str, settings: str
+) -> tuple[list[Target], list[str]]:
   """What to complete, and what can't be read, in words.
 
   Raises:
     UserError: nothing can be read.
   """
   if not chosen:
-    return [Target(None, NOTHING, os.path.join(out, NOTHING.name))], []
+    return [Target(None, NOTHING, os.path.join(out, NOTHING.name), settings)], []
   targets, unreadable = [], []
   for file in chosen:
     try:
@@ -206,7 +216,7 @@ def _targets(chosen: list[File], reader: Reader, out: str) -> tuple[list[Target]
     except BadRecord as error:
       unreadable.append(str(error))
     else:
-      targets.append(Target(file, picture, os.path.join(out, file.group, file.name)))
+      targets.append(Target(file, picture, os.path.join(out, file.group, file.name), settings))
   if not targets:
     raise UserError(
       "config.images: none can be read:\n  "
@@ -262,7 +272,7 @@ def _draw(
     if target in batch[:i]:
       break  # the last one again, which filled the batch up
     rows = slice(i * len(numbers), i * len(numbers) + len(kept))
-    scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+    scale = settings["scale"]
     os.makedirs(target.folder, exist_ok=True)
     for number, painted in zip(kept, completer.reader.paint(drawn.tokens[rows]), strict=True):
       path = os.path.join(target.folder, f"{number:04d}.png")
@@ -277,12 +287,13 @@ def _rows(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
   return np.stack([tokens for tokens, _ in of_numbers]), np.stack([nll for _, nll in of_numbers])
 
 
-def _is_finished(target: Target) -> bool:
+def _is_finished(target: Target, settings: dict[str, Any]) -> bool:
   try:
-    with open(os.path.join(target.folder, "complete.json"), encoding="utf-8") as file:
-      return json.load(file)["picture_identity"] == target.picture.identity
-  except (OSError, ValueError, KeyError):
+    kept = identity.read(os.path.join(target.folder, "complete.json"))
+  except (OSError, ValueError):
     return False
+  mine = {"picture_identity": target.picture.identity, "settings": settings}
+  return not identity.differing(kept, mine)
 
 
 def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: ConfigDict) -> None:
@@ -291,7 +302,7 @@ def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: Co
   if "passes" not in settings:  # else pixels don't appear one after the other
     n_given = settings["rows_given"] * settings["resolution"]
     shown = reader.paint(tokens[:_GRID_SAMPLES])
-    scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+    scale = settings["scale"]
     frames = pictures.appearing(list(shown), n_given, columns=4, scale=scale)
     pictures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
   nats = nll[:, ~_known(settings).reshape(-1)].mean(1)
@@ -326,7 +337,7 @@ def _write_grids(
   for target in targets:
     groups[target.file.group if target.file else ""].append(target)
   known, briefly = _known(settings), {}
-  scale = config.sample.scale or pictures.default_scale(settings["resolution"])
+  scale = settings["scale"]
   for group, members in groups.items():
     rows: list[list[np.ndarray]] = []
     for target in members:

@@ -1,4 +1,4 @@
-"""Completing a person's own pictures: from files of any size and format to pixels, row by row.
+"""Completing a person's own pictures: from files of any format to pixels, row by row.
 
 What job `complete` and the page share. A model reads pixels in raster order, so what is given is
 always the upper rows: it can't condition on a lower or a left part.
@@ -8,9 +8,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import io
-import re
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,10 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax.data import transforms
+from igpt_jax.data import own_images, transforms
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, starting_point
 from igpt_jax.model import decoding
@@ -29,16 +25,6 @@ from igpt_jax.model.decoding import SamplingConfig
 from igpt_jax.parallel import sharding
 
 _PROGRAMS = 24  # compiled ones that are kept: one for a shape and a way of drawing
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +105,21 @@ class Reader:
     self._transform = transforms.eval_transform(augment, self.resolution)
 
   def read(self, data: bytes, name: str) -> Picture:
-    """A picture of any size and format: turned upright, its centre square, scaled as in evaluation.
+    """An image as the model sees it, from a file of any format.
 
     Raises:
       BadRecord: it isn't one that can be read.
     """
-    try:
-      image = transforms.decode(data, name)
-    except transforms.BadRecord as error:
-      # Pillow names the buffer it was given.
-      raise transforms.BadRecord(re.sub(r" file <[^>]*>", "", str(error))) from None
-    square = self._transform(_upright(image, data))
+    square = self.square(data, name)
     return Picture(name, self.palette.encode(square).reshape(-1).astype(np.int32))
+
+  def square(self, data: bytes, name: str) -> np.ndarray:
+    """The centre square of an image, upright, scaled as in evaluation: uint8 [R, R, 3], sRGB.
+
+    Raises:
+      BadRecord: it isn't one that can be read.
+    """
+    return self._transform(own_images.read(data, name))
 
   def paint(self, tokens_BxT: np.ndarray) -> np.ndarray:
     """Tokens as uint8 [B, H, W, 3]."""
@@ -244,19 +233,6 @@ class Completer:
       where = jax.tree.map(lambda leaf: leaf.sharding, progress)
       program.extend["step"] = jax.jit(extend, donate_argnums=1, out_shardings=where)
     return program.extend["step"](self.trained.params, progress)
-
-
-def _upright(image: np.ndarray, data: bytes) -> np.ndarray:
-  """Turned as the camera was held: data sets ignore that note, but people look at their pictures."""
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      turn = _TURNS.get(Image.open(io.BytesIO(data)).getexif().get(_EXIF_ORIENTATION))
-  except (
-    Exception
-  ):  # Pillow raises many kinds over a note that is damaged: the picture itself is read
-    turn = None
-  return image if turn is None else np.asarray(Image.fromarray(image).transpose(turn))
 
 
 def sample_keys(

@@ -1,11 +1,13 @@
 """Exact likelihood of a split, every picture once, beside what knows no pictures.
 
 Writes evaluation.json: `nats_per_token`, `bits_per_token`, and the baselines on the same tokens:
-uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel).
+uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel). A BERT
+model's is the mean over `masks_counted`, the masks that hide something of an image.
 """
 
 import math
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +17,8 @@ from ml_collections import ConfigDict
 from igpt_jax import config as config_lib
 from igpt_jax import metrics, report
 from igpt_jax.data.sources import DataConfig, Split, open_split
-from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, watch
+from igpt_jax.errors import NoSuchSplit, UserError
+from igpt_jax.jobs import common, provenance, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import sharding
 from igpt_jax.training.evaluation import Likelihood, count_tokens, counting, unigram_nats
@@ -25,7 +27,16 @@ from igpt_jax.training.objectives import make_objective
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`; watching, every checkpoint."""
-  watch.run(config, workdir, "evaluation.json", evaluate)
+  watch.run(config, workdir, "evaluation.json", evaluate, settings_of)
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+  """All but the checkpoint that decides evaluation.json."""
+  counted_on = ["train"] if _counted_on(config_lib.data(config)) else []
+  return {
+    "data": provenance.of_data(config, [config.evaluate.split, *counted_on]),
+    **provenance.of_settings(config, ["evaluate"], without=["evaluate.batch_size"]),
+  }
 
 
 def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
@@ -34,6 +45,11 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   sharding.batch_size_per_shard(mesh, config.evaluate.batch_size, "evaluate.batch_size")
   data_config = config_lib.data(config)
   split = open_split(data_config, config.evaluate.split)
+  train_split = _counted_on(data_config)
+  if train_split is None:
+    say(
+      "baselines: there is no train: counted on the evaluated images themselves, which flatters them"
+    )
   trained = common.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
   n_vocab = trained.config.n_vocab
   palette = None if split.is_tokens else common.palette_of(trained)
@@ -53,29 +69,36 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   limit = config.evaluate.images
   total = min(len(split), limit or len(split))
   clock = metrics.Countdown(f"{config.evaluate.split}: {total:,} pictures", total, say)
-  draws = config.evaluate.masks if objective_name == "masked" else 1
-  results = []
+  masks = config.evaluate.masks if objective_name == "masked" else 1
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
-  for draw in range(draws):
-    with stream(split, limit) as batches:
-      clocked = clock.part(draw, draws, config.evaluate.batch_size)
-      counted = counting(batches, counts) if draw == 0 else batches
-      results.append(likelihood(trained.params, counted, seed=draw, report=clocked))
-  nats = sum(each for each, _ in results) / draws
-  images = results[0][1]
+  with stream(split, limit) as batches:
+    nats, images, predicted = likelihood(
+      trained.params,
+      counting(batches, counts),
+      masks=masks,
+      report=clock.part(0, 1, config.evaluate.batch_size),
+    )
+  if not predicted:
+    raise UserError(
+      f"evaluate.masks: {masks} of each of {images:,} images, and not a pixel was masked, each with "
+      f"probability {trained.run['mask_probability']:g}: there is no likelihood to tell; expected at "
+      "least one; fix: more evaluate.masks, or more images (evaluate.images)"
+    )
 
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
+    "parameters": starting_point.checksum_of(trained),
     "objective": objective_name,
     "data": split.fingerprint,
     "images": images,
     "nats_per_token": nats,
     "bits_per_token": nats / math.log(2),
-    **baselines(config, data_config, split, stream, all_hosts(counts, mesh), mesh),
+    **baselines(config, train_split, stream, all_hosts(counts, mesh), mesh),
   }
   if objective_name == "masked":
-    values["masks_per_picture"] = draws
+    values["masks_per_picture"] = masks
+    values["masks_counted"] = predicted
   values["below_position_unigram"] = 1 - nats / values["position_unigram"]
   if common.is_main():
     report.write_json(os.path.join(out, "evaluation.json"), values)
@@ -89,24 +112,30 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   )
 
 
+def _counted_on(data_config: DataConfig) -> Split | None:
+  """Train, which the unigrams are counted on; None where there is only what is evaluated."""
+  try:
+    return open_split(data_config, "train")
+  except NoSuchSplit:
+    return None
+
+
 def baselines(
   config: ConfigDict,
-  data_config: DataConfig,
-  split: Split,
+  train_split: Split | None,
   stream,
   test: np.ndarray,
   mesh: Mesh,
 ) -> dict[str, float | str]:
   """Nats per token of the split under distributions that know no neighbours.
 
-  They are counted on training pictures. A lone file of tokens has none: then on itself, which
-  flatters them. `test` is how often each token occurs at each position of the split, [T, V].
+  They are counted on training images; where there are none, on the evaluated ones, which flatters
+  them. `test` is how often each token occurs at each position of the split, [T, V].
   """
   n_positions, n_vocab = test.shape
-  if split.is_tokens and not os.path.isdir(os.path.expanduser(data_config.path)):
+  if train_split is None:
     train, source = test, "the evaluated tokens themselves"
   else:
-    train_split = open_split(data_config, "train")
     with stream(train_split, config.evaluate.baseline_images) as batches:
       train = all_hosts(count_tokens(batches, n_vocab, n_positions), mesh)
     source = f"{int(train[0].sum()):,} pictures of {train_split.fingerprint}"

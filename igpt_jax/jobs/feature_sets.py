@@ -6,8 +6,6 @@ an interrupted job goes on, and another job finds them.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +16,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint, identity, metrics
 from igpt_jax import config as config_lib
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, finetune_start
+from igpt_jax.jobs import common, finetune_start, provenance, starting_point
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params
 from igpt_jax.parallel import hosts, sharding
@@ -85,7 +83,7 @@ class Source:
   @functools.cached_property
   def checksum(self) -> str:
     """Of the trained parameters."""
-    return _checksum(self.mesh, self.trained.params)
+    return starting_point.checksum_of(self.trained)
 
   @functools.cached_property
   def random_params(self) -> Params:
@@ -95,6 +93,11 @@ class Source:
         functools.partial(init_params, self.trained.config),
         out_shardings=param_shardings(self.trained.config, self.mesh),
       )(jax.random.key(0))
+
+  @functools.cached_property
+  def random_checksum(self) -> str:
+    with jax.set_mesh(self.mesh):
+      return checksum(self.random_params)
 
 
 def open_source(config: ConfigDict, workdir: str) -> Source:
@@ -156,10 +159,9 @@ def compute(config: ConfigDict, workdir: str, source: Source) -> dict[str, Store
   folder = folder_of(config, workdir, source)
   found = {"layer": _stores(config, source, folder, trained.params, source.checksum)}
   if RANDOM in source.baselines:
-    theirs = _checksum(source.mesh, source.random_params)
-    folder = os.path.join(workdir, "features", f"random-{theirs[:8]}")
+    folder = os.path.join(workdir, "features", f"random-{source.random_checksum[:8]}")
     found[RANDOM] = _stores(
-      config, source, folder, source.random_params, theirs, "random weights, "
+      config, source, folder, source.random_params, source.random_checksum, "random weights, "
     )
   return found
 
@@ -262,11 +264,6 @@ def _parts(stores: Stores, read) -> Parts:
   return tuple(found)
 
 
-def _checksum(mesh: Mesh, params: Params) -> str:
-  with jax.set_mesh(mesh):
-    return checksum(params)
-
-
 def _stores(
   config: ConfigDict, source: Source, folder: str, params: Params, digest: str, whose: str = ""
 ) -> Stores:
@@ -274,11 +271,12 @@ def _stores(
   extractor = FeatureExtractor(source.trained.config, source.features, source.mesh)
   stores = {}
   for name in SPLITS:
-    identity = _identity(config, source, name, digest)
-    said = hashlib.sha256(json.dumps({**identity, "checkpoint": ""}).encode()).hexdigest()[:8]
+    computed_from = identity_of(config, source, name, digest)
+    # Another checkpoint's features in a folder of the user's own are refused, not put beside these.
+    label = identity.digest({**computed_from, "checkpoint": ""})[:8]
     stores[name] = FeatureStore(
-      os.path.join(folder, f"{name}-{said}"),
-      identity,
+      os.path.join(folder, f"{name}-{label}"),
+      computed_from,
       rows=source.rows(name),
       width=source.features.grid**2 * source.trained.config.n_embd,
       side=config.data.resolution,
@@ -287,19 +285,24 @@ def _stores(
   return stores
 
 
-def _identity(config: ConfigDict, source: Source, name: str, digest: str) -> dict[str, Any]:
+def identity_of(config: ConfigDict, source: Source, name: str, digest: str) -> dict[str, Any]:
+  """All that decides a split's features under the parameters of this checksum; JSON.
+
+  Not how many there are: the first rows of more are the rows of fewer.
+  """
   model: ImageGPTConfig = source.trained.config
-  palette = np.ascontiguousarray(source.trained.palette, np.float32).tobytes()
+  masks = source.features.masks
   return {
     "checkpoint": digest,
     "data": source.splits[name].fingerprint,
     "resolution": config.data.resolution,
-    "recipe": "paper" if config.data.augment == "paper" else "square",
-    "palette": hashlib.sha256(palette).hexdigest()[:16],
+    "recipe": provenance.recipe(config),
+    "palette": identity.of_palette(source.trained.palette),
     "dtype": model.dtype,
     "heads": model.n_head,
     "grid": source.features.grid,
-    "masks": source.features.masks,
+    "masks": masks,
+    "mask_probability": source.features.mask_probability if masks else None,
   }
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from igpt_jax import checkpoint
+from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, completion
 from igpt_jax.jobs.completion import Drawn, Picture, Reader
@@ -56,28 +57,31 @@ def known_pixels(config: ConfigDict, found: checkpoint.Described) -> np.ndarray:
     first = (side - width) // 2
     known[first : first + width, first : first + width] = False
   else:
-    known = _mask(hide, side)
+    known = _mask(hide, Reader(found))
   return known
 
 
-def _mask(path: str, side: int) -> np.ndarray:
-  """True where a picture is dark."""
+def _mask(path: str, reader: Reader) -> np.ndarray:
+  """bool [R, R]: True where an image is dark, of the square that `reader` takes of other images, too."""
   path = os.path.expanduser(path)
   if not os.path.isfile(path):
     raise UserError(
-      f"config.hide: {path!r}; expected one of {', '.join(REGIONS)}, or a picture that is white where "
+      f"config.hide: {path!r}; expected one of {', '.join(REGIONS)}, or an image that is white where "
       "the others are to be hidden"
     )
   try:
-    with Image.open(path) as picture:
-      grey = np.asarray(picture.convert("L").resize((side, side), Image.Resampling.BOX))
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise UserError(f"config.hide: {path} can't be read ({error}); expected a picture") from None
-  known = grey < 128
+    with open(path, "rb") as file:
+      square = reader.square(file.read(), path)
+  except OSError as error:
+    raise UserError(f"config.hide: {path}: {error.strerror}; expected an image") from None
+  except BadRecord as error:
+    raise UserError(f"config.hide: {error}; expected an image") from None
+  known = np.asarray(Image.fromarray(square).convert("L")) < 128
   if known.all() or not known.any():
+    side = reader.resolution
     raise UserError(
       f"config.hide: {path} is {'dark' if known.all() else 'light'} all over at {side}×{side}; expected white "
-      "where pictures are to be hidden, and black elsewhere"
+      "(or transparent) where images are to be hidden, and black elsewhere"
     )
   return known
 

@@ -18,7 +18,17 @@ from igpt_jax import checkpoint, metrics, pictures, report
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import common, finetune_start, goodput, guard, lock, loop, memory, saving
+from igpt_jax.jobs import (
+  common,
+  finetune_start,
+  goodput,
+  guard,
+  lock,
+  loop,
+  memory,
+  provenance,
+  saving,
+)
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.loop import StopSignal
@@ -108,11 +118,13 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     params = start.params(mesh)
     train_state = state.make_state(model_config, tx, config.seed, mesh, params, len(classes))
     del params
-    began_with = {"checkpoint": None, "nats_per_token": None, "accuracy": None}
+    began_with = {"checkpoint": None, "step": None, "nats_per_token": None, "accuracy": None}
     if start.weights is not None:
       scores = score(train_state.params, "test", config.evaluate.images, tell=True)
       began_with = {
         "checkpoint": start.weights.path,
+        "step": start.weights.step,
+        **provenance.of_checkpoint(start.weights),
         "nats_per_token": scores.nats_per_token,
         "accuracy": None if start.head is None else scores.accuracy,
       }

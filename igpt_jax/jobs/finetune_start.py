@@ -1,19 +1,20 @@
 """What a fine-tuning begins with: weights, head, pictures, optimizer; and every mistake in them."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint
+from igpt_jax import checkpoint, identity
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Described
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, starting_point
+from igpt_jax.jobs import common, provenance, starting_point
 from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.training import state
@@ -66,7 +67,16 @@ def begin(
     config = config_lib.settle(config)
     palette = common.training_palette(config, data_config, split, folder)
     return Begin(config, palette, config.mask_probability)
-  found = own if own is not None else starting_point.of_job(config, workdir)
+  if own is None:
+    found = starting_point.of_job(config, workdir)
+  else:
+    found = own
+    if scratch:
+      starting_point.check_palette(
+        config, own, f"put those colours back, which {folder}/palette.npy holds"
+      )
+    else:
+      _check_same_start(config, workdir, own)
   common.check_resolution(config, found)
   palette = common.palette_of(found)
   has_head = bool(found.classes) and (resuming or not scratch)
@@ -83,6 +93,36 @@ def begin(
     return Begin(settled, palette, mask_probability)
   head = found.run["layer"] if has_head else None
   return Begin(settled, palette, mask_probability, found, head)
+
+
+def _check_same_start(config: ConfigDict, workdir: str, own: Described) -> None:
+  """Compares what a fine-tuning was begun from with what is there now, by their contents.
+
+  What has been deleted since isn't missed: the fine-tuning goes on from its own checkpoint.
+
+  Raises:
+    UserError: it is another model now; results would be told as those of that one.
+  """
+  began = own.run["began_with"]
+  path = config.checkpoint or (
+    workdir if checkpoint.latest_step(workdir) is not None else config.init_from
+  )
+  path = os.path.abspath(os.path.expanduser(path))
+  if not os.path.exists(path) and f"{began['checkpoint']}/".startswith(f"{path}/"):
+    return
+  now = starting_point.of_job(config, workdir)
+  if "parameters" in began:
+    differing = identity.differing(began, provenance.of_checkpoint(now))
+  else:  # begun by a version that knew it by its path
+    differing = identity.differing(began, {"checkpoint": now.path})
+  if differing:
+    folder = os.path.dirname(os.path.dirname(own.path))
+    raise UserError(
+      f"checkpoint: {now.path} is another model than {folder} was begun from, {began['checkpoint']}:\n"
+      + "\n".join(differing)
+      + f"\nfix: --config.checkpoint={began['checkpoint']} goes on with what was begun; remove {folder}, or "
+      "another --workdir, to begin from the other one"
+    )
 
 
 def _some(names: tuple[str, ...]) -> str:

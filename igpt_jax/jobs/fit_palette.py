@@ -1,7 +1,7 @@
 """Fits a palette to the training pictures by k-means and writes it as the original's .npy.
 
 Writes palette.npy (float32 [k, 3] in [-1, 1]), palette.png (its colours) and palette.json (its
-error on held-out pictures).
+error on validation; on train, where nothing is held out).
 """
 
 import os
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from igpt_jax import config as config_lib
 from igpt_jax import pictures, report
 from igpt_jax.data import palette_fit, pipeline
-from igpt_jax.data.sources import open_split
+from igpt_jax.data.sources import has_validation, open_split
 from igpt_jax.jobs import common
 from igpt_jax.jobs.common import say
 
@@ -22,13 +22,13 @@ def run(config: ConfigDict, workdir: str) -> None:
   common.open_workdir(workdir)
   data_config = config_lib.data(config)
   split = open_split(data_config, "train")
-  held_out = open_split(data_config, "validation")
+  measured = open_split(data_config, "validation") if has_validation(data_config) else split
   if split.is_tokens:
     say("palette: this data is tokens already, there are no colours to fit")
     return
   palette = common.fit_palette(config, data_config, split)
   error = palette_fit.palette_error(
-    palette, pipeline.image_stream(held_out, data_config, augment=False)
+    palette, pipeline.image_stream(measured, data_config, augment=False)
   )
   if not common.is_main():
     return
@@ -40,13 +40,13 @@ def run(config: ConfigDict, workdir: str) -> None:
     {
       "colors": palette.size,
       "fitted_to": split.fingerprint,
-      "measured_on": held_out.fingerprint,
+      "measured_on": measured.fingerprint,
       "mse_per_channel": error.mse,
       "psnr_db": error.psnr if np.isfinite(error.psnr) else None,
     },
   )
   say(
-    f"palette: {palette.size} colours in {path}; held-out pictures: MSE {error.mse:.2f} per channel, "
+    f"palette: {palette.size} colours in {path}; {measured.name} images: MSE {error.mse:.2f} per channel, "
     f"PSNR {error.psnr:.2f} dB; use it with --config.palette.path={path}"
   )
 

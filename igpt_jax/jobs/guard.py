@@ -10,6 +10,7 @@ import collections
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 from collections.abc import Callable, Mapping
@@ -176,7 +177,7 @@ def persist(run: Callable[[], None], config: GuardConfig, folder: str) -> None:
 
 
 def _go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
-  before = rollbacks(folder)
+  before = len(rollbacks(folder))
   steps = checkpoint.whole_steps(folder)
   good = [step for step in steps if step <= bad.since]
   hosts.wait_for_all("checkpoints listed")
@@ -214,13 +215,33 @@ def _record(folder: str | None, values: dict[str, Any]) -> None:
       os.fsync(file.fileno())
 
 
-def rollbacks(folder: str) -> int:
-  """How often the run in `folder` went back."""
+def rollbacks(folder: str) -> list[int]:
+  """The steps that the run in `folder` went back to, one for each time."""
   path = os.path.join(folder, _RECORD)
   if not os.path.exists(path):
-    return 0
-  with open(path, encoding="utf-8") as lines:
-    return sum('"what": "rollback"' in line for line in lines)
+    return []
+  with open(path, encoding="utf-8") as file:
+    return [int(step) for step in re.findall(r'"what": "rollback", "to": (\d+)}', file.read())]
+
+
+def order_seeds(folder: str, seed: int) -> list[int]:
+  """Seeds of the order of a run's training images: the config's, and one after each rollback."""
+  after = range(1, len(rollbacks(folder)) + 1)
+  return [seed, *(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]) for n in after)]
+
+
+def is_abandoned(folder: str, seed: int, order: int, step: int) -> bool:
+  """Whether the run in `folder` went back behind `step` since it was there.
+
+  Args:
+    folder: of the run.
+    seed: of its config.
+    order: seed of the order of its images when it was at `step`.
+    step: of a checkpoint.
+  """
+  seeds = order_seeds(folder, seed)
+  since = seeds.index(order) if order in seeds else 0
+  return any(back_to < step for back_to in rollbacks(folder)[since:])
 
 
 class DataOrder:
@@ -235,9 +256,7 @@ class DataOrder:
 
   def __init__(self, folder: str, split: Split, *, batch_size: int, seed: int):
     self._split, self._batch_size = split, batch_size
-    self._seeds = [seed]
-    for n in range(1, rollbacks(folder) + 1):
-      self._seeds.append(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))
+    self._seeds = order_seeds(folder, seed)
 
   def batches(
     self, step: int, config: DataConfig, palette: Palette | None, mesh: Mesh

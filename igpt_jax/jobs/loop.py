@@ -43,7 +43,7 @@ class Work:
     train_step: (state, batch) -> (state, metrics), compiled here.
     fields: of a batch, that the step takes.
     abstract, shardings: of the state.
-    evaluate: state -> numbers, to be written down.
+    evaluate: state -> numbers, to be written down; None: nothing is held out to evaluate on.
     save: of the state, under its step.
     ended: asked after each evaluation whether to end before `steps`.
   """
@@ -56,7 +56,7 @@ class Work:
   fields: tuple[str, ...]
   abstract: TrainState
   shardings: TrainState
-  evaluate: Callable[[TrainState], dict[str, float]]
+  evaluate: Callable[[TrainState], dict[str, float]] | None
   save: saving.Saver
   ended: Callable[[], bool] = lambda: False
 
@@ -173,7 +173,7 @@ def run(
     return result
 
   def evaluation_due() -> bool:
-    return bool(work.eval_every) and at_step % work.eval_every == 0
+    return bool(work.evaluate and work.eval_every) and at_step % work.eval_every == 0
 
   evaluated_at = first_step  # what a run goes on from has been evaluated
 
@@ -225,7 +225,8 @@ def run(
     if profiler.tracing:
       pause(profiler.close, "profile")
     # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
-    if at_step > evaluated_at and (at_step >= work.steps or evaluation_due()):
+    at_end = work.evaluate is not None and at_step >= work.steps
+    if at_step > evaluated_at and (at_end or evaluation_due()):
       evaluate()
     save()
     clock.enter("checkpoint")  # which is still being written

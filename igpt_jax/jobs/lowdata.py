@@ -53,6 +53,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
+    "parameters": source.checksum,
     "data": {name: split.fingerprint for name, split in source.splits.items()},
     "trials": config.lowdata.trials,
     "seed": config.seed,

@@ -1,12 +1,22 @@
 """Which files a person means by `config.images`: one, a glob, or a folder with or without classes."""
 
+import collections
 import glob
+import itertools
 import os
-import pathlib
+import unicodedata
 from typing import NamedTuple
 
-from igpt_jax.data.sources import PICTURE_SUFFIXES
+from igpt_jax.data import image_files
 from igpt_jax.errors import UserError
+from igpt_jax.jobs.common import say
+
+# What job `complete` writes beside the folders of its images, whole or not yet.
+_RESERVED = frozenset(
+  name + partial
+  for name in ("grid.png", "complete.json", "settings.json")
+  for partial in ("", ".partial")
+)
 
 
 class File(NamedTuple):
@@ -37,48 +47,76 @@ def find(images: str) -> list[File]:
   if os.path.isfile(path):
     return _named([(path, "")])
   if os.path.isdir(path):
-    found = _in_folder(pathlib.Path(path))
-    if not found:
+    found, left_out = _in_folder(path)
+  else:
+    found, left_out = _matching(path)
+    if not found and not left_out:
       raise UserError(
-        f"config.images: {images} holds no pictures; expected *.jpg or CLASS/*.jpg in it "
-        f"({', '.join(sorted(PICTURE_SUFFIXES))})"
+        f"config.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
+        "glob in quotes, such as 'my/*.jpg'"
       )
-    return _named(found)
-  matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
-  if not matches:
+  others = f"left out {image_files.in_words(left_out)}" if left_out else ""
+  if not found:
     raise UserError(
-      f"config.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
-      "glob in quotes, such as 'my/*.jpg'"
+      f"config.images: {images} holds no pictures; expected *.jpg or CLASS/*.jpg in it"
+      + (f"; {others}" if others else "")
     )
-  return _named([(match, "") for match in matches])
+  if others:
+    say(f"config.images: {others}")
+  return _named(found)
 
 
-def _in_folder(root: pathlib.Path) -> list[tuple[str, str]]:
-  """Its own pictures, then those of its folders."""
-  found = [(path, "") for path in _pictures(root)]
-  folders = (each for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
-  for folder in sorted(folders):
-    found += [(path, folder.name) for path in _pictures(folder)]
-  return found
+def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
+  """Its own images, then those of its folders, at any depth below; what is left out, and why."""
+  try:
+    folders, images, left_out = image_files.scan(root)
+  except OSError as error:
+    raise UserError(
+      f"config.images: {root}: {error.strerror}; expected a folder that can be read"
+    ) from None
+  found = [(os.path.join(root, name), "") for name in images]
+  for folder in folders:
+    images, others = image_files.find(os.path.join(root, folder))
+    found += [(os.path.join(root, folder, name), folder) for name in images]
+    left_out |= {os.path.join(folder, name): why for name, why in others.items()}
+  return found, left_out
 
 
-def _pictures(folder: pathlib.Path) -> list[str]:
-  return sorted(
-    str(path)
-    for path in folder.iterdir()
-    if not path.name.startswith(".") and path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-  )
+def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
+  """The images that a glob names; what is left out, and why."""
+  found, left_out = [], {}
+  for path in sorted(glob.glob(pattern, recursive=True)):
+    if os.path.isfile(path) and not image_files.is_leftover(os.path.basename(path)):
+      why = image_files.why_not(path)
+      if why is None:
+        found.append((path, ""))
+      else:
+        left_out[path] = why
+  return found, left_out
 
 
 def _named(found: list[tuple[str, str]]) -> list[File]:
-  """With names that differ: a file's own, its whole name, or that with a number."""
-  taken: set[tuple[str, str]] = set()
+  """With names that differ: a file's own, its whole name, or that with a number.
+
+  They differ from what else lies beside them, too: the job's own files, and folders of classes.
+  """
+  taken = collections.defaultdict(lambda: set(_RESERVED))
+
+  def first_free(folder: str, *names: str) -> str:
+    numbered = (f"{names[-1]}-{i}" for i in itertools.count(2))
+    name = next(n for n in itertools.chain(names, numbered) if _plain(n) not in taken[folder])
+    taken[folder].add(_plain(name))
+    return name
+
+  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in found)}
   files = []
   for path, group in found:
     base = os.path.basename(path)
-    names = [os.path.splitext(base)[0], base, *(f"{base}-{i}" for i in range(2, len(found) + 2))]
-    # Some disks don't tell Cat from cat.
-    name = next(name for name in names if (group, name.lower()) not in taken)
-    taken.add((group, name.lower()))
-    files.append(File(path, group, name))
+    name = first_free(groups[group], os.path.splitext(base)[0], base)
+    files.append(File(path, groups[group], name))
   return files
+
+
+def _plain(name: str) -> str:
+  """One for all names that some disk doesn't tell apart: Cat and cat, é in one character or two."""
+  return unicodedata.normalize("NFC", name).casefold()

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
 from igpt_jax.data import prepare as prepare_lib
-from igpt_jax.data.sources import open_split
+from igpt_jax.data.sources import SPLITS, has_validation, open_split
 from igpt_jax.jobs.common import say
 
 
@@ -19,5 +19,6 @@ def run(config: ConfigDict, workdir: str) -> None:
   folder = prepare_lib.prepare(data.name, data.data_dir, data.manual_dir)
   data_config = config_lib.data(config)
   say(f"{data.name}: ready in {folder}")
-  for split in ("train", "validation", "test"):
-    say(f"  {open_split(data_config, split).fingerprint}")
+  for split in SPLITS:
+    if split != "validation" or has_validation(data_config):
+      say(f"  {open_split(data_config, split).fingerprint}")

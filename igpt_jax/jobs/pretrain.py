@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from igpt_jax import config as config_lib
 from igpt_jax import metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
-from igpt_jax.data.sources import open_split
+from igpt_jax.data.sources import has_validation, open_split
 from igpt_jax.jobs import common, goodput, guard, lock, loop, memory, saving, starting_point
 from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
@@ -43,7 +43,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
   sharding.batch_size_per_shard(mesh, batch_size, accumulate=config.train.accumulate)
   data_config = config_lib.data(config)
   train_split = open_split(data_config, "train")
-  validation_split = open_split(data_config, "validation")
+  validation_split = open_split(data_config, "validation") if has_validation(data_config) else None
   start = starting_point.of_run(config, workdir, train_split)
   config = start.config
   palette = common.training_palette(config, data_config, train_split, workdir, start.palette)
@@ -97,6 +97,12 @@ def _run(config: ConfigDict, workdir: str) -> None:
     f"{train_split.fingerprint}; {hardware.describe_devices(mesh)}"
   )
 
+  if validation_split is None:
+    say(
+      "data.validation: 0: nothing is held out, and nothing evaluated while it trains; "
+      "--config.job=evaluate takes test"
+    )
+
   batches = order.batches(first_step, data_config, palette, mesh)
   likelihood = Likelihood(model_config, objective, mesh)
 
@@ -106,7 +112,9 @@ def _run(config: ConfigDict, workdir: str) -> None:
     with common.eval_stream(
       validation_split, data_config, palette, mesh, eval_batch, limit
     ) as stream:
-      return {"validation_loss": likelihood(at.params, stream)[0]}
+      result = likelihood(at.params, stream)
+    # BERT's masks may hide nothing of few images: then there is no loss to tell.
+    return {"validation_loss": result.nats_per_token} if result.predicted else {}
 
   def save(at: state.TrainState, at_step: int) -> None:
     run = loop.describe_run(
@@ -131,7 +139,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
       fields=("tokens",),
       abstract=abstract,
       shardings=shardings,
-      evaluate=evaluate,
+      evaluate=None if validation_split is None else evaluate,
       save=saving.Saver(checkpoints, save, config.train.save_retry_seconds),
     ),
     train_state,

@@ -6,8 +6,6 @@ The layer is chosen on validation; test is looked at once per row, with everythi
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 from typing import Any
@@ -15,9 +13,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import metrics, report
+from igpt_jax import identity, metrics, report
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, feature_sets, probe_report, probe_sgd, watch
+from igpt_jax.jobs import common, feature_sets, probe_report, probe_sgd, provenance, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.feature_sets import FeatureSet, Source
 from igpt_jax.training import linear_probe
@@ -31,9 +29,20 @@ _LBFGS_UP_TO = 200_000  # training pictures
 def run(config: ConfigDict, workdir: str) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
   check(config)
-  watch.run(config, workdir, "probe.json", probe)
-  if common.is_main():
-    probe_report.compare_checkpoints(workdir)
+  made_from = watch.run(config, workdir, "probe.json", probe, settings_of)
+  if made_from is not None and common.is_main():
+    probe_report.compare_checkpoints(workdir, made_from)
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+  """All but the checkpoint that decides probe.json."""
+  return {
+    "data": provenance.of_data(config, feature_sets.SPLITS),
+    **provenance.of_settings(
+      config, ["features", "probe", "train.eval_images", "seed"],
+      without=["features.batch_size", "features.cache", "probe.cached", "probe.eval_every"],
+    ),
+  }  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
@@ -57,6 +66,8 @@ def check(config: ConfigDict) -> None:
 def probe(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; features are kept in `workdir`, results go to `out`."""
   source = feature_sets.open_source(config, workdir)
+  # By all processes: the parameters are summed up on the devices of all.
+  features_folder = feature_sets.folder_of(config, workdir, source)
   method = config.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
   say(f"probe: {method}, {source.rows('train'):,} training pictures of {source.n_classes} classes")
   nats = validation_loss(config, source)
@@ -72,6 +83,7 @@ def probe(config: ConfigDict, workdir: str, out: str) -> None:
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
+    "parameters": source.checksum,
     "method": method,
     "data": {name: split.fingerprint for name, split in source.splits.items()},
     "train_images": source.rows("train"),
@@ -91,7 +103,7 @@ def probe(config: ConfigDict, workdir: str, out: str) -> None:
   report.write_json(os.path.join(out, "probe.json"), values)
   report.write_summary(out)
   if config.watch:  # one checkpoint's features after the other's would fill the disk
-    shutil.rmtree(feature_sets.folder_of(config, workdir, source), ignore_errors=True)
+    shutil.rmtree(features_folder, ignore_errors=True)
   say(text.rstrip())
   say(values["verdict"])
 
@@ -163,24 +175,29 @@ class _Baselines:
   def __init__(self, config: ConfigDict, workdir: str, source: Source):
     of_model = dataclasses.asdict(source.trained.config)
     self._depends_on = {
-      "data": {name: split.fingerprint for name, split in source.splits.items()},
-      "rows": {name: source.rows(name) for name in source.splits},
-      "augment": config.data.augment,
+      # Random weights are those of a seed: the architecture decides them.
       "model": {k: v for k, v in of_model.items() if k not in ("attention", "remat")},
-      "palette": hashlib.sha256(source.trained.palette.tobytes()).hexdigest(),
-      "features": [list(source.features.layers), source.features.grid, source.features.masks],
+      "features_of": {
+        name: feature_sets.identity_of(config, source, name, "") for name in source.splits
+      },
+      "rows": {name: source.rows(name) for name in source.splits},
+      "layers": list(source.features.layers),
       "baselines": list(source.baselines),
       "max_iterations": config.probe.max_iterations,
     }
     self._path = os.path.join(workdir, "probe", "baselines.json")
 
   def rows(self) -> list[dict[str, Any]]:
+    """Those that were kept, if they are these; []: they are to be fitted."""
     try:
-      with open(self._path, encoding="utf-8") as file:
-        kept = json.load(file)
+      kept = identity.read(self._path)
     except FileNotFoundError:
       return []
-    return kept["rows"] if kept["depends_on"] == self._depends_on else []
+    except ValueError as error:
+      say(f"baselines: {self._path} is damaged ({error}): fitted again")
+      return []
+    same = not identity.differing(kept.get("depends_on"), self._depends_on)
+    return kept.get("rows", []) if same else []
 
   def keep(self, rows: list[dict[str, Any]]) -> None:
     os.makedirs(os.path.dirname(self._path), exist_ok=True)

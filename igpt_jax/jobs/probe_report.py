@@ -1,11 +1,10 @@
 """What probes found, for people: the table, the verdict, accuracy against layer and against loss."""
 
-import json
 import os
 from typing import Any
 
 from igpt_jax import pictures, report
-from igpt_jax.jobs import feature_sets
+from igpt_jax.jobs import feature_sets, watch
 
 Row = dict[str, Any]  # name, kind, layer, validation_accuracy, test_accuracy, and how it was fitted
 
@@ -81,10 +80,15 @@ def draw(path: str, values: dict[str, Any]) -> None:
   )
 
 
-def compare_checkpoints(workdir: str) -> None:
+def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:
   """Figures 2 and 3 of the paper over the checkpoints that were probed: accuracy against layer for
-  each, and against the validation loss. Writes probe_checkpoints.{json,png} and probe_loss.png."""
-  found = _probed(workdir)
+  each, and against the validation loss. Writes probe_checkpoints.{json,png} and probe_loss.png.
+
+  Args:
+    workdir: of the job.
+    made_from: by `watch`; results of another run or other settings are left out.
+  """
+  found = _probed(workdir, made_from)
   if len(found) < 2:
     return
   shown = found if len(found) <= 6 else [found[i * (len(found) - 1) // 5] for i in range(6)]
@@ -131,19 +135,13 @@ def compare_checkpoints(workdir: str) -> None:
   )
 
 
-def _probed(workdir: str) -> list[dict[str, Any]]:
-  """What was found for each checkpoint, by step; of several data sets that of the last one."""
+def _probed(workdir: str, made_from: watch.MadeFrom) -> list[dict[str, Any]]:
+  """What was found for each checkpoint of this run with these settings, by step."""
   folder = os.path.join(workdir, "probe")
-  steps = (
-    sorted(int(name) for name in os.listdir(folder) if name.isdigit())
-    if os.path.isdir(folder)
-    else []
-  )
+  names = os.listdir(folder) if os.path.isdir(folder) else []
   found = []
-  for step in steps:
-    path = os.path.join(folder, str(step), "probe.json")
-    if os.path.exists(path):
-      with open(path, encoding="utf-8") as file:
-        found.append(json.load(file))
-  alike = ("data", "method", "train_images")
-  return [values for values in found if all(values[name] == found[-1][name] for name in alike)]
+  for step in sorted(int(name) for name in names if name.isdigit()):
+    values = watch.results_like(os.path.join(folder, str(step)), "probe.json", made_from)
+    if values is not None:
+      found.append(values)
+  return found

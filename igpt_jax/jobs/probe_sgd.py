@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import metrics
+from igpt_jax import identity, metrics
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data import pipeline
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import goodput, lock, loop, probe_feeds, saving
+from igpt_jax.jobs import feature_sets, goodput, lock, loop, probe_feeds, saving
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.feature_sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.jobs.probe_feeds import LAYERS
@@ -63,11 +63,13 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
 
   checkpoints = Checkpoints(folder, keep=1, say=say, patience=config.train.save_retry_seconds)
   said = {
-    "model": {"checksum": source.checksum},
+    "features_of": feature_sets.identity_of(config, source, "train", source.checksum),
+    "random_weights": source.random_checksum if RANDOM in source.baselines else None,
+    "images": source.rows("train"),
     "learning_rates": list(rates),
     "groups": {name: list(group) for name, group in feed.groups.items()},
     "steps": config.probe.steps,
-    "features": [list(source.features.layers), source.features.grid, source.features.masks],
+    "layers": list(source.features.layers),
   }
   position = {
     "split": source.splits["train"], "batch_size": config.probe.batch_size, "seed": config.seed
@@ -183,9 +185,7 @@ def _joined(saved: TrainState, whole: TrainState) -> TrainState:
 
 
 def _check_same(folder: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-  differing = [
-    f"  {k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v
-  ]
+  differing = identity.differing(theirs, mine)
   if differing:
     raise UserError(
       f"probe: {folder} holds another probe, begun before:\n" + "\n".join(differing) + "\n"

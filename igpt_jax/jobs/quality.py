@@ -7,19 +7,20 @@ real as test's, say what distance is left when nothing is wrong.
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, metrics, report
+from igpt_jax import checkpoint, identity, metrics, report
 from igpt_jax import config as config_lib
 from igpt_jax.data import pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion, starting_point, watch
+from igpt_jax.jobs import common, completion, provenance, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.jobs.completion import NOTHING, Completer, Picture
 from igpt_jax.jobs.sample import given_rows
@@ -34,7 +35,25 @@ _PER_PASS = 128  # pictures
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Draws from `checkpoint` (or the workdir's newest) and compares with the test split."""
-  watch.run(config, workdir, "quality.json", quality)
+  watch.run(config, workdir, "quality.json", quality, settings_of)
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+  """All but the checkpoint that decides quality.json."""
+  path = os.path.expanduser(config.quality.network)
+  if path.endswith(".onnx"):
+    _check_file(config)
+    network = identity.of_file(path)
+  else:
+    network = provenance.of_checkpoint(starting_point.describe(path, config)) if path else "its own"
+  return {
+    "data": provenance.of_data(config, ["train", "test"]),
+    "network": network,
+    **provenance.of_settings(
+      config, ["quality", "sample", "seed"],
+      without=["quality.network", "sample.batch_size", "sample.scale"],
+    ),
+  }  # fmt: skip
 
 
 def quality(config: ConfigDict, workdir: str, out: str) -> None:
@@ -46,6 +65,8 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   mesh = common.mesh_of(config)
   data_config = config_lib.data(config)
   splits = {name: open_split(data_config, name) for name in ("train", "test")}
+  for split in splits.values():
+    _check_enough(split.fingerprint, len(split))
   n = min(config.quality.images, *map(len, splits.values()))
   other = describe_network(config, found)
   completer = Completer(found, config, mesh)
@@ -56,10 +77,11 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
     order = np.random.default_rng(config.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
     images = np.concatenate(list(pipeline.image_stream(chosen, data_config, augment=False)))
+    _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
     return images
 
   palette, resolution = completer.reader.palette, completer.reader.resolution
-  test = real("test")
+  test, train = real("test"), real("train")
   shown = completer.reader.paint(palette.encode(test).reshape(len(test), -1))
   n = len(test)
   rows_given = given_rows(config.sample.keep, resolution)
@@ -72,17 +94,15 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   completed, of_completions = gather(
     config, completer, held_out, range(1), rows_given, "completions"
   )
-  if not common.is_main():
-    return
   reference = frechet.moments(network(shown))
 
   def distance(pictures: np.ndarray) -> float:
     return frechet.distance(frechet.moments(network(pictures)), reference)
 
-  train = real("train")
   values = {
     "checkpoint": found.path,
     "step": found.step,
+    "parameters": starting_point.checksum_of(found),
     "network": called,
     "pictures": n,
     "data": {name: split.fingerprint for name, split in splits.items()},
@@ -96,10 +116,19 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
     "samples_nats_per_token": float(of_samples.mean()),
     "completions_nats_per_token": float(of_completions[:, rows_given * resolution :].mean()),
   }
+  # Only now: the network runs on the devices of all processes.
+  if not common.is_main():
+    return
   report.write_text(os.path.join(out, "quality.md"), table(values))
   report.write_json(os.path.join(out, "quality.json"), values)
   report.write_summary(out)
   say(table(values).rstrip())
+
+
+def _check_enough(of: str, n: int) -> None:
+  """Raises UserError where images have no covariance."""
+  if n < 2:
+    raise UserError(f"data: {of}: {n}; a Fréchet distance needs 2 or more; fix: more images")
 
 
 def gather(
@@ -149,8 +178,7 @@ def describe_network(
   """
   path = config.quality.network
   if path.endswith(".onnx"):
-    if not os.path.isfile(os.path.expanduser(path)):
-      raise UserError(f"config.quality.network: {path}: no such file")
+    _check_file(config)
     return None
   chosen = starting_point.describe(path, config) if path else found
   common.palette_of(chosen)
@@ -161,6 +189,12 @@ def describe_network(
       f"config.quality.layer: {layer}; expected 0 to {n_layer}, or -1 for the middle one"
     )
   return chosen
+
+
+def _check_file(config: ConfigDict) -> None:
+  path = config.quality.network
+  if not os.path.isfile(os.path.expanduser(path)):
+    raise UserError(f"config.quality.network: {path}: no such file")
 
 
 def open_network(

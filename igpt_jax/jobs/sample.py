@@ -7,6 +7,7 @@ and sample.json (settings, seeds, and how likely the model finds what it drew).
 import functools
 import math
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from igpt_jax import checkpoint, pictures, report
 from igpt_jax import config as config_lib
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, memory, watch
+from igpt_jax.jobs import common, memory, provenance, starting_point, watch
 from igpt_jax.jobs.common import say
 from igpt_jax.model import decoding
 from igpt_jax.parallel import sharding
@@ -26,7 +27,15 @@ from igpt_jax.parallel import sharding
 def run(config: ConfigDict, workdir: str) -> None:
   """Samples from `checkpoint` (or the workdir's newest); watching, from every checkpoint."""
   common.use_cores(config)
-  watch.run(config, workdir, "sample.json", sample)
+  watch.run(config, workdir, "sample.json", sample, settings_of)
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+  """All but the checkpoint that decides sample.json and its images."""
+  return {
+    "data": provenance.of_data(config, ["test"]),
+    **provenance.of_settings(config, ["sample", "seed"], without=["sample.batch_size"]),
+  }
 
 
 def sample(config: ConfigDict, workdir: str, out: str) -> None:
@@ -94,6 +103,7 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
+    "parameters": starting_point.checksum_of(found),
     "seed": config.seed,
     "temperature": settings.temperature,
     "top_k": settings.top_k,

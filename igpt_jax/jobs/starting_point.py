@@ -21,6 +21,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import PRESETS, Params
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.leaves import Report, placer
+from igpt_jax.training import checksum
 from igpt_jax.training.state import param_shardings
 
 
@@ -60,6 +61,17 @@ def _given_palette(found: Described, config: ConfigDict) -> Palette:
   return palette
 
 
+def check_palette(config: ConfigDict, found: Described, fix: str) -> None:
+  """Raises UserError where `palette.path` holds other colours than the tokens of `found` stand for."""
+  path = config.palette.path
+  if path and found.palette is not None:
+    if not np.array_equal(_given_palette(found, config).centers, found.palette):
+      raise UserError(
+        f"palette.path: {path} has other colours than those of the checkpoint {found.path}, which its "
+        f"parameters stand for; fix: {fix}"
+      )
+
+
 def _describe_foreign(path: str, mask_probability: float) -> Described:
   with formats.open_foreign(path) as foreign:
     config, clusters, kind, where = (
@@ -91,6 +103,20 @@ def read(found: Described, mesh: Mesh, report: Report) -> Params:
     return checkpoint.load_params(found, mesh)
   place = placer(param_shardings(found.config, mesh))
   return formats.load(found.path, place=place, dtype=np.float32, report=report).params
+
+
+def checksum_of(found: Described) -> str:
+  """The checksum of its parameters: the same whoever wrote them, wherever they lie, on any mesh.
+
+  A checkpoint of this program says it of itself; another's parameters are read for it, one at a time,
+  and no device is touched.
+  """
+  if "params" in found.sums:
+    return found.sums["params"]
+  if found.format == "orbax":  # written before checkpoints had checksums
+    return checksum.checksum_on_host(checkpoint.load_host_params(found))
+  sums = formats.load(found.path, place=lambda path, leaf: checksum.summed(leaf), dtype=np.float32)
+  return checksum.checksum_of_summed(sums.params)
 
 
 def of_job(config: ConfigDict, workdir: str) -> Described:
@@ -145,19 +171,14 @@ def of_run(config: ConfigDict, workdir: str, split: Split) -> Start:
         f"workdir: {workdir} holds an imported checkpoint, without a training state to go on from; "
         f"fix: another --workdir, with --config.init_from={workdir}"
       )
+    check_palette(config, own, f"put those colours back, which {workdir}/palette.npy holds")
     settled = config_lib.settle(config, own.config if config.init_from else None)
     return Start(settled, palette=_palette(own))
   if not config.init_from:
     return Start(config_lib.settle(config))
   found = describe(config.init_from, config)
   _check_same_model(config, found)
-  if config.palette.path and not np.array_equal(
-    _given_palette(found, config).centers, found.palette
-  ):
-    raise UserError(
-      f"palette.path: {config.palette.path} has other colours than those of init_from "
-      f"{found.path}, which its parameters stand for; fix: --config.palette.path="
-    )
+  check_palette(config, found, "--config.palette.path=")
   if found.palette is None and not split.is_tokens:
     raise UserError(f"init_from: {no_palette(found)}")
   return Start(config_lib.settle(config, found.config), found, _palette(found))

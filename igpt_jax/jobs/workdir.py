@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from igpt_jax import __version__, history, report
+from igpt_jax import __version__, history, identity, report
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
 
@@ -16,28 +16,23 @@ from igpt_jax.errors import UserError
 _FREE = (
   "job", "checkpoint", "watch", "watch_seconds", "watch_patience", "evaluate", "features", "probe", "lowdata",
   "finetune", "sample", "quality", "images", "keep", "hide", "passes", "n", "log", "mesh", "source", "target", "format",
-  "download", "topology", "plan", "benchmark", "guard", "hang_seconds", "host_seconds", "profile", "train.accumulate", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb",
+  "download", "topology", "plan", "benchmark", "guard", "hang_seconds", "host_seconds", "profile", "train.accumulate", "data.data_dir", "data.max_bad", "data.threads", "data.workers", "data.cache_mb", "data.verify",
   "data.manual_dir", "train.log_every", "train.eval_every", "train.eval_images",
   "train.checkpoint_every", "train.keep", "train.keep_every", "train.save_retry_seconds", "model.dtype", "model.remat", "model.attention",
 )  # fmt: skip
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat.update(_flatten(value, f"{prefix}{name}."))
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-# Those that may differ when a fine-tuning goes on: what pretraining alone heeds, but not where the
-# fine-tuning begins.
+# Those that may differ when a fine-tuning goes on: what pretraining alone heeds. Where it begins is
+# compared by contents (`finetune_start`).
 FINETUNE_FREE = (
-  *(name for name in _FREE if name not in ("checkpoint", "finetune")),
+  *(name for name in _FREE if name != "finetune"),
   "train.batch_size", "train.steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
 )  # fmt: skip
+
+
+def may_differ(field: str, free: Sequence[str] = _FREE) -> bool:
+  """Whether a field, or the part of the config that it is in, doesn't decide a run's numbers."""
+  return any(field == name or field.startswith(name + ".") for name in free)
 
 
 def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None:
@@ -55,10 +50,10 @@ def check(config: ConfigDict, workdir: str, free: Sequence[str] = _FREE) -> None
   theirs = read(workdir)
   if theirs is None:
     return
-  ours = _flatten(config_lib.as_json(config))
+  ours = identity.flatten(config_lib.as_json(config))
   changed, unknown = [], []
   for name in sorted(ours.keys() | theirs.keys()):
-    if any(name == each or name.startswith(each + ".") for each in free):
+    if may_differ(name, free):
       continue
     if name not in ours:
       unknown.append(f"  {name}: {theirs[name]}")
@@ -88,7 +83,7 @@ def read(workdir: str) -> dict[str, Any] | None:
     with open(path, encoding="utf-8") as file:
       config = json.load(file)
     number = history.format_of(config, f"workdir: {path}")
-    return _flatten(history.upgraded(config, number))
+    return identity.flatten(history.upgraded(config, number))
   except FileNotFoundError:
     return None
   except (ValueError, TypeError, AttributeError) as error:  # what isn't JSON, or not of this shape

@@ -8,6 +8,7 @@ head_dim], ready for the output projection.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
@@ -39,14 +40,15 @@ def attention(
     [B, T, E] in the dtype of `qkv_3xBxTxE`.
 
   Raises:
-    UserError: "tpu" or "blocked" was asked for, and doesn't take these shapes.
+    UserError: "tpu", "blocked" or "cudnn" was asked for, and doesn't take these shapes, or isn't here.
   """
   if implementation == "auto":
     implementation = choose(qkv_3xBxTxE, n_head)
-  if implementation == "blocked" or implementation.startswith("tpu"):
+  if implementation != "xla":
     reason = _unsupported(qkv_3xBxTxE, n_head, implementation)
     if reason is not None:
       raise UserError(f"model.attention: {implementation!r} doesn't take {reason}; fix: 'xla'")
+  if implementation in ("blocked", "tpu", "tpu_interpret"):
     return _per_device(qkv_3xBxTxE, n_head, causal, implementation)
   _, batch, length, width = qkv_3xBxTxE.shape
   q, k, v = qkv_3xBxTxE.reshape(3, batch, length, n_head, width // n_head)
@@ -61,7 +63,7 @@ def choose(qkv_3xBxTxE: jax.Array, n_head: int) -> str:
   backend = hardware.platform()
   if backend == "tpu" and _unsupported(qkv_3xBxTxE, n_head, "tpu") is None:
     return "tpu"
-  if backend == "gpu" and qkv_3xBxTxE.dtype.itemsize == 2:
+  if backend == "gpu" and _unsupported(qkv_3xBxTxE, n_head, "cudnn") is None:
     return "cudnn"
   if backend == "cpu" and qkv_3xBxTxE.shape[2] > _BLOCKED_ABOVE:
     # A lone picture doesn't divide over a mesh; plain attention needn't divide it.
@@ -73,12 +75,32 @@ def choose(qkv_3xBxTxE: jax.Array, n_head: int) -> str:
 
 def _unsupported(qkv: jax.Array, n_head: int, implementation: str) -> str | None:
   """Why a device can't run it on its own share of these heads, or None."""
+  head_dim = qkv.shape[-1] // n_head
+  if implementation == "cudnn":
+    return _cudnn_unsupported(head_dim, qkv.dtype)
   local = sharding.axis_share("heads", n_head)
   if local is None:
     return f"{n_head} heads, which don't divide over the mesh"
   if implementation == "blocked":
     return None
-  return attention_tpu.supports(local, qkv.shape[-1] // n_head, qkv.shape[2], qkv.dtype)
+  return attention_tpu.supports(local, head_dim, qkv.shape[2], qkv.dtype)
+
+
+def _cudnn_unsupported(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
+  """Why cuDNN's attention doesn't take heads of this size, or None.
+
+  As jax has it (check_is_flash_attention of jax/_src/cudnn/fused_attention_stablehlo.py): without a
+  bias, sequences may be of any length.
+  """
+  capability = hardware.cuda_capability()
+  if capability is None:
+    return f"{hardware.target().device_kind}: expected an NVIDIA GPU"
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+    return f"dtype {jnp.dtype(dtype).name}: expected bfloat16 or float16"
+  most = 256 if capability >= (9, 0) else 128  # from Hopper on
+  if head_dim % 8 or head_dim > most:
+    return f"head dim {head_dim}: expected a multiple of 8 up to {most}"
+  return None
 
 
 def _per_device(qkv: jax.Array, n_head: int, causal: bool, implementation: str) -> jax.Array:

@@ -8,15 +8,21 @@ import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
 
+# Below it logits divided by a temperature overflow float32, and a probability rounds to 0.
+_LEAST = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
   """How the next pixel is drawn. The paper samples at temperature 1 with no tricks.
 
   Attributes:
-    temperature: divides the logits; 0 takes the likeliest colour.
+    temperature: divides the logits, at least 1e-6; or 0, which takes the likeliest colour.
     top_k: keep the k likeliest colours; 0 keeps all.
-    top_p: keep the fewest likeliest colours whose probabilities reach p; 1 keeps all.
+    top_p: keep the fewest likeliest colours whose probabilities reach p, at least 1e-6; 1 keeps all.
+
+  Raises:
+    UserError: a number outside of these.
   """
 
   temperature: float = 1.0
@@ -24,12 +30,17 @@ class SamplingConfig:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if not 0 <= self.temperature < float("inf"):
-      raise UserError(f"temperature: {self.temperature}; expected 0 (greedy) or more")
+    if self.temperature != 0 and not _LEAST <= self.temperature < float("inf"):
+      raise UserError(
+        f"temperature: {self.temperature}; expected 0 (greedy), or a finite number of {_LEAST:g} or more"
+      )
     if self.top_k < 0:
       raise UserError(f"top_k: {self.top_k}; expected 0 (all colours) or more")
-    if not 0 < self.top_p <= 1:
-      raise UserError(f"top_p: {self.top_p}; expected a number in (0, 1]")
+    if not _LEAST <= self.top_p <= 1:
+      raise UserError(
+        f"top_p: {self.top_p}; expected a number from {_LEAST:g} to 1; fix: temperature 0 takes the "
+        "likeliest colour"
+      )
 
 
 class Samples(NamedTuple):

@@ -71,6 +71,10 @@ class ImageGPTConfig:
     for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
       if getattr(self, name) < 1:
         raise UserError(f"model.{name}: {getattr(self, name)}; expected a positive number")
+    if self.n_vocab < 2:
+      raise UserError(
+        f"model.n_vocab: {self.n_vocab}; expected 2 colours or more: one is no choice"
+      )
     if self.n_embd % self.n_head:
       fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
       nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
@@ -231,17 +235,20 @@ class ImageGPT(nnx.Module):
     """Token and position embeddings [B, T, D]; shifted right by the start vector if causal."""
     dtype = jnp.dtype(self.config.dtype)
     batch, length = tokens_BxT.shape
+    # Rows are looked up and copied in float32, then cast: the other way round their gradients, sums
+    # over all pixels of a batch, would be made in bfloat16, and stall after a few hundred summands.
     # Tables are small: gathered whole, or the partitioner would move activations in their stead.
-    x = gather_weight(self.wte[...].astype(dtype), "vocab", "embed")[tokens_BxT]
+    x = gather_weight(self.wte[...], "vocab", "embed")[tokens_BxT].astype(dtype)
     x = constrain(x, *layers.STREAM)
     if self.config.causal:
       if keep_BxT is not None:
         raise ValueError("a causal model takes no mask: every pixel is predicted from those before")
-      start = jnp.broadcast_to(self.sos[...].astype(dtype), (batch, 1, x.shape[-1]))
+      start = jnp.broadcast_to(self.sos[...], (batch, 1, x.shape[-1])).astype(dtype)
       x = jnp.concatenate([start, x[:, :-1]], axis=1)
     elif keep_BxT is not None:
       x = x * keep_BxT[..., None].astype(dtype)
-    positions = gather_weight(self.wpe[...].astype(dtype), "position", "embed")[:length]
+    positions = gather_weight(self.wpe[...], "position", "embed")[:length]
+    positions = jnp.broadcast_to(positions, x.shape).astype(dtype)
     return constrain(x + positions, *layers.STREAM)
 
   def hidden(self, x_BxTxD: jax.Array, collect: Collect | None = None) -> tuple[jax.Array, Any]:

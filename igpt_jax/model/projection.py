@@ -61,14 +61,15 @@ def project_gradients(
 
 
 def _outer(of_x: str, of_out: str, of_weight: str, x: jax.Array, dout: jax.Array) -> jax.Array:
-  """Σ x dout over pictures and positions.
+  """Σ x dout over images and positions, float32: it has yet to be summed over devices.
 
   XLA on a CPU turns one factor round by a slow copy, the first one that it is given; where that is
   much the larger, the product's turned instead (and kept from being turned back).
   """
   if hardware.platform() != "cpu" or x.size <= dout.size:
-    return jnp.einsum(f"{of_x},{of_out}->{of_weight}", x, dout)
-  turned = jnp.einsum(f"{of_out},{of_x}->{of_weight[::-1]}", dout, x)
+    return jnp.einsum(f"{of_x},{of_out}->{of_weight}", x, dout, preferred_element_type="float32")
+  formula = f"{of_out},{of_x}->{of_weight[::-1]}"
+  turned = jnp.einsum(formula, dout, x, preferred_element_type="float32")
   return jax.lax.optimization_barrier(turned).T
 
 

@@ -6,6 +6,8 @@ import os
 import jax
 from jax.sharding import Mesh
 
+from igpt_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -54,6 +56,35 @@ def target():
 def platform() -> str:
   """Of `target`: "cpu", "gpu" or "tpu"."""
   return target().platform
+
+
+def cuda_capability() -> tuple[int, int] | None:
+  """Compute capability of the NVIDIA GPU that programs are for, (9, 0) of an H100; None: there is none."""
+  device = jax.local_devices()[0]
+  if platform() != "gpu" or "cuda" not in device.client.platform_version:
+    return None
+  major, minor = device.compute_capability.split(".")
+  return int(major), int(minor)
+
+
+def check_platform() -> None:
+  """Asks for the devices that JAX_PLATFORMS names; a CPU's wait for `split_cpu`.
+
+  Raises:
+    UserError: there are none, or jax has no such platform.
+  """
+  wanted = jax.config.jax_platforms or jax.config.jax_platform_name
+  if not wanted or wanted == "cpu":
+    return
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # of a plugin that isn't installed jax asserts
+    why = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0][:300]
+    raise UserError(
+      f"JAX_PLATFORMS: {wanted}: {why or 'no such devices'}; expected cpu, or tpu or cuda with its "
+      "plugin (pip install 'igpt_jax[tpu]' or 'igpt_jax[cuda]') and its devices; fix: unset "
+      "JAX_PLATFORMS, which takes what there is"
+    ) from None
 
 
 def usable_cores() -> int:

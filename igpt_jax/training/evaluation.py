@@ -1,6 +1,8 @@
 """Likelihood of a stream of batches: masked sums on the device, one transfer at the end."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +14,21 @@ from igpt_jax.training.objectives import Objective
 from igpt_jax.training.state import param_shardings
 from igpt_jax.training.step import make_eval_step
 
-EVAL_SEED = 0  # masks of evaluation (BERT) are the same in every run
+EVAL_SEED = 0  # of an image's first mask (BERT); those after it count up: the same in every run
+
+
+class Result(NamedTuple):
+  """The likelihood of some images.
+
+  Attributes:
+    nats_per_token: mean over what was predicted; nan: nothing was.
+    images: how many there were.
+    predicted: what the mean is over: each image once; BERT: an image's masks that hide something.
+  """
+
+  nats_per_token: float
+  images: int
+  predicted: int
 
 
 class Likelihood:
@@ -41,32 +57,42 @@ class Likelihood:
     params: Params,
     batches: Iterable[Mapping[str, np.ndarray]],
     *,
-    seed: int = EVAL_SEED,
+    masks: int = 1,
     report: Callable[[int], None] | None = None,
-  ) -> tuple[float, int]:
-    """Nats per token, averaged over pictures, and the number of pictures.
+  ) -> Result:
+    """Evaluates every image once; under several masks, once under each.
 
     Args:
       params: the parameters, on the mesh.
       batches: this host's rows: `tokens`, `mask` (which rows count) and `index` (of the picture).
-      seed: of what the objective draws.
+      masks: that the objective draws of each picture, if it draws any.
       report: called with the number of batches done, now and then.
     """
     sums = []
+    everywhere = sharding.replicated(self._mesh)
     with jax.set_mesh(self._mesh):
-      key = jax.device_put(jax.random.key(seed), sharding.replicated(self._mesh))
-      for batch in batches:
+      keys = [jax.device_put(jax.random.key(EVAL_SEED + n), everywhere) for n in range(masks)]
+      for done, batch in enumerate(batches, 1):
         wanted = {name: batch[name] for name in ("tokens", "mask", "index")}
-        sums.append(self._step(params, sharding.put_batch(wanted, self._mesh), key))
-        if len(sums) >= 2:
-          jax.block_until_ready(sums[-2])  # so that the host runs ahead by one batch, no more
+        rows = sharding.put_batch(wanted, self._mesh)
+        for key in keys:
+          sums.append(self._step(params, rows, key))
+          if len(sums) >= 2:
+            jax.block_until_ready(sums[-2])  # so that the host runs ahead by one, no more
         if report is not None:
-          report(len(sums))
+          report(done)
     fetched = jax.device_get(sums)
-    images = sum(float(each["images"]) for each in fetched)
+    nats, images, predicted = (
+      sum(float(each[name]) for each in fetched) for name in ("nats", "images", "predicted")
+    )
     if not images:
       raise ValueError("no pictures to evaluate")
-    return sum(float(each["nats"]) for each in fetched) / images, round(images)
+    return Result(mean_nats(nats, predicted), round(images / masks), round(predicted))
+
+
+def mean_nats(nats: float, predicted: float) -> float:
+  """Nats per token, the mean over what was predicted; nan: nothing was, for no mask hid a pixel."""
+  return nats / predicted if predicted else math.nan
 
 
 def unigram_nats(train_counts: np.ndarray, test_counts: np.ndarray) -> float:

@@ -3,9 +3,12 @@
 FOLDER/
   identity.json   what they were computed from: parameters' checksum, data, resolution, …
   progress.json   rows done, for every layer
-  layer-LL.npy    float32 [N, width], a row for each picture of the split, in its order
+  layer-LL.npy    float32 [N, width], a row for each of the split's first N images, in its order
   images.npy      uint8 [N, H, W, 3], what the model was shown, before the palette
-  labels.npy      int32 [N], -1 where a picture couldn't be read
+  labels.npy      int32 [N], -1 where an image couldn't be read
+
+Whoever asks for fewer rows than are there gets the first of them; whoever asks for more has the arrays
+lengthened, and only the rows that are missing computed.
 """
 
 import json
@@ -17,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_jax import identity as identity_lib
 from igpt_jax.errors import UserError
 from igpt_jax.files import replacing
 from igpt_jax.training.features import FeatureRows
@@ -30,9 +34,9 @@ class FeatureStore:
   Args:
     folder: where they are.
     identity: what they are computed from, JSON.
-    rows: pictures of the split.
+    rows: images wanted, the split's first.
     width: of one layer's features.
-    side: of the pictures, in pixels.
+    side: of the images, in pixels.
 
   Raises:
     UserError: the folder holds features of something else, or is damaged.
@@ -40,14 +44,14 @@ class FeatureStore:
 
   def __init__(self, folder: str, identity: Mapping[str, Any], *, rows: int, width: int, side: int):
     self.folder = folder
-    self._identity = dict(identity, rows=rows, width=width)
+    self._identity = dict(identity, width=width)
     self._shapes = {"images": (rows, side, side, 3), "labels": (rows,)}
     self._rows, self._width = rows, width
     self._progress: dict[str, int] = {}
     path = os.path.join(folder, "identity.json")
     if os.path.exists(path):
       _compare(path, _read(path), self._identity)
-      self._progress = _read(os.path.join(folder, "progress.json"))
+      self._progress = _read_progress(os.path.join(folder, "progress.json"))
 
   def missing(self, layers: Sequence[int]) -> tuple[int, ...]:
     """Those of the layers that aren't whole."""
@@ -55,16 +59,16 @@ class FeatureStore:
 
   def rows_done(self, layers: Sequence[int]) -> int:
     """How many of the first rows all of these layers have."""
-    return min(self._progress.get(str(layer), 0) for layer in layers)
+    return min(self._rows, *(self._progress.get(str(layer), 0) for layer in layers))
 
   def begin(self, layers: Sequence[int]) -> "Writing":
-    """Makes room for these layers, or opens what there is of them.
+    """Makes room for these layers, or opens what there is of them and lengthens it.
 
     Raises:
       UserError: the disk has no room.
     """
-    absent = [name for name in self._names(layers) if not os.path.exists(self._path(name))]
-    needed = sum(int(np.prod(self._shape(name))) * self._dtype(name).itemsize for name in absent)
+    short = [name for name in self._names(layers) if self._stored_rows(name) < self._rows]
+    needed = sum(int(np.prod(self._shape(name))) * self._dtype(name).itemsize for name in short)
     try:
       os.makedirs(self.folder, exist_ok=True)
       free = shutil.disk_usage(self.folder).free
@@ -74,10 +78,8 @@ class FeatureStore:
           f"{self._rows:,} pictures, {free / 2**30:.1f} GiB are free; fix: config.features.layers, "
           "config.features.cache on another disk, or config.probe.cached=False (method sgd)"
         )
-      for name in absent:
-        np.lib.format.open_memmap(self._path(name), "w+", self._dtype(name), self._shape(name))
-        if name == "labels":
-          self._open("labels", "r+")[:] = -1
+      for name in short:
+        self._lengthen(name)
       self._write("progress.json", self._progress)
       self._write("identity.json", self._identity)
     except OSError as error:
@@ -107,20 +109,48 @@ class FeatureStore:
   def _path(self, name: str) -> str:
     return os.path.join(self.folder, f"{name}.npy")
 
+  def _stored_rows(self, name: str) -> int:
+    return len(self._load(name, "r")) if os.path.exists(self._path(name)) else 0
+
+  def _lengthen(self, name: str) -> None:
+    """Makes an array of all rows wanted, which begins with those that are there."""
+    before = self._stored_rows(name)
+    with replacing(self._path(name)) as partial:
+      array = np.lib.format.open_memmap(partial, "w+", self._dtype(name), self._shape(name))
+      if before:
+        array[:before] = self._load(name, "r")
+      if name == "labels":
+        array[before:] = -1
+      array.flush()
+
   def _open(self, name: str, mode: str) -> np.ndarray:
+    """The rows wanted, [rows, …], mapped from disk."""
+    array = self._load(name, mode)
+    if len(array) < self._rows:
+      raise self._misshapen(name, array)
+    return array[: self._rows]
+
+  def _load(self, name: str, mode: str) -> np.ndarray:
+    """All rows that there is room for."""
     path = self._path(name)
     try:
-      found = np.load(path, mmap_mode=mode, allow_pickle=False)
+      array = np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
       raise UserError(
         f"features: {path} can't be read ({error}); fix: remove {self.folder}"
       ) from None
-    if found.shape != self._shape(name) or found.dtype != self._dtype(name):
-      raise UserError(
-        f"features: {path} is {found.dtype} {list(found.shape)}; expected {self._dtype(name)} "
-        f"{list(self._shape(name))}; fix: remove {self.folder}"
-      )
-    return found
+    wanted = self._shape(name)
+    if (
+      array.ndim != len(wanted) or array.shape[1:] != wanted[1:] or array.dtype != self._dtype(name)
+    ):
+      raise self._misshapen(name, array)
+    return array
+
+  def _misshapen(self, name: str, array: np.ndarray) -> UserError:
+    return UserError(
+      f"features: {self._path(name)} is {array.dtype} {list(array.shape)}; expected "
+      f"{self._dtype(name)} {list(self._shape(name))}; fix: remove {self.folder}"
+    )
 
   def _write(self, name: str, values: Mapping[str, Any]) -> None:
     with (
@@ -130,7 +160,9 @@ class FeatureStore:
       json.dump(values, file, indent=2)
 
   def _done(self, layers: Sequence[int], rows: int) -> None:
-    self._progress.update({str(layer): rows for layer in layers})
+    # One that was further already has lost nothing.
+    for layer in map(str, layers):
+      self._progress[layer] = max(rows, self._progress.get(layer, 0))
     self._write("progress.json", self._progress)
 
 
@@ -161,23 +193,25 @@ class Writing:
 
 def _read(path: str) -> dict[str, Any]:
   try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
-    if not isinstance(found, dict):
-      raise ValueError("not an object")
-    return found
+    return identity_lib.read(path)
   except (OSError, ValueError) as error:
-    raise UserError(
-      f"features: {path} can't be read ({error}); fix: remove {os.path.dirname(path)}"
-    ) from None
+    raise _unreadable(path, error) from None
+
+
+def _read_progress(path: str) -> dict[str, int]:
+  progress = _read(path)
+  for layer, rows in progress.items():
+    if type(rows) is not int or rows < 0:
+      raise _unreadable(path, f"layer {layer}: {rows!r} rows")
+  return progress
+
+
+def _unreadable(path: str, why: object) -> UserError:
+  return UserError(f"features: {path} can't be read ({why}); fix: remove {os.path.dirname(path)}")
 
 
 def _compare(path: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-  differing = [
-    f"  {name}: {theirs.get(name, 'absent')} there, {value} here"
-    for name, value in json.loads(json.dumps(mine)).items()
-    if theirs.get(name) != value
-  ]
+  differing = identity_lib.differing(theirs, mine)
   if differing:
     raise UserError(
       f"features.cache: {os.path.dirname(path)} holds features of something else:\n"

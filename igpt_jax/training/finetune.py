@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 from igpt_jax.parallel import sharding
-from igpt_jax.training.evaluation import EVAL_SEED
-from igpt_jax.training.objectives import draw_visible, per_image, token_nll
+from igpt_jax.training.evaluation import EVAL_SEED, mean_nats
+from igpt_jax.training.objectives import draw_visible, has_counted, per_image, token_nll
 from igpt_jax.training.state import HEAD, TrainState, head_sharding, param_shardings
 from igpt_jax.training.step import Batch, Metrics, update
 
@@ -64,7 +64,8 @@ def forward(
     generative: whether to compute the second result.
 
   Returns:
-    Logits over classes, float32 [B, n_classes]; nats per token of each picture [B], or None.
+    Logits over classes, float32 [B, n_classes]; nats per token of each picture [B] (0 where nothing
+    is masked), or None.
   """
 
   def pool(n):
@@ -82,8 +83,14 @@ def forward(
   if not generative:
     return class_logits, None
   nll = token_nll(model.logits(final), tokens_BxT)
-  weight = jnp.ones_like(nll) if keep_BxT is None else 1.0 - keep_BxT.astype(jnp.float32)
-  return class_logits, per_image(nll, weight)
+  return class_logits, per_image(nll, _predicted(tokens_BxT, keep_BxT))
+
+
+def _predicted(tokens_BxT: jax.Array, keep_BxT: jax.Array | None) -> jax.Array:
+  """Which tokens the generative loss is of, float32 [B, T] of 0 and 1."""
+  if keep_BxT is None:
+    return jnp.ones(tokens_BxT.shape, jnp.float32)
+  return 1.0 - keep_BxT.astype(jnp.float32)
 
 
 def class_nll(logits_BxC: jax.Array, labels_B: jax.Array) -> jax.Array:
@@ -100,7 +107,7 @@ def joint_loss(
   keep_BxT: jax.Array | None,
 ) -> tuple[jax.Array, Metrics]:
   """The weighted sum, and its parts: `classification_loss`, `accuracy`, and `generative_loss` if it
-  has a weight."""
+  has a weight: the mean over the images of which something is masked, 0 if there are none."""
   class_logits, generative = forward(
     config, params, tokens_BxT, keep_BxT, layer=loss.layer, generative=loss.generative > 0
   )
@@ -111,7 +118,8 @@ def joint_loss(
   }
   total = loss.classification * parts["classification_loss"]
   if generative is not None:
-    parts["generative_loss"] = jnp.mean(generative)
+    predicted = jnp.sum(has_counted(_predicted(tokens_BxT, keep_BxT)))
+    parts["generative_loss"] = jnp.sum(generative) / jnp.maximum(predicted, 1.0)
     total = total + loss.generative * parts["generative_loss"]
   return total, parts
 
@@ -165,7 +173,7 @@ class Scores:
     accuracy: of the majority of a BERT model's masks; of the one pass of another model.
     accuracy_of_mean: of the mean of logits over the masks; else the same as `accuracy`.
     classification_loss: nats per picture, mean over masks.
-    nats_per_token: generative, mean over masks.
+    nats_per_token: generative, mean over the masks that hide something; nan: none does.
   """
 
   images: int
@@ -207,9 +215,11 @@ class Classifier:
         key = jax.random.key(seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
         keep = _visible(config, keys, mask_probability)
-        return forward(config, params, tokens, keep, layer=layer)
+        logits_BxC, nats_B = forward(config, params, tokens, keep, layer=layer)
+        return logits_BxC, nats_B, has_counted(_predicted(tokens, keep))
 
-      logits_KxBxC, nats_KxB = jax.lax.map(once, jnp.arange(EVAL_SEED, EVAL_SEED + draws))
+      seeds = jnp.arange(EVAL_SEED, EVAL_SEED + draws)
+      logits_KxBxC, nats_KxB, predicted_KxB = jax.lax.map(once, seeds)
       labels, counted = batch["label"], batch["mask"].astype(jnp.float32)
       # A row that doesn't count may have no label: it is given one, so that nothing isn't a number.
       label_nats_KxB = jax.vmap(class_nll, (0, None))(logits_KxBxC, jnp.maximum(labels, 0))
@@ -218,7 +228,8 @@ class Classifier:
         "accuracy": vote(logits_KxBxC) == labels,
         "accuracy_of_mean": jnp.argmax(logits_KxBxC.mean(0), axis=-1) == labels,
         "classification_loss": label_nats_KxB.mean(0),
-        "nats_per_token": nats_KxB.mean(0),
+        "nats": nats_KxB.sum(0),
+        "predicted": predicted_KxB.sum(0),
       }
       return {name: jnp.sum(each * counted) for name, each in per_picture.items()}
 
@@ -252,9 +263,12 @@ class Classifier:
         if report is not None:
           report(len(sums))
     fetched = jax.device_get(sums)
-    images = sum(float(each["images"]) for each in fetched)
+    images = sum(float(each.pop("images")) for each in fetched)
     if not images:
       raise ValueError("no pictures to classify")
-    names = [field.name for field in dataclasses.fields(Scores) if field.name != "images"]
-    means = {name: sum(float(each[name]) for each in fetched) / images for name in names}
-    return Scores(images=round(images), **means)
+    totals = {name: sum(float(each[name]) for each in fetched) for name in fetched[0]}
+    return Scores(
+      images=round(images),
+      nats_per_token=mean_nats(totals.pop("nats"), totals.pop("predicted")),
+      **{name: total / images for name, total in totals.items()},
+    )

@@ -69,6 +69,15 @@ def make_objective(name: str, mask_probability: float = 0.15) -> Objective:
 
 
 def per_image(nll_BxT: jax.Array, weight_BxT: jax.Array) -> jax.Array:
-  """Nats per counted token of each picture [B]; a picture with none counted gives 0."""
+  """Nats per counted token of each image [B]; 0 where none is counted: no mean is over those."""
   counted = jnp.sum(weight_BxT, axis=-1)
   return jnp.sum(nll_BxT * weight_BxT, axis=-1) / jnp.maximum(counted, 1.0)
+
+
+def has_counted(weight_BxT: jax.Array) -> jax.Array:
+  """Which images have a counted token, float32 [B] of 0 and 1: those that a mean is over.
+
+  A BERT mask may hide no pixel of an image, which then says nothing of the model. (The released code
+  divides 0 by 0 there.)
+  """
+  return jnp.any(weight_BxT > 0, axis=-1).astype(jnp.float32)

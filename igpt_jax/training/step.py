@@ -8,7 +8,7 @@ import optax
 
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 from igpt_jax.parallel.sharding import constrain
-from igpt_jax.training.objectives import Objective, per_image
+from igpt_jax.training.objectives import Objective, has_counted, per_image
 from igpt_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -25,31 +25,40 @@ def make_train_step(
   """Builds train_step(state, batch) -> (state, metrics).
 
   `batch["tokens"]` is [B, T], any integer type. The metrics are float32 scalars of the state the
-  step started from: `loss` in nats per token, and those of `update`. The batch is worked
-  through in `accumulate` parts, one after the other, whose gradients are averaged: activations of
+  step started from: `loss` in nats per token, the mean over the images of which something is
+  predicted, and those of `update`. Where nothing is predicted in the whole batch (BERT masks may hide
+  nothing), loss and gradient are 0, and the optimizer goes on by its moments. The batch is worked
+  through in `accumulate` parts, one after the other, whose gradients are added: activations of
   one part are in memory at a time. Each device's pictures are spread evenly over the parts.
   """
 
-  def loss_fn(params: Params, tokens, keys):
-    nll, weight = objective(bind(config, params), tokens, keys)
-    return jnp.mean(per_image(nll, weight))
-
   def loss_and_grads(params: Params, tokens, keys):
-    if accumulate == 1:
-      return jax.value_and_grad(loss_fn)(params, tokens, keys)
+    batch_size = tokens.shape[0]
+
+    def of_part(params: Params, tokens, keys):
+      """What the part adds to the mean over the batch, were all of it counted; how many are."""
+      nll, weight = objective(bind(config, params), tokens, keys)
+      return jnp.sum(per_image(nll, weight)) / batch_size, jnp.sum(has_counted(weight))
+
+    run_part = jax.value_and_grad(of_part, has_aux=True)
 
     def add_part(total, part):
-      return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *part)), None
+      return jax.tree.map(jnp.add, total, run_part(params, *part)), None
 
     def in_parts(rows):
       """[B, ...] -> [parts, B / parts, ...], every device's rows staying where they are."""
       rows = rows.reshape(rows.shape[0] // accumulate, accumulate, *rows.shape[1:])
       return constrain(jnp.swapaxes(rows, 0, 1), None, "batch", *[None] * (rows.ndim - 2))
 
-    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    parts = in_parts(tokens), in_parts(keys)
-    total, _ = jax.lax.scan(add_part, zeros, parts)
-    return jax.tree.map(lambda leaf: leaf / accumulate, total)
+    if accumulate == 1:
+      (loss, counted), grads = run_part(params, tokens, keys)
+    else:
+      zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params)
+      parts = in_parts(tokens), in_parts(keys)
+      ((loss, counted), grads), _ = jax.lax.scan(add_part, zeros, parts)
+    # By the count of the whole batch: parts, and devices, may have counted unequal numbers.
+    scale = batch_size / jnp.maximum(counted, 1.0)
+    return jax.tree.map(lambda leaf: leaf * scale, (loss, grads))
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -113,7 +122,8 @@ def make_eval_step(
 ) -> Callable[[Params, Batch, jax.Array], Metrics]:
   """Builds eval_step(params, batch, key) -> sums over the pictures that `batch["mask"]` counts.
 
-  Returns `nats` (sum of each picture's nats per token) and `images` (how many), float32 scalars.
+  Returns `nats` (sum of each picture's nats per token), `images` (how many) and `predicted` (those
+  that have a predicted token, which `nats` is of), float32 scalars.
   What is drawn for a picture (BERT's mask) depends on `key` and on its `batch["index"]` alone.
   """
 
@@ -125,6 +135,7 @@ def make_eval_step(
     return {
       "nats": jnp.sum(per_image(nll, weight) * counted),
       "images": jnp.sum(counted),
+      "predicted": jnp.sum(has_counted(weight) * counted),
     }
 
   return eval_step

@@ -1,0 +1,48 @@
+"""Keeps XLA's CPU compiler from a fusion that computes wrong results.
+
+jax 0.10.2 (the only version in our range for Python 3.11) leaves some products to YNNPACK; followed by
+a reduction, over more than 32,768 rows, they come out wrong (jax-ml/jax issue 39103), and 0.11 can't
+compile some of bfloat16. Without that fusion results are right, and a training step takes as long.
+tests/test_cpu_compiler.py holds the program that shows it.
+"""
+
+import importlib.metadata
+import os
+import re
+import sys
+import warnings
+from collections.abc import MutableMapping
+
+_FLAG = "xla_cpu_experimental_ynn_fusion_type"
+_MENDED_IN = (0, 12)  # of jaxlib
+
+
+def _is_faulty(version: str) -> bool:
+  return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _MENDED_IN
+
+
+def avoid_wrong_fusions(environment: MutableMapping[str, str] = os.environ) -> None:
+  """Sets the flag in XLA_FLAGS, where jaxlib needs it and the user hasn't set it.
+
+  XLA reads XLA_FLAGS once, when the first device is asked for: called when `igpt_jax` is imported. It
+  knows the flag on every platform, and ends a process for one that it doesn't know; so jaxlib's
+  version decides, nothing else.
+
+  Args:
+    environment: to set it in.
+  """
+  try:
+    version = importlib.metadata.version("jaxlib")
+  except importlib.metadata.PackageNotFoundError:
+    return  # jax isn't installed as a package: its version isn't known
+  flags = environment.get("XLA_FLAGS", "")
+  if not _is_faulty(version) or _FLAG in flags:
+    return
+  environment["XLA_FLAGS"] = f"{flags} --{_FLAG}=".strip()
+  bridge = sys.modules.get("jax._src.xla_bridge")
+  if bridge is not None and bridge.backends_are_initialized():
+    warnings.warn(
+      f"igpt_jax: a device was used before igpt_jax was imported; jaxlib {version} can compute wrong "
+      "results on a CPU then (jax-ml/jax issue 39103); fix: import igpt_jax first",
+      stacklevel=3,
+    )

@@ -1,0 +1,134 @@
+"""A folder of images as records: CLASS/**/*.jpg, or *.jpg without labels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from igpt_jax import errors
+from igpt_jax.data import digests, image_files, transforms
+from igpt_jax.files import printable
+from igpt_jax.metrics import Countdown
+
+_LOG = logging.getLogger(__name__)
+_told: set[str] = set()  # what was left out: a folder is opened for each of its splits
+
+
+class FolderRecords:
+  """Image files of one folder, in an order that is the same wherever it lies.
+
+  Attributes:
+    class_names: names of the classes, label after label; none where images have no folders.
+    name, identity, former_name: as of `sources.Records`; from names, labels and contents alone.
+  """
+
+  name = "folder"
+
+  def __init__(
+    self, root: pathlib.Path, class_names: Sequence[str] | None = None, verify: bool = False
+  ):
+    """Lists the images and knows their contents.
+
+    Args:
+      root: of the split.
+      class_names: fixes the order of labels, as `class_folders` gives them; default: the folder's own.
+      verify: read every file, also those that haven't changed since they were read.
+
+    Raises:
+      UserError: no images, classes that aren't among `class_names`, images beside classes.
+    """
+    self._root = os.fspath(root)
+    folders, loose, left_out = _scan(root)
+    if folders and loose:
+      raise errors.UserError(
+        f"data.path {root}: has both class folders ({next(iter(folders))}, …) and loose pictures "
+        f"({printable(loose[0])}, …); expected one kind; fix: move the loose ones into a "
+        "class folder"
+      )
+    self.class_names = tuple(folders if class_names is None else class_names)
+    strangers = [name for name in folders if name not in self.class_names]
+    if strangers:
+      raise errors.UserError(
+        f"data.path {root}: class {strangers[0]!r} is not among train's ({len(self.class_names)})"
+      )
+    labels = {name: label for label, name in enumerate(self.class_names)}
+    files = [(name, -1) for name in loose]
+    clock = Countdown(f"{root}: class folders listed", len(folders), _LOG.warning)
+    for n_listed, (name, folder) in enumerate(folders.items(), 1):
+      images, others = image_files.find(os.path.join(self._root, folder))
+      files += [(os.path.join(folder, image), labels[name]) for image in images]
+      left_out |= {os.path.join(folder, other): why for other, why in others.items()}
+      if not images and not others:
+        left_out[folder] = "classes without images"
+      clock.tick(n_listed)
+    if not files:
+      raise errors.UserError(
+        f"data.path {root}: holds no pictures; expected CLASS/*.jpg or *.jpg"
+        + (f"; left out {image_files.in_words(left_out)}" if left_out else "")
+      )
+    if left_out:
+      _tell(f"{printable(root)}: left out {image_files.in_words(left_out)}")
+    # A sorted folder is class after class; any stretch of this order is a mixture.
+    order = np.random.default_rng(0).permutation(len(files))
+    self._files = [files[i] for i in order]
+    place = os.path.abspath(root)
+    contents = digests.of_files([os.path.join(place, name) for name, _ in files], place, verify)
+    self.identity = digests.combined(
+      (image_files.canonical(name), label, content)
+      for (name, label), content in zip(files, contents, strict=True)
+    )
+    names = "\n".join(name for name, _ in files).encode("utf-8", "surrogateescape")
+    self.former_name = f"folder:{hashlib.sha256(names).hexdigest()[:12]}"
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    name, label = self._files[index]
+    path = os.path.join(self._root, name)
+    shown = printable(path)
+    try:
+      return {"image": pathlib.Path(path).read_bytes(), "label": label, "id": shown}
+    except OSError as error:
+      raise transforms.BadRecord(f"{shown}: {error.strerror}") from error
+
+
+def class_folders(root: pathlib.Path) -> list[str]:
+  """Names of the classes in the order of their labels.
+
+  Raises:
+    UserError: two folders have one name, or the root can't be read.
+  """
+  return list(_scan(root)[0])
+
+
+def _scan(root: pathlib.Path) -> tuple[dict[str, str], list[str], dict[str, str]]:
+  """Class -> its folder; images beside these; what is left out, and why."""
+  try:
+    folders, loose, left_out = image_files.scan(os.fspath(root))
+  except OSError as error:
+    raise errors.UserError(
+      f"data.path {root}: {error.strerror}; expected a folder of images that can be read"
+    ) from None
+  classes: dict[str, str] = {}
+  for folder in folders:
+    name = printable(image_files.canonical(folder))
+    if name in classes:
+      raise errors.UserError(
+        f"data.path {root}: two folders are called {name!r} ({classes[name]!a} and {folder!a}: one "
+        "accent, written in two ways); expected one for each class; fix: put them together"
+      )
+    classes[name] = folder
+  return classes, loose, left_out
+
+
+def _tell(message: str) -> None:
+  if message not in _told:
+    _told.add(message)
+    _LOG.warning(message)

@@ -1,0 +1,171 @@
+"""Which files below a folder are images, at any depth, and why the others aren't.
+
+A suffix says so, or else the first bytes of the file. Nothing is left out without a reason, but what
+programs leave behind for themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import re
+import unicodedata
+from collections.abc import Mapping
+
+from igpt_jax.files import printable
+
+IMAGE_SUFFIXES = frozenset(
+  ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .tga".split()
+)
+
+# These are TIFF, and what is read first in them is a thumbnail.
+_RAW_SUFFIXES = frozenset(".dng .nef .cr2 .arw .orf .pef .rw2 .srw".split())
+
+# What archives, systems and servers leave in folders; so are all names that begin with a dot.
+_LEFTOVERS = frozenset(
+  {
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found",
+    "system volume information",
+  }
+)  # fmt: skip
+
+# First bytes of formats that Pillow reads.
+_STARTS = (
+  b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
+  b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"8BPS\0\1", b"qoif",
+)  # fmt: skip
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+
+
+def canonical(name: str) -> str:
+  """A file's name by which it is compared and sorted: the same on every system that it is copied to.
+
+  Some systems write é as one character, others as two. Bytes that aren't UTF-8 stay, as surrogates.
+  """
+  if name.isascii():  # as most of a million are
+    return name
+  return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
+
+
+def is_leftover(name: str) -> bool:
+  """Whether a name is one that programs give to files and folders of their own."""
+  return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+def scan(folder: str) -> tuple[list[str], list[str], dict[str, str]]:
+  """Names in one folder, sorted: folders, images, and what is left out, name -> why.
+
+  Raises:
+    OSError: it can't be read.
+  """
+  folders, images, left_out = [], [], {}
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if is_leftover(entry.name):
+        continue
+      try:
+        if entry.is_dir():
+          folders.append(entry.name)
+        elif entry.is_file():
+          why = why_not(entry.path)
+          if why is None:
+            images.append(entry.name)
+          else:
+            left_out[entry.name] = why
+        else:
+          left_out[entry.name] = "not files" if os.path.exists(entry.path) else "links to nothing"
+      except OSError as error:
+        left_out[entry.name] = str(error.strerror)
+  return sorted(folders, key=_order), sorted(images, key=_order), left_out
+
+
+def find(folder: str) -> tuple[list[str], dict[str, str]]:
+  """Images in a folder and in all below it, as relative paths in order of these; what is left out.
+
+  Links to folders are followed, but not to one that is read already, or that this one lies in.
+  """
+  above = {os.path.abspath(folder), os.path.realpath(folder)}
+  above |= {str(parent) for path in tuple(above) for parent in pathlib.Path(path).parents}
+  read = {_place(path) for path in above}
+  images, left_out, waiting = [], {}, [""]
+  for below in waiting:  # which grows
+    try:
+      folders, names, others = scan(os.path.join(folder, below))
+    except OSError as error:
+      left_out[below or "."] = str(error.strerror)
+      continue
+    images += [os.path.join(below, name) for name in names]
+    left_out |= {os.path.join(below, name): why for name, why in others.items()}
+    for path in (os.path.join(below, name) for name in folders):
+      place = _place(os.path.join(folder, path))
+      if place in read:
+        left_out[path] = "links to folders that are read already"
+      else:
+        read.add(place)
+        waiting.append(path)
+  return sorted(images, key=_order), left_out
+
+
+def why_not(path: str) -> str | None:
+  """Why a file isn't read as an image, as of several; None: it is one, or says so by its suffix."""
+  suffix = os.path.splitext(path)[1].lower()
+  if suffix in IMAGE_SUFFIXES:
+    return None
+  if suffix in _RAW_SUFFIXES:
+    return "raw photographs, to be developed first"
+  try:
+    with open(path, "rb") as file:
+      start = file.read(64)
+  except OSError as error:
+    return str(error.strerror)
+  if start[4:8] == b"ftyp":
+    return _why_not_ftyp(start)
+  known = (
+    start.startswith(_STARTS)
+    or (start.startswith(b"RIFF") and start[8:12] == b"WEBP")
+    or (start.startswith(b"BM") and start[6:10] == b"\0\0\0\0")
+    or re.match(rb"P[1-6]\s+[\d#]", start)
+  )
+  return None if known else "no images that can be read"
+
+
+def _why_not_ftyp(start: bytes) -> str | None:
+  """Of a file in the container that AVIF, HEIC and films share."""
+  brands = [
+    start[8:12],
+    *(start[i : i + 4] for i in range(16, int.from_bytes(start[:4], "big"), 4)),
+  ]
+  if b"avif" in brands:
+    from PIL import features
+
+    return None if features.check("avif") else "AVIF, which this Pillow can't read"
+  if any(brand in _HEIC_BRANDS for brand in brands) or brands[0] == b"mif1":
+    if importlib.util.find_spec("pillow_heif"):
+      return None
+    return "HEIC, for which Pillow needs a plugin (pip install pillow-heif)"
+  return "no images that can be read"
+
+
+def in_words(left_out: Mapping[str, str]) -> str:
+  """What was left out, and why: "2: 1 links to nothing (a.jpg), 1 …"."""
+  by_reason: dict[str, list[str]] = {}
+  for name, why in left_out.items():
+    by_reason.setdefault(why, []).append(name)
+  parts = []
+  for why, names in sorted(by_reason.items()):
+    first = printable(min(names, key=_order)) + (", …" if len(names) > 1 else "")
+    parts.append(f"{len(names):,} {why} ({first})")
+  return f"{len(left_out):,}: {', '.join(parts)}"
+
+
+def _order(name: str) -> tuple[str, str]:
+  return canonical(name), name
+
+
+def _place(path: str) -> tuple[int, int]:
+  try:
+    status = os.stat(path)
+  except OSError:
+    return -1, hash(path)
+  return status.st_dev, status.st_ino

@@ -1,0 +1,229 @@
+"""A person's image file as upright pixels in sRGB, whatever wrote it.
+
+The one door for a folder to train on, images to complete, masks and uploads. Prepared data sets don't
+pass it: `transforms.decode` reads their records as TFDS shows them, as the paper's were. What a viewer
+shows is what comes out:
+
+  orientation    as EXIF, XMP or AVIF say, applied once (Pillow turns TIFF itself, and nothing else)
+  transparency   over white
+  colour space   an embedded ICC profile is converted to sRGB; without one, sRGB is taken for granted
+  bit depth      of 16 bits the high byte; floating point from 0 to 1
+  animation      the first frame
+
+`transforms` then crops and resizes. An image may have MAX_PIXELS (134 million); more are refused from
+the header. Reading one takes less than MAX_MEMORY beside the file itself, whatever its format.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+
+from igpt_jax.data import transforms
+
+# Seen at MAX_PIXELS: 2.2 GiB of WebP, 1.4 of TIFF, 1.2 of AVIF and of PNG with alpha, 0.8 of a
+# progressive JPEG, 0.1 of another.
+MAX_MEMORY = 5 * 2**29  # bytes, 2.5 GiB
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
+_EXIF_ORIENTATION = 0x0112
+_TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_TURNS = {
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.swapaxes(0, 1),
+  6: lambda x: np.rot90(x, -1),
+  7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+  8: lambda x: np.rot90(x, 1),
+}
+# An image of more pixels is averaged to a smaller one, a JPEG while it is decoded. Its shorter side is
+# at least this then: twice the largest resolution.
+_LARGE = 2**26
+_LARGE_SHORT_SIDE = 2048
+# Levels by which sRGB profiles of different makers differ.
+_SAME_COLOURS = 2
+
+
+def read(data: bytes, name: str = "image") -> np.ndarray:
+  """Reads a file of any raster format that Pillow knows.
+
+  Args:
+    data: the file's bytes; they decide the format, not its name.
+    name: what errors call it.
+
+  Returns:
+    uint8 [H, W, 3], sRGB, upright. More than 67 million pixels come at a smaller scale.
+
+  Raises:
+    BadRecord: empty, truncated, unreadable, larger than MAX_PIXELS, or of values without an agreed
+      range.
+  """
+  with transforms.naming(name):
+    image = _open(data, name)
+    large = image.width * image.height > _LARGE
+    jpeg = data[:2] == b"\xff\xd8"
+    pixels = transforms.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
+    if pixels is None:
+      image.load()  # before the orientation is asked for: TIFF's is gone then
+      flat = _flat(image)
+      if large:
+        flat = flat.reduce(max(1, min(flat.size) // _LARGE_SHORT_SIDE))
+      pixels = np.asarray(_in_srgb(flat, image.info))
+    elif _conversion(image.mode, image.info):
+      pixels = np.asarray(_in_srgb(Image.fromarray(pixels).convert(image.mode), image.info))
+    turn = _TURNS.get(_orientation(image))
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def as_stored(data: bytes) -> bool:
+  """Whether a file is a JPEG whose pixels need no turn and no conversion.
+
+  Of such a one `transforms` may decode only what a crop needs.
+  """
+  if data[:2] != b"\xff\xd8":
+    return False
+  try:
+    with transforms.naming("image"):
+      image = transforms.open_image(data, "image")
+      return (
+        image.mode in ("L", "RGB")
+        and image.width * image.height <= _LARGE
+        and _orientation(image) not in _TURNS
+        and _conversion(image.mode, image.info) is None
+      )
+  except transforms.BadRecord:
+    return False  # `read` says what is wrong with it
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+  """As `transforms.open_image`; HEIC too, where pillow-heif is installed."""
+  if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
+    return transforms.open_image(data, name)
+  if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+  try:
+    return transforms.open_image(data, name)
+  except UnidentifiedImageError as error:
+    raise ValueError(
+      f"{error}: HEIC, perhaps; fix: pip install pillow-heif, or convert it to JPEG"
+    ) from None
+
+
+def _orientation(image: Image.Image) -> int:
+  """EXIF's number, 1 to 8; 1 where there is none."""
+  try:
+    return image.getexif().get(_EXIF_ORIENTATION, 1)
+  except Exception:  # Pillow raises many kinds over a damaged note: the image is read without
+    return 1
+
+
+# --- transparency and bit depth --------------------------------------------------------------------
+
+
+def _flat(image: Image.Image) -> Image.Image:
+  """A loaded image with 8 bits a channel, no palette, no transparency: mode L, RGB, CMYK or LAB."""
+  mode = image.mode
+  if mode == "LAB":
+    return image
+  if mode == "CMYK":
+    # Pillow inverts every CMYK JPEG as Adobe's need; without Adobe's segment it is plain ink.
+    plain = image.format in ("JPEG", "MPO") and "adobe" not in image.info
+    return ImageChops.invert(image) if plain else image
+  if mode == "F" or mode.startswith("I"):
+    return Image.fromarray(_eight_bits(image))
+  grey = mode in ("1", "L", "LA")
+  if not image.has_transparency_data:
+    return _converted(image, "L" if grey else "RGB")
+  image = _converted(image, "RGBA")
+  flat = Image.new("RGB", image.size, "white")
+  flat.paste(image, mask=image.getchannel("A"))
+  return flat.convert("L") if grey else flat
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+  """Without the copy that Pillow makes where nothing changes."""
+  return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+  """Grey of 16 bits, or of floating point from 0 to 1, as uint8 [H, W].
+
+  Raises:
+    ValueError: other values: what would be white of 32 bits isn't agreed.
+  """
+  values = np.asarray(image)
+  white = 1 if image.mode == "F" else 65535
+  least, most = values.min(), values.max()
+  if not (0 <= least and most <= white):  # NaN isn't, either
+    raise ValueError(f"values from {least:g} to {most:g}; expected 0 to {white:,}, which is white")
+  if image.mode == "F":
+    levels = values * np.float32(255)
+    levels = np.rint(levels, out=levels).astype(np.uint8)
+  else:
+    levels = (values >> 8).astype(np.uint8)
+  if image.format == "TIFF" and image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    levels = 255 - levels  # Pillow leaves that to us, of these modes alone
+  transparent = image.info.get("transparency")
+  if transparent is not None:
+    levels[values == transparent] = 255
+  return levels
+
+
+# --- colour space ----------------------------------------------------------------------------------
+
+
+def _in_srgb(image: Image.Image, info: dict) -> Image.Image:
+  """An image of mode L, RGB, CMYK or LAB in RGB, by its profile if it has one."""
+  conversion = _conversion(image.mode, info)
+  if conversion is None:
+    return _converted(image, "RGB")
+  mode, transform = conversion
+  return ImageCms.applyTransform(_converted(image, mode), transform)
+
+
+def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+  """The mode in which an image's profile takes pixels, and how; None: they are sRGB as they are."""
+  if mode == "LAB":
+    return mode, _to_srgb(None)[1]
+  profile = info.get("icc_profile")
+  conversion = _to_srgb(profile) if profile else None
+  fits = conversion and (conversion[0] == mode or (conversion[0], mode) == ("RGB", "L"))
+  return conversion if fits else None
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+  """Of a profile (None: of L*a*b*), as `_conversion`. A damaged one is as good as none."""
+  try:
+    source = ImageCms.createProfile("LAB")
+    if profile is not None:
+      source = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile
+    mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}[source.xcolor_space.strip()]
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    if mode == "L":
+      flags |= ImageCms.Flags.NOOPTIMIZE  # its table has too few places for a steep curve
+    transform = ImageCms.buildTransform(
+      ImageCms.ImageCmsProfile(source),
+      ImageCms.createProfile("sRGB"),
+      mode,
+      "RGB",
+      ImageCms.Intent.RELATIVE_COLORIMETRIC,
+      flags,
+    )
+  except (OSError, KeyError, ImageCms.PyCMSError):
+    return None
+  if mode in ("L", "RGB"):
+    levels = np.arange(0, 256, 15, np.uint8)
+    samples = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    samples = Image.fromarray(samples if mode == "RGB" else samples[..., 0])
+    converted = np.asarray(ImageCms.applyTransform(samples, transform), np.int16)
+    if np.abs(converted - np.asarray(samples.convert("RGB"))).max() <= _SAME_COLOURS:
+      return None  # sRGB itself: stored pixels stay what they are
+  return mode, transform

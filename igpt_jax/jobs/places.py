@@ -1,0 +1,67 @@
+"""Where a job writes: a folder, and none that its own inputs are read from."""
+
+import fnmatch
+import glob
+import os
+
+from ml_collections import ConfigDict
+
+from igpt_jax.errors import UserError
+
+_GRID = "grid.png"  # what job `complete` leaves in the workdir itself
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+  """Checks the workdir of any job, before anything is read or made.
+
+  Args:
+    config: of the job.
+    workdir: its absolute path.
+
+  Raises:
+    UserError: a file is in the way, or what the job leaves would be its next input.
+  """
+  above = workdir
+  while not os.path.lexists(above):
+    above = os.path.dirname(above)
+  if not os.path.isdir(above):
+    raise UserError(
+      f"--workdir: {workdir}: {above} is a file; expected a folder, or a path where one can be made; "
+      "fix: another --workdir"
+    )
+  if config.job == "complete" and config.images and _would_read(config.images, workdir):
+    raise UserError(
+      f"--workdir: {workdir} lies within config.images {config.images}: the results would be read as "
+      "images; fix: another --workdir"
+    )
+  if config.data.name == "folder":
+    inside = os.path.relpath(os.path.realpath(workdir), _real(config.data.path)).split(os.sep)
+    if inside[0] in ("train", "test", "val", "validation", config.data.validation_split):
+      raise UserError(
+        f"--workdir: {workdir} lies within data.path {config.data.path}: the results would be read as "
+        f"images of {inside[0]}; fix: another --workdir"
+      )
+
+
+def _would_read(images: str, workdir: str) -> bool:
+  """Whether a file, a glob or a folder of images takes in what the workdir will hold."""
+  if os.path.isdir(os.path.expanduser(images)):
+    return _is_within(workdir, images)
+  if not glob.has_magic(images) or os.path.isfile(os.path.expanduser(images)):
+    return False
+  folder, name = os.path.split(images)
+  if not glob.has_magic(folder):
+    in_it = os.path.realpath(workdir) == _real(folder)
+    return _is_within(workdir, folder) if name == "**" else in_it and fnmatch.fnmatch(_GRID, name)
+  while glob.has_magic(folder):
+    folder = os.path.dirname(folder)
+  return _is_within(workdir, folder)
+
+
+def _is_within(path: str, folder: str) -> bool:
+  folder = _real(folder)
+  return os.path.commonpath([os.path.realpath(path), folder]) == folder
+
+
+def _real(path: str) -> str:
+  return os.path.realpath(os.path.expanduser(path))
