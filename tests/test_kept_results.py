@@ -14,7 +14,17 @@ from tiny import make_config, random_params
 
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import evaluate, finetune, fit_palette, lowdata, pretrain, probe, quality, sample
+from igpt_jax.jobs import (
+  evaluate,
+  feature_sets,
+  finetune,
+  fit_palette,
+  lowdata,
+  pretrain,
+  probe,
+  quality,
+  sample,
+)
 from igpt_jax.pretrained import formats
 from igpt_jax.training.features import FeatureExtractor
 
@@ -200,7 +210,10 @@ def classified(trained, tmp_path_factory):
     ({"checkpoint": "checkpoints/8"}, r"checkpoint: \w{16} there, \w{16} here"),
   ],
 )
-def test_classifiers_of_something_else_are_not_told_as_these(trained, classified, change, message):
+def test_classifiers_of_something_else_are_not_told_as_these(
+  trained, classified, monkeypatch, change, message
+):
+  monkeypatch.setattr(feature_sets, "compute", lambda *args: pytest.fail("features are computed"))
   before = (classified / "probe.json").read_bytes()
   config = config_of(**SGD, checkpoint=str(trained))
   config.update_from_flattened_dict(change)

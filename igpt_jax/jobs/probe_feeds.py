@@ -30,7 +30,8 @@ def open_feed(config: ConfigDict, workdir: str, source: Source) -> "Stored | Pic
   return (Stored if config.probe.cached else Pictures)(config, workdir, source)
 
 
-def _groups(config: ConfigDict, source: Source) -> Groups:
+def groups_of(config: ConfigDict, source: Source) -> Groups:
+  """Widths of the features that classifiers are trained on; nothing is computed for it."""
   pixels = config.data.resolution**2 * 3
   n_embd = source.trained.config.n_embd
   layers = (len(source.features.layers), source.features.grid**2 * n_embd)
@@ -62,7 +63,7 @@ class Stored:
   def __init__(self, config: ConfigDict, workdir: str, source: Source):
     self._config, self._source = config, source
     self._stores = feature_sets.compute(config, workdir, source)
-    self.groups = _groups(config, source)
+    self.groups = groups_of(config, source)
     self.fields = (
       "label",
       *self._stores,
@@ -154,7 +155,7 @@ class Pictures:
     self._config, self._source = config, source
     self._data = config_lib.data(config)
     self._palette = common.palette_of(source.trained)
-    self.groups = _groups(config, source)
+    self.groups = groups_of(config, source)
     self._with_images = bool({PIXELS, PCA} & set(self.groups))
     self.fields = ("label", "tokens", "index", *(("image",) if self._with_images else ()))
     self._split = source.splits["train"].select(np.arange(source.rows("train")))

@@ -48,26 +48,15 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
 def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[dict[str, Any]]:
   mesh = source.mesh
   sharding.batch_size_per_shard(mesh, config.probe.batch_size, "probe.batch_size")
-  feed = probe_feeds.open_feed(config, workdir, source)
   rates = tuple(float(rate) for rate in config.probe.learning_rates)
-  optimizer = sgd_probe.make_optimizer(rates, config.probe.steps)
-
-  def fresh(frozen) -> TrainState:
-    return sgd_probe.make_state(feed.groups, optimizer, len(rates), source.n_classes, frozen)
-
-  with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(fresh, feed.frozen)
-    frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
-    shardings = sgd_probe.state_shardings(abstract, feed.groups, mesh, frozen_shardings)
-    state = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
-
+  groups = probe_feeds.groups_of(config, source)
   checkpoints = Checkpoints(folder, keep=1, say=say, patience=config.train.save_retry_seconds)
   said = {
     "features_of": feature_sets.identity_of(config, source, "train", source.checksum),
     "random_weights": source.random_checksum if RANDOM in source.baselines else None,
     "images": source.rows("train"),
     "learning_rates": list(rates),
-    "groups": {name: list(group) for name, group in feed.groups.items()},
+    "groups": {name: list(group) for name, group in groups.items()},
     "steps": config.probe.steps,
     "layers": list(source.features.layers),
   }
@@ -78,6 +67,21 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
   def check(at: int, run: dict[str, Any]) -> None:
     _check_same(folder, run["probe"], said)
     pipeline.check_position(run["data"], pipeline.position(**position, step=at))
+
+  begun = checkpoints.latest()
+  if begun is not None:  # before features are computed
+    check(begun, checkpoints.read_run(begun))
+  feed = probe_feeds.open_feed(config, workdir, source)
+  optimizer = sgd_probe.make_optimizer(rates, config.probe.steps)
+
+  def fresh(frozen) -> TrainState:
+    return sgd_probe.make_state(groups, optimizer, len(rates), source.n_classes, frozen)
+
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(fresh, feed.frozen)
+    frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
+    shardings = sgd_probe.state_shardings(abstract, groups, mesh, frozen_shardings)
+    state = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
 
   resumed = checkpoints.resume(_probes(abstract), _probes(shardings), check)
   first_step = 0
@@ -147,7 +151,7 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
   params = outcome.state.params
   validation, test = accuracies(params, "validation"), accuracies(params, "test")
   return [
-    row for name in feed.groups for row in _rows(name, source, rates, validation[name], test[name])
+    row for name in groups for row in _rows(name, source, rates, validation[name], test[name])
   ]
 
 
