@@ -52,8 +52,10 @@ LEFT_ALONE = {
   "hang_seconds", "host_seconds", "data.data_dir", "data.manual_dir", "log.wandb", "watch", "job",
 }  # fmt: skip
 
-WHOLE = ("-1", "0", "1", "2", "3", "7", "64", "1000000000", "1099511627776", "-2147483649")
-NUMBERS = (*WHOLE, "0.5", "1.5", "-0.1", "1e-300", "1e30", "nan", "inf", "-inf")
+WHOLE = (
+  "-1", "0", "1", "2", "3", "7", "64", "1000000000", "1099511627776", "-2147483649", "9" * 400,
+)  # fmt: skip
+NUMBERS = (*WHOLE, "0.5", "1.5", "-0.1", "1e-38", "1e-300", "1e30", "1e400", "nan", "inf", "-inf")
 WORDS = (
   "", "x", "none", "None", "True", "False", "s", "xl", "full", "names", "bfloat16", "float64",
   "autoregressive", "masked", "warn", "stop", "test", "train", "cosine", "int8", "digits", "cifar10",
