@@ -203,7 +203,7 @@ def classified(trained, tmp_path_factory):
   [
     ({"features.images": 48}, "images: 60 there, 48 here"),
     ({"features.images": 48, "probe.cached": False}, "images: 60 there, 48 here"),
-    ({"data.augment": "paper"}, "recipe: square there, paper here"),
+    ({"data.augment": "paper"}, "recipe: square, version 2 there, paper, version 2 here"),
     ({"features.layers": (1, 2)}, r"layers: \[0, 2\] there"),
     ({"features.grid": 2}, "grid: 1 there, 2 here"),
     ({"model.dtype": "bfloat16"}, "dtype: float32 there, bfloat16 here"),

@@ -5,15 +5,17 @@ Whatever is read is compared with the checksum that was saved with it.
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures import synchronization  # numbers operations; nothing public does
 
 from igpt_jax.checkpoint import folders, sums
 from igpt_jax.checkpoint.settled import settled
@@ -93,15 +95,31 @@ def reading(folder: str):
     ) from error
 
 
-def _alone() -> contextlib.AbstractContextManager[Any]:
-  """For what each process reads for itself: orbax would have it wait for the others."""
+_numbers_alone = itertools.count(10**9)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+  """For what each process reads for itself: orbax would have it wait for the others.
+
+  Orbax numbers the operations of a process, and processes meet by those numbers. What one reads alone
+  gets a number beside them, or it would wait forever at the next operation that all have in common.
+  """
   if jax.process_count() == 1:
-    return contextlib.nullcontext()
+    yield
+    return
   context, this = ocp.Context(), jax.process_index()
   context.multiprocessing.primary_host = this
   context.multiprocessing.active_processes = {this}
   context.multiprocessing.barrier_sync_key_prefix = f"igpt_jax_{this}"
-  return context
+  numbers = synchronization.OperationIdGenerator
+  of_all = numbers._operation_id_counter, numbers._operation_id
+  numbers._operation_id_counter = _numbers_alone
+  try:
+    with context:
+      yield
+  finally:
+    numbers._operation_id_counter, numbers._operation_id = of_all
 
 
 def describe(path: str) -> Described:

@@ -48,7 +48,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   train_split = _counted_on(data_config)
   if train_split is None:
     say(
-      "baselines: there is no train: counted on the evaluated images themselves, which flatters them"
+      "baselines: counted on the evaluated images themselves, which flatters them: there is no train"
     )
   trained = common.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
   n_vocab = trained.config.n_vocab
