@@ -153,7 +153,8 @@ def test_it_goes_on_to_the_recorded_numbers(resumed):
         found.setdefault(str(record["step"]), {}).update(exact)
     assert found.keys() == RECORD["metrics"].keys()
     for step, values in RECORD["metrics"].items():
-      assert found[step] == pytest.approx(values, rel=1e-5), step
+      # The last learning rate is 0.002 of the first, by a cosine that versions of jax round differently.
+      assert found[step] == pytest.approx(values, rel=1e-5, abs=1e-9), step
     assert json.loads((folder / "training.json").read_text())["step"] == 80
 
 
