@@ -119,6 +119,13 @@ def validate(config: ConfigDict) -> None:
     _positive(config, "palette.size", least=2)
   if not 0 < config.mask_probability < 1:
     raise UserError(f"config.mask_probability: {config.mask_probability}; expected within (0, 1)")
+  pixels = config.train.batch_size * config.data.resolution**2
+  if config.job == "pretrain" and settled.objective == "masked":
+    if config.mask_probability * pixels < 1:
+      raise UserError(
+        f"config.mask_probability: {config.mask_probability:g} masks less than one of the {pixels:,} pixels "
+        f"of a batch, which leaves nothing to predict; expected {1 / pixels:.2g} or more"
+      )
   if not 0 < config.sample.keep < 1:
     raise UserError(f"config.sample.keep: {config.sample.keep}; expected a share within (0, 1)")
   if not 0 < config.keep < 1:

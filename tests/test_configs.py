@@ -115,3 +115,13 @@ def test_a_value_out_of_range_is_named(field, value, expected):
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=expected):
     config_lib.validate(config)
+
+
+def test_masks_that_hide_nothing_of_a_batch_are_refused():
+  config = config_lib.base()
+  config.objective, config.train.batch_size = "masked", 8
+  config.mask_probability = 1 / 512  # one pixel of 8 images of 8 × 8
+  config_lib.validate(config)
+  config.mask_probability = 1e-9
+  with pytest.raises(UserError, match=r"masks less than one of the 512 pixels.*expected 0\.002 or"):
+    config_lib.validate(config)

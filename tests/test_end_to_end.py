@@ -318,6 +318,14 @@ def test_the_projects_own_palette_by_name(tmp_path):
     palette_of(tiny(**named))
 
 
+def test_a_palette_of_one_colour_is_refused(tmp_path):
+  np.save(tmp_path / "grey.npy", np.zeros((17, 3), np.float32))
+  config = tiny(**{"palette.path": str(tmp_path / "grey.npy"), "palette.size": 17})
+  with pytest.raises(UserError, match=r"all 17 colours of .*grey\.npy are one"):
+    pretrain.run(config, str(tmp_path / "run"))
+  assert os.listdir(tmp_path / "run") == [".lock"]
+
+
 def test_fit_palette_job(tmp_path):
   fit_palette_job.run(tiny(**{"palette.size": 5}), str(tmp_path))
   values = json.loads((tmp_path / "palette.json").read_text())

@@ -353,17 +353,18 @@ MISTAKES = {
   "warm-up": ({"finetune.warmup_steps": 10}, r"finetune.warmup_steps: 10; .* finetune.steps 9"),
   "resolution": ({"data.resolution": 16}, r"trained at 8; fix: --config.data.resolution=8"),
   "augmentation": ({"finetune.augment": "mixup"}, "mixup"),
-  "unlabelled": ({"data.name": "folder", "data.path": "{unlabelled}"}, "has no labels"),
+  "unlabelled": ({"data.name": "folder", "data.path": "unlabelled"}, "has no labels"),
+  "one class": ({"data.name": "folder", "data.path": "one"}, "has one class alone, cold"),
   "no checkpoint": ({"checkpoint": ""}, "no checkpoint in"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-  """Pictures without labels, and of two classes."""
+  """Images without labels, of one class, and of two."""
   root = tmp_path_factory.mktemp("folders")
   rng = np.random.default_rng(0)
-  for path in ("unlabelled/{}", "labelled/{}/cold", "labelled/{}/warm"):
+  for path in ("unlabelled/{}", "one/{}/cold", "labelled/{}/cold", "labelled/{}/warm"):
     for split, count in (("train", 20), ("test", 4)):
       folder = root / path.format(split)
       folder.mkdir(parents=True)
@@ -377,7 +378,7 @@ def test_a_mistake_is_said_before_anything_is_compiled(start, folders, tmp_path,
   overrides, said = MISTAKES[name]
   overrides = {"checkpoint": start, **overrides}
   if "data.path" in overrides:
-    overrides["data.path"] = str(folders / "unlabelled")
+    overrides["data.path"] = str(folders / overrides["data.path"])
   monkeypatch.setattr(compilation, "compile_step", lambda *args: pytest.fail("compiled"))
   with pytest.raises(UserError, match=said):
     finetune.run(tiny(**overrides), str(tmp_path))

@@ -173,6 +173,11 @@ def training_palette(
     palette = None
   else:
     palette = fit_palette(config, data_config, split)
+  if palette is not None and len(np.unique(palette.centers, axis=0)) < 2:
+    raise UserError(
+      f"palette: all {palette.size} colours of {config.palette.path or kept} are one; expected two or more "
+      "to tell apart"
+    )
   size = config_lib.palette_size(config) if palette is None else palette.size
   if split.is_tokens and split.records.max_token >= size:
     raise UserError(

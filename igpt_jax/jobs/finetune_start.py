@@ -176,8 +176,9 @@ def check_labels(splits: Mapping[str, Split]) -> None:
   train = splits["train"]
   for split in splits.values():
     if split.n_classes < 2:
+      few = f"one class alone, {split.class_names[0]}" if split.n_classes else "no labels"
       raise UserError(
-        f"data.name: {split.fingerprint} has no labels; a classifier needs at least two classes; "
+        f"data.name: {split.fingerprint} has {few}; a classifier needs at least two classes; "
         "fix: a labelled data set, or a folder with one sub-folder per class"
       )
     if split.class_names != train.class_names:
