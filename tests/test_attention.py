@@ -175,6 +175,7 @@ def test_a_cpu_takes_blocks_where_there_is_more_than_one():
     ((8, 9), 136, jnp.bfloat16, "xla"),
     ((8, 0), 8, jnp.bfloat16, "cudnn"),
     ((8, 0), 12, jnp.bfloat16, "xla"),
+    ((7, 5), 64, jnp.bfloat16, "xla"),
     (None, 64, jnp.bfloat16, "xla"),  # another maker's
   ],
 )

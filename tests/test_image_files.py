@@ -5,13 +5,14 @@ import json
 import os
 import pathlib
 import tempfile
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image, features
 
 from igpt_jax import errors
-from igpt_jax.data import pipeline, sources, transforms
+from igpt_jax.data import image_files, pipeline, sources, transforms
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,29 @@ def test_every_format_is_known_without_its_suffix(tmp_path, kind):
   Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "train" / "image", kind)
   split = sources.open_split(sources.DataConfig(name="folder", path=str(tmp_path)), "train")
   assert abs(transforms.decode(split[0]["image"]).astype(int) - 90).max() < 4
+
+
+def test_a_header_that_promises_much_costs_nothing(tmp_path):
+  """92 bytes that announce 4 GiB of names of formats: they were all looked for."""
+  (tmp_path / "bomb").write_bytes(b"\xff\xff\xff\xffftypisom" + bytes(80))
+  tracemalloc.start()
+  assert image_files.why_not(str(tmp_path / "bomb")) == "no image that can be read"
+  assert tracemalloc.get_traced_memory()[1] < 10**6
+  tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+  "start, heic",
+  [
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", True),
+    (b"\0\0\0\x18ftyphevc\0\0\0\0mif1heic", True),
+    (b"\0\0\0\x18ftypmsf1\0\0\0\0mif1heic", True),
+    (b"\0\0\0\x10ftypisom\0\0\0\0mif1heic", False),
+    (b"\xff\xd8\xff heic", False),
+  ],
+)
+def test_heic_is_one_thing_to_whoever_lists_and_whoever_reads(start, heic):
+  assert image_files.is_heic(start + bytes(100)) == heic
 
 
 def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path, caplog):

@@ -92,7 +92,12 @@ def test_a_stored_split_is_held_out_by_its_name(tmp_path, name):
     sources.open_split(missing, "validation")
 
 
-def test_a_stored_tfds_split_is_held_out_by_its_name(data_dir):
+def test_tokens_and_tfds_splits_are_held_out_by_their_names(data_dir, tmp_path):
+  np.save(tmp_path / "test.npy", np.zeros((2, 64), np.uint8))
+  tokens = _config(name="tokens", path=str(tmp_path), validation_split="test", resolution=8)
+  assert len(sources.open_split(tokens, "validation")) == 2
+  with pytest.raises(errors.NoSuchSplit, match=r"'test' is held out, which leaves no test split"):
+    sources.open_split(tokens, "test")
   config = _config(data_dir=data_dir, validation_split="test")
   assert [len(sources.open_split(config, s)) for s in ("train", "validation")] == [1497, 300]
   with pytest.raises(

@@ -30,6 +30,8 @@ _LEFTOVERS = frozenset(
   }
 )  # fmt: skip
 
+_START = 64  # bytes of a file that tell what it is
+
 # First bytes of formats that Pillow reads.
 _STARTS = (
   b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
@@ -118,7 +120,7 @@ def why_not(path: str) -> str | None:
     return "a raw photograph, to be developed first"
   try:
     with open(path, "rb") as file:
-      start = file.read(64)
+      start = file.read(_START)
   except OSError as error:
     return str(error.strerror)
   if start[4:8] == b"ftyp":
@@ -132,17 +134,27 @@ def why_not(path: str) -> str | None:
   return None if known else "no image that can be read"
 
 
+def _brands(start: bytes) -> list[bytes]:
+  """What a file in the container that AVIF, HEIC and films share calls itself, first of all; none: it isn't one."""
+  if start[4:8] != b"ftyp":
+    return []
+  end = min(int.from_bytes(start[:4], "big"), len(start))  # a header may promise 4 GiB of them
+  return [start[8:12], *(start[i : i + 4] for i in range(16, end, 4))]
+
+
+def is_heic(start: bytes) -> bool:
+  """Whether a file of which this is the start is HEIC, for which Pillow needs a plugin."""
+  brands = _brands(start[:_START])
+  return bool(brands) and (brands[0] == b"mif1" or any(brand in _HEIC_BRANDS for brand in brands))
+
+
 def _why_not_ftyp(start: bytes) -> str | None:
-  """Of a file in the container that AVIF, HEIC and films share."""
-  brands = [
-    start[8:12],
-    *(start[i : i + 4] for i in range(16, int.from_bytes(start[:4], "big"), 4)),
-  ]
+  brands = _brands(start)
   if b"avif" in brands or b"avis" in brands:
     from PIL import features
 
     return None if features.check("avif") else "AVIF, which this Pillow can't read"
-  if any(brand in _HEIC_BRANDS for brand in brands) or brands[0] == b"mif1":
+  if is_heic(start):
     if importlib.util.find_spec("pillow_heif"):
       return None
     return "HEIC, for which Pillow needs a plugin: pip install pillow-heif"

@@ -23,13 +23,12 @@ import io
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
-from igpt_jax.data import transforms
+from igpt_jax.data import image_files, transforms
 
 # Seen at MAX_PIXELS: 2.2 GiB of WebP, 1.4 of TIFF, 1.2 of AVIF and of PNG with alpha, 0.8 of a
 # progressive JPEG, 0.1 of another.
 MAX_MEMORY = 5 * 2**29  # bytes, 2.5 GiB
 
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 _EXIF_ORIENTATION = 0x0112
 _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _TURNS = {
@@ -102,7 +101,7 @@ def as_stored(data: bytes) -> bool:
 
 def _open(data: bytes, name: str) -> Image.Image:
   """As `transforms.open_image`; HEIC too, where pillow-heif is installed."""
-  if data[4:8] != b"ftyp" or data[8:12] not in _HEIC_BRANDS:
+  if not image_files.is_heic(data):
     return transforms.open_image(data, name)
   if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
     import pillow_heif

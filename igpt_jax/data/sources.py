@@ -176,7 +176,7 @@ def open_split(config: DataConfig, split: str) -> Split:
   if config.name == "folder":
     records = _folder_records(config, stored, held_out=own if split == "test" else "")
   elif config.name == "tokens":
-    records = _token_records(config, stored)
+    records = _token_records(config, stored, held_out=own if split == "test" else "")
   else:
     from igpt_jax.data import tfds_source
 
@@ -300,12 +300,16 @@ class TokenRecords:
     self.__dict__.update(state, _rows=np.load(state["_path"], mmap_mode="r", allow_pickle=False))
 
 
-def _token_records(config: DataConfig, stored: str) -> TokenRecords:
+def _token_records(config: DataConfig, stored: str, held_out: str) -> TokenRecords:
   path = pathlib.Path(config.path).expanduser()
 
   def records_of(file: pathlib.Path) -> TokenRecords:
     return TokenRecords(file, config.resolution**2, config.verify)
 
+  if stored == held_out:
+    raise errors.NoSuchSplit(
+      f"data.validation_split: {held_out!r} is held out, which leaves no {stored} split; expected another"
+    )
   if path.is_dir():
     return records_of(path / f"{stored}.npy")
   if stored != "test":

@@ -103,9 +103,10 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   if common.is_main():
     report.write_json(os.path.join(out, "evaluation.json"), values)
     report.write_summary(out)
+  counted = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
     f"{config.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
-    f"{images:,} pictures\n"
+    f"{images:,} pictures{counted}\n"
     f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
     f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
     f"{values['below_position_unigram']:.1%} below the last"

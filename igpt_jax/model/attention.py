@@ -90,13 +90,15 @@ def _cudnn_unsupported(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None
   """Why cuDNN's attention doesn't take heads of this size, or None.
 
   As jax has it (check_is_flash_attention of jax/_src/cudnn/fused_attention_stablehlo.py): without a
-  bias, sequences may be of any length.
+  bias, sequences may be of any length. What jax doesn't check: cuDNN has it from Ampere on.
   """
   capability = hardware.cuda_capability()
   if capability is None:
     return f"{hardware.target().device_kind}: expected an NVIDIA GPU"
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
     return f"dtype {jnp.dtype(dtype).name}: expected bfloat16 or float16"
+  if capability < (8, 0):
+    return f"compute capability {'.'.join(map(str, capability))}: expected 8.0 or more"
   most = 256 if capability >= (9, 0) else 128  # from Hopper on
   if head_dim % 8 or head_dim > most:
     return f"head dim {head_dim}: expected a multiple of 8 up to {most}"
