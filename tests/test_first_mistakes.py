@@ -144,6 +144,13 @@ def test_a_mistake_is_one_short_line(name, answers):
   assert [path.name for path in left if path.name != ".lock"] == []
 
 
+def test_without_jax_platforms_it_takes_what_there_is(tmp_path):
+  missing = ["--config.data.name=folder", f"--config.data.path={tmp_path}/missing"]
+  run = call("configs/quickstart.py", tmp_path / "w", *missing, JAX_PLATFORMS="")
+  assert run.returncode == 2
+  assert run.stderr.startswith("igpt_jax: data.path ") and run.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("platforms", ["gpu", "cuda"])
 def test_a_platform_that_is_not_here(given, tmp_path, platforms):
   """Not the checkpoint's fault. (jax reads the variable when it is imported.)"""

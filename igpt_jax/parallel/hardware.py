@@ -73,7 +73,7 @@ def check_platform() -> None:
   Raises:
     UserError: there are none, or jax has no such platform.
   """
-  wanted = jax.config.jax_platforms or jax.config.jax_platform_name
+  wanted = jax.config.jax_platforms
   if not wanted or wanted == "cpu":
     return
   try:
