@@ -91,6 +91,15 @@ def test_what_a_killed_run_has_not_left_is_left_by_the_next_start(
   assert results(tmp_path) == before
 
 
+def test_a_damaged_training_json_is_written_again(ended, tmp_path):
+  shutil.copytree(ended, tmp_path / "run")
+  (tmp_path / "run" / "training.json").write_text('{"step": 1')
+  pretrain.run(tiny(), str(tmp_path / "run"))
+  found, expected = training(tmp_path / "run"), training(ended)
+  assert found.pop("elapsed_seconds") > 0 and expected.pop("elapsed_seconds") > 0
+  assert found == expected
+
+
 def test_a_run_that_goes_on_again_has_not_ended(ended, tmp_path, monkeypatch, recwarn):
   """Its last checkpoint is damaged: nobody is told that it ended until it has, with the same numbers."""
   workdir = tmp_path / "run"

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import metrics, pictures, report
+from igpt_jax import files, metrics, pictures, report
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data.sources import has_validation, open_split
 from igpt_jax.jobs import common, goodput, guard, lock, loop, memory, saving, starting_point
@@ -173,7 +173,9 @@ def finish(
   """The curve, training.json, the summary; of a run that had ended before, what isn't there of them."""
   draw_curve(workdir, os.path.join(workdir, "loss.png"))
   path = os.path.join(workdir, RESULT)
-  if not os.path.exists(path):
+  try:
+    files.read_json(path)
+  except (FileNotFoundError, ValueError):  # not there yet, or damaged
     values = {"step": at_step, "parameters": parameters, "elapsed_seconds": elapsed}
     newest = metrics.newest(os.path.join(workdir, "metrics.jsonl"))
     report.write_json(path, values | newest | spent)
