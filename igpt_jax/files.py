@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from igpt_jax import history
 from igpt_jax.errors import UserError
 
 # What file systems that have no such promise to make say of a folder, or of any file.
@@ -120,11 +121,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(theirs: Any, mine: Mapping[str, Any]) -> list[str]:
-  """A line for each value of `mine` that `theirs`, which was read from JSON, hasn't got."""
+  """A line for each value of `mine` that `theirs`, which was read from JSON, hasn't got.
+
+  A field that came later is absent from what older versions kept, which stands for its default then.
+  """
   kept = flatten(theirs) if isinstance(theirs, Mapping) else {}
   wanted = flatten(json.loads(json.dumps(mine)))
   return [
     f"  {name}: {kept.get(name, 'absent')} there, {value} here"
     for name, value in wanted.items()
-    if name not in kept or kept[name] != value
+    if (kept[name] != value if name in kept else not history.is_default_of_later(name, value))
   ]

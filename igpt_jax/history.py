@@ -51,6 +51,13 @@ def format_of(values: Mapping[str, Any], where: str) -> int:
   return number
 
 
+def is_default_of_later(name: str, value: Any) -> bool:
+  """Whether a field, or one that a longer name ends with, came later, and has the default of then."""
+  parts = name.split(".")
+  endings = (".".join(parts[i:]) for i in range(len(parts)))
+  return any(ending in ADDED and ADDED[ending] == value for ending in endings)
+
+
 def upgraded(config: Mapping[str, Any], number: int) -> dict[str, Any]:
   """A config as JSON that was written in format `number`, with today's names and all of today's fields."""
   config = copy.deepcopy(dict(config))

@@ -21,7 +21,7 @@ class JsonlWriter:
   def __init__(self, path: str, resume_step: int):
     self.path = path
     if os.path.exists(path):
-      with open(path, encoding="utf-8") as lines:
+      with open(path, encoding="utf-8", errors="replace") as lines:
         kept = [line.rstrip("\n") + "\n" for line in lines if _belongs_before(line, resume_step)]
       with replacing(path) as partial, open(partial, "w", encoding="utf-8") as out:
         out.writelines(kept)
@@ -63,13 +63,11 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
   records = []
   if not os.path.exists(path):
     return records
-  with open(path, encoding="utf-8") as lines:
+  with open(path, encoding="utf-8", errors="replace") as lines:
     for line in lines:
-      try:
+      with contextlib.suppress(ValueError):
         records.append(json.loads(line))
-      except ValueError:
-        continue
-  return records
+  return [record for record in records if isinstance(record, dict)]
 
 
 def newest(path: str) -> dict[str, Any]:

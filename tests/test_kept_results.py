@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tiny import make_config, random_params
 
+from igpt_jax import history
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import (
@@ -424,3 +425,42 @@ def test_a_fine_tuning_begun_from_another_model_is_refused(run, tmp_path):
   shutil.rmtree(began)
   finetune.run(config, str(out))
   assert read(out / "finetune" / "finetune.json")["start_parameters"] == told["start_parameters"]
+
+
+# --- a run on bare tokens, whose colours the config says ------------------------------------------
+
+
+def test_results_in_other_colours_are_made_anew(tmp_path):
+  rng = np.random.default_rng(0)
+  palette(tmp_path / "a.npy", 0)
+  palette(tmp_path / "b.npy", 1)
+  for name in ("train", "test"):
+    np.save(tmp_path / f"{name}.npy", rng.integers(0, 17, (40, 64)).astype(np.uint16))
+  tokens = {"data__name": "tokens", "data__path": str(tmp_path), "data__augment": "none"}
+  pretrain.run(config_of(**tokens), str(tmp_path / "run"))
+
+  def evaluated(colours):
+    path = str(tmp_path / f"{colours}.npy")
+    evaluate.run(watching("evaluate", palette__path=path), str(tmp_path / "run"))
+    return read(tmp_path / "run" / "evaluate" / "12" / "evaluation.json")["nats_per_token"]
+
+  first, second = evaluated("a"), evaluated("b")
+  assert first != second and evaluated("a") == first
+
+
+# --- fields that came later ------------------------------------------------------------------------
+
+
+def test_a_field_that_came_later_changes_nothing_that_is_kept(run, monkeypatch):
+  """As long as it has the default that it came with."""
+  evaluate.run(watching("evaluate"), str(run))
+  before = (run / "evaluate" / "12" / "evaluation.json").stat().st_mtime_ns
+  monkeypatch.setitem(history.ADDED, "evaluate.new", 0)
+  monkeypatch.setitem(history.ADDED, "train.new", 0)
+  for value, kept in ((0, True), (1, False)):
+    config = watching("evaluate")
+    with config.unlocked():
+      config.evaluate.new = value
+    evaluate.run(config, str(run))
+    after = (run / "evaluate" / "12" / "evaluation.json").stat().st_mtime_ns
+    assert (after == before) == kept

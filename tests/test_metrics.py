@@ -259,3 +259,13 @@ def test_countdown_speaks_now_and_then(clock):
 )  # fmt: skip
 def test_format_seconds(seconds, text):
   assert format_seconds(seconds) == text
+
+
+def test_bytes_that_are_no_text_end_nothing(tmp_path):
+  """As a torn block leaves them where the power went."""
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe{"step\n3\n{"step": 2, "loss": 1.0}\n')
+  assert [record["step"] for record in metrics.read_jsonl(str(path))] == [1, 2]
+  assert metrics.newest(str(path)) == {"loss": 1.0}
+  metrics.JsonlWriter(str(path), 1).close()
+  assert path.read_bytes() == b'{"step": 1, "loss": 2.0}\n'

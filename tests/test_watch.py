@@ -13,7 +13,7 @@ from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import folders
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import guard, provenance, watch
+from igpt_jax.jobs import guard, provenance, starting_point, watch
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def whole(monkeypatch):
     folders, "is_whole", lambda folder: os.path.exists(os.path.join(folder, "whole"))
   )
   monkeypatch.setattr(checkpoint, "describe", describe)
+  monkeypatch.setattr(starting_point, "with_palette", lambda found, config: found)
   monkeypatch.setattr(provenance, "of_checkpoint", lambda found: {"parameters": found})
   monkeypatch.setattr(provenance, "of_run", lambda found: "a run")
   monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0))

@@ -104,6 +104,7 @@ def _alone() -> Iterator[None]:
 
   Orbax numbers the operations of a process, and processes meet by those numbers. What one reads alone
   gets a number beside them, or it would wait forever at the next operation that all have in common.
+  Not while something is being written in the background, which asks for the number of its own.
   """
   if jax.process_count() == 1:
     yield

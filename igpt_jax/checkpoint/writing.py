@@ -221,7 +221,7 @@ class Checkpoints:
 
     Orbax takes any folder with a number for a checkpoint, and reads a little of each. What isn't
     finished and older than what is, was being deleted when a run was killed. All processes read the
-    same, for orbax counts what it reads; one of them acts.
+    same, and know what is good; one of them acts.
     """
     unfinished: dict[int, str] = {}
     deleted: list[str] = []

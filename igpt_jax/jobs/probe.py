@@ -66,8 +66,8 @@ def check(config: ConfigDict) -> None:
 def probe(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; features are kept in `workdir`, results go to `out`."""
   source = feature_sets.open_source(config, workdir)
-  # By all processes: the parameters are summed up on the devices of all.
   features_folder = feature_sets.folder_of(config, workdir, source)
+  own_features = not os.path.exists(features_folder)
   method = config.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
   say(f"probe: {method}, {source.rows('train'):,} training pictures of {source.n_classes} classes")
   nats = validation_loss(config, source)
@@ -102,7 +102,9 @@ def probe(config: ConfigDict, workdir: str, out: str) -> None:
   probe_report.draw(os.path.join(out, "probe.png"), values)
   report.write_json(os.path.join(out, "probe.json"), values)
   report.write_summary(out)
-  if config.watch:  # one checkpoint's features after the other's would fill the disk
+  if (
+    config.watch and own_features
+  ):  # one checkpoint's features after the other's would fill the disk
     shutil.rmtree(features_folder, ignore_errors=True)
   say(text.rstrip())
   say(values["verdict"])

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import files
+from igpt_jax import files, history
 from igpt_jax.checkpoint import Described
 from igpt_jax.data import transforms
 from igpt_jax.data.sources import open_split
@@ -50,7 +50,11 @@ def of_run(found: Described) -> str:
   settings = files.flatten(found.run.get("config", {}))
   return files.digest(
     {
-      "settings": {k: v for k, v in settings.items() if not workdir_lib.may_differ(k)},
+      "settings": {
+        field: value
+        for field, value in settings.items()
+        if not workdir_lib.may_differ(field) and not history.is_default_of_later(field, value)
+      },
       "data": found.run.get("data", {}).get("fingerprint"),
     }
   )

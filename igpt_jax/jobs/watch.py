@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint, files, report
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, guard, provenance
+from igpt_jax.jobs import common, guard, provenance, starting_point
+from igpt_jax.jobs import workdir as workdir_lib
 from igpt_jax.jobs.common import say
 from igpt_jax.parallel import hosts
 
@@ -69,7 +70,7 @@ def run(
   say(f"watching {watched}")
   watch = _Watch(config, watched, os.path.join(workdir, config.job), result, settings(config))
   while True:
-    step = _agree(watch.next())
+    step = _agree(watch.next() if common.is_main() else 0)
     if step == _ENDED:
       return watch.last
     if step == _NOTHING_NEW:
@@ -86,7 +87,7 @@ def run(
 
 
 class _Watch:
-  """Which steps of a run are done, and which is next.
+  """Which steps of a run are done, and which is next: the main process says, all do.
 
   Args:
     config: of the job.
@@ -102,7 +103,8 @@ class _Watch:
   def __init__(
     self, config: ConfigDict, watched: str, folder: str, result: str, settings: dict[str, Any]
   ):
-    self._patience, self._watched, self._folder = config.watch_patience, watched, folder
+    self._config, self._patience = config, config.watch_patience
+    self._watched, self._folder = watched, folder
     self._result, self._settings = result, settings
     self._gone: set[int] = set()
     self._news = time.monotonic()
@@ -111,8 +113,7 @@ class _Watch:
 
   def next(self) -> int:
     """The first step that isn't done; or that there is none yet, or will be none any more."""
-    if common.is_main():
-      self._put_abandoned_aside()
+    self._put_abandoned_aside()
     # Looked at before the checkpoints: the last of them is written before this is.
     ended = _training_has_ended(self._watched)
     for step in checkpoint.whole_steps(self._watched):
@@ -136,18 +137,24 @@ class _Watch:
     """Where the step's results go: a folder that holds nothing of anything else.
 
     Raises:
-      UserError, OSError: the checkpoint has been deleted, or the folder can't be made.
+      UserError, OSError: on some process the checkpoint has been deleted, or the folder can't be made;
+        then on all.
     """
     self._news = time.monotonic()
     out = os.path.join(self._folder, str(step))
-    made_from = self._describe(step)
-    if common.is_main():
-      differing = _differing(out, made_from)
-      if differing:
-        _put_aside(out, "is of another checkpoint or other settings", differing)
-      common.open_workdir(out)
-      report.write_json(os.path.join(out, MADE_FROM), made_from)
-    hosts.wait_for_all("watch begins")
+    error: Exception | None = None
+    try:
+      made_from = self._describe(step)
+      if common.is_main():
+        differing = _differing(out, made_from)
+        if differing:
+          _put_aside(out, "is of another checkpoint or other settings", differing)
+        common.open_workdir(out)
+        report.write_json(os.path.join(out, MADE_FROM), made_from)
+    except (UserError, OSError) as caught:
+      error = caught
+    if hosts.on_any(error is not None):
+      raise error or UserError(f"checkpoint {step} can't be read by another process")
     return out
 
   def _put_abandoned_aside(self) -> None:
@@ -170,6 +177,7 @@ class _Watch:
 
   def _describe(self, step: int) -> MadeFrom:
     found = checkpoint.describe(checkpoint.path_of(self._watched, step))
+    found = starting_point.with_palette(found, self._config)
     return {
       "checkpoint": provenance.of_checkpoint(found),
       "run": provenance.of_run(found),
@@ -192,8 +200,9 @@ class _Watch:
 
 
 def results_like(out: str, result: str, made_from: MadeFrom) -> dict[str, Any] | None:
-  """What a job left of a step of the same run with the same settings; None: nothing."""
+  """What a job left of a step of the same run with the same settings and colours; None: nothing."""
   same = {name: made_from[name] for name in ("run", "settings")}
+  same["checkpoint"] = {"palette": made_from["checkpoint"]["palette"]}
   return None if _differing(out, same) else results(out, result)
 
 
@@ -239,23 +248,18 @@ def _training_has_ended(watched: str) -> bool:
     UserError: what says so is damaged.
   """
 
-  def number(name: str, *fields: str) -> int:
-    path = os.path.join(watched, name)
-    try:
-      value: Any = files.read_json(path)
-      for field in fields:
-        value = value[field]
-      return int(value)
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(
-        f"config.watch: {path} is damaged ({type(error).__name__}: {error}); fix: copy it again, or "
-        "run the training again, which writes it"
-      ) from None
-
+  path = os.path.join(watched, "training.json")
   try:
-    return number("training.json", "step") >= number("config.json", "train", "steps")
+    made = int(files.read_json(path)["step"])
   except FileNotFoundError:
     return False
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"config.watch: {path} is damaged ({type(error).__name__}: {error}); fix: copy it again, or "
+      "run the training again, which writes it"
+    ) from None
+  settings = workdir_lib.read(watched)
+  return settings is not None and made >= settings["train.steps"]
 
 
 def _agree(step: int) -> int:

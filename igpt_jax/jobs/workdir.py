@@ -86,6 +86,8 @@ def read(workdir: str) -> dict[str, Any] | None:
     return files.flatten(history.upgraded(config, number))
   except FileNotFoundError:
     return None
+  except OSError as error:
+    raise UserError(f"workdir: {path} can't be read ({error.strerror}); expected a file") from None
   except (ValueError, TypeError, AttributeError) as error:  # what isn't JSON, or not of this shape
     raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
 
