@@ -33,9 +33,8 @@ def base() -> ConfigDict:
   config.data.threads = 0  # that load pictures, in each process; 0: chosen
   config.data.workers = 0  # processes that load pictures; 0: this one
   config.data.cache_mb = 512  # a data set whose decoded pictures fit in this is read once
-  config.data.verify = (
-    False  # read folders and files of tokens whole to know them, also if they seem unchanged
-  )
+  # Read folders and files of tokens whole to know them, also if they seem unchanged.
+  config.data.verify = False
   config.data.manual_dir = ""  # job prepare: archives fetched by hand; "": TFDS' default
 
   config.palette = ConfigDict()

@@ -125,11 +125,7 @@ class WandbWriter:
       self._run = wandb.init(
         project=project, id=run_id, resume="allow", name=name, dir=workdir, config=dict(config)
       )
-    except (
-      wandb.errors.Error,
-      OSError,
-      ValueError,
-    ) as error:  # no key, no network, no such project
+    except (wandb.errors.Error, OSError, ValueError) as error:  # no key, network or project
       raise UserError(
         f"log.wandb: True, but wandb.init failed ({' '.join(str(error).split())[:300]}); fix: "
         "`wandb login` or WANDB_API_KEY; or WANDB_MODE=offline, which is sent later by `wandb sync`; "
@@ -253,9 +249,9 @@ class Countdown:
     self._what, self._total, self._say, self._every = what, total, say, every
     self._began = self._told = time.monotonic()
 
-  def part(self, index: int, parts: int, batch_size: int) -> Callable[[int], None]:
-    """A ticker for pass `index` of `parts` over the whole; it is told batches."""
-    return lambda n: self.tick((index * self._total + n * batch_size) // parts)
+  def batches(self, batch_size: int) -> Callable[[int], None]:
+    """A ticker that is told how many batches are done, not how many of the whole."""
+    return lambda n: self.tick(n * batch_size)
 
   def tick(self, done: int) -> None:
     now = time.monotonic()

@@ -176,7 +176,7 @@ class Checkpoints:
     return None if newest is None else newest.step
 
   def scores(self) -> dict[int, float | None]:
-    """Of every whole checkpoint, and the one being written, the score of `keep_best`; None: it has none."""
+    """The score of `keep_best` by step, of whole checkpoints and the one being written; None: it has none."""
     return {
       each.step: (each.metrics or {}).get(self._score) for each in self._checkpointer.checkpoints
     }

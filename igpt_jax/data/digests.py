@@ -115,7 +115,7 @@ class _State(NamedTuple):
 
 
 def _state(file: str | int, path: str | None = None) -> _State | None:
-  """Of a path, or of an open file and the path it was opened by; None: there is none."""
+  """The state of a path, or of an open file and the path it was opened by; None: there is none."""
   try:
     status = os.stat(file)
   except OSError:

@@ -8,9 +8,8 @@ import numpy as np
 
 from igpt_jax import errors
 
-MAX_SEED = (
-  2**32 - 1
-)  # random generators take 32 bits: of a longer seed some would heed the end alone
+# Random generators take 32 bits: of a longer seed some would heed the end alone.
+MAX_SEED = 2**32 - 1
 
 _COMPARED = 256  # records of a batch that tell one order from another
 

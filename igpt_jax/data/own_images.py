@@ -100,7 +100,7 @@ def as_stored(data: bytes) -> bool:
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-  """As `transforms.open_image`; HEIC too, where pillow-heif is installed."""
+  """Opens what `transforms.open_image` does; HEIC too, where pillow-heif is installed."""
   if not image_files.is_heic(data):
     return transforms.open_image(data, name)
   if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
@@ -199,7 +199,7 @@ def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform]
 
 @functools.lru_cache(maxsize=16)
 def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-  """Of a profile (None: of L*a*b*), as `_conversion`. A damaged one is as good as none."""
+  """The `_conversion` of a profile (None: of L*a*b*). A damaged one is as good as none."""
   try:
     source = ImageCms.createProfile("LAB")
     if profile is not None:

@@ -21,7 +21,11 @@ from igpt_jax.data import digests, transforms
 from igpt_jax.data.folder import FolderRecords, class_folders
 
 SPLITS = ("train", "validation", "test")
-_TESTS = ("test", "val", "validation")  # folders that are the test split, the first that is there
+TEST_FOLDERS = (
+  "test",
+  "val",
+  "validation",
+)  # folders that are the test split, the first that is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,19 +177,16 @@ def open_split(config: DataConfig, split: str) -> Split:
       "--config.data.validation=0.1, or data.validation_split"
     )
   stored = own if own and split == "validation" else "test" if split == "test" else "train"
+  held_out = own if split == "test" else ""
   if config.name == "folder":
-    records = _folder_records(config, stored, held_out=own if split == "test" else "")
+    records = _folder_records(config, stored, held_out)
   elif config.name == "tokens":
-    records = _token_records(config, stored, held_out=own if split == "test" else "")
+    records = _token_records(config, stored, held_out)
   else:
     from igpt_jax.data import tfds_source
 
     records = tfds_source.open_records(
-      config.name,
-      config.data_dir,
-      stored,
-      held_out=own if split == "test" else "",
-      verify=config.verify,
+      config.name, config.data_dir, stored, held_out, config.verify
     )
   return _view(records, 0 if own or split == "test" else config.validation, split)
 
@@ -224,7 +225,7 @@ def _view(records: Records, share: float, split: str) -> Split:
 
 def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRecords:
   root = pathlib.Path(config.path).expanduser()
-  names = [name for name in (_TESTS if stored == "test" else (stored,)) if name != held_out]
+  names = [name for name in (TEST_FOLDERS if stored == "test" else (stored,)) if name != held_out]
   folder = next((root / name for name in names if (root / name).is_dir()), None)
   if folder is None:
     found = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None

@@ -154,7 +154,7 @@ def training_palette(
         f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
       )
     if begun_with is None and os.path.exists(kept):
-      if not np.array_equal(Palette.load(kept).centers, palette.centers):
+      if Palette.load(kept) != palette:
         raise UserError(
           f"palette.path: {config.palette.path} has other colours than {kept}, which the run there was "
           "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"

@@ -76,7 +76,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
       trained.params,
       counting(batches, counts),
       masks=masks,
-      report=clock.part(0, 1, config.evaluate.batch_size),
+      report=clock.batches(config.evaluate.batch_size),
     )
   if not predicted:
     raise UserError(

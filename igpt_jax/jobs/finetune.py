@@ -92,7 +92,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     eval_batch = min(batch_size, sharding.round_up_batch(mesh, total))
     clock = metrics.Countdown(f"{name}: {total:,} pictures", total, say)
     with common.eval_stream(split, data_config, palette, mesh, eval_batch, total) as stream:
-      return classifier(params, stream, clock.part(0, 1, eval_batch) if tell else None)
+      return classifier(params, stream, clock.batches(eval_batch) if tell else None)
 
   checkpoints = Checkpoints(
     folder,

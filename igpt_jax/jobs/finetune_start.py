@@ -100,9 +100,7 @@ def _check_same_start(config: ConfigDict, workdir: str, own: Described) -> None:
     UserError: it is another model now; results would be told as those of that one.
   """
   began = own.run["began_with"]
-  path = config.checkpoint or (
-    workdir if checkpoint.latest_step(workdir) is not None else config.init_from
-  )
+  path = starting_point.path_of_job(config, workdir) or workdir
   path = os.path.abspath(os.path.expanduser(path))
   if not os.path.exists(path) and f"{began['checkpoint']}/".startswith(f"{path}/"):
     return

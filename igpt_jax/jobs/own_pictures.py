@@ -96,7 +96,7 @@ def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
 
 
 def _named(found: list[tuple[str, str]]) -> list[File]:
-  """With names that differ: a file's own, its whole name, or that with a number.
+  """Gives files names that differ: a file's own, its whole name, or that with a number.
 
   They differ from what else lies beside them, too: the job's own files, and folders of classes.
   """

@@ -7,6 +7,7 @@ import os
 from ml_collections import ConfigDict
 
 from igpt_jax import files
+from igpt_jax.data.sources import TEST_FOLDERS
 from igpt_jax.errors import UserError
 
 _GRID = "grid.png"  # what job `complete` leaves in the workdir itself
@@ -44,7 +45,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     )
   if config.data.name == "folder":
     inside = os.path.relpath(os.path.realpath(workdir), _real(config.data.path)).split(os.sep)
-    if inside[0] in ("train", "test", "val", "validation", config.data.validation_split):
+    if inside[0] in ("train", *TEST_FOLDERS, config.data.validation_split):
       raise UserError(
         f"--workdir: {workdir} lies within data.path {config.data.path}: the results would be read as "
         f"images of {inside[0]}; fix: another --workdir"

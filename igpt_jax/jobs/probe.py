@@ -102,9 +102,8 @@ def probe(config: ConfigDict, workdir: str, out: str) -> None:
   probe_report.draw(os.path.join(out, "probe.png"), values)
   report.write_json(os.path.join(out, "probe.json"), values)
   report.write_summary(out)
-  if (
-    config.watch and own_features
-  ):  # one checkpoint's features after the other's would fill the disk
+  # One checkpoint's features after the other's would fill the disk.
+  if config.watch and own_features:
     shutil.rmtree(features_folder, ignore_errors=True)
   say(text.rstrip())
   say(values["verdict"])

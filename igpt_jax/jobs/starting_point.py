@@ -119,12 +119,17 @@ def checksum_of(found: Described) -> str:
   return checksum.checksum_of_summed(sums.params)
 
 
+def path_of_job(config: ConfigDict, workdir: str) -> str:
+  """Where what `of_job` describes lies; "": in the workdir."""
+  if config.checkpoint or checkpoint.latest_step(workdir) is not None:
+    return config.checkpoint
+  return config.init_from
+
+
 def of_job(config: ConfigDict, workdir: str) -> Described:
   """What a job works on that doesn't train from it: `checkpoint`, else the workdir's newest, else
   `init_from`."""
-  path = config.checkpoint
-  if not path and checkpoint.latest_step(workdir) is None:
-    path = config.init_from
+  path = path_of_job(config, workdir)
   if path:
     return describe(path, config)
   return with_palette(checkpoint.describe(workdir), config)

@@ -134,27 +134,25 @@ class _Watch:
     return _NOTHING_NEW
 
   def begin(self, step: int) -> str:
-    """Where the step's results go: a folder that holds nothing of anything else.
+    """Where the results of the step that `next` said go: a folder that holds nothing of anything else.
 
     Raises:
-      UserError, OSError: on some process the checkpoint has been deleted, or the folder can't be made;
-        then on all.
+      UserError, OSError: it can't be made; on all processes.
     """
     self._news = time.monotonic()
     out = os.path.join(self._folder, str(step))
     error: Exception | None = None
-    try:
-      made_from = self._describe(step)
-      if common.is_main():
-        differing = _differing(out, made_from)
+    if common.is_main():
+      try:
+        differing = _differing(out, self.last)
         if differing:
           _put_aside(out, "is of another checkpoint or other settings", differing)
         common.open_workdir(out)
-        report.write_json(os.path.join(out, MADE_FROM), made_from)
-    except (UserError, OSError) as caught:
-      error = caught
+        report.write_json(os.path.join(out, MADE_FROM), self.last)
+      except (UserError, OSError) as caught:
+        error = caught
     if hosts.on_any(error is not None):
-      raise error or UserError(f"checkpoint {step} can't be read by another process")
+      raise error or UserError(f"{out} can't be begun by the main process")
     return out
 
   def _put_abandoned_aside(self) -> None:
@@ -247,7 +245,6 @@ def _training_has_ended(watched: str) -> bool:
   Raises:
     UserError: what says so is damaged.
   """
-
   path = os.path.join(watched, "training.json")
   try:
     made = int(files.read_json(path)["step"])

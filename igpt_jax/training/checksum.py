@@ -38,7 +38,7 @@ class Summed:
 
 
 def summed(leaf: np.ndarray) -> Summed:
-  """Of one array, by numpy."""
+  """Sums one array by numpy."""
   return Summed(leaf.shape, _sum_on_host(leaf))
 
 
