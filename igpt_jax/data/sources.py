@@ -31,7 +31,7 @@ class DataConfig:
   """Which pictures, how they are made ready, and with how much help.
 
   Attributes:
-    name: `digits` or `photo_patches` (made on first use, nothing to download), `folder`, `tokens`,
+    name: `digits` (made on first use, nothing to download), `folder`, `tokens`,
       or the name of a TFDS data set, such as `cifar10`, `imagenet2012`, `imagenet_resized/32x32`.
     data_dir: where TFDS keeps prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
     path: for `folder` the root (root/SPLIT/CLASS/*.jpg or root/SPLIT/*.jpg), for `tokens` a .npy
@@ -79,7 +79,7 @@ class DataConfig:
         re.fullmatch(r"[\w-]*", self.validation_split) and self.validation_split != "train",
         "the name of a stored split other than train, such as validation",
       ),
-      ("name", bool(self.name), "digits, photo_patches, folder, tokens, or a TFDS name"),
+      ("name", bool(self.name), "digits, folder, tokens, or a TFDS name"),
     ):
       if not ok:
         raise errors.UserError(f"data.{field}: {getattr(self, field)!r}; expected {expected}")
