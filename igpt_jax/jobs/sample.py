@@ -67,9 +67,10 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
   say(f"completing {len(given)} pictures of {source}, {rows_given} of {resolution} rows given")
   numbers = np.arange(len(given) * per_picture).reshape(-1, per_picture)
   completions = draw([Picture("", tokens, stream=1) for tokens in given], numbers, rows_given)
+  known = np.arange(resolution)[:, None] < rows_given
   drawn = np.split(paint(completions.tokens), len(given))
   rows = [
-    [figures.hide_below(original, rows_given), *of_it, original]
+    [figures.hide(original, known), *of_it, original]
     for original, of_it in zip(paint(given), drawn, strict=True)
   ]
 
