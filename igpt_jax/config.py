@@ -136,7 +136,7 @@ def validate(config: ConfigDict) -> None:
   if config.topology:
     if config.job != "compile":
       raise UserError(
-        f"config.topology: {config.topology!r} is for job compile; config.job is {config.job!r}"
+        f"config.topology: {config.topology!r} is for job compile; config.job is {config.job!r}; expected 'compile'"
       )
     check_name(config.topology)
   for name in PATHS:

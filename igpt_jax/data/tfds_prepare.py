@@ -70,7 +70,9 @@ def _generate(name: str, directory: str, manual: pathlib.Path) -> str:
     known = tfds.list_builders(with_community_datasets=False)
     close = difflib.get_close_matches(name, known, 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise errors.UserError(f"data.name: {name}; TFDS has no such data set{hint}") from None
+    raise errors.UserError(
+      f"data.name: {name}; expected the name of a TFDS data set{hint}"
+    ) from None
   tfds_source.choose_features(builder.info)
   _remove_leftovers(pathlib.Path(builder.data_dir))
   config = tfds.download.DownloadConfig(manual_dir=os.fspath(manual))

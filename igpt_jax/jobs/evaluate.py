@@ -55,8 +55,8 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   palette = None if split.is_tokens else weights.palette_of(trained)
   if split.is_tokens and split.records.max_token >= n_vocab:
     raise UserError(
-      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; the checkpoint's "
-      f"palette has {n_vocab} colours"
+      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; expected "
+      f"less than {n_vocab}, the size of the checkpoint's palette"
     )
 
   def stream(of: Split, limit: int = 0):

@@ -108,7 +108,9 @@ def draw(config: ConfigDict, labels: np.ndarray, per_class: int) -> list[np.ndar
   try:
     return [linear.balanced_subset(labels, per_class, rng) for _ in range(config.lowdata.trials)]
   except ValueError as error:
-    raise UserError(f"config.lowdata.labels_per_class: {per_class}: {error}") from None
+    raise UserError(
+      f"config.lowdata.labels_per_class: {per_class}; expected that many of each class: {error}"
+    ) from None
 
 
 def choose(

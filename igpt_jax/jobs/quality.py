@@ -195,7 +195,9 @@ def describe_network(
 def _check_file(config: ConfigDict) -> None:
   path = config.quality.network
   if not os.path.isfile(os.path.expanduser(path)):
-    raise UserError(f"config.quality.network: {path}: no such file")
+    raise UserError(
+      f"config.quality.network: {path}: no such file; expected a network in ONNX format"
+    )
 
 
 def open_network(

@@ -82,7 +82,9 @@ class FeatureStore:
       self._write("progress.json", self._progress)
       self._write("identity.json", self._identity)
     except OSError as error:
-      raise UserError(f"features.cache: {self.folder}: {error.strerror or error}") from error
+      raise UserError(
+        f"features.cache: {self.folder}: {error.strerror or error}; expected a place to write to"
+      ) from error
     return Writing(self, layers)
 
   def layer(self, layer: int) -> np.ndarray:

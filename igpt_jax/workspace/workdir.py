@@ -113,4 +113,6 @@ def open_workdir(workdir: str) -> None:
     with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable."):
       pass
   except OSError as error:
-    raise UserError(f"workdir: {workdir} can't be written to ({error.strerror})") from None
+    raise UserError(
+      f"workdir: {workdir} can't be written to ({error.strerror}); fix: another --workdir"
+    ) from None
