@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from igpt_jax import checkpoint, pictures
-from igpt_jax.data import image_files, transforms
+from igpt_jax.data import image_decoding, image_files
 from igpt_jax.data.sources import DataConfig, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain
@@ -219,7 +219,7 @@ def own_pictures(folder: str = "my") -> str:
 def _write_examples(folder: str) -> None:
   photo = importlib.resources.files("sklearn.datasets.images") / "china.jpg"
   pathlib.Path(folder, "photograph.jpg").write_bytes(photo.read_bytes())
-  digit = transforms.decode(open_split(DataConfig(name="digits"), "test")[0]["image"])
+  digit = image_decoding.decode(open_split(DataConfig(name="digits"), "test")[0]["image"])
   enlarged = pictures.grid([[digit]], scale=_ENLARGED, gap=0)
   pictures.save_png(os.path.join(folder, "digit.png"), enlarged)
 

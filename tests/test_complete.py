@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import compilations, make_config, mesh_of, random_params
 
 from igpt_jax import config as config_lib
-from igpt_jax.data.transforms import BadRecord
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, complete, completion, own_pictures, starting_point
 from igpt_jax.model.decoding import SamplingConfig

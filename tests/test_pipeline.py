@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import own_images, pipeline, sources, transforms
+from igpt_jax.data import image_decoding, own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def test_labels_and_index_belong_to_the_picture(pictures):
     for index, label, image in zip(batch["index"], batch["label"], batch["image"], strict=True):
       record = split[int(index)]
       assert record["label"] == label
-      np.testing.assert_array_equal(transforms.decode(record["image"]), image)
+      np.testing.assert_array_equal(image_decoding.decode(record["image"]), image)
 
 
 def test_every_epoch_has_each_picture_once_and_batches_straddle(pictures):
@@ -263,7 +263,7 @@ def test_evaluation_does_not_augment(pictures):
     for batch in batches:
       for index, image in zip(batch["index"], batch["image"], strict=True):
         if index >= 0:
-          np.testing.assert_array_equal(image, transforms.decode(split[int(index)]["image"]))
+          np.testing.assert_array_equal(image, image_decoding.decode(split[int(index)]["image"]))
 
 
 def test_image_stream_is_one_pass(pictures):
@@ -323,7 +323,7 @@ def test_damaged_records_are_replaced_by_the_next_named_and_counted(damaged, cap
     assert split[index]["id"] in caplog.text
   index = np.concatenate([b["index"] for b in taken])
   images = np.concatenate([b["image"] for b in taken])
-  replacement = transforms.decode(split[12]["image"])
+  replacement = image_decoding.decode(split[12]["image"])
   for i in (10, 11):
     assert (images[index == i] == replacement).all()
     assert (index == i).sum() == 2  # two epochs

@@ -1,7 +1,7 @@
 """A person's image file as upright pixels in sRGB, whatever wrote it.
 
 The one door for a folder to train on, images to complete, masks and uploads. Prepared data sets don't
-pass it: `transforms.decode` reads their records as TFDS shows them, as the paper's were. What a viewer
+pass it: `image_decoding.decode` reads their records as TFDS shows them, as the paper's were. What a viewer
 shows is what comes out:
 
   orientation    as EXIF, XMP or AVIF say, applied once (Pillow turns TIFF itself, and nothing else)
@@ -23,7 +23,7 @@ import io
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
-from igpt_jax.data import image_files, transforms
+from igpt_jax.data import image_decoding, image_files
 
 # Seen at MAX_PIXELS: 2.2 GiB of WebP, 1.4 of TIFF, 1.2 of AVIF and of PNG with alpha, 0.8 of a
 # progressive JPEG, 0.1 of another.
@@ -62,11 +62,11 @@ def read(data: bytes, name: str = "image") -> np.ndarray:
     BadRecord: empty, truncated, unreadable, larger than MAX_PIXELS, or of values without an agreed
       range.
   """
-  with transforms.naming(name):
+  with image_decoding.naming(name):
     image = _open(data, name)
     large = image.width * image.height > _LARGE
     jpeg = data[:2] == b"\xff\xd8"
-    pixels = transforms.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
+    pixels = image_decoding.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
     if pixels is None:
       image.load()  # before the orientation is asked for: TIFF's is gone then
       flat = _flat(image)
@@ -87,28 +87,28 @@ def as_stored(data: bytes) -> bool:
   if data[:2] != b"\xff\xd8":
     return False
   try:
-    with transforms.naming("image"):
-      image = transforms.open_image(data, "image")
+    with image_decoding.naming("image"):
+      image = image_decoding.open_image(data, "image")
       return (
         image.mode in ("L", "RGB")
         and image.width * image.height <= _LARGE
         and _orientation(image) not in _TURNS
         and _conversion(image.mode, image.info) is None
       )
-  except transforms.BadRecord:
+  except image_decoding.BadRecord:
     return False  # `read` says what is wrong with it
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-  """Opens what `transforms.open_image` does; HEIC too, where pillow-heif is installed."""
+  """Opens what `image_decoding.open_image` does; HEIC too, where pillow-heif is installed."""
   if not image_files.is_heic(data):
-    return transforms.open_image(data, name)
+    return image_decoding.open_image(data, name)
   if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
     import pillow_heif
 
     pillow_heif.register_heif_opener()
   try:
-    return transforms.open_image(data, name)
+    return image_decoding.open_image(data, name)
   except UnidentifiedImageError as error:
     raise ValueError(
       f"{error}: HEIC, perhaps; fix: pip install pillow-heif, or convert it to JPEG"

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from igpt_jax import errors, watchdog
+from igpt_jax.data import image_decoding, own_images, sources, transforms
 from igpt_jax.data import order as order_lib
-from igpt_jax.data import own_images, sources, transforms
 from igpt_jax.data import palette as palette_lib
 
 # --- positions -------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class _Loader:
       if in_part and (not is_file or own_images.as_stored(data)):
         image = transforms.paper_train_encoded(data, rng, self._config.resolution, record["id"])
       else:
-        decode = own_images.read if is_file else transforms.decode
+        decode = own_images.read if is_file else image_decoding.decode
         image = decode(data, record["id"])
         if image.nbytes <= room:
           self._cache[index] = image, label
@@ -156,7 +156,7 @@ class _Loader:
       try:
         element = self.load((index + n_bad) % n, rng)
         break
-      except transforms.BadRecord:
+      except image_decoding.BadRecord:
         continue
     else:
       element = self.empty()
@@ -168,7 +168,7 @@ class _Loader:
     if index < len(self._split):
       try:
         element, good = self.load(index, None), True
-      except transforms.BadRecord:
+      except image_decoding.BadRecord:
         n_bad = 1
     element = element or self.empty()
     inside = index if index < len(self._split) else -1
@@ -243,7 +243,7 @@ class Batches:
     try:
       self._loader.load(index, np.random.default_rng(0))
       reason = f"{self._split.name}[{index}]: unreadable once, readable now"
-    except transforms.BadRecord as error:
+    except image_decoding.BadRecord as error:
       reason = str(error)
     self.bad[f"{self._split.name}[{index}]"] = reason
     tolerated = _tolerated(len(self._split), self._config)

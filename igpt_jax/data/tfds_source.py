@@ -18,7 +18,7 @@ import tempfile
 from typing import Any
 
 from igpt_jax import errors, files
-from igpt_jax.data import digests, transforms
+from igpt_jax.data import digests, image_decoding
 from igpt_jax.metrics import Countdown
 
 _LOG = logging.getLogger(__name__)
@@ -96,11 +96,11 @@ class TfdsRecords:
         image = record["image"]
         shape = (len(image),)
         if image.startswith(_PNG):
-          pixels = transforms.decode(image, record["id"])
+          pixels = image_decoding.decode(image, record["id"])
           image, shape = pixels.tobytes(), pixels.shape
         whole.update(f"{record['label']} {shape}\n".encode())
         whole.update(image)
-      except transforms.BadRecord:
+      except image_decoding.BadRecord:
         whole.update(b"unreadable\n")
       clock.tick(i)
       digests.beat()
@@ -140,7 +140,7 @@ class TfdsRecords:
     try:
       stored = self._source[index]
     except RuntimeError as error:  # array_record's, of a damaged file
-      raise transforms.BadRecord(f"{self.name} {name}: {error}") from error
+      raise image_decoding.BadRecord(f"{self.name} {name}: {error}") from error
     features = self._parse(stored).features.feature
     if self._name:
       name = features[self._name].bytes_list.value[0].decode(errors="replace")

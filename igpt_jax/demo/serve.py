@@ -27,8 +27,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.data.order import MAX_SEED
-from igpt_jax.data.transforms import BadRecord
 from igpt_jax.demo.limits import Full, Limits, Line
 from igpt_jax.demo.models import Models
 from igpt_jax.errors import UserError

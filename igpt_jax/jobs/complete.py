@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint, files, metrics, pictures, report
 from igpt_jax import config as config_lib
-from igpt_jax.data.transforms import BadRecord
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, completion, filling, memory, own_pictures, provenance
 from igpt_jax.jobs.common import say

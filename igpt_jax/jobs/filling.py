@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax.data.transforms import BadRecord
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import common, completion
 from igpt_jax.jobs.completion import Drawn, Picture, Reader
