@@ -15,6 +15,7 @@ from PIL import Image
 from igpt_jax import errors
 from igpt_jax.data import image_decoding, own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
+from igpt_jax.data.loader import Loader
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PALETTE = palette_lib.Palette.from_uint8(
@@ -144,8 +145,8 @@ def test_a_person_s_files_are_turned_upright_before_they_are_cropped(turned, res
   config = _config(turned, augment="paper", resolution=32, resample=resample, cache_mb=cache_mb)
   split = sources.open_split(config, "train")
   assert split.is_folder
-  loader = pipeline._Loader(split, config, None, train=True, images=True)
-  evaluate = pipeline._Loader(split, config, None, train=False, images=True)
+  loader = Loader(split, config, None, train=True, images=True)
+  evaluate = Loader(split, config, None, train=False, images=True)
   for i in range(len(split)):
     upright = own_images.read(split[i]["image"])
     for seed in range(2):  # the second time from the cache
