@@ -49,7 +49,7 @@ class Job:
     self._reader.start()
 
   def _read(self) -> None:
-    for line in self.process.stdout:
+    for line in self.process.stdout or ():
       self.lines.append(line.rstrip("\n"))
 
   @property

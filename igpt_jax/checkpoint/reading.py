@@ -87,8 +87,8 @@ def reading(folder: str):
     raise
   except Exception as error:  # of damaged files come errors of every kind
     first: BaseException = error
-    while first.__cause__ or first.__context__:
-      first = first.__cause__ or first.__context__
+    while cause := first.__cause__ or first.__context__:
+      first = cause
     raise UserError(
       f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
       f"a whole checkpoint of this program; {folders.advice(folder)}"

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -131,12 +131,14 @@ class Checkpoints:
     if keep_best:
       preserve.append(
         policies.BestN(
-          get_metric_fn=lambda scores: (scores[keep_best], -scores["step"]),
+          # Anything that compares will do.
+          get_metric_fn=cast(Any, lambda scores: (scores[keep_best], -scores["step"])),
           n=1,
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._preserve, self._score = policies.AnyPreservationPolicy(preserve), keep_best
+    self._preserve: Any = policies.AnyPreservationPolicy(preserve)
+    self._score = keep_best
     self._begun = False
     self._error: BaseException | None = None
     self._set_aside_unreadable()
@@ -175,9 +177,8 @@ class Checkpoints:
 
   def scores(self) -> dict[int, float | None]:
     """The score of `keep_best` by step, of whole checkpoints and the one being written; None: it has none."""
-    return {
-      each.step: (each.metrics or {}).get(self._score) for each in self._checkpointer.checkpoints
-    }
+    stored = {each.step: each.metrics for each in self._checkpointer.checkpoints}
+    return {step: cast(dict, scores or {}).get(self._score) for step, scores in stored.items()}
 
   def resume(
     self,
@@ -199,9 +200,11 @@ class Checkpoints:
     why: dict[int, str] = {}
     for step in reversed([each.step for each in self._checkpointer.checkpoints]):
       run, error = _read_again(functools.partial(self.read_run, step))
-      if run is not None:
-        check(step, run)
-        state, error = _read_again(functools.partial(self.restore, step, abstract, shardings))
+      if error:
+        why[step] = error
+        continue
+      check(step, run)
+      state, error = _read_again(functools.partial(self.restore, step, abstract, shardings))
       if error:
         why[step] = error
         continue
@@ -365,6 +368,7 @@ class Checkpoints:
 
 def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
   """What `read` returns on every process, or why it can't, twice: a network may fail once."""
+  error = ""
   for attempt in range(_READS):
     time.sleep(_PAUSE_SECONDS if attempt else 0)
     try:

@@ -75,7 +75,7 @@ def decode_jpeg(data: bytes, record_id: str, short_side: int = 0) -> np.ndarray 
   """
   try:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    check_size(height, width, record_id, jpeg_bytes=len(data))
+    check_size(int(height), int(width), record_id, jpeg_bytes=len(data))
     if colorspace not in ("RGB", "YCbCr", "Gray"):
       return None
     return simplejpeg.decode_jpeg(data, "RGB", min_height=short_side, min_width=short_side)
@@ -95,7 +95,7 @@ def open_image(data: bytes, record_id: str) -> Image.Image:
   try:
     image = Image.open(io.BytesIO(data))
   except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which is higher
-    n_pixels = int(re.search(r"\d+", str(error))[0])
+    n_pixels = int(re.findall(r"\d+", str(error))[0])
     raise BadRecord(
       f"{record_id}: implausible size of {n_pixels:,} pixels; expected 1 to {MAX_PIXELS:,} pixels; "
       "fix: scale it down"
@@ -181,7 +181,7 @@ def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
     raise BadRecord(
       f"{record_id}: {array.dtype} {array.shape} is no uint8 [H, W, 1, 3 or 4] picture"
     )
-  check_size(*array.shape[:2], record_id)
+  check_size(array.shape[0], array.shape[1], record_id)
   if array.shape[-1] == 1:
     return np.repeat(array, 3, axis=-1)
   return np.ascontiguousarray(array[..., :3])

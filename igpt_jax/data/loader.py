@@ -9,6 +9,8 @@ import numpy as np
 from igpt_jax import watchdog
 from igpt_jax.data import image_decoding, own_images, sources, transforms
 
+_NOTHING_DRAWN = np.random.default_rng(0)  # evaluation takes a generator, and draws nothing
+
 
 class Loader:
   """Index of a record -> element of a batch. Sent to worker processes, so it holds no open thing."""
@@ -45,7 +47,7 @@ class Loader:
     self.__dict__.update(state)
     self._set_up()
 
-  def load(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+  def load(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
     """The element of one record. Raises BadRecord."""
     split = self._split
     if split.is_tokens:
@@ -68,7 +70,7 @@ class Loader:
         if image.nbytes <= room:
           self._cache[index] = image, label
         image = self._transform(image, rng)
-    element = {"label": label}
+    element: dict[str, Any] = {"label": label}
     if self._palette is not None:
       element["tokens"] = self._palette.encode(image).reshape(-1)
     if self._images:
@@ -87,7 +89,7 @@ class Loader:
 
   def train_element(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
     """The record, or the next readable one; `index` and `n_bad` say how many were passed over."""
-    n = len(self._split)
+    n, n_bad = len(self._split), 0
     # As many damaged records in a row exceed any tolerance, whatever else there is.
     for n_bad in range(tolerance(n, self._config) + 2):
       try:
@@ -104,7 +106,7 @@ class Loader:
     element, good, n_bad = None, False, 0
     if index < len(self._split):
       try:
-        element, good = self.load(index, None), True
+        element, good = self.load(index, _NOTHING_DRAWN), True
       except image_decoding.BadRecord:
         n_bad = 1
     element = element or self.empty()

@@ -19,9 +19,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from igpt_jax.data import image_decoding, image_files
 
@@ -167,7 +168,10 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     levels = np.rint(levels, out=levels).astype(np.uint8)
   else:
     levels = (values >> 8).astype(np.uint8)
-  if image.format == "TIFF" and image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+  if (
+    image.format == "TIFF"
+    and cast(TiffImagePlugin.TiffImageFile, image).tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
+  ):
     levels = 255 - levels  # Pillow leaves that to us, of these modes alone
   transparent = image.info.get("transparency")
   if transparent is not None:
@@ -184,13 +188,13 @@ def _in_srgb(image: Image.Image, info: dict) -> Image.Image:
   if conversion is None:
     return _converted(image, "RGB")
   mode, transform = conversion
-  return ImageCms.applyTransform(_converted(image, mode), transform)
+  return cast(Image.Image, ImageCms.applyTransform(_converted(image, mode), transform))
 
 
 def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform] | None:
   """The mode in which an image's profile takes pixels, and how; None: they are sRGB as they are."""
   if mode == "LAB":
-    return mode, _to_srgb(None)[1]
+    return _to_srgb(None)
   profile = info.get("icc_profile")
   conversion = _to_srgb(profile) if profile else None
   fits = conversion and (conversion[0] == mode or (conversion[0], mode) == ("RGB", "L"))
@@ -201,7 +205,7 @@ def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform]
 def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | None:
   """The `_conversion` of a profile (None: of L*a*b*). A damaged one is as good as none."""
   try:
-    source = ImageCms.createProfile("LAB")
+    source: Any = ImageCms.createProfile("LAB")
     if profile is not None:
       source = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}[source.xcolor_space.strip()]
@@ -219,7 +223,7 @@ def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | 
   except (OSError, KeyError, ImageCms.PyCMSError):
     return None
   if mode in ("L", "RGB"):
-    levels = np.arange(0, 256, 15, np.uint8)
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
     samples = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     samples = Image.fromarray(samples if mode == "RGB" else samples[..., 0])
     converted = np.asarray(ImageCms.applyTransform(samples, transform), np.int16)

@@ -146,6 +146,11 @@ class Split:
     return isinstance(self.records, TokenRecords)
 
   @property
+  def max_token(self) -> int:
+    """The largest token of all that are stored; -1 where records are images."""
+    return self.records.max_token if isinstance(self.records, TokenRecords) else -1
+
+  @property
   def is_folder(self) -> bool:
     """Whether records are a person's files, which `own_images` reads; TFDS's are decoded as stored."""
     return isinstance(self.records, FolderRecords)

@@ -111,7 +111,7 @@ class TfdsRecords:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
-    builder = tfds.builder_from_directory(self._builder_dir)
+    builder: Any = tfds.builder_from_directory(self._builder_dir)
     info = builder.info
     self.name = info.full_name
     self._image, self._label, self._name = choose_features(info)
@@ -129,7 +129,7 @@ class TfdsRecords:
         "expected array_record; fix: prepare it into another data_dir: "
         + prepare_command(info.name, "DIR")
       ) from error
-    self._parse = tf_example_pb2.Example.FromString
+    self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
     return builder.info.splits[self._split]
 
   def __len__(self) -> int:
@@ -200,9 +200,10 @@ def open_records(
 def find(name: str, directory: str) -> str | None:
   """The folder of a prepared data set, its newest version unless the name says which; or None."""
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder
 
   try:
-    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+    builder = read_only_builder.builder_from_files(name, data_dir=directory)
   except (tfds.core.DatasetNotFoundError, ValueError):
     return None
   return str(builder.data_path)
@@ -215,7 +216,7 @@ def choose_features(info) -> tuple[str, str | None, str | None]:
   features = info.features
   images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
   labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-  image, label = (info.supervised_keys or (None, None))[:2]
+  image, label = (info.supervised_keys or ("", ""))[:2]
   if image not in images:
     image = "image" if "image" in images or len(images) != 1 else images[0]
   if image not in images:

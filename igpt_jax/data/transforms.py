@@ -144,7 +144,7 @@ def paper_eval(image: np.ndarray, resolution: int) -> np.ndarray:
   """
   if min(image.shape[:2]) == resolution:
     return fit(image, resolution)
-  height, width = _scaled_to_short_side(*image.shape[:2], PAPER_CROP)
+  height, width = _scaled_to_short_side(image.shape[0], image.shape[1], PAPER_CROP)
   centre = PaperCrop(height, width, (height - PAPER_CROP) // 2, (width - PAPER_CROP) // 2)
   return crop_literal(image, centre, resolution)
 
@@ -162,8 +162,7 @@ def paper_train_encoded(
   data: bytes | np.ndarray, rng: np.random.Generator, resolution: int, record_id: str = "picture"
 ) -> np.ndarray:
   """`paper_train` of the decoded picture, for less: a JPEG is decoded only down to the crop's end."""
-  frame = image_decoding.plain_frame(data) if isinstance(data, bytes) else None
-  if frame is None:
+  if not isinstance(data, bytes) or (frame := image_decoding.plain_frame(data)) is None:
     return paper_train(image_decoding.decode(data, record_id), rng, resolution)
   height, width = (int.from_bytes(data[i : i + 2], "big") for i in (frame + 5, frame + 7))
   image_decoding.check_size(height, width, record_id, len(data))

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import platform
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     "training": lambda: training(config, model_config, mesh),
     "attention": lambda: attention(config, model_config, mesh),
     "sampling": lambda: sampling(config, model_config, mesh),
-    "input": lambda: of_input(config, split, found.get("training")),
+    "input": lambda: of_input(config, cast(Split, split), found.get("training")),
   }
   for part in parts:
     if part not in skipped:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
-from igpt_jax.parallel import hardware, sharding
+from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction import forecast_table
@@ -170,7 +170,7 @@ def summary(
       "attention_kernels": predicted.kernels,
       "communication_not_hidden": predicted.exposed,
     },
-    "mfu": flops / predicted.seconds / hardware.peak_flops(mesh),
+    "mfu": flops / predicted.seconds / (topology.chip.peak_flops * mesh.size),
     "images_per_second": images_per_second,
     "days": days,
     "chip_hours": days * 24 * topology.n_chips,

@@ -53,9 +53,9 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   trained = weights.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
   n_vocab = trained.config.n_vocab
   palette = None if split.is_tokens else weights.palette_of(trained)
-  if split.is_tokens and split.records.max_token >= n_vocab:
+  if split.max_token >= n_vocab:
     raise UserError(
-      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; the checkpoint's "
+      f"data.path: {data_config.path} has tokens up to {split.max_token}; the checkpoint's "
       f"palette has {n_vocab} colours"
     )
 

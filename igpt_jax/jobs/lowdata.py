@@ -135,7 +135,7 @@ def verdict(chosen, results) -> str:
   said = []
   for n in chosen[_OURS]:
     accuracy = {curve: results[of[n]][n].test_accuracy for curve, of in chosen.items()}
-    best = max(accuracy, key=accuracy.get)
+    best = max(accuracy, key=accuracy.__getitem__)
     said.append(f"{n}: {best} {accuracy[best]:.2%}")
   return "best with so many labels per class: " + "; ".join(said)
 

@@ -88,11 +88,13 @@ def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kep
   def stack(shape, axes, depth=n_layer, dtype=x.dtype):
     return constrain(jax.lax.empty((depth, *shape), dtype), None, *axes)
 
+  heads = sharding.axis_share("heads", n_head)
+  assert heads, "the kernel is not chosen where heads don't divide over the mesh"
   qkv = (3, batch, length, width)
   lse = tpu.lse_shape(
     qkv,
     x.dtype,
-    n_head=sharding.axis_share("heads", n_head),
+    n_head=heads,
     head_dim=width // n_head,
     causal=causal,
   )

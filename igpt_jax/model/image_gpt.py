@@ -348,8 +348,8 @@ def param_axes(config: ImageGPTConfig) -> Params:
   for path, axes in flat.items():
     node = tree
     for name in path[:-1]:
-      node = node.setdefault(name, {})
-    node[path[-1]] = axes
+      node = node.setdefault(str(name), {})
+    node[str(path[-1])] = axes
   return tree
 
 

@@ -2,11 +2,15 @@
 
 import dataclasses
 import os
+from typing import TypeAlias
 
 import jax
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
+
+# jax makes it a variable, which says no type.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ def check_platform() -> None:
   Raises:
     UserError: there are none, or jax has no such platform.
   """
-  wanted = jax.config.jax_platforms
+  wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
   if not wanted or wanted == "cpu":
     return
   try:
@@ -108,12 +112,12 @@ def split_cpu(n_devices: int) -> None:
     return
 
 
-def chip_of(device: jax.Device) -> Chip | None:
+def chip_of(device: Device) -> Chip | None:
   """The chip behind a device, or None when its peak isn't known (a CPU, a new accelerator)."""
   return CHIPS.get(device.device_kind)
 
 
-def memory_bytes(device: jax.Device) -> float | None:
+def memory_bytes(device: Device) -> float | None:
   """That programs can use of a device; of a CPU, its share of the machine's. None: not known."""
   if device.platform == "cpu":
     if "SC_PHYS_PAGES" not in os.sysconf_names:

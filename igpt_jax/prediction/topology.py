@@ -62,7 +62,7 @@ class Topology:
 
   name: str
   generation: Generation
-  devices: tuple[jax.Device, ...]
+  devices: tuple[hardware.Device, ...]
   chip: hardware.Chip
   dump: Dump
 

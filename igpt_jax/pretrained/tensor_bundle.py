@@ -282,7 +282,7 @@ class Bundle:
       )
     file = self._files[entry.shard]
     array = np.empty(entry.shape, entry.dtype)
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     file.seek(entry.offset)
     done, crc = 0, 0
     while done < entry.size:
@@ -344,7 +344,7 @@ def write_bundle(
         if array.dtype not in _DTYPE_CODES:
           raise UserError(f"dtype of {name}: {array.dtype.name} has no place in a checkpoint")
         shard = sizes.index(min(sizes))
-        data, crc = memoryview(array.reshape(-1).view(np.uint8)), 0
+        data, crc = array.reshape(-1).view(np.uint8).data, 0
         for at in range(0, array.nbytes, _CHUNK_BYTES):
           chunk = bytes(data[at : at + _CHUNK_BYTES])
           files[shard].write(chunk)

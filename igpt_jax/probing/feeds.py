@@ -136,7 +136,7 @@ class _Shuffled:
     first = self._step * self._size + share * local
     self._step += 1
     drawn = [self._order[place] for place in range(first, first + local)]
-    return self._feed._read("train", self._feed._train[drawn])
+    return self._feed._read("train", self._feed._train[np.asarray(drawn, np.int64)])
 
   def __iter__(self):
     return self

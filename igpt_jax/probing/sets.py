@@ -207,9 +207,10 @@ def side_by_side(sets: Sequence[FeatureSet], layers: Sequence[int]) -> FeatureSe
 
   def parts() -> Parts:
     each = [by_layer[layer].parts() for layer in layers]
-    return tuple(
+    train, validation, test = (
       (np.concatenate([of[i][0] for of in each], axis=1), each[0][i][1]) for i in range(len(SPLITS))
     )
+    return train, validation, test
 
   return FeatureSet(f"layers {', '.join(map(str, layers))}", "layers", None, parts)
 

@@ -11,7 +11,7 @@ import io
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -139,7 +139,7 @@ def _decode_pillow(data: bytes, record_id: str) -> np.ndarray:
   return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def _best(function: Callable, items: Iterable, repeats: int) -> float:
+def _best(function: Callable, items: Sequence, repeats: int) -> float:
   times = []
   for _ in range(repeats):
     start = time.process_time()

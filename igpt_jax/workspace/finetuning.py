@@ -65,6 +65,7 @@ def begin(
   if scratch and not resuming and not named:
     config = config_lib.settle(config)
     palette = training_palette.training_palette(config, data_config, split, folder)
+    assert palette is not None, "only bare tokens have none, and they have no labels"
     return Begin(config, palette, config.mask_probability)
   found = own if own is not None else weights_lib.of_job(config, workdir)
   if own is not None and not scratch:

@@ -70,10 +70,10 @@ def training_palette(
       "to tell apart"
     )
   size = config_lib.palette_size(config) if palette is None else palette.size
-  if split.is_tokens and split.records.max_token >= size:
+  if split.max_token >= size:
     raise UserError(
-      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; expected less than "
-      f"the palette's size {size}; fix: --config.palette.size={split.records.max_token + 1} or more, "
+      f"data.path: {data_config.path} has tokens up to {split.max_token}; expected less than "
+      f"the palette's size {size}; fix: --config.palette.size={split.max_token + 1} or more, "
       "or the palette that these tokens were made with"
     )
   return palette

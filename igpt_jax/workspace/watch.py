@@ -140,6 +140,7 @@ class _Watch:
     Raises:
       UserError, OSError: it can't be made; on all processes.
     """
+    assert self.last is not None, "`next` has named a step"
     self._news = time.monotonic()
     out = os.path.join(self._folder, str(step))
     error: Exception | None = None
@@ -166,7 +167,8 @@ class _Watch:
     for step in (int(name) for name in names if name.isdigit()):
       out = os.path.join(self._folder, str(step))
       kept = _read_made_from(out)
-      if kept and rollbacks.is_abandoned(self._watched, *kept["seeds"], step):
+      seeds = kept["seeds"] if kept else None
+      if seeds and rollbacks.is_abandoned(self._watched, seeds[0], seeds[1], step):
         _put_aside(out, "is of a step that the run went back behind")
 
   def pass_over(self, step: int) -> None:

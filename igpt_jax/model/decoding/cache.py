@@ -7,7 +7,7 @@ in the loop but that block.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,8 @@ def _each(function: Callable, *parts: KeysValues) -> KeysValues:
   """`function` of the axis of positions and of each field that there is."""
   axes = (1, 1, 1, 1) if parts[0].in_rows else (3, 2, 2, 2)
   fields = zip(axes, *parts, strict=True)
-  return KeysValues(*(None if of[0] is None else function(axis, *of) for axis, *of in fields))
+  mapped: Any = (None if of[0] is None else function(axis, *of) for axis, *of in fields)
+  return KeysValues(*mapped)
 
 
 def _pin(kv: KeysValues) -> KeysValues:
