@@ -83,7 +83,7 @@ def _take(tree: dict[str, Any], name: str) -> Any:
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
-  """Unless it is there."""
+  """Sets a field by its dotted name, unless it is there."""
   *parts, last = name.split(".")
   for part in parts:
     tree = tree.setdefault(part, {})

@@ -54,12 +54,12 @@ def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str,
 
 
 def of_items(items: Mapping[str, Any]) -> dict[str, str]:
-  """Of each item, computed where its arrays lie."""
+  """Checksum of each item, computed where its arrays lie."""
   return {name: checksum(item) for name, item in items.items()}
 
 
 def of_metrics(metrics: Mapping[str, float] | None) -> dict[str, str]:
-  """Of the scores by which orbax keeps the best: {} where there are none."""
+  """Checksum of the scores by which Orbax keeps the best: {} where there are none."""
   return {METRICS: _of_json(metrics)} if metrics else {}
 
 

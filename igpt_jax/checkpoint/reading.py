@@ -100,7 +100,7 @@ _numbers_alone = itertools.count(10**9)
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-  """For what each process reads for itself: orbax would have it wait for the others.
+  """Lets a process read by itself: Orbax would have it wait for the others.
 
   Orbax numbers the operations of a process, and processes meet by those numbers. What one reads alone
   gets a number beside them, or it would wait forever at the next operation that all have in common.

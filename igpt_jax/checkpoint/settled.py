@@ -65,7 +65,7 @@ _scopes, _lock = 0, threading.Lock()
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-  """In the block new event loops leave nothing under way: those of all threads, and undone after it."""
+  """Makes event loops that are opened in the block settle before they close, in all threads."""
   global _scopes
   with _lock:
     _scopes += 1

@@ -352,7 +352,7 @@ class Checkpoints:
     self._begun = False
 
   def reopen(self) -> None:
-    """After an error: removes what was half written; what is whole stays."""
+    """Goes on after an error: removes what was half written; what is whole stays."""
     self._checkpointer = self._open()
     self._begun, self._error = False, None
 

@@ -1,4 +1,4 @@
-"""From a record's bytes to RGB pixels: the decoding of prepared data sets.
+"""Decodes the records of prepared data sets: from bytes to RGB pixels.
 
 `own_images` reads a person's files. Nothing here knows of data sets, batches or palettes.
 """
@@ -136,7 +136,7 @@ def plain_frame(data: bytes) -> int | None:
 
 
 def decode_top(data: bytes, frame: int, n_rows: int) -> np.ndarray | None:
-  """At least the first n_rows of the JPEG whose frame header is at `frame`, or None.
+  """The first `n_rows` rows or more of the JPEG whose frame header is at `frame`, or None.
 
   A header that promises fewer rows makes the decoder stop there; what follows is skipped unread. The
   32 rows more are for the blocks that the last row lies in and that its chroma is interpolated from.

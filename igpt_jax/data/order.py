@@ -1,4 +1,4 @@
-"""In which order training reads records: a function of the seed and the data alone; and where it is in it."""
+"""The order in which training reads records: a function of the seed and the data alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Stream:
   process_count: int
 
   def place(self, batch: int, read: np.ndarray) -> dict[str, str]:
-    """Of batch number `batch` of this stream, of which this host has read these records.
+    """The place of batch number `batch` of this stream, of which this host has read these records.
 
     Equal on all hosts, if they read their shares of one batch.
     """

@@ -148,7 +148,7 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-  """Without the copy that Pillow makes where nothing changes."""
+  """The image in `mode`, without the copy that Pillow makes where nothing changes."""
   return image if image.mode == mode else image.convert(mode)
 
 

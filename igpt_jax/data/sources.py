@@ -1,4 +1,4 @@
-"""From a data set's name to records that can be read in any order.
+"""Opens data sets by name: splits of records that can be read in any order.
 
 Holds the one config of the data room, the splits that every source shares, and the sources that
 need no library: folders of images (`folder`) and files of tokens. `tfds_source` reads everything else.

@@ -1,4 +1,4 @@
-"""From a decoded image to the square uint8 image that the model sees.
+"""Resizes, crops and augments a decoded image to the square uint8 image that the model sees.
 
 Holds the paper's resizing and cropping (section 3.2), and CIFAR's augmentation. Pure functions of one
 image and, where random, of a generator that the caller seeds; nothing here knows of data sets, batches

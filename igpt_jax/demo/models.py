@@ -59,7 +59,7 @@ class Models:
     return len(self._offered)
 
   def describe(self) -> list[dict[str, Any]]:
-    """For the page: nothing of where they lie."""
+    """The models as the page shows them; their paths stay here."""
     return [
       {
         "name": each.name,

@@ -114,7 +114,7 @@ def draw(config: ConfigDict, labels: np.ndarray, per_class: int) -> list[np.ndar
 def choose(
   sets: list[FeatureSet], results: dict[str, dict[int, FewLabelsResult]]
 ) -> dict[str, dict[int, str]]:
-  """For every curve and number of labels the set with the best validation accuracy, the first such."""
+  """The set with the best validation accuracy for every curve and number of labels, the first such."""
   curves: dict[str, list[str]] = {_OURS: []}
   for each in sets:
     curve = _OURS if each.kind == "layer" else each.name

@@ -58,7 +58,7 @@ def target():
 
 
 def platform() -> str:
-  """Of `target`: "cpu", "gpu" or "tpu"."""
+  """The platform of `target`: "cpu", "gpu" or "tpu"."""
   return target().platform
 
 
@@ -92,7 +92,7 @@ def check_platform() -> None:
 
 
 def usable_cores() -> int:
-  """That this process may run on."""
+  """Number of cores that this process may run on."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -118,7 +118,7 @@ def chip_of(device: Device) -> Chip | None:
 
 
 def memory_bytes(device: Device) -> float | None:
-  """That programs can use of a device; of a CPU, its share of the machine's. None: not known."""
+  """Memory that programs can use of a device; of a CPU, its share of the machine's. None: not known."""
   if device.platform == "cpu":
     if "SC_PHYS_PAGES" not in os.sysconf_names:
       return None

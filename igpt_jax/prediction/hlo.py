@@ -36,7 +36,7 @@ class Operation:
 
   @functools.cached_property
   def bytes(self) -> int:
-    """Of the result; of a tuple, of all its arrays."""
+    """Bytes of the result; of a tuple, those of all its arrays."""
     return size_of(self.shape)
 
   @functools.cached_property
@@ -56,7 +56,7 @@ class Operation:
 
   @property
   def target(self) -> str:
-    """Of a custom call."""
+    """The target of a custom call; "" of other operations."""
     found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
     return found[1] if found else ""
 

@@ -200,7 +200,7 @@ def sampling_mesh(
 
 
 def row(candidate: Compiled) -> dict:
-  """For compile.json."""
+  """The candidate as compile.json has it."""
   found = candidate.forecast
   values = {
     "mesh": dict(candidate.mesh.shape),

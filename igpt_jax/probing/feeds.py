@@ -27,7 +27,7 @@ _PCA_IMAGES = 20_000
 
 
 def open_feed(config: ConfigDict, workdir: str, source: Source) -> "Stored | Pictures":
-  """As `config.probe.cached` says."""
+  """Opens the feed that `config.probe.cached` asks for."""
   return (Stored if config.probe.cached else Pictures)(config, workdir, source)
 
 
@@ -125,7 +125,7 @@ class _Shuffled:
     self.wait_seconds = 0.0  # reading is the work itself: nothing runs ahead
 
   def place(self) -> dict[str, str]:
-    """As of `pipeline.Batches`."""
+    """The newest batch's place, as `pipeline.Batches.place` says it."""
     first = max(self._step - 1, 0) * self._size
     return order.place_in(self._order, self._feed._config.seed, first, self._size)
 

@@ -334,7 +334,7 @@ def _value_and_gradient(x_MxRxN, y_MxN, share_N, present_MxK, penalty_MxSxR, var
 
 
 def _sum_rows(values):
-  """Over the last axis, in blocks where there are many."""
+  """Sum over the last axis, in blocks where there are many rows."""
   n = values.shape[-1]
   if n >= _MANY_ROWS and n % _BLOCK == 0:
     blocks = values.reshape(*values.shape[:-1], n // _BLOCK, _BLOCK).sum(-1)

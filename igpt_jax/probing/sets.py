@@ -84,12 +84,12 @@ class Source:
 
   @functools.cached_property
   def checksum(self) -> str:
-    """Of the trained parameters."""
+    """Checksum of the trained parameters."""
     return weights.checksum_of(self.trained)
 
   @functools.cached_property
   def random_params(self) -> Params:
-    """Of the same architecture, as training begins with them."""
+    """Fresh parameters of the same architecture, as training begins with them."""
     with jax.set_mesh(self.mesh):
       return jax.jit(
         functools.partial(init_params, self.trained.config),
@@ -233,7 +233,7 @@ def fit_pca(images: np.ndarray, components: int):
 
 
 def _pca_set(stores: Stores, components: int) -> FeatureSet:
-  """As many principal components of the training pixels as the model is wide."""
+  """Principal components of the training pixels, as many as the model is wide."""
 
   @functools.cache
   def fitted():

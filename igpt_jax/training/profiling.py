@@ -68,7 +68,7 @@ class Profiler:
       self.close()
 
   def named(self, step: int) -> contextlib.AbstractContextManager:
-    """Of this step, for the trace, while there is one."""
+    """Names this step in the trace, while one is taken."""
     if self._first is None:
       return contextlib.nullcontext()
     self._next = step + 1

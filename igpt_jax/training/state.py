@@ -100,7 +100,7 @@ def param_shardings(config: ImageGPTConfig, mesh: Mesh) -> Params:
 
 
 def head_sharding(mesh: Mesh) -> NamedSharding:
-  """Of a classifier's weights [n_classes, n_embd]."""
+  """Sharding of a classifier's weights [n_classes, n_embd]."""
   return sharding.sharding(mesh, None, "embed")
 
 

@@ -47,7 +47,7 @@ def describe(path: str, config: ConfigDict) -> Described:
 
 
 def with_palette(found: Described, config: ConfigDict) -> Described:
-  """With the palette of `palette.path`, if it has none of its own."""
+  """The checkpoint with the palette of `palette.path`, if it has none of its own."""
   if found.palette is not None or not config.palette.path:
     return found
   return dataclasses.replace(found, palette=_given_palette(found, config).centers)

@@ -108,7 +108,7 @@ def _cudnn_unsupported(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None
 
 
 def _per_device(qkv: jax.Array, n_head: int, causal: bool, implementation: str) -> jax.Array:
-  """On each device's own pictures and heads: a kernel or a loop over heads knows nothing of meshes."""
+  """Attention of each device's own images and heads: kernels and loops over heads know no meshes."""
   heads = {"n_head": sharding.axis_share("heads", n_head), "causal": causal}
   if implementation == "blocked":
     function = functools.partial(blocked.blocked_attention, **heads)

@@ -211,7 +211,10 @@ def backward_layer(
 def lse_shape(
   qkv_shape: tuple[int, ...], dtype, *, n_head: int, head_dim: int, causal: bool
 ) -> tuple[int, ...]:
-  """Of a layer of `Stacks.lse` for qkv [3, B, T, E]; n_head is a device's, B and E may be all's."""
+  """Shape of a layer of `Stacks.lse` for qkv [3, B, T, E].
+
+  `n_head` is a device's; B and E may be those of all devices together.
+  """
   _, batch, length, width = qkv_shape
   plan = make_plan(
     n_head, head_dim, length, dtype, causal=causal, backward=False, wide=wide_matrix_unit()
