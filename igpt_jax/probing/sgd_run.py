@@ -98,7 +98,7 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
   )
 
   def accuracies(params, split: str) -> dict[str, np.ndarray]:
-    """Of every classifier, [R, F] a group."""
+    """Accuracies of every classifier, [R, F] a group."""
     total, images = None, 0
     with jax.set_mesh(mesh):
       for batch in feed.rows_of(split):

@@ -132,7 +132,7 @@ class Clock:
       self.enter(before)
 
   def seconds(self) -> dict[str, float]:
-    """Of every phase, all processes together."""
+    """Seconds spent in every phase, all processes of the run together."""
     self.enter(self._phase)
     here = dict(self._here)
     waited = 0.0 if self._batches is None else min(self._batches.wait_seconds, here["step"])

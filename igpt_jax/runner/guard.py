@@ -132,7 +132,7 @@ class Guard:
 
 
 def describe(params: Params) -> dict[str, dict[str, float]]:
-  """Of each parameter: the largest absolute value, the mean square, how many aren't finite."""
+  """Largest absolute value, mean square and number of entries not finite of each parameter."""
 
   @jax.jit
   def numbers(params):

@@ -268,7 +268,7 @@ def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.W
 
 
 def make_profiler(config: ConfigDict, folder: str) -> profiling.Profiler:
-  """As `config.profile` says, on the main process: its trace goes to FOLDER/profile."""
+  """The profiler that `config.profile` asks for; the main process writes to FOLDER/profile."""
   window = profiling.Window(**config.profile) if hosts.is_main() else profiling.Window()
   return profiling.Profiler(window, os.path.join(folder, "profile"), say)
 
