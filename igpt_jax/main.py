@@ -174,8 +174,9 @@ def main(argv: list[str]) -> int:
     if config.job not in JOBS:
       raise UserError(f"config.job: {config.job!r}; expected one of {', '.join(JOBS)}")
     from igpt_jax import config as config_lib
-    from igpt_jax.jobs import agreement, goodput, places
     from igpt_jax.parallel import hardware
+    from igpt_jax.runner import goodput
+    from igpt_jax.workspace import agreement, places
 
     with contextlib.ExitStack() as watched:
       if _DISTRIBUTED.value:
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     status = 130
   except Exception as error:
-    from igpt_jax.jobs import memory
+    from igpt_jax.workspace import memory
 
     said = memory.in_words(error, config.job)
     if said is None and not _DISTRIBUTED.value:

@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
-from igpt_jax import checkpoint, pictures
+from igpt_jax import checkpoint
 from igpt_jax.data import image_files, transforms
 from igpt_jax.data.sources import DataConfig, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import pretrain
+from igpt_jax.reporting import curves, figures
 
 _LINES = 20  # of what a job prints, that are shown
 _ENLARGED = 16  # times, of the digit that is the example
@@ -132,7 +132,7 @@ class Run:
   def _show_training(self, screen: "_Screen", training: Job) -> None:
     shown = [_text(training.lines)]
     curve = self.workdir / "live.png"
-    if pretrain.draw_curve(str(self.workdir), str(curve)):
+    if curves.draw_curve(str(self.workdir), str(curve)):
       shown.append(_image(curve))
     drawn = sorted(
       self.workdir.glob("sample/*/sample.json"), key=lambda path: int(path.parent.name)
@@ -220,8 +220,8 @@ def _write_examples(folder: str) -> None:
   photo = importlib.resources.files("sklearn.datasets.images") / "china.jpg"
   pathlib.Path(folder, "photograph.jpg").write_bytes(photo.read_bytes())
   digit = transforms.decode(open_split(DataConfig(name="digits"), "test")[0]["image"])
-  enlarged = pictures.grid([[digit]], scale=_ENLARGED, gap=0)
-  pictures.save_png(os.path.join(folder, "digit.png"), enlarged)
+  enlarged = figures.grid([[digit]], scale=_ENLARGED, gap=0)
+  figures.save_png(os.path.join(folder, "digit.png"), enlarged)
 
 
 def _display():

@@ -13,7 +13,7 @@ from tiny import mesh_of
 
 from igpt_jax.demo import models, serve
 from igpt_jax.demo.limits import Limits
-from igpt_jax.jobs import completion
+from igpt_jax.sampling import completer as completer_lib
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ class Slow:
 
   def __init__(self, monkeypatch, seconds: float):
     self.begun, self.finished = threading.Event(), 0
-    draw = completion.Completer.draw
+    draw = completer_lib.Completer.draw
 
     def slow(completer, *args, **kwargs):
       for drawn in draw(completer, *args, **kwargs):
@@ -81,4 +81,4 @@ class Slow:
         yield drawn
       self.finished += 1
 
-    monkeypatch.setattr(completion.Completer, "draw", slow)
+    monkeypatch.setattr(completer_lib.Completer, "draw", slow)

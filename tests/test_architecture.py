@@ -17,23 +17,26 @@ FLOORS = {
   "files": 0,
   "history": 0,
   "watchdog": 0,
-  "parallel": 1,
-  "model": 1,
-  "report": 2,
-  "pictures": 2,
-  "metrics": 2,
-  "data": 2,
-  "training": 2,
-  "pretrained": 2,
-  "checkpoint": 2,
-  "prediction": 2,
-  "config": 3,
   "config_fields": 0,
   "config_saved": 1,
-  "jobs": 3,
-  "main": 4,
-  "demo": 4,
-  "notebook": 4,
+  "parallel": 1,
+  "model": 2,
+  "data": 2,
+  "reporting": 2,
+  "training": 3,
+  "pretrained": 3,
+  "checkpoint": 4,
+  "prediction": 4,
+  "timing": 4,
+  "config": 5,
+  "workspace": 6,
+  "runner": 7,
+  "sampling": 7,
+  "probing": 8,
+  "jobs": 9,
+  "main": 10,
+  "demo": 10,
+  "notebook": 10,
 }
 
 # A library -> the only files or folders that may import it.
@@ -41,13 +44,23 @@ ONLY_IN = {
   "orbax": ["checkpoint/"],
   "tensorflow_datasets": ["data/"],
   "grain": ["data/"],
-  "ml_collections": ["main.py", "config.py", "config_fields.py", "config_saved.py", "jobs/"],
-  "tensorflow": ["data/prepare.py"],
+  "ml_collections": [
+    "main.py",
+    "config.py",
+    "config_fields.py",
+    "config_saved.py",
+    "jobs/",
+    "workspace/",
+    "runner/",
+    "sampling/",
+    "probing/",
+  ],
+  "tensorflow": ["data/tfds_prepare.py"],
   "torch": ["pretrained/"],
   "transformers": [],
   "pickle": [],
-  "tensorboardX": ["metrics.py"],
-  "wandb": ["metrics.py"],
+  "tensorboardX": ["reporting/metrics.py"],
+  "wandb": ["reporting/metrics.py"],
   "starlette": ["demo/"],
   "uvicorn": ["demo/"],
   "IPython": ["notebook.py"],
@@ -137,7 +150,7 @@ def test_rooms_of_one_floor_import_without_a_circle():
 def test_config_is_imported_from_above_alone():
   """Below the jobs there are frozen dataclasses."""
   importers = {room_of(name) for name in NAMES if "config" in rooms_imported(name, SOURCES[name])}
-  assert importers == {"jobs", "main", "demo"}
+  assert importers == {"workspace", "runner", "probing", "jobs", "main", "demo"}
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.attention import SAVED_NAMES, attention, choose
+from igpt_jax.model.attention.dispatch import SAVED_NAMES, attention, choose
 from igpt_jax.parallel import hardware
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -11,8 +11,8 @@ import pytest
 import tiny
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from igpt_jax.model import attention_tpu
-from igpt_jax.model.attention_tpu import LSE_NAME, OUTPUT_NAME, fused_attention, supports
+from igpt_jax.model.attention import tpu
+from igpt_jax.model.attention.tpu import LSE_NAME, OUTPUT_NAME, fused_attention, supports
 
 fused = functools.partial(fused_attention, interpret=True)
 
@@ -74,20 +74,20 @@ def check(n_head, head_dim, length, causal, dtype, batch=1, size=1.5, tolerance=
 
 @pytest.fixture(params=[False, True], ids=["mxu128", "mxu256"])
 def matrix_unit(request, monkeypatch):
-  monkeypatch.setattr(attention_tpu, "wide_matrix_unit", lambda: request.param)
+  monkeypatch.setattr(tpu, "wide_matrix_unit", lambda: request.param)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
   """Tiles of 64 in spans of 128: every loop of a long sequence on a short one."""
-  make_plan = attention_tpu.make_plan
+  make_plan = tpu.make_plan
 
   def small(*args, **kwargs):
     plan = make_plan(*args, **kwargs)
     span = 128 if plan.length % 128 == 0 else plan.length
     return dataclasses.replace(plan, tile=64, span=span, diagonal=32 if plan.aligned else 64)
 
-  monkeypatch.setattr(attention_tpu, "make_plan", small)
+  monkeypatch.setattr(tpu, "make_plan", small)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import benchmark
-from igpt_jax.training import benchmark as measuring
+from igpt_jax.timing import device as measuring
 from igpt_jax.training.compilation import flops_per_image
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from igpt_jax.model import decoding
+from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast, hlo, schedule
@@ -241,7 +241,7 @@ def test_sampling_reads_its_cache_as_it_is_kept(cache):
   """No part of it is laid out anew as float32, nor as the heads' own products would have it."""
   config = ImageGPTConfig(n_layer=2, n_head=4, n_embd=256, n_positions=512, dtype="bfloat16")
   mesh = sharding.make_mesh(4, devices=tiny.tpu_devices("v5e:2x2"))
-  lower = forecast.sampling_program(config, decoding.SamplingConfig(), 64, mesh, cache)
+  lower = forecast.sampling_program(config, autoregressive.SamplingConfig(), 64, mesh, cache)
   with jax.set_mesh(mesh):
     program = hlo.parse(lower().compile().as_text())
   block = 16 * 256 * 256  # of a chip's pictures, half of their positions, all channels

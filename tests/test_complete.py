@@ -16,10 +16,13 @@ from tiny import compilations, make_config, mesh_of, random_params
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, complete, completion, own_pictures, starting_point
-from igpt_jax.model.decoding import SamplingConfig
+from igpt_jax.jobs import complete
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.pretrained import formats
+from igpt_jax.sampling import completer as completer_lib
+from igpt_jax.sampling import prompt_files
+from igpt_jax.workspace import devices, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(common, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
@@ -60,13 +63,13 @@ def settings(trained, **changes):
 
 def completer_of(trained, mesh=None):
   config = settings(trained)
-  found = completion.describe(config, "")
-  return completion.Completer(found, config, mesh or mesh_of())
+  found = completer_lib.describe(config, "")
+  return completer_lib.Completer(found, config, mesh or mesh_of())
 
 
 def some_pictures(n, seed=0):
   rng = np.random.default_rng(seed)
-  return [completion.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
+  return [completer_lib.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
 
 
 def last(iterator):
@@ -128,7 +131,7 @@ def test_rows_are_compiled_once_for_a_shape(trained):
 
 
 def test_only_the_newest_programs_are_kept(trained, monkeypatch):
-  monkeypatch.setattr(completion, "_PROGRAMS", 2)
+  monkeypatch.setattr(completer_lib, "_PROGRAMS", 2)
   completer = completer_of(trained)
   for rows in (1, 2, 3, 2):
     last(completer.draw(some_pictures(1), [0], rows, SamplingConfig(), seed=0))
@@ -160,9 +163,9 @@ def test_a_picture_is_turned_as_the_camera_was_held(trained):
 @pytest.mark.parametrize("augment", [None, "none", "paper", "cifar"])
 def test_an_image_of_the_models_own_size_is_encoded_as_it_is(trained, augment):
   """Whoever wrote the checkpoint: one that says nothing of its data is taken for the paper's."""
-  found = completion.describe(settings(trained), "")
+  found = completer_lib.describe(settings(trained), "")
   run = {**found.run, "resolution": 8, "config": {"data": {"augment": augment} if augment else {}}}
-  reader = completion.Reader(dataclasses.replace(found, run=run))
+  reader = completer_lib.Reader(dataclasses.replace(found, run=run))
   tokens = np.random.default_rng(0).integers(0, 11, 64).astype(np.int32)
   image = reader.paint(tokens[None])[0]
   np.testing.assert_array_equal(reader.read(encoded(image, format="PNG"), "").tokens, tokens)
@@ -176,20 +179,20 @@ def test_a_file_that_is_no_picture_is_named(trained):
 
 
 def test_files_are_found_by_name_glob_and_folder(photos):
-  assert [f.name for f in own_pictures.find(str(photos / "cats" / "a.jpg"))] == ["a"]
-  assert [(f.group, f.name) for f in own_pictures.find(str(photos))] == [
+  assert [f.name for f in prompt_files.find(str(photos / "cats" / "a.jpg"))] == ["a"]
+  assert [(f.group, f.name) for f in prompt_files.find(str(photos))] == [
     ("cats", "a"),
     ("cats", "b"),
     ("dogs", "a"),
   ]
   shutil.copy(photos / "cats" / "b.png", photos / "cats" / "A.png")
-  names = [f.name for f in own_pictures.find(str(photos / "**" / "[aA].*"))]
+  names = [f.name for f in prompt_files.find(str(photos / "**" / "[aA].*"))]
   assert names == ["A", "a.jpg", "a.webp"]
   with pytest.raises(UserError, match="matches no file"):
-    own_pictures.find(str(photos / "*.tiff"))
+    prompt_files.find(str(photos / "*.tiff"))
   (photos / "empty").mkdir()
   with pytest.raises(UserError, match="holds no pictures"):
-    own_pictures.find(str(photos / "empty"))
+    prompt_files.find(str(photos / "empty"))
 
 
 def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
@@ -201,20 +204,20 @@ def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
   (my / "cats" / "e.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
   (my / "cats" / "loop").symlink_to(my)
   found = [("", "a"), ("cats", "b"), ("cats", "b.jfif")]
-  assert [(f.group, f.name) for f in own_pictures.find(str(my))] == found
+  assert [(f.group, f.name) for f in prompt_files.find(str(my))] == found
   said = capsys.readouterr().out
   assert (
     "config.images: left out 3 files: " in said
     and "cats/e.heic (HEIC" in said
     and "notes.txt" in said
   )
-  assert [f.name for f in own_pictures.find(str(my / "*"))] == ["a"]
+  assert [f.name for f in prompt_files.find(str(my / "*"))] == ["a"]
   assert "notes.txt" in capsys.readouterr().out
-  assert [f.name for f in own_pictures.find(str(my / "notes.txt"))] == [
+  assert [f.name for f in prompt_files.find(str(my / "notes.txt"))] == [
     "notes"
   ]  # who names it, means it
   with pytest.raises(UserError, match=r"holds no pictures.*left out 1 file: .*e\.heic \(HEIC"):
-    own_pictures.find(str(my / "cats" / "*.heic"))
+    prompt_files.find(str(my / "cats" / "*.heic"))
 
 
 def test_results_have_names_of_their_own(trained, tmp_path):
@@ -229,7 +232,7 @@ def test_results_have_names_of_their_own(trained, tmp_path):
   for i, name in enumerate(names):
     Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / "my" / name)
   folder = str(tmp_path / "my")
-  found = own_pictures.find(folder)
+  found = prompt_files.find(folder)
   places = [os.path.join(file.group, file.name).lower() for file in found]
   assert len(set(places)) == len(names)
   for attempt in range(2):  # the second one finds what the first has left
@@ -384,12 +387,12 @@ def test_a_checkpoint_of_any_format_has_one_checksum(tmp_path):
   own = own_checkpoint.write(tmp_path / "own", seed=3)
   write_foreign(str(tmp_path / "foreign" / "model.ckpt-7"), 3)
   sums = {
-    starting_point.checksum_of(starting_point.describe(path, config_lib.base()))
+    weights.checksum_of(weights.describe(path, config_lib.base()))
     for path in (own, str(tmp_path / "foreign"))
   }
-  described = starting_point.describe(own, config_lib.base())
+  described = weights.describe(own, config_lib.base())
   older = dataclasses.replace(described, sums={})  # from before checkpoints had checksums
-  assert sums == {starting_point.checksum_of(older)} == {described.sums["params"]}
+  assert sums == {weights.checksum_of(older)} == {described.sums["params"]}
 
 
 def test_samples_say_themselves_what_they_are_of(trained, tmp_path):
@@ -468,7 +471,7 @@ def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):
 def test_mistakes_are_told_before_weights_are_read(
   trained, changes, message, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(completion, "Completer", None)
+  monkeypatch.setattr(completer_lib, "Completer", None)
   with pytest.raises(UserError, match=message):
     complete.run(settings(trained, **changes), str(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
@@ -502,6 +505,6 @@ def test_checkpoints_that_cannot_complete(photos, tmp_path):
     complete.run(settings(bare, images=str(photos)), str(tmp_path / "out"))
   bert = own_checkpoint.write(tmp_path / "bert", causal=False)
   with pytest.raises(UserError, match="is a BERT model"):  # as the page asks
-    completion.describe(settings(bert), "")
+    completer_lib.describe(settings(bert), "")
   with pytest.raises(UserError, match="no checkpoint in"):
     complete.run(settings("", images=str(photos)), str(tmp_path / "nothing"))

@@ -23,12 +23,13 @@ from PIL import Image
 from test_end_to_end import load_config
 from test_pretrained_download import Server
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, download, evaluate, pretrain, probe, sample
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.tensor_bundle import Bundle, write_bundle
+from igpt_jax.reporting import metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from igpt_jax.data import benchmark, palette, sources
+from igpt_jax.data import palette, sources
+from igpt_jax.timing import input
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def patches(tmp_path_factory):
 
 def test_every_stage_is_measured(patches):
   split, config = patches
-  costs = benchmark.stages(split, config, palette.Palette.default(), n_pictures=20, repeats=1)
+  costs = input.stages(split, config, palette.Palette.default(), n_pictures=20, repeats=1)
   names = [c.stage for c in costs]
   assert names[:2] == ["read", "decode"] and names[-1] == "encode"
   assert "augment (paper, fused)" in names
@@ -37,8 +38,8 @@ def test_throughput_of_both_forms(patches):
   split, config = patches
   colors = palette.Palette.default()
   sizes = {"batch_size": 16, "n_batches": 2}
-  fused = benchmark.throughput(split, config, colors, **sizes)
-  literal = benchmark.throughput(
+  fused = input.throughput(split, config, colors, **sizes)
+  literal = input.throughput(
     split, dataclasses.replace(config, resample="literal"), colors, literal_pillow=True, **sizes
   )
   assert fused.pipeline == "paper, fused" and literal.pipeline == "literal, Pillow"
@@ -48,7 +49,7 @@ def test_throughput_of_both_forms(patches):
 
 def test_the_pillow_form_makes_the_same_kind_of_picture(patches):
   split, config = patches
-  pillow = benchmark.PillowSplit(split, config.resolution)
+  pillow = input.PillowSplit(split, config.resolution)
   image = pillow[0]["image"]
   assert image.shape == (32, 32, 3) and image.dtype == np.uint8
   assert pillow[0]["label"] == split[0]["label"]

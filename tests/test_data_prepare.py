@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import palette, pipeline, prepare, sources, transforms
+from igpt_jax.data import palette, pipeline, sources, tfds_prepare, transforms
 
 
 @pytest.fixture
@@ -81,8 +81,10 @@ def _archives(folder):
 def test_imagenet_by_its_real_builder(tmp_path, shim):
   _archives(tmp_path / "manual")
   data_dir = str(tmp_path / "data")
-  first = prepare.prepare("imagenet2012", data_dir, str(tmp_path / "manual"))
-  assert first == prepare.prepare("imagenet2012", data_dir, "nothing is needed the second time")
+  first = tfds_prepare.prepare("imagenet2012", data_dir, str(tmp_path / "manual"))
+  assert first == tfds_prepare.prepare(
+    "imagenet2012", data_dir, "nothing is needed the second time"
+  )
   config = sources.DataConfig(
     name="imagenet2012", data_dir=data_dir, resolution=32, augment="paper", validation=0.2
   )
@@ -104,7 +106,7 @@ def test_missing_archives_are_named(tmp_path, tensorflow_installed):
   _archives(tmp_path / "manual")
   (tmp_path / "manual" / "ILSVRC2012_img_val.tar").unlink()
   with pytest.raises(errors.UserError, match=r"ILSVRC2012_img_val\.tar not in") as caught:
-    prepare.prepare("imagenet2012", str(tmp_path / "data"), str(tmp_path / "manual"))
+    tfds_prepare.prepare("imagenet2012", str(tmp_path / "data"), str(tmp_path / "manual"))
   assert "img_train" not in str(caught.value)
   assert not (tmp_path / "data" / "imagenet2012").exists()
 
@@ -115,19 +117,19 @@ def test_without_tensorflow_the_extra_is_named(tmp_path, monkeypatch):
     importlib.util, "find_spec", lambda name, *a: None if name == "tensorflow" else find(name, *a)
   )
   with pytest.raises(errors.UserError, match=r"\[prepare\]"):
-    prepare.prepare("cifar10", str(tmp_path))
+    tfds_prepare.prepare("cifar10", str(tmp_path))
 
 
 def test_unknown_names_get_a_suggestion(tmp_path, tensorflow_installed):
   with pytest.raises(errors.UserError, match="did you mean cifar10"):
-    prepare.prepare("cifar01", str(tmp_path))
+    tfds_prepare.prepare("cifar01", str(tmp_path))
 
 
 def test_own_and_unprepared_kinds(tmp_path):
-  path = prepare.prepare("digits", str(tmp_path))
-  assert os.path.isdir(path) and path == prepare.prepare("digits", str(tmp_path))
+  path = tfds_prepare.prepare("digits", str(tmp_path))
+  assert os.path.isdir(path) and path == tfds_prepare.prepare("digits", str(tmp_path))
   with pytest.raises(errors.UserError, match="needs no preparation"):
-    prepare.prepare("folder", str(tmp_path))
+    tfds_prepare.prepare("folder", str(tmp_path))
 
 
 def test_two_processes_do_not_prepare_one_data_set(tmp_path, tensorflow_installed):
@@ -135,7 +137,7 @@ def test_two_processes_do_not_prepare_one_data_set(tmp_path, tensorflow_installe
   with open(tmp_path / ".imagenet2012.lock", "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     with pytest.raises(errors.UserError, match="another process"):
-      prepare.prepare("imagenet2012", str(tmp_path), str(tmp_path / "manual"))
+      tfds_prepare.prepare("imagenet2012", str(tmp_path), str(tmp_path / "manual"))
 
 
 def test_leftovers_of_a_killed_generation_are_removed(tmp_path, shim):
@@ -143,5 +145,5 @@ def test_leftovers_of_a_killed_generation_are_removed(tmp_path, shim):
   leftover = tmp_path / "data" / "imagenet2012" / "incomplete.ABC123_5.1.0"
   leftover.mkdir(parents=True)
   (leftover / "half.array_record").write_text("half")
-  prepare.prepare("imagenet2012", str(tmp_path / "data"), str(tmp_path / "manual"))
+  tfds_prepare.prepare("imagenet2012", str(tmp_path / "data"), str(tmp_path / "manual"))
   assert [p.name for p in (tmp_path / "data" / "imagenet2012").iterdir()] == ["5.1.0"]

@@ -12,8 +12,8 @@ import scipy.stats
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import decoding, decoding_cache, decoding_step
-from igpt_jax.model.decoding import SamplingConfig, filter_logits
+from igpt_jax.model.decoding import autoregressive, cache, decode_step
+from igpt_jax.model.decoding.autoregressive import SamplingConfig, filter_logits
 from igpt_jax.model.image_gpt import bind, to_compute_dtypes
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import token_nll
@@ -29,7 +29,7 @@ PLAIN = SamplingConfig()
 def compiled(config, sampling, samples_per_picture=1):
   return tiny.jit(
     functools.partial(
-      decoding.complete, config, sampling=sampling, samples_per_picture=samples_per_picture
+      autoregressive.complete, config, sampling=sampling, samples_per_picture=samples_per_picture
     )
   )
 
@@ -59,19 +59,19 @@ def test_cached_logits_are_those_of_the_full_forward(n_given, n_done):
 
   @tiny.jit
   def decode(params, tokens):
-    begun = decoding.begin(CONFIG, params, tokens[:, :n_given], make_keys(3))
-    tables, weights = decoding_step.lay_out(bind(CONFIG, params))
+    begun = autoregressive.begin(CONFIG, params, tokens[:, :n_given], make_keys(3))
+    tables, weights = decode_step.lay_out(bind(CONFIG, params))
 
     def body(before, blocks, position):
-      return decoding_step.decode_step(
+      return decode_step.decode_step(
         tables, weights, before, blocks, tokens[:, position - 1], position, CONFIG.n_head
       )
 
     given, drawn = zip(*begun.caches, strict=True)
     found = []
-    before = [(kv, decoding_cache.take(new, 0, 0)) for kv, new in begun.caches]
+    before = [(kv, cache.take(new, 0, 0)) for kv, new in begun.caches]
     for start, end in ((0, n_done), (n_done, room)) if n_done else ((0, room),):
-      blocks = [decoding_cache.take(kv, start, end) for kv in drawn]
+      blocks = [cache.take(kv, start, end) for kv in drawn]
       positions = jnp.arange(n_given + start, n_given + end)
       blocks, logits = jax.lax.scan(functools.partial(body, before), blocks, positions)
       before = list(zip(given, blocks, strict=True))
@@ -92,11 +92,13 @@ def test_blocks_of_any_length_make_the_same_samples(block, per_picture, monkeypa
   params = tiny.random_params(CONFIG)
   whole = complete(given, keys, samples_per_picture=per_picture)
   settings = dict(samples_per_picture=per_picture)
-  monkeypatch.setattr(decoding, "_BLOCK", block)
-  run = tiny.jit(functools.partial(decoding.complete, CONFIG, sampling=PLAIN, **settings))
+  monkeypatch.setattr(autoregressive, "_BLOCK", block)
+  run = tiny.jit(functools.partial(autoregressive.complete, CONFIG, sampling=PLAIN, **settings))
   np.testing.assert_array_equal(run(params, given, keys).tokens, whole.tokens)
-  begun = tiny.jit(functools.partial(decoding.begin, CONFIG, **settings))(params, given, keys)
-  draw_chunk = tiny.jit(functools.partial(decoding.extend, CONFIG, n_pixels=5, sampling=PLAIN))
+  begun = tiny.jit(functools.partial(autoregressive.begin, CONFIG, **settings))(params, given, keys)
+  draw_chunk = tiny.jit(
+    functools.partial(autoregressive.extend, CONFIG, n_pixels=5, sampling=PLAIN)
+  )
   for _ in range(3):
     begun = draw_chunk(params, begun)
   np.testing.assert_array_equal(begun.tokens, whole.tokens)
@@ -108,8 +110,10 @@ def test_chunks_of_any_size_make_the_same_samples(chunk):
   """One program draws each chunk, wherever it starts; the last may be shorter."""
   given, keys = tiny.random_tokens(CONFIG, 3)[:, :4], make_keys(3)
   params = tiny.random_params(CONFIG)
-  begun = tiny.jit(functools.partial(decoding.begin, CONFIG))(params, given, keys)
-  draw_chunk = tiny.jit(functools.partial(decoding.extend, CONFIG, n_pixels=chunk, sampling=PLAIN))
+  begun = tiny.jit(functools.partial(autoregressive.begin, CONFIG))(params, given, keys)
+  draw_chunk = tiny.jit(
+    functools.partial(autoregressive.extend, CONFIG, n_pixels=chunk, sampling=PLAIN)
+  )
   whole = complete(given, keys)
   drawn = begun
   while drawn.position < CONFIG.n_positions:
@@ -197,7 +201,7 @@ def test_greedy_takes_the_likeliest_everywhere():
 def test_parameters_may_be_kept_as_they_are_multiplied():
   config = tiny.make_config(dtype="bfloat16")
   given, keys = tiny.random_tokens(config, 3)[:, :5], make_keys(3)
-  run = tiny.jit(functools.partial(decoding.complete, config, sampling=PLAIN))
+  run = tiny.jit(functools.partial(autoregressive.complete, config, sampling=PLAIN))
   expected = run(tiny.random_params(config), given, keys)
   params = jax.device_put(tiny.random_params(config))
   gains, weight = params["blocks"]["ln_1"]["g"], params["wte"]
@@ -221,10 +225,14 @@ def test_samples_on_a_mesh_are_those_of_one_device(shape):
   settings = dict(samples_per_picture=2)
   with jax.set_mesh(mesh):
     given = sharding.put_global(given, mesh)
-    run = tiny.jit(functools.partial(decoding.complete, config, sampling=PLAIN, **settings))
+    run = tiny.jit(functools.partial(autoregressive.complete, config, sampling=PLAIN, **settings))
     np.testing.assert_array_equal(run(placed, given, keys).tokens, expected.tokens)
-    drawn = tiny.jit(functools.partial(decoding.begin, config, **settings))(placed, given, keys)
-    draw_chunk = tiny.jit(functools.partial(decoding.extend, config, n_pixels=6, sampling=PLAIN))
+    drawn = tiny.jit(functools.partial(autoregressive.begin, config, **settings))(
+      placed, given, keys
+    )
+    draw_chunk = tiny.jit(
+      functools.partial(autoregressive.extend, config, n_pixels=6, sampling=PLAIN)
+    )
     for _ in range(2):
       drawn = draw_chunk(placed, drawn)
   np.testing.assert_array_equal(drawn.tokens, expected.tokens)
@@ -252,7 +260,7 @@ def loop_bodies(text):
 @pytest.mark.parametrize("per_picture", [1, 2])
 def test_rows_of_other_devices_heads_are_left_alone(per_picture, monkeypatch):
   """The same samples, and no device sends another one what it made of its heads' keys."""
-  for room in (decoding_cache, decoding_step):
+  for room in (cache, decode_step):
     monkeypatch.setattr(room, "keeps_rows", lambda: True)
   mesh = tiny.mesh_of((1, 2, 4))
   config = tiny.make_config(n_head=4, n_positions=60)
@@ -263,7 +271,9 @@ def test_rows_of_other_devices_heads_are_left_alone(per_picture, monkeypatch):
   with jax.set_mesh(mesh):
     given = sharding.put_global(given, mesh)
     run = jax.jit(
-      functools.partial(decoding.complete, config, sampling=PLAIN, samples_per_picture=per_picture)
+      functools.partial(
+        autoregressive.complete, config, sampling=PLAIN, samples_per_picture=per_picture
+      )
     )
     compiled = run.lower(placed, given, keys).compile()
     np.testing.assert_array_equal(compiled(placed, given, keys).tokens, expected.tokens)
@@ -286,7 +296,7 @@ def test_weights_are_gathered_before_the_loop():
   params = jax.device_put(tiny.random_params(CONFIG), param_shardings(CONFIG, mesh))
   with jax.set_mesh(mesh):
     given = sharding.put_global(np.zeros((8, 0), np.int32), mesh)
-    run = jax.jit(functools.partial(decoding.complete, CONFIG, sampling=PLAIN))
+    run = jax.jit(functools.partial(autoregressive.complete, CONFIG, sampling=PLAIN))
     text = run.lower(params, given, make_keys(8)).compile().as_text()
   bodies = loop_bodies(text)
   assert any("dot" in body for body in bodies.values())  # the layers are in there
@@ -306,7 +316,7 @@ def test_cache_dtypes(dtype, per_picture):
   params = tiny.random_params(config)
   given, keys = tiny.random_tokens(config, 16)[:, :32], make_keys(16 * per_picture)
   settings = dict(sampling=PLAIN, samples_per_picture=per_picture)
-  run = tiny.jit(functools.partial(decoding.complete, config, cache_dtype=dtype, **settings))
+  run = tiny.jit(functools.partial(autoregressive.complete, config, cache_dtype=dtype, **settings))
   samples = jax.tree.map(np.asarray, run(params, given, keys))
   logits = full_forward(config, params, samples.tokens)
   true = np.asarray(token_nll(logits, samples.tokens))[:, 32:]
@@ -327,14 +337,14 @@ def test_rows_as_accelerators_keep_them_are_the_same(dtype, per_picture, monkeyp
   settings = dict(sampling=PLAIN, samples_per_picture=per_picture, cache_dtype=dtype)
 
   def run():
-    return tiny.jit(functools.partial(decoding.complete, CONFIG, **settings))(
+    return tiny.jit(functools.partial(autoregressive.complete, CONFIG, **settings))(
       tiny.random_params(CONFIG), given, keys
     )
 
   expected = run()
-  for room in (decoding_cache, decoding_step):
+  for room in (cache, decode_step):
     monkeypatch.setattr(room, "keeps_rows", lambda: True)
-  monkeypatch.setattr(decoding, "_BLOCK", 4)
+  monkeypatch.setattr(autoregressive, "_BLOCK", 4)
   found = run()
   np.testing.assert_array_equal(found.tokens, expected.tokens)
   np.testing.assert_allclose(found.nll, expected.nll, rtol=0, atol=1e-4)
@@ -344,7 +354,7 @@ def test_an_unknown_cache_dtype_is_refused():
   with pytest.raises(
     UserError, match="cache_dtype: 'int4'; expected one of float32, bfloat16, int8"
   ):
-    decoding.begin(
+    autoregressive.begin(
       CONFIG,
       tiny.random_params(CONFIG),
       np.zeros((1, 0), np.int32),
@@ -477,7 +487,7 @@ def test_the_least_temperature_and_share_take_the_likeliest_colour(sampling):
   """Logits as far apart as they come, none of them colour 0."""
   logits = jnp.asarray([[0.0, 5.0, -90.0, 5.1], [-1e3, 1e3, 999.0, 0.0]])
   keys = jax.random.split(jax.random.key(0), 2)
-  assert decoding.draw(logits, keys, jnp.int32(1), sampling).tolist() == [3, 1]
+  assert autoregressive.draw(logits, keys, jnp.int32(1), sampling).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import decoding
-from igpt_jax.model.decoding import SamplingConfig
+from igpt_jax.model.decoding import autoregressive
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
 from igpt_jax.training.state import param_shardings
@@ -26,7 +26,7 @@ LENGTH = CONFIG.n_positions
 @functools.cache
 def compiled(steps, sampling=PLAIN, noise=0.0):
   return tiny.jit(
-    functools.partial(decoding.fill, CONFIG, steps=steps, sampling=sampling, noise=noise)
+    functools.partial(autoregressive.fill, CONFIG, steps=steps, sampling=sampling, noise=noise)
   )
 
 
@@ -138,7 +138,7 @@ def test_on_a_mesh_it_is_the_same(shape):
   config = tiny.make_config(causal=False, n_head=4)
   params = tiny.random_params(config)
   tokens, known, keys = make_case(8)
-  run = functools.partial(decoding.fill, config, steps=5, sampling=PLAIN)
+  run = functools.partial(autoregressive.fill, config, steps=5, sampling=PLAIN)
   expected = tiny.jit(run)(params, tokens, known, keys)
   placed = jax.device_put(params, param_shardings(config, mesh))
   with jax.set_mesh(mesh):
@@ -152,7 +152,9 @@ def test_causal_models_say_why_they_cannot():
   config = tiny.make_config()
   tokens, known, keys = make_case()
   with pytest.raises(UserError, match=r"autoregressive.*raster order.*can't condition.*below"):
-    decoding.fill(config, tiny.random_params(config), tokens, known, keys, steps=2, sampling=PLAIN)
+    autoregressive.fill(
+      config, tiny.random_params(config), tokens, known, keys, steps=2, sampling=PLAIN
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,4 +164,4 @@ def test_causal_models_say_why_they_cannot():
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings, match):
   with pytest.raises(UserError, match=match):
-    decoding.fill(CONFIG, PARAMS, *make_case(), sampling=PLAIN, **settings)
+    autoregressive.fill(CONFIG, PARAMS, *make_case(), sampling=PLAIN, **settings)

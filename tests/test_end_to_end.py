@@ -15,12 +15,14 @@ import pytest
 from lives import Lives
 from PIL import Image
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, evaluate, pretrain, probe, sample
+from igpt_jax.jobs import evaluate, pretrain, probe, sample
 from igpt_jax.jobs import fit_palette as fit_palette_job
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.reporting import metrics
 from igpt_jax.training import compilation
+from igpt_jax.workspace import devices, streams, training_palette
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -29,7 +31,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def one_device():
   """The tests' process has eight virtual devices; what a person runs on has one."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(common, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
@@ -237,7 +239,7 @@ def test_evaluate_tokens_of_a_file(trained, tmp_path):
   config = tiny()
   data_config = config_lib.data(config)
   palette = Palette.load(trained / "palette.npy")
-  tokens = common.tokens_of(open_split(data_config, "test"), data_config, palette)
+  tokens = streams.tokens_of(open_split(data_config, "test"), data_config, palette)
   np.save(tmp_path / "test.npy", tokens.astype(np.int64))
   config = tiny(**{
     "data.name": "tokens", "data.path": str(tmp_path / "test.npy"), "checkpoint": str(trained)
@@ -310,7 +312,7 @@ def test_the_projects_own_palette_by_name(tmp_path):
   def palette_of(config):
     data_config = config_lib.data(config)
     split = open_split(data_config, "train")
-    return common.training_palette(config, data_config, split, str(tmp_path))
+    return training_palette.training_palette(config, data_config, split, str(tmp_path))
 
   named = {"palette.path": "default"}
   assert palette_of(tiny(**named, **{"palette.size": 0})) == Palette.default()

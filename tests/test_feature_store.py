@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from igpt_jax.errors import UserError
-from igpt_jax.training import feature_store
-from igpt_jax.training.feature_store import FeatureStore
-from igpt_jax.training.features import FeatureRows
+from igpt_jax.probing import store as store_lib
+from igpt_jax.probing.features import FeatureRows
+from igpt_jax.probing.store import FeatureStore
 
 ROWS, WIDTH, SIDE = 20, 6, 4
 IDENTITY = {"checkpoint": "abc", "data": "digits train", "resolution": 4}
@@ -64,7 +64,7 @@ def test_rows_count_only_once_they_are_on_disk(tmp_path):
   writing = found.begin((0,))
   writing.add(rows_of((0,), 0, 8), 8)
   assert store(tmp_path / "train").rows_done((0,)) == 0
-  writing._saved -= feature_store._SECONDS_BETWEEN_SAVES + 1
+  writing._saved -= store_lib._SECONDS_BETWEEN_SAVES + 1
   writing.add(rows_of((0,), 8, 16), 16)
   assert store(tmp_path / "train").rows_done((0,)) == 16
 
@@ -169,9 +169,7 @@ def test_pickles_are_not_loaded(tmp_path):
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(
-    feature_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})
-  )
+  monkeypatch.setattr(store_lib.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
   with pytest.raises(UserError, match=r"needs .* GiB for 2 layers of 20 pictures.*fix: "):
     store(tmp_path / "train").begin((0, 1))
   assert not list((tmp_path / "train").iterdir())

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tiny
 
+from igpt_jax.checkpoint import checksum as checksums
+from igpt_jax.checkpoint.checksum import checksum
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import bind
-from igpt_jax.training import checksum as checksums
-from igpt_jax.training.checksum import checksum
-from igpt_jax.training.features import FeatureExtractor, feature_config
+from igpt_jax.probing.features import FeatureExtractor, feature_config
 from igpt_jax.training.state import param_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

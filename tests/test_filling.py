@@ -11,8 +11,9 @@ from PIL import Image
 from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import complete, completion, filling
-from igpt_jax.model.decoding import SamplingConfig
+from igpt_jax.jobs import complete
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
+from igpt_jax.sampling import completer, filler
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,7 +36,7 @@ def settings(trained, **changes):
 
 
 def known_of(trained, **changes):
-  return filling.known_pixels(settings(trained, **changes), checkpoint.describe(trained))
+  return filler.known_pixels(settings(trained, **changes), checkpoint.describe(trained))
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,13 @@ def test_raster_order_cannot_condition_on_what_comes_after(tmp_path):
 
 def filler_of(bert, mesh, **changes):
   config = settings(bert, **changes)
-  found = completion.describe(config, "", bert=True)
-  return filling.Filler(found, config, mesh, filling.known_pixels(config, found))
+  found = completer.describe(config, "", bert=True)
+  return filler.Filler(found, config, mesh, filler.known_pixels(config, found))
 
 
 def some_pictures(n):
   rng = np.random.default_rng(0)
-  return [completion.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
+  return [completer.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
 
 
 def test_a_sample_is_the_same_in_any_batch_and_on_any_mesh(bert):

@@ -12,9 +12,9 @@ import tiny
 
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
-from igpt_jax.training import finetune
+from igpt_jax.training import joint
 from igpt_jax.training.evaluation import Likelihood
-from igpt_jax.training.finetune import Classifier, JointLoss
+from igpt_jax.training.joint import Classifier, JointLoss
 from igpt_jax.training.objectives import make_objective, per_image
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from igpt_jax.training.state import HEAD, abstract_state, make_state, state_shardings
@@ -50,7 +50,7 @@ def config(request):
 
 
 def loss_and_grads(config, loss, batch=5):
-  function = functools.partial(finetune.joint_loss, config, loss)
+  function = functools.partial(joint.joint_loss, config, loss)
   found = tiny.jit(jax.value_and_grad(function, has_aux=True))
   return found(
     params_of(config), tiny.random_tokens(config, batch), labels(batch), keep_of(config, batch)
@@ -81,7 +81,7 @@ def test_images_without_a_mask_are_in_no_generative_loss(probability, masked_ima
   tokens, keep = tiny.random_tokens(config, 8), keep_of(config, 8, probability=probability)
   some = ~keep.all(axis=1)
   assert some.sum() == masked_images
-  loss = functools.partial(finetune.joint_loss, config, JointLoss(2))
+  loss = functools.partial(joint.joint_loss, config, JointLoss(2))
   run = tiny.jit(jax.value_and_grad(loss, has_aux=True))
   (total, parts), grads = run(params_of(config), tokens, labels(8), keep)
   expected = (
@@ -116,7 +116,7 @@ def test_without_a_generative_weight_no_logits_are_computed(config):
   logits_shape = f"{5},{config.n_positions},{config.n_vocab}]"
 
   def traced(generative):
-    function = functools.partial(finetune.joint_loss, config, JointLoss(3, generative, 1.0))
+    function = functools.partial(joint.joint_loss, config, JointLoss(3, generative, 1.0))
     return str(jax.make_jaxpr(jax.grad(function, has_aux=True))(
       params_of(config), tokens, labels(5), keep
     ))  # fmt: skip
@@ -143,7 +143,7 @@ def run_steps(config, layer, shape, steps=3):
   """Metrics and parameters of a few steps, made as the job makes them."""
   mesh = tiny.mesh_of(shape)
   shardings = state_shardings(config, OPTIMIZER, mesh, N_CLASSES)
-  made = finetune.make_finetune_step(
+  made = joint.make_finetune_step(
     config, JointLoss(layer, mask_probability=MASKED), OPTIMIZER, make_schedule(RECIPE)
   )
   step = tiny.jit(made, donate_argnums=0, out_shardings=(shardings, None))
@@ -186,9 +186,7 @@ def test_a_new_head_is_zero_and_the_model_is_pretrainings():
   without = make_state(config, OPTIMIZER, 4, mesh)
   assert with_head.params[HEAD].shape == (N_CLASSES, config.n_embd)
   assert not np.any(with_head.params[HEAD])
-  jax.tree.map(
-    np.testing.assert_array_equal, finetune.model_params(with_head.params), without.params
-  )
+  jax.tree.map(np.testing.assert_array_equal, joint.model_params(with_head.params), without.params)
   expected = abstract_state(config, OPTIMIZER, N_CLASSES)
   assert jax.tree.structure(with_head) == jax.tree.structure(expected)
   begun = make_state(config, OPTIMIZER, 4, mesh, without.params, N_CLASSES)  # a head is added
@@ -201,7 +199,7 @@ def test_the_steps_teach_the_classes():
   mesh = tiny.mesh_of()
   recipe = OptimizerConfig(learning_rate=0.02, steps=30, schedule="constant")
   optimizer = make_optimizer(recipe)
-  step = tiny.jit(finetune.make_finetune_step(
+  step = tiny.jit(joint.make_finetune_step(
     config, JointLoss(config.n_layer), optimizer, make_schedule(recipe)
   ))  # fmt: skip
   state = make_state(config, optimizer, 0, mesh, n_classes=N_CLASSES)
@@ -220,7 +218,7 @@ def test_the_steps_teach_the_classes():
 
 def test_the_majority_decides_and_the_mean_among_equals():
   def one(*rows):
-    return int(finetune.vote(jnp.asarray(rows, jnp.float32)[:, None])[0])
+    return int(joint.vote(jnp.asarray(rows, jnp.float32)[:, None])[0])
 
   a, b, c = [1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]
   assert one(a) == 0
@@ -230,7 +228,7 @@ def test_the_majority_decides_and_the_mean_among_equals():
   assert one([2.0, 0, 0], b) == 0
   assert one(a, a, [0, 3.0, 0], [0, 3.0, 0], [0, 0, 90.0]) == 1  # 2 isn't among the leaders
   many = jnp.asarray([[a, b], [a, c], [b, c]], jnp.float32)
-  np.testing.assert_array_equal(finetune.vote(many), [0, 2])
+  np.testing.assert_array_equal(joint.vote(many), [0, 2])
 
 
 def batches_of(config, n=7, size=4, order=None):
@@ -280,7 +278,7 @@ def test_scores_are_those_of_every_mask_by_itself(config):
     seen.append(keep)
     logits.append(model.features(tokens, keep)[2] @ params_of(config)[HEAD].T)
   logits_KxBxC = np.stack(logits)
-  assert found.accuracy == pytest.approx(np.mean(np.asarray(finetune.vote(logits_KxBxC)) == label))
+  assert found.accuracy == pytest.approx(np.mean(np.asarray(joint.vote(logits_KxBxC)) == label))
   assert found.accuracy_of_mean == pytest.approx(np.mean(logits_KxBxC.mean(0).argmax(-1) == label))
   nats = [optax.softmax_cross_entropy_with_integer_labels(each, label).mean() for each in logits]
   assert found.classification_loss == pytest.approx(np.mean(nats), rel=1e-5)

@@ -11,22 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint
 from igpt_jax.checkpoint import writing
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import (
-  common,
-  convert,
-  evaluate,
-  finetune,
-  finetune_start,
-  pretrain,
-  sample,
-  saving,
-)
+from igpt_jax.jobs import convert, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.reporting import metrics
+from igpt_jax.runner import saving
 from igpt_jax.training import compilation
-from igpt_jax.training import finetune as finetune_lib
+from igpt_jax.training import joint as finetune_lib
+from igpt_jax.workspace import devices, finetuning, streams, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -39,7 +33,7 @@ def surroundings(tmp_path_factory):
   """The tests' own TFDS folder; one device."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(common, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
@@ -138,8 +132,8 @@ def test_test_is_scored_once_with_the_best(tuned):
   params = params_of(values["checkpoint"])
   params["clf"] = params.pop("head")
   classifier = finetune_lib.Classifier(found.config, mesh(), layer=2)
-  palette = common.palette_of(found)
-  with common.eval_stream(split, data_config, palette, mesh(), 25, 50) as stream:
+  palette = weights.palette_of(found)
+  with streams.eval_stream(split, data_config, palette, mesh(), 25, 50) as stream:
     scores = classifier(params, stream)
   assert scores.accuracy == pytest.approx(values["test_accuracy"])
   assert scores.nats_per_token == pytest.approx(values["test_nats_per_token"], rel=1e-5)
@@ -259,7 +253,7 @@ def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
     target = str(tmp_path / format)
     convert.run(tiny(source=path, target=target, format=format), str(tmp_path / "convert"))
     # The head stays behind, whatever the run says of it.
-    assert finetune_start.starting_point.describe(target, config).classes == ()
+    assert weights.describe(target, config).classes == ()
   trained = checkpoint.load_pretrained(str(tmp_path / "orbax"), mesh())
   found = params_of(path)
   del found["head"]
@@ -337,7 +331,7 @@ def test_classification_alone_leaves_the_output_table(start, tmp_path):
 def test_a_tenth_of_the_sizes_rate():
   for objective, rate in (("autoregressive", 3e-4), ("masked", 1e-3)):
     config = tiny(objective=objective, **{"finetune.learning_rate": 0.0, "train.b2": 0.9})
-    made = finetune_start.make_optimizer_config(config)
+    made = finetuning.make_optimizer_config(config)
     assert made.learning_rate == pytest.approx(rate)
     assert (made.schedule, made.b1, made.b2, made.steps) == ("constant", 0.9, 0.9, 9)
 
@@ -387,7 +381,7 @@ def test_a_mistake_is_said_before_anything_is_compiled(start, folders, tmp_path,
 
 
 def test_a_batch_that_doesnt_divide_is_refused(start, tmp_path, monkeypatch):
-  monkeypatch.setattr(common, "mesh_of", lambda config: make_mesh())
+  monkeypatch.setattr(devices, "mesh_of", lambda config: make_mesh())
   with pytest.raises(UserError, match=r"finetune.batch_size: 12 .* nearest: 8 or 16"):
     finetune.run(tiny(**{"checkpoint": start, "finetune.batch_size": 12}), str(tmp_path))
 

@@ -16,9 +16,12 @@ from PIL import Image
 from test_end_to_end import ROOT, call, data_dir, one_device, tiny
 
 from igpt_jax import config as config_lib
-from igpt_jax import config_saved, metrics
+from igpt_jax import config_saved
 from igpt_jax.errors import NoSuchSplit, UserError
-from igpt_jax.jobs import common, evaluate, feature_sets, finetune, fit_palette, places, pretrain
+from igpt_jax.jobs import evaluate, finetune, fit_palette, pretrain
+from igpt_jax.probing import sets
+from igpt_jax.reporting import metrics
+from igpt_jax.workspace import places, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 __all__ = ["data_dir", "one_device"]  # fixtures of every test here
@@ -280,7 +283,7 @@ def test_nothing_held_out_trains_on_all_of_train(tmp_path, capsys):
   fitted = json.loads((tmp_path / "palette" / "palette.json").read_text())
   assert fitted["measured_on"] == fitted["fitted_to"]
   for refuses in (
-    lambda: feature_sets.open_source(tiny(**settings), str(tmp_path / "run")),
+    lambda: sets.open_source(tiny(**settings), str(tmp_path / "run")),
     lambda: finetune.run(tiny(**settings), str(tmp_path / "run")),
   ):
     with pytest.raises(NoSuchSplit, match=NO_VALIDATION):
@@ -292,14 +295,14 @@ def test_a_folder_of_test_images_alone_is_evaluated(tmp_path, monkeypatch, capsy
   make_images(tmp_path / "data" / "test")
   run = own_checkpoint.write(tmp_path / "run", resolution=8)
   folder = {"data.name": "folder", "data.path": str(tmp_path / "data"), "checkpoint": run}
-  load = common.load_model
+  load = weights.load_model
   order = []
 
   def loading(*arguments, **settings):
     order.append(capsys.readouterr().out)
     return load(*arguments, **settings)
 
-  monkeypatch.setattr(common, "load_model", loading)
+  monkeypatch.setattr(weights, "load_model", loading)
   evaluate.run(tiny(**folder), str(tmp_path / "out"))
   assert "baselines: counted on the evaluated images themselves, which flatters them" in order[0]
   values = json.loads((tmp_path / "out" / "evaluation.json").read_text())

@@ -23,14 +23,16 @@ import numpy as np
 import pytest
 from test_end_to_end import call, load_config
 
-from igpt_jax import checkpoint, files, metrics
+from igpt_jax import checkpoint, files
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import guard, workdir
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.reporting import metrics
+from igpt_jax.runner import data_order
 from igpt_jax.training import optimizer, state
+from igpt_jax.workspace import workdir
 
 FROZEN = pathlib.Path(__file__).parent / "frozen" / "quickstart"
 RECORD = json.loads(FROZEN.with_suffix(".json").read_text())
@@ -81,7 +83,7 @@ def state_at(folder, step):
 def order_from(folder, step, batches) -> list[list[int]]:
   config = config_of()
   data = config_lib.data(config)
-  order = guard.DataOrder(
+  order = data_order.DataOrder(
     str(folder), open_split(data, "train"), batch_size=config.train.batch_size, seed=config.seed
   )
   palette = Palette.load(str(folder / "palette.npy"))

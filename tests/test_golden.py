@@ -16,11 +16,11 @@ import numpy as np
 import numpy_reference
 import pytest
 
-from igpt_jax.model import decoding
+from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.pretrained import formats, huggingface, openai
 from igpt_jax.pretrained.tensor_bundle import Bundle, write_bundle
-from igpt_jax.training import finetune
+from igpt_jax.training import joint as joint_lib
 from igpt_jax.training.objectives import per_image, token_nll
 from igpt_jax.training.state import HEAD
 
@@ -69,9 +69,9 @@ def losses(config, params, inputs):
 
 def joint(config, params, inputs, classification=1.0):
   """Fine-tuning's loss with a head at the last layer, and its parts."""
-  return finetune.joint_loss(
+  return joint_lib.joint_loss(
     config,
-    finetune.JointLoss(layer=config.n_layer, classification=classification),
+    joint_lib.JointLoss(layer=config.n_layer, classification=classification),
     {**params, HEAD: inputs["wclf"]},
     inputs["tokens"],
     inputs["labels"],
@@ -97,7 +97,7 @@ def test_classification(case):
   expected = outputs["gen_loss"] + outputs["clf_loss"]
   np.testing.assert_allclose(total, expected, rtol=0, atol=2e-5)
   np.testing.assert_allclose(100 * parts["accuracy"], outputs["accuracy_pct"], rtol=0, atol=1e-3)
-  class_logits, image_loss = finetune.forward(
+  class_logits, image_loss = joint_lib.forward(
     config,
     {**params, HEAD: inputs["wclf"]},
     inputs["tokens"],
@@ -171,7 +171,9 @@ def test_greedy_completion_matches_transformers(output, n_given):
   config, params, inputs, _, _ = load_case("a16-openai")
   expected = golden_files.arrays("a16", "outputs_hf.npz")[output]
   complete = jax.jit(
-    functools.partial(decoding.complete, config, sampling=decoding.SamplingConfig(temperature=0.0))
+    functools.partial(
+      autoregressive.complete, config, sampling=autoregressive.SamplingConfig(temperature=0.0)
+    )
   )
   keys = jax.random.split(jax.random.key(0), len(expected))
   samples = complete(params, given_BxP=inputs["tokens"][:, :n_given], keys_B=keys)

@@ -16,8 +16,8 @@ from igpt_jax import checkpoint, history
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.errors import NewerFormat, UserError
-from igpt_jax.jobs import workdir
 from igpt_jax.training.state import state_shardings
+from igpt_jax.workspace import workdir
 
 
 def change_config(folder, **fields):

@@ -345,7 +345,7 @@ def test_long_reading_is_told(root, caplog, monkeypatch):
   monkeypatch.setattr(digests, "_BLOCK", 100_000)
   (root / "train/cat/big.png").write_bytes(bytes(40_000_000))
   now = iter(range(10**6))  # a second between any two looks at the clock
-  monkeypatch.setattr("igpt_jax.metrics.time.monotonic", lambda: next(now))
+  monkeypatch.setattr("igpt_jax.reporting.progress.time.monotonic", lambda: next(now))
   beats = watchdog._beats
   prints(root)
   assert watchdog._beats - beats > 400  # at every block, so that no watchdog takes it for a hang

@@ -186,7 +186,7 @@ def test_what_may_not_be_read_is_said(caplog):
 
 
 def test_names_that_are_not_utf8_train(tmp_path, capsys):
-  from igpt_jax.jobs import common
+  from igpt_jax.parallel import hosts
 
   strange = os.fsdecode(b"caf\xe9")
   for i in range(3):
@@ -199,7 +199,7 @@ def test_names_that_are_not_utf8_train(tmp_path, capsys):
   assert json.dumps(shown).encode() and "\n".join(shown).encode()
   with pipeline.train_batches(split, config, None, batch_size=6, seed=0) as batches:
     assert sorted(next(batches)["label"]) == [0, 0, 0, 1, 1, 1]
-  common.say(f"unreadable: {strange}")
+  hosts.say(f"unreadable: {strange}")
   assert capsys.readouterr().out == "unreadable: caf\\xe9\n"
 
 

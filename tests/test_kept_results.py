@@ -15,19 +15,10 @@ from tiny import make_config, random_params
 from igpt_jax import history
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import (
-  evaluate,
-  feature_sets,
-  finetune,
-  fit_palette,
-  lowdata,
-  pretrain,
-  probe,
-  quality,
-  sample,
-)
+from igpt_jax.jobs import evaluate, finetune, fit_palette, lowdata, pretrain, probe, quality, sample
 from igpt_jax.pretrained import formats
-from igpt_jax.training.features import FeatureExtractor
+from igpt_jax.probing import sets
+from igpt_jax.probing.features import FeatureExtractor
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -214,7 +205,7 @@ def classified(trained, tmp_path_factory):
 def test_classifiers_of_something_else_are_not_told_as_these(
   trained, classified, monkeypatch, change, message
 ):
-  monkeypatch.setattr(feature_sets, "compute", lambda *args: pytest.fail("features are computed"))
+  monkeypatch.setattr(sets, "compute", lambda *args: pytest.fail("features are computed"))
   before = (classified / "probe.json").read_bytes()
   config = config_of(**SGD, checkpoint=str(trained))
   config.update_from_flattened_dict(change)

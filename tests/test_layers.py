@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from igpt_jax.model import attention_tpu
+from igpt_jax.model.attention import tpu
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
 
@@ -45,7 +45,7 @@ def value_and_grad(config):
 )
 def test_values_and_gradients_are_those_of_the_blocks(causal, shape, wide, monkeypatch):
   """On both kinds of matrix unit: they keep different things."""
-  monkeypatch.setattr(attention_tpu, "wide_matrix_unit", lambda: wide)
+  monkeypatch.setattr(tpu, "wide_matrix_unit", lambda: wide)
   plain, stacked = configs(causal, n_head=4 if shape[2] > 1 else 2, n_embd=128)
   params = tiny.random_params(plain)
   tokens = tiny.random_tokens(plain, 4)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from igpt_jax.training import linear_probe, logistic
-from igpt_jax.training.linear_probe import balanced_subset, few_labels
+from igpt_jax.probing import linear, logistic
+from igpt_jax.probing.linear import balanced_subset, few_labels
 
 CLASSES = 3
 
 
 def probe(*parts, **settings):
-  return linear_probe.probe(*parts, n_classes=CLASSES, **settings)
+  return linear.probe(*parts, n_classes=CLASSES, **settings)
 
 
 def score(train, strength, part):
@@ -109,5 +109,5 @@ def test_few_labels_are_averages_over_subsets():
 
 
 def test_strengths_span_orders_of_magnitude():
-  assert list(linear_probe.STRENGTHS) == sorted(linear_probe.STRENGTHS)
-  assert linear_probe.STRENGTHS[-1] / linear_probe.STRENGTHS[0] >= 1e4
+  assert list(linear.STRENGTHS) == sorted(linear.STRENGTHS)
+  assert linear.STRENGTHS[-1] / linear.STRENGTHS[0] >= 1e4

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from igpt_jax.training import logistic
+from igpt_jax.probing import logistic
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

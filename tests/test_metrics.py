@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from igpt_jax import metrics
 from igpt_jax.errors import UserError
-from igpt_jax.metrics import Countdown, JsonlWriter, Progress, Writers, format_seconds, read_jsonl
+from igpt_jax.reporting import metrics, progress
+from igpt_jax.reporting.metrics import JsonlWriter, Writers, read_jsonl
+from igpt_jax.reporting.progress import Countdown, Progress, format_seconds
 
 
 class Clock:
@@ -22,7 +23,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
   fake = Clock()
-  monkeypatch.setattr(metrics, "time", fake)
+  monkeypatch.setattr(progress, "time", fake)
   return fake
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax import pictures
+from igpt_jax.reporting import figures
 
 
 def solid(colour, height=2, width=3):
@@ -16,7 +16,7 @@ def solid(colour, height=2, width=3):
 def test_grid_puts_every_picture_in_its_place():
   first = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
   rows = [[first, solid(50)], [solid(100)]]
-  canvas = pictures.grid(rows, scale=2, gap=4)
+  canvas = figures.grid(rows, scale=2, gap=4)
   assert canvas.dtype == np.uint8
   assert canvas.shape == (2 * (4 + 4) + 4, 2 * (6 + 4) + 4, 3)
   np.testing.assert_array_equal(canvas[4:8:2, 4:10:2], first)  # each pixel is a 2 × 2 square
@@ -30,31 +30,31 @@ def test_grid_puts_every_picture_in_its_place():
 
 
 def test_grid_without_gap_or_scale_is_the_pictures():
-  canvas = pictures.grid([[solid(1), solid(2)]], scale=1, gap=0)
+  canvas = figures.grid([[solid(1), solid(2)]], scale=1, gap=0)
   np.testing.assert_array_equal(canvas, np.concatenate([solid(1), solid(2)], axis=1))
 
 
 def test_grid_refuses_pictures_of_two_sizes():
   with pytest.raises(ValueError):
-    pictures.grid([[solid(1), solid(2, height=5)]], scale=1)
+    figures.grid([[solid(1), solid(2, height=5)]], scale=1)
 
 
 def test_hidden_rows_are_grey_and_the_original_is_left_alone():
   picture = solid(7, height=4)
-  hidden = pictures.hide_below(picture, 1)
+  hidden = figures.hide_below(picture, 1)
   assert np.all(hidden[:1] == 7) and np.all(hidden[1:] == 200)
   assert np.all(picture == 7)
 
 
 @pytest.mark.parametrize("resolution, scale", [(8, 12), (32, 3), (64, 2), (96, 1), (1000, 1)])
 def test_default_scale(resolution, scale):
-  assert pictures.default_scale(resolution) == scale
+  assert figures.default_scale(resolution) == scale
 
 
 def test_png_round_trip_leaves_nothing_else_behind(tmp_path):
   picture = np.random.default_rng(0).integers(256, size=(5, 6, 3), dtype=np.uint8)
-  pictures.save_png(str(tmp_path / "a.png"), picture)
-  pictures.save_png(str(tmp_path / "a.png"), picture[::-1])
+  figures.save_png(str(tmp_path / "a.png"), picture)
+  figures.save_png(str(tmp_path / "a.png"), picture[::-1])
   with Image.open(tmp_path / "a.png") as image:
     np.testing.assert_array_equal(np.asarray(image), picture[::-1])
   assert os.listdir(tmp_path) == ["a.png"]
@@ -70,7 +70,7 @@ def test_plot_draws_curves_and_levels(tmp_path):
     ({"a": curve}, {"pixels": 2.5}),
   ):
     path = str(tmp_path / "plot.png")
-    pictures.plot(path, curves, title="t", x_label="x", y_label="y", levels=levels)
+    figures.plot(path, curves, title="t", x_label="x", y_label="y", levels=levels)
     with Image.open(path) as image:
       drawn.append(np.asarray(image.convert("RGB")))
   assert drawn[0].std() > 1

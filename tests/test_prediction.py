@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import attention_tpu
+from igpt_jax.model.attention import tpu
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import bundles, forecast, hlo, plan, schedule, topology
 from igpt_jax.prediction.schedule import Links, replica_group
@@ -388,7 +388,7 @@ def test_a_dump_finds_a_kernel_by_its_name_or_by_its_equals():
 
 def test_code_in_loops_over_spans_runs_for_each_span_and_pair():
   def make(length, causal):
-    return attention_tpu.make_plan(
+    return tpu.make_plan(
       2, 128, length, jnp.dtype("bfloat16"), causal=causal, backward=False, wide=False
     )
 
@@ -411,7 +411,7 @@ def test_a_kernel_costs_its_code_for_every_group_of_heads_and_picture(tmp_path):
 
   line = '%fused_attention_forward.1 = (bf16[6,1024,512]{2,1,0}, f32[6,2,1,4,1024]{4,3,2,1,0}) custom-call(%x), custom_call_target="tpu_custom_call"'
   (kernel,) = hlo.parse(entry(line)).computations["main"]
-  heads = attention_tpu.make_plan(
+  heads = tpu.make_plan(
     4, 128, 1024, jnp.dtype("bfloat16"), causal=True, backward=False, wide=False
   ).heads
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from igpt_jax.errors import UserError
-from igpt_jax.pretrained import download
+from igpt_jax.pretrained import released
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -75,7 +75,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-  monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+  monkeypatch.setattr(released.time, "sleep", lambda seconds: None)
   server = Server()
   thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
   thread.start()
@@ -90,16 +90,16 @@ CONTENT = np.random.default_rng(0).bytes(3_000_000)
 
 def fetch(server, tmp_path, name="a/b.bin", lines=None):
   report = None if lines is None else lines.append
-  return download.download([name], tmp_path, base_url=server.url, report=report)
+  return released.download([name], tmp_path, base_url=server.url, report=report)
 
 
 def test_names_of_the_release():
-  files = download.checkpoint_files("l", 524000, bert=True)
+  files = released.checkpoint_files("l", 524000, bert=True)
   assert len(files) == 66
   assert files[0] == "checkpoints/igpt-l-bert/524000/model.ckpt-524000.index"
   assert files[64] == "checkpoints/igpt-l-bert/524000/model.ckpt-524000.data-00063-of-00064"
-  assert len(download.checkpoint_files("s")) == 34
-  assert download.dataset_files("imagenet") == [
+  assert len(released.checkpoint_files("s")) == 34
+  assert released.dataset_files("imagenet") == [
     "datasets/imagenet_teX.npy",
     "datasets/imagenet_teY.npy",
   ]
@@ -108,10 +108,10 @@ def test_names_of_the_release():
 @pytest.mark.parametrize(
   "call",
   [
-    lambda: download.checkpoint_files("xl"),
-    lambda: download.checkpoint_files("s", 5),
-    lambda: download.dataset_files("stl10"),
-    lambda: download.dataset_files("cifar10", ["test"]),
+    lambda: released.checkpoint_files("xl"),
+    lambda: released.checkpoint_files("s", 5),
+    lambda: released.dataset_files("stl10"),
+    lambda: released.dataset_files("cifar10", ["test"]),
   ],
 )
 def test_what_was_not_released(call):
@@ -208,8 +208,8 @@ def test_no_network_is_a_clear_error(server, tmp_path):
 
 def test_no_room_is_said_before_anything_is_written(server, tmp_path, monkeypatch):
   server.files["a/b.bin"] = CONTENT
-  usage = download.shutil.disk_usage(tmp_path)._replace(free=1000)
-  monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+  usage = released.shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(released.shutil, "disk_usage", lambda path: usage)
   with pytest.raises(UserError, match="needs 3000000 bytes more"):
     fetch(server, tmp_path)
   assert not list(tmp_path.iterdir())
@@ -217,4 +217,4 @@ def test_no_room_is_said_before_anything_is_written(server, tmp_path, monkeypatc
 
 def test_a_directory_that_cannot_be_made(server):
   with pytest.raises(UserError, match="directory for downloads"):
-    download.download(["a"], f"{__file__}/x", base_url=server.url)
+    released.download(["a"], f"{__file__}/x", base_url=server.url)

@@ -10,9 +10,10 @@ import pytest
 from sklearn.decomposition import PCA
 
 from igpt_jax import config as config_lib
-from igpt_jax.jobs import feature_sets, lowdata, probe, probe_feeds, probe_sgd
-from igpt_jax.training import linear_probe
-from igpt_jax.training.linear_probe import FewLabelsResult, ProbeResult
+from igpt_jax.jobs import lowdata, probe
+from igpt_jax.probing import feeds, linear, sgd_run
+from igpt_jax.probing import sets as sets_lib
+from igpt_jax.probing.linear import FewLabelsResult, ProbeResult
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -37,8 +38,8 @@ def config(trained, monkeypatch):
 
 
 def test_principal_axes_are_those_of_training_images(config, tmp_path):
-  source = feature_sets.open_source(config, str(tmp_path))
-  sets = {each.kind: each.parts() for each in feature_sets.extract(config, str(tmp_path), source)}
+  source = sets_lib.open_source(config, str(tmp_path))
+  sets = {each.kind: each.parts() for each in sets_lib.extract(config, str(tmp_path), source)}
   pixels = [features for features, _ in sets["pixels"]]
   assert [len(part) for part in pixels] == [200, 100, 100]
   expected = PCA(16, random_state=0).fit(pixels[0])
@@ -46,7 +47,7 @@ def test_principal_axes_are_those_of_training_images(config, tmp_path):
     np.testing.assert_allclose(features, expected.transform(part), rtol=0, atol=1e-4)
   for cached in (True, False):
     config.probe.cached = cached
-    axes = probe_feeds.open_feed(config, str(tmp_path), source).frozen["pca"]
+    axes = feeds.open_feed(config, str(tmp_path), source).frozen["pca"]
     np.testing.assert_allclose(axes["mean"], pixels[0].mean(0), rtol=0, atol=1e-5)
     alike = np.abs(np.asarray(axes["components"]) @ expected.components_.T)
     np.testing.assert_allclose(alike, np.eye(16), rtol=0, atol=1e-3)
@@ -58,7 +59,7 @@ def test_the_best_layer_is_validations(config, tmp_path, monkeypatch):
   config.probe.around_best = 1
   results = [ProbeResult(1.0, *both, True) for both in zip(VALIDATION, TEST, strict=True)]
   fitted = iter([*results, *results, ProbeResult(1.0, 0.0, 0.0, True)])
-  monkeypatch.setattr(linear_probe, "probe", lambda *args, **settings: next(fitted))
+  monkeypatch.setattr(linear, "probe", lambda *args, **settings: next(fitted))
   probe.run(config, str(tmp_path))
   values = json.loads((tmp_path / "probe.json").read_text())
   assert values["best_layer"] == 1
@@ -76,7 +77,7 @@ def test_the_best_learning_rate_is_validations():
   on_validation = np.stack([VALIDATION, VALIDATION[::-1]], axis=1)  # [rates, layers]
   on_validation[0, 1] = 1.0
   on_test = np.stack([TEST, TEST], axis=1)
-  rows = probe_sgd._rows("layer", source, (3.0, 1.0, 0.3), on_validation, on_test)
+  rows = sgd_run._rows("layer", source, (3.0, 1.0, 0.3), on_validation, on_test)
   chosen = [
     (row["layer"], row["learning_rate"], row["validation_accuracy"], row["test_accuracy"])
     for row in rows
@@ -85,7 +86,7 @@ def test_the_best_learning_rate_is_validations():
 
 
 def test_the_best_layer_with_few_labels_is_validations():
-  sets = [feature_sets.FeatureSet(f"layer {i}", "layer", i, lambda: ()) for i in range(3)]
+  sets = [sets_lib.FeatureSet(f"layer {i}", "layer", i, lambda: ()) for i in range(3)]
   results = {
     f"layer {i}": {n: FewLabelsResult(1.0, on_validation, on_test, 0.0) for n in (1, 4)}
     for i, (on_validation, on_test) in enumerate(zip(VALIDATION, TEST, strict=True))

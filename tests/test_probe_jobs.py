@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import evaluate, feature_sets, loop, lowdata, pretrain, probe
-from igpt_jax.training.features import FeatureExtractor
+from igpt_jax.jobs import evaluate, lowdata, pretrain, probe
+from igpt_jax.probing import sets
+from igpt_jax.probing.features import FeatureExtractor
+from igpt_jax.reporting import metrics
+from igpt_jax.runner import loop
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -311,9 +314,9 @@ def test_around_the_best():
 def test_sets_side_by_side():
   def layer(number):
     part = np.full((3, 2), number, np.float32), np.arange(3)
-    return feature_sets.FeatureSet(f"layer {number}", "layer", number, lambda: (part,) * 3)
+    return sets.FeatureSet(f"layer {number}", "layer", number, lambda: (part,) * 3)
 
-  joined = feature_sets.side_by_side([layer(0), layer(1), layer(2)], (2, 0))
+  joined = sets.side_by_side([layer(0), layer(1), layer(2)], (2, 0))
   features, labels = joined.parts()[0]
   np.testing.assert_array_equal(features, [[2, 2, 0, 0]] * 3)
   np.testing.assert_array_equal(labels, np.arange(3))

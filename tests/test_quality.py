@@ -12,7 +12,7 @@ from PIL import Image
 
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain, quality
-from igpt_jax.training import frechet
+from igpt_jax.sampling import frechet
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -5,18 +5,18 @@ import os
 
 import pytest
 
-from igpt_jax import report
+from igpt_jax.reporting import summary
 
 
 def test_summary_gathers_what_there_is(tmp_path):
   workdir = tmp_path / "digits"
   workdir.mkdir()
-  report.write_json(str(workdir / "training.json"), {"step": 1_000, "loss": 1.25, "mfu": None})
-  report.write_json(
+  summary.write_json(str(workdir / "training.json"), {"step": 1_000, "loss": 1.25, "mfu": None})
+  summary.write_json(
     str(workdir / "evaluation.json"),
     {"nats_per_token": 1.2, "images": 360, "below_position_unigram": 0.25, "uniform": None},
   )
-  text = report.write_summary(str(workdir))
+  text = summary.write_summary(str(workdir))
   assert text.splitlines() == [
     "# digits",
     "",
@@ -29,9 +29,9 @@ def test_summary_gathers_what_there_is(tmp_path):
 
 def test_writes_are_whole_or_not_at_all(tmp_path):
   path = tmp_path / "a.json"
-  report.write_json(str(path), {"a": 1})
+  summary.write_json(str(path), {"a": 1})
   with pytest.raises(TypeError):
-    report.write_json(str(path), {"a": object()})
+    summary.write_json(str(path), {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
   assert os.listdir(tmp_path) == ["a.json"]
 
@@ -39,8 +39,8 @@ def test_writes_are_whole_or_not_at_all(tmp_path):
 def write_results(workdir, **results):
   workdir.mkdir()
   for name, values in {"training": {"step": 20}, **results}.items():
-    report.write_json(str(workdir / f"{name}.json"), values)
-  return report.write_summary(str(workdir)).splitlines()[3:]
+    summary.write_json(str(workdir / f"{name}.json"), values)
+  return summary.write_summary(str(workdir)).splitlines()[3:]
 
 
 def test_results_of_several_checkpoints_say_whose_they_are(tmp_path):
@@ -68,6 +68,6 @@ def test_results_of_several_checkpoints_say_whose_they_are(tmp_path):
 @pytest.mark.parametrize("text", ['{"step": ', "[]", '{"uniform": "x"}'])
 def test_a_damaged_result_is_said(tmp_path, text):
   (tmp_path / "evaluation.json").write_text(text)
-  (line,) = report.write_summary(str(tmp_path)).splitlines()[2:]
+  (line,) = summary.write_summary(str(tmp_path)).splitlines()[2:]
   assert line.startswith("- **Likelihood**: evaluation.json is damaged (")
   assert line.endswith("fix: run that job again")

@@ -8,9 +8,12 @@ import jax
 import pytest
 from test_end_to_end import tiny
 
-from igpt_jax import checkpoint, metrics, report
-from igpt_jax.jobs import common, goodput, pretrain, watch
+from igpt_jax import checkpoint
+from igpt_jax.jobs import pretrain
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.reporting import metrics, summary
+from igpt_jax.runner import goodput
+from igpt_jax.workspace import devices, watch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -25,7 +28,7 @@ class Killed(BaseException):
 def surroundings(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(common, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
@@ -48,8 +51,8 @@ def results(workdir):
 AFTER = {
   "the clock": (goodput.Clock, "end"),
   "the curve": (pretrain, "draw_curve"),
-  "training.json": (report, "write_json"),
-  "the summary": (report, "write_summary"),
+  "training.json": (summary, "write_json"),
+  "the summary": (summary, "write_summary"),
 }
 
 

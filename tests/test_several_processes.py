@@ -18,8 +18,10 @@ import tiny
 from hosts import HOSTS, ROOT, SMALL, hosts
 from PIL import Image
 
-from igpt_jax import checkpoint, metrics
-from igpt_jax.jobs import common, complete, evaluate, finetune, pretrain, probe, quality, sample
+from igpt_jax import checkpoint
+from igpt_jax.jobs import complete, evaluate, finetune, pretrain, probe, quality, sample
+from igpt_jax.reporting import metrics
+from igpt_jax.workspace import devices
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -128,7 +130,7 @@ def test_one_process_goes_on_from_what_two_wrote(of_two, tmp_path, monkeypatch, 
   workdir, resumed = of_two[0], tmp_path / "run"
   shutil.copytree(workdir, resumed)
   shutil.rmtree(resumed / "checkpoints" / "8")
-  monkeypatch.setattr(common, "mesh_of", lambda config: tiny.mesh_of(shape))
+  monkeypatch.setattr(devices, "mesh_of", lambda config: tiny.mesh_of(shape))
   pretrain.run(config_of({}), str(resumed))
   assert_same_run(resumed, workdir)
   jax.tree.map(
@@ -293,7 +295,7 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypat
   monkeypatch.setattr(
     pretrain.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= last else None
   )
-  monkeypatch.setattr(common, "mesh_of", lambda config: tiny.mesh_of((8, 1, 1)))
+  monkeypatch.setattr(devices, "mesh_of", lambda config: tiny.mesh_of((8, 1, 1)))
   pretrain.run(config_of(endless), str(workdir))
   pretrain.run(config_of(endless), str(tmp_path / "uninterrupted"))
   assert [each[0] for each in told(workdir)] == list(range(1, last + 1))

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from igpt_jax.parallel import sharding
-from igpt_jax.training import sgd_probe
+from igpt_jax.probing import sgd
 from igpt_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -37,21 +37,19 @@ def extract(frozen, batch):
 
 def trained(mesh, frozen_scale=1.0):
   """(probes, metrics of every step) after all batches."""
-  optimizer = sgd_probe.make_optimizer(RATES, STEPS)
+  optimizer = sgd.make_optimizer(RATES, STEPS)
   frozen = {"scale": jnp.float32(frozen_scale)}
 
   def fresh(frozen) -> TrainState:
-    return sgd_probe.make_state(GROUPS, optimizer, len(RATES), CLASSES, frozen)
+    return sgd.make_state(GROUPS, optimizer, len(RATES), CLASSES, frozen)
 
   with jax.set_mesh(mesh):
     everywhere = sharding.replicated(mesh)
-    shardings = sgd_probe.state_shardings(
+    shardings = sgd.state_shardings(
       jax.eval_shape(fresh, frozen), GROUPS, mesh, {"scale": everywhere}
     )
     state = tiny.jit(fresh, out_shardings=shardings)(frozen)
-    step = tiny.jit(
-      sgd_probe.make_train_step(extract, optimizer), out_shardings=(shardings, everywhere)
-    )
+    step = tiny.jit(sgd.make_train_step(extract, optimizer), out_shardings=(shardings, everywhere))
     told = []
     for batch in batches():
       state, metrics = step(state, sharding.put_batch(batch, mesh))
@@ -120,7 +118,7 @@ def test_what_is_frozen_stays(of_one_device):
 def test_evaluation_counts_what_the_mask_counts(of_one_device):
   state, _ = of_one_device
   batch = next(batches(1))
-  step = tiny.jit(sgd_probe.make_eval_step(extract))
+  step = tiny.jit(sgd.make_eval_step(extract))
   mask = np.arange(BATCH) < 10
   correct, counted = step(state.params, {**batch, "mask": mask})
   assert int(counted) == 10

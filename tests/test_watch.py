@@ -13,7 +13,7 @@ from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import folders
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import guard, provenance, starting_point, watch
+from igpt_jax.workspace import provenance, rollbacks, watch, weights
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def whole(monkeypatch):
     folders, "is_whole", lambda folder: os.path.exists(os.path.join(folder, "whole"))
   )
   monkeypatch.setattr(checkpoint, "describe", describe)
-  monkeypatch.setattr(starting_point, "with_palette", lambda found, config: found)
+  monkeypatch.setattr(weights, "with_palette", lambda found, config: found)
   monkeypatch.setattr(provenance, "of_checkpoint", lambda found: {"parameters": found})
   monkeypatch.setattr(provenance, "of_run", lambda found: "a run")
   monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0))
@@ -172,8 +172,8 @@ def test_a_step_that_the_run_went_back_behind_has_no_numbers(tmp_path, whole, mo
   run(config_of(), tmp_path, recorder(seen))
   for step in (40, 60):
     shutil.rmtree(tmp_path / "checkpoints" / str(step))
-  guard._record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
-  order = guard.order_seeds(str(tmp_path), 0)[-1]
+  rollbacks._record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
+  order = rollbacks.order_seeds(str(tmp_path), 0)[-1]
   monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0 if found == "first" else order))
   run(config_of(), tmp_path, recorder(seen))
   kept = sorted(os.listdir(tmp_path / "evaluate"))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures import synchronization  # numbers operations; nothing public does
 
-from igpt_jax.checkpoint import folders, sums
+from igpt_jax.checkpoint import file_sums, folders
 from igpt_jax.checkpoint.settled import settled
 from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
@@ -135,7 +135,7 @@ def describe(path: str) -> Described:
   folder, step = folders.find(path)
   with reading(folder), _alone():
     found = ocp.checkpointables_metadata(folder)
-    run, sums_of_items = sums.without_sums(folder, found.custom_metadata)
+    run, sums_of_items = file_sums.without_sums(folder, found.custom_metadata)
     if "model" not in run:
       raise UserError(
         f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model; "
@@ -146,7 +146,7 @@ def describe(path: str) -> Described:
     palette = None
     if "palette" in found.metadata:
       item = ocp.load_checkpointables(folder, {"palette": None})["palette"]
-      sums.check(folder, sums_of_items, {"palette": item})
+      file_sums.check(folder, sums_of_items, {"palette": item})
       palette = np.asarray(item["centers"])
     classes = tuple(run["classes"]) if "head" in found.metadata else ()
   return Described(folder, step, config, palette, run, classes=classes, sums=sums_of_items)
@@ -160,15 +160,15 @@ def check_readable(folder: str) -> None:
   """
   with reading(folder), _alone():
     found = ocp.checkpointables_metadata(folder)
-    _, sums_of_items = sums.without_sums(folder, found.custom_metadata)
+    _, sums_of_items = file_sums.without_sums(folder, found.custom_metadata)
     _check_names(sums_of_items, found.metadata)
     if "palette" in found.metadata:
-      sums.check(folder, sums_of_items, ocp.load_checkpointables(folder, {"palette": None}))
-    sums.check_metrics(folder, sums_of_items)
+      file_sums.check(folder, sums_of_items, ocp.load_checkpointables(folder, {"palette": None}))
+    file_sums.check_metrics(folder, sums_of_items)
 
 
 def _check_names(expected: Mapping[str, str], found: Mapping[str, Any]) -> None:
-  for name in expected.keys() - found.keys() - {sums.METRICS}:
+  for name in expected.keys() - found.keys() - {file_sums.METRICS}:
     raise LookupError(f"{name} isn't there")
 
 
@@ -226,7 +226,7 @@ def load_host_params(found: Described) -> Params:
 
 def _load(found: Described, target: dict[str, Any]) -> dict[str, Any]:
   items = ocp.load_checkpointables(found.path, target)
-  sums.check(found.path, found.sums, items)
+  file_sums.check(found.path, found.sums, items)
   return items
 
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from igpt_jax.checkpoint import folders, reading, sums
+from igpt_jax.checkpoint import file_sums, folders, reading
 from igpt_jax.checkpoint.folders import FOLDER
 from igpt_jax.checkpoint.reading import Described
 from igpt_jax.errors import NewerFormat, UserError
@@ -289,7 +289,9 @@ class Checkpoints:
       step,
       items,
       force=True,  # also before one that is there
-      custom_metadata=sums.with_sums(run, sums.of_items(items) | sums.of_metrics(metrics)),
+      custom_metadata=file_sums.with_sums(
+        run, file_sums.of_items(items) | file_sums.of_metrics(metrics)
+      ),
       metrics=metrics,
     )
 
@@ -297,7 +299,7 @@ class Checkpoints:
     """The run as it was saved at `step`."""
     folder = os.path.join(self._folder, str(step))
     with reading.reading(folder):
-      return sums.without_sums(
+      return file_sums.without_sums(
         folder, self._checkpointer.checkpointables_metadata(step).custom_metadata
       )[0]
 
@@ -316,8 +318,8 @@ class Checkpoints:
         name: self._checkpointer.load_checkpointables(step, {name: item})[name]
         for name, item in target.items()
       }
-    run, expected = sums.without_sums(folder, stored)
-    sums.check(folder, expected, loaded)
+    run, expected = file_sums.without_sums(folder, stored)
+    file_sums.check(folder, expected, loaded)
     skipped = np.asarray(run.get(_SKIPPED, (0, 0)), np.int32)
     return TrainState(
       params=loaded["params"] | loaded.get("head", {}),
@@ -418,7 +420,7 @@ def save_params(workdir: str, params: Params, found: Described) -> str:
       ocp.save_checkpointables(
         os.path.join(part, FOLDER, str(found.step)),
         items,
-        custom_metadata=sums.with_sums(found.run, sums.of_items(items)),
+        custom_metadata=file_sums.with_sums(found.run, file_sums.of_items(items)),
       )
     os.rename(part, workdir)
   except OSError as error:

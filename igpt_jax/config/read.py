@@ -18,12 +18,12 @@ from igpt_jax.config_fields import base
 from igpt_jax.data.order import MAX_SEED
 from igpt_jax.data.sources import DataConfig
 from igpt_jax.errors import UserError
-from igpt_jax.model.attention import IMPLEMENTATIONS
-from igpt_jax.model.decoding import SamplingConfig
-from igpt_jax.model.decoding_cache import CACHE_DTYPES
+from igpt_jax.model.attention.dispatch import IMPLEMENTATIONS
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
+from igpt_jax.model.decoding.cache import CACHE_DTYPES
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
 from igpt_jax.prediction.topology import check_name
-from igpt_jax.training.guard import GuardConfig
+from igpt_jax.training.bad_numbers import GuardConfig
 from igpt_jax.training.objectives import OBJECTIVES
 from igpt_jax.training.optimizer import OptimizerConfig
 from igpt_jax.training.profiling import Window

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from igpt_jax import watchdog
-from igpt_jax.metrics import Countdown
+from igpt_jax.reporting.progress import Countdown
 
 UNREADABLE = "unreadable"  # in the place of a digest
 

@@ -14,7 +14,7 @@ import numpy as np
 from igpt_jax import errors
 from igpt_jax.data import digests, image_files, transforms
 from igpt_jax.files import printable
-from igpt_jax.metrics import Countdown
+from igpt_jax.reporting.progress import Countdown
 
 _LOG = logging.getLogger(__name__)
 _told: set[str] = set()  # what was left out: a folder is opened for each of its splits

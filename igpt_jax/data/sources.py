@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,13 +20,10 @@ import numpy as np
 from igpt_jax import errors
 from igpt_jax.data import digests, transforms
 from igpt_jax.data.folder import FolderRecords, class_folders
+from igpt_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
-TEST_FOLDERS = (
-  "test",
-  "val",
-  "validation",
-)  # folders that are the test split, the first that is there
+TEST_FOLDERS = ("test", "val", "validation")  # the first that is there is the test split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,3 +316,31 @@ def _token_records(config: DataConfig, stored: str, held_out: str) -> TokenRecor
       f"data.path {path}: a file of tokens is a test split; expected a folder with {stored}.npy"
     )
   return records_of(path)
+
+
+def some_of(names: tuple[str, ...]) -> str:
+  return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def subset(split: Split, images: int, seed: int) -> Split:
+  """A random choice of the split's pictures, drawn by `seed`, classes as they fall; 0: all."""
+  if not images or images >= len(split):
+    return split
+  return split.select(np.sort(np.random.default_rng(seed).permutation(len(split))[:images]))
+
+
+def check_labels(splits: Mapping[str, Split]) -> None:
+  """Raises UserError when there is nothing to classify, or not the same everywhere."""
+  train = splits["train"]
+  for split in splits.values():
+    if split.n_classes < 2:
+      few = f"one class alone, {split.class_names[0]}" if split.n_classes else "no labels"
+      raise UserError(
+        f"data.name: {split.fingerprint} has {few}; a classifier needs at least two classes; "
+        "fix: a labelled data set, or a folder with one sub-folder per class"
+      )
+    if split.class_names != train.class_names:
+      raise UserError(
+        f"data: {split.fingerprint} has {split.n_classes} classes ({some_of(split.class_names)}), "
+        f"{train.fingerprint} has {train.n_classes} ({some_of(train.class_names)}); expected the same"
+      )

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion
 from igpt_jax.model.image_gpt import count_params
+from igpt_jax.sampling import completer as completer_lib
+from igpt_jax.workspace import devices
 
 _SAMPLES = 4  # that the page asks for, if one doesn't say
 
@@ -20,7 +21,7 @@ _SAMPLES = 4  # that the page asks for, if one doesn't say
 class _Offered:
   name: str
   found: checkpoint.Described
-  completer: completion.Completer | None = None
+  completer: completer_lib.Completer | None = None
 
 
 class Models:
@@ -42,17 +43,17 @@ class Models:
     """
     self._config = config_lib.base()
     self._config.palette.path = palette_path
-    common.use_cores(self._config)
+    devices.use_cores(self._config)
     self._offered: list[_Offered] = []
     for path in paths:
       if not path:
         raise UserError("--checkpoint: empty; expected a workdir, or one checkpoint in it")
       config = self._config.copy_and_resolve_references()
       config.checkpoint = path
-      found = completion.describe(config, "")
+      found = completer_lib.describe(config, "")
       self._offered.append(_Offered(_name_of(found), found))
     largest = max((each.found.config for each in self._offered), key=count_params)
-    self._mesh = mesh or common.sampling_mesh(self._config, largest, _SAMPLES)
+    self._mesh = mesh or devices.sampling_mesh(self._config, largest, _SAMPLES)
 
   def __len__(self) -> int:
     return len(self._offered)
@@ -69,11 +70,11 @@ class Models:
       for each in self._offered
     ]
 
-  def completer(self, index: int) -> completion.Completer:
+  def completer(self, index: int) -> completer_lib.Completer:
     """The model of that number, its weights read."""
     offered = self._offered[index]
     if offered.completer is None:
-      offered.completer = completion.Completer(offered.found, self._config, self._mesh)
+      offered.completer = completer_lib.Completer(offered.found, self._config, self._mesh)
     return offered.completer
 
 

@@ -32,9 +32,8 @@ from igpt_jax.data.transforms import BadRecord
 from igpt_jax.demo.limits import Full, Limits, Line
 from igpt_jax.demo.models import Models
 from igpt_jax.errors import UserError
-from igpt_jax.jobs.completion import Picture
-from igpt_jax.jobs.sample import given_rows
-from igpt_jax.model.decoding import SamplingConfig
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
+from igpt_jax.sampling.completer import Picture, given_rows
 
 _PAGE = {
   "/": ("page.html", "text/html"),

@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import metrics, report
-from igpt_jax.data import benchmark as data_benchmark
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import benchmark_tables, common, starting_point
-from igpt_jax.jobs.common import say
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
 from igpt_jax.parallel import hardware, sharding
-from igpt_jax.training import benchmark, compilation, objectives, optimizer, step
+from igpt_jax.parallel import hosts as hosts_lib
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import progress, summary, versions
+from igpt_jax.timing import benchmark_tables, device
+from igpt_jax.timing import input as data_benchmark
+from igpt_jax.training import compilation, objectives, optimizer, step
+from igpt_jax.workspace import devices, weights
+from igpt_jax.workspace import workdir as workdir_lib
 
 PARTS = ("training", "attention", "sampling", "input")
 CPU_NOTE = "CPU: relative use only"
@@ -35,8 +38,8 @@ Values = dict[str, Any]
 def run(config: ConfigDict, workdir: str) -> None:
   """Measures `benchmark.parts`; a part that can't be measured is told, unless it is the only one."""
   parts = check_parts(config)
-  common.open_workdir(workdir)
-  mesh = common.mesh_of(config)
+  workdir_lib.open_workdir(workdir)
+  mesh = devices.mesh_of(config)
   sharding.batch_size_per_shard(mesh, config.train.batch_size, accumulate=config.train.accumulate)
   model_config, config = model_of(config)
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
@@ -59,7 +62,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
   found: Values = {
     "machine": machine(mesh),
-    "versions": common.versions(),
+    "versions": versions.versions(),
     "model": dataclasses.asdict(model_config),
     "parameters": count_params(model_config),
     "objective": config.objective,
@@ -79,9 +82,9 @@ def run(config: ConfigDict, workdir: str) -> None:
   found["skipped"] = skipped
   text = benchmark_tables.as_markdown(found)
   say(text)
-  if common.is_main():
-    report.write_json(os.path.join(workdir, "benchmark.json"), found)
-    report.write_text(os.path.join(workdir, "benchmark.md"), text)
+  if hosts_lib.is_main():
+    summary.write_json(os.path.join(workdir, "benchmark.json"), found)
+    summary.write_text(os.path.join(workdir, "benchmark.md"), text)
     say(f"wrote benchmark.json and benchmark.md to {workdir}")
 
 
@@ -104,7 +107,7 @@ def check_parts(config: ConfigDict) -> list[str]:
 def model_of(config: ConfigDict) -> tuple[ImageGPTConfig, ConfigDict]:
   """The model that training with this config would train, and the config with its choices made."""
   if config.init_from:
-    start = starting_point.describe(config.init_from, config).config
+    start = weights.describe(config.init_from, config).config
     config = config_lib.settle(config, start)
     return config_lib.model(config, n_vocab=start.n_vocab), config
   config = config_lib.settle(config)
@@ -114,7 +117,7 @@ def model_of(config: ConfigDict) -> tuple[ImageGPTConfig, ConfigDict]:
 
 
 def ticker(part: str, config: ConfigDict):
-  return metrics.Countdown(f"{part}: timings", config.benchmark.repeats, say, every=1.0).tick
+  return progress.Countdown(f"{part}: timings", config.benchmark.repeats, say, every=1.0).tick
 
 
 def training(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
@@ -123,7 +126,7 @@ def training(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Va
   objective = objectives.make_objective(config.objective, config.mask_probability)
   accumulate = config.train.accumulate
   batch_size = config.train.batch_size
-  measured = benchmark.measure_training(
+  measured = device.measure_training(
     model_config,
     step.make_train_step(
       model_config, objective, tx, optimizer.make_schedule(settings), accumulate=accumulate
@@ -162,7 +165,7 @@ def training(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Va
 
 
 def attention(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
-  measured = benchmark.measure_attention(
+  measured = device.measure_attention(
     model_config,
     mesh,
     batch_size=config.train.batch_size // config.train.accumulate,
@@ -196,7 +199,7 @@ def attention(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> V
 
 
 def sampling(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
-  timing, samples = benchmark.measure_sampling(
+  timing, samples = device.measure_sampling(
     model_config,
     mesh,
     samples=config.benchmark.samples,
@@ -240,7 +243,7 @@ def of_input(config: ConfigDict, split: Split, trained: Values | None) -> Values
     tick(done)
 
   def timing(seconds: list[float]) -> Values:
-    return dataclasses.asdict(benchmark.timing(seconds))
+    return dataclasses.asdict(device.timing(seconds))
 
   stages = [
     {"stage": costs[0].stage, "cpu": timing([cost.cpu_ms / 1e3 for cost in costs])}

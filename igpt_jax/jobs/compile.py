@@ -16,18 +16,20 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import report
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, compile_table
-from igpt_jax.jobs.common import say
-from igpt_jax.jobs.memory import gib
 from igpt_jax.parallel import hardware, sharding
+from igpt_jax.parallel.hosts import say
 from igpt_jax.prediction import forecast as forecasting
+from igpt_jax.prediction import forecast_table
 from igpt_jax.prediction import plan as planning
 from igpt_jax.prediction.forecast import Forecast, Training
 from igpt_jax.prediction.topology import Topology, check_name, open_topology
+from igpt_jax.reporting import summary as summary_lib
+from igpt_jax.reporting import versions
 from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import make_objective
+from igpt_jax.workspace import workdir as workdir_lib
+from igpt_jax.workspace.memory import gib
 
 METHOD = (
   "compiler's estimated cycles of the scheduled program, attention kernels by their bundles, "
@@ -49,7 +51,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       "--config.topology=v5e:4x4 (job=benchmark measures the machine at hand)"
     )
   check_name(config.topology)
-  common.open_workdir(workdir)
+  workdir_lib.open_workdir(workdir)
   topology = open_topology(config.topology)
   training = training_of(config)
   chosen, tried = None, []
@@ -66,8 +68,8 @@ def run(config: ConfigDict, workdir: str) -> None:
   if tried:
     values["plan"] = [planning.row(candidate) for candidate in tried]
   path = os.path.join(workdir, "compile.json")
-  report.write_json(path, values)
-  compile_table.add(workdir, values)
+  summary_lib.write_json(path, values)
+  forecast_table.add(workdir, values)
   say(table(values))
   if not step.memory.fits:
     raise UserError(
@@ -90,7 +92,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
     batch = sharding.round_up_batch(mesh, config.sample.samples)
     values["sampling"] = {"mesh": dict(mesh.shape)} | sampling_summary(drawn, topology, batch)
-    report.write_json(path, values)
+    summary_lib.write_json(path, values)
     say(sampling_line(values["sampling"]))
   say(f"wrote {path}")
 
@@ -153,7 +155,7 @@ def summary(
     "flops_per_step": flops,
     "schedule_images": images,
     "compile_seconds": round(step.compile_seconds, 1),
-    "versions": common.versions(),
+    "versions": versions.versions(),
     "method": METHOD,
   }
   if step.prediction is None:

@@ -26,17 +26,20 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, files, metrics, pictures, report
+from igpt_jax import checkpoint, files
 from igpt_jax import config as config_lib
 from igpt_jax.data.transforms import BadRecord
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion, filling, memory, own_pictures, provenance
-from igpt_jax.jobs.common import say
-from igpt_jax.jobs.completion import NOTHING, Completer, Picture, Reader
-from igpt_jax.jobs.filling import Filler
-from igpt_jax.jobs.own_pictures import File
-from igpt_jax.jobs.sample import given_rows
 from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import figures, progress, summary
+from igpt_jax.sampling import completer as completer_lib
+from igpt_jax.sampling import filler, prompt_files
+from igpt_jax.sampling.completer import NOTHING, Completer, Picture, Reader, given_rows
+from igpt_jax.sampling.filler import Filler
+from igpt_jax.sampling.prompt_files import File
+from igpt_jax.workspace import devices, memory, provenance
+from igpt_jax.workspace import workdir as workdir_lib
 
 _GRID_ROWS = 64  # pictures, and
 _GRID_SAMPLES = 16  # samples of each, that grids show; all are in files of their own
@@ -102,26 +105,26 @@ class Target:
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Completes `images`, or draws `n` pictures, with `checkpoint`."""
-  common.use_cores(config)
-  found = completion.describe(config, workdir, bert=True)
-  known = filling.known_pixels(config, found)
-  chosen = own_pictures.find(config.images) if config.images else []
-  mesh = common.sampling_mesh(config, found.config, config.n)
+  devices.use_cores(config)
+  found = completer_lib.describe(config, workdir, bert=True)
+  known = filler.known_pixels(config, found)
+  chosen = prompt_files.find(config.images) if config.images else []
+  mesh = devices.sampling_mesh(config, found.config, config.n)
   if found.config.causal:
     memory.check_cache(found.config, config.sample.batch_size, config.sample.cache, mesh)
   in_run = checkpoint.latest_step(workdir) is not None
   out = os.path.join(workdir, "complete") if in_run else workdir
   settings = _settings(config, found, known)
   _check_same(settings, out)
-  common.open_workdir(out)
+  workdir_lib.open_workdir(out)
   reader = Reader(found)
   targets, unreadable = _targets(chosen, reader, out, files.digest(settings))
   for target in targets:
     target.read()
   # No one draws before all have seen what is there
   hosts.wait_for_all("complete")
-  if common.is_main():
-    report.write_json(os.path.join(out, _SETTINGS), settings)
+  if hosts.is_main():
+    summary.write_json(os.path.join(out, _SETTINGS), settings)
 
   to_do = [target for target in targets if len(_missing(target, config.n))]
   before = len(targets) - len(to_do)
@@ -135,14 +138,14 @@ def run(config: ConfigDict, workdir: str) -> None:
       completer = Filler(found, config, mesh, known)
     # A list: what is missing changes as samples come in, and only where they are written.
     batches = list(_batches(to_do, config.n, config.sample.batch_size))
-    clock = metrics.Countdown("batches", len(batches), say)
+    clock = progress.Countdown("batches", len(batches), say)
     for done, (batch, numbers) in enumerate(batches, 1):
       _draw(completer, batch, numbers, settings, config)
       for target in dict.fromkeys(batch):
-        if common.is_main() and not _missing(target, config.n):
+        if hosts.is_main() and not _missing(target, config.n):
           _finish(target, reader, settings, config)
       clock.tick(done)
-  if not common.is_main():
+  if not hosts.is_main():
     return
   for target in targets:
     if not _is_finished(target, settings):
@@ -151,7 +154,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   values |= _write_grids(targets, reader, settings, out, config)
   if unreadable:
     values["unreadable"] = unreadable
-  report.write_json(os.path.join(out, "complete.json"), values)
+  summary.write_json(os.path.join(out, "complete.json"), values)
   for each in unreadable:
     say(f"left out: {each}")
   say(f"mean {values['nats_per_token']:.4f} nats/token; wrote {out}")
@@ -172,7 +175,7 @@ def _settings(config: ConfigDict, found: checkpoint.Described, known: np.ndarray
     **({} if found.config.causal else {"passes": config.passes}),
     "n": config.n,
     "seed": config.seed,
-    "scale": config.sample.scale or pictures.default_scale(resolution),
+    "scale": config.sample.scale or figures.default_scale(resolution),
     **dataclasses.asdict(sampling),
   }
 
@@ -265,7 +268,7 @@ def _draw(
     config_lib.sampling(config),
     seed=config.seed,
   )
-  if not common.is_main():
+  if not hosts.is_main():
     return
   kept = [number for number in numbers if number < config.n]
   for i, target in enumerate(batch):
@@ -276,7 +279,7 @@ def _draw(
     os.makedirs(target.folder, exist_ok=True)
     for number, painted in zip(kept, completer.reader.paint(drawn.tokens[rows]), strict=True):
       path = os.path.join(target.folder, f"{number:04d}.png")
-      pictures.save_png(path, pictures.grid([[painted]], scale=scale, gap=0))
+      figures.save_png(path, figures.grid([[painted]], scale=scale, gap=0))
     # Last: from now on they aren't drawn again.
     target.add(kept, drawn.tokens[rows], drawn.nll[rows])
 
@@ -303,8 +306,8 @@ def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: Co
     n_given = settings["rows_given"] * settings["resolution"]
     shown = reader.paint(tokens[:_GRID_SAMPLES])
     scale = settings["scale"]
-    frames = pictures.appearing(list(shown), n_given, columns=4, scale=scale)
-    pictures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
+    frames = figures.appearing(list(shown), n_given, columns=4, scale=scale)
+    figures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
   nats = nll[:, ~_known(settings).reshape(-1)].mean(1)
   values = {
     "picture": target.file.path if target.file else None,
@@ -321,7 +324,7 @@ def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: Co
       for number in range(config.n)
     ],
   }
-  report.write_json(os.path.join(target.folder, "complete.json"), values)
+  summary.write_json(os.path.join(target.folder, "complete.json"), values)
 
 
 def _known(settings: dict[str, Any]) -> np.ndarray:
@@ -351,8 +354,8 @@ def _write_grids(
       elif len(rows) < _GRID_ROWS:
         original = reader.paint(target.picture.tokens[None])[0]
         drawn = list(reader.paint(tokens[:_GRID_SAMPLES]))
-        rows.append([pictures.hide(original, known), *drawn, original])
-    pictures.save_png(os.path.join(out, group, "grid.png"), pictures.grid(rows, scale=scale))
+        rows.append([figures.hide(original, known), *drawn, original])
+    figures.save_png(os.path.join(out, group, "grid.png"), figures.grid(rows, scale=scale))
     if len(members) > _GRID_ROWS:
       say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} pictures")
   return {

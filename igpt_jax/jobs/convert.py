@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import starting_point
-from igpt_jax.jobs.common import say
+from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.clusters import NPY_NAME
+from igpt_jax.workspace import weights
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   del workdir
   check(config)
   source, target = config.source, os.path.expanduser(config.target)
-  found = starting_point.describe(source, config)
+  found = weights.describe(source, config)
   check_format(config.format, found)
   model = found.config
   say(

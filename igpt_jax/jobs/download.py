@@ -12,9 +12,9 @@ import os
 from ml_collections import ConfigDict
 
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common
-from igpt_jax.jobs.common import say
-from igpt_jax.pretrained import download
+from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.pretrained import released
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -26,14 +26,14 @@ def run(config: ConfigDict, workdir: str) -> None:
   root = os.path.expanduser(wanted.directory)
   batches = []
   if wanted.model:
-    files = download.checkpoint_files(wanted.model, wanted.step, bert=wanted.bert)
+    files = released.checkpoint_files(wanted.model, wanted.step, bert=wanted.bert)
     name = f"igpt-{wanted.model}{'-bert' if wanted.bert else ''}-{wanted.step}"
     batches.append((files, os.path.join(root, name)))
   if wanted.data:
-    batches.append((download.dataset_files(wanted.data), os.path.join(root, "datasets")))
-  if not common.is_main():
+    batches.append((released.dataset_files(wanted.data), os.path.join(root, "datasets")))
+  if not hosts.is_main():
     return
   for files, directory in batches:
     say(f"{len(files)} files into {directory}")
-    download.download(files, directory, base_url=wanted.url or download.BASE_URL, report=say)
+    released.download(files, directory, base_url=wanted.url or released.BASE_URL, report=say)
   say(f"all there, in {root}")

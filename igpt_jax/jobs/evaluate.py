@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import metrics, report
 from igpt_jax.data.sources import DataConfig, Split, open_split
 from igpt_jax.errors import NoSuchSplit, UserError
-from igpt_jax.jobs import common, provenance, starting_point, watch
-from igpt_jax.jobs.common import say
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import progress, summary
 from igpt_jax.training.evaluation import Likelihood, count_tokens, counting, unigram_nats
 from igpt_jax.training.objectives import make_objective
+from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -41,7 +41,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
 
 def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; results go to `out`."""
-  mesh = common.mesh_of(config)
+  mesh = devices.mesh_of(config)
   sharding.batch_size_per_shard(mesh, config.evaluate.batch_size, "evaluate.batch_size")
   data_config = config_lib.data(config)
   split = open_split(data_config, config.evaluate.split)
@@ -50,9 +50,9 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
     say(
       "baselines: counted on the evaluated images themselves, which flatters them: there is no train"
     )
-  trained = common.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
+  trained = weights.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
   n_vocab = trained.config.n_vocab
-  palette = None if split.is_tokens else common.palette_of(trained)
+  palette = None if split.is_tokens else weights.palette_of(trained)
   if split.is_tokens and split.records.max_token >= n_vocab:
     raise UserError(
       f"data.path: {data_config.path} has tokens up to {split.records.max_token}; the checkpoint's "
@@ -61,14 +61,14 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
 
   def stream(of: Split, limit: int = 0):
     batch_size = config.evaluate.batch_size
-    return common.eval_stream(of, data_config, palette, mesh, batch_size, limit)
+    return streams.eval_stream(of, data_config, palette, mesh, batch_size, limit)
 
   objective_name = trained.run["objective"]
   objective = make_objective(objective_name, trained.run["mask_probability"])
   likelihood = Likelihood(trained.config, objective, mesh)
   limit = config.evaluate.images
   total = min(len(split), limit or len(split))
-  clock = metrics.Countdown(f"{config.evaluate.split}: {total:,} pictures", total, say)
+  clock = progress.Countdown(f"{config.evaluate.split}: {total:,} pictures", total, say)
   masks = config.evaluate.masks if objective_name == "masked" else 1
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   with stream(split, limit) as batches:
@@ -88,7 +88,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
-    "parameters": starting_point.checksum_of(trained),
+    "parameters": weights.checksum_of(trained),
     "objective": objective_name,
     "data": split.fingerprint,
     "images": images,
@@ -100,9 +100,9 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
     values["masks_per_picture"] = masks
     values["masks_counted"] = predicted
   values["below_position_unigram"] = 1 - nats / values["position_unigram"]
-  if common.is_main():
-    report.write_json(os.path.join(out, "evaluation.json"), values)
-    report.write_summary(out)
+  if hosts.is_main():
+    summary.write_json(os.path.join(out, "evaluation.json"), values)
+    summary.write_summary(out)
   counted = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
     f"{config.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
@@ -154,5 +154,5 @@ def all_hosts(counts: np.ndarray, mesh: Mesh) -> np.ndarray:
     return counts
   from jax.experimental import multihost_utils
 
-  alike = jax.process_count() // common.input_share(mesh)[1]
+  alike = jax.process_count() // sharding.input_share(mesh)[1]
   return multihost_utils.process_allgather(counts).sum(0) // alike

@@ -14,35 +14,36 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, metrics, pictures, report
+from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.data import sources
 from igpt_jax.data.sources import open_split
-from igpt_jax.jobs import (
-  common,
-  finetune_start,
-  goodput,
-  guard,
+from igpt_jax.model.image_gpt import Params
+from igpt_jax.parallel import hardware, hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import figures, metrics, progress, summary
+from igpt_jax.runner import data_order, goodput, guard, loop, saving
+from igpt_jax.runner.loop import StopSignal
+from igpt_jax.training import compilation, joint, optimizer, state
+from igpt_jax.workspace import (
+  devices,
+  finetuning,
   lock,
-  loop,
   memory,
   provenance,
-  saving,
+  streams,
+  training_palette,
 )
-from igpt_jax.jobs import workdir as workdir_lib
-from igpt_jax.jobs.common import say
-from igpt_jax.jobs.loop import StopSignal
-from igpt_jax.model.image_gpt import Params
-from igpt_jax.parallel import hardware, sharding
-from igpt_jax.training import compilation, finetune, optimizer, state
+from igpt_jax.workspace import workdir as workdir_lib
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Fine-tunes `checkpoint` (or the workdir's newest, or `init_from`) on the configured data."""
   settings = config.finetune
   folder = os.path.join(workdir, "finetune_scratch" if settings.scratch else "finetune")
-  finetune_start.check_settings(settings)
-  common.open_workdir(folder)
+  finetuning.check_settings(settings)
+  workdir_lib.open_workdir(folder)
   with lock.held(folder):
     guard.persist(lambda: _run(config, workdir, folder), config_lib.guard(config), folder)
 
@@ -50,35 +51,35 @@ def run(config: ConfigDict, workdir: str) -> None:
 def _run(config: ConfigDict, workdir: str, folder: str) -> None:
   settings = config.finetune
   workdir_lib.check(config, folder, workdir_lib.FINETUNE_FREE)
-  mesh = common.mesh_of(config)
+  mesh = devices.mesh_of(config)
   batch_size = settings.batch_size
   sharding.batch_size_per_shard(mesh, batch_size, "finetune.batch_size")
   data_config = config_lib.data(config)
   data_config = dataclasses.replace(data_config, augment=settings.augment or data_config.augment)
   splits = {name: open_split(data_config, name) for name in ("train", "validation", "test")}
-  finetune_start.check_labels(splits)
-  train_split = finetune_start.subset(splits["train"], settings.images, config.seed)
+  sources.check_labels(splits)
+  train_split = sources.subset(splits["train"], settings.images, config.seed)
   classes = train_split.class_names
-  start = finetune_start.begin(config, workdir, folder, data_config, train_split)
+  start = finetuning.begin(config, workdir, folder, data_config, train_split)
   given, config, palette = config, start.config, start.palette
   model_config = config_lib.model(config, n_vocab=palette.size)
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
   memory.check_state(model_config, mesh)
-  loss = finetune.JointLoss(
-    layer=finetune_start.check_layer(settings.layer, model_config.n_layer, start.head),
+  loss = joint.JointLoss(
+    layer=joint.check_layer(settings.layer, model_config.n_layer, start.head),
     generative=settings.generative,
     classification=settings.classification,
     mask_probability=start.mask_probability,
   )
-  optimizer_config = finetune_start.make_optimizer_config(config)
+  optimizer_config = finetuning.make_optimizer_config(config)
   schedule = optimizer.make_schedule(optimizer_config)
   tx = optimizer.make_optimizer(optimizer_config)
   # Only now: a mistake in the lines above leaves the folder unclaimed.
-  if common.is_main():
+  if hosts.is_main():
     workdir_lib.claim(given, folder)
-    common.keep_palette(palette, folder)
+    training_palette.keep_palette(palette, folder)
 
-  classifier = finetune.Classifier(
+  classifier = joint.Classifier(
     model_config,
     mesh,
     layer=loss.layer,
@@ -86,12 +87,12 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     masks=settings.masks,
   )
 
-  def score(params: Params, name: str, limit: int, tell: bool = False) -> finetune.Scores:
+  def score(params: Params, name: str, limit: int, tell: bool = False) -> joint.Scores:
     split = splits[name]
     total = min(limit or len(split), len(split))
     eval_batch = min(batch_size, sharding.round_up_batch(mesh, total))
-    clock = metrics.Countdown(f"{name}: {total:,} pictures", total, say)
-    with common.eval_stream(split, data_config, palette, mesh, eval_batch, total) as stream:
+    clock = progress.Countdown(f"{name}: {total:,} pictures", total, say)
+    with streams.eval_stream(split, data_config, palette, mesh, eval_batch, total) as stream:
       return classifier(params, stream, clock.batches(eval_batch) if tell else None)
 
   checkpoints = Checkpoints(
@@ -105,9 +106,9 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
   shardings = state.state_shardings(model_config, tx, mesh, len(classes))
   abstract = state.abstract_state(model_config, tx, len(classes))
 
-  order = guard.DataOrder(folder, train_split, batch_size=batch_size, seed=config.seed)
+  order = data_order.DataOrder(folder, train_split, batch_size=batch_size, seed=config.seed)
   say(
-    f"fine-tuning {finetune_start.describe(start, config)} on {len(classes)} classes of {train_split.fingerprint}, "
+    f"fine-tuning {finetuning.describe(start, config)} on {len(classes)} classes of {train_split.fingerprint}, "
     f"head at layer {loss.layer} of {model_config.n_layer}, loss {loss.generative:g} × generative + "
     f"{loss.classification:g} × classification, learning rate {optimizer_config.learning_rate:g}; "
     f"{hardware.describe_devices(mesh)}"
@@ -190,7 +191,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
       log_every=config.train.log_every,
       eval_every=settings.eval_every,
       save_every=settings.eval_every,
-      train_step=finetune.make_finetune_step(model_config, loss, tx, schedule),
+      train_step=joint.make_finetune_step(model_config, loss, tx, schedule),
       fields=("tokens", "label"),
       abstract=abstract,
       shardings=shardings,
@@ -202,7 +203,9 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     batches,
     mesh=mesh,
     writers=writers,
-    progress=metrics.Progress(settings.steps, batch_size, flops, hardware.peak_flops(mesh), _SHOWN),
+    progress=progress.Progress(
+      settings.steps, batch_size, flops, hardware.peak_flops(mesh), _SHOWN
+    ),
     stop=StopSignal(),
     clock=clock,
     profiler=loop.make_profiler(config, folder),
@@ -246,7 +249,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     "test_nats_per_token": scores.nats_per_token,
     **{f"start_{name}": value for name, value in began_with.items()},
   }
-  if common.is_main():
+  if hosts.is_main():
     finish(workdir, folder, values)
   of_mean = f" ({scores.accuracy_of_mean:.2%} by the mean of logits)" if masked else ""
   before = began_with["nats_per_token"]
@@ -304,7 +307,7 @@ _SHOWN = (
 
 def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
   """finetune.json, the curves, the summary."""
-  report.write_json(os.path.join(folder, "finetune.json"), values)
+  summary.write_json(os.path.join(folder, "finetune.json"), values)
   records = metrics.read_jsonl(os.path.join(folder, "metrics.jsonl"))
   curves = {}
   for name, label in (
@@ -314,11 +317,11 @@ def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
   ):
     points = [(record["step"], record[name]) for record in records if name in record]
     curves[label] = tuple(zip(*points, strict=True))
-  pictures.plot(
+  figures.plot(
     os.path.join(folder, "finetune.png"),
     curves,
     title=f"Fine-tuning: {values['test_accuracy']:.2%} of test at step {values['best_step']:,}",
     x_label="step",
     y_label="on validation",
   )
-  report.write_summary(workdir)
+  summary.write_summary(workdir)

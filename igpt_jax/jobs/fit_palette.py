@@ -9,13 +9,16 @@ import os
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, pictures
+from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.sources import has_validation, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common
-from igpt_jax.jobs.common import say
+from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import figures
+from igpt_jax.workspace import training_palette
+from igpt_jax.workspace import workdir as workdir_lib
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -25,22 +28,22 @@ def run(config: ConfigDict, workdir: str) -> None:
       f"workdir: {workdir} holds checkpoints, whose tokens stand for the colours of its palette.npy; fix: "
       "another --workdir"
     )
-  common.open_workdir(workdir)
+  workdir_lib.open_workdir(workdir)
   data_config = config_lib.data(config)
   split = open_split(data_config, "train")
   measured = open_split(data_config, "validation") if has_validation(data_config) else split
   if split.is_tokens:
     say("palette: this data is tokens already, there are no colours to fit")
     return
-  palette = common.fit_palette(config, data_config, split)
+  palette = training_palette.fit_palette(config, data_config, split)
   error = palette_fit.palette_error(
     palette, pipeline.image_stream(measured, data_config, augment=False)
   )
-  if not common.is_main():
+  if not hosts.is_main():
     return
-  path = os.path.join(workdir, common.PALETTE)
-  pictures.save_png(os.path.join(workdir, "palette.png"), swatches(palette.colors))
-  common.keep_palette(
+  path = os.path.join(workdir, training_palette.PALETTE)
+  figures.save_png(os.path.join(workdir, "palette.png"), swatches(palette.colors))
+  training_palette.keep_palette(
     palette,
     workdir,
     measured_on=measured.fingerprint,

@@ -11,34 +11,36 @@ import os
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import metrics, pictures, report
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, feature_sets
-from igpt_jax.jobs.common import say
-from igpt_jax.jobs.feature_sets import FeatureSet
-from igpt_jax.training import linear_probe
-from igpt_jax.training.linear_probe import FewLabelsResult
+from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.probing import linear
+from igpt_jax.probing import sets as sets_lib
+from igpt_jax.probing.linear import FewLabelsResult
+from igpt_jax.probing.sets import FeatureSet
+from igpt_jax.reporting import figures, progress, summary
+from igpt_jax.workspace import workdir as workdir_lib
 
 _OURS = "best layer"
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Fits to few labels of the configured data, on features of `checkpoint` (or the workdir's newest)."""
-  common.open_workdir(workdir)
+  workdir_lib.open_workdir(workdir)
   check(config)
-  source = feature_sets.open_source(config, workdir)
-  sets = feature_sets.extract(config, workdir, source)
-  if not common.is_main():
+  source = sets_lib.open_source(config, workdir)
+  sets = sets_lib.extract(config, workdir, source)
+  if not hosts.is_main():
     return
   labels = sets[0].parts()[0][1]
   # Every set of features is fitted to the same subsets; all are drawn before anything is fitted.
   subsets = {n: draw(config, labels, n) for n in config.lowdata.labels_per_class}
-  clock = metrics.Countdown("few labels", len(sets), say)
+  clock = progress.Countdown("few labels", len(sets), say)
   results: dict[str, dict[int, FewLabelsResult]] = {}
   for done, each in enumerate(sets, 1):
     parts = each.parts()
     results[each.name] = {
-      n: linear_probe.few_labels(
+      n: linear.few_labels(
         *parts,
         drawn,
         n_classes=source.n_classes,
@@ -69,10 +71,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     },
     "verdict": verdict(chosen, results),
   }
-  report.write_json(os.path.join(workdir, "lowdata.json"), values)
+  summary.write_json(os.path.join(workdir, "lowdata.json"), values)
   text = table(chosen, results)
-  report.write_text(os.path.join(workdir, "lowdata.md"), text)
-  pictures.plot(
+  summary.write_text(os.path.join(workdir, "lowdata.md"), text)
+  figures.plot(
     os.path.join(workdir, "lowdata.png"),
     {
       label: (list(of), [results[name][n].test_accuracy for n, name in of.items()])
@@ -86,7 +88,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     y_label="test accuracy",
     x_ticks=tuple(config.lowdata.labels_per_class),
   )
-  report.write_summary(workdir)
+  summary.write_summary(workdir)
   say(text.rstrip())
   say(values["verdict"])
 
@@ -104,9 +106,7 @@ def draw(config: ConfigDict, labels: np.ndarray, per_class: int) -> list[np.ndar
   """The subsets of one size; those of another size don't change them."""
   rng = np.random.default_rng((config.seed, per_class))
   try:
-    return [
-      linear_probe.balanced_subset(labels, per_class, rng) for _ in range(config.lowdata.trials)
-    ]
+    return [linear.balanced_subset(labels, per_class, rng) for _ in range(config.lowdata.trials)]
   except ValueError as error:
     raise UserError(f"config.lowdata.labels_per_class: {per_class}: {error}") from None
 
@@ -118,7 +118,7 @@ def choose(
   curves: dict[str, list[str]] = {_OURS: []}
   for each in sets:
     curve = _OURS if each.kind == "layer" else each.name
-    if each.kind == feature_sets.RANDOM:
+    if each.kind == sets_lib.RANDOM:
       curve = "random weights, best layer"
     curves.setdefault(curve, []).append(each.name)
   return {

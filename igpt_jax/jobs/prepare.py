@@ -7,9 +7,9 @@ downloaded is kept and what is ready is left alone, so an interrupted preparatio
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax.data import prepare as prepare_lib
+from igpt_jax.data import tfds_prepare as prepare_lib
 from igpt_jax.data.sources import SPLITS, has_validation, open_split
-from igpt_jax.jobs.common import say
+from igpt_jax.parallel.hosts import say
 
 
 def run(config: ConfigDict, workdir: str) -> None:

@@ -1,4 +1,4 @@
-"""Pretraining. Read this first, then loop.py.
+"""Pretraining. Read this first, then runner/loop.py.
 
 Data, palette, model, optimizer → the newest checkpoint, or a fresh state → the loop → pictures of
 the curve. Running the same command again goes on from the newest checkpoint: parameters, optimizer,
@@ -13,24 +13,27 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import files, metrics, pictures, report
+from igpt_jax import files
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.data.sources import has_validation, open_split
-from igpt_jax.jobs import common, goodput, guard, lock, loop, memory, saving, starting_point
-from igpt_jax.jobs import workdir as workdir_lib
-from igpt_jax.jobs.common import say
-from igpt_jax.jobs.loop import StopSignal
 from igpt_jax.model.image_gpt import count_params
-from igpt_jax.parallel import hardware, sharding
+from igpt_jax.parallel import hardware, hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import metrics, progress, summary
+from igpt_jax.reporting.curves import draw_curve
+from igpt_jax.runner import data_order, goodput, guard, loop, saving
+from igpt_jax.runner.loop import StopSignal
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import Likelihood
+from igpt_jax.workspace import devices, lock, memory, streams, training_palette, weights
+from igpt_jax.workspace import workdir as workdir_lib
 
 RESULT = "training.json"  # there when a run has made all its steps
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
-  common.open_workdir(workdir)
+  workdir_lib.open_workdir(workdir)
   with lock.held(workdir):
     guard.persist(lambda: _run(config, workdir), config_lib.guard(config), workdir)
 
@@ -38,15 +41,17 @@ def run(config: ConfigDict, workdir: str) -> None:
 def _run(config: ConfigDict, workdir: str) -> None:
   workdir_lib.check(config, workdir)
   given = config
-  mesh = common.mesh_of(config)
+  mesh = devices.mesh_of(config)
   batch_size = config.train.batch_size
   sharding.batch_size_per_shard(mesh, batch_size, accumulate=config.train.accumulate)
   data_config = config_lib.data(config)
   train_split = open_split(data_config, "train")
   validation_split = open_split(data_config, "validation") if has_validation(data_config) else None
-  start = starting_point.of_run(config, workdir, train_split)
+  start = weights.of_run(config, workdir, train_split)
   config = start.config
-  palette = common.training_palette(config, data_config, train_split, workdir, start.palette)
+  palette = training_palette.training_palette(
+    config, data_config, train_split, workdir, start.palette
+  )
   n_vocab = config_lib.palette_size(config) if palette is None else palette.size
   model_config = config_lib.model(config, n_vocab=n_vocab)
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
@@ -56,10 +61,10 @@ def _run(config: ConfigDict, workdir: str) -> None:
   schedule = optimizer.make_schedule(optimizer_config)
   tx = optimizer.make_optimizer(optimizer_config)
   # Only now: a mistake in the lines above leaves the workdir unclaimed.
-  if common.is_main():
+  if hosts.is_main():
     workdir_lib.claim(given, workdir)
     if palette is not None:
-      common.keep_palette(palette, workdir)
+      training_palette.keep_palette(palette, workdir)
 
   checkpoints = Checkpoints(
     workdir,
@@ -71,7 +76,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
   shardings = state.state_shardings(model_config, tx, mesh)
   abstract = state.abstract_state(model_config, tx)
 
-  order = guard.DataOrder(workdir, train_split, batch_size=batch_size, seed=config.seed)
+  order = data_order.DataOrder(workdir, train_split, batch_size=batch_size, seed=config.seed)
   resumed = checkpoints.resume(abstract, shardings, order.check)
   first_step, elapsed_before = 0, 0.0
   if resumed is None:
@@ -82,7 +87,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     del resumed  # its arrays will be donated
     say(f"resuming at step {first_step} of {config.train.steps} from {workdir}")
   clock = goodput.Clock(workdir, first_step)
-  if first_step < config.train.steps and common.is_main():
+  if first_step < config.train.steps and hosts.is_main():
     # Of a run that had ended, and lost its last checkpoint: who watches it is to wait again.
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(workdir, RESULT))
@@ -109,7 +114,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
   def evaluate(at: state.TrainState) -> dict[str, float]:
     eval_batch = min(batch_size, sharding.round_up_batch(mesh, len(validation_split)))
     limit = min(config.train.eval_images or len(validation_split), len(validation_split))
-    with common.eval_stream(
+    with streams.eval_stream(
       validation_split, data_config, palette, mesh, eval_batch, limit
     ) as stream:
       result = likelihood(at.params, stream)
@@ -146,7 +151,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
     batches,
     mesh=mesh,
     writers=writers,
-    progress=metrics.Progress(config.train.steps, batch_size, flops, hardware.peak_flops(mesh)),
+    progress=progress.Progress(config.train.steps, batch_size, flops, hardware.peak_flops(mesh)),
     stop=StopSignal(),
     clock=clock,
     profiler=loop.make_profiler(config, workdir),
@@ -161,7 +166,7 @@ def _run(config: ConfigDict, workdir: str) -> None:
       "from here"
     )
     return
-  if common.is_main():
+  if hosts.is_main():
     elapsed = elapsed_before + time.monotonic() - began
     finish(workdir, outcome.step, parameters, spent, elapsed)
   say(f"done: {config.train.steps} steps in {workdir}")
@@ -178,25 +183,5 @@ def finish(
   except (FileNotFoundError, ValueError):  # not there yet, or damaged
     values = {"step": at_step, "parameters": parameters, "elapsed_seconds": elapsed}
     newest = metrics.newest(os.path.join(workdir, "metrics.jsonl"))
-    report.write_json(path, values | newest | spent)
-  report.write_summary(workdir)
-
-
-def draw_curve(workdir: str, path: str) -> bool:
-  """Draws a run's losses so far into a PNG; False where there are none yet."""
-  records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
-  curves = {}
-  for name, label in (("loss", "training"), ("validation_loss", "validation")):
-    points = [(record["step"], record[name]) for record in records if name in record]
-    if points:
-      curves[label] = tuple(zip(*points, strict=True))
-  if not curves:
-    return False
-  pictures.plot(
-    path,
-    curves,
-    title=os.path.basename(os.path.abspath(workdir)),
-    x_label="step",
-    y_label="nats per token",
-  )
-  return True
+    summary.write_json(path, values | newest | spent)
+  summary.write_summary(workdir)

@@ -2,7 +2,7 @@
 
 Writes probe.json, probe.md (the table) and probe.png (accuracy against layer, the paper's figure 2).
 The layer is chosen on validation; test is looked at once per row, with everything chosen. With
-`watch`, every checkpoint of a run is probed, and two more pictures compare them (probe_report.py).
+`watch`, every checkpoint of a run is probed, and two more pictures compare them (probing/probe_tables.py).
 """
 
 import dataclasses
@@ -13,14 +13,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from igpt_jax import config as config_lib
-from igpt_jax import files, metrics, report
+from igpt_jax import files
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, feature_sets, probe_report, probe_sgd, provenance, watch
-from igpt_jax.jobs.common import say
-from igpt_jax.jobs.feature_sets import FeatureSet, Source
-from igpt_jax.training import linear_probe
+from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.probing import linear, probe_tables, sgd_run
+from igpt_jax.probing import sets as sets_lib
+from igpt_jax.probing.sets import FeatureSet, Source
+from igpt_jax.reporting import progress, summary
 from igpt_jax.training.evaluation import Likelihood
 from igpt_jax.training.objectives import make_objective
+from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
 METHODS = ("lbfgs", "sgd")
 _LBFGS_UP_TO = 200_000  # training pictures
@@ -30,14 +33,14 @@ def run(config: ConfigDict, workdir: str) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
   check(config)
   made_from = watch.run(config, workdir, "probe.json", probe, settings_of)
-  if made_from is not None and common.is_main():
-    probe_report.compare_checkpoints(workdir, made_from)
+  if made_from is not None and hosts.is_main():
+    probe_tables.compare_checkpoints(workdir, made_from)
 
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
   """All but the checkpoint that decides probe.json."""
   return {
-    "data": provenance.of_data(config, feature_sets.SPLITS),
+    "data": provenance.of_data(config, sets_lib.SPLITS),
     **provenance.of_settings(
       config, ["features", "probe", "train.eval_images", "seed"],
       without=["features.batch_size", "features.cache", "probe.cached", "probe.eval_every"],
@@ -65,21 +68,21 @@ def check(config: ConfigDict) -> None:
 
 def probe(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; features are kept in `workdir`, results go to `out`."""
-  source = feature_sets.open_source(config, workdir)
-  features_folder = feature_sets.folder_of(config, workdir, source)
+  source = sets_lib.open_source(config, workdir)
+  features_folder = sets_lib.folder_of(config, workdir, source)
   own_features = not os.path.exists(features_folder)
   method = config.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
   say(f"probe: {method}, {source.rows('train'):,} training pictures of {source.n_classes} classes")
   nats = validation_loss(config, source)
   if method == "sgd":
-    rows = probe_sgd.run(config, workdir, out, source)
+    rows = sgd_run.run(config, workdir, out, source)
   else:
     rows = by_lbfgs(config, workdir, source)
-  if not common.is_main():
+  if not hosts.is_main():
     return
   trained = source.trained
-  best = probe_report.best_of(rows)
-  pixels = next((row for row in rows if row["kind"] == feature_sets.PIXELS), None)
+  best = probe_tables.best_of(rows)
+  pixels = next((row for row in rows if row["kind"] == sets_lib.PIXELS), None)
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
@@ -94,14 +97,14 @@ def probe(config: ConfigDict, workdir: str, out: str) -> None:
     "validation_accuracy": best["validation_accuracy"],
     "test_accuracy": best["test_accuracy"],
     "pixels_test_accuracy": pixels and pixels["test_accuracy"],
-    "verdict": probe_report.verdict(rows),
+    "verdict": probe_tables.verdict(rows),
     "rows": rows,
   }
-  text = probe_report.table(rows)
-  report.write_text(os.path.join(out, "probe.md"), text)
-  probe_report.draw(os.path.join(out, "probe.png"), values)
-  report.write_json(os.path.join(out, "probe.json"), values)
-  report.write_summary(out)
+  text = probe_tables.table(rows)
+  summary.write_text(os.path.join(out, "probe.md"), text)
+  probe_tables.draw(os.path.join(out, "probe.png"), values)
+  summary.write_json(os.path.join(out, "probe.json"), values)
+  summary.write_summary(out)
   # One checkpoint's features after the other's would fill the disk.
   if config.watch and own_features:
     shutil.rmtree(features_folder, ignore_errors=True)
@@ -114,10 +117,10 @@ def validation_loss(config: ConfigDict, source: Source) -> float:
   trained = source.trained
   objective = make_objective(trained.run["objective"], trained.run["mask_probability"])
   split = source.splits["validation"]
-  with common.eval_stream(
+  with streams.eval_stream(
     split,
     config_lib.data(config),
-    common.palette_of(trained),
+    weights.palette_of(trained),
     source.mesh,
     config.features.batch_size,
     min(config.train.eval_images or len(split), len(split)),
@@ -132,19 +135,19 @@ def by_lbfgs(config: ConfigDict, workdir: str, source: Source) -> list[dict[str,
   if rows:
     say("baselines: fitted before, for this data and architecture")
     source = dataclasses.replace(source, baselines=())
-  sets = feature_sets.extract(config, workdir, source)
+  sets = sets_lib.extract(config, workdir, source)
   if config.probe.concatenate:
-    sets.append(feature_sets.side_by_side(sets, tuple(config.probe.concatenate)))
-  if not common.is_main():
+    sets.append(sets_lib.side_by_side(sets, tuple(config.probe.concatenate)))
+  if not hosts.is_main():
     return []
-  clock = metrics.Countdown("probes", len(sets), say)
+  clock = progress.Countdown("probes", len(sets), say)
 
   def fit(each: FeatureSet) -> dict[str, Any]:
-    result = linear_probe.probe(
+    result = linear.probe(
       *each.parts(),
       n_classes=source.n_classes,
       max_iterations=config.probe.max_iterations,
-      mesh=common.own_mesh(source.mesh),
+      mesh=devices.own_mesh(source.mesh),
     )
     return {
       "name": each.name, "kind": each.kind, "layer": each.layer, **dataclasses.asdict(result)
@@ -154,12 +157,12 @@ def by_lbfgs(config: ConfigDict, workdir: str, source: Source) -> list[dict[str,
     rows.append(fit(each))
     clock.tick(done)
   if source.baselines:
-    known.keep([row for row in rows if row["kind"] in feature_sets.BASELINES])
+    known.keep([row for row in rows if row["kind"] in sets_lib.BASELINES])
   if config.probe.around_best:
     layers = around(
-      probe_report.best_of(rows)["layer"], source.features.layers, config.probe.around_best
+      probe_tables.best_of(rows)["layer"], source.features.layers, config.probe.around_best
     )
-    rows.append(fit(feature_sets.side_by_side(sets, layers)))
+    rows.append(fit(sets_lib.side_by_side(sets, layers)))
   return rows
 
 
@@ -179,7 +182,7 @@ class _Baselines:
       # Random weights are those of a seed: the architecture decides them.
       "model": {k: v for k, v in of_model.items() if k not in ("attention", "remat")},
       "features_of": {
-        name: feature_sets.identity_of(config, source, name, "") for name in source.splits
+        name: sets_lib.identity_of(config, source, name, "") for name in source.splits
       },
       "rows": {name: source.rows(name) for name in source.splits},
       "layers": list(source.features.layers),
@@ -202,4 +205,4 @@ class _Baselines:
 
   def keep(self, rows: list[dict[str, Any]]) -> None:
     os.makedirs(os.path.dirname(self._path), exist_ok=True)
-    report.write_json(self._path, {"depends_on": self._depends_on, "rows": rows})
+    summary.write_json(self._path, {"depends_on": self._depends_on, "rows": rows})

@@ -14,19 +14,20 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, files, metrics, report
+from igpt_jax import checkpoint, files
 from igpt_jax import config as config_lib
 from igpt_jax.data import pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, completion, provenance, starting_point, watch
-from igpt_jax.jobs.common import say
-from igpt_jax.jobs.completion import NOTHING, Completer, Picture
-from igpt_jax.jobs.sample import given_rows
-from igpt_jax.parallel import sharding
-from igpt_jax.training import frechet
-from igpt_jax.training.features import FeatureConfig, pooled_features
+from igpt_jax.parallel import hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.probing.features import FeatureConfig, pooled_features
+from igpt_jax.reporting import progress, summary
+from igpt_jax.sampling import completer as completer_lib
+from igpt_jax.sampling import frechet
+from igpt_jax.sampling.completer import NOTHING, Completer, Picture, given_rows
+from igpt_jax.workspace import devices, provenance, watch, weights
 
 Network = Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, 3] -> features [N, D]
 
@@ -45,7 +46,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
     _check_file(config)
     network = files.digest_of_file(path)
   else:
-    network = provenance.of_checkpoint(starting_point.describe(path, config)) if path else "its own"
+    network = provenance.of_checkpoint(weights.describe(path, config)) if path else "its own"
   return {
     "data": provenance.of_data(config, ["train", "test"]),
     "network": network,
@@ -60,9 +61,9 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; results go to `out`."""
   if config.quality.images < 2:
     raise UserError(f"config.quality.images: {config.quality.images}; expected 2 or more")
-  found = completion.describe(config, workdir)
-  common.check_resolution(config, found)
-  mesh = common.mesh_of(config)
+  found = completer_lib.describe(config, workdir)
+  weights.check_resolution(config, found)
+  mesh = devices.mesh_of(config)
   data_config = config_lib.data(config)
   splits = {name: open_split(data_config, name) for name in ("train", "test")}
   for split in splits.values():
@@ -102,7 +103,7 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   values = {
     "checkpoint": found.path,
     "step": found.step,
-    "parameters": starting_point.checksum_of(found),
+    "parameters": weights.checksum_of(found),
     "network": called,
     "pictures": n,
     "data": {name: split.fingerprint for name, split in splits.items()},
@@ -117,11 +118,11 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
     "completions_nats_per_token": float(of_completions[:, rows_given * resolution :].mean()),
   }
   # Only now: the network runs on the devices of all processes.
-  if not common.is_main():
+  if not hosts.is_main():
     return
-  report.write_text(os.path.join(out, "quality.md"), table(values))
-  report.write_json(os.path.join(out, "quality.json"), values)
-  report.write_summary(out)
+  summary.write_text(os.path.join(out, "quality.md"), table(values))
+  summary.write_json(os.path.join(out, "quality.json"), values)
+  summary.write_summary(out)
   say(table(values).rstrip())
 
 
@@ -141,7 +142,7 @@ def gather(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokens and nats [N, T] of these samples of these pictures, `sample.batch_size` at a time."""
   batch_size = config.sample.batch_size
-  clock = metrics.Countdown(what, len(pictures) * len(numbers), say)
+  clock = progress.Countdown(what, len(pictures) * len(numbers), say)
   tokens, nll, done = [], [], 0
   for some, which in _batches(pictures, numbers, batch_size):
     # The last batch is as large as the others, so that one program draws them all.
@@ -180,9 +181,9 @@ def describe_network(
   if path.endswith(".onnx"):
     _check_file(config)
     return None
-  chosen = starting_point.describe(path, config) if path else found
-  common.palette_of(chosen)
-  common.check_resolution(config, chosen)
+  chosen = weights.describe(path, config) if path else found
+  weights.palette_of(chosen)
+  weights.check_resolution(config, chosen)
   n_layer, layer = chosen.config.n_layer, config.quality.layer
   if not -1 <= layer <= n_layer:
     raise UserError(
@@ -205,7 +206,7 @@ def open_network(
     return onnx_network(os.path.expanduser(config.quality.network)), config.quality.network
   layer = config.quality.layer if config.quality.layer >= 0 else other.config.n_layer // 2
   own = other.path == completer.trained.path
-  params = completer.trained.params if own else starting_point.read(other, mesh, say)
+  params = completer.trained.params if own else weights.read(other, mesh, say)
   palette = Palette(np.asarray(other.palette), name=f"palette of {other.path}")
   extract = jax.jit(
     lambda params, tokens: pooled_features(

@@ -14,19 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, pictures, report
+from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, memory, provenance, starting_point, watch
-from igpt_jax.jobs.common import say
-from igpt_jax.model import decoding
-from igpt_jax.parallel import sharding
+from igpt_jax.model.decoding import autoregressive
+from igpt_jax.parallel import hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import figures, summary
+from igpt_jax.sampling.completer import given_rows
+from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Samples from `checkpoint` (or the workdir's newest); watching, from every checkpoint."""
-  common.use_cores(config)
+  devices.use_cores(config)
   watch.run(config, workdir, "sample.json", sample, settings_of)
 
 
@@ -41,20 +43,20 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
 def sample(config: ConfigDict, workdir: str, out: str) -> None:
   """One checkpoint; pictures go to `out`."""
   settings = config_lib.sampling(config)
-  found = common.find_model(config, workdir, needs_palette=True, check=check_draws)
+  found = weights.find_model(config, workdir, needs_palette=True, check=check_draws)
   at_once = math.gcd(config.sample.samples, config.sample.completions)
-  mesh = common.sampling_mesh(config, found.config, at_once)
-  trained = common.read_to_draw(config, found, mesh)
+  mesh = devices.sampling_mesh(config, found.config, at_once)
+  trained = weights.read_to_draw(config, found, mesh)
   rows = max(config.sample.samples, config.sample.completions * config.sample.per_picture)
   memory.check_cache(trained.config, rows, config.sample.cache, mesh)
-  palette = common.palette_of(trained)
+  palette = weights.palette_of(trained)
   resolution = trained.run["resolution"]
   rows_given = given_rows(config.sample.keep, resolution)
-  scale = config.sample.scale or pictures.default_scale(resolution)
+  scale = config.sample.scale or figures.default_scale(resolution)
   # Before anything is drawn: the test pictures may not be there.
   given, originals, source = held_out(config, trained, palette)
 
-  def draw(given_BxP: np.ndarray, per_picture: int, stream: int) -> decoding.Samples:
+  def draw(given_BxP: np.ndarray, per_picture: int, stream: int) -> autoregressive.Samples:
     """Samples on the host; picture i's j-th sample has a seed of its own, whatever the batch."""
     wanted = len(given_BxP)
     padded = sharding.round_up_batch(mesh, wanted)
@@ -63,7 +65,7 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(padded * per_picture))
     compiled = jax.jit(
       functools.partial(
-        decoding.complete,
+        autoregressive.complete,
         trained.config,
         sampling=settings,
         samples_per_picture=per_picture,
@@ -75,7 +77,7 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
       batch = sharding.put_global(given, mesh)
       drawn = jax.device_get(compiled(trained.params, batch, keys))
     keep = wanted * per_picture
-    return decoding.Samples(drawn.tokens[:keep], drawn.nll[:keep])
+    return autoregressive.Samples(drawn.tokens[:keep], drawn.nll[:keep])
 
   def paint(tokens_BxT: np.ndarray) -> np.ndarray:
     return palette.decode(tokens_BxT).reshape(-1, resolution, resolution, 3)
@@ -93,17 +95,17 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
   rows = []
   for i, original in enumerate(originals):
     drawn = paint(completions.tokens[i * per_picture : (i + 1) * per_picture])
-    rows.append([pictures.hide_below(original, rows_given), *drawn, original])
+    rows.append([figures.hide_below(original, rows_given), *drawn, original])
 
-  if not common.is_main():
+  if not hosts.is_main():
     return
-  pictures.save_png(os.path.join(out, "samples.png"), pictures.grid(grid, scale=scale))
-  pictures.save_png(os.path.join(out, "completions.png"), pictures.grid(rows, scale=scale))
+  figures.save_png(os.path.join(out, "samples.png"), figures.grid(grid, scale=scale))
+  figures.save_png(os.path.join(out, "completions.png"), figures.grid(rows, scale=scale))
   completed = completions.nll[:, n_given:]
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
-    "parameters": starting_point.checksum_of(found),
+    "parameters": weights.checksum_of(found),
     "seed": config.seed,
     "temperature": settings.temperature,
     "top_k": settings.top_k,
@@ -116,8 +118,8 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
     "each_completion_nats_per_token": [round(float(nats), 4) for nats in completed.mean(1)],
     "pictures": "samples.png, completions.png",
   }
-  report.write_json(os.path.join(out, "sample.json"), values)
-  report.write_summary(out)
+  summary.write_json(os.path.join(out, "sample.json"), values)
+  summary.write_summary(out)
   say(f"wrote samples.png and completions.png to {out}")
 
 
@@ -130,11 +132,6 @@ def check_draws(found: checkpoint.Described) -> None:
     )
 
 
-def given_rows(keep: float, resolution: int) -> int:
-  """Rows that are given, at least one and not all."""
-  return min(max(round(keep * resolution), 1), resolution - 1)
-
-
 def held_out(config: ConfigDict, trained, palette):
   """Tokens [N, T] and pictures [N, H, W, 3] (as the palette shows them) of the test split."""
   data_config = config_lib.data(config)
@@ -142,6 +139,6 @@ def held_out(config: ConfigDict, trained, palette):
   wanted = min(config.sample.completions, len(split))
   # Spread over the split: neighbours are often alike.
   order = np.random.default_rng(config.seed).permutation(len(split))[:wanted]
-  tokens = common.tokens_of(split.select(np.sort(order)), data_config, palette)
+  tokens = streams.tokens_of(split.select(np.sort(order)), data_config, palette)
   side = config.data.resolution
   return tokens, palette.decode(tokens).reshape(-1, side, side, 3), split.fingerprint

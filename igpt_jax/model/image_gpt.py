@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
 from igpt_jax.model import layers
-from igpt_jax.model.attention import SAVED_NAMES, attention, choose
+from igpt_jax.model.attention.dispatch import SAVED_NAMES, attention, choose
 from igpt_jax.model.projection import Product, project
 from igpt_jax.parallel.sharding import constrain, gather_weight
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from igpt_jax.model import attention_tpu
-from igpt_jax.model.attention import attention
+from igpt_jax.model.attention import tpu
+from igpt_jax.model.attention.dispatch import attention
 from igpt_jax.model.projection import Product, project, project_gradients
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import constrain
@@ -107,7 +107,7 @@ class _Kept(NamedTuple):
 
   inputs: jax.Array
   scales: jax.Array
-  attention: attention_tpu.Stacks
+  attention: tpu.Stacks
   hidden: jax.Array | None
 
 
@@ -120,7 +120,7 @@ def _room(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kept:
     return constrain(jax.lax.empty((layers, *shape), dtype), None, *axes)
 
   qkv = (3, batch, length, width)
-  lse = attention_tpu.lse_shape(
+  lse = tpu.lse_shape(
     qkv,
     x.dtype,
     n_head=sharding.axis_share("heads", n_head),
@@ -130,11 +130,11 @@ def _room(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kept:
   return _Kept(
     inputs=stack(x.shape, STREAM, layers=n_layer + 1),
     scales=stack((2, batch, length, 1), (None, *STREAM), dtype=jnp.float32),
-    attention=attention_tpu.Stacks(
+    attention=tpu.Stacks(
       qkv=stack(qkv, QKV), out=stack(x.shape, HEADS), lse=stack(lse, _LSE, dtype=jnp.float32)
     ),
     hidden=None
-    if attention_tpu.wide_matrix_unit()
+    if tpu.wide_matrix_unit()
     else stack((batch, length, blocks["mlp"]["fc"].shape[-1]), INNER),
   )
 
@@ -147,9 +147,9 @@ def _on_each_device(kernel, settings):
 
 def _forward(settings, blocks, x):
   n_head, causal, _ = settings
-  kernel = _on_each_device(attention_tpu.forward_layer, settings)
+  kernel = _on_each_device(tpu.forward_layer, settings)
   attend = sharding.per_device(
-    lambda at, *parts: kernel(at, attention_tpu.Stacks(*parts)), ((), *_STACKS), _STACKS[1:]
+    lambda at, *parts: kernel(at, tpu.Stacks(*parts)), ((), *_STACKS), _STACKS[1:]
   )
 
   def body(carry, scanned):
@@ -167,7 +167,7 @@ def _forward(settings, blocks, x):
     kept = _Kept(
       inputs=_put(kept.inputs, x, layer + 1),
       scales=_put(kept.scales, jnp.stack([scale_1, scale_2]), layer),
-      attention=attention_tpu.Stacks(qkv_stack, out, lse),
+      attention=tpu.Stacks(qkv_stack, out, lse),
       hidden=None if kept.hidden is None else _put(kept.hidden, hidden, layer),
     )
     return (x, kept), None
@@ -181,9 +181,9 @@ def _forward(settings, blocks, x):
 
 def _backward(settings, residuals, dx):
   blocks, kept = residuals
-  kernel = _on_each_device(attention_tpu.backward_layer, settings)
+  kernel = _on_each_device(tpu.backward_layer, settings)
   of_attention = sharding.per_device(
-    lambda at, dout, *parts: kernel(at, attention_tpu.Stacks(*parts), dout),
+    lambda at, dout, *parts: kernel(at, tpu.Stacks(*parts), dout),
     ((), HEADS, *_STACKS),
     QKV,
   )

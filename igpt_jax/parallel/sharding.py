@@ -272,3 +272,26 @@ def put_global(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   """Rows [B, ...] that every process holds whole -> one global array, split over the batch axes."""
   target = sharding(mesh, "batch")
   return jax.make_array_from_callback(rows.shape, target, lambda index: rows[index])
+
+
+def input_share(mesh: Mesh) -> tuple[int, int]:
+  """Which share of every batch this process reads, and how many shares there are.
+
+  As many as processes; fewer where one copy of the model spans several (`mesh.tensor` beyond a
+  host): those hold the same rows, and read the same.
+
+  Raises:
+    UserError: processes hold rows that overlap in part.
+  """
+  shards = batch_shards(mesh)
+  places = sharding(mesh, "batch").devices_indices_map((shards,))
+  held: dict[int, set[int]] = {}
+  for device, (rows,) in places.items():
+    held.setdefault(device.process_index, set()).add(rows.start or 0)
+  shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, shares)) != shards or len({len(share) for share in shares}) > 1:
+    raise UserError(
+      f"config.mesh: {dict(mesh.shape)} over {jax.process_count()} processes splits a batch unevenly "
+      "among them; expected devices of one picture that divide those of a host, or are a multiple"
+    )
+  return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)

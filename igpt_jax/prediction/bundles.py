@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable
 
-from igpt_jax.model import attention_tpu
+from igpt_jax.model.attention import tpu
 from igpt_jax.prediction.hlo import Operation, dims_of
 
 # Rows of bfloat16 per instruction of a matrix unit, and units a core, where they are 128 × 128.
@@ -118,7 +118,7 @@ def attention_cycles(
     dtype, dims = dims_of(operation.shape)
     batch, length, width = dims[-3:]
     n_head = width // head_dim
-    plan = attention_tpu.make_plan(
+    plan = tpu.make_plan(
       n_head, head_dim, length, dtype, causal=causal, backward=backward, wide=not narrow
     )
     steps = batch * (n_head // plan.heads)
@@ -131,7 +131,7 @@ def attention_cycles(
   return of
 
 
-def turns(plan: attention_tpu.Plan, depth: int) -> int:
+def turns(plan: tpu.Plan, depth: int) -> int:
   """How often code at a depth runs in one step of the grid of a fused attention kernel."""
   n = plan.spans
   pairs = n * (n - 1) // 2 if plan.causal else n * n

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from igpt_jax.model import decoding
+from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params, compute_dtypes
 from igpt_jax.parallel import sharding
 from igpt_jax.prediction import bundles, hlo, schedule
@@ -104,7 +104,7 @@ def training_step(training: Training, topology: Topology, mesh: Mesh) -> Forecas
 
 def sampling(
   model: ImageGPTConfig,
-  settings: decoding.SamplingConfig,
+  settings: autoregressive.SamplingConfig,
   n_pictures: int,
   topology: Topology,
   mesh: Mesh,
@@ -121,7 +121,7 @@ def sampling(
 
 def sampling_program(
   model: ImageGPTConfig,
-  settings: decoding.SamplingConfig,
+  settings: autoregressive.SamplingConfig,
   n_pictures: int,
   mesh: Mesh,
   cache_dtype: str = "",
@@ -138,7 +138,7 @@ def sampling_program(
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
   keys = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
   draw = jax.jit(
-    functools.partial(decoding.complete, model, sampling=settings, cache_dtype=cache_dtype),
+    functools.partial(autoregressive.complete, model, sampling=settings, cache_dtype=cache_dtype),
     out_shardings=sharding.replicated(mesh),
   )
   return functools.partial(draw.lower, params, given, keys)

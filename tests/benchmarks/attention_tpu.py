@@ -51,7 +51,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from igpt_jax.model import attention_tpu  # noqa: E402
+from igpt_jax.model.attention import tpu  # noqa: E402
 from igpt_jax.prediction.bundles import Code, read, turns  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -128,7 +128,7 @@ def result(forward, backward, around: float, shape: Shape, chip: str, blocks) ->
 
 
 def measure_fused(shape: Shape, chip: str) -> dict:
-  attend = functools.partial(attention_tpu.fused_attention, n_head=shape.n_head, causal=True)
+  attend = functools.partial(tpu.fused_attention, n_head=shape.n_head, causal=True)
   qkv = qkv_of(shape)
   kernels, around = compile_for(
     chip, grad_of(attend), qkv, jax.ShapeDtypeStruct(qkv.shape[1:], qkv.dtype)
@@ -136,7 +136,7 @@ def measure_fused(shape: Shape, chip: str) -> dict:
   counts = {}
   for name, code in kernels.items():
     backward = "backward" in name
-    plan = attention_tpu.make_plan(
+    plan = tpu.make_plan(
       shape.n_head, shape.head_dim, shape.length, qkv.dtype, causal=True, backward=backward,
       wide=chip not in NARROW,
     )  # fmt: skip

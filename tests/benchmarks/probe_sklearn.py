@@ -36,8 +36,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from igpt_jax.training import logistic
-from igpt_jax.training.linear_probe import STRENGTHS
+from igpt_jax.probing import logistic
+from igpt_jax.probing.linear import STRENGTHS
 
 MAX_ITERATIONS = 1_000
 

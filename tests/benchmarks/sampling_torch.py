@@ -35,12 +35,12 @@ import numpy as np
 import torch
 import transformers
 
-from igpt_jax.model import decoding
+from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Params, count_params, init_params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.pretrained import huggingface
 
-GREEDY, PLAIN = decoding.SamplingConfig(temperature=0.0), decoding.SamplingConfig()
+GREEDY, PLAIN = autoregressive.SamplingConfig(temperature=0.0), autoregressive.SamplingConfig()
 CHECKED_PIXELS = 24
 
 # Draws the pictures, and blocks until they are there: tokens [B, T].
@@ -71,8 +71,8 @@ def make_ours(config, params, given, n_pixels: int, sampling, cache_dtype: str =
   keys = jax.random.split(jax.random.key(1), len(given))
 
   def run(params, given, keys):
-    progress = decoding.begin(config, params, given, keys, cache_dtype=cache_dtype)
-    return decoding.extend(config, params, progress, n_pixels, sampling=sampling).tokens
+    progress = autoregressive.begin(config, params, given, keys, cache_dtype=cache_dtype)
+    return autoregressive.extend(config, params, progress, n_pixels, sampling=sampling).tokens
 
   with jax.set_mesh(mesh):
     compiled = jax.jit(run).lower(placed, given, keys).compile()

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import tiny
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, finetune, guard, pretrain
+from igpt_jax.jobs import finetune, pretrain
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.reporting import metrics
+from igpt_jax.runner import guard
 from igpt_jax.training import optimizer
 from igpt_jax.training import state as state_lib
 from igpt_jax.training import step as step_lib
-from igpt_jax.training.guard import BadNumbers, GuardConfig
+from igpt_jax.training.bad_numbers import BadNumbers, GuardConfig
 from igpt_jax.training.objectives import make_objective
+from igpt_jax.workspace import devices
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -37,7 +40,7 @@ SMALL = {
 def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(common, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
@@ -273,7 +276,7 @@ def test_spikes(tmp_path, monkeypatch, capsys, then):
 
 
 def test_fine_tuning_is_guarded_too(tmp_path, monkeypatch):
-  from igpt_jax.training import finetune as finetune_lib
+  from igpt_jax.training import joint as finetune_lib
 
   make = finetune_lib.make_finetune_step
 

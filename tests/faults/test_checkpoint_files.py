@@ -203,9 +203,9 @@ def test_every_file_in_turn(whole, tmp_path, turn):
 
 def test_a_checkpoint_without_checksums_is_read_in_silence(tmp_path, monkeypatch):
   """One that was written before there were any."""
-  from igpt_jax.checkpoint import sums
+  from igpt_jax.checkpoint import file_sums
 
-  monkeypatch.setattr(sums, "with_sums", lambda run, found: dict(run))
+  monkeypatch.setattr(file_sums, "with_sums", lambda run, found: dict(run))
   write(tmp_path, NEW)
   monkeypatch.undo()
   assert check_read(tmp_path / "checkpoints" / str(NEW), "no checksums")
@@ -215,9 +215,9 @@ def test_a_checkpoint_without_checksums_is_read_in_silence(tmp_path, monkeypatch
 @pytest.mark.parametrize("item", ["params", "training", "head", "palette"])
 def test_other_numbers_are_noticed_though_every_file_is_right(tmp_path, monkeypatch, item):
   """As of a device or a network that computed or sent something else."""
-  from igpt_jax.checkpoint import sums
+  from igpt_jax.checkpoint import file_sums
 
-  of_items = sums.of_items
+  of_items = file_sums.of_items
 
   def other(items):
     changed = jax.tree.map(lambda leaf: np.array(leaf), items[item])
@@ -226,7 +226,7 @@ def test_other_numbers_are_noticed_though_every_file_is_right(tmp_path, monkeypa
     return of_items({**items, item: changed})
 
   write(tmp_path, OLD)
-  monkeypatch.setattr(sums, "of_items", other)
+  monkeypatch.setattr(file_sums, "of_items", other)
   write(tmp_path, NEW)
   monkeypatch.undo()
   folder = tmp_path / "checkpoints" / str(NEW)

@@ -24,9 +24,10 @@ from ml_collections import config_flags
 from igpt_jax import config as config_lib
 from igpt_jax import main
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, complete, evaluate, finetune, pretrain, sample
+from igpt_jax.jobs import complete, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training import compilation
+from igpt_jax.workspace import devices, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -73,7 +74,7 @@ def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
     patch.setattr(
-      common, "mesh_of", lambda config: make_mesh(**config.mesh, devices=jax.devices()[:2])
+      devices, "mesh_of", lambda config: make_mesh(**config.mesh, devices=jax.devices()[:2])
     )
     yield
 
@@ -164,7 +165,7 @@ def trained(data_dir, tmp_path_factory):
 def test_mutations(trained, tmp_path, monkeypatch):
   rng = random.Random(0)
   compiled = []
-  compile_step, read_model = compilation.compile_step, common.read_model
+  compile_step, read_model = compilation.compile_step, weights.read_model
 
   def compiling(*arguments, **settings):
     compiled.append("a step")
@@ -178,7 +179,7 @@ def test_mutations(trained, tmp_path, monkeypatch):
     return read_model(*arguments, **settings)
 
   monkeypatch.setattr(compilation, "compile_step", compiling)
-  monkeypatch.setattr(common, "read_model", reading)
+  monkeypatch.setattr(weights, "read_model", reading)
   found = {"refused": 0, "ran": 0}
   wrong = []
   for i in range(COUNT):

@@ -22,10 +22,13 @@ import pytest
 import test_checkpoint_files as small
 from hosts import hosts
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint
 from igpt_jax.checkpoint import Checkpoints, writing
 from igpt_jax.errors import SaveFailed, UserError
-from igpt_jax.jobs import lock, pretrain, saving
+from igpt_jax.jobs import pretrain
+from igpt_jax.reporting import metrics
+from igpt_jax.runner import saving
+from igpt_jax.workspace import lock
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -8,11 +8,14 @@ import pytest
 import tiny
 from hosts import ROOT, SMALL
 
-from igpt_jax import checkpoint, report
+from igpt_jax import checkpoint
 from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import common, finetune, goodput, loop, pretrain, probe
+from igpt_jax.jobs import finetune, pretrain, probe
+from igpt_jax.reporting import summary
+from igpt_jax.runner import goodput, loop
 from igpt_jax.training.profiling import Window
+from igpt_jax.workspace import devices
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -150,7 +153,7 @@ def test_a_folder_that_can_not_be_written_does_not_end_a_run(times, tmp_path, ca
 def quick(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(common, "mesh_of", lambda config: tiny.mesh_of())
+    patch.setattr(devices, "mesh_of", lambda config: tiny.mesh_of())
     yield
 
 
@@ -196,7 +199,7 @@ def test_a_run_says_where_its_time_went(trained):
   assert found["starts"] == 2 and found["steps_again"] == 1
   assert found["seconds"]["repeated"] > 0 and found["seconds"]["step"] > 0
   assert sum(found["seconds"].values()) >= found["elapsed_seconds"] - 1e-3
-  assert f"goodput {found['goodput']:.1%}" in report.write_summary(str(trained))
+  assert f"goodput {found['goodput']:.1%}" in summary.write_summary(str(trained))
   assert stored(trained)["ended"]
   assert stored(trained)["seconds"] == found["seconds"]
 

@@ -173,7 +173,7 @@ def test_stacks_are_told_on_request_and_workers_end_with_a_killed_run(start):
   processes = run.workers()
   assert processes
   run.process.send_signal(signal.SIGUSR1)
-  run.wait_for('jobs/loop.py", line')
+  run.wait_for('runner/loop.py", line')
   steps = run.said().count("  loss ")
   while run.said().count("  loss ") <= steps:
     assert run.process.poll() is None

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hosts import HOSTS, hosts
 
-from igpt_jax import checkpoint, metrics, watchdog
+from igpt_jax import checkpoint, watchdog
 from igpt_jax.data.order import Stream, train_order
 from igpt_jax.errors import HostsDiffer, UserError
-from igpt_jax.jobs import agreement
+from igpt_jax.reporting import metrics
+from igpt_jax.workspace import agreement
 
 LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"
 FAULTY = str(pathlib.Path(__file__).parent / "faulty_main.py")

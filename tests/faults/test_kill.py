@@ -16,7 +16,8 @@ import time
 import pytest
 from lives import Lives
 
-from igpt_jax import checkpoint, metrics
+from igpt_jax import checkpoint
+from igpt_jax.reporting import metrics
 
 LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"
 SEED = int(os.environ.get("IGPT_JAX_FAULTS_SEED", "0"))

@@ -1,0 +1,102 @@
+"""Checksums of all that a checkpoint holds: taken when it is saved, compared when it is read.
+
+Orbax stores none of the numbers, and a flipped bit in a file is another number. They travel among
+what a checkpoint says of its run; one that has none (older, or another program's) is read unchecked.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from igpt_jax import history
+from igpt_jax.checkpoint import folders
+from igpt_jax.checkpoint.checksum import checksum
+from igpt_jax.errors import UserError
+
+_KEY = "checksums"
+_RUN = "run"
+METRICS = "metrics"  # orbax' name for scores, which it doesn't count among the items
+
+
+def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
+  """The run as it is stored: with the format's number, the items' checksums, and one of itself."""
+  run = {**run, history.KEY: history.FORMAT}
+  return {**run, _KEY: {**sums, _RUN: _of_json([run, sums])}}
+
+
+def without_sums(
+  folder: str, stored: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """The run as it was given, its config with today's names, and the checksums of the items, {} where
+  there are none.
+
+  Raises:
+    NewerFormat: this version doesn't know how to read it.
+    UserError: it isn't what was saved.
+  """
+  if not stored:
+    raise UserError(
+      f"checkpoint: {folder} says nothing of its run: it is damaged, or not written by igpt_jax; "
+      f"{folders.advice(folder)}"
+    )
+  number = history.format_of(stored, f"checkpoint: {folder}")
+  run = dict(stored)
+  sums = run.pop(_KEY, {})
+  if sums:
+    if not isinstance(sums, dict):
+      raise _differs(folder, _RUN)
+    sums = dict(sums)
+    if sums.pop(_RUN, None) != _of_json([run, sums]):
+      raise _differs(folder, _RUN)
+  if "config" in run:
+    run["config"] = history.upgraded(run["config"], number)
+  return run, sums
+
+
+def of_items(items: Mapping[str, Any]) -> dict[str, str]:
+  """Of each item, computed where its arrays lie."""
+  return {name: checksum(item) for name, item in items.items()}
+
+
+def of_metrics(metrics: Mapping[str, float] | None) -> dict[str, str]:
+  """Of the scores by which orbax keeps the best: {} where there are none."""
+  return {METRICS: _of_json(metrics)} if metrics else {}
+
+
+def check_metrics(folder: str, sums: Mapping[str, str]) -> None:
+  """Reads the scores as orbax will.
+
+  Raises:
+    OSError, ValueError: they can't be read.
+    UserError: they aren't what was saved.
+  """
+  path = os.path.join(folder, METRICS, METRICS)
+  if os.path.exists(path) or METRICS in sums:
+    with open(path, encoding="utf-8") as file:
+      metrics = json.load(file)
+    if METRICS in sums and sums[METRICS] != _of_json(metrics):
+      raise _differs(folder, METRICS)
+
+
+def check(folder: str, sums: Mapping[str, str], items: Mapping[str, Any]) -> None:
+  """Compares items that were read with what was saved.
+
+  Raises:
+    UserError: naming the first that differs.
+  """
+  for name, item in items.items():
+    if name in sums and checksum(item) != sums[name]:
+      raise _differs(folder, name)
+
+
+def _of_json(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _differs(folder: str, item: str) -> UserError:
+  return UserError(
+    f"checkpoint: {folder} is damaged: its {item} isn't what was saved (another checksum); "
+    f"{folders.advice(folder)}"
+  )

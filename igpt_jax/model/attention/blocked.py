@@ -1,0 +1,151 @@
+"""Attention in blocks, plain JAX: for CPUs, where whole matrices of scores cost more than arithmetic.
+
+A few heads at a time, a block of queries after the other: a block's scores fit in the cache, what
+lies above the diagonal is mostly never computed, and the backward pass makes the scores anew instead
+of keeping them. Scores are laid out [keys, queries]: so are the matmuls' operands as the CPU wants
+them, and both of softmax's reductions run along whole vectors.
+
+Nothing here depends on a backend; accelerators have better kernels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from igpt_jax.model.attention.tpu import LSE_NAME, OUTPUT_NAME
+
+_BLOCK = 128  # queries
+_GROUP = 4  # heads at a time, of any picture: enough to keep several cores busy
+
+
+def blocked_attention(qkv_3xBxTxE: jax.Array, *, n_head: int, causal: bool) -> jax.Array:
+  """softmax(q kᵀ / sqrt(head_dim)) v, per head; scores and softmax in float32.
+
+  Local to one device: under a mesh, call it inside `jax.shard_map` with batch and heads split.
+
+  Args:
+    qkv_3xBxTxE: queries, keys and values, E = n_head * head_dim; any length.
+    n_head: number of heads in it.
+    causal: position t sees positions 0..t; else all of them.
+
+  Returns:
+    [B, T, E] in the input's dtype; differentiable once.
+  """
+  return _attention(n_head, causal, qkv_3xBxTxE)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(n_head: int, causal: bool, qkv: jax.Array) -> jax.Array:
+  return _forward(qkv, n_head, causal)[0]
+
+
+def _attention_fwd(n_head: int, causal: bool, qkv: jax.Array):
+  out, lse = _forward(qkv, n_head, causal)
+  out, lse = checkpoint_name(out, OUTPUT_NAME), checkpoint_name(lse, LSE_NAME)
+  return out, (qkv, out, lse)
+
+
+def _attention_bwd(n_head: int, causal: bool, residuals, dout_BxTxE: jax.Array):
+  qkv, out, lse = residuals
+  batch, length, _ = out.shape
+  products = out.astype(jnp.float32) * dout_BxTxE.astype(jnp.float32)
+  delta_BxTxH = products.reshape(batch, length, n_head, -1).sum(-1)
+  delta = delta_BxTxH.swapaxes(1, 2).reshape(lse.shape)
+  q, k, v, dout = (_split(x, n_head) for x in (*qkv, dout_BxTxE))
+  gradients = _over_groups(
+    functools.partial(_backward_of_group, causal=causal), (q, k, v, dout, lse, delta)
+  )
+  return (jnp.stack([_merge(each, batch, n_head) for each in gradients]),)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _forward(qkv: jax.Array, n_head: int, causal: bool) -> tuple[jax.Array, jax.Array]:
+  """The output [B, T, E], and log-sum-exp of each query's scores, float32 [groups, G, 1, T]."""
+  q, k, v = (_split(x, n_head) for x in qkv)
+  out, lse = _over_groups(functools.partial(_forward_of_group, causal=causal), (q, k, v))
+  return _merge(out, qkv.shape[1], n_head), lse
+
+
+def _over_groups(function, groups):
+  return jax.lax.scan(lambda _, group: (None, function(*group)), None, groups)[1]
+
+
+def _split(x_BxTxE: jax.Array, n_head: int) -> jax.Array:
+  """-> [groups, G, T, K]: the heads of all pictures, as many at a time as divide them evenly."""
+  batch, length, width = x_BxTxE.shape
+  group = next(n for n in range(_GROUP, 0, -1) if batch * n_head % n == 0)
+  heads = x_BxTxE.reshape(batch, length, n_head, width // n_head).swapaxes(1, 2)
+  return heads.reshape(batch * n_head // group, group, length, width // n_head)
+
+
+def _merge(x: jax.Array, batch: int, n_head: int) -> jax.Array:
+  """[groups, G, T, K] -> [B, T, E]."""
+  _, _, length, head_dim = x.shape
+  heads = x.reshape(batch, n_head, length, head_dim).swapaxes(1, 2)
+  return heads.reshape(batch, length, n_head * head_dim)
+
+
+_matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def _flip(x: jax.Array) -> jax.Array:
+  return x.swapaxes(-1, -2)
+
+
+def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
+  """(queries, keys that some of them see) of every block."""
+  starts = range(0, length, _BLOCK)
+  queries = [slice(start, min(start + _BLOCK, length)) for start in starts]
+  return [(block, slice(0, block.stop if causal else length)) for block in queries]
+
+
+def _scores(k: jax.Array, q_flipped: jax.Array, queries: slice, keys: slice, causal: bool):
+  """A block of scaled scores [G, keys, queries]; -inf where a key comes after the query."""
+  scale = q_flipped.shape[-2] ** -0.5
+  scores = scale * _matmul(k[:, keys], q_flipped[..., queries])
+  if not causal:
+    return scores
+  key, query = jnp.arange(keys.stop)[:, None], jnp.arange(queries.start, queries.stop)
+  return jnp.where(key <= query, scores, -jnp.inf)
+
+
+def _forward_of_group(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool):
+  """[G, T, K] each -> output [G, T, K], log-sum-exp [G, 1, T]."""
+  q_flipped, v_flipped = _flip(q), _flip(v)
+  outs, lses = [], []
+  for queries, keys in _blocks(q.shape[1], causal):
+    scores = _scores(k, q_flipped, queries, keys, causal)
+    highest = jnp.max(scores, axis=1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    outs.append(_matmul(v_flipped[..., keys], weights.astype(v.dtype)) / total)
+    lses.append(highest + jnp.log(total))
+  return _flip(jnp.concatenate(outs, axis=-1)).astype(q.dtype), jnp.concatenate(lses, axis=-1)
+
+
+def _backward_of_group(q, k, v, dout, lse, delta, *, causal: bool):
+  """Gradients of q, k and v, [G, T, K]; `delta` is the sum of output · its gradient, [G, 1, T]."""
+  dtype, scale = q.dtype, q.shape[-1] ** -0.5
+  q_flipped, k_flipped, dout_flipped = _flip(q), _flip(k), _flip(dout)
+  dqs = []
+  dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  for queries, keys in _blocks(q.shape[1], causal):
+    scores = _scores(k, q_flipped, queries, keys, causal)
+    weights = jnp.exp(scores - lse[..., queries])
+    dweights = _matmul(v[:, keys], dout_flipped[..., queries])
+    dscores = (scale * weights * (dweights - delta[..., queries])).astype(dtype)
+    dqs.append(_matmul(k_flipped[..., keys], dscores))
+    dv = _add_first(dv, _matmul(weights.astype(dtype), dout[:, queries]))
+    dk = _add_first(dk, _matmul(dscores, q[:, queries]))
+  dq = _flip(jnp.concatenate(dqs, axis=-1))
+  return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
+
+
+def _add_first(total: jax.Array, part: jax.Array) -> jax.Array:
+  """Adds to the first positions. (`at[].add` is a scatter, at which XLA 0.11.2 crashes in shard_map.)"""
+  added = total[:, : part.shape[1]] + part
+  return jax.lax.dynamic_update_slice_in_dim(total, added, 0, axis=1)

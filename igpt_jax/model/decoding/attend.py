@@ -1,0 +1,136 @@
+"""Attention of one query per sample over the positions before it, as `cache` keeps them."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.model.decoding.cache import KeysValues
+from igpt_jax.parallel.sharding import parts_around
+
+
+def attend(
+  q_NxHxK: jax.Array, given: KeysValues, done: KeysValues, block: KeysValues, last: jax.Array
+) -> jax.Array:
+  """Attention of one query per sample, float32 [N, H, K].
+
+  Args:
+    q_NxHxK: queries.
+    given: of B pictures, N / B samples of each.
+    done: of the samples' positions before the block.
+    block: of the positions from there on, up to and with `last`; what comes after isn't looked at.
+    last: index into the block.
+  """
+  dtype = q_NxHxK.dtype
+  q_NxHxK = q_NxHxK.astype(jnp.float32) * q_NxHxK.shape[-1] ** -0.5
+  parts = [part for part in (given, done, block) if part.length]
+  scores = [_scores(q_NxHxK, part, dtype) for part in parts]
+  scores[-1] = jnp.where(jnp.arange(block.length) <= last, scores[-1], -jnp.inf)
+  ends = list(itertools.accumulate(part.length for part in parts[:-1]))
+  scores = jnp.concatenate(scores, axis=-1)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  weights = jnp.split(weights, ends, axis=-1)
+  return sum(_mix(*pair, dtype) for pair in zip(weights, parts, strict=True)) / total
+
+
+def _scores(q_NxHxK: jax.Array, kv: KeysValues, dtype) -> jax.Array:
+  """q k, float32 [N, H, T], of B pictures' keys; int8 ones of rows are multiplied as `dtype`."""
+  if kv.in_rows:
+    k = _grouped(_floats(kv.k, dtype))
+    q = _by_group(_in_places(q_NxHxK), len(k)).astype(k.dtype)
+    scores = jnp.einsum("bgme,btge->bgmt", q, k, preferred_element_type="float32")
+    scores = _by_head(scores, q_NxHxK.shape[1])
+    return scores if kv.k_scale is None else _scaled(scores, kv.k_scale.swapaxes(1, 2))
+  k, n_pictures = kv.k.astype(jnp.float32), len(kv.k)
+  if n_pictures < len(q_NxHxK):
+    scores = _by_sample(jnp.einsum("bhsk,bhkt->bhst", _by_picture(q_NxHxK, n_pictures), k))
+  else:
+    # A product of one row reads keys faster as a plain sum, and int8 ones in place.
+    scores = jnp.sum(q_NxHxK[..., None] * k, axis=2)
+  return scores if kv.k_scale is None else _scaled(scores, kv.k_scale)
+
+
+def _mix(weights_NxHxT: jax.Array, kv: KeysValues, dtype) -> jax.Array:
+  """Weighted values, float32 [N, H, K]; as `_scores`."""
+  if kv.v_scale is not None:
+    scale = kv.v_scale.swapaxes(1, 2) if kv.in_rows else kv.v_scale
+    weights_NxHxT = _scaled(weights_NxHxT, scale)
+  if kv.in_rows:
+    v = _grouped(_floats(kv.v, dtype))
+    weights = _by_group(weights_NxHxT, len(v)).astype(v.dtype)
+    mixed = jnp.einsum("bgmt,btge->bgme", weights, v, preferred_element_type="float32")
+    return _from_places(_by_head(mixed, weights_NxHxT.shape[1]))
+  v, n_pictures = kv.v.astype(jnp.float32), len(kv.v)
+  if n_pictures < len(weights_NxHxT):
+    weights = _by_picture(weights_NxHxT, n_pictures)
+    return _by_sample(jnp.einsum("bhst,bhtk->bhsk", weights, v))
+  return jnp.sum(weights_NxHxT[..., None] * v, axis=2)
+
+
+def _scaled(x_NxHxT: jax.Array, scale_BxHxT: jax.Array) -> jax.Array:
+  by_picture = x_NxHxT.reshape(len(scale_BxHxT), -1, *x_NxHxT.shape[1:])
+  return (by_picture * scale_BxHxT[:, None]).reshape(x_NxHxT.shape)
+
+
+def _by_picture(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
+  """[B, H, samples of a picture, A]: what they share is read once for all of them."""
+  return x_NxHxA.reshape(n_pictures, -1, *x_NxHxA.shape[1:]).swapaxes(1, 2)
+
+
+def _by_sample(x_BxHxSxA: jax.Array) -> jax.Array:
+  x_BxSxHxA = x_BxHxSxA.swapaxes(1, 2)
+  return x_BxSxHxA.reshape(-1, *x_BxSxHxA.shape[2:])
+
+
+# Rows hold all heads side by side. Taken apart, each head and sample would be a product of one row,
+# which accelerators have no units for: they'd turn all keys to float32 first. So each head is a row
+# as wide as all of them, zero outside its own channels, and a picture's samples and heads are the
+# rows of one product that reads keys as they lie; the zeros cost less than the reading. Heads split
+# over devices are as many groups, [B, G, M = S H / G, E / G], which don't meet.
+
+
+def _floats(x: jax.Array, dtype) -> jax.Array:
+  return x.astype(dtype) if x.dtype == jnp.int8 else x  # exact in bfloat16, too
+
+
+def _grouped(rows_BxTxE: jax.Array) -> jax.Array:
+  """[B, T, G, E / G]."""
+  return rows_BxTxE.reshape(*rows_BxTxE.shape[:2], parts_around("heads"), -1)
+
+
+def _by_group(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
+  """[B, G, M, A]."""
+  n, n_head, last = x_NxHxA.shape
+  n_groups = parts_around("heads")
+  x = x_NxHxA.reshape(n_pictures, n // n_pictures, n_groups, n_head // n_groups, last)
+  return x.swapaxes(1, 2).reshape(n_pictures, n_groups, -1, last)
+
+
+def _by_head(x_BxGxMxA: jax.Array, n_head: int) -> jax.Array:
+  """[N, H, A]: `_by_group`'s way back."""
+  n_pictures, n_groups, _, last = x_BxGxMxA.shape
+  x = x_BxGxMxA.reshape(n_pictures, n_groups, -1, n_head // n_groups, last)
+  return x.swapaxes(1, 2).reshape(-1, n_head, last)
+
+
+def _places(n_head: int, head_dim: int) -> jax.Array:
+  """1 at a head's own channels, else 0, [h, E / G] of the h heads of a group."""
+  return jnp.repeat(jnp.eye(n_head // parts_around("heads")), head_dim, axis=1)
+
+
+def _in_places(x_NxHxK: jax.Array) -> jax.Array:
+  """Each head's channels where its group's rows have them, [N, H, E / G]."""
+  n, n_head, head_dim = x_NxHxK.shape
+  places = _places(n_head, head_dim)
+  wide = x_NxHxK.reshape(n, -1, 1, places.shape[1]) * places
+  return wide.reshape(n, n_head, -1)
+
+
+def _from_places(x_NxHxE: jax.Array) -> jax.Array:
+  """Each head's own channels, [N, H, K]: what others say of them is left out."""
+  n, n_head, _ = x_NxHxE.shape
+  width = x_NxHxE.shape[2] * parts_around("heads")
+  places = _places(n_head, width // n_head)
+  own = jnp.sum(x_NxHxE.reshape(n, -1, *places.shape) * places, axis=2)
+  return own.reshape(n, n_head, -1)

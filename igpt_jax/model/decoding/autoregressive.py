@@ -1,0 +1,205 @@
+"""Sampling: prefill of the given pixels in one pass, then a cached loop in one compiled program.
+
+The released sampler recomputes the whole picture for every pixel; here each layer keeps its keys
+and values, and a new pixel costs one position. `begin` and `extend` are the parts of `complete`, for
+whoever shows pictures as they grow.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.decoding import cache as cache_lib
+from igpt_jax.model.decoding.cache import Cache, put, take
+from igpt_jax.model.decoding.decode_step import decode_step, lay_out
+from igpt_jax.model.decoding.draw import Samples, SamplingConfig, draw, filter_logits, nats_of
+from igpt_jax.model.decoding.masked import fill
+from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.parallel import hardware
+
+__all__ = [
+  "Progress", "Samples", "SamplingConfig", "begin", "complete", "draw", "extend", "fill",
+  "filter_logits",
+]  # fmt: skip
+
+
+# Drawn positions that a loop writes into; those before it are read only. Shorter ones read less of
+# what isn't filled yet, and more of them take longer to compile.
+_BLOCK = 128
+_MAX_BLOCKS = {"cpu": 8}
+_MAX_BLOCKS_ELSEWHERE = 2
+
+
+class Progress(NamedTuple):
+  """Pictures that are drawn up to a position.
+
+  Attributes:
+    tokens: int32 [N, n_positions]; 0 where nothing is drawn yet.
+    nll: float32 [N, n_positions], as in `Samples`; 0 where nothing is drawn yet.
+    position: int32, the next pixel to draw; n_positions when all are.
+    keys: a PRNG key per sample, [N].
+    caches: of every layer.
+  """
+
+  tokens: jax.Array
+  nll: jax.Array
+  position: jax.Array | int
+  keys: jax.Array
+  caches: list[Cache]
+
+
+def begin(
+  config: ImageGPTConfig,
+  params: Params,
+  given_BxP: jax.Array,
+  keys: jax.Array,
+  *,
+  samples_per_picture: int = 1,
+  cache_dtype: str = "",
+) -> Progress:
+  """Reads the given pixels; nothing is drawn yet.
+
+  Args:
+    config, params: a causal model.
+    given_BxP: the first P pixels of B pictures in raster order; P may be 0 (unconditional).
+    keys: PRNG keys, one per sample [B * samples_per_picture]: a sample is the same whatever batch
+      it is drawn in.
+    samples_per_picture: completions of each picture; they share its part of the caches.
+    cache_dtype: of keys and values, "float32", "bfloat16" or "int8" (scaled by the largest number of
+      each position and head); "": the compute dtype.
+
+  Returns:
+    Progress of N = B * samples_per_picture pictures, a picture's own ones side by side.
+
+  Raises:
+    UserError: the model isn't causal, or there's no such cache.
+  """
+  if not config.causal:
+    raise UserError(
+      "this checkpoint is a BERT model: it has no left-to-right distribution to sample"
+    )
+  if cache_dtype and cache_dtype not in cache_lib.CACHE_DTYPES:
+    raise UserError(
+      f"cache_dtype: {cache_dtype!r}; expected one of {', '.join(cache_lib.CACHE_DTYPES)}"
+    )
+  n_pictures, n_given = given_BxP.shape
+  room = config.n_positions - n_given
+  if room < 0:
+    raise ValueError(f"{n_given} pixels given to a model of {config.n_positions}")
+  dtype = cache_dtype or config.dtype
+  model = bind(config, params)
+  given_BxP = given_BxP.astype(jnp.int32)
+  given = cache_lib.room(model, n_pictures, 0, dtype)
+  if n_given and room:
+    given = cache_lib.prefill(model, given_BxP, dtype)
+  drawn = cache_lib.room(model, n_pictures * samples_per_picture, room, dtype)
+  tokens = jnp.pad(jnp.repeat(given_BxP, samples_per_picture, axis=0), ((0, 0), (0, room)))
+  return Progress(
+    tokens,
+    nll=jnp.zeros(tokens.shape, jnp.float32),
+    position=n_given,
+    keys=keys,
+    caches=[Cache(*parts) for parts in zip(given, drawn, strict=True)],
+  )
+
+
+def extend(
+  config: ImageGPTConfig,
+  params: Params,
+  progress: Progress,
+  n_pixels: int,
+  *,
+  sampling: SamplingConfig,
+) -> Progress:
+  """Draws the next `n_pixels` pixels of every picture, or as many as are left.
+
+  Args:
+    config, params: the model that `progress` was begun with.
+    progress: so far.
+    n_pixels: known when traced; `progress.position` needn't be, so that one program serves every
+      row of a picture.
+    sampling: how to draw.
+  """
+  tables, weights = lay_out(bind(config, params))
+  room = progress.caches[0].drawn.length
+  n_given = config.n_positions - room
+  position = progress.position
+  known = isinstance(position, int)
+  end = (min if known else jnp.minimum)(position + n_pixels, config.n_positions)
+
+  def draw_one(before, position, carry):
+    tokens, nll, blocks = carry
+    column = jnp.maximum(position - 1, 0)
+    last = jax.lax.dynamic_index_in_dim(tokens, column, axis=1, keepdims=False)
+    blocks, logits = decode_step(tables, weights, before, blocks, last, position, config.n_head)
+    token = draw(logits, progress.keys, position, sampling)
+    nats = nats_of(logits, token)
+    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
+    nll = jax.lax.dynamic_update_slice_in_dim(nll, nats[:, None], position, axis=1)
+    return tokens, nll, blocks
+
+  def draw_block(start, stop, first, last, carry):
+    """Positions first..last-1, which lie within the block of drawn positions start..stop-1."""
+    tokens, nll, drawn = carry
+    before = [
+      (cache.given, take(kv, 0, start)) for cache, kv in zip(progress.caches, drawn, strict=True)
+    ]
+    blocks = [take(kv, start, stop) for kv in drawn]
+    tokens, nll, blocks = jax.lax.fori_loop(
+      first, last, functools.partial(draw_one, before), (tokens, nll, blocks)
+    )
+    return tokens, nll, [put(*each, start) for each in zip(drawn, blocks, strict=True)]
+
+  carry = progress.tokens, progress.nll, [cache.drawn for cache in progress.caches]
+  most = _MAX_BLOCKS.get(hardware.platform(), _MAX_BLOCKS_ELSEWHERE)
+  block = _BLOCK * -(-room // (_BLOCK * most))
+  for start in range(0, room, block):
+    stop = min(start + block, room)
+    if known:
+      first, last = max(position, n_given + start), min(end, n_given + stop)
+      if first < last:
+        carry = draw_block(start, stop, first, last, carry)
+    else:
+      first, last = jnp.maximum(position, n_given + start), jnp.minimum(end, n_given + stop)
+      once = functools.partial(draw_block, start, stop, first, last)
+      # A loop of one turn or none, not a branch: it leaves the caches where they are.
+      carry = jax.lax.fori_loop(
+        0, (first < last).astype(jnp.int32), lambda _, c, once=once: once(c), carry
+      )
+  tokens, nll, drawn = carry
+  caches = [Cache(cache.given, kv) for cache, kv in zip(progress.caches, drawn, strict=True)]
+  return Progress(tokens, nll, end, progress.keys, caches)
+
+
+def complete(
+  config: ImageGPTConfig,
+  params: Params,
+  given_BxP: jax.Array,
+  keys_B: jax.Array,
+  *,
+  sampling: SamplingConfig,
+  samples_per_picture: int = 1,
+  cache_dtype: str = "",
+) -> Samples:
+  """Draws all the pixels that come after the given ones in raster order.
+
+  Arguments are those of `begin` and `extend`.
+
+  Returns:
+    Samples of B * samples_per_picture pictures, a picture's own ones side by side.
+  """
+  progress = begin(
+    config,
+    params,
+    given_BxP,
+    keys_B,
+    samples_per_picture=samples_per_picture,
+    cache_dtype=cache_dtype,
+  )
+  n_left = config.n_positions - given_BxP.shape[1]
+  if n_left:
+    progress = extend(config, params, progress, n_left, sampling=sampling)
+  return Samples(progress.tokens, progress.nll)

@@ -1,0 +1,151 @@
+"""One position at a time: the weights laid out for it, and the model's layers as it goes through them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.model import layers
+from igpt_jax.model.decoding.attend import attend
+from igpt_jax.model.decoding.cache import KeysValues, keeps_rows, put, store
+from igpt_jax.model.image_gpt import ImageGPT
+from igpt_jax.parallel.sharding import constrain, gather_weight
+
+
+class Weights(NamedTuple):
+  """Of one layer, in the compute dtype, whole over the batch's devices.
+
+  On a CPU matrices are [out, in]: with a column per sample, a matrix is the product's left side, and
+  read once, as it lies. Accelerators take them as they are kept, [in, out], and a row per sample.
+  """
+
+  gain_1: jax.Array
+  qkv: jax.Array  # [3, E, D], or [D, 3, E]
+  attn_proj: jax.Array
+  gain_2: jax.Array
+  fc: jax.Array
+  mlp_proj: jax.Array
+
+
+class Tables(NamedTuple):
+  """What comes before and after the layers, likewise."""
+
+  wte: jax.Array
+  wpe: jax.Array
+  sos: jax.Array
+  gain: jax.Array
+  wtet: jax.Array
+
+
+def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
+  """Casts, gathers, turns and takes apart the weights: once, before a loop over positions."""
+  dtype = jnp.dtype(model.config.dtype)
+
+  def whole(parameter, axes, layer=...):
+    return gather_weight(parameter[...][layer].astype(dtype), *axes)
+
+  def turned(parameter, product, layer):
+    weight = whole(parameter, product.weight_axes, layer)
+    return weight if keeps_rows() else weight.swapaxes(-1, -2)
+
+  def qkv(layer):
+    weight = turned(blocks.attn.qkv, layers.TO_QKV, layer)
+    return weight.swapaxes(0, 1) if keeps_rows() else weight
+
+  blocks = model.blocks
+  per_layer = [
+    Weights(
+      gain_1=blocks.ln_1.g[...][layer],
+      qkv=qkv(layer),
+      attn_proj=turned(blocks.attn.proj, layers.FROM_HEADS, layer),
+      gain_2=blocks.ln_2.g[...][layer],
+      fc=turned(blocks.mlp.fc, layers.TO_INNER, layer),
+      mlp_proj=turned(blocks.mlp.proj, layers.FROM_INNER, layer),
+    )
+    for layer in range(model.config.n_layer)
+  ]
+  tables = Tables(
+    wte=whole(model.wte, ("vocab", "embed")),
+    wpe=whole(model.wpe, ("position", "embed")),
+    sos=model.sos[...].astype(dtype),
+    gain=model.ln_f.g[...],
+    wtet=whole(model.wtet, ("vocab", "embed")),
+  )
+  if keeps_rows():
+    return tables, per_layer
+  # Else XLA on a CPU leaves out the cast, and reads float32 at every position.
+  return jax.lax.optimization_barrier((tables, per_layer))
+
+
+def decode_step(
+  tables: Tables,
+  weights: list[Weights],
+  before: list[tuple[KeysValues, KeysValues]],
+  blocks: list[KeysValues],
+  token_N: jax.Array,
+  position: jax.Array,
+  n_head: int,
+) -> tuple[list[KeysValues], jax.Array]:
+  """Feeds the pixel before `position`, and returns the logits of the pixel there, [N, n_vocab].
+
+  Args:
+    tables, weights: as laid out.
+    before: of every layer: what is given, and what was drawn before the block.
+    blocks: of every layer: the positions after that, filled before `position`, which is in it.
+    token_N: the pixels before `position`; at position 0 the start vector stands for them.
+    position: of the pixel to predict; not a given one.
+    n_head: of the model.
+  """
+  embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
+  stream = _stream(_from_rows(embedded + tables.wpe[position]))
+  n = len(token_N)
+  updated = []
+  for layer, (given, done), block in zip(weights, before, blocks, strict=True):
+    qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
+    q, k, v = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
+    at = position - given.length - done.length
+    block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
+    heads_NxHxK = attend(q, given, done, block, at).astype(stream.dtype)
+    stream = _dot(_from_rows(heads_NxHxK.reshape(n, -1)), layer.attn_proj) + stream
+    hidden = layers.activation(_dot(_norm(stream, layer.gain_2), layer.fc))
+    stream = _stream(_dot(hidden, layer.mlp_proj) + stream)
+    updated.append(block)
+  wtet = tables.wtet.T if keeps_rows() else tables.wtet
+  return updated, _to_rows(_dot(_norm(stream, tables.gain), wtet, jnp.float32))
+
+
+# The residual stream of one position is [D, N] on a CPU, and [N, D] elsewhere (see `Weights`).
+
+
+def _stream(x: jax.Array) -> jax.Array:
+  axes = ("batch", "channels")
+  return constrain(x, *(axes if keeps_rows() else axes[::-1]))
+
+
+def _qkv(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Queries, keys and values, [N, 3, E] or [N, 3 E]."""
+  if keeps_rows():
+    return jnp.einsum("nd,dse->nse", x, weight)
+  return _to_rows(_dot(x, weight.reshape(-1, weight.shape[-1])))
+
+
+def _dot(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
+  if keeps_rows():
+    return jnp.matmul(x, weight, preferred_element_type=dtype)
+  # XLA on a CPU has products of bfloat16 with float32 sums, and makes float32's of all others; also
+  # where x was turned round, as a sum is whose first term was: the stream is added last.
+  return jnp.matmul(weight, x, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+
+
+def _from_rows(rows: jax.Array) -> jax.Array:
+  return rows if keeps_rows() else rows.T
+
+
+def _to_rows(x: jax.Array) -> jax.Array:
+  """Columns turned; by themselves, where XLA would turn the product before them, to a slower one."""
+  return x if keeps_rows() else jax.lax.optimization_barrier(x).T
+
+
+def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+  """As the model's norms."""
+  return layers.rms_norm(x, gain) if keeps_rows() else layers.rms_norm(x, gain[:, None], axis=0)

@@ -1,0 +1,78 @@
+"""One table of all that has been compiled into a workdir: which model fits where, at what speed.
+
+`compile` adds a row each time it runs; another run of the same model, resolution and slice replaces it.
+"""
+
+import json
+import os
+from typing import Any
+
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import PRESETS
+from igpt_jax.reporting import summary
+
+_HEAD = (
+  "| model | slice | chips | data × fsdp × tensor | batch | remat | fits: GiB a chip | step | MFU "
+  "| images/s | days | chip-hours |\n"
+  "|---|---|--:|---|--:|---|---|--:|--:|--:|--:|--:|\n"
+)
+
+
+def add(workdir: str, values: dict[str, Any]) -> None:
+  """Puts the figures of compile.json into scale.json and scale.md.
+
+  Raises:
+    UserError: scale.json is there and isn't what this writes.
+  """
+  path = os.path.join(workdir, "scale.json")
+  rows: dict[str, Any] = {}
+  if os.path.exists(path):
+    try:
+      with open(path, encoding="utf-8") as file:
+        rows = dict(json.load(file))
+    except (ValueError, TypeError) as error:
+      raise UserError(f"workdir: {path} is damaged ({error}); fix: remove it") from None
+  rows[f"{name_of(values['model'], values['objective'])}, {values['topology']}"] = _row(values)
+  summary.write_json(path, rows)
+  summary.write_text(os.path.join(workdir, "scale.md"), markdown(rows))
+
+
+def name_of(model: dict[str, Any], objective: str) -> str:
+  """Such as "iGPT-L 48²"."""
+  shape = tuple(model[field] for field in ("n_layer", "n_embd", "n_head"))
+  named = [
+    size.upper()
+    for size, preset in PRESETS.items()
+    if (preset.n_layer, preset.n_embd, preset.n_head) == shape
+  ]
+  name = f"iGPT-{named[0]}" if named else f"{shape[0]} layers of {shape[1]}"
+  bert = " BERT" if objective == "masked" else ""
+  return f"{name}{bert} {round(model['n_positions'] ** 0.5)}²"
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+  kept = (
+    "topology", "chips", "mesh", "batch_size", "accumulate", "remat", "fits", "bytes_per_chip",
+    "hbm_bytes", "step_seconds", "mfu", "images_per_second", "days", "chip_hours",
+  )  # fmt: skip
+  name = name_of(values["model"], values["objective"])
+  return {"name": name} | {key: values[key] for key in kept if key in values}
+
+
+def markdown(rows: dict[str, Any]) -> str:
+  lines = []
+  for row in rows.values():
+    mesh = " × ".join(str(size) for size in row["mesh"].values())
+    memory = f"{row['bytes_per_chip'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.1f}"
+    start = (
+      f"| {row['name']} | {row['topology']} | {row['chips']} | {mesh} | {row['batch_size']:,} | "
+      f"{row['remat']} | {'yes' if row['fits'] else 'no'}: {memory} |"
+    )
+    if "step_seconds" not in row:
+      lines.append(f"{start} | | | | |")
+      continue
+    lines.append(
+      f"{start} {1e3 * row['step_seconds']:,.0f} ms | {row['mfu']:.1%} | "
+      f"{row['images_per_second']:,.0f} | {row['days']:.2f} | {row['chip_hours']:,.0f} |"
+    )
+  return _HEAD + "\n".join(lines) + "\n"

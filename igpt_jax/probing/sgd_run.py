@@ -1,0 +1,199 @@
+"""The probe at ImageNet's size: classifiers trained by SGD in one step, from pictures or stored features.
+
+Its state is checkpointed in OUT/probe_sgd, so that the same command goes on; validation accuracy goes
+to metrics.jsonl there. Learning rates are chosen on validation, for each layer; test is looked at once.
+"""
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import files
+from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.data import pipeline
+from igpt_jax.errors import UserError
+from igpt_jax.parallel import sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.probing import feeds, sets, sgd
+from igpt_jax.probing.feeds import LAYERS
+from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
+from igpt_jax.reporting import progress
+from igpt_jax.runner import goodput, loop, saving
+from igpt_jax.training.state import TrainState
+from igpt_jax.workspace import lock
+
+_SHOWN = (
+  ("probe_loss", "best classifier: loss {:.4f}"),
+  ("accuracy", "accuracy {:.1%}"),
+  ("validation_accuracy", "validation accuracy {:.2%}"),
+)
+
+
+def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
+  """Trains all classifiers; rows of the table, as JSON."""
+  if config.probe.concatenate or config.probe.around_best:
+    raise UserError(
+      "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
+      "with sgd; fix: config.probe.method=lbfgs"
+    )
+  folder = os.path.join(out, "probe_sgd")
+  os.makedirs(folder, exist_ok=True)
+  with lock.held(folder):
+    return _run(config, workdir, folder, source)
+
+
+def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[dict[str, Any]]:
+  mesh = source.mesh
+  sharding.batch_size_per_shard(mesh, config.probe.batch_size, "probe.batch_size")
+  rates = tuple(float(rate) for rate in config.probe.learning_rates)
+  groups = feeds.groups_of(config, source)
+  checkpoints = Checkpoints(folder, keep=1, say=say, patience=config.train.save_retry_seconds)
+  said = {
+    "features_of": sets.identity_of(config, source, "train", source.checksum),
+    "random_weights": source.random_checksum if RANDOM in source.baselines else None,
+    "images": source.rows("train"),
+    "learning_rates": list(rates),
+    "groups": {name: list(group) for name, group in groups.items()},
+    "steps": config.probe.steps,
+    "layers": list(source.features.layers),
+  }
+  position = {
+    "split": source.splits["train"], "batch_size": config.probe.batch_size, "seed": config.seed
+  }  # fmt: skip
+
+  def check(at: int, run: dict[str, Any]) -> None:
+    _check_same(folder, run["probe"], said)
+    pipeline.check_position(run["data"], pipeline.position(**position, step=at))
+
+  begun = checkpoints.latest()
+  if begun is not None:  # before features are computed
+    check(begun, checkpoints.read_run(begun))
+  feed = feeds.open_feed(config, workdir, source)
+  optimizer = sgd.make_optimizer(rates, config.probe.steps)
+
+  def fresh(frozen) -> TrainState:
+    return sgd.make_state(groups, optimizer, len(rates), source.n_classes, frozen)
+
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(fresh, feed.frozen)
+    frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
+    shardings = sgd.state_shardings(abstract, groups, mesh, frozen_shardings)
+    state = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
+
+  resumed = checkpoints.resume(_probes(abstract), _probes(shardings), check)
+  first_step = 0
+  if resumed is not None:
+    first_step, state = resumed.step, _joined(resumed.state, state)
+    del resumed  # its arrays will be donated
+    say(f"resuming the probe at step {first_step} of {config.probe.steps} from {folder}")
+
+  evaluate_step = jax.jit(
+    sgd.make_eval_step(feed.extract),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+  def accuracies(params, split: str) -> dict[str, np.ndarray]:
+    """Of every classifier, [R, F] a group."""
+    total, images = None, 0
+    with jax.set_mesh(mesh):
+      for batch in feed.rows_of(split):
+        correct, counted = jax.device_get(evaluate_step(params, sharding.put_batch(batch, mesh)))
+        total = correct if total is None else jax.tree.map(np.add, total, correct)
+        images += int(counted)
+    return {name: each / images for name, each in total.items()}
+
+  def evaluate(at: TrainState) -> dict[str, float]:
+    found = accuracies(at.params, "validation")
+    return {"validation_accuracy": float(found[LAYERS].max())}
+
+  def save(at: TrainState, at_step: int) -> None:
+    described = {"data": pipeline.position(**position, step=at_step), "probe": said}
+    checkpoints.save(_probes(at), palette=None, run=described)
+
+  began = time.monotonic()
+  writers = loop.make_writers(config, folder, first_step)
+  clock = goodput.Clock(folder, first_step)
+  outcome = loop.run(
+    loop.Work(
+      steps=config.probe.steps,
+      log_every=config.train.log_every,
+      eval_every=config.probe.eval_every,
+      save_every=config.probe.eval_every,
+      train_step=sgd.make_train_step(feed.extract, optimizer),
+      fields=feed.fields,
+      abstract=abstract,
+      shardings=shardings,
+      evaluate=evaluate,
+      save=saving.Saver(checkpoints, save, config.train.save_retry_seconds),
+    ),
+    state,
+    feed.training(first_step),
+    mesh=mesh,
+    writers=writers,
+    progress=progress.Progress(config.probe.steps, config.probe.batch_size, 0.0, None, _SHOWN),
+    stop=loop.StopSignal(),
+    clock=clock,
+    profiler=loop.make_profiler(config, folder),
+    guard=loop.make_guard(config, folder),
+  )
+  checkpoints.close()
+  writers.close()
+  clock.end(outcome.step, outcome.stopped_by is None)
+  if outcome.stopped_by:
+    raise UserError(
+      f"stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; the same command "
+      "goes on from here"
+    )
+  say(f"classifiers trained in {progress.format_seconds(time.monotonic() - began)}; testing")
+  params = outcome.state.params
+  validation, test = accuracies(params, "validation"), accuracies(params, "test")
+  return [
+    row for name in groups for row in _rows(name, source, rates, validation[name], test[name])
+  ]
+
+
+def _rows(name: str, source: Source, rates, validation_RxF, test_RxF) -> list[dict[str, Any]]:
+  layered = name in (LAYERS, RANDOM)
+  rows = []
+  for f in range(validation_RxF.shape[1]):
+    best = int(np.argmax(validation_RxF[:, f]))
+    layer = source.features.layers[f] if layered else None
+    called = {
+      LAYERS: f"layer {layer}", RANDOM: f"random weights, layer {layer}", PIXELS: "raw pixels",
+      PCA: "PCA of pixels",
+    }[name]  # fmt: skip
+    rows.append(
+      {
+        "name": called,
+        "kind": name,
+        "layer": layer,
+        "learning_rate": rates[best],
+        "validation_accuracy": float(validation_RxF[best, f]),
+        "test_accuracy": float(test_RxF[best, f]),
+      }
+    )
+  return rows
+
+
+def _probes(state: TrainState) -> TrainState:
+  """What is saved: what the step doesn't change is left out."""
+  return dataclasses.replace(state, params={"probes": state.params["probes"]})
+
+
+def _joined(saved: TrainState, whole: TrainState) -> TrainState:
+  params = {**saved.params, "frozen": whole.params["frozen"]}
+  return dataclasses.replace(saved, params=params)
+
+
+def _check_same(folder: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+  differing = files.differing(theirs, mine)
+  if differing:
+    raise UserError(
+      f"probe: {folder} holds another probe, begun before:\n" + "\n".join(differing) + "\n"
+      "fix: its settings, another --workdir, or remove that folder"
+    )

@@ -1,0 +1,219 @@
+"""Features on disk: one folder for a split under one model, resumable, refused if it's another's.
+
+FOLDER/
+  identity.json   what they were computed from: parameters' checksum, data, resolution, …
+  progress.json   rows done, for every layer
+  layer-LL.npy    float32 [N, width], a row for each of the split's first N images, in its order
+  images.npy      uint8 [N, H, W, 3], what the model was shown, before the palette
+  labels.npy      int32 [N], -1 where an image couldn't be read
+
+Whoever asks for fewer rows than are there gets the first of them; whoever asks for more has the arrays
+lengthened, and only the rows that are missing computed.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from igpt_jax import files
+from igpt_jax.errors import UserError
+from igpt_jax.probing.features import FeatureRows
+
+_SECONDS_BETWEEN_SAVES = 20.0
+
+
+class FeatureStore:
+  """One split's features. Opens a folder that has begun, or begins it when there is one to write.
+
+  Args:
+    folder: where they are.
+    identity: what they are computed from, JSON.
+    rows: images wanted, the split's first.
+    width: of one layer's features.
+    side: of the images, in pixels.
+
+  Raises:
+    UserError: the folder holds features of something else, or is damaged.
+  """
+
+  def __init__(self, folder: str, identity: Mapping[str, Any], *, rows: int, width: int, side: int):
+    self.folder = folder
+    self._identity = dict(identity, width=width)
+    self._shapes = {"images": (rows, side, side, 3), "labels": (rows,)}
+    self._rows, self._width = rows, width
+    self._progress: dict[str, int] = {}
+    path = os.path.join(folder, "identity.json")
+    if os.path.exists(path):
+      _compare(path, _read(path), self._identity)
+      self._progress = _read_progress(os.path.join(folder, "progress.json"))
+
+  def missing(self, layers: Sequence[int]) -> tuple[int, ...]:
+    """Those of the layers that aren't whole."""
+    return tuple(layer for layer in layers if self._progress.get(str(layer), 0) < self._rows)
+
+  def rows_done(self, layers: Sequence[int]) -> int:
+    """How many of the first rows all of these layers have."""
+    return min(self._rows, *(self._progress.get(str(layer), 0) for layer in layers))
+
+  def begin(self, layers: Sequence[int]) -> "Writing":
+    """Makes room for these layers, or opens what there is of them and lengthens it.
+
+    Raises:
+      UserError: the disk has no room.
+    """
+    short = [name for name in self._names(layers) if self._stored_rows(name) < self._rows]
+    needed = sum(int(np.prod(self._shape(name))) * self._dtype(name).itemsize for name in short)
+    try:
+      os.makedirs(self.folder, exist_ok=True)
+      free = shutil.disk_usage(self.folder).free
+      if needed > free:
+        raise UserError(
+          f"features.cache: {self.folder} needs {needed / 2**30:.1f} GiB for {len(layers)} layers of "
+          f"{self._rows:,} pictures, {free / 2**30:.1f} GiB are free; fix: config.features.layers, "
+          "config.features.cache on another disk, or config.probe.cached=False (method sgd)"
+        )
+      for name in short:
+        self._lengthen(name)
+      self._write("progress.json", self._progress)
+      self._write("identity.json", self._identity)
+    except OSError as error:
+      raise UserError(f"features.cache: {self.folder}: {error.strerror or error}") from error
+    return Writing(self, layers)
+
+  def layer(self, layer: int) -> np.ndarray:
+    """[N, width], mapped from disk; rows that couldn't be read are zeros."""
+    return self._open(f"layer-{layer:02d}", "r")
+
+  def images(self) -> np.ndarray:
+    return self._open("images", "r")
+
+  def labels(self) -> np.ndarray:
+    """int32 [N], in memory; -1 where the picture couldn't be read."""
+    return np.array(self._open("labels", "r"))
+
+  def _names(self, layers: Sequence[int]) -> list[str]:
+    return ["labels", "images", *(f"layer-{layer:02d}" for layer in layers)]
+
+  def _shape(self, name: str) -> tuple[int, ...]:
+    return self._shapes.get(name, (self._rows, self._width))
+
+  def _dtype(self, name: str) -> np.dtype:
+    return np.dtype({"images": np.uint8, "labels": np.int32}.get(name, np.float32))
+
+  def _path(self, name: str) -> str:
+    return os.path.join(self.folder, f"{name}.npy")
+
+  def _stored_rows(self, name: str) -> int:
+    return len(self._load(name, "r")) if os.path.exists(self._path(name)) else 0
+
+  def _lengthen(self, name: str) -> None:
+    """Makes an array of all rows wanted, which begins with those that are there."""
+    before = self._stored_rows(name)
+    with files.replacing(self._path(name)) as partial:
+      array = np.lib.format.open_memmap(partial, "w+", self._dtype(name), self._shape(name))
+      if before:
+        array[:before] = self._load(name, "r")
+      if name == "labels":
+        array[before:] = -1
+      array.flush()
+
+  def _open(self, name: str, mode: str) -> np.ndarray:
+    """The rows wanted, [rows, …], mapped from disk."""
+    array = self._load(name, mode)
+    if len(array) < self._rows:
+      raise self._misshapen(name, array)
+    return array[: self._rows]
+
+  def _load(self, name: str, mode: str) -> np.ndarray:
+    """All rows that there is room for."""
+    path = self._path(name)
+    try:
+      array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+      raise UserError(
+        f"features: {path} can't be read ({error}); fix: remove {self.folder}"
+      ) from None
+    wanted = self._shape(name)
+    if (
+      array.ndim != len(wanted) or array.shape[1:] != wanted[1:] or array.dtype != self._dtype(name)
+    ):
+      raise self._misshapen(name, array)
+    return array
+
+  def _misshapen(self, name: str, array: np.ndarray) -> UserError:
+    return UserError(
+      f"features: {self._path(name)} is {array.dtype} {list(array.shape)}; expected "
+      f"{self._dtype(name)} {list(self._shape(name))}; fix: remove {self.folder}"
+    )
+
+  def _write(self, name: str, values: Mapping[str, Any]) -> None:
+    with (
+      files.replacing(os.path.join(self.folder, name)) as path,
+      open(path, "w", encoding="utf-8") as file,
+    ):
+      json.dump(values, file, indent=2)
+
+  def _done(self, layers: Sequence[int], rows: int) -> None:
+    # One that was further already has lost nothing.
+    for layer in map(str, layers):
+      self._progress[layer] = max(rows, self._progress.get(layer, 0))
+    self._write("progress.json", self._progress)
+
+
+class Writing:
+  """Rows on their way to disk, in the split's order. What `progress.json` counts has been synced."""
+
+  def __init__(self, store: FeatureStore, layers: Sequence[int]):
+    self._store = store
+    self._layers = tuple(layers)
+    self._arrays = [store._open(name, "r+") for name in store._names(layers)]
+    self._saved = time.monotonic()
+
+  def add(self, rows: FeatureRows, done: int) -> None:
+    """Writes a batch; `done` is how many of the split's first rows are there with it."""
+    labels, images, *layers = self._arrays
+    labels[rows.index], images[rows.index] = rows.labels, rows.images
+    for array, features in zip(layers, rows.features, strict=True):
+      array[rows.index] = features
+    if done >= self._store._rows or time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
+      self.save(done)
+
+  def save(self, done: int) -> None:
+    for array in self._arrays:
+      array.flush()
+    self._store._done(self._layers, min(done, self._store._rows))
+    self._saved = time.monotonic()
+
+
+def _read(path: str) -> dict[str, Any]:
+  try:
+    return files.read_json(path)
+  except (OSError, ValueError) as error:
+    raise _unreadable(path, error) from None
+
+
+def _read_progress(path: str) -> dict[str, int]:
+  progress = _read(path)
+  for layer, rows in progress.items():
+    if type(rows) is not int or rows < 0:
+      raise _unreadable(path, f"layer {layer}: {rows!r} rows")
+  return progress
+
+
+def _unreadable(path: str, why: object) -> UserError:
+  return UserError(f"features: {path} can't be read ({why}); fix: remove {os.path.dirname(path)}")
+
+
+def _compare(path: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+  differing = files.differing(theirs, mine)
+  if differing:
+    raise UserError(
+      f"features.cache: {os.path.dirname(path)} holds features of something else:\n"
+      + "\n".join(differing)
+      + "\nfix: another config.features.cache, or remove that folder"
+    )

@@ -1,0 +1,161 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked; progress lines."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from igpt_jax.errors import UserError
+from igpt_jax.files import replacing, sync
+
+
+class JsonlWriter:
+  """Appends one JSON object a line. A record's "step" never occurs twice for one kind of record.
+
+  Resuming at a step drops the records after it: they are computed again, to the same values. Where the
+  disk is full a record waits for the next one, or for `sync`, which says so.
+  """
+
+  def __init__(self, path: str, resume_step: int):
+    self.path = path
+    if os.path.exists(path):
+      with open(path, encoding="utf-8", errors="replace") as lines:
+        kept = [line.rstrip("\n") + "\n" for line in lines if _belongs_before(line, resume_step)]
+      with replacing(path) as partial, open(partial, "w", encoding="utf-8") as out:
+        out.writelines(kept)
+    self._file = open(path, "ab", buffering=0)
+    self._waiting = b""
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    self._waiting += (json.dumps({"step": step, **values}) + "\n").encode()
+    with contextlib.suppress(OSError):
+      self._append()
+
+  def _append(self) -> None:
+    """Whole lines, or nothing."""
+    end, left = self._file.seek(0, os.SEEK_END), self._waiting
+    try:
+      while left:
+        left = left[self._file.write(left) :]
+    except OSError:
+      self._file.truncate(end)
+      raise
+    self._waiting = b""
+
+  def sync(self) -> None:
+    """What was written is on the disk, as far as the file system keeps such a promise.
+
+    Raises:
+      OSError: it can't be; it still waits.
+    """
+    self._append()
+    sync(self.path)
+
+  def close(self) -> None:
+    self._append()
+    self._file.close()
+
+
+def read_jsonl(path: str) -> list[dict[str, Any]]:
+  """The records of a metrics file, [] where there is none; a line that a crash cut short is left out."""
+  records = []
+  if not os.path.exists(path):
+    return records
+  with open(path, encoding="utf-8", errors="replace") as lines:
+    for line in lines:
+      with contextlib.suppress(ValueError):
+        records.append(json.loads(line))
+  return [record for record in records if isinstance(record, dict)]
+
+
+def newest(path: str) -> dict[str, Any]:
+  """The newest value of every metric in a metrics file."""
+  values = {name: value for record in read_jsonl(path) for name, value in record.items()}
+  return {name: value for name, value in values.items() if name != "step"}
+
+
+def _belongs_before(line: str, step: int) -> bool:
+  try:
+    return json.loads(line)["step"] <= step
+  except (ValueError, KeyError, TypeError):
+    return False  # a line that a crash cut short
+
+
+class TensorBoardWriter:
+  """Scalars as TensorBoard events, through tensorboardX."""
+
+  def __init__(self, workdir: str, resume_step: int):
+    try:
+      import tensorboardX
+    except ImportError:
+      raise UserError(
+        "log.tensorboard: True needs tensorboardX; fix: pip install 'igpt_jax[tensorboard]'"
+      ) from None
+    self._writer = tensorboardX.SummaryWriter(
+      os.path.join(workdir, "tensorboard"), purge_step=resume_step + 1
+    )
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+      if isinstance(value, int | float):
+        self._writer.add_scalar(name, value, step)
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WandbWriter:
+  """Scalars to Weights & Biases; the run is named by the workdir and resumed with it."""
+
+  def __init__(self, workdir: str, config: Mapping[str, Any], project: str):
+    try:
+      import wandb
+    except ImportError:
+      raise UserError("log.wandb: True needs wandb; fix: pip install 'igpt_jax[wandb]'") from None
+    identity = os.path.join(workdir, "wandb_run_id")
+    run_id = None
+    if os.path.exists(identity):
+      with open(identity, encoding="utf-8") as file:
+        run_id = file.read().strip()
+    name = os.path.basename(os.path.abspath(workdir))
+    try:
+      self._run = wandb.init(
+        project=project, id=run_id, resume="allow", name=name, dir=workdir, config=dict(config)
+      )
+    except (wandb.errors.Error, OSError, ValueError) as error:  # no key, network or project
+      raise UserError(
+        f"log.wandb: True, but wandb.init failed ({' '.join(str(error).split())[:300]}); fix: "
+        "`wandb login` or WANDB_API_KEY; or WANDB_MODE=offline, which is sent later by `wandb sync`; "
+        "or --config.log.wandb=False"
+      ) from None
+    with open(identity, "w", encoding="utf-8") as file:
+      file.write(self._run.id)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    self._run.log(dict(values), step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class Writers:
+  """All the writers of a run; on processes other than 0 there are none."""
+
+  def __init__(self, writers: list[Any]):
+    self._writers = writers
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    for writer in self._writers:
+      writer.write(step, values)
+
+  def sync(self) -> None:
+    """What goes on with a checkpoint is on the disk: metrics.jsonl."""
+    for writer in self._writers:
+      if isinstance(writer, JsonlWriter):
+        writer.sync()
+
+  def close(self) -> None:
+    for writer in self._writers:
+      writer.close()

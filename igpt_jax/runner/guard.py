@@ -1,0 +1,200 @@
+"""What a run does about bad numbers: updates that aren't finite, and losses that jump.
+
+A step whose loss or gradient isn't finite changes nothing but the step's number, decided on the device
+(`training.step.update`); here is counted, told, and at last acted upon what the metrics say of it,
+once at each log. Going back means: to the last checkpoint before the trouble, with other data from
+there on. What happened stays in WORKDIR/incidents.
+"""
+
+import collections
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from igpt_jax import checkpoint, files
+from igpt_jax.model.image_gpt import Params
+from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import summary
+from igpt_jax.training.bad_numbers import BadNumbers, GuardConfig
+from igpt_jax.training.state import TrainState
+from igpt_jax.workspace import rollbacks
+
+FOLDER = "incidents"
+_REMEMBERED = 20  # losses, that one is compared with
+_ENOUGH = 5  # of them
+
+
+class Guard:
+  """Looks at the metrics of one run.
+
+  Args:
+    config: what to do.
+    folder: the run's; None: nothing is written down.
+  """
+
+  def __init__(self, config: GuardConfig, folder: str | None):
+    self._config, self._folder = config, folder
+    self._losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+    self._spiking_since: int | None = None
+    self._well: int | None = None
+
+  def look(
+    self,
+    step: int,
+    values: dict[str, float],
+    state: Callable[[], TrainState],
+    batch: Mapping[str, np.ndarray],
+  ) -> None:
+    """Looks at what was logged at `step`.
+
+    Args:
+      step: of the metrics.
+      values: `loss`, `grad_norm`, `skipped_updates`, `skipped_in_row`.
+      state: the newest, whose parameters are written down about, if need be.
+      batch: this process's rows of what that step saw, kept likewise.
+
+    Raises:
+      BadNumbers: as configured.
+    """
+    loss, in_row = values.get("loss", 0.0), round(values.get("skipped_in_row", 0))
+    if in_row:
+      self._skipped(step, in_row, values, state, batch)
+      return
+    median = statistics.median(self._losses) if len(self._losses) >= _ENOUGH else math.inf
+    if self._config.spike and loss > median + self._config.spike:
+      self._spiked(step, median, values, state, batch)
+      return
+    self._well, self._spiking_since = step, None
+    self._losses.append(loss)
+
+  def _skipped(self, step, in_row, values, state, batch) -> None:
+    self._well = step - in_row if self._well is None else max(self._well, step - in_row)
+    what = (
+      f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}: not finite; "
+      f"{in_row} updates in a row were left out, {round(values['skipped_updates'])} in all"
+    )
+    if in_row < self._config.in_row or self._config.then == "warn":
+      say(what)
+      return
+    self._act(what, "not finite", self._config.then, step, self._well, values, state, batch)
+
+  def _spiked(self, step, median, values, state, batch) -> None:
+    since = step - 1 if self._well is None else self._well
+    what = (
+      f"step {step}: the loss jumped to {values['loss']:.4f} nats/token, from a median of "
+      f"{median:.4f}; gradient norm {values['grad_norm']:.4g}"
+    )
+    if self._config.spike_then == "warn":
+      if self._spiking_since is None:
+        say(f"{what}; config.guard.spike_then='rollback' would go back")
+        rollbacks.record(self._folder, {"step": step, "what": "spike", **_numbers(values)})
+      self._spiking_since = step
+      return
+    self._act(what, "spike", self._config.spike_then, step, since, values, state, batch)
+
+  def _act(self, what, kind, then, step, since, values, state, batch) -> None:
+    said = f"training: {what}"
+    if self._folder is not None:
+      dump = os.path.join(self._folder, FOLDER, str(step))
+      newest = state()
+      described = describe(newest.params)
+      os.makedirs(dump, exist_ok=True)
+      # One of several processes has but its rows, and the bad picture may be in any's.
+      of_host = "" if hosts.is_main() else f"_of_host_{jax.process_index()}"
+      with (
+        files.replacing(os.path.join(dump, f"batch{of_host}.npz")) as partial,
+        open(partial, "wb") as file,
+      ):
+        np.savez(file, **batch)
+      if hosts.is_main():
+        summary.write_json(
+          os.path.join(dump, "diagnosis.json"),
+          {
+            "step": step,
+            "what": what,
+            "well_until": since,
+            "metrics": _numbers(values),
+            "losses_before": list(self._losses),
+            "parameters_of_step": int(newest.step),  # metrics come a step late
+            "parameters": described,
+          },
+        )
+      rollbacks.record(self._folder, {"step": step, "what": kind, **_numbers(values)})
+      said += f"; wrote {dump}"
+    fix = "a lower train.learning_rate, train.clip_norm=1, or float32"
+    raise BadNumbers(f"{said}; fix: {fix}", step, since, then == "rollback")
+
+
+def describe(params: Params) -> dict[str, dict[str, float]]:
+  """Of each parameter: the largest absolute value, the mean square, how many aren't finite."""
+
+  @jax.jit
+  def numbers(params):
+    return jax.tree.map(
+      lambda leaf: {
+        "largest": abs(leaf).max(),
+        "mean_square": (leaf * leaf).mean(),
+        "not_finite": (~jax.numpy.isfinite(leaf)).sum(),
+      },
+      params,
+    )
+
+  flat = jax.tree_util.tree_flatten_with_path(jax.device_get(numbers(params)))[0]
+  found: dict[str, dict[str, float]] = {}
+  for path, value in flat:
+    found.setdefault(jax.tree_util.keystr(path[:-1]), {})[path[-1].key] = float(value)
+  return found
+
+
+def persist(run: Callable[[], None], config: GuardConfig, folder: str) -> None:
+  """Runs `run` until it ends, again from an older checkpoint where its numbers go bad.
+
+  Raises:
+    BadNumbers: the config doesn't say to go back, there's nowhere to go back to, or it has gone back
+      often enough.
+  """
+  while True:
+    try:
+      run()
+      return
+    except BadNumbers as bad:
+      if not bad.back:
+        raise
+      _go_back(bad, config, folder)
+
+
+def _go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
+  before = len(rollbacks.rollback_steps(folder))
+  steps = checkpoint.whole_steps(folder)
+  good = [step for step in steps if step <= bad.since]
+  hosts.wait_for_all("checkpoints listed")
+  if before >= config.rollbacks or not good:
+    why = (
+      f"it went back {before} times already (config.guard.rollbacks)"
+      if good
+      else f"there is no checkpoint of step {bad.since} or before to go back to"
+    )
+    raise BadNumbers(f"{bad}; {why}", bad.step, bad.since, False) from bad
+  if hosts.is_main():
+    for step in (step for step in steps if step > max(good)):
+      path = checkpoint.path_of(folder, step)
+      shutil.rmtree(f"{path}.rolled_back", ignore_errors=True)
+      os.rename(path, f"{path}.rolled_back")
+  # The last thing: a run that is killed before has not gone back.
+  rollbacks.record(folder, {"step": bad.step, "what": "rollback", "to": max(good)})
+  hosts.wait_for_all("gone back")
+  say(f"{bad}\ngoing back to step {max(good)}, with other data (rollback {before + 1})")
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float | str]:
+  return {
+    name: value if math.isfinite(value) else str(value)
+    for name, value in values.items()
+    if isinstance(value, int | float)
+  }

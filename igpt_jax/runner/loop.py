@@ -1,0 +1,302 @@
+"""The training loop, of every job that trains.
+
+For every step: evaluate? → save? → next batch → step → the last step's metrics → asked to stop? At
+the end: evaluate, save. What is evaluated, saved and trained is the job's; nothing here knows a
+model or a loss.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from igpt_jax import __version__
+from igpt_jax import config as config_lib
+from igpt_jax.data.pipeline import Batches
+from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.parallel import hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import metrics
+from igpt_jax.reporting import progress as progress_lib
+from igpt_jax.runner import goodput, saving
+from igpt_jax.runner.guard import Guard
+from igpt_jax.training import compilation, profiling
+from igpt_jax.training.bad_numbers import BadNumbers
+from igpt_jax.training.state import TrainState
+from igpt_jax.workspace import agreement, memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """What a job has the loop do, and how often.
+
+  Attributes:
+    steps: of the whole run.
+    log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
+    train_step: (state, batch) -> (state, metrics), compiled here.
+    fields: of a batch, that the step takes.
+    abstract, shardings: of the state.
+    evaluate: state -> numbers, to be written down; None: nothing is held out to evaluate on.
+    save: of the state, under its step.
+    ended: asked after each evaluation whether to end before `steps`.
+  """
+
+  steps: int
+  log_every: int
+  eval_every: int
+  save_every: int
+  train_step: Callable
+  fields: tuple[str, ...]
+  abstract: TrainState
+  shardings: TrainState
+  evaluate: Callable[[TrainState], dict[str, float]] | None
+  save: saving.Saver
+  ended: Callable[[], bool] = lambda: False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a run of the loop ended.
+
+  Attributes:
+    state: the last one, saved.
+    step: its number.
+    stopped_by: the signal that ended it; None: it has ended by itself.
+  """
+
+  state: TrainState
+  step: int
+  stopped_by: str | None
+
+
+class StopSignal:
+  """Turns SIGTERM into a wish that the loop looks at between two steps.
+
+  Several processes must stop at the same step, whoever was signalled and when: there jax' own
+  handler takes the signal, and agrees on a step with the others in the background. (Where main has
+  left that out, the signal ends the process.)
+  """
+
+  def __init__(self):
+    self.requested: str | None = None
+    self._previous: Any = None
+
+  def asked(self, at_step: int) -> str | None:
+    """The signal's name if the run is to stop before step `at_step`; ask before every step."""
+    agrees = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
+    if agrees and multihost_utils.reached_preemption_sync_point(at_step):
+      self.requested = "SIGTERM"
+    return self.requested
+
+  def __enter__(self):
+    if jax.process_count() > 1:
+      return self
+    self._previous = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def _ask(self, number, frame) -> None:
+    del frame
+    self.requested = signal.Signals(number).name
+
+  def __exit__(self, *unused) -> None:
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+
+def run(
+  work: Work,
+  train_state: TrainState,
+  batches: Batches,
+  *,
+  mesh: Mesh,
+  writers: metrics.Writers,
+  progress: progress_lib.Progress,
+  stop: StopSignal,
+  clock: goodput.Clock,
+  profiler: profiling.Profiler,
+  guard: Guard,
+) -> Outcome:
+  """Trains from `train_state` until `work.steps`, until `work.ended`, or until `stop` is asked for.
+
+  Args:
+    work: what to do.
+    train_state: where to begin; its arrays are donated.
+    batches: this host's rows, from the state's step on; closed at the end.
+    mesh: where state and batches lie.
+    writers: of metrics; they stay open.
+    progress: what a log's speed and line come from.
+    stop: not entered yet.
+    clock: of where the time goes; left in the phase of checkpoints.
+    profiler: not entered yet.
+    guard: shown what is logged.
+
+  Raises:
+    BadNumbers: as the guard has it; what was begun to be saved is saved, and the writers are closed.
+  """
+  clock.reads(batches)
+  clock.enter("step")
+  first_step = at_step = int(train_state.step)
+  # A step's number, its metrics, and the batch that they are of.
+  pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
+
+  def flush() -> None:
+    """Writes the metrics that were left one step behind."""
+    nonlocal pending
+    if pending is None:
+      return
+    of_step, values, of_batch = pending
+    values = {name: float(value) for name, value in jax.device_get(values).items()}
+    pending = None
+    measured = progress.measure(of_step)
+    if measured:
+      measured["data_wait"] = progress.share_waited(batches.wait_seconds)
+    writers.write(of_step, {**values, **measured})
+    say(progress.line(of_step, {**values, **measured}))
+    clock.note(of_step)
+    guard.look(of_step, values, lambda: train_state, of_batch)
+
+  def pause(function: Callable, phase: str) -> Any:
+    """Does something beside the training, outside the measured speed."""
+    flush()
+    jax.block_until_ready(train_state)
+    paused = time.monotonic()
+    with clock.phase(phase):
+      result = function()
+    progress.pause(time.monotonic() - paused)
+    return result
+
+  def evaluation_due() -> bool:
+    return bool(work.evaluate and work.eval_every) and at_step % work.eval_every == 0
+
+  evaluated_at = first_step  # what a run goes on from has been evaluated
+
+  def evaluate() -> None:
+    nonlocal evaluated_at
+    evaluated_at = at_step
+    values = pause(lambda: work.evaluate(train_state), "evaluation")
+    writers.write(at_step, values)
+    say(progress.line(at_step, values))
+
+  def agree_and_save() -> None:
+    if at_step > first_step:
+      agreement.check(at_step, batches.place, train_state.params)
+    work.save(train_state, at_step, writers.sync)
+
+  def save() -> None:
+    pause(agree_and_save, "checkpoint")
+    clock.saved(at_step)
+
+  compiled = None
+  with _settled(work.save, writers), stop, batches, profiler, jax.set_mesh(mesh):
+    while at_step < work.steps and not work.ended() and not stop.asked(at_step):
+      if at_step > first_step:
+        if evaluation_due():
+          evaluate()
+          if work.ended():
+            break
+        if at_step % work.save_every == 0 or work.save.failed():
+          save()
+      # Only begun here: it travels while the device is still at the step before.
+      read = next(batches)
+      batch = sharding.put_batch({name: read[name] for name in work.fields}, mesh)
+      if compiled is None:
+        agreement.check(at_step, batches.place)
+        with clock.phase("compile"):
+          compiled = compilation.compile_step(work.train_step, work.abstract, work.shardings, batch)
+        say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+        memory.check_step(compiled, mesh)
+        progress.start(first_step, batches.wait_seconds)
+      if profiler.due(at_step):
+        pause(functools.partial(profiler.turn, at_step), "profile")
+      with profiler.named(at_step), jax.transfer_guard("disallow"):
+        train_state, values = compiled(train_state, batch)
+      at_step += 1
+      flush()
+      if at_step % work.log_every == 0 or at_step == work.steps:
+        pending = at_step, values, read
+    flush()
+    if profiler.tracing:
+      pause(profiler.close, "profile")
+    # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
+    at_end = work.evaluate is not None and at_step >= work.steps
+    if at_step > evaluated_at and (at_end or evaluation_due()):
+      evaluate()
+    save()
+    clock.enter("checkpoint")  # which is still being written
+    work.save.finish(train_state, at_step)
+  done = at_step >= work.steps or work.ended()
+  return Outcome(train_state, at_step, None if done else stop.requested)
+
+
+@contextlib.contextmanager
+def _settled(save: saving.Saver, writers: metrics.Writers) -> Iterator[None]:
+  """Leaves nothing under way where the run goes back and begins anew."""
+  try:
+    yield
+  except BadNumbers:
+    save.settle()
+    writers.close()
+    raise
+
+
+def make_guard(config: ConfigDict, folder: str) -> Guard:
+  return Guard(config_lib.guard(config), folder)
+
+
+def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:
+  """The writers that `config.log` asks for; none but on the main process."""
+  if not hosts.is_main():
+    return metrics.Writers([])
+  writers: list[Any] = [metrics.JsonlWriter(os.path.join(workdir, "metrics.jsonl"), first_step)]
+  if config.log.tensorboard:
+    writers.append(metrics.TensorBoardWriter(workdir, first_step))
+  if config.log.wandb:
+    writers.append(
+      metrics.WandbWriter(workdir, config_lib.as_json(config), config.log.wandb_project)
+    )
+  return metrics.Writers(writers)
+
+
+def make_profiler(config: ConfigDict, folder: str) -> profiling.Profiler:
+  """As `config.profile` says, on the main process: its trace goes to FOLDER/profile."""
+  window = profiling.Window(**config.profile) if hosts.is_main() else profiling.Window()
+  return profiling.Profiler(window, os.path.join(folder, "profile"), say)
+
+
+def describe_run(
+  config: ConfigDict,
+  model_config: ImageGPTConfig,
+  *,
+  mask_probability: float,
+  data: dict[str, Any],
+  elapsed_seconds: float,
+) -> dict[str, Any]:
+  """What a checkpoint says of its run: the `run` of `checkpoint.Described`.
+
+  Args:
+    config: the run's, with every open choice made.
+    model_config: the model.
+    mask_probability: of the masked objective.
+    data: position in the data, of `pipeline.position`.
+    elapsed_seconds: of training, all in all.
+  """
+  return {
+    "version": __version__,
+    "model": dataclasses.asdict(model_config),
+    "objective": config.objective,
+    "mask_probability": mask_probability,
+    "resolution": config.data.resolution,
+    "data": data,
+    "elapsed_seconds": elapsed_seconds,
+    "config": config_lib.as_json(config),
+  }

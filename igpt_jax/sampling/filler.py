@@ -1,0 +1,145 @@
+"""Filling any region of a picture, by a BERT model: what job `complete` does where rows above aren't given.
+
+A model that reads in raster order can't condition on what lies below or to the right. A BERT model can:
+it unmasks the region in passes, the pixels that it is surest of first.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from igpt_jax import checkpoint
+from igpt_jax.data.transforms import BadRecord
+from igpt_jax.errors import UserError
+from igpt_jax.model.decoding import masked
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
+from igpt_jax.parallel import sharding
+from igpt_jax.sampling import completer
+from igpt_jax.sampling.completer import Drawn, Picture, Reader, given_rows
+from igpt_jax.workspace import weights
+
+REGIONS = ("lower", "upper", "left", "right", "centre")
+
+
+def known_pixels(config: ConfigDict, found: checkpoint.Described) -> np.ndarray:
+  """What is given of each picture: bool [H, W], as `config.hide` and `keep` say.
+
+  Raises:
+    UserError: an unknown region, a mask that can't be read or hides nothing or all, or a region that
+      the model can't condition on.
+  """
+  hide, side = config.hide, found.run["resolution"]
+  if found.config.causal and hide != "lower":
+    raise UserError(
+      f"config.hide: {hide}; the checkpoint {found.path} draws pixels from those before them in raster "
+      "order, and can't condition on what lies below or to the right; expected lower; fix: "
+      "--config.hide=lower, or a BERT checkpoint (objective=masked)"
+    )
+  given = given_rows(config.keep, side)
+  known = np.ones((side, side), bool)
+  if hide == "lower":
+    known[given:] = False
+  elif hide == "upper":
+    known[: side - given] = False
+  elif hide == "left":
+    known[:, : side - given] = False
+  elif hide == "right":
+    known[:, given:] = False
+  elif hide == "centre":
+    # As large a share as elsewhere is hidden.
+    width = min(max(round(side * (1 - config.keep) ** 0.5), 1), side - 1)
+    first = (side - width) // 2
+    known[first : first + width, first : first + width] = False
+  else:
+    known = _mask(hide, Reader(found))
+  return known
+
+
+def _mask(path: str, reader: Reader) -> np.ndarray:
+  """bool [R, R]: True where an image is dark, of the square that `reader` takes of other images, too."""
+  path = os.path.expanduser(path)
+  if not os.path.isfile(path):
+    raise UserError(
+      f"config.hide: {path!r}; expected one of {', '.join(REGIONS)}, or an image that is white where "
+      "the others are to be hidden"
+    )
+  try:
+    with open(path, "rb") as file:
+      square = reader.square(file.read(), path)
+  except OSError as error:
+    raise UserError(f"config.hide: {path}: {error.strerror}; expected an image") from None
+  except BadRecord as error:
+    raise UserError(f"config.hide: {error}; expected an image") from None
+  known = np.asarray(Image.fromarray(square).convert("L")) < 128
+  if known.all() or not known.any():
+    side = reader.resolution
+    raise UserError(
+      f"config.hide: {path} is {'dark' if known.all() else 'light'} all over at {side}×{side}; expected white "
+      "(or transparent) where images are to be hidden, and black elsewhere"
+    )
+  return known
+
+
+class Filler:
+  """One BERT model, with `Completer`'s manner of drawing.
+
+  Attributes:
+    trained: the model.
+    reader: of pictures for it.
+  """
+
+  def __init__(
+    self, found: checkpoint.Described, config: ConfigDict, mesh: Mesh, known_HxW: np.ndarray
+  ):
+    sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
+    self.trained = weights.read_to_draw(config, found, mesh)
+    self.reader = Reader(found)
+    self._mesh = mesh
+    self._known_T = known_HxW.reshape(-1)
+    self._fill = jax.jit(
+      functools.partial(masked.fill, self.trained.config, steps=config.passes),
+      static_argnames=("sampling", "noise"),
+      out_shardings=sharding.replicated(mesh),
+    )
+
+  def draw(
+    self,
+    pictures: Sequence[Picture],
+    numbers: Sequence[int],
+    rows_given: int,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+  ) -> Iterator[Drawn]:
+    """Whole samples of every picture, a picture's own ones side by side; one result.
+
+    `rows_given` is of no matter where there is a picture; without one, nothing is given.
+    """
+    del rows_given
+    n_positions = self.trained.config.n_positions
+    wanted = len(pictures) * len(numbers)
+    padded = sharding.round_up_batch(self._mesh, wanted)
+    tokens = np.zeros((padded, n_positions), np.int32)
+    known = np.zeros((padded, n_positions), bool)
+    for i, picture in enumerate(pictures):
+      rows = slice(i * len(numbers), (i + 1) * len(numbers))
+      if len(picture.tokens):
+        tokens[rows], known[rows] = picture.tokens, self._known_T
+    known[wanted:] = True  # nothing to do for what fills the batch up
+    keys = completer.sample_keys(pictures, numbers, padded, seed)
+    with jax.set_mesh(self._mesh):
+      filled = self._fill(
+        self.trained.params,
+        sharding.put_global(tokens, self._mesh),
+        sharding.put_global(known, self._mesh),
+        keys,
+        sampling=sampling,
+      )
+      drawn, nll = jax.device_get((filled.tokens, filled.nll))
+    yield Drawn(np.array(drawn[:wanted]), np.array(nll[:wanted]), n_positions)

@@ -1,0 +1,122 @@
+"""Which files a person means by `config.images`: one, a glob, or a folder with or without classes."""
+
+import collections
+import glob
+import itertools
+import os
+import unicodedata
+from typing import NamedTuple
+
+from igpt_jax.data import image_files
+from igpt_jax.errors import UserError
+from igpt_jax.parallel.hosts import say
+
+# What job `complete` writes beside the folders of its images, whole or not yet.
+_RESERVED = frozenset(
+  name + partial
+  for name in ("grid.png", "complete.json", "settings.json")
+  for partial in ("", ".partial")
+)
+
+
+class File(NamedTuple):
+  """One picture to read.
+
+  Attributes:
+    path: of the file.
+    group: name of its class; "" where there are none.
+    name: what its results are called; no two of a group share one.
+  """
+
+  path: str
+  group: str
+  name: str
+
+
+def find(images: str) -> list[File]:
+  """Files in order of their names, class after class.
+
+  Args:
+    images: a file; a glob ("my/*.jpg", quoted, so that the shell leaves it alone; ** is any depth);
+      or a folder, of pictures or of folders of pictures: then each of those is a class.
+
+  Raises:
+    UserError: there are none.
+  """
+  path = os.path.expanduser(images)
+  if os.path.isfile(path):
+    return _named([(path, "")])
+  if os.path.isdir(path):
+    found, left_out = _in_folder(path)
+  else:
+    found, left_out = _matching(path)
+    if not found and not left_out:
+      raise UserError(
+        f"config.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
+        "glob in quotes, such as 'my/*.jpg'"
+      )
+  others = f"left out {image_files.in_words(left_out)}" if left_out else ""
+  if not found:
+    raise UserError(
+      f"config.images: {images} holds no pictures; expected *.jpg or CLASS/*.jpg in it"
+      + (f"; {others}" if others else "")
+    )
+  if others:
+    say(f"config.images: {others}")
+  return _named(found)
+
+
+def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
+  """Its own images, then those of its folders, at any depth below; what is left out, and why."""
+  try:
+    folders, images, left_out = image_files.scan(root)
+  except OSError as error:
+    raise UserError(
+      f"config.images: {root}: {error.strerror}; expected a folder that can be read"
+    ) from None
+  found = [(os.path.join(root, name), "") for name in images]
+  for folder in folders:
+    images, others = image_files.find(os.path.join(root, folder))
+    found += [(os.path.join(root, folder, name), folder) for name in images]
+    left_out |= {os.path.join(folder, name): why for name, why in others.items()}
+  return found, left_out
+
+
+def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
+  """The images that a glob names; what is left out, and why."""
+  found, left_out = [], {}
+  for path in sorted(glob.glob(pattern, recursive=True)):
+    if os.path.isfile(path) and not image_files.is_leftover(os.path.basename(path)):
+      why = image_files.why_not(path)
+      if why is None:
+        found.append((path, ""))
+      else:
+        left_out[path] = why
+  return found, left_out
+
+
+def _named(found: list[tuple[str, str]]) -> list[File]:
+  """Gives files names that differ: a file's own, its whole name, or that with a number.
+
+  They differ from what else lies beside them, too: the job's own files, and folders of classes.
+  """
+  taken = collections.defaultdict(lambda: set(_RESERVED))
+
+  def first_free(folder: str, *names: str) -> str:
+    numbered = (f"{names[-1]}-{i}" for i in itertools.count(2))
+    name = next(n for n in itertools.chain(names, numbered) if _plain(n) not in taken[folder])
+    taken[folder].add(_plain(name))
+    return name
+
+  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in found)}
+  files = []
+  for path, group in found:
+    base = os.path.basename(path)
+    name = first_free(groups[group], os.path.splitext(base)[0], base)
+    files.append(File(path, groups[group], name))
+  return files
+
+
+def _plain(name: str) -> str:
+  """One for all names that some disk doesn't tell apart: Cat and cat, é in one character or two."""
+  return unicodedata.normalize("NFC", name).casefold()

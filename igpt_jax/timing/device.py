@@ -1,0 +1,319 @@
+"""What a training step, attention alone and sampling cost on the devices that are here.
+
+Measurements only, each beside what it can be compared with, all of them taking turns: whatever else
+the machine does then hits every side. Calls are timed until their results are there.
+"""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from igpt_jax.model.attention import dispatch as attention_lib
+from igpt_jax.model.decoding import autoregressive
+from igpt_jax.model.image_gpt import ImageGPTConfig, init_params
+from igpt_jax.parallel import sharding
+from igpt_jax.training import compilation, state, step
+
+_GROUP_SECONDS = 0.2  # a shorter call is repeated until a timing takes about this long
+_GROUP_CALLS = 100  # but at most so often
+_SCORES_BYTES = (
+  2**30
+)  # of float32 scores, in attention alone: plain attention keeps several of them
+
+Call = Callable[[], Any]
+Ticker = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Seconds per call: median, fastest and slowest of `repeats` groups of `calls` calls."""
+
+  seconds: float
+  fastest: float
+  slowest: float
+  repeats: int
+  calls: int
+
+
+def timing(seconds: list[float], calls: int = 1) -> Timing:
+  return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), calls)
+
+
+def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[str, Timing]:
+  """Times what each side returns to be there; the sides take turns, after a warm-up.
+
+  Args:
+    sides: functions that start some work and return its arrays.
+    repeats: timings of each.
+    tick: told how many rounds are done.
+  """
+  calls: dict[str, int] = {}
+  taken: dict[str, list[float]] = {}
+  for name, call in sides.items():
+    jax.block_until_ready(call())
+    once = _timed(call, 1)
+    calls[name] = _same_everywhere(min(max(math.ceil(_GROUP_SECONDS / once), 1), _GROUP_CALLS))
+    taken[name] = [once] if calls[name] == 1 else []  # a long call is not made for nothing
+  for done in range(1, repeats + 1):
+    for name, call in sides.items():
+      if len(taken[name]) < done:
+        taken[name].append(_timed(call, calls[name]))
+    tick(done)
+  return {name: timing(seconds, calls[name]) for name, seconds in taken.items()}
+
+
+def _timed(call: Call, times: int) -> float:
+  # Virtual CPU devices that get several programs at once can wait for each other for ever.
+  one_by_one = jax.default_backend() == "cpu"
+  began = time.perf_counter()
+  for _ in range(times):
+    result = call()
+    if one_by_one:
+      jax.block_until_ready(result)
+  jax.block_until_ready(result)
+  return (time.perf_counter() - began) / times
+
+
+def _same_everywhere(number: int) -> int:
+  """The first process' number: all must make the same calls."""
+  if jax.process_count() == 1:
+    return number
+  from jax.experimental import multihost_utils
+
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A compiled step, its timing, and that of a large matmul on every device at once.
+
+  Attributes:
+    compiled: the step.
+    step, matmul: seconds.
+    matmul_flops: of one matmul call, all devices together.
+    peak_bytes: most memory in use so far of a device of this process; None where it isn't told.
+  """
+
+  compiled: compilation.CompiledStep
+  step: Timing
+  matmul: Timing
+  matmul_flops: float
+  peak_bytes: int | None
+
+
+def measure_training(
+  config: ImageGPTConfig,
+  train_step: Callable,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  *,
+  batch_size: int,
+  repeats: int,
+  say: Callable[[str], None],
+  tick: Ticker,
+) -> Training:
+  """The step as pretraining compiles and runs it, on random tokens."""
+  shape = (batch_size, config.n_positions)
+  tokens = np.random.default_rng(0).integers(config.n_vocab, size=shape, dtype=np.uint16)
+  batch = {"tokens": sharding.put_global(tokens, mesh)}
+  held = [state.make_state(config, optimizer, 0, mesh)]
+  compiled = compilation.compile_step(
+    train_step,
+    state.abstract_state(config, optimizer),
+    state.state_shardings(config, optimizer, mesh),
+    batch,
+  )
+  say(f"training: compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+
+  def run_step() -> step.Metrics:
+    held[0], metrics = compiled(held[0], batch)
+    return metrics
+
+  matmul, flops = large_matmul(config.dtype, mesh)
+  found = take_turns({"step": run_step, "matmul": matmul}, repeats, tick)
+  return Training(compiled, found["step"], found["matmul"], flops, peak_bytes(mesh))
+
+
+def large_matmul(dtype: str, mesh: Mesh) -> tuple[Call, float]:
+  """A square matmul on each device at the same time, and the FLOPs of all of them."""
+  side = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
+  target = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  shape = (mesh.size, side, side)
+  make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.dtype(dtype)), out_shardings=target)
+  factors = make(jax.random.key(0)), make(jax.random.key(1))
+  compiled = jax.jit(jnp.matmul, out_shardings=target).lower(*factors).compile()
+  return functools.partial(compiled, *factors), 2.0 * mesh.size * side**3
+
+
+def peak_bytes(mesh: Mesh) -> int | None:
+  local = [each for each in mesh.devices.flat if each.process_index == jax.process_index()]
+  told = [(each.memory_stats() or {}).get("peak_bytes_in_use") for each in local]
+  return max((each for each in told if each is not None), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionAlone:
+  """Attention on one device, without the rest of the model.
+
+  Attributes:
+    pictures, n_head: a device's share of the model's batch (less where scores wouldn't fit) and heads.
+    auto: what model.attention's "auto" takes here.
+    forward, both: seconds of the forward pass, and of forward and backward, by implementation.
+    not_run: the implementations that don't run here, and why.
+  """
+
+  pictures: int
+  n_head: int
+  auto: str
+  forward: dict[str, Timing]
+  both: dict[str, Timing]
+  not_run: dict[str, str]
+
+
+def measure_attention(
+  config: ImageGPTConfig, mesh: Mesh, *, batch_size: int, repeats: int, tick: Ticker
+) -> AttentionAlone:
+  """Every implementation that runs here, at the shape that a device of the mesh sees."""
+  with jax.set_mesh(mesh):
+    n_head = sharding.axis_share("heads", config.n_head) or config.n_head
+    pictures = sharding.axis_share("batch", batch_size) or batch_size
+  length, causal = config.n_positions, config.causal
+  pictures = max(1, min(pictures, _SCORES_BYTES // (4 * n_head * length**2)))
+  shape = (3, pictures, length, n_head * config.head_dim)
+  qkv = jax.random.normal(jax.random.key(0), shape, jnp.dtype(config.dtype))
+  dout = jax.random.normal(jax.random.key(1), shape[1:], qkv.dtype)
+
+  def forward_and_backward(function, qkv, dout):
+    out, pull = jax.vjp(function, qkv)
+    return out, *pull(dout)
+
+  forward, both = {}, {}
+  candidates, not_run = _implementations(n_head, causal)
+  for name, function in candidates.items():
+    runs = {
+      "forward": functools.partial(jax.jit(function), qkv),
+      "both": functools.partial(
+        jax.jit(functools.partial(forward_and_backward, function)), qkv, dout
+      ),
+    }
+    try:
+      for run in runs.values():
+        jax.block_until_ready(run())
+    except Exception as error:  # whatever a library or a compiler says against this shape: told
+      not_run[name] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+      continue
+    forward[f"{name} forward"], both[f"{name} both"] = runs["forward"], runs["both"]
+  found = take_turns(forward | both, repeats, tick)
+
+  def of(sides):
+    return {name.rpartition(" ")[0]: found[name] for name in sides}
+
+  auto = attention_lib.choose(qkv, n_head)
+  return AttentionAlone(pictures, n_head, auto, of(forward), of(both), not_run)
+
+
+def _implementations(n_head: int, causal: bool) -> tuple[dict[str, Callable], dict[str, str]]:
+  """Ours for this backend, and other libraries' where they are installed: qkv -> [B, T, E]."""
+  backend = jax.default_backend()
+  ours = {"cpu": ("blocked",), "gpu": ("cudnn",), "tpu": ("tpu",)}.get(backend, ())
+  candidates: dict[str, Callable] = {
+    name: functools.partial(
+      attention_lib.attention, n_head=n_head, causal=causal, implementation=name
+    )
+    for name in ("xla", *ours)
+  }
+  not_run = {}
+  others: dict[str, Callable] = {}
+  if backend == "tpu":
+    others |= {"jax splash": _jax_splash, "jax flash": _jax_flash}
+  if backend in ("gpu", "tpu"):
+    others["tokamax"] = _tokamax
+  for name, make in others.items():
+    try:
+      candidates[name] = make(n_head, causal)
+    except ImportError as error:
+      not_run[name] = str(error)
+  return candidates, not_run
+
+
+def _heads(qkv: jax.Array, n_head: int) -> jax.Array:
+  _, batch, length, width = qkv.shape
+  return qkv.reshape(3, batch, length, n_head, width // n_head)
+
+
+def _jax_splash(n_head: int, causal: bool) -> Callable:
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  def attend(qkv):
+    _, batch, length, width = qkv.shape
+    q, k, v = _heads(qkv, n_head).swapaxes(2, 3)
+    one = (masks.CausalMask if causal else masks.FullMask)((length, length))
+    kernel = kernels.make_splash_mha(
+      masks.MultiHeadMask([one] * n_head), head_shards=1, q_seq_shards=1
+    )
+    out = jax.vmap(kernel)(q * (width // n_head) ** -0.5, k, v)
+    return out.swapaxes(1, 2).reshape(batch, length, width).astype(qkv.dtype)
+
+  return attend
+
+
+def _jax_flash(n_head: int, causal: bool) -> Callable:
+  from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+  def attend(qkv):
+    _, batch, length, width = qkv.shape
+    q, k, v = _heads(qkv, n_head).swapaxes(2, 3)
+    out = flash_attention(q, k, v, causal=causal, sm_scale=(width // n_head) ** -0.5)
+    return out.swapaxes(1, 2).reshape(batch, length, width)
+
+  return attend
+
+
+def _tokamax(n_head: int, causal: bool) -> Callable:
+  import tokamax
+
+  def attend(qkv):
+    q, k, v = _heads(qkv, n_head)
+    return tokamax.dot_product_attention(q, k, v, is_causal=causal).reshape(qkv.shape[1:])
+
+  return attend
+
+
+def measure_sampling(
+  config: ImageGPTConfig,
+  mesh: Mesh,
+  *,
+  samples: int,
+  sampling: autoregressive.SamplingConfig,
+  repeats: int,
+  tick: Ticker,
+) -> tuple[Timing, int]:
+  """Unconditional pictures from random weights: seconds for all of them, and how many there were.
+
+  As many as divide over the mesh, at least `samples`.
+  """
+  n = sharding.round_up_batch(mesh, samples)
+  shardings = state.param_shardings(config, mesh)
+  with jax.set_mesh(mesh):
+    params = jax.jit(functools.partial(init_params, config), out_shardings=shardings)(
+      jax.random.key(0)
+    )
+    given = sharding.put_global(np.zeros((n, 0), np.int32), mesh)
+    keys = jax.random.split(jax.random.key(1), n)
+    compiled = jax.jit(
+      functools.partial(autoregressive.complete, config, sampling=sampling),
+      out_shardings=sharding.replicated(mesh),
+    )
+    sides = {"samples": lambda: compiled(params, given, keys)}
+    return take_turns(sides, repeats, tick)["samples"], n

@@ -1,0 +1,102 @@
+"""What decides a result that is kept: the checkpoint and the data by their contents, and the settings.
+
+Whoever finds a result again compares these with its own before using it. Paths, names and steps don't
+count: another checkpoint may lie where one lay before, and the same one elsewhere.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax import files, history
+from igpt_jax.checkpoint import Described
+from igpt_jax.data import transforms
+from igpt_jax.data.sources import open_split
+from igpt_jax.workspace import weights, workdir
+
+_HOW_IT_IS_COMPUTED = ("dtype", "remat", "attention")  # fields of a model that a config decides
+
+
+def of_checkpoint(found: Described) -> dict[str, Any]:
+  """All that a checkpoint decides of what is computed with it, JSON; no device is touched."""
+  model = dataclasses.asdict(found.config)
+  masked = not found.config.causal
+  return {
+    "parameters": weights.checksum_of(found),
+    "model": {name: value for name, value in model.items() if name not in _HOW_IT_IS_COMPUTED},
+    "palette": of_palette(found.palette),
+    "mask_probability": found.run["mask_probability"] if masked else None,
+  }
+
+
+def of_palette(centers: np.ndarray | None) -> str | None:
+  """16 hexadecimal digits of colours, float [k, 3]; None: there are none."""
+  if centers is None:
+    return None
+  return hashlib.sha256(np.ascontiguousarray(centers, np.float32).tobytes()).hexdigest()[:16]
+
+
+def of_run(found: Described) -> str:
+  """16 hexadecimal digits of the run that a checkpoint of this program is of: its data and settings.
+
+  Two runs that begin with the same of both are one: training is deterministic.
+  """
+  settings = files.flatten(found.run.get("config", {}))
+  return files.digest(
+    {
+      "settings": {
+        field: value
+        for field, value in settings.items()
+        if not workdir.may_differ(field) and not history.is_default_of_later(field, value)
+      },
+      "data": found.run.get("data", {}).get("fingerprint"),
+    }
+  )
+
+
+def seeds_of(found: Described) -> tuple[int, int]:
+  """Seeds of a checkpoint's run, and of the order of its images since it last went back."""
+  config, data = found.run.get("config", {}), found.run.get("data", {})
+  seed = config.get("seed", 0)
+  return seed, data.get("seed", seed)
+
+
+def of_data(config: ConfigDict, splits: Iterable[str]) -> dict[str, Any]:
+  """These splits' contents, and what is shown of their images.
+
+  Raises:
+    UserError: one of them isn't there.
+  """
+  data = config_lib.data(config)
+  return {
+    **{name: open_split(data, name).fingerprint for name in splits},
+    "resolution": config.data.resolution,
+    "recipe": recipe(config),
+  }
+
+
+def of_settings(
+  config: ConfigDict, names: Iterable[str], without: Iterable[str] = ()
+) -> dict[str, Any]:
+  """The fields of these names, or parts of the config, but for some; and the dtype of computation."""
+  names, without = tuple(names), tuple(without)
+  fields = files.flatten(config_lib.as_json(config))
+  return {
+    **{
+      field: value
+      for field, value in fields.items()
+      if field not in without and any(f"{field}.".startswith(f"{name}.") for name in names)
+    },
+    "dtype": config_lib.compute_dtype(config),
+  }
+
+
+def recipe(config: ConfigDict) -> str:
+  """What evaluation shows of an image: its centre as in the paper, or its whole square."""
+  shown = "paper" if config.data.augment == "paper" else "square"
+  return f"{shown}, version {transforms.EVALUATION_VERSION}"

@@ -1,0 +1,49 @@
+"""When a run went back to an older checkpoint, as its incidents.jsonl has it, and which order of its data followed."""
+
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from igpt_jax.parallel import hosts
+
+_RECORD = "incidents.jsonl"
+
+
+def record(folder: str | None, values: dict[str, Any]) -> None:
+  if folder is not None and hosts.is_main():
+    with open(os.path.join(folder, _RECORD), "a", encoding="utf-8") as file:
+      file.write(json.dumps(values) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+
+
+def rollback_steps(folder: str) -> list[int]:
+  """The steps that the run in `folder` went back to, one for each time."""
+  path = os.path.join(folder, _RECORD)
+  if not os.path.exists(path):
+    return []
+  with open(path, encoding="utf-8") as file:
+    return [int(step) for step in re.findall(r'"what": "rollback", "to": (\d+)}', file.read())]
+
+
+def order_seeds(folder: str, seed: int) -> list[int]:
+  """Seeds of the order of a run's training images: the config's, and one after each rollback."""
+  after = range(1, len(rollback_steps(folder)) + 1)
+  return [seed, *(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]) for n in after)]
+
+
+def is_abandoned(folder: str, seed: int, order: int, step: int) -> bool:
+  """Whether the run in `folder` went back behind `step` since it was there.
+
+  Args:
+    folder: of the run.
+    seed: of its config.
+    order: seed of the order of its images when it was at `step`.
+    step: of a checkpoint.
+  """
+  seeds = order_seeds(folder, seed)
+  since = seeds.index(order) if order in seeds else 0
+  return any(back_to < step for back_to in rollback_steps(folder)[since:])

@@ -1,0 +1,57 @@
+"""Batches of images to evaluate, the same on any number of hosts."""
+
+import contextlib
+
+import numpy as np
+from jax.sharding import Mesh
+
+from igpt_jax.data import pipeline
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import DataConfig, Split
+from igpt_jax.parallel.sharding import input_share
+from igpt_jax.workspace import agreement
+
+
+@contextlib.contextmanager
+def eval_stream(
+  split: Split,
+  data_config: DataConfig,
+  palette: Palette | None,
+  mesh: Mesh,
+  batch_size: int,
+  limit: int = 0,
+  images: bool = False,
+  start: int = 0,
+):
+  """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked.
+
+  The first `start` batches are left out.
+
+  Raises:
+    UserError: another host has other data.
+  """
+  agreement.check_data(split.fingerprint)
+  share, shares = input_share(mesh)
+  with pipeline.eval_batches(
+    split,
+    data_config,
+    palette,
+    batch_size=batch_size,
+    process_index=share,
+    process_count=shares,
+    images=images,
+    start=start,
+  ) as stream:
+    yield _first(stream, -(-(limit or len(split)) // batch_size) - start, limit or len(split))
+
+
+def _first(stream, n_batches: int, limit: int):
+  for _, batch in zip(range(n_batches), stream, strict=False):
+    yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
+
+
+def tokens_of(split: Split, data_config: DataConfig, palette: Palette | None) -> np.ndarray:
+  """All readable pictures of a small split as tokens, uint16 [N, T], on every process."""
+  with pipeline.eval_batches(split, data_config, palette, batch_size=len(split)) as stream:
+    batch = next(stream)
+  return batch["tokens"][batch["mask"]]

@@ -1,0 +1,124 @@
+"""The palette that a run trains with: given, a checkpoint's, kept in its workdir, or fitted to its images."""
+
+import os
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from igpt_jax import config as config_lib
+from igpt_jax import files
+from igpt_jax.data import palette_fit, pipeline
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import DataConfig, Split
+from igpt_jax.errors import UserError
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import summary
+from igpt_jax.workspace import provenance
+
+PALETTE = "palette.npy"  # in a workdir
+
+
+def training_palette(
+  config: ConfigDict,
+  data_config: DataConfig,
+  split: Split,
+  workdir: str,
+  begun_with: Palette | None = None,
+) -> Palette | None:
+  """The palette to train with: given, that of the parameters to begin with, kept in the workdir from
+  before, or fitted to `split` now.
+
+  Returns None for data that is tokens already, unless there is a palette to show them with.
+
+  Raises:
+    UserError: a given palette isn't one, or has another size than `palette.size`, or other colours
+      than the run was begun with; tokens beyond it.
+  """
+  kept = os.path.join(workdir, PALETTE)
+  wanted = config.palette.size
+  if config.palette.path:
+    palette = Palette.given(config.palette.path)
+    if wanted and palette.size != wanted:
+      raise UserError(
+        f"palette.path: {config.palette.path} has {palette.size} colours, the model's palette.size is "
+        f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
+      )
+    if begun_with is None and os.path.exists(kept):
+      if Palette.load(kept) != palette:
+        raise UserError(
+          f"palette.path: {config.palette.path} has other colours than {kept}, which the run there was "
+          "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"
+        )
+  elif begun_with is not None:
+    palette = begun_with
+  elif os.path.exists(kept) and not _fitted_to_other_data(workdir, split):
+    palette = Palette.load(kept)
+    say(f"palette: {palette.size} colours, kept in {kept}")
+    if wanted and palette.size > wanted:
+      raise UserError(
+        f"palette.size: {wanted}; {kept} has {palette.size} colours; fix: "
+        f"--config.palette.size={palette.size}, or remove that file"
+      )
+  elif split.is_tokens:
+    palette = None
+  else:
+    palette = fit_palette(config, data_config, split)
+  if palette is not None and len(np.unique(palette.centers, axis=0)) < 2:
+    raise UserError(
+      f"palette: all {palette.size} colours of {config.palette.path or kept} are one; expected two or more "
+      "to tell apart"
+    )
+  size = config_lib.palette_size(config) if palette is None else palette.size
+  if split.is_tokens and split.records.max_token >= size:
+    raise UserError(
+      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; expected less than "
+      f"the palette's size {size}; fix: --config.palette.size={split.records.max_token + 1} or more, "
+      "or the palette that these tokens were made with"
+    )
+  return palette
+
+
+def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Palette:
+  """k-means on the pictures that training sees, at most `palette.images` of them."""
+  size = config_lib.palette_size(config)
+  wanted = min(len(split), config.palette.images)
+  say(f"palette: fitting {size} colours to {wanted:,} pictures of {split.fingerprint}")
+  histogram = palette_fit.ColorHistogram()
+  left = wanted
+  for images in pipeline.image_stream(split, data_config, augment=True, seed=config.seed):
+    histogram.add(images[:left])
+    left -= len(images)
+    if left <= 0:
+      break
+  palette = palette_fit.fit_palette(histogram, size, seed=config.seed)
+  if palette.size < 2:
+    raise UserError(
+      f"palette: {split.fingerprint} has a single colour (rgb {', '.join(map(str, palette.colors[0]))}), "
+      "of which there is nothing to learn; expected two or more; fix: other images"
+    )
+  if palette.size < size:
+    say(f"palette: these pictures have {palette.size} colours, all are in the palette")
+  palette.fitted_to = split.fingerprint
+  return palette
+
+
+def keep_palette(palette: Palette, workdir: str, **measured: Any) -> None:
+  """Writes palette.npy and, if it was fitted here, palette.json: what it was fitted to, what was measured."""
+  palette.save(os.path.join(workdir, PALETTE))
+  if palette.fitted_to:
+    values = {"colors": palette.size, "fitted_to": palette.fitted_to, **measured}
+    values["digest"] = provenance.of_palette(palette.centers)
+    summary.write_json(os.path.join(workdir, "palette.json"), values)
+
+
+def _fitted_to_other_data(workdir: str, split: Split) -> bool:
+  """Whether palette.npy is that of palette.json, fitted to other images: of a run that got no further."""
+  try:
+    fitted = files.read_json(os.path.join(workdir, "palette.json"))
+  except (OSError, ValueError):
+    return False
+  palette = Palette.load(os.path.join(workdir, PALETTE))
+  if fitted.get("digest") != provenance.of_palette(palette.centers):
+    return False
+  return fitted.get("fitted_to") != split.fingerprint
