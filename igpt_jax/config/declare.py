@@ -27,6 +27,41 @@ _KINDS = {
 }
 
 
+# Each is a module of igpt_jax.jobs with run(settings, workdir).
+JOBS = {
+  "pretrain": "train a model on images, from random parameters or from a checkpoint's",
+  "evaluate": "measure the exact likelihood of a split, beside baselines that know no neighbours",
+  "probe": "fit linear classifiers to the features of every layer",
+  "lowdata": "fit linear classifiers to a few labels of each class",
+  "finetune": "train a model and a linear head together to classify",
+  "sample": "draw images, and complete those of the test split",
+  "complete": "complete your own images, or draw from nothing",
+  "quality": "measure the Fréchet distance of samples and completions to the test split",
+  "fit_palette": "fit a palette of colours to the training images by k-means",
+  "prepare": "download and prepare a TFDS data set",
+  "convert": "rewrite a checkpoint in another format",
+  "download": "fetch OpenAI's released checkpoints and tokens",
+  "compile": "compile for a TPU slice that isn't here; predict its memory use and speed",
+  "benchmark": "measure how fast this machine trains, attends, samples and reads images",
+}
+
+TRAINING = ("pretrain", "finetune", "probe")
+# Jobs that read a checkpoint, those of them that are run on one after the other of a run's, those that draw.
+READING = ("evaluate", "probe", "lowdata", "finetune", "sample", "complete", "quality")
+WATCHING = ("evaluate", "probe", "sample", "quality")
+DRAWING = ("sample", "complete", "quality", "compile", "benchmark")
+# Jobs that may make a model of their own.
+MAKING = ("pretrain", "finetune", "compile", "benchmark")
+UPDATING = ("pretrain", "compile", "benchmark")
+COMPUTING = ("pretrain", *READING, "compile", "benchmark")
+OPENING = tuple(job for job in JOBS if job not in ("complete", "convert", "download", "compile"))
+
+# Bounds that many settings have.
+BATCH = {"least": 1, "most": 65_536}
+COUNT = {"least": 1}
+FROM_0 = {"least": 0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Declaration:
   """What is known of a setting beside its name; of a tuple the bounds and choices are of its items.
@@ -152,4 +187,4 @@ def declarations(group: type[Group], deep: bool = True) -> Iterator[tuple[str, D
       name = f"{group.prefix}.{field.name}" if group.prefix else field.name
       yield name, dataclasses.replace(declaration, jobs=declaration.jobs or group.jobs)
     elif deep:
-      yield from declarations(type(field.default))
+      yield from declarations(field.default_factory)  # type: ignore[arg-type]
