@@ -261,7 +261,7 @@ def test_metrics_wait_for_room(tmp_path):
 def test_a_workdir_holds_one_run_at_a_time(tmp_path, capfd):
   """Until the process that holds it ends, however it does."""
   program = (
-    "import sys, time; from igpt_jax.jobs import lock\n"
+    "import sys, time; from igpt_jax.workspace import lock\n"
     f"with lock.held({str(tmp_path)!r}):\n  print('held', flush=True); time.sleep(600)"
   )
   other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
