@@ -73,6 +73,11 @@ def todays_name(name: str) -> str:
   return name
 
 
+def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Values by "part.field" that any version wrote, by today's names."""
+  return {todays_name(name): value for name, value in values.items()}
+
+
 def upgraded(config: Mapping[str, Any], number: int) -> dict[str, Any]:
   """A config as JSON that was written in format `number`, with today's names and all of today's fields."""
   config = copy.deepcopy(dict(config))

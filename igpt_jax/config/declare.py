@@ -95,7 +95,8 @@ class Declaration:
   def expected(self) -> str:
     """What values may be, in words; "": anything of the kind."""
     if self.choices:
-      return f"one of {', '.join(str(choice) for choice in self.choices if choice != '')}"
+      several = "some" if isinstance(self.default, tuple) else "one"
+      return f"{several} of {', '.join(str(choice) for choice in self.choices if choice != '')}"
     if self.above is not None and self.below is not None:
       return f"within ({self.above:g}, {self.below:g})"
     if self.above is not None:
