@@ -1,5 +1,6 @@
 """Watching a run: each whole checkpoint once, none by halves, and an end."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,11 +8,10 @@ import threading
 import time
 
 import pytest
-from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import folders
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.workspace import provenance, rollbacks, watch, weights
 
@@ -51,11 +51,8 @@ def end(workdir, steps=100, at=100):
   (workdir / "training.json").write_text(json.dumps({"step": at}))
 
 
-def config_of(**changes) -> ConfigDict:
-  config = config_lib.base()
-  config.job, config.watch, config.watch_seconds = "evaluate", True, 0.01
-  config.update_from_flattened_dict(changes)
-  return config
+def config_of(**changes) -> Settings:
+  return dataclasses.replace(Settings(job="evaluate", watch=True, watch_seconds=0.01), **changes)
 
 
 def recorder(seen, then=None):
