@@ -1,6 +1,5 @@
 """Watching a run: each whole checkpoint once, none by halves, and an end."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ import threading
 import time
 
 import pytest
+from tiny import settings_of
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import folders
@@ -52,7 +52,7 @@ def end(workdir, steps=100, at=100):
 
 
 def config_of(**changes) -> Settings:
-  return dataclasses.replace(Settings(job="evaluate", watch=True, watch_seconds=0.01), **changes)
+  return settings_of(changes={"job": "evaluate", "watch": True, "watch_seconds": 0.01, **changes})
 
 
 def recorder(seen, then=None):
@@ -169,7 +169,7 @@ def test_a_step_that_the_run_went_back_behind_has_no_numbers(tmp_path, whole, mo
   run(config_of(), tmp_path, recorder(seen))
   for step in (40, 60):
     shutil.rmtree(tmp_path / "checkpoints" / str(step))
-  rollbacks._record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
+  rollbacks.record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
   order = rollbacks.order_seeds(str(tmp_path), 0)[-1]
   monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0 if found == "first" else order))
   run(config_of(), tmp_path, recorder(seen))
