@@ -190,9 +190,9 @@ def complete(
     n: samples of each picture.
     overrides: "--config.FIELD=VALUE", …
   """
-  given = [f"--config.checkpoint={checkpoint_path}", f"--config.images={images}"]
+  given = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
   run = Run("configs/complete.py", workdir, [*given, *overrides])
-  run.job("complete", f"--config.keep={keep}", f"--config.n={n}")
+  run.job("complete", f"--config.complete.keep={keep}", f"--config.complete.n={n}")
   run.show("**/grid.png", "**/appearing.gif")
 
 

@@ -20,15 +20,12 @@ PACKAGE = ROOT / "igpt_jax"
 # Files and rooms from the ground up; of two that fit a file, the longer counts. What is on one floor
 # imports each other without a circle, and from lower floors whatever it needs.
 FLOORS = (
-  (
-    *("cpu_compiler.py", "errors.py", "files.py", "history.py", "watchdog.py"),
-    *("config/", "config_fields.py", "config_saved.py"),
-  ),
+  ("cpu_compiler.py", "errors.py", "files.py", "history.py", "watchdog.py", "config/"),
   ("parallel/",),
   ("model/", "data/", "reporting/"),
   ("training/", "pretrained/"),
   ("checkpoint/", "prediction/", "timing/"),
-  ("config/choices.py", "config/read.py", "config.py"),
+  ("config/choices.py", "config/read.py"),
   ("workspace/",),
   ("runner/", "sampling/"),
   ("probing/",),
@@ -42,10 +39,7 @@ ONLY_IN = {
   "orbax": ("checkpoint/",),
   "tensorflow_datasets": ("data/",),
   "grain": ("data/",),
-  "ml_collections": (
-    *("main.py", "config/", "config.py", "config_fields.py", "config_saved.py"),
-    *("jobs/", "workspace/", "runner/", "sampling/", "probing/"),
-  ),
+  "ml_collections": ("main.py", "config/"),
   "tensorflow": ("data/tfds_prepare.py",),
   "torch": ("pretrained/",),
   "transformers": (),
@@ -64,7 +58,6 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 100
 # Kernels' bodies, one function each; and what other branches are taking apart.
 LONG_FUNCTIONS = {
   "model/attention/tpu_bodies.py": ("forward_body", "backward_body"),
-  "config_fields.py": ("base",),
   "jobs/finetune.py": ("_run",),
   "jobs/pretrain.py": ("_run",),
   "probing/sgd_run.py": ("_run",),
@@ -222,8 +215,13 @@ def probing_and_sampling_are_strangers(sources: Sources) -> list[str]:
 
 def prediction_is_for_job_compile(sources: Sources) -> list[str]:
   """Job compile predicts; reading settings checks a topology's name."""
-  allowed = {"jobs/compile.py", "config/read.py", "config.py"}
+  allowed = {"jobs/compile.py", "config/read.py"}
   return [f"{name} imports prediction" for name in importers(sources, "prediction/") - allowed]
+
+
+def settings_are_read_by_main_alone(sources: Sources) -> list[str]:
+  """Everything else is handed them."""
+  return [f"{name} reads settings" for name in importers(sources, "config/read.py") - {"main.py"}]
 
 
 def libraries_stay_in_their_room(sources: Sources) -> list[str]:
@@ -339,6 +337,7 @@ RULES = {
     {"sampling/new.py": "from igpt_jax.probing.features import FeatureRows"},
   ],
   prediction_is_for_job_compile: [{"jobs/new.py": "from igpt_jax.prediction import hlo"}],
+  settings_are_read_by_main_alone: [{"demo/new.py": "from igpt_jax.config import read"}],
   libraries_stay_in_their_room: [
     {"model/new.py": "def f():\n  import grain.python as g"},
     {"jobs/new.py": "from orbax.checkpoint import v1"},

@@ -93,7 +93,7 @@ def search(
   if not fitting:
     least = min((c.forecast.memory.needed for c in tried), default=0)
     raise UserError(
-      f"config.plan: nothing tried fits {topology.name}"
+      f"config.compile.plan: nothing tried fits {topology.name}"
       + (f"; the least needed {least / 2**30:.1f} GiB a device" if least else "")
       + f" of {topology.chip.hbm_bytes / 2**30:.1f}; fix: a larger slice, or a smaller train.batch_size"
     )
@@ -248,5 +248,5 @@ def remedies(training: Training, mesh: Mesh) -> list[str]:
   if training.batch_size // shards // training.accumulate > 1:
     found.append(f"--config.train.accumulate={2 * training.accumulate}")
   found.append("a larger slice")
-  found.append("--config.plan=True, which looks for what fits")
+  found.append("--config.compile.plan=True, which looks for what fits")
   return found

@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 from igpt_jax import checkpoint, files
+from igpt_jax.config.fields import GuardConfig
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
-from igpt_jax.training.bad_numbers import BadNumbers, GuardConfig
+from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import rollbacks
 

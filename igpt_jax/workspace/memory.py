@@ -13,7 +13,7 @@ _STATE_BYTES = 16  # of a parameter in training: itself, two moments, its gradie
 
 _KNOBS = {
   "sample": "a smaller sample.samples or sample.completions, sample.cache='int8'",
-  "complete": "a smaller sample.batch_size or n, sample.cache='int8'",
+  "complete": "a smaller sample.batch_size or complete.n, sample.cache='int8'",
   "evaluate": "a smaller evaluate.batch_size",
   "finetune": "a smaller finetune.batch_size, model.remat='full', mesh.fsdp=-1 with mesh.data=1",
 }
