@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from igpt_jax import checkpoint
-from igpt_jax.data import image_files, transforms
+from igpt_jax.data import image_decoding, image_files
 from igpt_jax.data.sources import DataConfig, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.reporting import curves, figures
@@ -49,7 +49,7 @@ class Job:
     self._reader.start()
 
   def _read(self) -> None:
-    for line in self.process.stdout:
+    for line in self.process.stdout or ():
       self.lines.append(line.rstrip("\n"))
 
   @property
@@ -190,9 +190,9 @@ def complete(
     n: samples of each picture.
     overrides: "--config.FIELD=VALUE", …
   """
-  given = [f"--config.checkpoint={checkpoint_path}", f"--config.images={images}"]
+  given = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
   run = Run("configs/complete.py", workdir, [*given, *overrides])
-  run.job("complete", f"--config.keep={keep}", f"--config.n={n}")
+  run.job("complete", f"--config.complete.keep={keep}", f"--config.complete.n={n}")
   run.show("**/grid.png", "**/appearing.gif")
 
 
@@ -219,7 +219,7 @@ def own_pictures(folder: str = "my") -> str:
 def _write_examples(folder: str) -> None:
   photo = importlib.resources.files("sklearn.datasets.images") / "china.jpg"
   pathlib.Path(folder, "photograph.jpg").write_bytes(photo.read_bytes())
-  digit = transforms.decode(open_split(DataConfig(name="digits"), "test")[0]["image"])
+  digit = image_decoding.decode(open_split(DataConfig(name="digits"), "test")[0]["image"])
   enlarged = figures.grid([[digit]], scale=_ENLARGED, gap=0)
   figures.save_png(os.path.join(folder, "digit.png"), enlarged)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import palette, pipeline, sources, tfds_prepare, transforms
+from igpt_jax.data import image_decoding, palette, pipeline, sources, tfds_prepare
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_imagenet_by_its_real_builder(tmp_path, shim):
   assert train.class_names[train[0]["label"]].startswith("n0144")
   assert "n0144" in train[0]["id"] and "ILSVRC2012_val" in test[0]["id"]
   assert len(sources.open_split(config, "validation")) == 1
-  values = sorted(round(transforms.decode(test[i]["image"]).mean()) for i in range(4))
+  values = sorted(round(image_decoding.decode(test[i]["image"]).mean()) for i in range(4))
   assert values == [30, 60, 90, 120]
   colors = palette.Palette.default()
   with pipeline.train_batches(train, config, colors, batch_size=8, seed=0) as batches:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import writing
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
@@ -43,13 +44,13 @@ def tiny(**overrides):
   config.update_from_flattened_dict({
     "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
     "train.batch_size": 16, "train.steps": 4, "train.warmup_steps": 2, "train.log_every": 2,
-    "train.eval_every": 0, "train.eval_images": 32, "train.keep": 1, "evaluate.images": 50,
+    "train.eval_every": 0, "train.eval_images": 32, "train.max_to_keep": 1, "evaluate.images": 50,
     "finetune.batch_size": 16, "finetune.steps": 9, "finetune.eval_every": 3,
     "finetune.learning_rate": 1e-2, "finetune.masks": 2,
-    "sample.samples": 2, "sample.completions": 1, "sample.per_picture": 1,
+    "sample.samples": 2, "sample.completions": 1, "sample.per_image": 1,
     **overrides,
   })  # fmt: skip
-  return config
+  return settings_of(config)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +125,9 @@ def test_test_is_scored_once_with_the_best(tuned):
   config = tiny()
   found = checkpoint.describe(values["checkpoint"])
   assert found.step == values["best_step"] and found.classes == DIGITS
-  from igpt_jax import config as config_lib
   from igpt_jax.data.sources import open_split
 
-  data_config = config_lib.data(config)
+  data_config = config.data
   split = open_split(data_config, "test")
   params = params_of(values["checkpoint"])
   params["clf"] = params.pop("head")

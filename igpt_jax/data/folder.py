@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from igpt_jax import errors
-from igpt_jax.data import digests, image_files, transforms
+from igpt_jax.data import digests, image_decoding, image_files
 from igpt_jax.files import printable
 from igpt_jax.reporting.progress import Countdown
 
@@ -98,7 +98,7 @@ class FolderRecords:
     try:
       return {"image": pathlib.Path(path).read_bytes(), "label": label, "id": shown}
     except OSError as error:
-      raise transforms.BadRecord(f"{shown}: {error.strerror}") from error
+      raise image_decoding.BadRecord(f"{shown}: {error.strerror}") from error
 
 
 def class_folders(root: pathlib.Path) -> list[str]:

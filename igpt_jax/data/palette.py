@@ -60,7 +60,7 @@ class Palette:
 
   @classmethod
   def from_uint8(cls, levels: np.ndarray) -> Palette:
-    """From uint8 [k, 3] colours."""
+    """The palette of uint8 [k, 3] colours."""
     return cls((np.asarray(levels, np.float64) / 127.5 - 1).astype(np.float32))
 
   @classmethod

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint, files
-from igpt_jax import config as config_lib
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
@@ -34,48 +34,46 @@ Network = Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, 3] -> features [
 _PER_PASS = 128  # pictures
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Draws from `checkpoint` (or the workdir's newest) and compares with the test split."""
-  watch.run(config, workdir, "quality.json", quality, settings_of)
+  watch.run(settings, workdir, "quality.json", quality, settings_of)
 
 
-def settings_of(config: ConfigDict) -> dict[str, Any]:
+def settings_of(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides quality.json."""
-  path = os.path.expanduser(config.quality.network)
+  path = os.path.expanduser(settings.quality.network)
   if path.endswith(".onnx"):
-    _check_file(config)
+    _check_file(settings)
     network = files.digest_of_file(path)
   else:
-    network = provenance.of_checkpoint(weights.describe(path, config)) if path else "its own"
+    network = provenance.of_checkpoint(weights.describe(path, settings)) if path else "its own"
   return {
-    "data": provenance.of_data(config, ["train", "test"]),
+    "data": provenance.of_data(settings, ["train", "test"]),
     "network": network,
     **provenance.of_settings(
-      config, ["quality", "sample", "seed"],
+      settings, ["quality", "sample", "seed"],
       without=["quality.network", "sample.batch_size", "sample.scale"],
     ),
   }  # fmt: skip
 
 
-def quality(config: ConfigDict, workdir: str, out: str) -> None:
+def quality(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; results go to `out`."""
-  if config.quality.images < 2:
-    raise UserError(f"config.quality.images: {config.quality.images}; expected 2 or more")
-  found = completer_lib.describe(config, workdir)
-  weights.check_resolution(config, found)
-  mesh = devices.mesh_of(config)
-  data_config = config_lib.data(config)
+  found = completer_lib.describe(settings, workdir)
+  weights.check_resolution(settings, found)
+  mesh = devices.mesh_of(settings)
+  data_config = settings.data
   splits = {name: open_split(data_config, name) for name in ("train", "test")}
   for split in splits.values():
     _check_enough(split.fingerprint, len(split))
-  n = min(config.quality.images, *map(len, splits.values()))
-  other = describe_network(config, found)
-  completer = Completer(found, config, mesh)
-  network, called = open_network(config, completer, other, mesh)
+  n = min(settings.quality.images, *map(len, splits.values()))
+  other = describe_network(settings, found)
+  completer = Completer(found, settings, mesh)
+  network, called = open_network(settings, completer, other, mesh)
 
   def real(name: str) -> np.ndarray:
     """Pictures spread over the split, as the palette shows them."""
-    order = np.random.default_rng(config.seed).permutation(len(splits[name]))[:n]
+    order = np.random.default_rng(settings.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
     images = np.concatenate(list(pipeline.image_stream(chosen, data_config, augment=False)))
     _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
@@ -85,15 +83,15 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
   test, train = real("test"), real("train")
   shown = completer.reader.paint(palette.encode(test).reshape(len(test), -1))
   n = len(test)
-  rows_given = given_rows(config.sample.keep, resolution)
+  rows_given = given_rows(settings.sample.keep, resolution)
   held_out = [
     Picture(str(i), tokens)
     for i, tokens in enumerate(palette.encode(test).reshape(n, -1).astype(np.int32))
   ]
   say(f"quality: {n:,} samples and {n:,} completions beside {splits['test'].fingerprint}")
-  samples, of_samples = gather(config, completer, [NOTHING], range(n), 0, "samples")
+  samples, of_samples = gather(settings, completer, [NOTHING], range(n), 0, "samples")
   completed, of_completions = gather(
-    config, completer, held_out, range(1), rows_given, "completions"
+    settings, completer, held_out, range(1), rows_given, "completions"
   )
   reference = frechet.moments(network(shown))
 
@@ -107,7 +105,7 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
     "network": called,
     "pictures": n,
     "data": {name: split.fingerprint for name, split in splits.items()},
-    "seed": config.seed,
+    "seed": settings.seed,
     "rows_given": rows_given,
     "samples_distance": distance(completer.reader.paint(samples)),
     "completions_distance": distance(completer.reader.paint(completed)),
@@ -133,7 +131,7 @@ def _check_enough(of: str, n: int) -> None:
 
 
 def gather(
-  config: ConfigDict,
+  settings: Settings,
   completer: Completer,
   pictures: list[Picture],
   numbers: range,
@@ -141,13 +139,13 @@ def gather(
   what: str,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokens and nats [N, T] of these samples of these pictures, `sample.batch_size` at a time."""
-  batch_size = config.sample.batch_size
+  batch_size = settings.sample.batch_size
   clock = progress.Countdown(what, len(pictures) * len(numbers), say)
   tokens, nll, done = [], [], 0
   for some, which in _batches(pictures, numbers, batch_size):
     # The last batch is as large as the others, so that one program draws them all.
     (drawn,) = completer.draw(
-      some, which, rows_given, config_lib.sampling(config), seed=config.seed
+      some, which, rows_given, choices.sampling_config(settings), seed=settings.seed
     )
     wanted = min(len(drawn.tokens), len(pictures) * len(numbers) - done)
     tokens.append(drawn.tokens[:wanted])
@@ -170,21 +168,21 @@ def _batches(pictures, numbers, size: int) -> Iterator[tuple[list[Picture], list
 
 
 def describe_network(
-  config: ConfigDict, found: checkpoint.Described
+  settings: Settings, found: checkpoint.Described
 ) -> checkpoint.Described | None:
   """The checkpoint whose features are compared; None for a network in ONNX format.
 
   Raises:
     UserError: it can't be read, or has no such layer, or is of another resolution.
   """
-  path = config.quality.network
+  path = settings.quality.network
   if path.endswith(".onnx"):
-    _check_file(config)
+    _check_file(settings)
     return None
-  chosen = weights.describe(path, config) if path else found
+  chosen = weights.describe(path, settings) if path else found
   weights.palette_of(chosen)
-  weights.check_resolution(config, chosen)
-  n_layer, layer = chosen.config.n_layer, config.quality.layer
+  weights.check_resolution(settings, chosen)
+  n_layer, layer = chosen.config.n_layer, settings.quality.layer
   if not -1 <= layer <= n_layer:
     raise UserError(
       f"config.quality.layer: {layer}; expected 0 to {n_layer}, or -1 for the middle one"
@@ -192,8 +190,8 @@ def describe_network(
   return chosen
 
 
-def _check_file(config: ConfigDict) -> None:
-  path = config.quality.network
+def _check_file(settings: Settings) -> None:
+  path = settings.quality.network
   if not os.path.isfile(os.path.expanduser(path)):
     raise UserError(
       f"config.quality.network: {path}: no such file; expected a network in ONNX format"
@@ -201,12 +199,12 @@ def _check_file(config: ConfigDict) -> None:
 
 
 def open_network(
-  config: ConfigDict, completer: Completer, other: checkpoint.Described | None, mesh: Mesh
+  settings: Settings, completer: Completer, other: checkpoint.Described | None, mesh: Mesh
 ) -> tuple[Network, str]:
   """The features to compare by, and what to call them."""
   if other is None:
-    return onnx_network(os.path.expanduser(config.quality.network)), config.quality.network
-  layer = config.quality.layer if config.quality.layer >= 0 else other.config.n_layer // 2
+    return onnx_network(os.path.expanduser(settings.quality.network)), settings.quality.network
+  layer = settings.quality.layer if settings.quality.layer >= 0 else other.config.n_layer // 2
   own = other.path == completer.trained.path
   params = completer.trained.params if own else weights.read(other, mesh, say)
   palette = Palette(np.asarray(other.palette), name=f"palette of {other.path}")

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding import autoregressive
@@ -26,50 +26,50 @@ from igpt_jax.sampling.completer import given_rows
 from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Samples from `checkpoint` (or the workdir's newest); watching, from every checkpoint."""
-  devices.use_cores(config)
-  watch.run(config, workdir, "sample.json", sample, settings_of)
+  devices.use_cores(settings)
+  watch.run(settings, workdir, "sample.json", sample, settings_of)
 
 
-def settings_of(config: ConfigDict) -> dict[str, Any]:
+def settings_of(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides sample.json and its images."""
   return {
-    "data": provenance.of_data(config, ["test"]),
-    **provenance.of_settings(config, ["sample", "seed"], without=["sample.batch_size"]),
+    "data": provenance.of_data(settings, ["test"]),
+    **provenance.of_settings(settings, ["sample", "seed"], without=["sample.batch_size"]),
   }
 
 
-def sample(config: ConfigDict, workdir: str, out: str) -> None:
+def sample(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; pictures go to `out`."""
-  settings = config_lib.sampling(config)
-  found = weights.find_model(config, workdir, needs_palette=True, check=check_draws)
-  at_once = math.gcd(config.sample.samples, config.sample.completions)
-  mesh = devices.sampling_mesh(config, found.config, at_once)
-  trained = weights.read_to_draw(config, found, mesh)
-  rows = max(config.sample.samples, config.sample.completions * config.sample.per_picture)
-  memory.check_cache(trained.config, rows, config.sample.cache, mesh)
+  sampling = choices.sampling_config(settings)
+  found = weights.find_model(settings, workdir, needs_palette=True, check=check_draws)
+  at_once = math.gcd(settings.sample.samples, settings.sample.completions)
+  mesh = devices.sampling_mesh(settings, found.config, at_once)
+  trained = weights.read_to_draw(settings, found, mesh)
+  rows = max(settings.sample.samples, settings.sample.completions * settings.sample.per_image)
+  memory.check_cache(trained.config, rows, settings.sample.cache, mesh)
   palette = weights.palette_of(trained)
   resolution = trained.run["resolution"]
-  rows_given = given_rows(config.sample.keep, resolution)
-  scale = config.sample.scale or figures.default_scale(resolution)
+  rows_given = given_rows(settings.sample.keep, resolution)
+  scale = settings.sample.scale or figures.default_scale(resolution)
   # Before anything is drawn: the test pictures may not be there.
-  given, originals, source = held_out(config, trained, palette)
+  given, originals, source = held_out(settings, trained, palette)
 
   def draw(given_BxP: np.ndarray, per_picture: int, stream: int) -> autoregressive.Samples:
     """Samples on the host; picture i's j-th sample has a seed of its own, whatever the batch."""
     wanted = len(given_BxP)
     padded = sharding.round_up_batch(mesh, wanted)
     given = np.pad(given_BxP, ((0, padded - wanted), (0, 0)))
-    base = jax.random.fold_in(jax.random.key(config.seed), stream)
+    base = jax.random.fold_in(jax.random.key(settings.seed), stream)
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(padded * per_picture))
     compiled = jax.jit(
       functools.partial(
         autoregressive.complete,
         trained.config,
-        sampling=settings,
+        sampling=sampling,
         samples_per_picture=per_picture,
-        cache_dtype=config.sample.cache,
+        cache_dtype=settings.sample.cache,
       ),
       out_shardings=sharding.replicated(mesh),
     )
@@ -82,14 +82,14 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
   def paint(tokens_BxT: np.ndarray) -> np.ndarray:
     return palette.decode(tokens_BxT).reshape(-1, resolution, resolution, 3)
 
-  say(f"sampling {config.sample.samples} pictures of {resolution}×{resolution}")
-  samples = draw(np.zeros((config.sample.samples, 0), np.int32), 1, stream=0)
+  say(f"sampling {settings.sample.samples} pictures of {resolution}×{resolution}")
+  samples = draw(np.zeros((settings.sample.samples, 0), np.int32), 1, stream=0)
   columns = math.ceil(math.sqrt(2 * len(samples.tokens)))
   painted = list(paint(samples.tokens))
   grid = [painted[start : start + columns] for start in range(0, len(painted), columns)]
 
   n_given = rows_given * resolution
-  per_picture = config.sample.per_picture
+  per_picture = settings.sample.per_image
   say(f"completing {len(given)} pictures of {source}, {rows_given} of {resolution} rows given")
   completions = draw(given[:, :n_given], per_picture, stream=1)
   rows = []
@@ -106,10 +106,10 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
     "checkpoint": trained.path,
     "step": trained.step,
     "parameters": weights.checksum_of(found),
-    "seed": config.seed,
-    "temperature": settings.temperature,
-    "top_k": settings.top_k,
-    "top_p": settings.top_p,
+    "seed": settings.seed,
+    "temperature": sampling.temperature,
+    "top_k": sampling.top_k,
+    "top_p": sampling.top_p,
     "rows_given": rows_given,
     "completed_from": source,
     "samples_nats_per_token": float(samples.nll.mean()),
@@ -132,13 +132,13 @@ def check_draws(found: checkpoint.Described) -> None:
     )
 
 
-def held_out(config: ConfigDict, trained, palette):
+def held_out(settings: Settings, trained, palette):
   """Tokens [N, T] and pictures [N, H, W, 3] (as the palette shows them) of the test split."""
-  data_config = config_lib.data(config)
+  data_config = settings.data
   split = open_split(data_config, "test")
-  wanted = min(config.sample.completions, len(split))
+  wanted = min(settings.sample.completions, len(split))
   # Spread over the split: neighbours are often alike.
-  order = np.random.default_rng(config.seed).permutation(len(split))[:wanted]
+  order = np.random.default_rng(settings.seed).permutation(len(split))[:wanted]
   tokens = streams.tokens_of(split.select(np.sort(order)), data_config, palette)
-  side = config.data.resolution
+  side = settings.data.resolution
   return tokens, palette.decode(tokens).reshape(-1, side, side, 3), split.fingerprint

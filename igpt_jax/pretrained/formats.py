@@ -104,6 +104,7 @@ def open_foreign(path: str | os.PathLike[str]) -> Foreign:
       os.path.dirname(path) or "." if os.path.isfile(path) else path
     )
   prefix = _bundle_prefix(path)
+  assert prefix is not None, "`detect` has found it"
   foreign = openai.open_checkpoint(prefix)
   try:
     clusters, palette_path = palettes.find_clusters(
@@ -144,8 +145,9 @@ def load(
     report: called with lines of progress and the notes.
   """
   with open_foreign(path) as foreign:
-    for note in foreign.notes if report else ():
-      report(note)
+    if report:
+      for note in foreign.notes:
+        report(note)
     params = foreign.load(place=place, dtype=dtype, report=report)
     return Loaded(foreign.config, params, foreign.clusters, foreign.notes)
 

@@ -282,7 +282,7 @@ class Bundle:
       )
     file = self._files[entry.shard]
     array = np.empty(entry.shape, entry.dtype)
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     file.seek(entry.offset)
     done, crc = 0, 0
     while done < entry.size:
@@ -348,7 +348,7 @@ def write_bundle(
             f"dtype of {name}: {array.dtype.name}; expected one of {', '.join(d.name for d in _DTYPE_CODES)}"
           )
         shard = sizes.index(min(sizes))
-        data, crc = memoryview(array.reshape(-1).view(np.uint8)), 0
+        data, crc = array.reshape(-1).view(np.uint8).data, 0
         for at in range(0, array.nbytes, _CHUNK_BYTES):
           chunk = bytes(data[at : at + _CHUNK_BYTES])
           files[shard].write(chunk)

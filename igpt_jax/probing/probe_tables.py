@@ -55,7 +55,7 @@ def table(rows: list[Row]) -> str:
 def curve(rows: list[Row], kind: str = "layer") -> tuple[list[int], list[float]]:
   """(layers, their test accuracy)."""
   found = [(row["layer"], row["test_accuracy"]) for row in rows if row["kind"] == kind]
-  return tuple(map(list, zip(*found, strict=True))) if found else ([], [])
+  return [layer for layer, _ in found], [accuracy for _, accuracy in found]
 
 
 def levels(rows: list[Row]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -124,14 +124,14 @@ class FeatureStore:
         array[before:] = -1
       array.flush()
 
-  def _open(self, name: str, mode: str) -> np.ndarray:
+  def _open(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
     """The rows wanted, [rows, …], mapped from disk."""
     array = self._load(name, mode)
     if len(array) < self._rows:
       raise self._misshapen(name, array)
-    return array[: self._rows]
+    return cast(np.memmap, array[: self._rows])
 
-  def _load(self, name: str, mode: str) -> np.ndarray:
+  def _load(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
     """All rows that there is room for."""
     path = self._path(name)
     try:

@@ -24,6 +24,7 @@ from hosts import hosts
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import Checkpoints, writing
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import SaveFailed, UserError
 from igpt_jax.jobs import pretrain
 from igpt_jax.reporting import metrics
@@ -202,9 +203,9 @@ def config_of(**changes):
   config.update_from_flattened_dict({
     "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "train.batch_size": 16, "train.steps": 12,
     "train.warmup_steps": 2, "train.log_every": 1, "train.eval_every": 6, "train.eval_images": 16,
-    "train.checkpoint_every": 3, "train.keep": 1, "mesh.data": 8, **changes,
+    "train.checkpoint_every": 3, "train.max_to_keep": 1, "mesh.data": 8, **changes,
   })  # fmt: skip
-  return config
+  return settings_of(config)
 
 
 def told(workdir):
