@@ -8,7 +8,7 @@ directory). A setting that is new, or has a new name, needs an entry in `history
 import dataclasses
 import difflib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from igpt_jax import history
 from igpt_jax.config.declare import (
@@ -48,9 +48,6 @@ from igpt_jax.config.run_fields import (
   ProfileConfig,
   TrainConfig,
 )
-
-if TYPE_CHECKING:
-  from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +127,8 @@ def no_such(name: str) -> str:
   return f"config.{name}: there is no such setting{suggestion}"
 
 
-def base() -> "ConfigDict":
-  """All settings with their defaults, for config files to change."""
+def base() -> Any:
+  """All settings with their defaults, a ConfigDict for config files to change."""
   from ml_collections import ConfigDict
 
   return ConfigDict(dataclasses.asdict(Settings()))

@@ -1,18 +1,15 @@
 """The paper's settings, for config files to begin with."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from igpt_jax.config.fields import base
-
-if TYPE_CHECKING:
-  from ml_collections import ConfigDict
 
 # ILSVRC-2012's training images, and the share of them that the paper trains on while tuning.
 _IMAGENET_TRAIN = 1_281_167
 _IMAGENET_VALIDATION = 0.04
 
 
-def imagenet(size: str, resolution: int) -> "ConfigDict":
+def imagenet(size: str, resolution: int) -> Any:
   """The paper's pretraining on ImageNet (section 3): its images, batch, steps and warm-up."""
   config = base()
   config.data.name = "imagenet2012"
@@ -34,7 +31,7 @@ def imagenet(size: str, resolution: int) -> "ConfigDict":
   return config
 
 
-def openai_eval(size: str) -> "ConfigDict":
+def openai_eval(size: str) -> Any:
   """The released checkpoint of a size on the released tokens, where the download job puts them."""
   config = base()
   config.job = "evaluate"

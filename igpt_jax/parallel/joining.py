@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -48,7 +48,7 @@ def join(host_seconds: int, trains: bool) -> None:
   # It takes SIGTERM over. Training answers that by saving; other jobs are to end by it.
   jax.config.update("jax_enable_preemption_service", trains)
   environment = os.environ
-  known = {}
+  known: dict[str, Any] = {}
   if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_PROCESS_ID" in environment:
     known = {
       "num_processes": int(environment["JAX_NUM_PROCESSES"]),
