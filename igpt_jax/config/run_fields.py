@@ -100,8 +100,8 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
   n_embd: int = setting(0, "0: the size's", **FROM_0, decides="run")
   dtype: str = setting("", 'of activations; "": bfloat16 on accelerators, float32 on CPU',
     choices=("float32", "bfloat16"), jobs=COMPUTING)
-  remat: str = setting("", "what the backward pass computes again: none, names, full, offload; "
-    "\"\": the size's", choices=("none", "names", "full", "offload"))
+  remat: str = setting("", "what the backward pass computes again: none, names, offload, full; "
+    "\"\": the size's", choices=("none", "names", "offload", "full"))
   attention: str = setting("auto", "its implementation", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
 

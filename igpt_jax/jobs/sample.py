@@ -29,13 +29,13 @@ from igpt_jax.workspace import devices, memory, provenance, streams, watch, weig
 def run(settings: Settings, workdir: str) -> None:
   """Samples from `checkpoint` (or the workdir's newest); watching, from every checkpoint."""
   devices.use_cores(settings)
-  watch.run(settings, workdir, "sample.json", sample, settings_of)
+  watch.run(settings, workdir, "sample.json", sample, depends_on)
 
 
-def settings_of(settings: Settings) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides sample.json and its images."""
   return {
-    "data": provenance.of_data(settings, ["test"]),
+    "data": provenance.of_data(settings.data, ["test"]),
     **provenance.of_settings(settings, ["sample", "seed"], without=["sample.batch_size"]),
   }
 
