@@ -124,7 +124,8 @@ class ConvertConfig(Group, prefix="convert", jobs=("convert",)):
 class DownloadConfig(Group, prefix="download", jobs=("download",)):
   """Which of the released files."""
 
-  model: str = setting("s", 's, m, l; "": none', choices=("s", "m", "l", ""))
+  model: str = setting("s", 's, m, l (XL was not released); "": none',
+    choices=("s", "m", "l", ""))
   step: int = setting(1_000_000, "or 131000, 262000, 524000",
     choices=(131_000, 262_000, 524_000, 1_000_000))
   bert: bool = setting(False, "the model of the BERT objective")
