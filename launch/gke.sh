@@ -29,34 +29,11 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 name="" accelerator="" topology="" chips_per_host=4 image="" spot="" service_account=default
-max_restarts=50 grace=120
-mounts=() kubectl=(kubectl)
-while [ $# -gt 0 ]; do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --accelerator=*) accelerator=${1#*=} ;;
-    --topology=*) topology=${1#*=} ;;
-    --chips-per-host=*) chips_per_host=${1#*=} ;;
-    --image=*) image=${1#*=} ;;
-    --spot) spot=1 ;;
-    --service-account=*) service_account=${1#*=} ;;
-    --mount=*) mounts+=("${1#*=}") ;;
-    --max-restarts=*) max_restarts=${1#*=} ;;
-    --grace=*) grace=${1#*=} ;;
-    --context=* | --namespace=*) kubectl+=("$1") ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) unknown_option "$1" ;;
-  esac
-  shift
-done
+max_restarts=50 grace=120 context="" namespace="" mount=()
+read_options --name= --accelerator= --topology= --chips-per-host= --image= --spot --service-account= \
+  --mount+= --max-restarts= --grace= --context= --namespace= -- "$@"
+set -- ${main_args[@]+"${main_args[@]}"}
+kubectl=(kubectl ${context:+--context="$context"} ${namespace:+--namespace="$namespace"})
 need_option name "$name"
 need_option accelerator "$accelerator"
 need_option topology "$topology"
@@ -71,23 +48,23 @@ chips=$((${topology//x/*}))
 [ "$chips_per_host" -gt 0 ] && [ $((chips % chips_per_host)) -eq 0 ] ||
   die "--chips-per-host=$chips_per_host; expected a divisor of the $chips chips of $topology"
 check_main_args "$@"
-check_mounts mount ${mounts[@]+"${mounts[@]}"}
-check_lasting_workdir ${mounts[@]+"${mounts[@]}"}
+check_mounts mount ${mount[@]+"${mount[@]}"}
+check_lasting_workdir ${mount[@]+"${mount[@]}"}
 need kubectl
 
 # Sets what gke_jobset.yaml names; JSON is YAML, and quotes every argument safely.
 # shellcheck disable=SC2034  # render reads them by name
 fill_in() {
-  local mount i=0 volumes mount_points arg args=()
+  local bucket i=0 volumes mount_points arg args=()
   volumes='{"name": "shm", "emptyDir": {"medium": "Memory"}}'
   mount_points='{"name": "shm", "mountPath": "/dev/shm"}'
   POD_ANNOTATIONS='{}'
-  for mount in ${mounts[@]+"${mounts[@]}"}; do
+  for bucket in ${mount[@]+"${mount[@]}"}; do
     POD_ANNOTATIONS='{"gke-gcsfuse/volumes": "true"}'
     volumes+=", {\"name\": \"bucket-$i\", \"csi\": {\"driver\": \"gcsfuse.csi.storage.gke.io\","
-    volumes+=" \"volumeAttributes\": {\"bucketName\": $(json_strings "${mount%%:*}"),"
+    volumes+=" \"volumeAttributes\": {\"bucketName\": $(json_strings "${bucket%%:*}"),"
     volumes+=" \"mountOptions\": \"implicit-dirs,rename-dir-limit=$RENAME_LIMIT\"}}}"
-    mount_points+=", {\"name\": \"bucket-$i\", \"mountPath\": $(json_strings "${mount#*:}")}"
+    mount_points+=", {\"name\": \"bucket-$i\", \"mountPath\": $(json_strings "${bucket#*:}")}"
     i=$((i + 1))
   done
   VOLUMES="[$volumes]" VOLUME_MOUNTS="[$mount_points]"

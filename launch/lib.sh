@@ -94,9 +94,45 @@ need_name() {
     die "--$1=$2; expected lower-case letters, digits and dashes, a letter first, at most 63"
 }
 
-unknown_option() {
-  die "unknown option: $1; launch options are written --name=value and come before \"--\"," \
-    "igpt_jax's own (--config=… --workdir=…) after it; see --help"
+# read_options SPEC… -- ARG…: reads the launch options of ARG…, up to "--"; `main_args` is what follows.
+# --NAME= sets a variable of that name (with underscores), --NAME+= adds to an array, --NAME sets it to
+# 1, and "*" adds what is none of these to the array `others`. Every script has --dry-run and --help.
+read_options() {
+  local specs=" --dry-run " option variable
+  while [ "$1" != -- ]; do
+    specs="$specs$1 "
+    shift
+  done
+  shift
+  main_args=() others=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --help | -h)
+        usage
+        exit 0
+        ;;
+      --)
+        shift
+        # shellcheck disable=SC2034  # for the scripts that source this
+        main_args=("$@")
+        return
+        ;;
+    esac
+    option=${1%%=*} variable=${1%%=*}
+    variable=${variable#--} variable=${variable//-/_}
+    [[ $option =~ ^--[a-z-]+$ ]] || option=none
+    [ "$option" = "$1" ] || option="$option="
+    case $specs in
+      *" $option "*)
+        if [[ $option == *= ]]; then printf -v "$variable" %s "${1#*=}"; else printf -v "$variable" 1; fi
+        ;;
+      *" ${option%=}+= "*) eval "$variable+=(\"\${1#*=}\")" ;;
+      *" * "*) others+=("$1") ;;
+      *) die "unknown option: $1; launch options are written --name=value and come before \"--\"," \
+        "igpt_jax's own (--config=… --workdir=…) after it; see --help" ;;
+    esac
+    shift
+  done
 }
 
 # Checks what goes to igpt_jax.main and sets `workdir`.

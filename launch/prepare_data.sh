@@ -23,23 +23,8 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 venv=$REPO_DIR/.venv-prepare python=python3
-while [ $# -gt 0 ]; do
-  case $1 in
-    --venv=*) venv=${1#*=} ;;
-    --python=*) python=${1#*=} ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) unknown_option "$1" ;;
-  esac
-  shift
-done
+read_options --venv= --python= -- "$@"
+set -- ${main_args[@]+"${main_args[@]}"}
 need_option venv "$venv"
 check_main_args "$@"
 need "$python"

@@ -29,40 +29,21 @@ set -euo pipefail
 
 MAX_PAUSE=1800
 max_restarts=100 max_failures=3 backoff=30 healthy=1800 keep="" owner=""
-session_options=() place=()
-
-while [ $# -gt 0 ]; do
-  case $1 in
-    --max-restarts=*) max_restarts=${1#*=} ;;
-    --max-failures=*) max_failures=${1#*=} ;;
-    --backoff=*) backoff=${1#*=} ;;
-    --healthy=*) healthy=${1#*=} ;;
-    --keep) keep=1 ;;
-    --owner=*) owner=${1#*=} ;;
-    --dry-run) dry_run=1 ;;
+read_options --max-restarts= --max-failures= --backoff= --healthy= --keep --owner= '*' -- "$@"
+set -- ${main_args[@]+"${main_args[@]}"}
+place=()
+for option in ${others[@]+"${others[@]}"}; do
+  case $option in
     --delete) die "--delete is tpu_vm.sh's" ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    --name=* | --zone=* | --project=* | --internal-ips)
-      session_options+=("$1")
-      place+=("$1")
-      ;;
-    *) session_options+=("$1") ;;
+    --name=* | --zone=* | --project=* | --internal-ips) place+=("$option") ;;
   esac
-  shift
 done
 need_count max-restarts "$max_restarts"
 need_count max-failures "$max_failures"
 need_count backoff "$backoff"
 need_count healthy "$healthy"
 [ -n "$owner" ] || owner=igpt-$(date +%Y%m%d-%H%M%S)-$RANDOM
-session_options+=(--owner="$owner")
+session_options=(${others[@]+"${others[@]}"} --owner="$owner")
 tpu_vm=$LAUNCH_DIR/tpu_vm.sh
 
 # A dry run of the session checks all of its arguments.

@@ -53,8 +53,8 @@ machines_gone() {
 create() {
   # Set before asking: an interrupted request may still have arrived.
   owned=1
-  set -- create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" \
-    --labels="igpt_jax_owner=$owner" ${create_flags[@]+"${create_flags[@]}"}
+  set -- create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime_version" \
+    --labels="igpt_jax_owner=$owner" ${create_flag[@]+"${create_flag[@]}"}
   if [ -n "$dry_run" ]; then
     queued_resource "$@"
     dry_state=ACTIVE
@@ -181,9 +181,9 @@ pack_source() {
 
 put_source() {
   local line="rm -rf igpt_jax"
-  if [ -n "$git_url" ]; then
-    line="$line && git clone --quiet -- $(shell_quote "$git_url") igpt_jax"
-    [ -z "$git_ref" ] || line="$line && git -C igpt_jax checkout --quiet $(shell_quote "$git_ref")"
+  if [ -n "$git" ]; then
+    line="$line && git clone --quiet -- $(shell_quote "$git") igpt_jax"
+    [ -z "$ref" ] || line="$line && git -C igpt_jax checkout --quiet $(shell_quote "$ref")"
   else
     run gcloud compute tpus tpu-vm scp "$tmp/igpt_jax.tar.gz" "$name:igpt_jax.tar.gz" \
       "${where[@]}" "${scp_flags[@]}" --worker=all || return
@@ -193,16 +193,16 @@ put_source() {
 }
 
 mount_buckets() {
-  local mount
-  for mount in ${mounts[@]+"${mounts[@]}"}; do
-    on_workers all "$worker mount $(shell_quote "${mount%%:*}" "${mount#*:}")" || return
+  local bucket
+  for bucket in ${mount[@]+"${mount[@]}"}; do
+    on_workers all "$worker mount $(shell_quote "${bucket%%:*}" "${bucket#*:}")" || return
   done
 }
 
 start() {
   local line
   line="$worker start $(shell_quote "${main_args[@]}")"
-  [ ${#environment[@]} -eq 0 ] || line="env $(shell_quote "${environment[@]}") $line"
+  [ ${#env[@]} -eq 0 ] || line="env $(shell_quote "${env[@]}") $line"
   started=1
   on_workers all "$line"
 }

@@ -36,42 +36,13 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-name="" zone="" type="" capacity=on-demand project="" runtime="" valid_until="" internal_ips=""
-git_url="" git_ref="" keep="" owner="" delete_only=""
-create_flags=() mounts=() shared=() environment=()
-
-while [ $# -gt 0 ]; do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --capacity=*) capacity=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --runtime-version=*) runtime=${1#*=} ;;
-    --valid-until=*) valid_until=${1#*=} ;;
-    --create-flag=*) create_flags+=("${1#*=}") ;;
-    --internal-ips) internal_ips=1 ;;
-    --git=*) git_url=${1#*=} ;;
-    --ref=*) git_ref=${1#*=} ;;
-    --mount=*) mounts+=("${1#*=}") ;;
-    --shared=*) shared+=("shared:${1#*=}") ;;
-    --env=*) environment+=("${1#*=}") ;;
-    --keep) keep=1 ;;
-    --owner=*) owner=${1#*=} ;;
-    --delete) delete_only=1 ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) unknown_option "$1" ;;
-  esac
-  shift
-done
+name="" zone="" type="" capacity=on-demand project="" runtime_version="" valid_until=""
+internal_ips="" git="" ref="" keep="" owner="" delete=""
+create_flag=() mount=() shared=() env=()
+read_options --name= --zone= --type= --capacity= --project= --runtime-version= --valid-until= \
+  --create-flag+= --internal-ips --git= --ref= --mount+= --shared+= --env+= --keep --owner= --delete \
+  -- "$@"
+set -- ${main_args[@]+"${main_args[@]}"}
 
 # --- Arguments ------------------------------------------------------------------------------------
 
@@ -82,33 +53,33 @@ need_name name "$name"
 where=(--zone="$zone" --quiet)
 [ -z "$project" ] || where+=(--project="$project")
 
-if [ -n "$delete_only" ]; then
+if [ -n "$delete" ]; then
   need_option owner "$owner"
 else
   need_option type "$type"
   case $capacity in
     on-demand) ;;
-    spot | reserved) create_flags+=("--$capacity") ;;
+    spot | reserved) create_flag+=("--$capacity") ;;
     *) die "--capacity=$capacity; expected on-demand, spot or reserved" ;;
   esac
-  if [ -z "$runtime" ]; then
+  if [ -z "$runtime_version" ]; then
     case $type in
-      v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
-      v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
-      v5p-*) runtime=v2-alpha-tpuv5 ;;
-      v6e-*) runtime=v2-alpha-tpuv6e ;;
+      v2-* | v3-* | v4-*) runtime_version=tpu-ubuntu2204-base ;;
+      v5litepod-*) runtime_version=v2-alpha-tpuv5-lite ;;
+      v5p-*) runtime_version=v2-alpha-tpuv5 ;;
+      v6e-*) runtime_version=v2-alpha-tpuv6e ;;
       *) die "--type=$type; expected v2-…, v3-…, v4-…, v5litepod-…, v5p-… or v6e-…;" \
         "fix: give --runtime-version=… for another type (TPU7x is on GKE only: launch/gke.sh)" ;;
     esac
   fi
-  [ -z "$valid_until" ] || create_flags+=("--valid-until-duration=$valid_until")
-  [ -z "$internal_ips" ] || create_flags+=(--internal-ips)
-  [ -z "$git_ref" ] || need_option git "$git_url"
+  [ -z "$valid_until" ] || create_flag+=("--valid-until-duration=$valid_until")
+  [ -z "$internal_ips" ] || create_flag+=(--internal-ips)
+  [ -z "$ref" ] || need_option git "$git"
   check_main_args "$@"
-  check_mounts mount ${mounts[@]+"${mounts[@]}"}
+  check_mounts mount ${mount[@]+"${mount[@]}"}
   [ -n "$keep" ] ||
-    check_lasting_workdir ${mounts[@]+"${mounts[@]}"} ${shared[@]+"${shared[@]}"}
-  for variable in ${environment[@]+"${environment[@]}"}; do
+    check_lasting_workdir ${mount[@]+"${mount[@]}"} ${shared[@]+"${shared[@]/#/shared:}"}
+  for variable in ${env[@]+"${env[@]}"}; do
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "--env=$variable; expected NAME=VALUE"
   done
   [ -n "$owner" ] || owner=igpt-$(date +%Y%m%d-%H%M%S)-$RANDOM
@@ -132,7 +103,7 @@ step() {
 }
 
 session() {
-  [ -n "$git_url" ] || pack_source || return 1
+  [ -n "$git" ] || pack_source || return 1
   acquire || return
   step "reaching the machines" reach || return
   outcome=none
@@ -186,7 +157,7 @@ trap 'exit 130' INT
 trap 'exit 129' HUP
 trap 'exit 143' TERM
 
-if [ -n "$delete_only" ]; then
+if [ -n "$delete" ]; then
   dry_state=ACTIVE owned=1 started=1 keep=""
   for ((i = 0; i < REACH_TRIES; i++)); do
     look

@@ -29,32 +29,10 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 name="" cluster="" type="" image="" project="" zone="" max_restarts=50 grace=120
-storages=() xpk_flags=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --cluster=*) cluster=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --image=*) image=${1#*=} ;;
-    --storage=*) storages+=("${1#*=}") ;;
-    --project=*) project=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --max-restarts=*) max_restarts=${1#*=} ;;
-    --grace=*) grace=${1#*=} ;;
-    --xpk-flag=*) xpk_flags+=("${1#*=}") ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) unknown_option "$1" ;;
-  esac
-  shift
-done
+storage=() xpk_flag=()
+read_options --name= --cluster= --type= --image= --storage+= --project= --zone= --max-restarts= \
+  --grace= --xpk-flag+= -- "$@"
+set -- ${main_args[@]+"${main_args[@]}"}
 need_option name "$name"
 need_option cluster "$cluster"
 need_option type "$type"
@@ -63,15 +41,15 @@ need_name name "$name"
 need_count max-restarts "$max_restarts"
 need_count grace "$grace"
 check_main_args "$@"
-check_mounts storage ${storages[@]+"${storages[@]}"}
-check_lasting_workdir ${storages[@]+"${storages[@]}"}
-for storage in ${storages[@]+"${storages[@]}"}; do xpk_flags+=(--storage="${storage%%:*}"); done
-[ -z "$project" ] || xpk_flags+=(--project="$project")
-[ -z "$zone" ] || xpk_flags+=(--zone="$zone")
+check_mounts storage ${storage[@]+"${storage[@]}"}
+check_lasting_workdir ${storage[@]+"${storage[@]}"}
+for mount in ${storage[@]+"${storage[@]}"}; do xpk_flag+=(--storage="${mount%%:*}"); done
+[ -z "$project" ] || xpk_flag+=(--project="$project")
+[ -z "$zone" ] || xpk_flag+=(--zone="$zone")
 need xpk kubectl
 
 # xpk writes the command into a shell script of its own; exec lets its SIGTERM through.
 run xpk workload create --workload="$name" --cluster="$cluster" --tpu-type="$type" \
   --docker-image="$image" --max-restarts="$max_restarts" --restart-on-exit-codes=1,3-126 \
-  --termination-grace-period-seconds="$grace" ${xpk_flags[@]+"${xpk_flags[@]}"} \
+  --termination-grace-period-seconds="$grace" ${xpk_flag[@]+"${xpk_flag[@]}"} \
   --command="exec bash launch/entry.sh $(shell_quote "$@" --distributed)"

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import collectives
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,7 +18,7 @@ import tiny
 from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
-from igpt_jax.prediction import forecast, hlo, schedule
+from igpt_jax.prediction import forecast, hlo
 from igpt_jax.training import compilation
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -204,7 +205,7 @@ def test_the_step_compiles_with_kernels_that_work_in_place(topology, n_head, hea
     topology, TOPOLOGIES[topology], n_head=n_head, n_embd=n_head * head_dim, n_positions=256
   )
   assert kernels(program) == 2
-  run = schedule.count_collectives(program)
+  run = collectives.count(program)
   assert set(run) <= {"all-gather", "all-reduce", "reduce-scatter"}
   assert run["all-gather"] == 3 * 8 + 3
 
@@ -212,7 +213,7 @@ def test_the_step_compiles_with_kernels_that_work_in_place(topology, n_head, hea
 @pytest.mark.parametrize("shape", [(1, 16, 1), (2, 8, 1)], ids=str)
 def test_sixteen_chips_gather_weights_and_move_no_activations(shape):
   program = compiled("v5e:4x4", shape, n_head=8, n_embd=512, n_positions=64)
-  run = schedule.count_collectives(program)
+  run = collectives.count(program)
   assert set(run) <= {"all-gather", "all-reduce", "reduce-scatter"}
   assert run["all-gather"] == 3 * 8 + 3
   # Over both dimensions of a slice without rings, this compiler makes all-reduces of reduce-scatters.
@@ -229,7 +230,7 @@ def test_depth_changes_how_often_the_program_turns_not_its_size():
   assert loops[0] == loops[1] > 0
   sizes = [count(program, lambda o: True) for program in (shallow, deep)]
   assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
-  gathers = [schedule.count_collectives(program)["all-gather"] for program in (shallow, deep)]
+  gathers = [collectives.count(program)["all-gather"] for program in (shallow, deep)]
   assert gathers == [3 * 8 + 3, 6 * 8 + 3]
 
 

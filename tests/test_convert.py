@@ -475,7 +475,11 @@ MISTAKES = {
     "palette.path",
   ),
   "tokens from nowhere": ("base", "--config.data.name=tokens", "data.path: empty"),
-  "no such model": ("base", "--config.job=download --config.download.model=xl", "not released"),
+  "no such model": (
+    "base",
+    "--config.job=download --config.download.model=xl",
+    "expected one of s, m, l",
+  ),
   "nothing to download": (
     "base",
     "--config.job=download --config.download.model= --config.download.data=",

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
-from igpt_jax.data import palette, sources
+from igpt_jax.data import palette, sources, tfds_source
 from igpt_jax.timing import input
 
 
@@ -20,7 +19,9 @@ def patches(tmp_path_factory):
     validation=0.04,
     threads=1,
   )
-  return sources.open_split(config, "train"), config
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(tfds_source.OWN, "photo_patches", "photo_patches")
+    return sources.open_split(config, "train"), config
 
 
 def test_every_stage_is_measured(patches):
@@ -36,20 +37,8 @@ def test_every_stage_is_measured(patches):
 
 def test_throughput_of_both_forms(patches):
   split, config = patches
-  colors = palette.Palette.default()
-  sizes = {"batch_size": 16, "n_batches": 2}
-  fused = input.throughput(split, config, colors, **sizes)
-  literal = input.throughput(
-    split, dataclasses.replace(config, resample="literal"), colors, literal_pillow=True, **sizes
-  )
-  assert fused.pipeline == "paper, fused" and literal.pipeline == "literal, Pillow"
-  for result in (fused, literal):
-    assert result.cpu_ms > 0 and result.pictures_per_second > 0 and result.workers == 0
-
-
-def test_the_pillow_form_makes_the_same_kind_of_picture(patches):
-  split, config = patches
-  pillow = input.PillowSplit(split, config.resolution)
-  image = pillow[0]["image"]
-  assert image.shape == (32, 32, 3) and image.dtype == np.uint8
-  assert pillow[0]["label"] == split[0]["label"]
+  for form in ("fused", "literal"):
+    settings = dataclasses.replace(config, resample=form)
+    found = input.throughput(split, settings, palette.Palette.default(), batch_size=16, n_batches=2)
+    assert found.pipeline == f"paper, {form}"
+    assert found.cpu_ms > 0 and found.pictures_per_second > 0 and found.workers == 0

@@ -1,5 +1,6 @@
 """The jobs as a person runs them: real configs, shrunk; real subprocesses where exit codes matter."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -293,7 +294,10 @@ def test_masked_objective_trains_evaluates_and_refuses_to_sample(tmp_path):
 
 def test_masks_that_hide_nothing(tmp_path):
   """Training goes on without a validation loss, and evaluation says that there's no likelihood."""
-  config = tiny(objective="masked", **{"mask_probability": 1e-6, "evaluate.images": 5})
+  # The command would refuse it.
+  config = dataclasses.replace(
+    tiny(objective="masked", **{"evaluate.images": 5}), mask_probability=1e-6
+  )
   pretrain.run(config, str(tmp_path))
   records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
   losses = [record["loss"] for record in records if "loss" in record]
@@ -501,10 +505,16 @@ MISTAKES = {
     ["--config.train.batch_size=8", "--config.train.accumulate=3"],
     "4 of the mesh × train.accumulate 3; nearest: 12",
   ),
-  "topology": (["--config.job=compile", "--config.topology=v5x:4x4"], "did you mean v5[ep]:4x4"),
-  "slice": (["--config.job=compile", "--config.topology=v5p:4x4"], "nearest: v5p:2x2x2"),
-  "topology of training": (["--config.topology=v5e:4x4"], "is for job compile; .*'pretrain'"),
-  "no topology": (["--config.job=compile"], "config.topology: missing"),
+  "topology": (
+    ["--config.job=compile", "--config.compile.topology=v5x:4x4"],
+    "did you mean v5[ep]:4x4",
+  ),
+  "slice": (["--config.job=compile", "--config.compile.topology=v5p:4x4"], "nearest: v5p:2x2x2"),
+  "topology of training": (
+    ["--config.compile.topology=v5e:4x4"],
+    "is for job compile; .*'pretrain'",
+  ),
+  "no topology": (["--config.job=compile"], "config.compile.topology: missing"),
   "config file": (["--config=configs/quickstrat.py"], "quickstrat"),
   "stray argument": (["quickstart"], "quickstart"),
 }

@@ -13,6 +13,7 @@ from PIL import Image
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import writing
+from igpt_jax.config import choices
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, evaluate, finetune, pretrain, sample
@@ -21,7 +22,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.runner import saving
 from igpt_jax.training import compilation
 from igpt_jax.training import joint as finetune_lib
-from igpt_jax.workspace import devices, finetuning, streams, weights
+from igpt_jax.workspace import devices, streams, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -225,7 +226,7 @@ def test_the_best_of_those_that_were_saved_is_taken(start, tmp_path, monkeypatch
   monkeypatch.setattr(writing, "_sync_unnamed", fail_at_2)
   monkeypatch.setattr(saving, "_FIRST_PAUSE", 0.01)
   settings = {"checkpoint": start, "finetune.eval_every": 1, "finetune.steps": 5}
-  settings |= {"finetune.patience": patience, "train.keep": 2}
+  settings |= {"finetune.patience": patience, "train.max_to_keep": 2}
   left = scripted(monkeypatch, [0.1, 0.9, 0.4, 0.3, 0.3])
   finetune.run(tiny(**settings), str(tmp_path))
   values, folder = result(tmp_path), tmp_path / "finetune" / "checkpoints"
@@ -251,7 +252,8 @@ def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
   sample.run(config, str(tmp_path / "sample"))
   for format in ("orbax", "huggingface"):
     target = str(tmp_path / format)
-    convert.run(tiny(source=path, target=target, format=format), str(tmp_path / "convert"))
+    settings = {"convert.source": path, "convert.target": target, "convert.format": format}
+    convert.run(tiny(**settings), str(tmp_path / "convert"))
     # The head stays behind, whatever the run says of it.
     assert weights.describe(target, config).classes == ()
   trained = checkpoint.load_pretrained(str(tmp_path / "orbax"), mesh())
@@ -331,7 +333,7 @@ def test_classification_alone_leaves_the_output_table(start, tmp_path):
 def test_a_tenth_of_the_sizes_rate():
   for objective, rate in (("autoregressive", 3e-4), ("masked", 1e-3)):
     config = tiny(objective=objective, **{"finetune.learning_rate": 0.0, "train.b2": 0.9})
-    made = finetuning.make_optimizer_config(config)
+    made = choices.finetuning_optimizer_config(config)
     assert made.learning_rate == pytest.approx(rate)
     assert (made.schedule, made.b1, made.b2, made.steps) == ("constant", 0.9, 0.9, 9)
 
@@ -375,7 +377,7 @@ def test_a_mistake_is_said_before_anything_is_compiled(start, folders, tmp_path,
     overrides["data.path"] = str(folders / overrides["data.path"])
   monkeypatch.setattr(compilation, "compile_step", lambda *args: pytest.fail("compiled"))
   with pytest.raises(UserError, match=said):
-    finetune.run(tiny(**overrides), str(tmp_path))
+    finetune.run(tiny(job="finetune", **overrides), str(tmp_path))
   assert not (tmp_path / "finetune" / "config.json").exists()
   assert not (tmp_path / "finetune" / "checkpoints").exists()
 

@@ -242,7 +242,7 @@ def test_the_same_classifiers_are_tested_on_more_images(trained, tmp_path):
 )
 def test_a_step_written_again_by_another_run_is_done_again(run, tmp_path, job, kind, name):
   settings = {
-    "sample__samples": 2, "sample__completions": 2, "sample__per_picture": 1,
+    "sample__samples": 2, "sample__completions": 2, "sample__per_image": 1,
     "quality__images": 4, **(SGD if job is probe else {}),
   }  # fmt: skip
   shutil.rmtree(run / "checkpoints" / "8")
@@ -312,7 +312,7 @@ def test_one_picture_compares_only_what_is_comparable(run):
 
 def test_a_summary_of_several_checkpoints_says_which(run):
   evaluate.run(config_of(), str(run))
-  sample_settings = {"sample__samples": 2, "sample__completions": 2, "sample__per_picture": 1}
+  sample_settings = {"sample__samples": 2, "sample__completions": 2, "sample__per_image": 1}
   sample.run(config_of(**sample_settings), str(run))
   assert "step 12" not in (run / "summary.md").read_text()
   sample.run(config_of(**sample_settings, checkpoint=f"{run}/checkpoints/8"), str(run))

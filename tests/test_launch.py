@@ -277,7 +277,10 @@ def test_help_tells_every_option(world, script):
   assert result.returncode == 0, result.stderr
   assert script in result.stdout and "set -e" not in result.stdout
   source = (LAUNCH / script).read_text()
-  for option in set(re.findall(r"^ +(?:\S+ \| )?(--[a-z-]+)[=*]*\)", source, re.M)) - {"--help"}:
+  options = re.findall(r"^ +(?:\S+ \| )?(--[a-z-]+)[=*]*\)", source, re.M)
+  for specs in re.findall(r"^read_options ((?:.|\\\n)*?) -- ", source, re.M):
+    options += [spec.rstrip("+=") for spec in specs.split() if spec.startswith("--")]
+  for option in set(options) - {"--help"}:
     assert option in result.stdout, f"{option} is missing from {script} --help"
 
 

@@ -41,7 +41,7 @@ def test_grid_refuses_pictures_of_two_sizes():
 
 def test_hidden_rows_are_grey_and_the_original_is_left_alone():
   picture = solid(7, height=4)
-  hidden = figures.hide_below(picture, 1)
+  hidden = figures.hide(picture, np.arange(4)[:, None] < 1)
   assert np.all(hidden[:1] == 7) and np.all(hidden[1:] == 200)
   assert np.all(picture == 7)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import collectives
 import jax
 import jax.numpy as jnp
 import pytest
@@ -246,7 +247,7 @@ def test_a_collective_that_fusions_begin_carry_and_end():
     before=before,
   )
   predicted = predict(text)
-  assert schedule.count_collectives(hlo.parse(text)) == {"all-gather": 1}
+  assert collectives.count(hlo.parse(text)) == {"all-gather": 1}
   assert predicted.compute == 1.0
   assert predicted.exposed == pytest.approx(links_seconds() - 1.0)
 
@@ -293,7 +294,7 @@ def test_collectives_in_a_loop_count_each_turn():
     "  %fusion.9 =",
     f"  %g = f32[1000]{{0}} all-gather(%gte.1), channel_id=1, {GATHER}\n  %fusion.9 =",
   )
-  assert schedule.count_collectives(hlo.parse(text)) == {"all-gather": 24}
+  assert collectives.count(hlo.parse(text)) == {"all-gather": 24}
   predicted = predict(text)
   assert predicted.exposed == pytest.approx(24 * links_seconds())
   assert predicted.collectives["all-gather"].bytes == 24 * 4000
@@ -653,7 +654,7 @@ def test_collectives_are_the_intended_ones(shape, causal):
   summed; activations never move but to be summed over tensor."""
   n_layer = 3
   program = compiled(shape, n_layer, causal)
-  run, stand = schedule.count_collectives(program), written(program)
+  run, stand = collectives.count(program), written(program)
   assert "all-to-all" not in stand and "collective-permute" not in stand
   assert set(stand) <= {"all-gather", "all-reduce", "reduce-scatter"}
   if shape[1] == 1:
@@ -671,11 +672,11 @@ def test_depth_changes_how_often_collectives_run_not_how_many_there_are():
   shallow, deep = (compiled((2, 2, 2), n_layer) for n_layer in (3, 6))
   assert written(shallow) == written(deep)
   assert loops(shallow) == loops(deep) > 0
-  assert schedule.count_collectives(deep)["all-gather"] == 8 * 6 + 4
+  assert collectives.count(deep)["all-gather"] == 8 * 6 + 4
 
 
 def test_accumulation_gathers_anew_for_each_part_and_resharding_none():
   program = compiled((1, 2, 4), 2, True, 2)
-  run = schedule.count_collectives(program)
+  run = collectives.count(program)
   assert run["all-gather"] == 2 * (8 * 2 + 2) and run["reduce-scatter"] == 2 * (4 * 2 + 1)
   assert "all-to-all" not in run and "collective-permute" not in run

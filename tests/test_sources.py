@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import image_decoding, sources
+from igpt_jax.data import image_decoding, sources, tfds_source
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -130,8 +130,9 @@ def test_select_is_a_part_in_the_order_asked_for(data_dir):
   assert len(part) == 2 and part.fingerprint != split.fingerprint
 
 
-def test_photo_patches_have_imagenets_form_and_disjoint_regions(data_dir):
+def test_photo_patches_have_imagenets_form_and_disjoint_regions(data_dir, monkeypatch):
   pytest.importorskip("skimage")
+  monkeypatch.setitem(tfds_source.OWN, "photo_patches", "photo_patches")
   config = _config(
     name="photo_patches", data_dir=data_dir, resolution=32, augment="paper", validation=0
   )

@@ -131,9 +131,7 @@ class Declaration:
       raise UserError(f"{name}: {value}; expected a finite number")
     if not isinstance(value, int):
       return
-    least, most = -MAX_INT, MAX_INT
-    if self.most is not None and self.most > MAX_INT:
-      least, most = self.least or 0, self.most
+    least, most = (0, self.most) if self.most and self.most > MAX_INT else (-MAX_INT, MAX_INT)
     if not least <= value <= most:
       # Python writes no number of several thousand digits.
       shown = value if abs(value) < 2**128 else f"a number of {value.bit_length():,} bits"

@@ -8,7 +8,7 @@ directory). A setting that is new, or has a new name, needs an entry in `history
 import dataclasses
 import difflib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from igpt_jax import history
 from igpt_jax.config.declare import (
@@ -49,59 +49,44 @@ from igpt_jax.config.run_fields import (
   TrainConfig,
 )
 
-if TYPE_CHECKING:
-  from ml_collections import ConfigDict
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Group, jobs=tuple(JOBS)):
   """All settings of a start, as `config.read` made them."""
 
+  # fmt: off
   job: str = setting("pretrain", "what to do", choices=tuple(JOBS))
-  seed: int = setting(
-    0, "of everything drawn", least=0, most=2**32 - 1, decides="run",
-    jobs=(*TRAINING, "lowdata", "sample", "complete", "quality", "fit_palette"),
-  )  # fmt: skip
-  init_from: str = setting(
-    "", 'a checkpoint that pretraining takes its first parameters from; "": random ones', path=True,
-    decides="run", host=True, jobs=("pretrain", *READING, "benchmark"),
-  )  # fmt: skip
-  checkpoint: str = setting(
-    "", 'what is read; "": --workdir\'s newest, or else init_from', path=True, host=True, jobs=READING
-  )  # fmt: skip
+  seed: int = setting(0, "of everything drawn", least=0, most=2**32 - 1, decides="run",
+    jobs=(*TRAINING, "lowdata", "sample", "complete", "quality", "fit_palette"))
+  init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from; "
+    '"": random ones', path=True, decides="run", host=True,
+    jobs=("pretrain", *READING, "benchmark"))
+  checkpoint: str = setting("", "what is read; \"\": --workdir's newest, or else init_from",
+    path=True, host=True, jobs=READING)
 
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   palette: PaletteConfig = dataclasses.field(default_factory=PaletteConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
 
-  objective: str = setting(
-    "", 'autoregressive, masked (BERT); "": the checkpoint\'s, or autoregressive', decides="run",
-    choices=("autoregressive", "masked"), jobs=MAKING,
-  )  # fmt: skip
-  mask_probability: float = setting(
-    0.15, "of the masked objective, where a checkpoint doesn't say", above=0, below=1, decides="run",
-    jobs=(*COMPUTING, "convert"),
-  )  # fmt: skip
+  objective: str = setting("", "autoregressive, masked (BERT); \"\": the checkpoint's, or "
+    "autoregressive", decides="run", choices=("autoregressive", "masked"), jobs=MAKING)
+  mask_probability: float = setting(0.15, "of the masked objective, where a checkpoint doesn't say",
+    above=0, below=1, decides="run", jobs=(*COMPUTING, "convert"))
 
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-  hang_seconds: float = setting(
-    1_800.0, "training without progress, after which it ends; 0: never", **FROM_0, jobs=TRAINING
-  )
-  host_seconds: int = setting(
-    100, "of silence, after which a host counts as lost; with --distributed", least=1, most=10**6
-  )
+  hang_seconds: float = setting(1_800.0, "training without progress, after which it ends; 0: never",
+    **FROM_0, jobs=TRAINING)
+  host_seconds: int = setting(100, "of silence, after which a host counts as lost; with "
+    "--distributed", least=1, most=10**6)
   profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
   evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-  watch: bool = setting(
-    False, "do it for every checkpoint of a run, until that ends", jobs=WATCHING
-  )
+  watch: bool = setting(False, "do it for every checkpoint of a run, until that ends",
+    jobs=WATCHING)
   watch_seconds: float = setting(30.0, "between two looks", **FROM_0, jobs=WATCHING)
-  watch_patience: float = setting(
-    0.0, "seconds without a new checkpoint after which watching ends; 0: never", **FROM_0,
-    jobs=WATCHING,
-  )  # fmt: skip
+  watch_patience: float = setting(0.0, "seconds without a new checkpoint after which watching "
+    "ends; 0: never", **FROM_0, jobs=WATCHING)
 
   features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)
   probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
@@ -115,6 +100,7 @@ class Settings(Group, jobs=tuple(JOBS)):
   compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
   benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
   log: LogConfig = dataclasses.field(default_factory=LogConfig)
+  # fmt: on
 
 
 FIELDS: dict[str, Declaration] = dict(declarations(Settings))
@@ -141,8 +127,8 @@ def no_such(name: str) -> str:
   return f"config.{name}: there is no such setting{suggestion}"
 
 
-def base() -> "ConfigDict":
-  """All settings with their defaults, for config files to change."""
+def base() -> Any:
+  """All settings with their defaults, a ConfigDict for config files to change."""
   from ml_collections import ConfigDict
 
   return ConfigDict(dataclasses.asdict(Settings()))

@@ -1,20 +1,17 @@
 """The paper's settings, for config files to begin with."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from igpt_jax.config.fields import base
-
-if TYPE_CHECKING:
-  from ml_collections import ConfigDict
 
 # ILSVRC-2012's training images, and the share of them that the paper trains on while tuning.
 _IMAGENET_TRAIN = 1_281_167
 _IMAGENET_VALIDATION = 0.04
 
 
-def imagenet(size: str, resolution: int) -> "ConfigDict":
+def imagenet(size: str, resolution: int) -> Any:
   """The paper's pretraining on ImageNet (section 3): its images, batch, steps and warm-up."""
-  config: Any = base()  # ConfigDict's annotations know no fields
+  config = base()
   config.data.name = "imagenet2012"
   config.data.resolution = resolution
   config.data.augment = "paper"
@@ -34,9 +31,9 @@ def imagenet(size: str, resolution: int) -> "ConfigDict":
   return config
 
 
-def openai_eval(size: str) -> "ConfigDict":
+def openai_eval(size: str) -> Any:
   """The released checkpoint of a size on the released tokens, where the download job puts them."""
-  config: Any = base()  # ConfigDict's annotations know no fields
+  config = base()
   config.job = "evaluate"
   config.download.model = size
   config.checkpoint = f"downloads/igpt-{size}-1000000/model.ckpt-1000000"

@@ -4,15 +4,14 @@
 """
 
 import json
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from igpt_jax import files, history
 from igpt_jax.config.fields import FIELDS, base
 from igpt_jax.errors import UserError
 
 
-def get_config(path: str) -> ConfigDict:
+def get_config(path: str) -> Any:
   """All fields, by today's names; those that a run of an older version didn't know are as it meant them.
 
   Args:

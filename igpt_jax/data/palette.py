@@ -191,30 +191,3 @@ def codes_to_colors(codes: np.ndarray) -> np.ndarray:
   """The inverse of `color_codes`: int [n] to uint8 [n, 3]."""
   codes = np.ascontiguousarray(codes, dtype="<u4")
   return codes.view(np.uint8).reshape(-1, 4)[:, :3]
-
-
-def encode_on_device(images: Any, centers: Any) -> Any:
-  """`Palette.encode` in jax: uint8 [..., 3] and float [k, 3] in [-1, 1] to int32 [...].
-
-  Equal to the host's for every colour of a palette of whole levels. For other palettes float32
-  rounding may decide near-ties (under 1e-6 in squared distance) the other way.
-  """
-  import jax
-  import jax.numpy as jnp
-
-  # In levels a uint8 palette's differences and squares are whole numbers below 2²⁴, exact in
-  # float32. Differences, not a matrix product: no backend's reduced matmul precision can enter.
-  levels = 127.5 * (jnp.asarray(centers, jnp.float32) + 1)
-  whole = jnp.round(levels)
-  levels = jnp.where(jnp.abs(levels - whole).max() < 1e-4, whole, levels)
-  x = jnp.moveaxis(jnp.asarray(images).astype(jnp.float32), -1, 0)
-
-  def compare(index, best):
-    least, nearest = best
-    distance = sum(jnp.square(x[channel] - levels[index, channel]) for channel in range(3))
-    closer = distance < least  # strictly: the lowest index keeps a tie
-    return jnp.where(closer, distance, least), jnp.where(closer, index, nearest)
-
-  # One centre at a time: no array of pixels × centres, whatever the size of the palette.
-  start = (jnp.full(x.shape[1:], jnp.inf), jnp.zeros(x.shape[1:], jnp.int32))
-  return jax.lax.fori_loop(0, levels.shape[0], compare, start)[1]

@@ -83,7 +83,6 @@ def fit_palette(
   k: int = 512,
   *,
   seed: int = 0,
-  round_centers: bool = True,
 ) -> palette_lib.Palette:
   """Clusters the colours of pictures.
 
@@ -94,10 +93,10 @@ def fit_palette(
     images: uint8 [..., 3] arrays, read once; or a histogram filled before.
     k: number of colours.
     seed: of k-means++.
-    round_centers: to whole levels, which makes encoding exact on every backend for about 0.006 dB.
 
   Returns:
-    The palette, its colours ordered by luminance.
+    The palette, its colours ordered by luminance, in whole levels: their encoding is exact, for about
+    0.006 dB.
   """
   if not 1 <= k <= palette_lib.MAX_SIZE:
     raise errors.UserError(f"palette size: {k}; expected 1 to {palette_lib.MAX_SIZE}")
@@ -113,8 +112,6 @@ def fit_palette(
   if len(colors) <= k:
     return palette_lib.Palette.from_uint8(_by_luminance(colors))
   centers = _cluster(colors, counts, k, seed)
-  if not round_centers:
-    return palette_lib.Palette((_by_luminance(centers) / 127.5 - 1).clip(-1, 1).astype(np.float32))
   levels = _distinct(np.rint(centers).clip(0, 255).astype(np.uint8), colors, counts)
   return palette_lib.Palette.from_uint8(_by_luminance(levels))
 

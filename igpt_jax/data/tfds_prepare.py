@@ -30,7 +30,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
   the data sets of our own.
 
   Args:
-    name: a TFDS name, or `digits`, `photo_patches`.
+    name: a TFDS name, or `digits`.
     data_dir: where prepared data is kept; "" as in `DataConfig`.
     manual_dir: where archives fetched by hand lie; default data_dir/downloads/manual.
 

@@ -24,7 +24,7 @@ from igpt_jax.reporting.progress import Countdown
 _LOG = logging.getLogger(__name__)
 
 # Data sets of our own: their builders need neither TensorFlow nor a network.
-OWN = {"digits": "igpt_jax.data.datasets.digits", "photo_patches": "igpt_jax.data.photo_patches"}
+OWN = {"digits": "igpt_jax.data.datasets.digits"}
 
 # Where the stored test split has no labels, the literature tests on validation.
 _TEST_SPLIT = {"imagenet2012": ("validation",)}

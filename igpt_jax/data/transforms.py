@@ -118,11 +118,6 @@ def crop_fused(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarra
   return resize_area(image[top:bottom, left:right], resolution, resolution)
 
 
-def crop_two_step(image: np.ndarray, box: tuple[int, int, int, int], resolution: int) -> np.ndarray:
-  """The two resizes of `crop_literal` on a given source box: what `crop_fused` is compared with."""
-  return resize_area(_resize_box(image, box, PAPER_CROP), resolution, resolution)
-
-
 def fit(image: np.ndarray, resolution: int) -> np.ndarray:
   """Shorter side to `resolution`, centre crop; an image of that size is returned as it is."""
   height, width = image.shape[:2]

@@ -26,14 +26,14 @@ from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
 def run(settings: Settings, workdir: str) -> None:
   """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`; watching, every checkpoint."""
-  watch.run(settings, workdir, "evaluation.json", evaluate, settings_of)
+  watch.run(settings, workdir, "evaluation.json", evaluate, depends_on)
 
 
-def settings_of(settings: Settings) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides evaluation.json."""
   counted_on = ["train"] if _counted_on(settings.data) else []
   return {
-    "data": provenance.of_data(settings, [settings.evaluate.split, *counted_on]),
+    "data": provenance.of_data(settings.data, [settings.evaluate.split, *counted_on]),
     **provenance.of_settings(settings, ["evaluate"], without=["evaluate.batch_size"]),
   }
 

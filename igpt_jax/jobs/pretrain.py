@@ -111,6 +111,7 @@ def _run(settings: Settings, workdir: str) -> None:
   likelihood = Likelihood(model_config, objective, mesh)
 
   def evaluate(at: state.TrainState) -> dict[str, float]:
+    assert validation_split is not None, "without one nothing is evaluated"
     eval_batch = min(batch_size, sharding.round_up_batch(mesh, len(validation_split)))
     limit = min(settings.train.eval_images or len(validation_split), len(validation_split))
     with streams.eval_stream(

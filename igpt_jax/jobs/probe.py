@@ -29,15 +29,15 @@ _LBFGS_UP_TO = 200_000  # training pictures
 def run(settings: Settings, workdir: str) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
   check(settings)
-  made_from = watch.run(settings, workdir, "probe.json", probe, settings_of)
+  made_from = watch.run(settings, workdir, "probe.json", probe, depends_on)
   if made_from is not None and hosts.is_main():
     probe_tables.compare_checkpoints(workdir, made_from)
 
 
-def settings_of(settings: Settings) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides probe.json."""
   return {
-    "data": provenance.of_data(settings, sets_lib.SPLITS),
+    "data": provenance.of_data(settings.data, sets_lib.SPLITS),
     **provenance.of_settings(
       settings, ["features", "probe", "train.eval_images", "seed"],
       without=["features.batch_size", "features.cache", "probe.cached", "probe.eval_every"],

@@ -37,10 +37,10 @@ _PER_PASS = 128  # pictures
 
 def run(settings: Settings, workdir: str) -> None:
   """Draws from `checkpoint` (or the workdir's newest) and compares with the test split."""
-  watch.run(settings, workdir, "quality.json", quality, settings_of)
+  watch.run(settings, workdir, "quality.json", quality, depends_on)
 
 
-def settings_of(settings: Settings) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides quality.json."""
   path = os.path.expanduser(settings.quality.network)
   if path.endswith(".onnx"):
@@ -49,7 +49,7 @@ def settings_of(settings: Settings) -> dict[str, Any]:
   else:
     network = provenance.of_checkpoint(weights.describe(path, settings)) if path else "its own"
   return {
-    "data": provenance.of_data(settings, ["train", "test"]),
+    "data": provenance.of_data(settings.data, ["train", "test"]),
     "network": network,
     **provenance.of_settings(
       settings, ["quality", "sample", "seed"],

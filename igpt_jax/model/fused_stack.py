@@ -7,7 +7,7 @@ place, and norms and the activation are computed again. Same values and gradient
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kep
   n_layer, width = blocks["ln_1"]["g"].shape
   batch, length, _ = x.shape
 
-  def stack(shape, axes, depth=n_layer, dtype=x.dtype):
+  def stack(shape, axes, depth=n_layer, dtype: Any = x.dtype):
     return constrain(jax.lax.empty((depth, *shape), dtype), None, *axes)
 
   heads = sharding.axis_share("heads", n_head)

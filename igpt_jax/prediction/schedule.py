@@ -240,20 +240,6 @@ def predict(
   )
 
 
-def count_collectives(program: Program) -> dict[str, int]:
-  """Collectives by kind, as often as they run; one that is begun and ended apart counts once."""
-  named = [
-    device
-    for operations in program.computations.values()
-    for operation in operations
-    if operation.opcode.removesuffix("-start") in COLLECTIVES
-    for device in replica_group(operation.attributes, 1)
-  ]
-  links = Links(1.0, ((0,),) * (1 + max(named, default=0)), (False,))
-  nothing = predict(program, clock=1.0, links=links, kernel_cycles=lambda operation: 0.0)
-  return {kind: total.count for kind, total in sorted(nothing.collectives.items())}
-
-
 def replica_group(attributes: str, n_devices: int) -> tuple[int, ...]:
   """The first group of devices that a collective runs in."""
   named = re.search(

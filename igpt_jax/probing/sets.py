@@ -293,7 +293,7 @@ def identity_of(settings: Settings, source: Source, name: str, digest: str) -> d
     "checkpoint": digest,
     "data": source.splits[name].fingerprint,
     "resolution": settings.data.resolution,
-    "recipe": provenance.recipe(settings),
+    "recipe": provenance.recipe(settings.data),
     "palette": provenance.of_palette(source.trained.palette),
     "dtype": model.dtype,
     "heads": model.n_head,

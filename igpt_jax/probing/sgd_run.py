@@ -7,7 +7,7 @@ to metrics.jsonl there. Learning rates are chosen on validation, for each layer;
 import dataclasses
 import os
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -99,7 +99,8 @@ def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[
 
   def accuracies(params, split: str) -> dict[str, np.ndarray]:
     """Accuracies of every classifier, [R, F] a group."""
-    total, images = None, 0
+    total: Any = None
+    images = 0
     with jax.set_mesh(mesh):
       for batch in feed.rows_of(split):
         correct, counted = jax.device_get(evaluate_step(params, sharding.put_batch(batch, mesh)))
@@ -132,7 +133,7 @@ def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[
       save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
     ),
     state,
-    feed.training(first_step),
+    cast(pipeline.Batches, feed.training(first_step)),  # or what is used like one
     mesh=mesh,
     writers=writers,
     progress=progress.Progress(settings.probe.steps, settings.probe.batch_size, 0.0, None, _SHOWN),

@@ -39,11 +39,6 @@ def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> n
   return canvas
 
 
-def hide_below(picture: np.ndarray, rows_given: int) -> np.ndarray:
-  """The picture with everything below its first `rows_given` rows greyed out."""
-  return hide(picture, np.arange(len(picture))[:, None] < rows_given)
-
-
 def hide(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
   """The picture with all that isn't known greyed out; `known` broadcasts to [H, W]."""
   return np.where(known[..., None], picture, np.uint8(HIDDEN))

@@ -92,7 +92,8 @@ class StopSignal:
 
   def asked(self, at_step: int) -> str | None:
     """The signal's name if the run is to stop before step `at_step`; ask before every step."""
-    agrees = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
+    serves = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]
+    agrees = jax.process_count() > 1 and serves
     if agrees and multihost_utils.reached_preemption_sync_point(at_step):
       self.requested = "SIGTERM"
     return self.requested
@@ -181,8 +182,9 @@ def run(
 
   def evaluate() -> None:
     nonlocal evaluated_at
+    assert work.evaluate, "it is called only where there is one"
     evaluated_at = at_step
-    values = pause(lambda: work.evaluate(train_state), "evaluation")
+    values = pause(functools.partial(work.evaluate, train_state), "evaluation")
     writers.write(at_step, values)
     say(progress.line(at_step, values))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from igpt_jax import checkpoint
 from igpt_jax.config.fields import Settings
@@ -34,14 +35,18 @@ class Picture:
   Attributes:
     name: what to call it.
     tokens: int32 [n_positions]; [0] where there is no picture, for unconditional samples.
+    stream: taken for its identity, if not None.
   """
 
   name: str
   tokens: np.ndarray
+  stream: int | None = None
 
   @property
   def identity(self) -> int:
     """32 bits of what is in it, whatever it is called: with a seed, where its samples begin."""
+    if self.stream is not None:
+      return self.stream
     digest = hashlib.sha256(self.tokens.astype("<i4").tobytes()).digest()
     return int.from_bytes(digest[:4], "little")
 
@@ -150,7 +155,7 @@ class Completer:
   def draw(
     self,
     pictures: Sequence[Picture],
-    numbers: Sequence[int],
+    numbers: ArrayLike,
     rows_given: int,
     sampling: SamplingConfig,
     *,
@@ -161,7 +166,7 @@ class Completer:
 
     Args:
       pictures: to complete.
-      numbers: of the samples of each, 0 and up.
+      numbers: of the samples of each, 0 and up: [n], or other ones for every picture, [pictures, n].
       rows_given: upper rows of each that are kept; 0: none.
       sampling: how to draw.
       seed: of everything drawn.
@@ -169,12 +174,14 @@ class Completer:
     """
     n_given, n_positions = rows_given * self.reader.resolution, self.trained.config.n_positions
     n_pixels = rows_at_a_time * self.reader.resolution or n_positions - n_given
-    per_picture, given, keys = self._lay_out(pictures, numbers, n_given, seed)
+    n = np.shape(numbers)[-1]
+    per_picture, given = self._lay_out(pictures, n, n_given)
+    keys = sample_keys(pictures, numbers, len(given) * per_picture, seed)
     program = self._program(given.shape, per_picture, n_pixels, sampling)
     with jax.set_mesh(self._mesh):
       progress = program.begin(self.trained.params, sharding.put_global(given, self._mesh), keys)
     del keys
-    wanted = len(pictures) * len(numbers)
+    wanted = len(pictures) * n
     for position in range(n_given, n_positions, n_pixels):
       with jax.set_mesh(self._mesh):
         progress = self._extend(program, progress, n_pixels, sampling)
@@ -183,12 +190,11 @@ class Completer:
       end = min(position + n_pixels, n_positions)
       yield Drawn(np.array(tokens[:wanted]), np.array(nll[:wanted]), end)
 
-  def _lay_out(self, pictures, numbers, n_given: int, seed: int):
-    """Samples that share a picture's prefill, given pixels [B, P], and a key for each sample.
+  def _lay_out(self, pictures, n: int, n_given: int) -> tuple[int, np.ndarray]:
+    """Samples that share a picture's prefill, and given pixels [B, P].
 
     Where there are fewer pictures than devices, some are read more than once.
     """
-    n = len(numbers)
     shards = sharding.batch_shards(self._mesh)
     shared = max(
       (
@@ -201,8 +207,7 @@ class Completer:
     given = np.stack([picture.tokens[:n_given] for picture in pictures]).astype(np.int32)
     given = np.repeat(given, n // shared, axis=0)
     padded = sharding.round_up_batch(self._mesh, len(given))
-    given = np.pad(given, ((0, padded - len(given)), (0, 0)))
-    return shared, given, sample_keys(pictures, numbers, padded * shared, seed)
+    return shared, np.pad(given, ((0, padded - len(given)), (0, 0)))
 
   def _program(self, shape, per_picture: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
     """The newest few are kept; the rest make room."""
@@ -236,12 +241,12 @@ class Completer:
 
 
 def sample_keys(
-  pictures: Sequence[Picture], numbers: Sequence[int], padded: int, seed: int
+  pictures: Sequence[Picture], numbers: ArrayLike, padded: int, seed: int
 ) -> jax.Array:
   """A PRNG key for each sample, decided by seed, picture and number; `padded` in all."""
-  n = len(numbers)
-  identities = np.repeat(np.asarray([picture.identity for picture in pictures], np.uint32), n)
-  of_samples = np.stack([identities, np.tile(np.asarray(numbers, np.uint32), len(pictures))], 1)
+  identities = np.asarray([[picture.identity] for picture in pictures], np.uint32)
+  pairs = np.broadcast_arrays(identities, np.asarray(numbers, np.uint32))
+  of_samples = np.stack(pairs, -1).reshape(-1, 2)
   of_samples = np.pad(of_samples, ((0, padded - len(of_samples)), (0, 0)))
   return _keys(jax.random.key(seed), of_samples)
 

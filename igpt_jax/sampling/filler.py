@@ -104,7 +104,7 @@ class Filler:
     self._known_T = known_HxW.reshape(-1)
     self._fill = jax.jit(
       functools.partial(masked.fill, self.trained.config, steps=settings.complete.passes),
-      static_argnames=("sampling", "noise"),
+      static_argnames="sampling",
       out_shardings=sharding.replicated(mesh),
     )
 

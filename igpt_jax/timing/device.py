@@ -183,7 +183,7 @@ class AttentionAlone:
 def measure_attention(
   config: ImageGPTConfig, mesh: Mesh, *, batch_size: int, repeats: int, tick: Ticker
 ) -> AttentionAlone:
-  """Every implementation that runs here, at the shape that a device of the mesh sees."""
+  """Every implementation of ours that runs here, at the shape that a device of the mesh sees."""
   with jax.set_mesh(mesh):
     n_head = sharding.axis_share("heads", config.n_head) or config.n_head
     pictures = sharding.axis_share("batch", batch_size) or batch_size
@@ -197,9 +197,12 @@ def measure_attention(
     out, pull = jax.vjp(function, qkv)
     return out, *pull(dout)
 
-  forward, both = {}, {}
-  candidates, not_run = _implementations(n_head, causal)
-  for name, function in candidates.items():
+  forward, both, not_run = {}, {}, {}
+  fused = {"cpu": "blocked", "gpu": "cudnn", "tpu": "tpu"}.get(jax.default_backend())
+  for name in filter(None, ("xla", fused)):
+    function = functools.partial(
+      attention_lib.attention, n_head=n_head, causal=causal, implementation=name
+    )
     runs = {
       "forward": functools.partial(jax.jit(function), qkv),
       "both": functools.partial(
@@ -220,74 +223,6 @@ def measure_attention(
 
   auto = attention_lib.choose(qkv, n_head)
   return AttentionAlone(pictures, n_head, auto, of(forward), of(both), not_run)
-
-
-def _implementations(n_head: int, causal: bool) -> tuple[dict[str, Callable], dict[str, str]]:
-  """Ours for this backend, and other libraries' where they are installed: qkv -> [B, T, E]."""
-  backend = jax.default_backend()
-  ours = {"cpu": ("blocked",), "gpu": ("cudnn",), "tpu": ("tpu",)}.get(backend, ())
-  candidates: dict[str, Callable] = {
-    name: functools.partial(
-      attention_lib.attention, n_head=n_head, causal=causal, implementation=name
-    )
-    for name in ("xla", *ours)
-  }
-  not_run = {}
-  others: dict[str, Callable] = {}
-  if backend == "tpu":
-    others |= {"jax splash": _jax_splash, "jax flash": _jax_flash}
-  if backend in ("gpu", "tpu"):
-    others["tokamax"] = _tokamax
-  for name, make in others.items():
-    try:
-      candidates[name] = make(n_head, causal)
-    except ImportError as error:
-      not_run[name] = str(error)
-  return candidates, not_run
-
-
-def _heads(qkv: jax.Array, n_head: int) -> jax.Array:
-  _, batch, length, width = qkv.shape
-  return qkv.reshape(3, batch, length, n_head, width // n_head)
-
-
-def _jax_splash(n_head: int, causal: bool) -> Callable:
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-  def attend(qkv):
-    _, batch, length, width = qkv.shape
-    q, k, v = _heads(qkv, n_head).swapaxes(2, 3)
-    one = (masks.CausalMask if causal else masks.FullMask)((length, length))
-    kernel = kernels.make_splash_mha(
-      masks.MultiHeadMask([one] * n_head), head_shards=1, q_seq_shards=1
-    )
-    out = jax.vmap(kernel)(q * (width // n_head) ** -0.5, k, v)
-    return out.swapaxes(1, 2).reshape(batch, length, width).astype(qkv.dtype)
-
-  return attend
-
-
-def _jax_flash(n_head: int, causal: bool) -> Callable:
-  from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
-
-  def attend(qkv):
-    _, batch, length, width = qkv.shape
-    q, k, v = _heads(qkv, n_head).swapaxes(2, 3)
-    out = flash_attention(q, k, v, causal=causal, sm_scale=(width // n_head) ** -0.5)
-    return out.swapaxes(1, 2).reshape(batch, length, width)
-
-  return attend
-
-
-def _tokamax(n_head: int, causal: bool) -> Callable:
-  import tokamax
-
-  def attend(qkv):
-    q, k, v = _heads(qkv, n_head)
-    return tokamax.dot_product_attention(q, k, v, is_causal=causal).reshape(qkv.shape[1:])
-
-  return attend
 
 
 def measure_sampling(

@@ -1,7 +1,6 @@
 """What the way from stored bytes to tokens costs on this machine, stage by stage.
 
-Holds measurements, and the literal form of the paper's augmentation written with Pillow alone, which
-the pipeline is compared with. CPU time, not wall-clock, so that a busy machine misleads less.
+CPU time, not wall-clock, so that a busy machine misleads less.
 """
 
 from __future__ import annotations
@@ -82,7 +81,6 @@ def throughput(
   *,
   batch_size: int = 128,
   n_batches: int = 20,
-  literal_pillow: bool = False,
 ) -> Throughput:
   """The whole training pipeline, bytes to batches of tokens, with start-up left out.
 
@@ -92,13 +90,9 @@ def throughput(
     palette: of the tokens; None where the split has tokens already.
     batch_size: global.
     n_batches: that are timed.
-    literal_pillow: do the paper's augmentation step by step with Pillow instead, for comparison.
   """
   name = "tokens" if split.is_tokens else f"{config.augment}, {config.resample}"
   config = dataclasses.replace(config, cache_mb=0)
-  if literal_pillow:
-    name, split = "literal, Pillow", PillowSplit(split, config.resolution)
-    config = dataclasses.replace(config, augment="none")
   # The table of colours is filled once per run, not per picture. (Each worker fills its own.)
   if palette is not None:
     palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
@@ -111,28 +105,6 @@ def throughput(
     cpu, wall = _cpu_seconds() - cpu, time.perf_counter() - wall
   n = n_batches * batch_size
   return Throughput(name, config.workers, 1e3 * cpu / n, n / wall)
-
-
-class PillowSplit(sources.Split):
-  """The literal form: Pillow decodes, resizes the whole picture, crops 224², averages.
-
-  Its records come out finished, so that the rest of the pipeline is the same.
-  """
-
-  def __init__(self, split: sources.Split, resolution: int):
-    super().__init__(split.records, split.indices, split.name)
-    self._resolution = resolution
-    self._rng = np.random.default_rng(0)
-
-  def __getitem__(self, index):
-    record = super().__getitem__(index)
-    picture = Image.open(io.BytesIO(record["image"])).convert("RGB")
-    crop = transforms.draw_paper_crop(self._rng, picture.height, picture.width)
-    picture = picture.resize((crop.width, crop.height), Image.Resampling.BILINEAR)
-    side = transforms.PAPER_CROP
-    picture = picture.crop((crop.left, crop.top, crop.left + side, crop.top + side))
-    picture = picture.resize((self._resolution, self._resolution), Image.Resampling.BOX)
-    return {**record, "image": np.asarray(picture)}
 
 
 def _decode_pillow(data: bytes, record_id: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from igpt_jax import files, history
 from igpt_jax.checkpoint import Described
 from igpt_jax.config import choices
-from igpt_jax.config.fields import Settings, as_json, decides
+from igpt_jax.config.fields import DataConfig, Settings, as_json, decides
 from igpt_jax.data import transforms
 from igpt_jax.data.sources import open_split
 from igpt_jax.workspace import weights
@@ -66,16 +66,16 @@ def seeds_of(found: Described) -> tuple[int, int]:
   return seed, data.get("seed", seed)
 
 
-def of_data(settings: Settings, splits: Iterable[str]) -> dict[str, Any]:
+def of_data(data: DataConfig, splits: Iterable[str]) -> dict[str, Any]:
   """These splits' contents, and what is shown of their images.
 
   Raises:
     UserError: one of them isn't there.
   """
   return {
-    **{name: open_split(settings.data, name).fingerprint for name in splits},
-    "resolution": settings.data.resolution,
-    "recipe": recipe(settings),
+    **{name: open_split(data, name).fingerprint for name in splits},
+    "resolution": data.resolution,
+    "recipe": recipe(data),
   }
 
 
@@ -95,7 +95,7 @@ def of_settings(
   }
 
 
-def recipe(settings: Settings) -> str:
+def recipe(data: DataConfig) -> str:
   """What evaluation shows of an image: its centre as in the paper, or its whole square."""
-  shown = "paper" if settings.data.augment == "paper" else "square"
+  shown = "paper" if data.augment == "paper" else "square"
   return f"{shown}, version {transforms.EVALUATION_VERSION}"

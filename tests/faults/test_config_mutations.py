@@ -7,6 +7,7 @@ the first compilation.
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import pathlib
@@ -75,7 +76,9 @@ def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
     patch.setattr(
-      devices, "mesh_of", lambda config: make_mesh(**config.mesh, devices=jax.devices()[:2])
+      devices,
+      "mesh_of",
+      lambda settings: make_mesh(**dataclasses.asdict(settings.mesh), devices=jax.devices()[:2]),
     )
     yield
 

@@ -76,16 +76,16 @@ def filter_logits(logits_BxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
 
 
 def draw(
-  logits_BxV: jax.Array, keys_B: jax.Array, position: jax.Array, sampling: SamplingConfig
+  logits: jax.Array, keys_B: jax.Array, turn: jax.Array, sampling: SamplingConfig
 ) -> jax.Array:
-  """One token per row, int32 [B]; row i's draw depends on keys_B[i] and the position alone."""
+  """Tokens by logits [B, ..., V], int32 [B, ...]; row i's depend on keys_B[i] and the turn alone."""
   if sampling.temperature == 0:
-    return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def one(key, logits):
-    return jax.random.categorical(jax.random.fold_in(key, position), logits)
+    return jax.random.categorical(jax.random.fold_in(key, turn), logits)
 
-  return jax.vmap(one)(keys_B, filter_logits(logits_BxV, sampling)).astype(jnp.int32)
+  return jax.vmap(one)(keys_B, filter_logits(logits, sampling)).astype(jnp.int32)
 
 
 def nats_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:

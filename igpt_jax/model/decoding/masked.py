@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.decoding.draw import Samples, SamplingConfig, filter_logits, nats_of
+from igpt_jax.model.decoding.draw import Samples, SamplingConfig, draw, nats_of
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 
 
@@ -22,7 +22,6 @@ def fill(
   *,
   steps: int,
   sampling: SamplingConfig,
-  noise: float = 0.0,
 ) -> Samples:
   """Draws the pixels that aren't known, in `steps` passes at most.
 
@@ -36,8 +35,6 @@ def fill(
     keys_B: PRNG keys: a picture is filled the same way whatever batch it is in.
     steps: passes over the picture.
     sampling: how a pixel's colour is drawn.
-    noise: Gumbel noise on the log-probabilities that pixels are chosen by, less with every pass (as in
-      the paper's released code, at about 4.5); 0: the surest ones.
 
   Returns:
     Samples; nll is of each pixel when it was settled, given what was settled in earlier passes.
@@ -53,8 +50,6 @@ def fill(
     )
   if steps < 1:
     raise UserError(f"steps: {steps}; expected 1 or more")
-  if not 0 <= noise < float("inf"):
-    raise UserError(f"noise: {noise}; expected 0 (none) or more")
   model = bind(config, params)
   known_BxT = known_BxT.astype(bool)
   n_unknown_B = jnp.sum(~known_BxT, axis=1)
@@ -63,17 +58,10 @@ def fill(
     done, tokens, settled, nll = state
     done = done + 1
     logits = model(tokens, settled)
-    proposed = _propose(
-      logits, jax.vmap(lambda key: jax.random.fold_in(key, done))(keys_B), sampling
-    )
+    proposed = draw(logits, keys_B, done, sampling)
     nats = nats_of(logits, proposed)
-    sureness = -nats
-    if noise:
-      keys = jax.vmap(lambda key: jax.random.fold_in(key, -done))(keys_B)
-      gumbel = jax.vmap(lambda key: jax.random.gumbel(key, nats.shape[1:]))(keys)
-      sureness += noise * (1 - done / steps) * gumbel
     # The surest first, the earlier of two as sure, and what is settled last.
-    order = jnp.argsort(jnp.where(settled, jnp.inf, -sureness), axis=1, stable=True)
+    order = jnp.argsort(jnp.where(settled, jnp.inf, nats), axis=1, stable=True)
     rank = jnp.argsort(order, axis=1)
     unknown = jnp.sum(~settled, axis=1)
     left = jnp.minimum(_left(n_unknown_B, done, steps), unknown - 1)
@@ -103,10 +91,3 @@ def _left(n_unknown_B: jax.Array, done: jax.Array, steps: int) -> jax.Array:
   by_cosine = (n_unknown_B * jnp.cos(jnp.pi / 2 * done / steps) + 1e-3).astype(jnp.int32)
   left = jnp.where(n_unknown_B <= steps, n_unknown_B - done, by_cosine)
   return jnp.where(done == steps, 0, left)
-
-
-def _propose(logits_BxTxV: jax.Array, keys_B: jax.Array, sampling: SamplingConfig) -> jax.Array:
-  if sampling.temperature == 0:
-    return jnp.argmax(logits_BxTxV, axis=-1).astype(jnp.int32)
-  drawn = jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BxTxV, sampling))
-  return drawn.astype(jnp.int32)

@@ -1,9 +1,8 @@
 """Crops of photographs that ship inside scikit-learn and scikit-image, as a TFDS data set.
 
 A stand-in for ImageNet with ImageNet's feature spec (JPEG of any shape, label, file_name), so that
-the path from its bytes to tokens runs whole with nothing to download. The label is the photograph;
-validation patches come from a part of it that no training patch touches. It tests, it teaches a
-model little.
+the path from its bytes to tokens is tested whole with nothing to download. The label is the
+photograph; validation patches come from a part of it that no training patch touches.
 
 Licences of the photographs, as their packages state them:
 
@@ -99,6 +98,6 @@ def _path(name: str) -> pathlib.Path:
   path = pathlib.Path(spec.origin).parent / rest if spec and spec.origin else None
   if path is None or not path.is_file():
     raise errors.UserError(
-      f"data set photo_patches: {PHOTOGRAPHS[name]} isn't installed; fix: pip install -e '.[photos]'"
+      f"data set photo_patches: {PHOTOGRAPHS[name]} isn't installed; fix: pip install -e '.[test]'"
     )
   return path
