@@ -47,6 +47,7 @@ setuptools.setup(
     "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
     "test": [
       "playwright>=1.50,<2",  # the page in a browser, where there is a Chromium
+      "pyright[nodejs]>=1.1.414,<1.1.420",
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",
       "pyyaml>=6,<7",

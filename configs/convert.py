@@ -1,8 +1,8 @@
 """Rewrites a checkpoint in another format: this program's own, OpenAI's or Hugging Face's.
 
   python -m igpt_jax.main --config configs/convert.py \
-    --config.source=downloads/igpt-s-1000000/model.ckpt-1000000 \
-    --config.target=runs/openai_s --config.format=orbax
+    --config.convert.source=downloads/igpt-s-1000000/model.ckpt-1000000 \
+    --config.convert.target=runs/openai_s --config.convert.format=orbax
 
 Formats: orbax (a workdir that every job takes as --config.checkpoint), huggingface (a directory that
 transformers loads), openai (a TensorFlow checkpoint's prefix, such as out/model.ckpt-1000000).

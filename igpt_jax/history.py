@@ -15,11 +15,19 @@ KEY = "format_version"
 
 # Goes up whenever a field changes its name, or what is written its meaning: then older programs are
 # wrong about newer workdirs, and say so. A new field alone doesn't need it.
-FORMAT = 2
+FORMAT = 3
 
 # Format -> the config's fields, or whole parts of it, that have another name from then on: old name ->
 # new name, "" for one that is gone. Dots lead into parts.
-RENAMED: dict[int, dict[str, str]] = {}
+RENAMED: dict[int, dict[str, str]] = {
+  3: {
+    "images": "complete.images", "keep": "complete.keep", "hide": "complete.hide",
+    "passes": "complete.passes", "n": "complete.n", "source": "convert.source",
+    "target": "convert.target", "format": "convert.format", "topology": "compile.topology",
+    "plan": "compile.plan", "train.keep": "train.max_to_keep", "train.keep_every": "train.keep_period",
+    "sample.per_picture": "sample.per_image", "benchmark.pictures": "benchmark.images",
+  },
+}  # fmt: skip
 
 # Fields that came after format 1, by today's names, each with its default when it came: so did runs
 # that don't name it. A default that changes later doesn't change it here.
@@ -58,11 +66,23 @@ def is_default_of_later(name: str, value: Any) -> bool:
   return any(ending in ADDED and ADDED[ending] == value for ending in endings)
 
 
+def todays_name(name: str) -> str:
+  """What a field of an older version is called now; "" where it is gone, itself where it never changed."""
+  for _, names in sorted(RENAMED.items()):
+    name = names.get(name, name)
+  return name
+
+
+def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Values by "part.field" that any version wrote, by today's names."""
+  return {todays_name(name): value for name, value in values.items()}
+
+
 def upgraded(config: Mapping[str, Any], number: int) -> dict[str, Any]:
   """A config as JSON that was written in format `number`, with today's names and all of today's fields."""
   config = copy.deepcopy(dict(config))
   config.pop(KEY, None)
-  for later in sorted(each for each in RENAMED if each > number):
+  for later in sorted(version for version in RENAMED if version > number):
     moved = [(new, _take(config, old)) for old, new in RENAMED[later].items()]
     for new, value in moved:
       if new and value is not _ABSENT:
@@ -83,7 +103,7 @@ def _take(tree: dict[str, Any], name: str) -> Any:
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
-  """Unless it is there."""
+  """Sets a field by its dotted name, unless it is there."""
   *parts, last = name.split(".")
   for part in parts:
     tree = tree.setdefault(part, {})

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from igpt_jax import checkpoint
-from igpt_jax.data import image_files, transforms
+from igpt_jax.data import image_decoding, image_files
 from igpt_jax.data.sources import DataConfig, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.reporting import curves, figures
@@ -49,7 +49,7 @@ class Job:
     self._reader.start()
 
   def _read(self) -> None:
-    for line in self.process.stdout:
+    for line in self.process.stdout or ():
       self.lines.append(line.rstrip("\n"))
 
   @property
@@ -68,7 +68,7 @@ class Job:
     status = self.process.wait()
     self._reader.join()
     if status:
-      raise UserError(f"the job ended with status {status}:\n" + "\n".join(self.lines))
+      raise UserError(f"job: it ended with status {status}; expected 0:\n" + "\n".join(self.lines))
 
 
 class Run:
@@ -163,7 +163,7 @@ class Run:
     for name in names:
       found = sorted(self.workdir.glob(name))
       if not found:
-        raise UserError(f"{self.workdir / name}: no such file; run the job that writes it")
+        raise UserError(f"{self.workdir / name}: no such file; fix: run the job that writes it")
       for path in found:
         if path.suffix in (".png", ".gif"):
           _Screen().show([_text([str(path)]), _image(path)])
@@ -190,9 +190,9 @@ def complete(
     n: samples of each picture.
     overrides: "--config.FIELD=VALUE", …
   """
-  given = [f"--config.checkpoint={checkpoint_path}", f"--config.images={images}"]
+  given = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
   run = Run("configs/complete.py", workdir, [*given, *overrides])
-  run.job("complete", f"--config.keep={keep}", f"--config.n={n}")
+  run.job("complete", f"--config.complete.keep={keep}", f"--config.complete.n={n}")
   run.show("**/grid.png", "**/appearing.gif")
 
 
@@ -219,7 +219,7 @@ def own_pictures(folder: str = "my") -> str:
 def _write_examples(folder: str) -> None:
   photo = importlib.resources.files("sklearn.datasets.images") / "china.jpg"
   pathlib.Path(folder, "photograph.jpg").write_bytes(photo.read_bytes())
-  digit = transforms.decode(open_split(DataConfig(name="digits"), "test")[0]["image"])
+  digit = image_decoding.decode(open_split(DataConfig(name="digits"), "test")[0]["image"])
   enlarged = figures.grid([[digit]], scale=_ENLARGED, gap=0)
   figures.save_png(os.path.join(folder, "digit.png"), enlarged)
 
@@ -230,8 +230,8 @@ def _display():
     from IPython import display
   except ImportError:
     raise UserError(
-      "igpt_jax.notebook needs IPython, which every notebook has; in a terminal use python -m "
-      "igpt_jax.main"
+      "igpt_jax.notebook: it needs IPython, which every notebook has; fix: in a terminal use "
+      "python -m igpt_jax.main"
     ) from None
   return display
 

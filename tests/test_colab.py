@@ -22,7 +22,7 @@ TINY = [
   for setting in (
     "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "train.batch_size=16", "train.steps=12",
     "train.warmup_steps=2", "train.log_every=2", "train.eval_every=6", "train.checkpoint_every=6",
-    "train.eval_images=32", "sample.samples=2", "sample.completions=2", "sample.per_picture=2",
+    "train.eval_images=32", "sample.samples=2", "sample.completions=2", "sample.per_image=2",
     "features.images=60", "features.baselines=('pixels',)", "probe.max_iterations=20",
     "evaluate.images=32", "evaluate.baseline_images=100",
   )

@@ -63,7 +63,7 @@ SMALL_MODEL = ImageGPTConfig(
 def small(tmp_path_factory):
   """compile.json of a small model on four chips, and what was said."""
   workdir = tmp_path_factory.mktemp("small")
-  done = call(workdir, *SMALL, "--config.topology=v5e:2x2", "--config.mesh.fsdp=4")
+  done = call(workdir, *SMALL, "--config.compile.topology=v5e:2x2", "--config.mesh.fsdp=4")
   assert done.returncode == 0, done.stdout + done.stderr
   return json.loads((workdir / "compile.json").read_text()), done.stdout
 
@@ -135,11 +135,11 @@ def test_sampling_is_forecast_beside_training(small):
   ids=["activations", "state"],
 )
 def test_what_does_not_fit_is_said_with_what_would(overrides, tmp_path):
-  done = call(tmp_path, "--config.topology=v5e:2x2", *overrides, config="imagenet32_l")
+  done = call(tmp_path, "--config.compile.topology=v5e:2x2", *overrides, config="imagenet32_l")
   assert done.returncode == 2, done.stdout + done.stderr
   assert done.stderr.count("\n") == 1 and "doesn't fit v5e:2x2: it needs" in done.stderr
   assert "of a device's 15.75 GiB" in done.stderr
-  for remedy in ("--config.model.remat=", "a larger slice", "--config.plan=True"):
+  for remedy in ("--config.model.remat=", "a larger slice", "--config.compile.plan=True"):
     assert remedy in done.stderr
   values = json.loads((tmp_path / "compile.json").read_text())
   assert values["fits"] is False and "step_seconds" not in values and "sampling" not in values
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_said_with_what_would(overrides, tmp_path):
   ],
 )
 def test_what_does_not_divide_is_said_before_compiling(overrides, message, tmp_path):
-  done = call(tmp_path, *SMALL, "--config.topology=v5e:2x2", *overrides)
+  done = call(tmp_path, *SMALL, "--config.compile.topology=v5e:2x2", *overrides)
   assert done.returncode == 2 and done.stderr.count("\n") == 1
   assert message in done.stderr
   assert "compiling" not in done.stdout and not (tmp_path / "compile.json").exists()

@@ -11,10 +11,10 @@ import numpy as np
 import own_checkpoint
 import pytest
 from PIL import Image
-from tiny import compilations, make_config, mesh_of, random_params
+from tiny import changed, compilations, make_config, mesh_of, random_params, settings_of
 
-from igpt_jax import config as config_lib
-from igpt_jax.data.transforms import BadRecord
+from igpt_jax.config.fields import CompleteConfig, Settings
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
@@ -51,14 +51,11 @@ def photos(tmp_path):
 
 
 def settings(trained, **changes):
-  config = config_lib.base()
-  config.job = "complete"
-  config.checkpoint = trained
-  config.n = 3
-  config.sample.batch_size = 4
-  config.update_from_flattened_dict(changes)
-  config_lib.validate(config)
-  return config
+  """Those of job complete, whose own settings need no group's name here."""
+  own = {field.name for field in dataclasses.fields(CompleteConfig)}
+  changes = {f"complete.{name}" if name in own else name: each for name, each in changes.items()}
+  basis = {"job": "complete", "checkpoint": trained, "complete.n": 3, "sample.batch_size": 4}
+  return settings_of(changes={**basis, **changes})
 
 
 def completer_of(trained, mesh=None):
@@ -207,7 +204,7 @@ def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
   assert [(f.group, f.name) for f in prompt_files.find(str(my))] == found
   said = capsys.readouterr().out
   assert (
-    "config.images: left out 3 files: " in said
+    "config.complete.images: left out 3 files: " in said
     and "cats/e.heic (HEIC" in said
     and "notes.txt" in said
   )
@@ -316,7 +313,7 @@ def test_an_interrupted_run_goes_on_with_the_rest(trained, photos, tmp_path, mon
 
   complete.run(config, str(out))  # all there
   assert len(drawn) == 6
-  config.sample.batch_size = 16  # another batch size isn't another sample
+  config = changed(config, {"sample.batch_size": 16})  # another batch size isn't another sample
   complete.run(config, str(tmp_path / "at_once"))
   for name in ("cats/a", "cats/b", "dogs/a"):
     assert tokens_in(tmp_path / "at_once" / name) == tokens_in(whole / name)
@@ -387,10 +384,10 @@ def test_a_checkpoint_of_any_format_has_one_checksum(tmp_path):
   own = own_checkpoint.write(tmp_path / "own", seed=3)
   write_foreign(str(tmp_path / "foreign" / "model.ckpt-7"), 3)
   sums = {
-    weights.checksum_of(weights.describe(path, config_lib.base()))
+    weights.checksum_of(weights.describe(path, Settings()))
     for path in (own, str(tmp_path / "foreign"))
   }
-  described = weights.describe(own, config_lib.base())
+  described = weights.describe(own, Settings())
   older = dataclasses.replace(described, sums={})  # from before checkpoints had checksums
   assert sums == {weights.checksum_of(older)} == {described.sums["params"]}
 
@@ -458,9 +455,9 @@ def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"keep": 1.0}, "config.keep: 1.0; expected a share"),
-    ({"keep": 0.0}, "config.keep: 0.0; expected a share"),
-    ({"n": 0}, "config.n: 0; expected 1 or more"),
+    ({"keep": 1.0}, "config.complete.keep: 1.0; expected within"),
+    ({"keep": 0.0}, "config.complete.keep: 0.0; expected within"),
+    ({"n": 0}, "config.complete.n: 0; expected 1 to 65,536"),
     ({"sample.top_p": 0.0}, "top_p: 0.0"),
     ({"sample.temperature": 1e-38}, "temperature: 1e-38"),
     ({"seed": 2**32}, "config.seed: 4294967296"),

@@ -6,7 +6,8 @@ import pathlib
 import jax
 import pytest
 
-from igpt_jax import config as config_lib
+from igpt_jax.config import base, choices
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import PRESETS, count_params
 from igpt_jax.training import optimizer, state
@@ -34,10 +35,9 @@ def test_the_configs_are_there():
 def test_config_builds_its_abstract_state(path):
   module = load(path)
   config = module.get_config()
-  config_lib.validate(config)
-  config = config_lib.settle(config)
-  model = config_lib.model(config, n_vocab=config_lib.palette_size(config))
-  tx = optimizer.make_optimizer(config_lib.optimizer(config))
+  config = choices.settle(settings_of(config))
+  model = choices.model_config(config, n_vocab=choices.palette_size(config))
+  tx = optimizer.make_optimizer(choices.optimizer_config(config))
   abstract = state.abstract_state(model, tx)
   assert sum(leaf.size for leaf in jax.tree.leaves(abstract.params)) == count_params(model)
   assert abstract.params["wpe"].shape == (config.data.resolution**2, model.n_embd)
@@ -111,17 +111,17 @@ def test_config_says_what_it_is(path):
   ],
 )
 def test_a_value_out_of_range_is_named(field, value, expected):
-  config = config_lib.base()
+  config = base()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=expected):
-    config_lib.validate(config)
+    settings_of(config)
 
 
 def test_masks_that_hide_nothing_of_a_batch_are_refused():
-  config = config_lib.base()
+  config = base()
   config.objective, config.train.batch_size = "masked", 8
   config.mask_probability = 1 / 512  # one pixel of 8 images of 8 × 8
-  config_lib.validate(config)
+  settings_of(config)
   config.mask_probability = 1e-9
   with pytest.raises(UserError, match=r"masks less than one of the 512 pixels.*expected 0\.002 or"):
-    config_lib.validate(config)
+    settings_of(config)

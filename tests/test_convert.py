@@ -22,9 +22,10 @@ import pytest
 from PIL import Image
 from test_end_to_end import load_config
 from test_pretrained_download import Server
+from tiny import changed, settings_of
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import Settings, as_json, base
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, download, evaluate, pretrain, probe, sample
 from igpt_jax.pretrained import formats
@@ -65,19 +66,22 @@ def assert_same_variables(found, expected):
 
 def settings(name="quickstart", **overrides):
   """A config with nothing of its own about the model, as a person with a checkpoint has it."""
-  config = load_config(name) if name != "base" else config_lib.base()
-  config.update_from_flattened_dict({key.replace("__", "."): v for key, v in overrides.items()})
-  return config
+  config = load_config(name) if name != "base" else base()
+  return settings_of(config, {key.replace("__", "."): v for key, v in overrides.items()})
 
 
 def run(job, config, workdir="unused"):
   """As `main` does."""
-  config_lib.validate(config)
   job.run(config, str(workdir))
 
 
 def convert_to(kind, source, target):
-  run(convert, settings("convert", source=str(source), target=str(target), format=kind))
+  run(
+    convert,
+    settings(
+      "convert", convert__source=str(source), convert__target=str(target), convert__format=kind
+    ),
+  )
   return target
 
 
@@ -171,8 +175,8 @@ def test_bert_goes_everywhere_but_to_hugging_face(tmp_path):
   found = []
   for path in (prefix, workdir):
     config = settings("openai_s_eval", checkpoint=str(path), data__path=f"{tmp_path}/tokens.npy")
-    config.data.resolution, config.evaluate.batch_size, config.mask_probability = 8, 8, 0.5
-    run(evaluate, config, tmp_path / "run")
+    changes = {"data.resolution": 8, "evaluate.batch_size": 8, "mask_probability": 0.5}
+    run(evaluate, changed(config, changes), tmp_path / "run")
     values = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert values["objective"] == "masked"
     found.append(values["nats_per_token"])
@@ -211,8 +215,8 @@ def test_a_trained_checkpoint_goes_out_without_its_optimizer(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ["openai", "huggingface", "orbax"])
 def test_samples_come_with_the_palette_that_lay_beside_the_weights(kind, tiny, pictures, tmp_path):
   config = settings("base", checkpoint=str(tiny[kind]), sample__samples=2, **pictures)
-  config.sample.completions, config.sample.per_picture, config.sample.scale = 2, 1, 1
-  run(sample, config, tmp_path)
+  changes = {"sample.completions": 2, "sample.per_image": 1, "sample.scale": 1}
+  run(sample, changed(config, changes), tmp_path)
   values = json.loads((tmp_path / "sample.json").read_text())
   assert values["step"] == (0 if kind == "huggingface" else STEP)
   painted = np.asarray(Image.open(tmp_path / "samples.png").convert("RGB")).reshape(-1, 3)
@@ -222,9 +226,7 @@ def test_samples_come_with_the_palette_that_lay_beside_the_weights(kind, tiny, p
 
 def test_probe_of_imported_weights(tiny, pictures, tmp_path):
   config = settings("base", checkpoint=str(tiny["huggingface"]), **pictures)
-  config.features.batch_size = 8
-  config.data.validation = 0.3
-  run(probe, config, tmp_path)
+  run(probe, changed(config, {"features.batch_size": 8, "data.validation": 0.3}), tmp_path)
   values = json.loads((tmp_path / "probe.json").read_text())
   assert [row["layer"] for row in values["rows"] if row["kind"] == "layer"] == [0, 1, 2]
   # Dark or light is in every pixel: features that are the pictures' keep it.
@@ -236,7 +238,7 @@ def test_a_missing_palette_can_be_given(bare, pictures, tmp_path):
   config = settings("base", checkpoint=str(bare["openai"]), evaluate__batch_size=8, **pictures)
   with pytest.raises(UserError, match=r"no palette.*kmeans_centers.*palette\.path"):
     run(evaluate, config, tmp_path / "without")
-  config.palette.path = str(tmp_path / "palette.npy")
+  config = changed(config, {"palette.path": str(tmp_path / "palette.npy")})
   run(evaluate, config, tmp_path / "with")
   assert (tmp_path / "with" / "evaluation.json").exists()
 
@@ -254,9 +256,10 @@ def test_pretraining_starts_from_the_weights(kind, tiny, tmp_path):
   for split in ("train", "validation", "test"):
     np.save(tmp_path / "tokens" / f"{split}.npy", np.repeat(TOKENS[:1], 16, 0))
   config = settings("base", data__name="tokens", data__path=str(tmp_path / "tokens"))
-  config.init_from = str(path)
-  config.mesh.data, config.mesh.fsdp = -1, 2
-  config.train.update(batch_size=8, steps=3, learning_rate=1e-3, log_every=1, checkpoint_every=2)
+  config = changed(config, {
+    "init_from": str(path), "mesh.data": -1, "mesh.fsdp": 2, "train.batch_size": 8, "train.steps": 3,
+    "train.learning_rate": 1e-3, "train.log_every": 1, "train.checkpoint_every": 2,
+  })  # fmt: skip
   workdir = tmp_path / "run"
   run(pretrain, config, workdir)
   losses = [r["loss"] for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
@@ -271,16 +274,16 @@ def test_pretraining_starts_from_the_weights(kind, tiny, tmp_path):
     return
   # The same command with other settings of what is told goes on, the source long gone.
   shutil.rmtree(source)
-  config.train.keep = 5
+  config = changed(config, {"train.max_to_keep": 5})
   run(pretrain, config, workdir)
   np.testing.assert_array_equal(checkpoint.describe(str(workdir)).palette, CLUSTERS)
   # The other jobs read what was trained, not what it began with.
-  config.evaluate.batch_size = 8
+  config = changed(config, {"evaluate.batch_size": 8})
   run(evaluate, config, workdir)
   values = json.loads((workdir / "evaluation.json").read_text())
   assert values["checkpoint"].startswith(str(workdir)) and values["nats_per_token"] < losses[0]
   # Where it began is part of what the run is.
-  config.init_from = ""
+  config = changed(config, {"init_from": ""})
   with pytest.raises(UserError, match="init_from"):
     run(pretrain, config, workdir)
 
@@ -288,7 +291,7 @@ def test_pretraining_starts_from_the_weights(kind, tiny, tmp_path):
 def test_init_from_serves_the_other_jobs_in_a_new_workdir(tiny, tmp_path):
   np.save(tmp_path / "tokens.npy", TOKENS)
   config = settings("base", data__name="tokens", data__path=f"{tmp_path}/tokens.npy")
-  config.init_from, config.evaluate.batch_size = str(tiny["openai"]), 8
+  config = changed(config, {"init_from": str(tiny["openai"]), "evaluate.batch_size": 8})
   run(evaluate, config, tmp_path / "run")
   values = json.loads((tmp_path / "run" / "evaluation.json").read_text())
   assert values["checkpoint"] == str(tiny["openai"])
@@ -323,7 +326,8 @@ def test_download_then_evaluate_as_the_config_says(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     thread.join()
-  config.data.resolution, config.evaluate.batch_size = 8, 8  # tiny weights are of tiny pictures
+  # Tiny weights are of tiny images.
+  config = changed(config, {"data.resolution": 8, "evaluate.batch_size": 8})
   run(evaluate, config, tmp_path / "run")
   values = json.loads((tmp_path / "run" / "evaluation.json").read_text())
   expected = numpy_reference.forward(variables, TOKENS)["per_image"].mean()
@@ -334,7 +338,6 @@ def test_download_then_evaluate_as_the_config_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size, nats", [("s", "2.0895"), ("m", "2.0614"), ("l", "2.0466")])
 def test_published_evaluations(size, nats):
   config = settings(f"openai_{size}_eval")
-  config_lib.validate(config)
   assert (config.job, config.download.model) == ("evaluate", size)
   assert nats in (ROOT / "configs" / f"openai_{size}_eval.py").read_text()
 
@@ -349,7 +352,7 @@ def things(tiny, bare, pictures, tmp_path_factory):
   (folder / "empty").mkdir()
   (folder / "garbage").write_bytes(b"\x93weights" * 100)
   (folder / "new").mkdir()
-  (folder / "new" / "config.json").write_text(json.dumps(config_lib.as_json(config_lib.base())))
+  (folder / "new" / "config.json").write_text(json.dumps(as_json(Settings())))
   (folder / "taken").mkdir()
   np.save(folder / "taken" / "kmeans_centers.npy", CLUSTERS)
   np.save(folder / "other.npy", CLUSTERS[::-1])
@@ -367,58 +370,62 @@ def things(tiny, bare, pictures, tmp_path_factory):
 
 INIT = "--config.init_from={openai}"
 FOLDER = "--config.data.name=folder --config.data.path={pictures} --config.data.resolution=8"
-TO = "--config.source={openai} --config.target={folder}/out"
+TO = "--config.convert.source={openai} --config.convert.target={folder}/out"
 MISTAKES = {
-  "unknown format": ("convert", f"{TO} --config.format=onnx", "onnx.*huggingface"),
-  "no source": ("convert", "--config.target={folder}/out", "source.*empty"),
-  "no target": ("convert", "--config.source={openai}", "target.*empty"),
-  "source is garbage": ("convert", f"{TO} --config.source={{folder}}/garbage", "garbage"),
-  "source is nowhere": ("convert", f"{TO} --config.source={{folder}}/nowhere", "nothing is there"),
-  "source is empty": ("convert", f"{TO} --config.source={{folder}}/empty", "holds nothing"),
+  "unknown format": ("convert", f"{TO} --config.convert.format=onnx", "onnx.*huggingface"),
+  "no source": ("convert", "--config.convert.target={folder}/out", "source.*empty"),
+  "no target": ("convert", "--config.convert.source={openai}", "target.*empty"),
+  "source is garbage": ("convert", f"{TO} --config.convert.source={{folder}}/garbage", "garbage"),
+  "source is nowhere": (
+    "convert",
+    f"{TO} --config.convert.source={{folder}}/nowhere",
+    "nothing is there",
+  ),
+  "source is empty": ("convert", f"{TO} --config.convert.source={{folder}}/empty", "holds nothing"),
   "source is a new workdir": (
     "convert",
-    f"{TO} --config.source={{folder}}/new",
+    f"{TO} --config.convert.source={{folder}}/new",
     "no checkpoint in",
   ),
-  "target is there": ("convert", f"{TO} --config.target={{orbax}}", "exists"),
+  "target is there": ("convert", f"{TO} --config.convert.target={{orbax}}", "exists"),
   "target is there, hf": (
     "convert",
-    f"{TO} --config.format=huggingface --config.target={{huggingface}}",
+    f"{TO} --config.convert.format=huggingface --config.convert.target={{huggingface}}",
     "exists",
   ),
   "target is there, openai": (
     "convert",
-    "--config.source={orbax} --config.format=openai --config.target={openai}",
+    "--config.convert.source={orbax} --config.convert.format=openai --config.convert.target={openai}",
     "exists",
   ),
   "target's palette is there": (
     "convert",
-    f"{TO} --config.format=openai --config.target={{folder}}/taken/model",
+    f"{TO} --config.convert.format=openai --config.convert.target={{folder}}/taken/model",
     "kmeans_centers.npy exists",
   ),
   "target is a directory": (
     "convert",
-    f"{TO} --config.format=openai --config.target={{folder}}/",
+    f"{TO} --config.convert.format=openai --config.convert.target={{folder}}/",
     "prefix",
   ),
   "target's parent is a file": (
     "convert",
-    f"{TO} --config.format=openai --config.target={{folder}}/garbage/model",
+    f"{TO} --config.convert.format=openai --config.convert.target={{folder}}/garbage/model",
     "garbage",
   ),
   "target's parent is a file, orbax": (
     "convert",
-    f"{TO} --config.target={{folder}}/garbage/workdir",
+    f"{TO} --config.convert.target={{folder}}/garbage/workdir",
     "garbage",
   ),
   "BERT to Hugging Face": (
     "convert",
-    f"{TO} --config.source={{bert}} --config.format=huggingface",
+    f"{TO} --config.convert.source={{bert}} --config.convert.format=huggingface",
     "BERT",
   ),
   "palette of another size": (
     "convert",
-    f"{TO} --config.source={{bare_openai}} --config.palette.path={{folder}}/small.npy",
+    f"{TO} --config.convert.source={{bare_openai}} --config.palette.path={{folder}}/small.npy",
     "5 colours.*17",
   ),
   "another depth": (
@@ -468,7 +475,11 @@ MISTAKES = {
     "palette.path",
   ),
   "tokens from nowhere": ("base", "--config.data.name=tokens", "data.path: empty"),
-  "no such model": ("base", "--config.job=download --config.download.model=xl", "not released"),
+  "no such model": (
+    "base",
+    "--config.job=download --config.download.model=xl",
+    "expected one of s, m, l",
+  ),
   "nothing to download": (
     "base",
     "--config.job=download --config.download.model= --config.download.data=",
@@ -486,13 +497,11 @@ IN_A_PROCESS = [
 def config_of(name, things):
   """The config that the mistake's flags make."""
   base, flags, _ = MISTAKES[name]
-  config = settings(base)
+  changes = {}
   for flag in flags.split():
     field, value = flag.removeprefix("--config.").format(**things).split("=", 1)
-    config.update_from_flattened_dict(
-      {field: int(value) if value.isdigit() and field != "download.model" else value}
-    )
-  return config
+    changes[field] = int(value) if value.isdigit() and field != "download.model" else value
+  return settings_of(None if base == "base" else load_config(base), changes)
 
 
 def listing(*folders):
@@ -503,9 +512,9 @@ def listing(*folders):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_leaves_nothing(name, things, tmp_path):
   jobs = dict(convert=convert, pretrain=pretrain, evaluate=evaluate, sample=sample)
-  config = config_of(name, things)
   before = listing(*things["roots"])
   with pytest.raises(UserError, match=MISTAKES[name][2]) as caught:
+    config = config_of(name, things)
     run({**jobs, "download": download}[config.job], config, tmp_path / "run")
   assert len(str(caught.value)) < 800
   assert listing(*things["roots"]) == before
@@ -549,7 +558,7 @@ def test_a_damaged_checkpoint_of_ours_is_named(tiny, tmp_path, damage):
   assert len(pieces) >= 11
   for path in pieces[::2]:
     damage(path)
-  flags = f"--config.source={workdir} --config.target={tmp_path}/hf --config.format=huggingface"
+  flags = f"--config.convert.source={workdir} --config.convert.target={tmp_path}/hf --config.convert.format=huggingface"
   done = call("convert", flags, tmp_path)
   assert done.returncode == 2, done.stderr
   expected = f"igpt_jax: checkpoint: {workdir}/checkpoints/{STEP} can't be read"

@@ -10,7 +10,7 @@ SCRIPT = """
 import io, resource
 import numpy as np
 from PIL import Image, ImageCms
-from igpt_jax.data import own_images, transforms
+from igpt_jax.data import image_decoding, own_images, transforms
 
 rng = np.random.default_rng(0)
 
@@ -76,7 +76,7 @@ def damage(data):
   return bytes(data)
 
 for data in originals:  # all code is loaded and warm before memory is compared
-  transforms.decode(data)
+  image_decoding.decode(data)
   transforms.paper_train_encoded(data, rng, 32)
 for data in files:
   own_images.read(data)
@@ -86,16 +86,16 @@ decoded = refused = 0
 for i in range(500):
   data, name = damage(originals[i % len(originals)]), f"record {i}"
   try:
-    image = transforms.decode(data, name)
+    image = image_decoding.decode(data, name)
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3, image.shape
     decoded += 1
-  except transforms.BadRecord as error:
+  except image_decoding.BadRecord as error:
     assert str(error).startswith(name + ": "), error
     refused += 1
   try:
     out = transforms.paper_train_encoded(data, np.random.default_rng(i), 32, name)
     assert out.shape == (32, 32, 3) and out.dtype == np.uint8
-  except transforms.BadRecord as error:
+  except image_decoding.BadRecord as error:
     assert str(error).startswith(name + ": "), error
 for i in range(1200):
   data, name = damage(files[i % len(files)]), f"file {i}"
@@ -103,7 +103,7 @@ for i in range(1200):
     image = own_images.read(data, name)
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3, image.shape
     decoded += 1
-  except transforms.BadRecord as error:
+  except image_decoding.BadRecord as error:
     assert str(error).startswith(name + ": ") and "\\n" not in str(error), error
     refused += 1
   own_images.as_stored(data)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import palette, pipeline, sources, tfds_prepare, transforms
+from igpt_jax.data import image_decoding, palette, pipeline, sources, tfds_prepare
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_imagenet_by_its_real_builder(tmp_path, shim):
   assert train.class_names[train[0]["label"]].startswith("n0144")
   assert "n0144" in train[0]["id"] and "ILSVRC2012_val" in test[0]["id"]
   assert len(sources.open_split(config, "validation")) == 1
-  values = sorted(round(transforms.decode(test[i]["image"]).mean()) for i in range(4))
+  values = sorted(round(image_decoding.decode(test[i]["image"]).mean()) for i in range(4))
   assert values == [30, 60, 90, 120]
   colors = palette.Palette.default()
   with pipeline.train_batches(train, config, colors, batch_size=8, seed=0) as batches:
@@ -136,7 +136,7 @@ def test_two_processes_do_not_prepare_one_data_set(tmp_path, tensorflow_installe
   _archives(tmp_path / "manual")
   with open(tmp_path / ".imagenet2012.lock", "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    with pytest.raises(errors.UserError, match="another process"):
+    with pytest.raises(errors.UserError, match="in use by another run"):
       tfds_prepare.prepare("imagenet2012", str(tmp_path), str(tmp_path / "manual"))
 
 

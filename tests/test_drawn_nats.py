@@ -14,7 +14,6 @@ import tiny
 from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.data.palette import Palette
 from igpt_jax.jobs import complete, quality, sample
 from igpt_jax.model.image_gpt import bind
@@ -52,14 +51,12 @@ def config(trained, model, tmp_path, monkeypatch):
     for i in range(8):
       image = model[1].decode(rng.integers(11, size=(SIDE, SIDE)))
       Image.fromarray(image).save(tmp_path / "data" / split / f"{i}.png")
-  config = config_lib.base()
-  config.update_from_flattened_dict({
+  return tiny.settings_of(changes={
     "checkpoint": trained, "data.name": "folder", "data.path": str(tmp_path / "data"),
-    "data.resolution": SIDE, "sample.samples": 6, "sample.completions": 3, "sample.per_picture": 2,
+    "data.resolution": SIDE, "sample.samples": 6, "sample.completions": 3, "sample.per_image": 2,
     "sample.keep": 0.25, "sample.temperature": 0.6, "sample.scale": 1, "sample.batch_size": 4,
-    "quality.images": 6, "images": str(tmp_path / "data" / "test"), "n": 3, "keep": 0.25,
+    "quality.images": 6, "complete.images": str(tmp_path / "data" / "test"), "complete.n": 3, "complete.keep": 0.25,
   })  # fmt: skip
-  return config
 
 
 def cells(path):

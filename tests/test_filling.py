@@ -9,7 +9,6 @@ import tiny
 from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
@@ -26,13 +25,11 @@ def bert(tmp_path_factory):
 
 
 def settings(trained, **changes):
-  config = config_lib.base()
-  config.update_from_flattened_dict({
-    "job": "complete", "checkpoint": trained, "n": 2, "sample.batch_size": 4, "passes": 3,
-    "mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, **changes,
+  return tiny.settings_of(changes={
+    "job": "complete", "checkpoint": trained, "complete.n": 2, "sample.batch_size": 4,
+    "complete.passes": 3, "mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2,
+    **{name if "." in name else f"complete.{name}": each for name, each in changes.items()},
   })  # fmt: skip
-  config_lib.validate(config)
-  return config
 
 
 def known_of(trained, **changes):
@@ -67,10 +64,12 @@ def test_a_picture_of_a_mask(bert, tmp_path):
       known_of(bert, hide=str(tmp_path / "flat.png"))
   (tmp_path / "torn.png").write_bytes((tmp_path / "mask.png").read_bytes()[:40])
   with pytest.raises(
-    UserError, match=r"config\.hide: .*torn\.png: unreadable image \(.*expected an image"
+    UserError, match=r"config\.complete\.hide: .*torn\.png: unreadable image \(.*expected an image"
   ):
     known_of(bert, hide=str(tmp_path / "torn.png"))
-  with pytest.raises(UserError, match=r"config\.hide: 'middle'; expected one of lower, upper"):
+  with pytest.raises(
+    UserError, match=r"config\.complete\.hide: 'middle'; expected one of lower, upper"
+  ):
     known_of(bert, hide="middle")
 
 
@@ -100,7 +99,7 @@ def test_a_mask_is_cropped_as_the_image_it_belongs_to(bert, tmp_path):
 
 def test_raster_order_cannot_condition_on_what_comes_after(tmp_path):
   causal = own_checkpoint.write(tmp_path / "causal")
-  with pytest.raises(UserError, match=r"config\.hide: left.*raster order.*fix: "):
+  with pytest.raises(UserError, match=r"config\.complete\.hide: left.*raster order.*fix: "):
     known_of(causal, hide="left")
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import writing
+from igpt_jax.config import choices
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
@@ -20,7 +22,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.runner import saving
 from igpt_jax.training import compilation
 from igpt_jax.training import joint as finetune_lib
-from igpt_jax.workspace import devices, finetuning, streams, weights
+from igpt_jax.workspace import devices, streams, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -43,13 +45,13 @@ def tiny(**overrides):
   config.update_from_flattened_dict({
     "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
     "train.batch_size": 16, "train.steps": 4, "train.warmup_steps": 2, "train.log_every": 2,
-    "train.eval_every": 0, "train.eval_images": 32, "train.keep": 1, "evaluate.images": 50,
+    "train.eval_every": 0, "train.eval_images": 32, "train.max_to_keep": 1, "evaluate.images": 50,
     "finetune.batch_size": 16, "finetune.steps": 9, "finetune.eval_every": 3,
     "finetune.learning_rate": 1e-2, "finetune.masks": 2,
-    "sample.samples": 2, "sample.completions": 1, "sample.per_picture": 1,
+    "sample.samples": 2, "sample.completions": 1, "sample.per_image": 1,
     **overrides,
   })  # fmt: skip
-  return config
+  return settings_of(config)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +126,9 @@ def test_test_is_scored_once_with_the_best(tuned):
   config = tiny()
   found = checkpoint.describe(values["checkpoint"])
   assert found.step == values["best_step"] and found.classes == DIGITS
-  from igpt_jax import config as config_lib
   from igpt_jax.data.sources import open_split
 
-  data_config = config_lib.data(config)
+  data_config = config.data
   split = open_split(data_config, "test")
   params = params_of(values["checkpoint"])
   params["clf"] = params.pop("head")
@@ -225,7 +226,7 @@ def test_the_best_of_those_that_were_saved_is_taken(start, tmp_path, monkeypatch
   monkeypatch.setattr(writing, "_sync_unnamed", fail_at_2)
   monkeypatch.setattr(saving, "_FIRST_PAUSE", 0.01)
   settings = {"checkpoint": start, "finetune.eval_every": 1, "finetune.steps": 5}
-  settings |= {"finetune.patience": patience, "train.keep": 2}
+  settings |= {"finetune.patience": patience, "train.max_to_keep": 2}
   left = scripted(monkeypatch, [0.1, 0.9, 0.4, 0.3, 0.3])
   finetune.run(tiny(**settings), str(tmp_path))
   values, folder = result(tmp_path), tmp_path / "finetune" / "checkpoints"
@@ -251,7 +252,8 @@ def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
   sample.run(config, str(tmp_path / "sample"))
   for format in ("orbax", "huggingface"):
     target = str(tmp_path / format)
-    convert.run(tiny(source=path, target=target, format=format), str(tmp_path / "convert"))
+    settings = {"convert.source": path, "convert.target": target, "convert.format": format}
+    convert.run(tiny(**settings), str(tmp_path / "convert"))
     # The head stays behind, whatever the run says of it.
     assert weights.describe(target, config).classes == ()
   trained = checkpoint.load_pretrained(str(tmp_path / "orbax"), mesh())
@@ -331,7 +333,7 @@ def test_classification_alone_leaves_the_output_table(start, tmp_path):
 def test_a_tenth_of_the_sizes_rate():
   for objective, rate in (("autoregressive", 3e-4), ("masked", 1e-3)):
     config = tiny(objective=objective, **{"finetune.learning_rate": 0.0, "train.b2": 0.9})
-    made = finetuning.make_optimizer_config(config)
+    made = choices.finetuning_optimizer_config(config)
     assert made.learning_rate == pytest.approx(rate)
     assert (made.schedule, made.b1, made.b2, made.steps) == ("constant", 0.9, 0.9, 9)
 
@@ -375,7 +377,7 @@ def test_a_mistake_is_said_before_anything_is_compiled(start, folders, tmp_path,
     overrides["data.path"] = str(folders / overrides["data.path"])
   monkeypatch.setattr(compilation, "compile_step", lambda *args: pytest.fail("compiled"))
   with pytest.raises(UserError, match=said):
-    finetune.run(tiny(**overrides), str(tmp_path))
+    finetune.run(tiny(job="finetune", **overrides), str(tmp_path))
   assert not (tmp_path / "finetune" / "config.json").exists()
   assert not (tmp_path / "finetune" / "checkpoints").exists()
 

@@ -1,5 +1,6 @@
 """What a person gets wrong at the command line, or has little of: one line, status 2, nothing half done."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,8 +16,9 @@ from lives import Lives
 from PIL import Image
 from test_end_to_end import ROOT, call, data_dir, one_device, tiny
 
-from igpt_jax import config as config_lib
-from igpt_jax import config_saved
+from igpt_jax.config import saved as saved_lib
+from igpt_jax.config.fields import CompleteConfig, DataConfig, Settings, base
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import NoSuchSplit, UserError
 from igpt_jax.jobs import evaluate, finetune, fit_palette, pretrain
 from igpt_jax.probing import sets
@@ -48,7 +50,7 @@ MISTAKES = {
   "no seed": (["--config.seed="], "seed"),
   "cold": (["--config.sample.temperature=1e-38"], "temperature: 1e-38; expected 0 .greedy., or"),
   "many steps": (["--config.train.steps=" + "9" * 400], "config.train.steps: a number of 1,329 bits"),
-  "more processes than cores": (["--config.data.workers=1000"], "data.workers: 1000; expected between 0"),
+  "more processes than cores": (["--config.data.workers=1000"], "data.workers: 1000; expected 0 to"),
   "finetune": (["--config.job=finetune", "--config.data.validation=0", *OWN], NO_VALIDATION),
   "probe": (["--config.job=probe", "--config.data.validation=0", *OWN], NO_VALIDATION),
   "lowdata": (["--config.job=lowdata", "--config.data.validation=0", *OWN], NO_VALIDATION),
@@ -68,8 +70,8 @@ MISTAKES = {
     "palette: folder .* has a single colour",
   ),
   "results as images": (
-    ["--config.job=complete", "--config.images={root}", *OWN],
-    "--workdir: .* lies within config.images .* fix: another --workdir",
+    ["--config.job=complete", "--config.complete.images={root}", *OWN],
+    "--workdir: .* lies within config.complete.images .* fix: another --workdir",
   ),
   "results as training images": (
     ["--config.data.name=folder", "--config.data.path={root}", "--workdir={root}/train/cat/run"],
@@ -193,16 +195,15 @@ def test_results_are_no_images_to_complete(tmp_path, monkeypatch, images, workdi
   make_images(tmp_path / "my", 1, name="a.jpg")
   os.symlink("my", tmp_path / "link")
   monkeypatch.chdir(tmp_path)
-  config = config_lib.base()
-  config.job, config.images = "complete", images
+  config = Settings(job="complete", complete=CompleteConfig(images=images))
   workdir = os.path.abspath(workdir)
   if refused:
-    with pytest.raises(UserError, match=r"lies within config.images"):
+    with pytest.raises(UserError, match=r"lies within config.complete.images"):
       places.check(config, workdir)
   else:
     places.check(config, workdir)
-  config.job = "evaluate"  # which reads no images
-  places.check(config, workdir)
+  # Which reads no images.
+  places.check(dataclasses.replace(config, job="evaluate"), workdir)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +212,8 @@ def test_results_are_no_images_to_complete(tmp_path, monkeypatch, images, workdi
    ("data/runs/a", False), ("data", False), ("data/training", False), ("elsewhere", False)],
 )  # fmt: skip
 def test_results_are_no_images_to_train_on(tmp_path, workdir, refused):
-  config = config_lib.base()
-  config.data.name, config.data.path = "folder", str(tmp_path / "data")
-  config.data.validation_split = "held"
+  data = DataConfig(name="folder", path=str(tmp_path / "data"), validation_split="held")
+  config = Settings(data=data)
   if not refused:
     places.check(config, str(tmp_path / workdir))
     return
@@ -224,8 +224,8 @@ def test_results_are_no_images_to_train_on(tmp_path, workdir, refused):
 def test_a_workdir_whose_name_is_not_utf8(tmp_path):
   """Orbax can't write there: told now, not after ten minutes of trying to save."""
   with pytest.raises(UserError, match=r"run\\xff isn't UTF-8"):
-    places.check(config_lib.base(), str(tmp_path / "run\udcff"))
-  places.check(config_lib.base(), str(tmp_path / "Läufe 🙂"))
+    places.check(Settings(), str(tmp_path / "run\udcff"))
+  places.check(Settings(), str(tmp_path / "Läufe 🙂"))
 
 
 # --- a run's own config.json -----------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_a_run_goes_on_from_its_own_config_json(tmp_path):
   own = {"finetune.layer": 1, "features.layers": (0, 1), "data.augment": "shift"}
   pretrain.run(tiny(**own, **{"train.steps": 4}), str(workdir))
   saved = str(workdir / "config.json")
-  assert config_saved.get_config(saved).to_dict() == tiny(**own, **{"train.steps": 4}).to_dict()
+  assert settings_of(saved_lib.get_config(saved)) == tiny(**own, **{"train.steps": 4})
   first = (workdir / "metrics.jsonl").read_text()
   command = [sys.executable, "-m", "igpt_jax.main", "--config", saved]
   run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -253,8 +253,8 @@ def test_a_run_goes_on_from_its_own_config_json(tmp_path):
 
 def test_a_config_json_of_an_older_version_has_todays_defaults_where_it_is_silent(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": 3, "train": {"clip_norm": 1}}')
-  config = config_saved.get_config(str(tmp_path / "config.json"))
-  expected = config_lib.base()
+  config = saved_lib.get_config(str(tmp_path / "config.json"))
+  expected = base()
   expected.seed, expected.train.clip_norm = 3, 1.0
   assert config.to_dict() == expected.to_dict()
   assert isinstance(config.train.clip_norm, float)

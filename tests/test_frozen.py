@@ -24,8 +24,10 @@ import pytest
 from test_end_to_end import call, load_config
 
 from igpt_jax import checkpoint, files
-from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.config import choices
+from igpt_jax.config.fields import as_json
+from igpt_jax.config.read import settings_of
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.parallel.sharding import make_mesh
@@ -46,7 +48,7 @@ EXACT = ("loss", "validation_loss", "grad_norm", "learning_rate")
 def config_of():
   config = load_config("quickstart")
   config.update_from_flattened_dict(SETTINGS)
-  return config
+  return settings_of(config)
 
 
 def mesh():
@@ -72,7 +74,7 @@ def sum_of_all(tree) -> str:
 def state_at(folder, step):
   config = config_of()
   found = checkpoint.describe(str(folder / "checkpoints" / str(step)))
-  tx = optimizer.make_optimizer(config_lib.optimizer(config))
+  tx = optimizer.make_optimizer(choices.optimizer_config(config))
   abstract = state.abstract_state(found.config, tx)
   checkpoints = Checkpoints(str(folder))
   restored = checkpoints.restore(step, abstract, state.state_shardings(found.config, tx, mesh()))
@@ -82,7 +84,7 @@ def state_at(folder, step):
 
 def order_from(folder, step, batches) -> list[list[int]]:
   config = config_of()
-  data = config_lib.data(config)
+  data = config.data
   order = data_order.DataOrder(
     str(folder), open_split(data, "train"), batch_size=config.train.batch_size, seed=config.seed
   )
@@ -132,7 +134,7 @@ def resumed(tmp_path_factory):
 def test_its_settings_are_todays():
   """A field that came later needs its default in history.ADDED, one that went or moved an entry in
   history.RENAMED: without them no older workdir would go on."""
-  assert workdir.read(str(FROZEN)) == files.flatten(config_lib.as_json(config_of()))
+  assert workdir.read(str(FROZEN)) == files.flatten(as_json(config_of()))
 
 
 def test_its_state_and_its_data_are_read_as_they_were_written(frozen):

@@ -1,20 +1,20 @@
 """Workdirs of other versions: older ones go on, newer ones are refused in words and stay as they are."""
 
+import copy
 import json
 import os
 import pathlib
 import shutil
 
 import pytest
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 from test_checkpoint import ABSTRACT, CONFIG, OPTIMIZER, make_run, random_state, save
 from test_frozen import FROZEN, config_of
 from tiny import mesh_of
 
 from igpt_jax import checkpoint, history
-from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.config.fields import Settings, as_json
 from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.training.state import state_shardings
 from igpt_jax.workspace import workdir
@@ -43,18 +43,19 @@ def renamed(monkeypatch):
     history.FORMAT: {"chance.start": "chance.seed"},
   }
   monkeypatch.setattr(history, "RENAMED", {**history.RENAMED, **table})
-  config = config_of()
-  config.chance = ConfigDict({"seed": config.seed})
-  config.colours = ConfigDict(config.palette.to_dict())
-  del config.seed, config.palette, config.log.wandb
+  monkeypatch.setattr(workdir, "as_json", copy.deepcopy)
+  config = as_json(config_of())
+  config["chance"] = {"seed": config.pop("seed")}
+  config["colours"] = config.pop("palette")
+  del config["log"]["wandb"]
   return config
 
 
 def test_what_is_written_carries_the_number(tmp_path):
   """A workdir, a run's checkpoint, an imported one."""
-  workdir.claim(config_lib.base(), str(tmp_path))
+  workdir.claim(Settings(), str(tmp_path))
   assert json.loads((tmp_path / "config.json").read_text())[history.KEY] == history.FORMAT
-  workdir.check(config_lib.base(), str(tmp_path))
+  workdir.check(Settings(), str(tmp_path))
   save(tmp_path / "run", random_state(3))
   found = checkpoint.describe(str(tmp_path / "run"))
   params = checkpoint.load_host_params(found)
@@ -65,7 +66,7 @@ def test_what_is_written_carries_the_number(tmp_path):
 
 def test_names_that_have_changed_are_translated(older, renamed):
   workdir.check(renamed, older)
-  renamed.chance.seed = 5
+  renamed["chance"]["seed"] = 5
   with pytest.raises(UserError, match=r"chance\.seed: 0 there, 5 here"):
     workdir.check(renamed, older)
 
@@ -88,14 +89,14 @@ def test_a_checkpoints_config_is_translated(tmp_path, monkeypatch):
 
 
 def test_a_field_that_came_later_had_its_default(older, monkeypatch):
-  config = config_of()
-  config.unlock()
-  config.data.crop, config.corners = 0, "round"
+  monkeypatch.setattr(workdir, "as_json", copy.deepcopy)
+  config = as_json(config_of())
+  config["data"]["crop"], config["corners"] = 0, "round"
   with pytest.raises(UserError, match=r"corners: absent there, round here\n  data\.crop: absent"):
     workdir.check(config, older)
   monkeypatch.setattr(history, "ADDED", {**history.ADDED, "data.crop": 0, "corners": "round"})
   workdir.check(config, older)
-  config.data.crop = 3
+  config["data"]["crop"] = 3
   with pytest.raises(UserError, match=r"  data\.crop: 0 there, 3 here\nfix"):
     workdir.check(config, older)
 
@@ -128,7 +129,7 @@ def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, text):
   monkeypatch.setattr(history, "ADDED", {"data.crop": 0})
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(UserError, match=r"config\.json is damaged"):
-    workdir.check(config_lib.base(), str(tmp_path))
+    workdir.check(Settings(), str(tmp_path))
 
 
 def test_a_newer_checkpoint_is_refused_and_stays(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors, watchdog
-from igpt_jax.data import digests, pipeline, sources, tfds_source, transforms
+from igpt_jax.data import digests, image_decoding, pipeline, sources, tfds_source
 
 SPLITS = ("train", "validation", "test")
 
@@ -227,7 +227,7 @@ def test_damaged_records_of_a_tfds_set_are_bad_ones_and_make_it_another(tmp_path
   for i in range(len(damaged)):
     try:
       assert damaged[i] == records[i]
-    except transforms.BadRecord as error:
+    except image_decoding.BadRecord as error:
       bad.append(str(error))
   assert 1 <= len(bad) <= 2 and bad[0].startswith("digits/1.0.0 train[")
 

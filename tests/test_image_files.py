@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, features
 
 from igpt_jax import errors
-from igpt_jax.data import image_files, pipeline, sources, transforms
+from igpt_jax.data import image_decoding, image_files, pipeline, sources
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_every_format_is_known_without_its_suffix(tmp_path, kind):
   (tmp_path / "train").mkdir()
   Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "train" / "image", kind)
   split = sources.open_split(sources.DataConfig(name="folder", path=str(tmp_path)), "train")
-  assert abs(transforms.decode(split[0]["image"]).astype(int) - 90).max() < 4
+  assert abs(image_decoding.decode(split[0]["image"]).astype(int) - 90).max() < 4
 
 
 def test_a_header_that_promises_much_costs_nothing(tmp_path):
@@ -173,7 +173,7 @@ def test_what_may_not_be_read_is_said(caplog):
       split = sources.open_split(config, "train")
       assert len(split) == 3
       assert "dog/closed (Permission denied)" in caplog.records[0].getMessage()
-      with pytest.raises(transforms.BadRecord, match=r"cat/b\.png: Permission denied"):
+      with pytest.raises(image_decoding.BadRecord, match=r"cat/b\.png: Permission denied"):
         [split[i] for i in range(3)]
     (root / "train").chmod(0)
     with nobody(), pytest.raises(errors.UserError, match=r"train: Permission denied"):

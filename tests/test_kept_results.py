@@ -1,5 +1,6 @@
 """What jobs keep and find again: the second run, of another checkpoint, data or setting, in one place."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,15 +11,18 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import make_config, random_params
+from tiny import changed, make_config, random_params
 
 from igpt_jax import history
+from igpt_jax.config.fields import as_json
+from igpt_jax.config.read import settings_of
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import evaluate, finetune, fit_palette, lowdata, pretrain, probe, quality, sample
 from igpt_jax.pretrained import formats
 from igpt_jax.probing import sets
 from igpt_jax.probing.features import FeatureExtractor
+from igpt_jax.workspace import provenance
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -51,7 +55,7 @@ def config_of(**overrides):
     "watch_seconds": 0.01,
     **{name.replace("__", "."): value for name, value in overrides.items()},
   })  # fmt: skip
-  return config
+  return settings_of(config)
 
 
 def watching(job, **overrides):
@@ -207,9 +211,8 @@ def test_classifiers_of_something_else_are_not_told_as_these(
 ):
   monkeypatch.setattr(sets, "compute", lambda *args: pytest.fail("features are computed"))
   before = (classified / "probe.json").read_bytes()
-  config = config_of(**SGD, checkpoint=str(trained))
-  config.update_from_flattened_dict(change)
-  config.checkpoint = str(trained / change.get("checkpoint", ""))
+  place = str(trained / change.get("checkpoint", ""))
+  config = changed(config_of(**SGD), change | {"checkpoint": place})
   with pytest.raises(UserError, match=rf"holds another probe, begun before:\n(.*\n)*.*{message}"):
     probe.run(config, str(classified))
   assert (classified / "probe.json").read_bytes() == before
@@ -239,7 +242,7 @@ def test_the_same_classifiers_are_tested_on_more_images(trained, tmp_path):
 )
 def test_a_step_written_again_by_another_run_is_done_again(run, tmp_path, job, kind, name):
   settings = {
-    "sample__samples": 2, "sample__completions": 2, "sample__per_picture": 1,
+    "sample__samples": 2, "sample__completions": 2, "sample__per_image": 1,
     "quality__images": 4, **(SGD if job is probe else {}),
   }  # fmt: skip
   shutil.rmtree(run / "checkpoints" / "8")
@@ -309,7 +312,7 @@ def test_one_picture_compares_only_what_is_comparable(run):
 
 def test_a_summary_of_several_checkpoints_says_which(run):
   evaluate.run(config_of(), str(run))
-  sample_settings = {"sample__samples": 2, "sample__completions": 2, "sample__per_picture": 1}
+  sample_settings = {"sample__samples": 2, "sample__completions": 2, "sample__per_image": 1}
   sample.run(config_of(**sample_settings), str(run))
   assert "step 12" not in (run / "summary.md").read_text()
   sample.run(config_of(**sample_settings, checkpoint=f"{run}/checkpoints/8"), str(run))
@@ -411,7 +414,7 @@ def test_a_fine_tuning_begun_from_another_model_is_refused(run, tmp_path):
   # Its own words: what was begun goes on, also when that checkpoint is deleted since.
   began = f"{run}/checkpoints/8"
   assert f"--config.checkpoint={began} goes on" in str(error.value)
-  config.checkpoint = began
+  config = dataclasses.replace(config, checkpoint=began)
   finetune.run(config, str(out))
   shutil.rmtree(began)
   finetune.run(config, str(out))
@@ -449,9 +452,9 @@ def test_a_field_that_came_later_changes_nothing_that_is_kept(run, monkeypatch):
   monkeypatch.setitem(history.ADDED, "evaluate.new", 0)
   monkeypatch.setitem(history.ADDED, "train.new", 0)
   for value, kept in ((0, True), (1, False)):
-    config = watching("evaluate")
-    with config.unlocked():
-      config.evaluate.new = value
-    evaluate.run(config, str(run))
+    settings = as_json(watching("evaluate"))
+    settings["evaluate"]["new"] = value
+    monkeypatch.setattr(provenance, "as_json", lambda _, settings=settings: settings)
+    evaluate.run(watching("evaluate"), str(run))
     after = (run / "evaluate" / "12" / "evaluation.json").stat().st_mtime_ns
     assert (after == before) == kept

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 
-from igpt_jax.data import own_images, transforms
-from igpt_jax.data.transforms import BadRecord
+from igpt_jax.data import image_decoding, own_images
+from igpt_jax.data.image_decoding import BadRecord
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(3)
@@ -235,7 +235,7 @@ def test_srgb_and_damaged_profiles_leave_pixels_alone():
   for profile in (srgb, b"nonsense" * 40, srgb[:200]):
     read_close_to(encoded(RGB, icc_profile=profile), RGB)
     data = encoded(RGB, "jpeg", icc_profile=profile)
-    np.testing.assert_array_equal(own_images.read(data), transforms.decode(data))
+    np.testing.assert_array_equal(own_images.read(data), image_decoding.decode(data))
     assert own_images.as_stored(data)
 
 
@@ -344,7 +344,7 @@ LARGE = """
 import io, resource, sys
 import numpy as np
 from PIL import Image
-from igpt_jax.data import own_images, transforms
+from igpt_jax.data import image_decoding, own_images, transforms
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -378,7 +378,7 @@ def test_108_megapixels_within_bounded_memory(kind, tmp_path):
 THIN = """
 import resource, sys
 import numpy as np
-from igpt_jax.data import transforms
+from igpt_jax.data import image_decoding, transforms
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rng = np.random.default_rng(0)

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import own_images, pipeline, sources, transforms
+from igpt_jax.data import image_decoding, own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
+from igpt_jax.data.loader import Loader
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PALETTE = palette_lib.Palette.from_uint8(
@@ -84,7 +85,7 @@ def test_labels_and_index_belong_to_the_picture(pictures):
     for index, label, image in zip(batch["index"], batch["label"], batch["image"], strict=True):
       record = split[int(index)]
       assert record["label"] == label
-      np.testing.assert_array_equal(transforms.decode(record["image"]), image)
+      np.testing.assert_array_equal(image_decoding.decode(record["image"]), image)
 
 
 def test_every_epoch_has_each_picture_once_and_batches_straddle(pictures):
@@ -144,8 +145,8 @@ def test_a_person_s_files_are_turned_upright_before_they_are_cropped(turned, res
   config = _config(turned, augment="paper", resolution=32, resample=resample, cache_mb=cache_mb)
   split = sources.open_split(config, "train")
   assert split.is_folder
-  loader = pipeline._Loader(split, config, None, train=True, images=True)
-  evaluate = pipeline._Loader(split, config, None, train=False, images=True)
+  loader = Loader(split, config, None, train=True, images=True)
+  evaluate = Loader(split, config, None, train=False, images=True)
   for i in range(len(split)):
     upright = own_images.read(split[i]["image"])
     for seed in range(2):  # the second time from the cache
@@ -263,7 +264,7 @@ def test_evaluation_does_not_augment(pictures):
     for batch in batches:
       for index, image in zip(batch["index"], batch["image"], strict=True):
         if index >= 0:
-          np.testing.assert_array_equal(image, transforms.decode(split[int(index)]["image"]))
+          np.testing.assert_array_equal(image, image_decoding.decode(split[int(index)]["image"]))
 
 
 def test_image_stream_is_one_pass(pictures):
@@ -323,7 +324,7 @@ def test_damaged_records_are_replaced_by_the_next_named_and_counted(damaged, cap
     assert split[index]["id"] in caplog.text
   index = np.concatenate([b["index"] for b in taken])
   images = np.concatenate([b["image"] for b in taken])
-  replacement = transforms.decode(split[12]["image"])
+  replacement = image_decoding.decode(split[12]["image"])
   for i in (10, 11):
     assert (images[index == i] == replacement).all()
     assert (index == i).sum() == 2  # two epochs

@@ -8,8 +8,8 @@ import numpy as np
 import own_checkpoint
 import pytest
 from sklearn.decomposition import PCA
+from tiny import changed, settings_of
 
-from igpt_jax import config as config_lib
 from igpt_jax.jobs import lowdata, probe
 from igpt_jax.probing import feeds, linear, sgd_run
 from igpt_jax.probing import sets as sets_lib
@@ -29,12 +29,10 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def config(trained, monkeypatch):
   monkeypatch.setattr(jax, "devices", lambda *args: jax.local_devices()[:1])
-  config = config_lib.base()
-  config.update_from_flattened_dict({
+  return settings_of(changes={
     "checkpoint": trained, "features.images": 200, "features.eval_images": 100,
     "features.baselines": ("pixels", "pca"),
   })  # fmt: skip
-  return config
 
 
 def test_principal_axes_are_those_of_training_images(config, tmp_path):
@@ -46,7 +44,7 @@ def test_principal_axes_are_those_of_training_images(config, tmp_path):
   for part, (features, _) in zip(pixels, sets["pca"], strict=True):
     np.testing.assert_allclose(features, expected.transform(part), rtol=0, atol=1e-4)
   for cached in (True, False):
-    config.probe.cached = cached
+    config = changed(config, {"probe.cached": cached})
     axes = feeds.open_feed(config, str(tmp_path), source).frozen["pca"]
     np.testing.assert_allclose(axes["mean"], pixels[0].mean(0), rtol=0, atol=1e-5)
     alike = np.abs(np.asarray(axes["components"]) @ expected.components_.T)
@@ -55,8 +53,7 @@ def test_principal_axes_are_those_of_training_images(config, tmp_path):
 
 def test_the_best_layer_is_validations(config, tmp_path, monkeypatch):
   """In the JSON, the table, the verdict, and among its neighbours; of random weights, too."""
-  config.features.baselines = ("random",)
-  config.probe.around_best = 1
+  config = changed(config, {"features.baselines": ("random",), "probe.around_best": 1})
   results = [ProbeResult(1.0, *both, True) for both in zip(VALIDATION, TEST, strict=True)]
   fitted = iter([*results, *results, ProbeResult(1.0, 0.0, 0.0, True)])
   monkeypatch.setattr(linear, "probe", lambda *args, **settings: next(fitted))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain, quality
 from igpt_jax.sampling import frechet
@@ -73,7 +74,7 @@ def config_of(**overrides):
     "quality.images": 20, "sample.batch_size": 8,
     **{name.replace("__", "."): value for name, value in overrides.items()},
   })  # fmt: skip
-  return config
+  return settings_of(config)
 
 
 @pytest.fixture(scope="module")

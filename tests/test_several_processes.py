@@ -19,6 +19,7 @@ from hosts import HOSTS, ROOT, SMALL, hosts
 from PIL import Image
 
 from igpt_jax import checkpoint
+from igpt_jax.config.read import settings_of
 from igpt_jax.jobs import complete, evaluate, finetune, pretrain, probe, quality, sample
 from igpt_jax.reporting import metrics
 from igpt_jax.workspace import devices
@@ -41,7 +42,7 @@ def data_dir(tmp_path_factory):
 def config_of(overrides):
   config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
   config.update_from_flattened_dict({**SMALL, **overrides})
-  return config
+  return settings_of(config)
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +206,10 @@ def test_two_processes_complete_as_one(of_two, tmp_path, objective):
   for i in range(3):
     image = Image.fromarray(rng.integers(256, size=(20, 16, 3), dtype=np.uint8))
     image.save(tmp_path / "images" / f"{i}.png")
-  settings = {"images": str(tmp_path / "images"), "n": 3, "sample.batch_size": 4}
+  settings = {"complete.images": str(tmp_path / "images"), "complete.n": 3, "sample.batch_size": 4}
   if objective == "bert":
     settings["checkpoint"] = own_checkpoint.write(tmp_path / "bert", causal=False)
-    settings |= {"hide": "left", "passes": 3}
+    settings |= {"complete.hide": "left", "complete.passes": 3}
   two, one = run_both(complete, of_two, tmp_path, settings)
   found, expected = (json.loads((each / "complete.json").read_text()) for each in (two, one))
   assert found.pop("settings") == expected.pop("settings")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import sources, tfds_source, transforms
+from igpt_jax.data import image_decoding, sources, tfds_source
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -49,7 +49,7 @@ def test_digits_are_the_scans_of_scikit_learn(data_dir):
   found = []
   for split in (train, test):
     for i in range(len(split)):
-      image = transforms.decode(split[i]["image"])
+      image = image_decoding.decode(split[i]["image"])
       assert (image[..., 0] == image[..., 2]).all()
       found.append((image[..., 0].tobytes(), split[i]["label"]))
   assert sorted(found) == expected
@@ -144,7 +144,7 @@ def test_photo_patches_have_imagenets_form_and_disjoint_regions(data_dir, monkey
       record = split[i]
       label, _, _, x, _ = record["id"].split()[-1].split("_")
       assert label == split.class_names[record["label"]]
-      height, width = transforms.decode(record["image"]).shape[:2]
+      height, width = image_decoding.decode(record["image"]).shape[:2]
       assert 96 <= height <= 192 and 96 <= width <= 192
       low, high = regions.get((label, name), (10**6, 0))
       regions[label, name] = min(low, int(x[1:])), max(high, int(x[1:]) + width)
@@ -206,7 +206,7 @@ def test_folder_with_classes(tmp_path):
   train = sources.open_split(config, "train")
   assert (len(train), train.class_names) == (16, ("cat", "dog"))
   for record in (train[i] for i in range(16)):
-    assert transforms.decode(record["image"])[0, 0, 0] // 20 == record["label"]
+    assert image_decoding.decode(record["image"])[0, 0, 0] // 20 == record["label"]
     assert record["label"] == train.class_names.index(pathlib.Path(record["id"]).parent.name)
   both = sources.open_split(dataclasses.replace(config, validation=0), "train")
   assert len({both[i]["label"] for i in range(6)}) == 2  # not class after class
@@ -317,7 +317,7 @@ def test_any_tfds_data_set_by_its_name(tmp_path):
   assert (len(train), len(test)) == (6, 2)
   assert train.class_names == ("dark", "bright")
   for record in (train[i] for i in range(6)):
-    assert transforms.decode(record["image"]).mean() == 100 * record["label"]
+    assert image_decoding.decode(record["image"]).mean() == 100 * record["label"]
     assert "square" in record["id"]
 
 

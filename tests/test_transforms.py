@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from igpt_jax import errors
-from igpt_jax.data import palette, transforms
+from igpt_jax.data import image_decoding, palette, transforms
 
 SHARED = pathlib.Path(
   os.environ.get("IGPT_SHARED", pathlib.Path(__file__).resolve().parents[1] / ".." / "shared")
@@ -32,18 +32,20 @@ def _encode(array, kind="png", mode=None, **options):
 
 
 def test_png_is_exact():
-  np.testing.assert_array_equal(transforms.decode(_encode(SMOOTH)), SMOOTH)
+  np.testing.assert_array_equal(image_decoding.decode(_encode(SMOOTH)), SMOOTH)
 
 
 def test_jpeg_equals_pillow():
   data = _encode(SMOOTH, "jpeg", quality=90)
-  np.testing.assert_array_equal(transforms.decode(data), np.asarray(Image.open(io.BytesIO(data))))
+  np.testing.assert_array_equal(
+    image_decoding.decode(data), np.asarray(Image.open(io.BytesIO(data)))
+  )
 
 
 def test_grey_is_repeated():
   grey = SMOOTH[..., 0]
-  np.testing.assert_array_equal(transforms.decode(_encode(grey)), np.stack([grey] * 3, -1))
-  jpeg = transforms.decode(_encode(grey, "jpeg", quality=95))
+  np.testing.assert_array_equal(image_decoding.decode(_encode(grey)), np.stack([grey] * 3, -1))
+  jpeg = image_decoding.decode(_encode(grey, "jpeg", quality=95))
   assert jpeg.shape == SMOOTH.shape
   assert (jpeg[..., 0] == jpeg[..., 2]).all()
   assert np.abs(jpeg[..., 0].astype(int) - grey).mean() < 3
@@ -52,20 +54,20 @@ def test_grey_is_repeated():
 def test_alpha_is_dropped_not_composited():
   alpha = RNG.integers(0, 256, (*SMOOTH.shape[:2], 1), np.uint8)
   data = _encode(np.concatenate([SMOOTH, alpha], -1))
-  np.testing.assert_array_equal(transforms.decode(data), SMOOTH)
+  np.testing.assert_array_equal(image_decoding.decode(data), SMOOTH)
   grey_alpha = np.concatenate([SMOOTH[..., :1], alpha], -1)
   np.testing.assert_array_equal(
-    transforms.decode(_encode(grey_alpha)), np.repeat(SMOOTH[..., :1], 3, -1)
+    image_decoding.decode(_encode(grey_alpha)), np.repeat(SMOOTH[..., :1], 3, -1)
   )
 
 
 def test_sixteen_bits_keep_the_high_byte():
   grey = RNG.integers(0, 65536, (20, 30), np.uint16)
-  decoded = transforms.decode(_encode(grey))
+  decoded = image_decoding.decode(_encode(grey))
   np.testing.assert_array_equal(decoded, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, -1))
   color = RNG.integers(0, 65536, (20, 30, 3), np.uint16)
   data = cv2.imencode(".png", color[..., ::-1])[1].tobytes()
-  np.testing.assert_array_equal(transforms.decode(data), (color >> 8).astype(np.uint8))
+  np.testing.assert_array_equal(image_decoding.decode(data), (color >> 8).astype(np.uint8))
 
 
 @pytest.mark.parametrize("adobe", [True, False])
@@ -84,7 +86,7 @@ def test_cmyk_jpeg(adobe):
     Image.fromarray(255 - ink, "CMYK").save(inverted, "jpeg", quality=98, subsampling=0)
     data = inverted.getvalue()
     data = data[:start] + data[start + length :]
-  decoded = transforms.decode(data)
+  decoded = image_decoding.decode(data)
   assert np.abs(decoded.astype(int) - SMOOTH).mean() < 4
 
 
@@ -92,37 +94,37 @@ def test_exif_rotation_is_ignored():
   exif = Image.Exif()
   exif[0x0112] = 6
   data = _encode(SMOOTH, "jpeg", exif=exif.tobytes())
-  assert transforms.decode(data).shape == SMOOTH.shape
+  assert image_decoding.decode(data).shape == SMOOTH.shape
 
 
 def test_palette_and_bilevel_and_named_otherwise():
   for mode in ("P", "1"):
     data = _encode(SMOOTH, mode=mode)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    np.testing.assert_array_equal(transforms.decode(data, "really.JPEG"), expected)
+    np.testing.assert_array_equal(image_decoding.decode(data, "really.JPEG"), expected)
 
 
 def test_arrays():
-  np.testing.assert_array_equal(transforms.decode(SMOOTH), SMOOTH)
-  assert transforms.decode(SMOOTH[..., 0]).shape == SMOOTH.shape
-  with pytest.raises(transforms.BadRecord, match=r"rec7.*float64"):
-    transforms.decode(SMOOTH / 255.0, "rec7")
+  np.testing.assert_array_equal(image_decoding.decode(SMOOTH), SMOOTH)
+  assert image_decoding.decode(SMOOTH[..., 0]).shape == SMOOTH.shape
+  with pytest.raises(image_decoding.BadRecord, match=r"rec7.*float64"):
+    image_decoding.decode(SMOOTH / 255.0, "rec7")
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 def test_truncated_is_named(kind):
   data = _encode(SMOOTH, kind)
   for share in (0.0, 0.02, 0.3, 0.9):
-    with pytest.raises(transforms.BadRecord, match="n01440764_tench"):
-      transforms.decode(data[: int(len(data) * share)], "n01440764_tench")
+    with pytest.raises(image_decoding.BadRecord, match="n01440764_tench"):
+      image_decoding.decode(data[: int(len(data) * share)], "n01440764_tench")
 
 
 def test_giant_header_is_refused_before_memory_is_spent():
   data = bytearray(_encode(SMOOTH, "jpeg"))
   frame = data.index(b"\xff\xc0")
   data[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
-  with pytest.raises(transforms.BadRecord, match=r"implausible size|exceeds limit"):
-    transforms.decode(bytes(data))
+  with pytest.raises(image_decoding.BadRecord, match=r"implausible size|exceeds limit"):
+    image_decoding.decode(bytes(data))
 
 
 def test_literal_crop_is_the_papers_words():
@@ -188,7 +190,7 @@ def _photographs():
   if archive.is_file():
     with tarfile.open(archive) as tar:
       files = [m for m in tar if m.isfile()][:40]
-      pictures += [transforms.decode(tar.extractfile(m).read(), m.name) for m in files]
+      pictures += [image_decoding.decode(tar.extractfile(m).read(), m.name) for m in files]
   return pictures
 
 
@@ -248,7 +250,7 @@ def test_decoding_only_what_the_crop_needs_changes_nothing(kind, options):
   image = cv2.resize(SMOOTH, (333, 501))
   image = (image + RNG.normal(0, 20, image.shape)).clip(0, 255).astype(np.uint8)
   data = _encode(image, kind, **options)
-  whole = transforms.decode(data)
+  whole = image_decoding.decode(data)
   for seed in range(40):
     expected = transforms.paper_train(whole, np.random.default_rng(seed), 32)
     got = transforms.paper_train_encoded(data, np.random.default_rng(seed), 32)
@@ -257,7 +259,7 @@ def test_decoding_only_what_the_crop_needs_changes_nothing(kind, options):
 
 def test_decoding_only_what_the_crop_needs_still_notices_truncation():
   data = _encode(cv2.resize(SMOOTH, (333, 501)), "jpeg")
-  with pytest.raises(transforms.BadRecord, match="rec9"):
+  with pytest.raises(image_decoding.BadRecord, match="rec9"):
     transforms.paper_train_encoded(data[:-500], np.random.default_rng(0), 32, "rec9")
 
 

@@ -7,11 +7,11 @@ import threading
 import time
 
 import pytest
-from ml_collections import ConfigDict
+from tiny import settings_of
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import folders
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.workspace import provenance, rollbacks, watch, weights
 
@@ -51,11 +51,8 @@ def end(workdir, steps=100, at=100):
   (workdir / "training.json").write_text(json.dumps({"step": at}))
 
 
-def config_of(**changes) -> ConfigDict:
-  config = config_lib.base()
-  config.job, config.watch, config.watch_seconds = "evaluate", True, 0.01
-  config.update_from_flattened_dict(changes)
-  return config
+def config_of(**changes) -> Settings:
+  return settings_of(changes={"job": "evaluate", "watch": True, "watch_seconds": 0.01, **changes})
 
 
 def recorder(seen, then=None):
@@ -172,7 +169,7 @@ def test_a_step_that_the_run_went_back_behind_has_no_numbers(tmp_path, whole, mo
   run(config_of(), tmp_path, recorder(seen))
   for step in (40, 60):
     shutil.rmtree(tmp_path / "checkpoints" / str(step))
-  rollbacks._record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
+  rollbacks.record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
   order = rollbacks.order_seeds(str(tmp_path), 0)[-1]
   monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0 if found == "first" else order))
   run(config_of(), tmp_path, recorder(seen))

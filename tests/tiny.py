@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from igpt_jax.config import read
+from igpt_jax.config.fields import Settings, base
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training.state import TrainState
@@ -58,6 +60,20 @@ def random_params(config: ImageGPTConfig, seed: int = 0) -> Params:
     return noise * (0.5 if path[0].key in ("wte", "wpe", "wtet", "sos") else leaf.shape[-1] ** -0.5)
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def settings_of(config=None, changes=None) -> Settings:
+  """What `main` reads from a config, or from the defaults, with changes by "part.field"."""
+  config = base() if config is None else config
+  config.update_from_flattened_dict(changes or {})
+  return read.settings_of(config)
+
+
+def changed(settings: Settings, changes: dict) -> Settings:
+  """The settings with other values, by "part.field"."""
+  config = base()
+  config.update(dataclasses.asdict(settings))
+  return settings_of(config, changes)
 
 
 def random_tokens(config: ImageGPTConfig, batch: int, seed: int = 0) -> np.ndarray:

@@ -11,10 +11,11 @@ One checkpoint is everything a run needs to go on and everything another job nee
 
 Writes are asynchronous and atomic: a step's folder appears when it is whole. An imported checkpoint
 has no `training`: every job can read it, but no run can go on from it. `reading` is for every job,
-`writing` for those that train.
+`writing` for those that train, `model_only` for what is converted.
 """
 
 from igpt_jax.checkpoint.folders import FOLDER, find, latest_step, path_of, whole_steps
+from igpt_jax.checkpoint.model_only import save_params
 from igpt_jax.checkpoint.reading import (
   Described,
   Pretrained,
@@ -26,7 +27,7 @@ from igpt_jax.checkpoint.reading import (
   newest,
   with_params,
 )
-from igpt_jax.checkpoint.writing import SAVE_ERRORS, Checkpoints, Resumed, save_params
+from igpt_jax.checkpoint.writing import SAVE_ERRORS, Checkpoints, Resumed
 
 __all__ = [
   "FOLDER",

@@ -26,9 +26,7 @@ def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]
   return {**run, _KEY: {**sums, _RUN: _of_json([run, sums])}}
 
 
-def without_sums(
-  folder: str, stored: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], dict[str, str]]:
+def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str, str]]:
   """The run as it was given, its config with today's names, and the checksums of the items, {} where
   there are none.
 
@@ -36,10 +34,10 @@ def without_sums(
     NewerFormat: this version doesn't know how to read it.
     UserError: it isn't what was saved.
   """
-  if not stored:
+  if not stored or not isinstance(stored, dict):
     raise UserError(
       f"checkpoint: {folder} says nothing of its run: it is damaged, or not written by igpt_jax; "
-      f"{folders.advice(folder)}"
+      f"fix: {folders.advice(folder)}"
     )
   number = history.format_of(stored, f"checkpoint: {folder}")
   run = dict(stored)
@@ -56,12 +54,12 @@ def without_sums(
 
 
 def of_items(items: Mapping[str, Any]) -> dict[str, str]:
-  """Of each item, computed where its arrays lie."""
+  """Checksum of each item, computed where its arrays lie."""
   return {name: checksum(item) for name, item in items.items()}
 
 
 def of_metrics(metrics: Mapping[str, float] | None) -> dict[str, str]:
-  """Of the scores by which orbax keeps the best: {} where there are none."""
+  """Checksum of the scores by which Orbax keeps the best: {} where there are none."""
   return {METRICS: _of_json(metrics)} if metrics else {}
 
 
@@ -98,5 +96,5 @@ def _of_json(value: Any) -> str:
 def _differs(folder: str, item: str) -> UserError:
   return UserError(
     f"checkpoint: {folder} is damaged: its {item} isn't what was saved (another checksum); "
-    f"{folders.advice(folder)}"
+    f"fix: {folders.advice(folder)}"
   )

@@ -87,11 +87,11 @@ def reading(folder: str):
     raise
   except Exception as error:  # of damaged files come errors of every kind
     first: BaseException = error
-    while first.__cause__ or first.__context__:
-      first = first.__cause__ or first.__context__
+    while cause := first.__cause__ or first.__context__:
+      first = cause
     raise UserError(
       f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
-      f"a whole checkpoint of this program; {folders.advice(folder)}"
+      f"a whole checkpoint of this program; fix: {folders.advice(folder)}"
     ) from error
 
 
@@ -100,7 +100,7 @@ _numbers_alone = itertools.count(10**9)
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-  """For what each process reads for itself: orbax would have it wait for the others.
+  """Lets a process read by itself: Orbax would have it wait for the others.
 
   Orbax numbers the operations of a process, and processes meet by those numbers. What one reads alone
   gets a number beside them, or it would wait forever at the next operation that all have in common.
@@ -139,7 +139,7 @@ def describe(path: str) -> Described:
     if "model" not in run:
       raise UserError(
         f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model; "
-        f"{folders.advice(folder)}"
+        f"fix: {folders.advice(folder)}"
       )
     _check_names(sums_of_items, found.metadata)
     config = ImageGPTConfig(**run["model"])

@@ -17,7 +17,7 @@ except ImportError:  # on Windows
   uvloop = None
 
 
-class _Settling:
+class _Settling(asyncio.AbstractEventLoop):  # a mixin: `super()` is a real loop
   """An event loop that, if its first task has failed, waits for the others before it closes.
 
   They aren't cancelled: a read that is cancelled still calls back, into the closed loop.
@@ -26,14 +26,14 @@ class _Settling:
   _first: asyncio.Task | None = None
 
   def create_task(self, *args, **kwargs) -> asyncio.Task:
-    task = super().create_task(*args, **kwargs)
+    task = super().create_task(*args, **kwargs)  # pyright: ignore[reportAbstractUsage]
     self._first = self._first or task
     return task
 
   def close(self) -> None:
     if not self.is_closed() and self._failed():
       self.run_until_complete(self._settle())
-    super().close()
+    super().close()  # pyright: ignore[reportAbstractUsage]
 
   def _failed(self) -> bool:
     first = self._first
@@ -65,7 +65,7 @@ _scopes, _lock = 0, threading.Lock()
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-  """In the block new event loops leave nothing under way: those of all threads, and undone after it."""
+  """Makes event loops that are opened in the block settle before they close, in all threads."""
   global _scopes
   with _lock:
     _scopes += 1

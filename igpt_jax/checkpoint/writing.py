@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -25,10 +25,8 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax.checkpoint import file_sums, folders, reading
 from igpt_jax.checkpoint.folders import FOLDER
-from igpt_jax.checkpoint.reading import Described
 from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.files import sync
-from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hosts
 from igpt_jax.training.state import HEAD, TrainState
 
@@ -133,12 +131,14 @@ class Checkpoints:
     if keep_best:
       preserve.append(
         policies.BestN(
-          get_metric_fn=lambda scores: (scores[keep_best], -scores["step"]),
+          # Anything that compares will do.
+          get_metric_fn=cast(Any, lambda scores: (scores[keep_best], -scores["step"])),
           n=1,
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._preserve, self._score = policies.AnyPreservationPolicy(preserve), keep_best
+    self._preserve: Any = policies.AnyPreservationPolicy(preserve)
+    self._score = keep_best
     self._begun = False
     self._error: BaseException | None = None
     self._set_aside_unreadable()
@@ -177,9 +177,8 @@ class Checkpoints:
 
   def scores(self) -> dict[int, float | None]:
     """The score of `keep_best` by step, of whole checkpoints and the one being written; None: it has none."""
-    return {
-      each.step: (each.metrics or {}).get(self._score) for each in self._checkpointer.checkpoints
-    }
+    stored = {each.step: each.metrics for each in self._checkpointer.checkpoints}
+    return {step: cast(dict, scores or {}).get(self._score) for step, scores in stored.items()}
 
   def resume(
     self,
@@ -201,9 +200,11 @@ class Checkpoints:
     why: dict[int, str] = {}
     for step in reversed([each.step for each in self._checkpointer.checkpoints]):
       run, error = _read_again(functools.partial(self.read_run, step))
-      if run is not None:
-        check(step, run)
-        state, error = _read_again(functools.partial(self.restore, step, abstract, shardings))
+      if error:
+        why[step] = error
+        continue
+      check(step, run)
+      state, error = _read_again(functools.partial(self.restore, step, abstract, shardings))
       if error:
         why[step] = error
         continue
@@ -351,7 +352,7 @@ class Checkpoints:
     self._begun = False
 
   def reopen(self) -> None:
-    """After an error: removes what was half written; what is whole stays."""
+    """Goes on after an error: removes what was half written; what is whole stays."""
     self._checkpointer = self._open()
     self._begun, self._error = False, None
 
@@ -367,6 +368,7 @@ class Checkpoints:
 
 def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
   """What `read` returns on every process, or why it can't, twice: a network may fail once."""
+  error = ""
   for attempt in range(_READS):
     time.sleep(_PAUSE_SECONDS if attempt else 0)
     try:
@@ -378,53 +380,3 @@ def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
     if not hosts.on_any(bool(error)):
       return found, ""
   return None, error or "another process can't read it"
-
-
-def _sparing_memory() -> ocp.Context:
-  """Without a second copy of all that is on this host, and in pieces that can be read singly.
-
-  Orbax' default, OCDBT, gathers whatever is to be written in memory first; a file for every piece is
-  written as it comes. Reading makes no difference between the two.
-  """
-  context = ocp.Context()
-  context.array.saving.use_ocdbt = False
-  context.array.saving.storage_options.chunk_byte_size = 64 << 20
-  context.memory.deepcopy_host_arrays = False
-  return context
-
-
-def save_params(workdir: str, params: Params, found: Described) -> str:
-  """Writes a workdir with one checkpoint without a training state, whole or not at all.
-
-  Args:
-    workdir: to make; nothing may be there.
-    params: numpy arrays, of any float type.
-    found: what the checkpoint says about itself; its path and format are left out.
-
-  Returns:
-    The checkpoint's folder.
-  """
-  workdir = os.path.abspath(workdir)
-  if os.path.lexists(workdir):
-    raise UserError(f"checkpoint to write: {workdir} exists; fix: name another target")
-  items: dict[str, Any] = {"params": params}
-  if found.palette is not None:
-    items["palette"] = {"centers": np.asarray(found.palette, np.float32)}
-  part = f"{workdir}.part-{os.getpid()}"
-  try:
-    os.makedirs(part)  # orbax would leave threads waiting where this fails
-    with (
-      _sparing_memory(),
-      reading.quiet(logging.ERROR),
-    ):  # it warns that there is no OCDBT to merge
-      ocp.save_checkpointables(
-        os.path.join(part, FOLDER, str(found.step)),
-        items,
-        custom_metadata=file_sums.with_sums(found.run, file_sums.of_items(items)),
-      )
-    os.rename(part, workdir)
-  except OSError as error:
-    raise UserError(f"checkpoint to write: {workdir}: {error.strerror or error}") from error
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
-  return os.path.join(workdir, FOLDER, str(found.step))

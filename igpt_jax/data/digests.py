@@ -151,8 +151,8 @@ class _Reader:
         after = _state(file.fileno(), path)
     except OSError:
       return None, None
-    kept = before and before == after and before.written < began - _TICK_NS
-    return before.key if kept else None, whole.hexdigest()[:32]
+    settled = before and before == after and before.written < began - _TICK_NS
+    return before.key if before and settled else None, whole.hexdigest()[:32]
 
 
 def _path_of_index(kept_as: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from igpt_jax import errors
-from igpt_jax.data import digests, image_files, transforms
+from igpt_jax.data import digests, image_decoding, image_files
 from igpt_jax.files import printable
 from igpt_jax.reporting.progress import Countdown
 
@@ -55,7 +55,8 @@ class FolderRecords:
     strangers = [name for name in folders if name not in self.class_names]
     if strangers:
       raise errors.UserError(
-        f"data.path {root}: class {strangers[0]!r} is not among train's ({len(self.class_names)})"
+        f"data.path {root}: class {strangers[0]!r} is not among train's; expected its "
+        f"{len(self.class_names)} classes"
       )
     labels = {name: label for label, name in enumerate(self.class_names)}
     files = [(name, -1) for name in loose]
@@ -97,7 +98,7 @@ class FolderRecords:
     try:
       return {"image": pathlib.Path(path).read_bytes(), "label": label, "id": shown}
     except OSError as error:
-      raise transforms.BadRecord(f"{shown}: {error.strerror}") from error
+      raise image_decoding.BadRecord(f"{shown}: {error.strerror}") from error
 
 
 def class_folders(root: pathlib.Path) -> list[str]:

@@ -1,12 +1,18 @@
-"""In which order training reads records: a function of the seed and the data alone; and where it is in it."""
+"""The order in which training reads records: a function of the seed and the data alone."""
+
+from __future__ import annotations
 
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from igpt_jax import errors
+
+if TYPE_CHECKING:
+  import grain
 
 # Random generators take 32 bits: of a longer seed some would heed the end alone.
 MAX_SEED = 2**32 - 1
@@ -27,7 +33,9 @@ def train_order(n_records: int, seed: int):
   return grain.MapDataset.range(n_records).seed(seed).shuffle().repeat()
 
 
-def place_in(order: Sequence[int], seed: int, first: int, size: int) -> dict[str, str]:
+def place_in(
+  order: grain.MapDataset[int] | Sequence[int], seed: int, first: int, size: int
+) -> dict[str, str]:
   """The batch of `size` records from `first` on, in words that tell it from any other."""
   drawn = [order[i] for i in range(first, first + min(size, _COMPARED))]
   checksum = zlib.crc32(np.asarray(drawn, np.int32).tobytes())
@@ -38,14 +46,14 @@ def place_in(order: Sequence[int], seed: int, first: int, size: int) -> dict[str
 class Stream:
   """Which share of which order one host reads; attributes as for `pipeline.train_batches`."""
 
-  order: Sequence[int]
+  order: grain.MapDataset[int]
   seed: int
   start_step: int
   process_index: int
   process_count: int
 
   def place(self, batch: int, read: np.ndarray) -> dict[str, str]:
-    """Of batch number `batch` of this stream, of which this host has read these records.
+    """The place of batch number `batch` of this stream, of which this host has read these records.
 
     Equal on all hosts, if they read their shares of one batch.
     """

@@ -1,7 +1,7 @@
 """A person's image file as upright pixels in sRGB, whatever wrote it.
 
 The one door for a folder to train on, images to complete, masks and uploads. Prepared data sets don't
-pass it: `transforms.decode` reads their records as TFDS shows them, as the paper's were. What a viewer
+pass it: `image_decoding.decode` reads their records as TFDS shows them, as the paper's were. What a viewer
 shows is what comes out:
 
   orientation    as EXIF, XMP or AVIF say, applied once (Pillow turns TIFF itself, and nothing else)
@@ -19,11 +19,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
-from igpt_jax.data import image_files, transforms
+from igpt_jax.data import image_decoding, image_files
 
 # Seen at MAX_PIXELS: 2.2 GiB of WebP, 1.4 of TIFF, 1.2 of AVIF and of PNG with alpha, 0.8 of a
 # progressive JPEG, 0.1 of another.
@@ -62,11 +63,11 @@ def read(data: bytes, name: str = "image") -> np.ndarray:
     BadRecord: empty, truncated, unreadable, larger than MAX_PIXELS, or of values without an agreed
       range.
   """
-  with transforms.naming(name):
+  with image_decoding.naming(name):
     image = _open(data, name)
     large = image.width * image.height > _LARGE
     jpeg = data[:2] == b"\xff\xd8"
-    pixels = transforms.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
+    pixels = image_decoding.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
     if pixels is None:
       image.load()  # before the orientation is asked for: TIFF's is gone then
       flat = _flat(image)
@@ -87,28 +88,28 @@ def as_stored(data: bytes) -> bool:
   if data[:2] != b"\xff\xd8":
     return False
   try:
-    with transforms.naming("image"):
-      image = transforms.open_image(data, "image")
+    with image_decoding.naming("image"):
+      image = image_decoding.open_image(data, "image")
       return (
         image.mode in ("L", "RGB")
         and image.width * image.height <= _LARGE
         and _orientation(image) not in _TURNS
         and _conversion(image.mode, image.info) is None
       )
-  except transforms.BadRecord:
+  except image_decoding.BadRecord:
     return False  # `read` says what is wrong with it
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-  """Opens what `transforms.open_image` does; HEIC too, where pillow-heif is installed."""
+  """Opens what `image_decoding.open_image` does; HEIC too, where pillow-heif is installed."""
   if not image_files.is_heic(data):
-    return transforms.open_image(data, name)
+    return image_decoding.open_image(data, name)
   if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
     import pillow_heif
 
     pillow_heif.register_heif_opener()
   try:
-    return transforms.open_image(data, name)
+    return image_decoding.open_image(data, name)
   except UnidentifiedImageError as error:
     raise ValueError(
       f"{error}: HEIC, perhaps; fix: pip install pillow-heif, or convert it to JPEG"
@@ -147,7 +148,7 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-  """Without the copy that Pillow makes where nothing changes."""
+  """The image in `mode`, without the copy that Pillow makes where nothing changes."""
   return image if image.mode == mode else image.convert(mode)
 
 
@@ -167,7 +168,10 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     levels = np.rint(levels, out=levels).astype(np.uint8)
   else:
     levels = (values >> 8).astype(np.uint8)
-  if image.format == "TIFF" and image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+  if (
+    image.format == "TIFF"
+    and cast(TiffImagePlugin.TiffImageFile, image).tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
+  ):
     levels = 255 - levels  # Pillow leaves that to us, of these modes alone
   transparent = image.info.get("transparency")
   if transparent is not None:
@@ -184,13 +188,13 @@ def _in_srgb(image: Image.Image, info: dict) -> Image.Image:
   if conversion is None:
     return _converted(image, "RGB")
   mode, transform = conversion
-  return ImageCms.applyTransform(_converted(image, mode), transform)
+  return cast(Image.Image, ImageCms.applyTransform(_converted(image, mode), transform))
 
 
 def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform] | None:
   """The mode in which an image's profile takes pixels, and how; None: they are sRGB as they are."""
   if mode == "LAB":
-    return mode, _to_srgb(None)[1]
+    return _to_srgb(None)
   profile = info.get("icc_profile")
   conversion = _to_srgb(profile) if profile else None
   fits = conversion and (conversion[0] == mode or (conversion[0], mode) == ("RGB", "L"))
@@ -201,7 +205,7 @@ def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform]
 def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | None:
   """The `_conversion` of a profile (None: of L*a*b*). A damaged one is as good as none."""
   try:
-    source = ImageCms.createProfile("LAB")
+    source: Any = ImageCms.createProfile("LAB")
     if profile is not None:
       source = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}[source.xcolor_space.strip()]
@@ -219,7 +223,7 @@ def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | 
   except (OSError, KeyError, ImageCms.PyCMSError):
     return None
   if mode in ("L", "RGB"):
-    levels = np.arange(0, 256, 15, np.uint8)
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
     samples = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     samples = Image.fromarray(samples if mode == "RGB" else samples[..., 0])
     converted = np.asarray(ImageCms.applyTransform(samples, transform), np.int16)

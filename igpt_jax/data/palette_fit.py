@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,9 @@ def palette_error(palette: palette_lib.Palette, images: Iterable[np.ndarray]) ->
     total += int(np.square(difference, dtype=np.int64).sum())
     n_values += batch.size
   if not n_values:
-    raise errors.UserError("palette: no held-out pictures to measure its error on")
+    raise errors.UserError(
+      "palette: no held-out images to measure its error on; expected one or more"
+    )
   mse = total / n_values
   psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
   return PaletteError(mse, psnr, n_values // 3)
@@ -97,8 +100,9 @@ def fit_palette(
   """
   if not 1 <= k <= palette_lib.MAX_SIZE:
     raise errors.UserError(f"palette size: {k}; expected 1 to {palette_lib.MAX_SIZE}")
-  histogram = images
-  if not isinstance(histogram, ColorHistogram):
+  if isinstance(images, ColorHistogram):
+    histogram = images
+  else:
     histogram = ColorHistogram()
     for batch in images:
       histogram.add(batch)
@@ -128,7 +132,9 @@ def _cluster(colors: np.ndarray, counts: np.ndarray, k: int, seed: int) -> np.nd
     points, weights = coarse
     centers, _ = cluster.kmeans_plusplus(points, k, sample_weight=weights, random_state=seed)
     for points, weights in (coarse, fine):
-      kmeans = cluster.KMeans(k, init=centers, n_init=1, max_iter=_STEPS, tol=0)
+      # Of scikit-learn's arguments only the defaults' types are known.
+      options: dict[str, Any] = {"init": centers, "n_init": 1, "max_iter": _STEPS, "tol": 0}
+      kmeans = cluster.KMeans(k, **options)
       centers = kmeans.fit(points, sample_weight=weights).cluster_centers_
   return centers
 

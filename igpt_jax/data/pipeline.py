@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from igpt_jax import errors, watchdog
+from igpt_jax.data import image_decoding, sources
 from igpt_jax.data import order as order_lib
-from igpt_jax.data import own_images, sources, transforms
 from igpt_jax.data import palette as palette_lib
+from igpt_jax.data.loader import Loader, tolerance
 
 # --- positions -------------------------------------------------------------------------------------
 
@@ -66,117 +67,10 @@ def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
       )
   step, rest = divmod(saved["next_index"], saved["batch_size"])
   if rest:
-    raise errors.UserError(f"data position {saved['next_index']}: not at the start of a batch")
+    raise errors.UserError(
+      f"data position: {saved['next_index']}; expected a multiple of the batch size {saved['batch_size']}"
+    )
   return step
-
-
-# --- one element -----------------------------------------------------------------------------------
-
-
-class _Loader:
-  """index of a record -> element of a batch. Sent to worker processes, so it holds no open thing."""
-
-  def __init__(self, split, config, palette, *, train: bool, images: bool):
-    self._split = split
-    self._config = config
-    self._palette = palette
-    self._train = train
-    self._images = images
-    self._cache: dict[int, tuple[np.ndarray, np.int32]] = {}
-    self._set_up()
-
-  def _set_up(self):
-    config = self._config
-    if self._train:
-      self._transform = transforms.train_transform(
-        config.augment, config.resolution, config.resample
-      )
-      # A picture that is decoded anew each time need not be decoded whole.
-      self._from_encoded = config.augment == "paper" and config.resample == "fused"
-    else:
-      evaluate = transforms.eval_transform(config.augment, config.resolution)
-      self._transform = lambda image, rng: evaluate(image)
-      self._from_encoded = False
-
-  def __getstate__(self):
-    state = {**self.__dict__, "_cache": {}}
-    del state["_transform"]
-    return state
-
-  def __setstate__(self, state):
-    watchdog.end_with_parent()
-    self.__dict__.update(state)
-    self._set_up()
-
-  def load(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
-    """The element of one record. Raises BadRecord."""
-    split = self._split
-    if split.is_tokens:
-      record = split[index]
-      return {"tokens": record["tokens"], "label": np.int32(record["label"])}
-    if index in self._cache:
-      image, label = self._cache[index]
-      image = self._transform(image, rng)
-    else:
-      record = split[index]
-      data, label = record["image"], np.int32(record["label"])
-      room = self._config.cache_mb * 2**20 // len(split)  # for each decoded picture
-      is_file = split.is_folder
-      in_part = self._from_encoded and len(data) > room
-      if in_part and (not is_file or own_images.as_stored(data)):
-        image = transforms.paper_train_encoded(data, rng, self._config.resolution, record["id"])
-      else:
-        decode = own_images.read if is_file else transforms.decode
-        image = decode(data, record["id"])
-        if image.nbytes <= room:
-          self._cache[index] = image, label
-        image = self._transform(image, rng)
-    element = {"label": label}
-    if self._palette is not None:
-      element["tokens"] = self._palette.encode(image).reshape(-1)
-    if self._images:
-      element["image"] = image
-    return element
-
-  def empty(self) -> dict[str, Any]:
-    """An element of the same shape, for the places that no record fills."""
-    resolution = self._config.resolution
-    element: dict[str, Any] = {"label": np.int32(-1)}
-    if self._palette is not None or self._split.is_tokens:
-      element["tokens"] = np.zeros(resolution**2, np.uint16)
-    if self._images and not self._split.is_tokens:
-      element["image"] = np.zeros((resolution, resolution, 3), np.uint8)
-    return element
-
-  def train_element(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The record, or the next readable one; `index` and `n_bad` say how many were passed over."""
-    n = len(self._split)
-    # As many damaged records in a row exceed any tolerance, whatever else there is.
-    for n_bad in range(_tolerated(n, self._config) + 2):
-      try:
-        element = self.load((index + n_bad) % n, rng)
-        break
-      except transforms.BadRecord:
-        continue
-    else:
-      element = self.empty()
-    return {**element, "index": np.int32(index), "n_bad": np.int32(n_bad)}
-
-  def eval_element(self, index: int) -> dict[str, Any]:
-    """The record with mask True; or, past the end or damaged, an empty one with mask False."""
-    element, good, n_bad = None, False, 0
-    if index < len(self._split):
-      try:
-        element, good = self.load(index, None), True
-      except transforms.BadRecord:
-        n_bad = 1
-    element = element or self.empty()
-    inside = index if index < len(self._split) else -1
-    return {**element, "index": np.int32(inside), "n_bad": np.int32(n_bad), "mask": np.bool_(good)}
-
-
-def _tolerated(n_records: int, config: sources.DataConfig) -> int:
-  return min(int(n_records * config.max_bad), n_records - 1)
 
 
 # --- iterators -------------------------------------------------------------------------------------
@@ -193,7 +87,7 @@ class Batches:
   def __init__(
     self,
     iterator,
-    loader: _Loader,
+    loader: Loader,
     split: sources.Split,
     config: sources.DataConfig,
     stream: order_lib.Stream | None = None,
@@ -243,10 +137,10 @@ class Batches:
     try:
       self._loader.load(index, np.random.default_rng(0))
       reason = f"{self._split.name}[{index}]: unreadable once, readable now"
-    except transforms.BadRecord as error:
+    except image_decoding.BadRecord as error:
       reason = str(error)
     self.bad[f"{self._split.name}[{index}]"] = reason
-    tolerated = _tolerated(len(self._split), self._config)
+    tolerated = tolerance(len(self._split), self._config)
     if len(self.bad) > tolerated:
       shown = "; ".join(list(self.bad.values())[-3:])
       raise errors.UserError(
@@ -314,7 +208,7 @@ def train_batches(
     UserError: while iterating, more damaged records than config.max_bad allows.
   """
   rows = _rows_of_host(batch_size, process_count)
-  loader = _Loader(split, config, palette, train=augment, images=images or palette is None)
+  loader = Loader(split, config, palette, train=augment, images=images or palette is None)
   order = order_lib.train_order(len(split), seed)
   dataset = order.random_map(loader.train_element).batch(rows, drop_remainder=True, batch_fn=_stack)
   dataset = dataset[start_step * process_count + process_index :: process_count]
@@ -345,7 +239,7 @@ def eval_batches(
   import grain
 
   rows = _rows_of_host(batch_size, process_count)
-  loader = _Loader(split, config, palette, train=False, images=images or palette is None)
+  loader = Loader(split, config, palette, train=False, images=images or palette is None)
   n_batches = -(-len(split) // batch_size)
   dataset = (
     grain.MapDataset.range(n_batches * batch_size)

@@ -1,90 +1,27 @@
-"""From a data set's name to records that can be read in any order.
+"""Opens data sets by name: splits of records that can be read in any order.
 
-Holds the one config of the data room, the splits that every source shares, and the sources that
+Holds the splits that every source shares, and the sources that
 need no library: folders of images (`folder`) and files of tokens. `tfds_source` reads everything else.
 Records are undecoded; order, augmentation and batches belong to `pipeline`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from igpt_jax import errors
-from igpt_jax.data import digests, transforms
+from igpt_jax.config.fields import DataConfig
+from igpt_jax.data import digests
 from igpt_jax.data.folder import FolderRecords, class_folders
 from igpt_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 TEST_FOLDERS = ("test", "val", "validation")  # the first that is there is the test split
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Which pictures, how they are made ready, and with how much help.
-
-  Attributes:
-    name: `digits` (made on first use, nothing to download), `folder`, `tokens`,
-      or the name of a TFDS data set, such as `cifar10`, `imagenet2012`, `imagenet_resized/32x32`.
-    data_dir: where TFDS keeps prepared data; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-    path: for `folder` the root (root/SPLIT/CLASS/*.jpg or root/SPLIT/*.jpg), for `tokens` a .npy
-      file, which is the test split, or a folder with train.npy, validation.npy, test.npy.
-    resolution: side of the square the model sees, in pixels.
-    augment: `none`, `paper` (random resize and crop as for ImageNet), `cifar` (pad, crop, flip) or
-      `shift` (by up to an eighth of the side; for digits).
-    resample: of `paper` in training: `fused` (one resize) or `literal` (the two of the paper).
-    validation: share of train that is held out; the paper holds out 4% of ImageNet's, 10% of others',
-      and none (0) in its final runs, which train on all of train.
-    validation_split: name of a stored split that is held out instead; train is then the whole of train.
-    max_bad: share of a split's records that may be unreadable before it is an error.
-    threads: that load batches, in each process; 0 chooses. Each reads two batches ahead: more of them
-      hide slow reads, as from a bucket mounted by gcsfuse.
-    workers: processes that load batches; 0 loads in this one.
-    cache_mb: decoded pictures of a data set that fits in this are kept, and read only once.
-    verify: read all files once more to know their contents, also those that seem unchanged.
-  """
-
-  name: str = "digits"
-  data_dir: str = ""
-  path: str = ""
-  resolution: int = 8
-  augment: str = "none"
-  resample: str = "fused"
-  validation: float = 0.1
-  validation_split: str = ""
-  max_bad: float = 0.001
-  threads: int = 0
-  workers: int = 0
-  cache_mb: int = 512
-  verify: bool = False
-
-  def __post_init__(self):
-    most = max(16, 4 * (os.cpu_count() or 1))
-    transforms.check_recipe(self.augment, self.resolution, self.resample)
-    for field, ok, expected in (
-      ("validation", 0 <= self.validation < 1, "a share of train, 0 to below 1"),
-      ("max_bad", 0 <= self.max_bad <= 1, "a share of the records, 0 to 1"),
-      ("threads", 0 <= self.threads <= 1_024, "between 0 and 1,024"),
-      ("workers", 0 <= self.workers <= most, f"between 0 and {most}: each takes 100 MB"),
-      ("cache_mb", self.cache_mb >= 0, "0 or more megabytes"),
-      (
-        "validation_split",
-        re.fullmatch(r"[\w-]*", self.validation_split) and self.validation_split != "train",
-        "the name of a stored split other than train, such as validation",
-      ),
-      ("name", bool(self.name), "digits, folder, tokens, or a TFDS name"),
-    ):
-      if not ok:
-        raise errors.UserError(f"data.{field}: {getattr(self, field)!r}; expected {expected}")
-    if self.name in ("folder", "tokens") and not self.path:
-      raise errors.UserError(f"data.path: empty; expected where data.name={self.name} lies")
 
 
 class Records(Protocol):
@@ -144,6 +81,11 @@ class Split:
   def is_tokens(self) -> bool:
     """Whether records are tokens already, which need neither decoding nor a palette."""
     return isinstance(self.records, TokenRecords)
+
+  @property
+  def max_token(self) -> int:
+    """The largest token of all that are stored; -1 where records are images."""
+    return self.records.max_token if isinstance(self.records, TokenRecords) else -1
 
   @property
   def is_folder(self) -> bool:

@@ -18,7 +18,7 @@ import tempfile
 from typing import Any
 
 from igpt_jax import errors, files
-from igpt_jax.data import digests, transforms
+from igpt_jax.data import digests, image_decoding
 from igpt_jax.reporting.progress import Countdown
 
 _LOG = logging.getLogger(__name__)
@@ -96,11 +96,11 @@ class TfdsRecords:
         image = record["image"]
         shape = (len(image),)
         if image.startswith(_PNG):
-          pixels = transforms.decode(image, record["id"])
+          pixels = image_decoding.decode(image, record["id"])
           image, shape = pixels.tobytes(), pixels.shape
         whole.update(f"{record['label']} {shape}\n".encode())
         whole.update(image)
-      except transforms.BadRecord:
+      except image_decoding.BadRecord:
         whole.update(b"unreadable\n")
       clock.tick(i)
       digests.beat()
@@ -111,7 +111,7 @@ class TfdsRecords:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
-    builder = tfds.builder_from_directory(self._builder_dir)
+    builder: Any = tfds.builder_from_directory(self._builder_dir)
     info = builder.info
     self.name = info.full_name
     self._image, self._label, self._name = choose_features(info)
@@ -129,7 +129,7 @@ class TfdsRecords:
         "expected array_record; fix: prepare it into another data_dir: "
         + prepare_command(info.name, "DIR")
       ) from error
-    self._parse = tf_example_pb2.Example.FromString
+    self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
     return builder.info.splits[self._split]
 
   def __len__(self) -> int:
@@ -140,7 +140,7 @@ class TfdsRecords:
     try:
       stored = self._source[index]
     except RuntimeError as error:  # array_record's, of a damaged file
-      raise transforms.BadRecord(f"{self.name} {name}: {error}") from error
+      raise image_decoding.BadRecord(f"{self.name} {name}: {error}") from error
     features = self._parse(stored).features.feature
     if self._name:
       name = features[self._name].bytes_list.value[0].decode(errors="replace")
@@ -200,9 +200,10 @@ def open_records(
 def find(name: str, directory: str) -> str | None:
   """The folder of a prepared data set, its newest version unless the name says which; or None."""
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder
 
   try:
-    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+    builder = read_only_builder.builder_from_files(name, data_dir=directory)
   except (tfds.core.DatasetNotFoundError, ValueError):
     return None
   return str(builder.data_path)
@@ -215,7 +216,7 @@ def choose_features(info) -> tuple[str, str | None, str | None]:
   features = info.features
   images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
   labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-  image, label = (info.supervised_keys or (None, None))[:2]
+  image, label = (info.supervised_keys or ("", ""))[:2]
   if image not in images:
     image = "image" if "image" in images or len(images) != 1 else images[0]
   if image not in images:

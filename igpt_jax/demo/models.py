@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import PaletteConfig, Settings
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.sampling import completer as completer_lib
@@ -41,25 +41,22 @@ class Models:
     Raises:
       UserError: one can't be read, can't complete pictures, or has no palette.
     """
-    self._config = config_lib.base()
-    self._config.palette.path = palette_path
-    devices.use_cores(self._config)
+    self._settings = Settings(palette=PaletteConfig(path=palette_path))
+    devices.use_cores(self._settings)
     self._offered: list[_Offered] = []
     for path in paths:
       if not path:
         raise UserError("--checkpoint: empty; expected a workdir, or one checkpoint in it")
-      config = self._config.copy_and_resolve_references()
-      config.checkpoint = path
-      found = completer_lib.describe(config, "")
+      found = completer_lib.describe(dataclasses.replace(self._settings, checkpoint=path), "")
       self._offered.append(_Offered(_name_of(found), found))
     largest = max((each.found.config for each in self._offered), key=count_params)
-    self._mesh = mesh or devices.sampling_mesh(self._config, largest, _SAMPLES)
+    self._mesh = mesh or devices.sampling_mesh(self._settings, largest, _SAMPLES)
 
   def __len__(self) -> int:
     return len(self._offered)
 
   def describe(self) -> list[dict[str, Any]]:
-    """For the page: nothing of where they lie."""
+    """The models as the page shows them; their paths stay here."""
     return [
       {
         "name": each.name,
@@ -74,7 +71,7 @@ class Models:
     """The model of that number, its weights read."""
     offered = self._offered[index]
     if offered.completer is None:
-      offered.completer = completer_lib.Completer(offered.found, self._config, self._mesh)
+      offered.completer = completer_lib.Completer(offered.found, self._settings, self._mesh)
     return offered.completer
 
 

@@ -23,12 +23,12 @@ import logging
 import math
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.data.order import MAX_SEED
-from igpt_jax.data.transforms import BadRecord
 from igpt_jax.demo.limits import Full, Limits, Line
 from igpt_jax.demo.models import Models
 from igpt_jax.errors import UserError
@@ -238,7 +238,7 @@ class _Service:
       self._line.leave(me)
       self._line.give_back_place()
 
-  async def _events(self, wish: "_Wish", data: bytes) -> AsyncIterator[dict[str, Any]]:
+  async def _events(self, wish: "_Wish", data: bytes) -> AsyncGenerator[dict[str, Any], None]:
     yield {"event": "preparing"}
     completer = await self._call(self._models.completer, wish.model)
     reader = completer.reader

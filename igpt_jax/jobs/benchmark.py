@@ -1,4 +1,4 @@
-"""How fast this machine is with this config: training, attention, sampling, the input pipeline.
+"""How fast this machine is with these settings: training, attention, sampling, the input pipeline.
 
 Writes benchmark.json and benchmark.md: medians of `benchmark.repeats` timings, with the fastest and
 the slowest. No data set and no checkpoint is needed, except for what the input pipeline reads.
@@ -8,13 +8,13 @@ import dataclasses
 import math
 import os
 import platform
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from igpt_jax import config as config_lib
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
@@ -35,26 +35,30 @@ CPU_NOTE = "CPU: relative use only"
 Values = dict[str, Any]
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Measures `benchmark.parts`; a part that can't be measured is told, unless it is the only one."""
-  parts = check_parts(config)
+  parts = [part for part in PARTS if part in settings.benchmark.parts]
   workdir_lib.open_workdir(workdir)
-  mesh = devices.mesh_of(config)
-  sharding.batch_size_per_shard(mesh, config.train.batch_size, accumulate=config.train.accumulate)
-  model_config, config = model_of(config)
+  mesh = devices.mesh_of(settings)
+  sharding.batch_size_per_shard(
+    mesh, settings.train.batch_size, accumulate=settings.train.accumulate
+  )
+  model_config, settings = model_of(settings)
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
   skipped: dict[str, str] = {}
   split = None
 
   def skip(part: str, reason: str) -> None:
     if len(parts) == 1:
-      raise UserError(reason)
+      raise UserError(
+        f"benchmark.parts: {part}: {reason}; expected a part that can be measured here"
+      )
     say(f"{part}: skipped: {reason}")
     skipped[part] = reason
 
   if "input" in parts:
     try:
-      split = open_split(config_lib.data(config), "train")
+      split = open_split(settings.data, "train")
     except UserError as error:
       skip("input", str(error))
   if "sampling" in parts and not model_config.causal:
@@ -65,15 +69,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     "versions": versions.versions(),
     "model": dataclasses.asdict(model_config),
     "parameters": count_params(model_config),
-    "objective": config.objective,
+    "objective": settings.objective,
     "note": CPU_NOTE if jax.default_backend() == "cpu" else None,
   }
   say(benchmark_tables.heading(found))
   measures = {
-    "training": lambda: training(config, model_config, mesh),
-    "attention": lambda: attention(config, model_config, mesh),
-    "sampling": lambda: sampling(config, model_config, mesh),
-    "input": lambda: of_input(config, split, found.get("training")),
+    "training": lambda: training(settings, model_config, mesh),
+    "attention": lambda: attention(settings, model_config, mesh),
+    "sampling": lambda: sampling(settings, model_config, mesh),
+    "input": lambda: of_input(settings, cast(Split, split), found.get("training")),
   }
   for part in parts:
     if part not in skipped:
@@ -88,55 +92,39 @@ def run(config: ConfigDict, workdir: str) -> None:
     say(f"wrote benchmark.json and benchmark.md to {workdir}")
 
 
-def check_parts(config: ConfigDict) -> list[str]:
-  """The parts that are asked for, in the order of PARTS.
-
-  Raises:
-    UserError: a part of another name, or none.
-  """
-  asked = tuple(config.benchmark.parts)
-  unknown = [part for part in asked if part not in PARTS]
-  if unknown or not asked:
-    raise UserError(
-      f"benchmark.parts: {unknown[0] if unknown else '()'}; expected some of {', '.join(PARTS)}; fix: "
-      "--config.benchmark.parts=\"('training','input')\""
-    )
-  return [part for part in PARTS if part in asked]
+def model_of(settings: Settings) -> tuple[ImageGPTConfig, Settings]:
+  """The model that training with these settings would train, and the settings with their choices made."""
+  if settings.init_from:
+    start = weights.describe(settings.init_from, settings).config
+    settings = choices.settle(settings, start)
+    return choices.model_config(settings, n_vocab=start.n_vocab), settings
+  settings = choices.settle(settings)
+  given = settings.palette.path
+  n_vocab = Palette.given(given).size if given else choices.palette_size(settings)
+  return choices.model_config(settings, n_vocab=n_vocab), settings
 
 
-def model_of(config: ConfigDict) -> tuple[ImageGPTConfig, ConfigDict]:
-  """The model that training with this config would train, and the config with its choices made."""
-  if config.init_from:
-    start = weights.describe(config.init_from, config).config
-    config = config_lib.settle(config, start)
-    return config_lib.model(config, n_vocab=start.n_vocab), config
-  config = config_lib.settle(config)
-  given = config.palette.path
-  n_vocab = Palette.given(given).size if given else config_lib.palette_size(config)
-  return config_lib.model(config, n_vocab=n_vocab), config
+def ticker(part: str, settings: Settings):
+  return progress.Countdown(f"{part}: timings", settings.benchmark.repeats, say, every=1.0).tick
 
 
-def ticker(part: str, config: ConfigDict):
-  return progress.Countdown(f"{part}: timings", config.benchmark.repeats, say, every=1.0).tick
-
-
-def training(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
-  settings = config_lib.optimizer(config)
-  tx = optimizer.make_optimizer(settings)
-  objective = objectives.make_objective(config.objective, config.mask_probability)
-  accumulate = config.train.accumulate
-  batch_size = config.train.batch_size
+def training(settings: Settings, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
+  optimizer_config = choices.optimizer_config(settings)
+  tx = optimizer.make_optimizer(optimizer_config)
+  objective = objectives.make_objective(settings.objective, settings.mask_probability)
+  accumulate = settings.train.accumulate
+  batch_size = settings.train.batch_size
   measured = device.measure_training(
     model_config,
     step.make_train_step(
-      model_config, objective, tx, optimizer.make_schedule(settings), accumulate=accumulate
+      model_config, objective, tx, optimizer.make_schedule(optimizer_config), accumulate=accumulate
     ),
     tx,
     mesh,
     batch_size=batch_size,
-    repeats=config.benchmark.repeats,
+    repeats=settings.benchmark.repeats,
     say=say,
-    tick=ticker("training", config),
+    tick=ticker("training", settings),
   )
   per_image = compilation.flops_per_image(model_config)
   speed = batch_size / measured.step.seconds
@@ -164,13 +152,13 @@ def training(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Va
   }
 
 
-def attention(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
+def attention(settings: Settings, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
   measured = device.measure_attention(
     model_config,
     mesh,
-    batch_size=config.train.batch_size // config.train.accumulate,
-    repeats=config.benchmark.repeats,
-    tick=ticker("attention", config),
+    batch_size=settings.train.batch_size // settings.train.accumulate,
+    repeats=settings.benchmark.repeats,
+    tick=ticker("attention", settings),
   )
   length, width = model_config.n_positions, measured.n_head * model_config.head_dim
   # As in the model FLOPs of a step: scores and values, the masked half not counted.
@@ -198,14 +186,14 @@ def attention(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> V
   }
 
 
-def sampling(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
+def sampling(settings: Settings, model_config: ImageGPTConfig, mesh: Mesh) -> Values:
   timing, samples = device.measure_sampling(
     model_config,
     mesh,
-    samples=config.benchmark.samples,
-    sampling=config_lib.sampling(config),
-    repeats=config.benchmark.repeats,
-    tick=ticker("sampling", config),
+    samples=settings.benchmark.samples,
+    sampling=choices.sampling_config(settings),
+    repeats=settings.benchmark.repeats,
+    tick=ticker("sampling", settings),
   )
   speed = samples / timing.seconds
   return {
@@ -216,23 +204,23 @@ def sampling(config: ConfigDict, model_config: ImageGPTConfig, mesh: Mesh) -> Va
   }
 
 
-def of_input(config: ConfigDict, split: Split, trained: Values | None) -> Values:
+def of_input(settings: Settings, split: Split, trained: Values | None) -> Values:
   """The data set's way to tokens on this host, and whether it keeps up with training."""
-  data_config = config_lib.data(config)
+  data_config = settings.data
   palette = None
   if not split.is_tokens:
     # Which colours they are makes no difference to how fast they are found.
-    palette = Palette.given(config.palette.path or "default")
+    palette = Palette.given(settings.palette.path or "default")
   hosts = jax.process_count()
-  batch_size = max(config.train.batch_size // hosts, 1)
-  n_batches = max(10, math.ceil(config.benchmark.pictures / batch_size))
-  tick = ticker("input", config)
+  batch_size = max(settings.train.batch_size // hosts, 1)
+  n_batches = max(10, math.ceil(settings.benchmark.images / batch_size))
+  tick = ticker("input", settings)
   passes, whole = [], []
-  for done in range(1, config.benchmark.repeats + 1):
+  for done in range(1, settings.benchmark.repeats + 1):
     if palette is not None:
       passes.append(
         data_benchmark.stages(
-          split, data_config, palette, n_pictures=config.benchmark.pictures, repeats=1
+          split, data_config, palette, n_pictures=settings.benchmark.images, repeats=1
         )
       )
     whole.append(

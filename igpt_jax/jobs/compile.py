@@ -1,7 +1,7 @@
 """Compiles training and sampling for a TPU slice that nobody has rented yet, and says what they need.
 
   python -m igpt_jax.main --config configs/imagenet32_l.py --config.job=compile \
-    --config.topology=v5p:4x4x4
+    --config.compile.topology=v5p:4x4x4
 
 The real TPU compiler does it, on any machine. Writes compile.json: memory against the chip's,
 collectives, a predicted step time with its parts, MFU, and days to the config's schedule; scale.md
@@ -13,11 +13,10 @@ import dataclasses
 import os
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from igpt_jax import config as config_lib
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
-from igpt_jax.parallel import hardware, sharding
+from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction import forecast_table
@@ -38,33 +37,33 @@ METHOD = (
 )
 
 
-def run(config: ConfigDict, workdir: str) -> None:
-  """Forecasts for `config.topology`.
+def run(settings: Settings, workdir: str) -> None:
+  """Forecasts for `config.compile.topology`.
 
   Raises:
     UserError: the topology isn't one, the model doesn't divide over the mesh, or the step doesn't
       fit; compile.json is there in the last case.
   """
-  if not config.topology:
+  if not settings.compile.topology:
     raise UserError(
-      "config.topology: missing; expected a TPU slice to compile for, such as "
-      "--config.topology=v5e:4x4 (job=benchmark measures the machine at hand)"
+      "config.compile.topology: missing; expected a TPU slice to compile for, such as "
+      "--config.compile.topology=v5e:4x4 (job=benchmark measures the machine at hand)"
     )
-  check_name(config.topology)
+  check_name(settings.compile.topology)
   workdir_lib.open_workdir(workdir)
-  topology = open_topology(config.topology)
-  training = training_of(config)
+  topology = open_topology(settings.compile.topology)
+  training = training_of(settings)
   chosen, tried = None, []
-  if config.plan:
+  if settings.compile.plan:
     chosen, tried = planning.search(training, topology, say)
     training, mesh = chosen.training, chosen.mesh
   else:
-    mesh = sharding.make_mesh(**config.mesh, devices=list(topology.devices))
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh), devices=list(topology.devices))
     sharding.batch_size_per_shard(mesh, training.batch_size, accumulate=training.accumulate)
     sharding.check_model_fits(mesh, n_head=training.model.n_head, n_embd=training.model.n_embd)
   say(f"{describe(training, mesh)} on {topology.name}: compiling the training step")
   step = chosen.forecast if chosen else forecasting.training_step(training, topology, mesh)
-  values = summary(config, training, topology, mesh, step)
+  values = summary(settings, training, topology, mesh, step)
   if tried:
     values["plan"] = [planning.row(candidate) for candidate in tried]
   path = os.path.join(workdir, "compile.json")
@@ -77,35 +76,35 @@ def run(config: ConfigDict, workdir: str) -> None:
       f"{gib(step.memory.needed)} of a device's {gib(step.memory.hbm)}; fix: "
       + "; or ".join(planning.remedies(training, mesh))
     )
-  if training.model.causal and config.sample.samples and not config.plan:
+  if training.model.causal and settings.sample.samples and not settings.compile.plan:
     mesh = planning.sampling_mesh(
-      training.model, topology, config.sample.samples, config.sample.cache
+      training.model, topology, settings.sample.samples, settings.sample.cache
     )
-    say(f"compiling the sampling of {config.sample.samples} pictures, mesh ({sizes_of(mesh)})")
+    say(f"compiling the sampling of {settings.sample.samples} pictures, mesh ({sizes_of(mesh)})")
     drawn = forecasting.sampling(
       training.model,
-      config_lib.sampling(config),
-      config.sample.samples,
+      choices.sampling_config(settings),
+      settings.sample.samples,
       topology,
       mesh,
-      config.sample.cache,
+      settings.sample.cache,
     )
-    batch = sharding.round_up_batch(mesh, config.sample.samples)
+    batch = sharding.round_up_batch(mesh, settings.sample.samples)
     values["sampling"] = {"mesh": dict(mesh.shape)} | sampling_summary(drawn, topology, batch)
     summary_lib.write_json(path, values)
     say(sampling_line(values["sampling"]))
   say(f"wrote {path}")
 
 
-def training_of(config: ConfigDict) -> Training:
-  """What the config trains; its palette's size is asked for, no data is read."""
-  config = config_lib.settle(config)
+def training_of(settings: Settings) -> Training:
+  """What the settings train; the palette's size is asked for, no data is read."""
+  settings = choices.settle(settings)
   return Training(
-    config_lib.model(config, n_vocab=config_lib.palette_size(config)),
-    make_objective(config.objective, config.mask_probability),
-    config_lib.optimizer(config),
-    config.train.batch_size,
-    config.train.accumulate,
+    choices.model_config(settings, n_vocab=choices.palette_size(settings)),
+    make_objective(settings.objective, settings.mask_probability),
+    choices.optimizer_config(settings),
+    settings.train.batch_size,
+    settings.train.accumulate,
   )
 
 
@@ -123,13 +122,13 @@ def sizes_of(mesh) -> str:
 
 
 def summary(
-  config: ConfigDict, training: Training, topology: Topology, mesh, step: Forecast
+  settings: Settings, training: Training, topology: Topology, mesh, step: Forecast
 ) -> dict[str, Any]:
   """compile.json."""
   per_chip = len(topology.devices) // topology.n_chips
   memory, model = step.memory, training.model
   flops = flops_per_image(model) * training.batch_size
-  images = config.train.steps * config.train.batch_size
+  images = settings.train.steps * settings.train.batch_size
   values: dict[str, Any] = {
     "topology": topology.name,
     "chips": topology.n_chips,
@@ -139,7 +138,7 @@ def summary(
     "accumulate": training.accumulate,
     "remat": model.remat,
     "model": dataclasses.asdict(model),
-    "objective": config_lib.settle(config).objective,
+    "objective": "autoregressive" if model.causal else "masked",
     "fits": memory.fits,
     "bytes_per_chip": memory.needed * per_chip,
     "hbm_bytes": memory.hbm * per_chip,
@@ -170,7 +169,7 @@ def summary(
       "attention_kernels": predicted.kernels,
       "communication_not_hidden": predicted.exposed,
     },
-    "mfu": flops / predicted.seconds / hardware.peak_flops(mesh),
+    "mfu": flops / predicted.seconds / (topology.chip.peak_flops * mesh.size),
     "images_per_second": images_per_second,
     "days": days,
     "chip_hours": days * 24 * topology.n_chips,

@@ -24,11 +24,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint, files
-from igpt_jax import config as config_lib
-from igpt_jax.data.transforms import BadRecord
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -103,55 +103,59 @@ class Target:
     self.samples |= {n: (tokens[i], nll[i]) for i, n in enumerate(numbers)}
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Completes `images`, or draws `n` pictures, with `checkpoint`."""
-  devices.use_cores(config)
-  found = completer_lib.describe(config, workdir, bert=True)
-  known = filler.known_pixels(config, found)
-  chosen = prompt_files.find(config.images) if config.images else []
-  mesh = devices.sampling_mesh(config, found.config, config.n)
+  devices.use_cores(settings)
+  found = completer_lib.describe(settings, workdir, bert=True)
+  known = filler.known_pixels(settings, found)
+  chosen = prompt_files.find(settings.complete.images) if settings.complete.images else []
+  mesh = devices.sampling_mesh(settings, found.config, settings.complete.n)
   if found.config.causal:
-    memory.check_cache(found.config, config.sample.batch_size, config.sample.cache, mesh)
+    memory.check_cache(found.config, settings.sample.batch_size, settings.sample.cache, mesh)
   in_run = checkpoint.latest_step(workdir) is not None
   out = os.path.join(workdir, "complete") if in_run else workdir
-  settings = _settings(config, found, known)
-  _check_same(settings, out)
+  recipe = _recipe(settings, found, known)
+  _check_same(recipe, out)
   workdir_lib.open_workdir(out)
   reader = Reader(found)
-  targets, unreadable = _targets(chosen, reader, out, files.digest(settings))
+  targets, unreadable = _targets(chosen, reader, out, files.digest(recipe))
   for target in targets:
     target.read()
   # No one draws before all have seen what is there
   hosts.wait_for_all("complete")
   if hosts.is_main():
-    summary.write_json(os.path.join(out, _SETTINGS), settings)
+    summary.write_json(os.path.join(out, _SETTINGS), recipe)
 
-  to_do = [target for target in targets if len(_missing(target, config.n))]
+  to_do = [target for target in targets if len(_missing(target, settings.complete.n))]
   before = len(targets) - len(to_do)
-  what = f"{config.n} samples of {len(targets)} pictures" if chosen else f"{config.n} samples"
+  what = (
+    f"{settings.complete.n} samples of {len(targets)} pictures"
+    if chosen
+    else f"{settings.complete.n} samples"
+  )
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
     if found.config.causal:
-      completer = Completer(found, config, mesh)
+      completer = Completer(found, settings, mesh)
     else:
-      completer = Filler(found, config, mesh, known)
+      completer = Filler(found, settings, mesh, known)
     # A list: what is missing changes as samples come in, and only where they are written.
-    batches = list(_batches(to_do, config.n, config.sample.batch_size))
+    batches = list(_batches(to_do, settings.complete.n, settings.sample.batch_size))
     clock = progress.Countdown("batches", len(batches), say)
     for done, (batch, numbers) in enumerate(batches, 1):
-      _draw(completer, batch, numbers, settings, config)
+      _draw(completer, batch, numbers, recipe, settings)
       for target in dict.fromkeys(batch):
-        if hosts.is_main() and not _missing(target, config.n):
-          _finish(target, reader, settings, config)
+        if hosts.is_main() and not _missing(target, settings.complete.n):
+          _finish(target, reader, recipe, settings)
       clock.tick(done)
   if not hosts.is_main():
     return
   for target in targets:
-    if not _is_finished(target, settings):
-      _finish(target, reader, settings, config)
+    if not _is_finished(target, recipe):
+      _finish(target, reader, recipe, settings)
   values = {"checkpoint": found.path, "step": found.step}
-  values |= _write_grids(targets, reader, settings, out, config)
+  values |= _write_grids(targets, reader, recipe, out, settings)
   if unreadable:
     values["unreadable"] = unreadable
   summary.write_json(os.path.join(out, "complete.json"), values)
@@ -160,27 +164,29 @@ def run(config: ConfigDict, workdir: str) -> None:
   say(f"mean {values['nats_per_token']:.4f} nats/token; wrote {out}")
 
 
-def _settings(config: ConfigDict, found: checkpoint.Described, known: np.ndarray) -> dict[str, Any]:
+def _recipe(settings: Settings, found: checkpoint.Described, known: np.ndarray) -> dict[str, Any]:
   """All that decides what a picture's samples are."""
-  sampling = config_lib.sampling(config)
+  sampling = choices.sampling_config(settings)
   resolution = found.run["resolution"]
   return {
     **provenance.of_checkpoint(found),
     "resolution": resolution,
-    "dtype": config_lib.compute_dtype(config),
-    "cache": config.sample.cache,
-    "rows_given": given_rows(config.keep, resolution) if config.images else 0,
+    "dtype": choices.compute_dtype(settings),
+    "cache": settings.sample.cache,
+    "rows_given": given_rows(settings.complete.keep, resolution) if settings.complete.images else 0,
     # Pixels that are given, a row of 0 and 1 each: of pictures, if there are any.
-    "known": ["".join(str(int(pixel)) for pixel in row) for row in known & bool(config.images)],
-    **({} if found.config.causal else {"passes": config.passes}),
-    "n": config.n,
-    "seed": config.seed,
-    "scale": config.sample.scale or figures.default_scale(resolution),
+    "known": [
+      "".join(str(int(pixel)) for pixel in row) for row in known & bool(settings.complete.images)
+    ],
+    **({} if found.config.causal else {"passes": settings.complete.passes}),
+    "n": settings.complete.n,
+    "seed": settings.seed,
+    "scale": settings.sample.scale or figures.default_scale(resolution),
     **dataclasses.asdict(sampling),
   }
 
 
-def _check_same(settings: dict[str, Any], out: str) -> None:
+def _check_same(recipe: dict[str, Any], out: str) -> None:
   """Raises UserError where `out` holds what was drawn in another way, or by another model."""
   try:
     theirs = files.read_json(os.path.join(out, _SETTINGS))
@@ -190,17 +196,12 @@ def _check_same(settings: dict[str, Any], out: str) -> None:
     raise UserError(
       f"workdir: {out}/{_SETTINGS} is damaged ({error}); fix: another --workdir"
     ) from None
-  differing = files.differing(theirs, settings)
-  if differing:
-    raise UserError(
-      f"workdir: {out} holds samples that were drawn in another way, or by another model:\n"
-      + "\n".join(differing)
-      + f"\nfix: another --workdir, or remove {out}"
-    )
+  what = f"{out} holds samples that were drawn in another way, or by another model"
+  files.check_same("workdir", what, theirs, recipe, f"another --workdir, or remove {out}")
 
 
 def _targets(
-  chosen: list[File], reader: Reader, out: str, settings: str
+  chosen: list[File], reader: Reader, out: str, recipe: str
 ) -> tuple[list[Target], list[str]]:
   """What to complete, and what can't be read, in words.
 
@@ -208,7 +209,7 @@ def _targets(
     UserError: nothing can be read.
   """
   if not chosen:
-    return [Target(None, NOTHING, os.path.join(out, NOTHING.name), settings)], []
+    return [Target(None, NOTHING, os.path.join(out, NOTHING.name), recipe)], []
   targets, unreadable = [], []
   for file in chosen:
     try:
@@ -219,10 +220,10 @@ def _targets(
     except BadRecord as error:
       unreadable.append(str(error))
     else:
-      targets.append(Target(file, picture, os.path.join(out, file.group, file.name), settings))
+      targets.append(Target(file, picture, os.path.join(out, file.group, file.name), recipe))
   if not targets:
     raise UserError(
-      "config.images: none can be read:\n  "
+      "config.complete.images: none can be read:\n  "
       + "\n  ".join(unreadable[:5])
       + "\nexpected JPEG, PNG, …"
     )
@@ -257,25 +258,25 @@ def _draw(
   completer: Completer | Filler,
   batch: list[Target],
   numbers: list[int],
-  settings,
-  config: ConfigDict,
+  recipe,
+  settings: Settings,
 ) -> None:
   """Draws a batch and writes it to disk."""
   *_, drawn = completer.draw(
     [target.picture for target in batch],
     numbers,
-    settings["rows_given"],
-    config_lib.sampling(config),
-    seed=config.seed,
+    recipe["rows_given"],
+    choices.sampling_config(settings),
+    seed=settings.seed,
   )
   if not hosts.is_main():
     return
-  kept = [number for number in numbers if number < config.n]
+  kept = [number for number in numbers if number < settings.complete.n]
   for i, target in enumerate(batch):
     if target in batch[:i]:
       break  # the last one again, which filled the batch up
     rows = slice(i * len(numbers), i * len(numbers) + len(kept))
-    scale = settings["scale"]
+    scale = recipe["scale"]
     os.makedirs(target.folder, exist_ok=True)
     for number, painted in zip(kept, completer.reader.paint(drawn.tokens[rows]), strict=True):
       path = os.path.join(target.folder, f"{number:04d}.png")
@@ -290,61 +291,61 @@ def _rows(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
   return np.stack([tokens for tokens, _ in of_numbers]), np.stack([nll for _, nll in of_numbers])
 
 
-def _is_finished(target: Target, settings: dict[str, Any]) -> bool:
+def _is_finished(target: Target, recipe: dict[str, Any]) -> bool:
   try:
     kept = files.read_json(os.path.join(target.folder, "complete.json"))
   except (OSError, ValueError):
     return False
-  mine = {"picture_identity": target.picture.identity, "settings": settings}
+  mine = {"picture_identity": target.picture.identity, "settings": recipe}
   return not files.differing(kept, mine)
 
 
-def _finish(target: Target, reader: Reader, settings: dict[str, Any], config: ConfigDict) -> None:
+def _finish(target: Target, reader: Reader, recipe: dict[str, Any], settings: Settings) -> None:
   """The animation and the JSON of a picture whose samples are all there; the JSON comes last."""
-  tokens, nll = _rows(target, config.n)
-  if "passes" not in settings:  # else pixels don't appear one after the other
-    n_given = settings["rows_given"] * settings["resolution"]
+  tokens, nll = _rows(target, settings.complete.n)
+  if "passes" not in recipe:  # else pixels don't appear one after the other
+    n_given = recipe["rows_given"] * recipe["resolution"]
     shown = reader.paint(tokens[:_GRID_SAMPLES])
-    scale = settings["scale"]
+    scale = recipe["scale"]
     frames = figures.appearing(list(shown), n_given, columns=4, scale=scale)
     figures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
-  nats = nll[:, ~_known(settings).reshape(-1)].mean(1)
+  nats = nll[:, ~_known(recipe).reshape(-1)].mean(1)
   values = {
     "picture": target.file.path if target.file else None,
     "picture_identity": target.picture.identity,
-    "settings": settings,
+    "settings": recipe,
     "nats_per_token": float(nats.mean()),
     "samples": [
       {
         "file": f"{number:04d}.png",
         # jax.random.key(seed), with these two folded in.
-        "seed": [settings["seed"], target.picture.identity, number],
+        "seed": [recipe["seed"], target.picture.identity, number],
         "nats_per_token": round(float(nats[number]), 5),
       }
-      for number in range(config.n)
+      for number in range(settings.complete.n)
     ],
   }
   summary.write_json(os.path.join(target.folder, "complete.json"), values)
 
 
-def _known(settings: dict[str, Any]) -> np.ndarray:
+def _known(recipe: dict[str, Any]) -> np.ndarray:
   """bool [H, W]."""
-  return np.array([[pixel == "1" for pixel in row] for row in settings["known"]])
+  return np.array([[pixel == "1" for pixel in row] for row in recipe["known"]])
 
 
 def _write_grids(
-  targets: list[Target], reader: Reader, settings: dict[str, Any], out: str, config: ConfigDict
+  targets: list[Target], reader: Reader, recipe: dict[str, Any], out: str, settings: Settings
 ) -> dict[str, Any]:
   """A grid for each class, and what complete.json says."""
   groups = collections.defaultdict(list)
   for target in targets:
     groups[target.file.group if target.file else ""].append(target)
-  known, briefly = _known(settings), {}
-  scale = settings["scale"]
+  known, briefly = _known(recipe), {}
+  scale = recipe["scale"]
   for group, members in groups.items():
     rows: list[list[np.ndarray]] = []
     for target in members:
-      tokens, nll = _rows(target, config.n)
+      tokens, nll = _rows(target, settings.complete.n)
       nats = float(nll[:, ~known.reshape(-1)].mean())
       briefly[os.path.relpath(target.folder, out)] = nats
       if target.file is None:
@@ -359,7 +360,7 @@ def _write_grids(
     if len(members) > _GRID_ROWS:
       say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} pictures")
   return {
-    "settings": settings,
+    "settings": recipe,
     "pictures": len(briefly) if known.any() else 0,
     "nats_per_token": float(np.mean(list(briefly.values()))),
     "each_nats_per_token": {name: round(nats, 5) for name, nats in briefly.items()},

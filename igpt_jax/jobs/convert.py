@@ -1,7 +1,7 @@
 """Rewrites a checkpoint in another format, numbers untouched.
 
   python -m igpt_jax.main --config configs/convert.py \
-    --config.source=PATH --config.target=PATH --config.format=orbax|huggingface|openai
+    --config.convert.source=PATH --config.convert.target=PATH --config.convert.format=orbax|huggingface|openai
 
 From and to: this program's own (orbax), OpenAI's and Hugging Face's. All in this host's memory, no
 device is touched. The palette travels with the weights.
@@ -11,9 +11,9 @@ import contextlib
 import os
 
 import jax
-from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats
@@ -21,13 +21,13 @@ from igpt_jax.pretrained.clusters import NPY_NAME
 from igpt_jax.workspace import weights
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Writes `source` as `target` in `format`; the workdir isn't used."""
   del workdir
-  check(config)
-  source, target = config.source, os.path.expanduser(config.target)
-  found = weights.describe(source, config)
-  check_format(config.format, found)
+  check(settings)
+  source, target = settings.convert.source, os.path.expanduser(settings.convert.target)
+  found = weights.describe(source, settings)
+  check_format(settings.convert.format, found)
   model = found.config
   say(
     f"source: {found.path}, {found.format}: {model.n_layer} layers, {model.n_head} heads, width "
@@ -39,13 +39,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     params = checkpoint.load_host_params(found)
   else:
     params = formats.load(found.path, report=say).params
-  if config.format == "orbax":
+  if settings.convert.format == "orbax":
     say(f"writing {target}")
     target = checkpoint.save_params(target, params, found)
   else:
     with parent_of(target):
-      formats.save(target, config.format, model, params, clusters=found.palette, report=say)
-  say(f"target: {target}, {config.format}")
+      formats.save(
+        target, settings.convert.format, model, params, clusters=found.palette, report=say
+      )
+  say(f"target: {target}, {settings.convert.format}")
 
 
 @contextlib.contextmanager
@@ -58,47 +60,46 @@ def parent_of(target: str):
     os.makedirs(parent, exist_ok=True)
     yield
   except OSError as error:
-    raise UserError(f"config.target: {target}: {error.strerror}") from error
+    raise UserError(
+      f"config.convert.target: {target}: {error.strerror}; expected a place to write to"
+    ) from error
   finally:
     if not there:
       with contextlib.suppress(OSError):
         os.rmdir(parent)  # refused where something was written
 
 
-def check(config: ConfigDict) -> None:
+def check(settings: Settings) -> None:
   """Checks what needs no source to be opened.
 
   Raises:
     UserError: naming the field.
   """
-  if config.format not in formats.FORMATS:
-    raise UserError(
-      f"config.format: {config.format!r}; expected one of {', '.join(formats.FORMATS)}"
-    )
   for name, what in (("source", "a checkpoint to read"), ("target", "a path to write to")):
-    if not config[name]:
-      raise UserError(f"config.{name}: empty; expected {what}; fix: --config.{name}=PATH")
+    if not getattr(settings.convert, name):
+      name = f"config.convert.{name}"
+      raise UserError(f"{name}: empty; expected {what}; fix: --{name}=PATH")
   if jax.process_count() > 1:
     raise UserError("config.job: convert runs in one process; fix: leave --distributed out")
-  target = os.path.expanduser(config.target)
+  target = os.path.expanduser(settings.convert.target)
   taken = [target]
-  if config.format == "openai":
+  if settings.convert.format == "openai":
     # A palette that lies there would be taken for this checkpoint's.
     taken += [f"{target}.index", os.path.join(os.path.dirname(target), NPY_NAME)]
     if os.path.basename(target) == "":
       raise UserError(
-        f"config.target: {target} names a directory; expected a prefix in it, such as "
+        f"config.convert.target: {target} names a directory; expected a prefix in it, such as "
         f"{os.path.join(target, 'model.ckpt-0')}"
       )
   for path in taken:
     if os.path.lexists(path):
-      raise UserError(f"config.target: {path} exists; fix: name another target")
+      raise UserError(f"config.convert.target: {path} exists; fix: name another target")
 
 
 def check_format(kind: str, found: checkpoint.Described) -> None:
   """Raises UserError, before the weights are read, if `kind` can't hold the model."""
   if kind == "huggingface" and not found.config.causal:
     raise UserError(
-      f"config.format: huggingface, but {found.path} is a BERT model, which transformers' Image GPT "
-      "would compute with a causal mask; fix: --config.format=openai or orbax"
+      f"config.convert.format: huggingface, but {found.path} is a BERT model, which transformers' Image GPT "
+      "would compute with a causal mask; fix: --config.convert.format=openai or orbax"
     )

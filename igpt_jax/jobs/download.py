@@ -9,18 +9,17 @@ sends one, and every tensor's CRC when it is read.
 
 import os
 
-from ml_collections import ConfigDict
-
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import released
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Fetches `download.model` and `download.data` into `download.directory`; no workdir is used."""
   del workdir
-  wanted = config.download
+  wanted = settings.download
   if not wanted.model and not wanted.data:
     raise UserError("config.download: neither model nor data; expected at least one")
   root = os.path.expanduser(wanted.directory)

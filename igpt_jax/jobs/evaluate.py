@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import Settings
 from igpt_jax.data.sources import DataConfig, Split, open_split
 from igpt_jax.errors import NoSuchSplit, UserError
 from igpt_jax.parallel import hosts, sharding
@@ -25,58 +24,58 @@ from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`; watching, every checkpoint."""
-  watch.run(config, workdir, "evaluation.json", evaluate, settings_of)
+  watch.run(settings, workdir, "evaluation.json", evaluate, depends_on)
 
 
-def settings_of(config: ConfigDict) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides evaluation.json."""
-  counted_on = ["train"] if _counted_on(config_lib.data(config)) else []
+  counted_on = ["train"] if _counted_on(settings.data) else []
   return {
-    "data": provenance.of_data(config, [config.evaluate.split, *counted_on]),
-    **provenance.of_settings(config, ["evaluate"], without=["evaluate.batch_size"]),
+    "data": provenance.of_data(settings.data, [settings.evaluate.split, *counted_on]),
+    **provenance.of_settings(settings, ["evaluate"], without=["evaluate.batch_size"]),
   }
 
 
-def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
+def evaluate(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; results go to `out`."""
-  mesh = devices.mesh_of(config)
-  sharding.batch_size_per_shard(mesh, config.evaluate.batch_size, "evaluate.batch_size")
-  data_config = config_lib.data(config)
-  split = open_split(data_config, config.evaluate.split)
+  mesh = devices.mesh_of(settings)
+  sharding.batch_size_per_shard(mesh, settings.evaluate.batch_size, "evaluate.batch_size")
+  data_config = settings.data
+  split = open_split(data_config, settings.evaluate.split)
   train_split = _counted_on(data_config)
   if train_split is None:
     say(
       "baselines: counted on the evaluated images themselves, which flatters them: there is no train"
     )
-  trained = weights.load_model(config, workdir, mesh, needs_palette=not split.is_tokens)
+  trained = weights.load_model(settings, workdir, mesh, needs_palette=not split.is_tokens)
   n_vocab = trained.config.n_vocab
   palette = None if split.is_tokens else weights.palette_of(trained)
-  if split.is_tokens and split.records.max_token >= n_vocab:
+  if split.max_token >= n_vocab:
     raise UserError(
-      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; the checkpoint's "
-      f"palette has {n_vocab} colours"
+      f"data.path: {data_config.path} has tokens up to {split.max_token}; expected less "
+      f"than {n_vocab}, the size of the checkpoint's palette"
     )
 
   def stream(of: Split, limit: int = 0):
-    batch_size = config.evaluate.batch_size
+    batch_size = settings.evaluate.batch_size
     return streams.eval_stream(of, data_config, palette, mesh, batch_size, limit)
 
   objective_name = trained.run["objective"]
   objective = make_objective(objective_name, trained.run["mask_probability"])
   likelihood = Likelihood(trained.config, objective, mesh)
-  limit = config.evaluate.images
+  limit = settings.evaluate.images
   total = min(len(split), limit or len(split))
-  clock = progress.Countdown(f"{config.evaluate.split}: {total:,} pictures", total, say)
-  masks = config.evaluate.masks if objective_name == "masked" else 1
+  clock = progress.Countdown(f"{settings.evaluate.split}: {total:,} pictures", total, say)
+  masks = settings.evaluate.masks if objective_name == "masked" else 1
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   with stream(split, limit) as batches:
     nats, images, predicted = likelihood(
       trained.params,
       counting(batches, counts),
       masks=masks,
-      report=clock.batches(config.evaluate.batch_size),
+      report=clock.batches(settings.evaluate.batch_size),
     )
   if not predicted:
     raise UserError(
@@ -94,7 +93,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
     "images": images,
     "nats_per_token": nats,
     "bits_per_token": nats / math.log(2),
-    **baselines(config, train_split, stream, all_hosts(counts, mesh), mesh),
+    **baselines(settings, train_split, stream, all_hosts(counts, mesh), mesh),
   }
   if objective_name == "masked":
     values["masks_per_picture"] = masks
@@ -105,7 +104,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str) -> None:
     summary.write_summary(out)
   counted = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
-    f"{config.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
+    f"{settings.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
     f"{images:,} pictures{counted}\n"
     f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
     f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
@@ -122,7 +121,7 @@ def _counted_on(data_config: DataConfig) -> Split | None:
 
 
 def baselines(
-  config: ConfigDict,
+  settings: Settings,
   train_split: Split | None,
   stream,
   test: np.ndarray,
@@ -137,7 +136,7 @@ def baselines(
   if train_split is None:
     train, source = test, "the evaluated tokens themselves"
   else:
-    with stream(train_split, config.evaluate.baseline_images) as batches:
+    with stream(train_split, settings.evaluate.baseline_images) as batches:
       train = all_hosts(count_tokens(batches, n_vocab, n_positions), mesh)
     source = f"{int(train[0].sum()):,} pictures of {train_split.fingerprint}"
   return {

@@ -12,11 +12,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
 from igpt_jax.data.sources import open_split
 from igpt_jax.model.image_gpt import Params
@@ -38,40 +37,39 @@ from igpt_jax.workspace import (
 from igpt_jax.workspace import workdir as workdir_lib
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Fine-tunes `checkpoint` (or the workdir's newest, or `init_from`) on the configured data."""
-  settings = config.finetune
-  folder = os.path.join(workdir, "finetune_scratch" if settings.scratch else "finetune")
-  finetuning.check_settings(settings)
+  own = settings.finetune
+  folder = os.path.join(workdir, "finetune_scratch" if own.scratch else "finetune")
   workdir_lib.open_workdir(folder)
   with lock.held(folder):
-    guard.persist(lambda: _run(config, workdir, folder), config_lib.guard(config), folder)
+    guard.persist(lambda: _run(settings, workdir, folder), settings.guard, folder)
 
 
-def _run(config: ConfigDict, workdir: str, folder: str) -> None:
-  settings = config.finetune
-  workdir_lib.check(config, folder, workdir_lib.FINETUNE_FREE)
-  mesh = devices.mesh_of(config)
-  batch_size = settings.batch_size
+def _run(settings: Settings, workdir: str, folder: str) -> None:
+  own = settings.finetune
+  workdir_lib.check(settings, folder, "finetuning")
+  mesh = devices.mesh_of(settings)
+  batch_size = own.batch_size
   sharding.batch_size_per_shard(mesh, batch_size, "finetune.batch_size")
-  data_config = config_lib.data(config)
-  data_config = dataclasses.replace(data_config, augment=settings.augment or data_config.augment)
+  data_config = settings.data
+  data_config = dataclasses.replace(data_config, augment=own.augment or data_config.augment)
   splits = {name: open_split(data_config, name) for name in ("train", "validation", "test")}
   sources.check_labels(splits)
-  train_split = sources.subset(splits["train"], settings.images, config.seed)
+  train_split = sources.subset(splits["train"], own.images, settings.seed)
   classes = train_split.class_names
-  start = finetuning.begin(config, workdir, folder, data_config, train_split)
-  given, config, palette = config, start.config, start.palette
-  model_config = config_lib.model(config, n_vocab=palette.size)
+  start = finetuning.begin(settings, workdir, folder, data_config, train_split)
+  given, settings, palette = settings, start.settings, start.palette
+  model_config = choices.model_config(settings, n_vocab=palette.size)
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
   memory.check_state(model_config, mesh)
   loss = joint.JointLoss(
-    layer=joint.check_layer(settings.layer, model_config.n_layer, start.head),
-    generative=settings.generative,
-    classification=settings.classification,
+    layer=joint.check_layer(own.layer, model_config.n_layer, start.head),
+    generative=own.generative,
+    classification=own.classification,
     mask_probability=start.mask_probability,
   )
-  optimizer_config = finetuning.make_optimizer_config(config)
+  optimizer_config = choices.finetuning_optimizer_config(settings)
   schedule = optimizer.make_schedule(optimizer_config)
   tx = optimizer.make_optimizer(optimizer_config)
   # Only now: a mistake in the lines above leaves the folder unclaimed.
@@ -84,7 +82,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     mesh,
     layer=loss.layer,
     mask_probability=loss.mask_probability,
-    masks=settings.masks,
+    masks=own.masks,
   )
 
   def score(params: Params, name: str, limit: int, tell: bool = False) -> joint.Scores:
@@ -97,18 +95,18 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
 
   checkpoints = Checkpoints(
     folder,
-    keep=config.train.keep,
-    keep_every=config.train.keep_every,
+    keep=settings.train.max_to_keep,
+    keep_every=settings.train.keep_period,
     keep_best="validation_accuracy",
     say=say,
-    patience=config.train.save_retry_seconds,
+    patience=settings.train.save_retry_seconds,
   )
   shardings = state.state_shardings(model_config, tx, mesh, len(classes))
   abstract = state.abstract_state(model_config, tx, len(classes))
 
-  order = data_order.DataOrder(folder, train_split, batch_size=batch_size, seed=config.seed)
+  order = data_order.DataOrder(folder, train_split, batch_size=batch_size, seed=settings.seed)
   say(
-    f"fine-tuning {finetuning.describe(start, config)} on {len(classes)} classes of {train_split.fingerprint}, "
+    f"fine-tuning {finetuning.describe(start, settings)} on {len(classes)} classes of {train_split.fingerprint}, "
     f"head at layer {loss.layer} of {model_config.n_layer}, loss {loss.generative:g} × generative + "
     f"{loss.classification:g} × classification, learning rate {optimizer_config.learning_rate:g}; "
     f"{hardware.describe_devices(mesh)}"
@@ -117,11 +115,11 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
   if resumed is None:
     first_step, elapsed_before, best = 0, 0.0, Best()
     params = start.params(mesh)
-    train_state = state.make_state(model_config, tx, config.seed, mesh, params, len(classes))
+    train_state = state.make_state(model_config, tx, settings.seed, mesh, params, len(classes))
     del params
     began_with = {"checkpoint": None, "step": None, "nats_per_token": None, "accuracy": None}
     if start.weights is not None:
-      scores = score(train_state.params, "test", config.evaluate.images, tell=True)
+      scores = score(train_state.params, "test", settings.evaluate.images, tell=True)
       began_with = {
         "checkpoint": start.weights.path,
         "step": start.weights.step,
@@ -138,7 +136,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     )
     best.keep_to(checkpoints.scores())
     del resumed  # its arrays will be donated
-    say(f"resuming at step {first_step} of at most {settings.steps} from {folder}")
+    say(f"resuming at step {first_step} of at most {own.steps} from {folder}")
 
   began = time.monotonic()
 
@@ -146,7 +144,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     return elapsed_before + time.monotonic() - began
 
   def evaluate(at: state.TrainState) -> dict[str, float]:
-    scores = score(at.params, "validation", config.train.eval_images)
+    scores = score(at.params, "validation", settings.train.eval_images)
     best.update(int(at.step), scores.accuracy)
     values = {
       "validation_accuracy": scores.accuracy,
@@ -162,7 +160,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     score = best.newest if best.evaluated == at_step else None
     best.keep_to(checkpoints.scores() | {at_step: score})
     described = loop.describe_run(
-      config,
+      settings,
       model_config,
       mask_probability=loss.mask_probability,
       data=order.position(at_step),
@@ -182,34 +180,32 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     )
 
   batches = order.batches(first_step, data_config, palette, mesh)
-  writers = loop.make_writers(config, folder, first_step)
+  writers = loop.make_writers(settings, folder, first_step)
   clock = goodput.Clock(folder, first_step)
   flops = compilation.flops_per_image(model_config)
   outcome = loop.run(
     loop.Work(
-      steps=settings.steps,
-      log_every=config.train.log_every,
-      eval_every=settings.eval_every,
-      save_every=settings.eval_every,
+      steps=own.steps,
+      log_every=settings.train.log_every,
+      eval_every=own.eval_every,
+      save_every=own.eval_every,
       train_step=joint.make_finetune_step(model_config, loss, tx, schedule),
       fields=("tokens", "label"),
       abstract=abstract,
       shardings=shardings,
       evaluate=evaluate,
-      save=saving.Saver(checkpoints, save, config.train.save_retry_seconds),
-      ended=lambda: 0 < settings.patience <= best.waited,
+      save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
+      ended=lambda: 0 < own.patience <= best.waited,
     ),
     train_state,
     batches,
     mesh=mesh,
     writers=writers,
-    progress=progress.Progress(
-      settings.steps, batch_size, flops, hardware.peak_flops(mesh), _SHOWN
-    ),
+    progress=progress.Progress(own.steps, batch_size, flops, hardware.peak_flops(mesh), _SHOWN),
     stop=StopSignal(),
     clock=clock,
-    profiler=loop.make_profiler(config, folder),
-    guard=loop.make_guard(config, folder),
+    profiler=loop.make_profiler(settings, folder),
+    guard=loop.make_guard(settings, folder),
   )
   steps, stopped_by = outcome.step, outcome.stopped_by
   del train_state, outcome  # room for the best one
@@ -222,16 +218,16 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
 
   found = checkpoint.describe(os.path.join(folder, checkpoint.FOLDER, str(best.step)))
   params = checkpoint.load_params(found, mesh) | {state.HEAD: checkpoint.load_head(found, mesh)}
-  scores = score(params, "test", config.evaluate.images, tell=True)
+  scores = score(params, "test", settings.evaluate.images, tell=True)
   masked = not model_config.causal
   values = {
     "checkpoint": found.path,
     "best_step": best.step,
     "steps": steps,
-    "ended_early": steps < settings.steps,
+    "ended_early": steps < own.steps,
     "elapsed_seconds": elapsed(),
     **spent,
-    "objective": config.objective,
+    "objective": settings.objective,
     "classes": len(classes),
     "data": {name: split.fingerprint for name, split in (splits | {"train": train_split}).items()},
     "augment": data_config.augment,
@@ -244,7 +240,7 @@ def _run(config: ConfigDict, workdir: str, folder: str) -> None:
     "test_images": scores.images,
     "test_accuracy": scores.accuracy,
     "test_accuracy_of_mean": scores.accuracy_of_mean if masked else None,
-    "masks_per_picture": settings.masks if masked else None,
+    "masks_per_picture": own.masks if masked else None,
     "test_classification_loss": scores.classification_loss,
     "test_nats_per_token": scores.nats_per_token,
     **{f"start_{name}": value for name, value in began_with.items()},

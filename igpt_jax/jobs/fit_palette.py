@@ -7,10 +7,9 @@ error on validation; on train, where nothing is held out).
 import os
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.sources import has_validation, open_split
 from igpt_jax.errors import UserError
@@ -21,7 +20,7 @@ from igpt_jax.workspace import training_palette
 from igpt_jax.workspace import workdir as workdir_lib
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Fits `palette.size` colours to at most `palette.images` pictures of the training split."""
   if checkpoint.latest_step(workdir) is not None:
     raise UserError(
@@ -29,13 +28,13 @@ def run(config: ConfigDict, workdir: str) -> None:
       "another --workdir"
     )
   workdir_lib.open_workdir(workdir)
-  data_config = config_lib.data(config)
+  data_config = settings.data
   split = open_split(data_config, "train")
   measured = open_split(data_config, "validation") if has_validation(data_config) else split
   if split.is_tokens:
     say("palette: this data is tokens already, there are no colours to fit")
     return
-  palette = training_palette.fit_palette(config, data_config, split)
+  palette = training_palette.fit_palette(settings, data_config, split)
   error = palette_fit.palette_error(
     palette, pipeline.image_stream(measured, data_config, augment=False)
   )

@@ -9,8 +9,8 @@ import dataclasses
 import os
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -19,22 +19,22 @@ from igpt_jax.probing import sets as sets_lib
 from igpt_jax.probing.linear import FewLabelsResult
 from igpt_jax.probing.sets import FeatureSet
 from igpt_jax.reporting import figures, progress, summary
+from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.workspace import workdir as workdir_lib
 
 _OURS = "best layer"
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Fits to few labels of the configured data, on features of `checkpoint` (or the workdir's newest)."""
   workdir_lib.open_workdir(workdir)
-  check(config)
-  source = sets_lib.open_source(config, workdir)
-  sets = sets_lib.extract(config, workdir, source)
+  source = sets_lib.open_source(settings, workdir)
+  sets = sets_lib.extract(settings, workdir, source)
   if not hosts.is_main():
     return
   labels = sets[0].parts()[0][1]
   # Every set of features is fitted to the same subsets; all are drawn before anything is fitted.
-  subsets = {n: draw(config, labels, n) for n in config.lowdata.labels_per_class}
+  subsets = {n: draw(settings, labels, n) for n in settings.lowdata.labels_per_class}
   clock = progress.Countdown("few labels", len(sets), say)
   results: dict[str, dict[int, FewLabelsResult]] = {}
   for done, each in enumerate(sets, 1):
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         *parts,
         drawn,
         n_classes=source.n_classes,
-        max_iterations=config.probe.max_iterations,
+        max_iterations=settings.probe.max_iterations,
       )
       for n, drawn in subsets.items()
     }
@@ -57,8 +57,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     "step": trained.step,
     "parameters": source.checksum,
     "data": {name: split.fingerprint for name, split in source.splits.items()},
-    "trials": config.lowdata.trials,
-    "seed": config.seed,
+    "trials": settings.lowdata.trials,
+    "seed": settings.seed,
     "chosen": {
       label: {
         str(n): {"set": name, **dataclasses.asdict(results[name][n])} for n, name in of.items()
@@ -83,38 +83,31 @@ def run(config: ConfigDict, workdir: str) -> None:
     spread={
       label: [results[name][n].test_std for n, name in of.items()] for label, of in chosen.items()
     },
-    title=f"Few labels: mean and deviation of {config.lowdata.trials} random subsets",
+    title=f"Few labels: mean and deviation of {settings.lowdata.trials} random subsets",
     x_label="labels per class",
     y_label="test accuracy",
-    x_ticks=tuple(config.lowdata.labels_per_class),
+    x_ticks=tuple(settings.lowdata.labels_per_class),
   )
   summary.write_summary(workdir)
   say(text.rstrip())
   say(values["verdict"])
 
 
-def check(config: ConfigDict) -> None:
-  """Raises UserError for numbers of labels that can't be."""
-  asked = tuple(config.lowdata.labels_per_class)
-  if not asked or any(not isinstance(n, int) or n < 1 for n in asked):
-    raise UserError(
-      f"config.lowdata.labels_per_class: {asked}; expected numbers of 1 or more, such as (1, 4, 25)"
-    )
-
-
-def draw(config: ConfigDict, labels: np.ndarray, per_class: int) -> list[np.ndarray]:
+def draw(settings: Settings, labels: np.ndarray, per_class: int) -> list[np.ndarray]:
   """The subsets of one size; those of another size don't change them."""
-  rng = np.random.default_rng((config.seed, per_class))
+  rng = np.random.default_rng((settings.seed, per_class))
   try:
-    return [linear.balanced_subset(labels, per_class, rng) for _ in range(config.lowdata.trials)]
+    return [linear.balanced_subset(labels, per_class, rng) for _ in range(settings.lowdata.trials)]
   except ValueError as error:
-    raise UserError(f"config.lowdata.labels_per_class: {per_class}: {error}") from None
+    raise UserError(
+      f"config.lowdata.labels_per_class: {per_class}; expected that many of each class: {error}"
+    ) from None
 
 
 def choose(
   sets: list[FeatureSet], results: dict[str, dict[int, FewLabelsResult]]
 ) -> dict[str, dict[int, str]]:
-  """For every curve and number of labels the set with the best validation accuracy, the first such."""
+  """The set with the best validation accuracy for every curve and number of labels, the first such."""
   curves: dict[str, list[str]] = {_OURS: []}
   for each in sets:
     curve = _OURS if each.kind == "layer" else each.name
@@ -135,20 +128,18 @@ def verdict(chosen, results) -> str:
   said = []
   for n in chosen[_OURS]:
     accuracy = {curve: results[of[n]][n].test_accuracy for curve, of in chosen.items()}
-    best = max(accuracy, key=accuracy.get)
+    best = max(accuracy, key=accuracy.__getitem__)
     said.append(f"{n}: {best} {accuracy[best]:.2%}")
   return "best with so many labels per class: " + "; ".join(said)
 
 
 def table(chosen, results) -> str:
   """Markdown: a row per number of labels, a column per curve."""
-  head = ["labels per class", *chosen]
-  lines = ["| " + " | ".join(head) + " |", "|--:" + "|---" * len(chosen) + "|"]
-  for n in chosen[_OURS]:
-    row = [str(n)]
-    for of in chosen.values():
-      found = results[of[n]][n]
-      which = f" ({of[n].removeprefix('random weights, ')})" if "layer" in of[n] else ""
-      row.append(f"{found.test_accuracy:.2%} ± {found.test_std:.2%}{which}")
-    lines.append("| " + " | ".join(row) + " |")
-  return "\n".join(lines) + "\n"
+
+  def cell(n: int, name: str) -> str:
+    found = results[name][n]
+    which = f" ({name.removeprefix('random weights, ')})" if "layer" in name else ""
+    return f"{found.test_accuracy:.2%} ± {found.test_std:.2%}{which}"
+
+  rows = [(n, *(cell(n, of[n]) for of in chosen.values())) for n in chosen[_OURS]]
+  return markdown_table("r" + "l" * len(chosen), ("labels per class", *chosen), rows)

@@ -4,20 +4,18 @@ launch/prepare_data.sh runs this in an environment of its own with the `prepare`
 downloaded is kept and what is ready is left alone, so an interrupted preparation is begun again.
 """
 
-from ml_collections import ConfigDict
-
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import tfds_prepare as prepare_lib
 from igpt_jax.data.sources import SPLITS, has_validation, open_split
 from igpt_jax.parallel.hosts import say
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Prepares `data.name` in `data.data_dir`; archives fetched by hand lie in `data.manual_dir`."""
   del workdir  # prepared data outlives any run
-  data = config.data
+  data = settings.data
   folder = prepare_lib.prepare(data.name, data.data_dir, data.manual_dir)
-  data_config = config_lib.data(config)
+  data_config = settings.data
   say(f"{data.name}: ready in {folder}")
   for split in SPLITS:
     if split != "validation" or has_validation(data_config):

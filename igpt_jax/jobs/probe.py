@@ -10,10 +10,8 @@ import os
 import shutil
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from igpt_jax import config as config_lib
 from igpt_jax import files
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -25,59 +23,49 @@ from igpt_jax.training.evaluation import Likelihood
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
-METHODS = ("lbfgs", "sgd")
 _LBFGS_UP_TO = 200_000  # training pictures
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
-  check(config)
-  made_from = watch.run(config, workdir, "probe.json", probe, settings_of)
+  check(settings)
+  made_from = watch.run(settings, workdir, "probe.json", probe, depends_on)
   if made_from is not None and hosts.is_main():
     probe_tables.compare_checkpoints(workdir, made_from)
 
 
-def settings_of(config: ConfigDict) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides probe.json."""
   return {
-    "data": provenance.of_data(config, sets_lib.SPLITS),
+    "data": provenance.of_data(settings.data, sets_lib.SPLITS),
     **provenance.of_settings(
-      config, ["features", "probe", "train.eval_images", "seed"],
+      settings, ["features", "probe", "train.eval_images", "seed"],
       without=["features.batch_size", "features.cache", "probe.cached", "probe.eval_every"],
     ),
   }  # fmt: skip
 
 
-def check(config: ConfigDict) -> None:
+def check(settings: Settings) -> None:
   """Raises UserError for settings that can't be."""
-  if config.probe.method and config.probe.method not in METHODS:
+  if settings.watch and settings.features.cache:
     raise UserError(
-      f"config.probe.method: {config.probe.method!r}; expected one of {', '.join(METHODS)}"
-    )
-  if config.watch and config.features.cache:
-    raise UserError(
-      f"config.features.cache: {config.features.cache} is for one checkpoint; config.watch probes several; "
+      f"config.features.cache: {settings.features.cache} is for one checkpoint; config.watch probes several; "
       "fix: leave one of them out"
     )
-  rates = tuple(config.probe.learning_rates)
-  if not rates or any(not isinstance(rate, int | float) or not rate > 0 for rate in rates):
-    raise UserError(
-      f"config.probe.learning_rates: {rates}; expected positive numbers, such as (30.0, 10.0, 3.0)"
-    )
 
 
-def probe(config: ConfigDict, workdir: str, out: str) -> None:
+def probe(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; features are kept in `workdir`, results go to `out`."""
-  source = sets_lib.open_source(config, workdir)
-  features_folder = sets_lib.folder_of(config, workdir, source)
+  source = sets_lib.open_source(settings, workdir)
+  features_folder = sets_lib.folder_of(settings, workdir, source)
   own_features = not os.path.exists(features_folder)
-  method = config.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
+  method = settings.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
   say(f"probe: {method}, {source.rows('train'):,} training pictures of {source.n_classes} classes")
-  nats = validation_loss(config, source)
+  nats = validation_loss(settings, source)
   if method == "sgd":
-    rows = sgd_run.run(config, workdir, out, source)
+    rows = sgd_run.run(settings, workdir, out, source)
   else:
-    rows = by_lbfgs(config, workdir, source)
+    rows = by_lbfgs(settings, workdir, source)
   if not hosts.is_main():
     return
   trained = source.trained
@@ -106,38 +94,38 @@ def probe(config: ConfigDict, workdir: str, out: str) -> None:
   summary.write_json(os.path.join(out, "probe.json"), values)
   summary.write_summary(out)
   # One checkpoint's features after the other's would fill the disk.
-  if config.watch and own_features:
+  if settings.watch and own_features:
     shutil.rmtree(features_folder, ignore_errors=True)
   say(text.rstrip())
   say(values["verdict"])
 
 
-def validation_loss(config: ConfigDict, source: Source) -> float:
+def validation_loss(settings: Settings, source: Source) -> float:
   """Nats per token of the checkpoint on the probe's validation pictures."""
   trained = source.trained
   objective = make_objective(trained.run["objective"], trained.run["mask_probability"])
   split = source.splits["validation"]
   with streams.eval_stream(
     split,
-    config_lib.data(config),
+    settings.data,
     weights.palette_of(trained),
     source.mesh,
-    config.features.batch_size,
-    min(config.train.eval_images or len(split), len(split)),
+    settings.features.batch_size,
+    min(settings.train.eval_images or len(split), len(split)),
   ) as stream:
     return Likelihood(trained.config, objective, source.mesh)(trained.params, stream)[0]
 
 
-def by_lbfgs(config: ConfigDict, workdir: str, source: Source) -> list[dict[str, Any]]:
+def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str, Any]]:
   """Logistic regression on every set of features: rows of the table, as JSON."""
-  known = _Baselines(config, workdir, source)
+  known = _Baselines(settings, workdir, source)
   rows = known.rows()
   if rows:
     say("baselines: fitted before, for this data and architecture")
     source = dataclasses.replace(source, baselines=())
-  sets = sets_lib.extract(config, workdir, source)
-  if config.probe.concatenate:
-    sets.append(sets_lib.side_by_side(sets, tuple(config.probe.concatenate)))
+  sets = sets_lib.extract(settings, workdir, source)
+  if settings.probe.concatenate:
+    sets.append(sets_lib.side_by_side(sets, tuple(settings.probe.concatenate)))
   if not hosts.is_main():
     return []
   clock = progress.Countdown("probes", len(sets), say)
@@ -146,7 +134,7 @@ def by_lbfgs(config: ConfigDict, workdir: str, source: Source) -> list[dict[str,
     result = linear.probe(
       *each.parts(),
       n_classes=source.n_classes,
-      max_iterations=config.probe.max_iterations,
+      max_iterations=settings.probe.max_iterations,
       mesh=devices.own_mesh(source.mesh),
     )
     return {
@@ -158,9 +146,9 @@ def by_lbfgs(config: ConfigDict, workdir: str, source: Source) -> list[dict[str,
     clock.tick(done)
   if source.baselines:
     known.keep([row for row in rows if row["kind"] in sets_lib.BASELINES])
-  if config.probe.around_best:
+  if settings.probe.around_best:
     layers = around(
-      probe_tables.best_of(rows)["layer"], source.features.layers, config.probe.around_best
+      probe_tables.best_of(rows)["layer"], source.features.layers, settings.probe.around_best
     )
     rows.append(fit(sets_lib.side_by_side(sets, layers)))
   return rows
@@ -176,18 +164,18 @@ def around(best: int, layers: tuple[int, ...], count: int) -> tuple[int, ...]:
 class _Baselines:
   """Baselines' rows, kept for the run's other checkpoints: they don't depend on its parameters."""
 
-  def __init__(self, config: ConfigDict, workdir: str, source: Source):
+  def __init__(self, settings: Settings, workdir: str, source: Source):
     of_model = dataclasses.asdict(source.trained.config)
     self._depends_on = {
       # Random weights are those of a seed: the architecture decides them.
       "model": {k: v for k, v in of_model.items() if k not in ("attention", "remat")},
       "features_of": {
-        name: sets_lib.identity_of(config, source, name, "") for name in source.splits
+        name: sets_lib.identity_of(settings, source, name, "") for name in source.splits
       },
       "rows": {name: source.rows(name) for name in source.splits},
       "layers": list(source.features.layers),
       "baselines": list(source.baselines),
-      "max_iterations": config.probe.max_iterations,
+      "max_iterations": settings.probe.max_iterations,
     }
     self._path = os.path.join(workdir, "probe", "baselines.json")
 

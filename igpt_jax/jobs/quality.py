@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from PIL import Image
 
 from igpt_jax import checkpoint, files
-from igpt_jax import config as config_lib
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
@@ -25,6 +25,7 @@ from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.probing.features import FeatureConfig, pooled_features
 from igpt_jax.reporting import progress, summary
+from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling import frechet
 from igpt_jax.sampling.completer import NOTHING, Completer, Picture, given_rows
@@ -35,48 +36,46 @@ Network = Callable[[np.ndarray], np.ndarray]
 _PER_PASS = 128
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Draws from `checkpoint` (or the workdir's newest) and compares with the test split."""
-  watch.run(config, workdir, "quality.json", quality, settings_of)
+  watch.run(settings, workdir, "quality.json", quality, depends_on)
 
 
-def settings_of(config: ConfigDict) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides quality.json."""
-  path, network = config.quality.network, "its own"
-  if file := onnx_file(config):
+  path, network = settings.quality.network, "its own"
+  if file := onnx_file(settings):
     network = files.digest_of_file(file)
   elif path:
-    network = provenance.of_checkpoint(weights.describe(path, config))
+    network = provenance.of_checkpoint(weights.describe(path, settings))
   return {
-    "data": provenance.of_data(config, ["train", "test"]),
+    "data": provenance.of_data(settings.data, ["train", "test"]),
     "network": network,
     **provenance.of_settings(
-      config, ["quality", "sample", "seed"],
+      settings, ["quality", "sample", "seed"],
       without=["quality.network", "sample.batch_size", "sample.scale"],
     ),
   }  # fmt: skip
 
 
-def quality(config: ConfigDict, workdir: str, out: str) -> None:
+def quality(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; results go to `out`."""
-  if config.quality.images < 2:
-    raise UserError(f"config.quality.images: {config.quality.images}; expected 2 or more")
-  found = completer_lib.describe(config, workdir)
-  weights.check_resolution(config, found)
-  mesh = devices.mesh_of(config)
-  data_config = config_lib.data(config)
+  found = completer_lib.describe(settings, workdir)
+  weights.check_resolution(settings, found)
+  mesh = devices.mesh_of(settings)
+  data_config = settings.data
   splits = {name: open_split(data_config, name) for name in ("train", "test")}
   for split in splits.values():
     _check_enough(split.fingerprint, len(split))
-  n = min(config.quality.images, *map(len, splits.values()))
-  other = describe_network(config, found)
-  completer = Completer(found, config, mesh)
+  n = min(settings.quality.images, *map(len, splits.values()))
+  other = describe_network(settings, found)
+  completer = Completer(found, settings, mesh)
   palette, resolution = completer.reader.palette, completer.reader.resolution
-  network, called = open_network(config, completer, other, mesh)
+  network, called = open_network(settings, completer, other, mesh)
 
   def real(name: str) -> np.ndarray:
     """Tokens [N, T] of pictures spread over the split."""
-    order = np.random.default_rng(config.seed).permutation(len(splits[name]))[:n]
+    order = np.random.default_rng(settings.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
     images = np.concatenate(list(pipeline.image_stream(chosen, data_config, augment=False)))
     _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
@@ -84,13 +83,13 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
 
   test, train = real("test"), real("train")
   n = len(test)
-  rows_given = given_rows(config.sample.keep, resolution)
+  rows_given = given_rows(settings.sample.keep, resolution)
   held_out = [Picture(str(i), tokens) for i, tokens in enumerate(test)]
   say(f"quality: {n:,} samples and {n:,} completions beside {splits['test'].fingerprint}")
   nothing, each_its_own = [NOTHING] * n, np.arange(n)
-  samples, of_samples = gather(config, completer, nothing, each_its_own, 0, "samples")
+  samples, of_samples = gather(settings, completer, nothing, each_its_own, 0, "samples")
   completed, of_completions = gather(
-    config, completer, held_out, 0 * each_its_own, rows_given, "completions"
+    settings, completer, held_out, 0 * each_its_own, rows_given, "completions"
   )
 
   def moments(tokens: np.ndarray) -> frechet.Moments:
@@ -110,7 +109,7 @@ def quality(config: ConfigDict, workdir: str, out: str) -> None:
     "network": called,
     "pictures": n,
     "data": {name: split.fingerprint for name, split in splits.items()},
-    "seed": config.seed,
+    "seed": settings.seed,
     "rows_given": rows_given,
     "samples_distance": distance(samples),
     "completions_distance": distance(completed),
@@ -134,7 +133,7 @@ def _check_enough(of: str, n: int) -> None:
 
 
 def gather(
-  config: ConfigDict,
+  settings: Settings,
   completer: Completer,
   pictures: list[Picture],
   numbers: np.ndarray,
@@ -145,15 +144,15 @@ def gather(
 
   `numbers` [N] are those of the samples.
   """
-  n, size = len(pictures), min(config.sample.batch_size, len(pictures))
+  n, size = len(pictures), min(settings.sample.batch_size, len(pictures))
   clock = progress.Countdown(what, n, say)
   parts = []
   for first in range(0, n, size):
     # The last batch is as large as the others, so that one program draws them all.
     at = np.minimum(np.arange(first, first + size), n - 1)
     (drawn,) = completer.draw(
-      [pictures[i] for i in at], numbers[at, None], rows_given, config_lib.sampling(config),
-      seed=config.seed,
+      [pictures[i] for i in at], numbers[at, None], rows_given, choices.sampling_config(settings),
+      seed=settings.seed,
     )  # fmt: skip
     parts.append((drawn.tokens[: n - first], drawn.nll[: n - first]))
     clock.tick(min(first + size, n))
@@ -162,20 +161,20 @@ def gather(
 
 
 def describe_network(
-  config: ConfigDict, found: checkpoint.Described
+  settings: Settings, found: checkpoint.Described
 ) -> checkpoint.Described | None:
   """The checkpoint whose features are compared; None for a network in ONNX format.
 
   Raises:
     UserError: it can't be read, or has no such layer, or is of another resolution.
   """
-  if onnx_file(config):
+  if onnx_file(settings):
     return None
-  path = config.quality.network
-  chosen = weights.describe(path, config) if path else found
+  path = settings.quality.network
+  chosen = weights.describe(path, settings) if path else found
   weights.palette_of(chosen)
-  weights.check_resolution(config, chosen)
-  n_layer, layer = chosen.config.n_layer, config.quality.layer
+  weights.check_resolution(settings, chosen)
+  n_layer, layer = chosen.config.n_layer, settings.quality.layer
   if not -1 <= layer <= n_layer:
     raise UserError(
       f"config.quality.layer: {layer}; expected 0 to {n_layer}, or -1 for the middle one"
@@ -183,27 +182,29 @@ def describe_network(
   return chosen
 
 
-def onnx_file(config: ConfigDict) -> str:
+def onnx_file(settings: Settings) -> str:
   """The network's file in ONNX format; "" where it is a checkpoint.
 
   Raises:
     UserError: it isn't there.
   """
-  path = config.quality.network
+  path = settings.quality.network
   if not path.endswith(".onnx"):
     return ""
   if not os.path.isfile(os.path.expanduser(path)):
-    raise UserError(f"config.quality.network: {path}: no such file")
+    raise UserError(
+      f"config.quality.network: {path}: no such file; expected a network in ONNX format"
+    )
   return os.path.expanduser(path)
 
 
 def open_network(
-  config: ConfigDict, completer: Completer, other: checkpoint.Described | None, mesh: Mesh
+  settings: Settings, completer: Completer, other: checkpoint.Described | None, mesh: Mesh
 ) -> tuple[Network, str]:
   """The features to compare by, and what to call them."""
   if other is None:
-    return onnx_network(onnx_file(config)), config.quality.network
-  layer = config.quality.layer if config.quality.layer >= 0 else other.config.n_layer // 2
+    return onnx_network(onnx_file(settings)), settings.quality.network
+  layer = settings.quality.layer if settings.quality.layer >= 0 else other.config.n_layer // 2
   own = other.path == completer.trained.path
   params = completer.trained.params if own else weights.read(other, mesh, say)
   palette = Palette(np.asarray(other.palette), name=f"palette of {other.path}")
@@ -252,7 +253,8 @@ def onnx_network(path: str) -> Network:
   def network(images: np.ndarray) -> np.ndarray:
     if side and images.shape[1] != side:
       size, way = (side, side), Image.Resampling.BICUBIC
-      images = np.stack([Image.fromarray(image).resize(size, way) for image in images])
+      scaled = [Image.fromarray(image).resize(size, way) for image in images]
+      images = np.stack([np.asarray(image) for image in scaled])
     channels_first = images.transpose(0, 3, 1, 2).astype(np.float32)
     (features, *_) = session.run(None, {first.name: channels_first / np.float32(127.5) - 1})
     return features.reshape(len(features), -1)
@@ -262,19 +264,15 @@ def onnx_network(path: str) -> Network:
 
 def table(values: dict) -> str:
   """Markdown."""
+
+  def row(name: str, key: str) -> tuple[str, str, str]:
+    nats = values.get(f"{key}_nats_per_token")
+    return name, f"{values[f'{key}_distance']:.4g}", "" if nats is None else f"{nats:.4f}"
+
+  by = f"{values['pictures']:,} pictures each, by {values['network']}"
   rows = [
-    ("samples", values["samples_distance"], values["samples_nats_per_token"]),
-    (
-      f"completions, {values['rows_given']} rows given",
-      values["completions_distance"],
-      values["completions_nats_per_token"],
-    ),
-    ("training pictures", values["train_distance"], None),
+    row("samples", "samples"),
+    row(f"completions, {values['rows_given']} rows given", "completions"),
+    row("training pictures", "train"),
   ]
-  lines = [
-    f"| {values['pictures']:,} pictures each, by {values['network']} | Fréchet distance to test | nats/token |",
-    "|---|--:|--:|",
-  ]
-  for name, far, nats in rows:
-    lines.append(f"| {name} | {far:.4g} | {'' if nats is None else f'{nats:.4f}'} |")
-  return "\n".join(lines) + "\n"
+  return markdown_table("lrr", (by, "Fréchet distance to test", "nats/token"), rows)

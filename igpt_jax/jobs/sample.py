@@ -9,9 +9,9 @@ import os
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from igpt_jax import config as config_lib
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.parallel import hosts
@@ -22,39 +22,41 @@ from igpt_jax.sampling.completer import NOTHING, Completer, Drawn, Picture, give
 from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(settings: Settings, workdir: str) -> None:
   """Samples from `checkpoint` (or the workdir's newest); watching, from every checkpoint."""
-  devices.use_cores(config)
-  watch.run(config, workdir, "sample.json", sample, settings_of)
+  devices.use_cores(settings)
+  watch.run(settings, workdir, "sample.json", sample, depends_on)
 
 
-def settings_of(config: ConfigDict) -> dict[str, Any]:
+def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides sample.json and its images."""
   return {
-    "data": provenance.of_data(config, ["test"]),
-    **provenance.of_settings(config, ["sample", "seed"], without=["sample.batch_size"]),
+    "data": provenance.of_data(settings.data, ["test"]),
+    **provenance.of_settings(settings, ["sample", "seed"], without=["sample.batch_size"]),
   }
 
 
-def sample(config: ConfigDict, workdir: str, out: str) -> None:
+def sample(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; pictures go to `out`."""
-  sampling = config_lib.sampling(config)
-  found = completer_lib.describe(config, workdir)
-  weights.check_resolution(config, found)
+  sampling = choices.sampling_config(settings)
+  found = completer_lib.describe(settings, workdir)
+  weights.check_resolution(settings, found)
   say(f"checkpoint: {found.path}")
-  n_samples, per_picture = config.sample.samples, config.sample.per_picture
-  mesh = devices.sampling_mesh(config, found.config, math.gcd(n_samples, config.sample.completions))
-  completer = Completer(found, config, mesh)
-  together = max(n_samples, config.sample.completions * per_picture)
-  memory.check_cache(completer.trained.config, together, config.sample.cache, mesh)
+  n_samples, per_picture = settings.sample.samples, settings.sample.per_image
+  mesh = devices.sampling_mesh(
+    settings, found.config, math.gcd(n_samples, settings.sample.completions)
+  )
+  completer = Completer(found, settings, mesh)
+  together = max(n_samples, settings.sample.completions * per_picture)
+  memory.check_cache(completer.trained.config, together, settings.sample.cache, mesh)
   paint, resolution = completer.reader.paint, completer.reader.resolution
-  rows_given = given_rows(config.sample.keep, resolution)
-  scale = config.sample.scale or figures.default_scale(resolution)
+  rows_given = given_rows(settings.sample.keep, resolution)
+  scale = settings.sample.scale or figures.default_scale(resolution)
   # Before anything is drawn: the test pictures may not be there.
-  given, source = held_out(config, completer.reader.palette)
+  given, source = held_out(settings, completer.reader.palette)
 
   def draw(pictures: list[Picture], numbers: np.ndarray, rows_given: int) -> Drawn:
-    (drawn,) = completer.draw(pictures, numbers, rows_given, sampling, seed=config.seed)
+    (drawn,) = completer.draw(pictures, numbers, rows_given, sampling, seed=settings.seed)
     return drawn
 
   # Two streams of keys; a sample's number in its own is the same whatever is drawn beside it.
@@ -83,7 +85,7 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
     "checkpoint": found.path,
     "step": found.step,
     "parameters": weights.checksum_of(found),
-    "seed": config.seed,
+    "seed": settings.seed,
     "temperature": sampling.temperature,
     "top_k": sampling.top_k,
     "top_p": sampling.top_p,
@@ -100,11 +102,11 @@ def sample(config: ConfigDict, workdir: str, out: str) -> None:
   say(f"wrote samples.png and completions.png to {out}")
 
 
-def held_out(config: ConfigDict, palette: Palette) -> tuple[np.ndarray, str]:
+def held_out(settings: Settings, palette: Palette) -> tuple[np.ndarray, str]:
   """Tokens [N, T] of pictures of the test split, and which split it is."""
-  data_config = config_lib.data(config)
+  data_config = settings.data
   split = open_split(data_config, "test")
-  wanted = min(config.sample.completions, len(split))
+  wanted = min(settings.sample.completions, len(split))
   # Spread over the split: neighbours are often alike.
-  order = np.random.default_rng(config.seed).permutation(len(split))[:wanted]
+  order = np.random.default_rng(settings.seed).permutation(len(split))[:wanted]
   return streams.tokens_of(split.select(np.sort(order)), data_config, palette), split.fingerprint

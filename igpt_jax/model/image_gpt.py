@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import layers
+from igpt_jax.model import fused_stack, layers
 from igpt_jax.model.attention.dispatch import SAVED_NAMES, attention, choose
 from igpt_jax.model.projection import Product, project
 from igpt_jax.parallel.sharding import constrain, gather_weight
@@ -80,7 +80,7 @@ class ImageGPTConfig:
       nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
       raise UserError(
         f"model.n_embd: {self.n_embd} isn't divisible by model.n_head: {self.n_head}; "
-        f"heads that divide it, nearest first: {', '.join(map(str, nearest))}"
+        f"expected heads that divide it, such as {', '.join(map(str, nearest))}"
       )
     if self.dtype not in ("float32", "bfloat16"):
       raise UserError(f"model.dtype: {self.dtype!r}; expected 'float32' or 'bfloat16'")
@@ -266,7 +266,7 @@ class ImageGPT(nnx.Module):
     qkv = jax.ShapeDtypeStruct((3, *x_BxTxD.shape), x_BxTxD.dtype)
     kernel = config.attention if config.attention != "auto" else choose(qkv, config.n_head)
     if collect is None and config.remat == "names" and kernel.startswith("tpu"):
-      x_BxTxD = layers.run(
+      x_BxTxD = fused_stack.run(
         nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param)),
         x_BxTxD,
         n_head=config.n_head,
@@ -348,8 +348,8 @@ def param_axes(config: ImageGPTConfig) -> Params:
   for path, axes in flat.items():
     node = tree
     for name in path[:-1]:
-      node = node.setdefault(name, {})
-    node[path[-1]] = axes
+      node = node.setdefault(str(name), {})
+    node[str(path[-1])] = axes
   return tree
 
 

@@ -29,20 +29,24 @@ class Product:
   dtype: str | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(product: Product, x: jax.Array, weight: jax.Array) -> jax.Array:
   """The product, its factors in the activations' dtype and summed in float32.
 
   Forward and backward gather the weight's parts anew, and its gradient is summed and scattered in
   one; the gathered weight is never kept.
   """
+  return _project(product, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(product, x, weight):
   whole = gather_weight(weight.astype(x.dtype), *product.weight_axes)
   out = jnp.einsum(product.formula, x, whole, preferred_element_type=product.dtype)
   return constrain(out, *product.out_axes)
 
 
 def _forward(product, x, weight):
-  return project(product, x, weight), (x, weight)
+  return _project(product, x, weight), (x, weight)
 
 
 def project_gradients(
@@ -73,6 +77,9 @@ def _outer(of_x: str, of_out: str, of_weight: str, x: jax.Array, dout: jax.Array
   return jax.lax.optimization_barrier(turned).T
 
 
-project.defvjp(
-  _forward, lambda product, residuals, dout: project_gradients(product, *residuals, dout)
-)
+def _backward(product, residuals, dout):
+  x, weight = residuals
+  return project_gradients(product, x, weight, dout)
+
+
+_project.defvjp(_forward, _backward)

@@ -2,11 +2,15 @@
 
 import dataclasses
 import os
+from typing import TypeAlias
 
 import jax
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
+
+# jax makes it a variable, which says no type.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ def target():
 
 
 def platform() -> str:
-  """Of `target`: "cpu", "gpu" or "tpu"."""
+  """The platform of `target`: "cpu", "gpu" or "tpu"."""
   return target().platform
 
 
@@ -73,7 +77,7 @@ def check_platform() -> None:
   Raises:
     UserError: there are none, or jax has no such platform.
   """
-  wanted = jax.config.jax_platforms
+  wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
   if not wanted or wanted == "cpu":
     return
   try:
@@ -88,7 +92,7 @@ def check_platform() -> None:
 
 
 def usable_cores() -> int:
-  """That this process may run on."""
+  """Number of cores that this process may run on."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -108,13 +112,13 @@ def split_cpu(n_devices: int) -> None:
     return
 
 
-def chip_of(device: jax.Device) -> Chip | None:
+def chip_of(device: Device) -> Chip | None:
   """The chip behind a device, or None when its peak isn't known (a CPU, a new accelerator)."""
   return CHIPS.get(device.device_kind)
 
 
-def memory_bytes(device: jax.Device) -> float | None:
-  """That programs can use of a device; of a CPU, its share of the machine's. None: not known."""
+def memory_bytes(device: Device) -> float | None:
+  """Memory that programs can use of a device; of a CPU, its share of the machine's. None: not known."""
   if device.platform == "cpu":
     if "SC_PHYS_PAGES" not in os.sysconf_names:
       return None

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from igpt_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes. A matrix is split over fsdp by its rows (whatever its product sums over),
 # so that what each device keeps of its gradient lies in one piece; and over tensor by its heads or
@@ -136,7 +136,7 @@ def sum_of_batch(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function
-  batch_axes = [axis for axis in RULES["batch"] if mesh.shape[axis] > 1]
+  batch_axes = [axis for axis in RULES["batch"] or () if mesh.shape[axis] > 1]
   scattered = [at for at, axis in enumerate(weight_axes) if axis in _WHOLE]
 
   def summed(*shares):
@@ -160,7 +160,7 @@ def sum_of_batch(
   )
 
 
-def axis_parts(mesh: Mesh, logical: str) -> int:
+def axis_parts(mesh: Mesh | AbstractMesh, logical: str) -> int:
   """How many parts an axis is split into."""
   entry = RULES[logical] or ()
   return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry))
@@ -231,8 +231,8 @@ def batch_size_per_shard(
     near = f"{below} or {above}" if below else f"{above}"
     times = f" × train.accumulate {accumulate}" if accumulate > 1 else ""
     raise UserError(
-      f"{what}: {batch_size} isn't divisible by data × fsdp = {batch_shards(mesh)} of the "
-      f"mesh{times}; nearest: {near}"
+      f"{what}: {batch_size} isn't divisible; expected a multiple of data × fsdp = "
+      f"{batch_shards(mesh)} of the mesh{times}; nearest: {near}"
     )
   return batch_size // parts
 

@@ -74,7 +74,7 @@ class Dump:
 
   @property
   def flags(self) -> str:
-    """For LIBTPU_INIT_ARGS."""
+    """Flags for LIBTPU_INIT_ARGS."""
     return (
       f"--xla_jf_dump_to={self._folder.name} --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
     )

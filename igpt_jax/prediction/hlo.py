@@ -36,7 +36,7 @@ class Operation:
 
   @functools.cached_property
   def bytes(self) -> int:
-    """Of the result; of a tuple, of all its arrays."""
+    """Bytes of the result; of a tuple, those of all its arrays."""
     return size_of(self.shape)
 
   @functools.cached_property
@@ -56,7 +56,7 @@ class Operation:
 
   @property
   def target(self) -> str:
-    """Of a custom call."""
+    """The target of a custom call; "" of other operations."""
     found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
     return found[1] if found else ""
 
@@ -137,9 +137,9 @@ def size_of(shape: str) -> int:
 
 def dims_of(shape: str) -> tuple[str, tuple[int, ...]]:
   """Dtype (as numpy calls it) and dimensions of the first array in a printed shape."""
-  dtype, dims = _ARRAY.search(shape).groups()
+  dtype, dims = _ARRAY.findall(shape)[0]
   names = {"bf16": "bfloat16", "f32": "float32", "f16": "float16", "s32": "int32"}
-  return names.get(dtype, dtype), tuple(int(n) for n in dims.split(",") if n)
+  return names.get(dtype) or dtype, tuple(int(n) for n in dims.split(",") if n)
 
 
 def parse(text: str) -> Program:

@@ -37,15 +37,22 @@ _EFFICIENCY = 0.7  # of the matrix units' peak
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """One way to train, and what the compiler made of it (once it has)."""
+  """One way to train."""
 
   training: Training
   mesh: Mesh
-  forecast: Forecast | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled(Candidate):
+  """One way to train, and what the compiler made of it."""
+
+  forecast: Forecast
 
   @property
   def images_per_second(self) -> float:
-    predicted = self.forecast and self.forecast.prediction
+    """Predicted; 0 where it isn't known, or the step doesn't fit."""
+    predicted = self.forecast.prediction
     if not predicted or not self.forecast.memory.fits:
       return 0.0
     return self.training.batch_size / predicted.seconds
@@ -53,7 +60,7 @@ class Candidate:
 
 def search(
   training: Training, topology: Topology, report: Callable[[str], None]
-) -> tuple[Candidate, list[Candidate]]:
+) -> tuple[Compiled, list[Compiled]]:
   """The fastest of the compiled candidates that fit, and all that were compiled.
 
   Args:
@@ -66,11 +73,12 @@ def search(
   """
   ordered = sorted(candidates(training, topology), key=lambda c: estimate(c, topology))
   report(f"plan: {len(ordered)} candidates on {topology.name}, compiling up to {COMPILED}")
-  tried: list[Candidate] = []
+  tried: list[Compiled] = []
 
   def compile_first(left: list[Candidate]) -> None:
-    found = forecasting.training_step(left[0].training, topology, left[0].mesh)
-    tried.append(dataclasses.replace(left[0], forecast=found))
+    training, mesh = left[0].training, left[0].mesh
+    forecast = forecasting.training_step(training, topology, mesh)
+    tried.append(Compiled(training, mesh, forecast))
     report(line(tried[-1], topology))
     ordered.remove(left[0])
 
@@ -85,7 +93,7 @@ def search(
   if not fitting:
     least = min((c.forecast.memory.needed for c in tried), default=0)
     raise UserError(
-      f"config.plan: nothing tried fits {topology.name}"
+      f"config.compile.plan: nothing tried fits {topology.name}"
       + (f"; the least needed {least / 2**30:.1f} GiB a device" if least else "")
       + f" of {topology.chip.hbm_bytes / 2**30:.1f}; fix: a larger slice, or a smaller train.batch_size"
     )
@@ -191,8 +199,8 @@ def sampling_mesh(
   return sharding.make_mesh(n // tensor, 1, tensor, devices=list(topology.devices))
 
 
-def row(candidate: Candidate) -> dict:
-  """For compile.json."""
+def row(candidate: Compiled) -> dict:
+  """The candidate as compile.json has it."""
   found = candidate.forecast
   values = {
     "mesh": dict(candidate.mesh.shape),
@@ -207,7 +215,7 @@ def row(candidate: Candidate) -> dict:
   return values
 
 
-def line(candidate: Candidate, topology: Topology) -> str:
+def line(candidate: Compiled, topology: Topology) -> str:
   found, training = candidate.forecast, candidate.training
   text = (
     f"  {hardware.describe_mesh(candidate.mesh)}, batch {training.batch_size}, remat {training.model.remat}: "
@@ -240,5 +248,5 @@ def remedies(training: Training, mesh: Mesh) -> list[str]:
   if training.batch_size // shards // training.accumulate > 1:
     found.append(f"--config.train.accumulate={2 * training.accumulate}")
   found.append("a larger slice")
-  found.append("--config.plan=True, which looks for what fits")
+  found.append("--config.compile.plan=True, which looks for what fits")
   return found

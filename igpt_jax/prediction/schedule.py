@@ -1,4 +1,4 @@
-"""From a compiled TPU program to the seconds it should take.
+"""Predicts how many seconds a compiled TPU program takes.
 
 The program is scheduled: its operations run one after the other, in the order of its text. Each takes
 the cycles that the compiler estimated for it, loops as often as they turn. A collective occupies the

@@ -62,7 +62,7 @@ class Topology:
 
   name: str
   generation: Generation
-  devices: tuple[jax.Device, ...]
+  devices: tuple[hardware.Device, ...]
   chip: hardware.Chip
   dump: Dump
 
@@ -91,7 +91,7 @@ def check_name(name: str) -> None:
     near = difflib.get_close_matches(kind, GENERATIONS, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]}:{shape}" if near and shape else ""
     raise UserError(
-      f"config.topology: {name!r}; expected one of {', '.join(GENERATIONS)} with a slice's shape, "
+      f"config.compile.topology: {name!r}; expected one of {', '.join(GENERATIONS)} with a slice's shape, "
       f"such as v5e:4x4 or v5p:4x4x4{hint}"
     )
   slices = GENERATIONS[kind].slices
@@ -99,7 +99,7 @@ def check_name(name: str) -> None:
     chips = _chips(shape) if re.fullmatch(r"\d+(x\d+)*", shape) else 16
     nearest = sorted(slices, key=lambda other: abs(math.log(_chips(other) / max(chips, 1))))[:3]
     raise UserError(
-      f"config.topology: {name!r}; {kind} has no slice {shape!r}; nearest: "
+      f"config.compile.topology: {name!r}; {kind} has no slice {shape!r}; expected one that it has; nearest: "
       f"{', '.join(f'{kind}:{s}' for s in sorted(nearest, key=_chips))}; all: {', '.join(slices)}"
     )
 
@@ -139,7 +139,7 @@ def open_topology(name: str) -> Topology:
   check_name(name)
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
-      f"config.topology: {name} needs the TPU's compiler, libtpu; fix: pip install 'igpt_jax[tpu]' "
+      f"config.compile.topology: {name} needs the TPU's compiler, libtpu; fix: pip install 'igpt_jax[tpu]' "
       "(0.7 GB; no TPU is needed)"
     )
   dump = _prepare_compiler()
@@ -152,6 +152,6 @@ def open_topology(name: str) -> Topology:
   chip = hardware.chip_of(devices[0])
   if chip is None:
     raise UserError(
-      f"config.topology: {name}: no figures for its chips, {devices[0].device_kind!r}"
+      f"config.compile.topology: {name}: no figures for its chips, {devices[0].device_kind!r}; fix: another topology"
     )
   return Topology(name, GENERATIONS[kind], tuple(devices), chip, dump)

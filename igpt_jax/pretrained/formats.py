@@ -104,6 +104,7 @@ def open_foreign(path: str | os.PathLike[str]) -> Foreign:
       os.path.dirname(path) or "." if os.path.isfile(path) else path
     )
   prefix = _bundle_prefix(path)
+  assert prefix is not None, "`detect` has found it"
   foreign = openai.open_checkpoint(prefix)
   try:
     clusters, palette_path = palettes.find_clusters(
@@ -144,8 +145,9 @@ def load(
     report: called with lines of progress and the notes.
   """
   with open_foreign(path) as foreign:
-    for note in foreign.notes if report else ():
-      report(note)
+    if report:
+      for note in foreign.notes:
+        report(note)
     params = foreign.load(place=place, dtype=dtype, report=report)
     return Loaded(foreign.config, params, foreign.clusters, foreign.notes)
 
@@ -187,7 +189,9 @@ def save(
           with files.replacing(palette) as partial, open(partial, "wb") as file:
             np.save(file, np.asarray(clusters, np.float32), allow_pickle=False)
         except OSError as error:
-          raise UserError(f"palette to write: {palette}: {error.strerror}") from error
+          raise UserError(
+            f"palette to write: {palette}: {error.strerror}; expected a place to write to"
+          ) from error
         undo.callback(os.remove, palette)
       openai.write_checkpoint(
         prefix, config, params, num_shards=num_shards, fetch=fetch, report=report

@@ -56,7 +56,8 @@ class Leaf:
 class Source(Protocol):
   """An opened checkpoint: what it holds, and its tensors one by one."""
 
-  specs: Mapping[str, Spec]
+  @property
+  def specs(self) -> Mapping[str, Spec]: ...
 
   def read(self, name: str) -> np.ndarray: ...
 
@@ -98,7 +99,8 @@ class Foreign:
   def dtype_of(self, leaf: Leaf) -> np.dtype:
     """The dtype its tensors have; float32 where they differ."""
     dtypes = {self.source.specs[part.name][1] for part in leaf.parts}
-    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return np.dtype(np.float32) if dtype is None else dtype
 
   def stream(
     self, *, dtype: Any = None, report: Report | None = None
@@ -247,13 +249,14 @@ def foreign_tensors(
     UserError: a leaf is missing or has another shape than the configuration says.
   """
   for i, leaf in enumerate(table):
-    if all(part.to_theirs is None for part in leaf.parts):
+    parts = [(part, part.to_theirs) for part in leaf.parts if part.to_theirs]
+    if not parts:
       continue
     if report:
       report(f"writing {'/'.join(leaf.path)} {list(leaf.shape)} ({i + 1} of {len(table)})")
     array = fetch(lookup(params, leaf))
-    for part in leaf.parts:
-      yield part.name, np.ascontiguousarray(part.to_theirs(array[part.index]))
+    for part, to_theirs in parts:
+      yield part.name, np.ascontiguousarray(to_theirs(array[part.index]))
     del array
 
 

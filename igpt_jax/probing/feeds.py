@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from igpt_jax import config as config_lib
 from igpt_jax import watchdog
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import order, pipeline
 from igpt_jax.parallel import sharding
 from igpt_jax.probing import sets
@@ -26,14 +25,14 @@ LAYERS = "layer"
 _PCA_IMAGES = 20_000
 
 
-def open_feed(config: ConfigDict, workdir: str, source: Source) -> "Stored | Pictures":
-  """As `config.probe.cached` says."""
-  return (Stored if config.probe.cached else Pictures)(config, workdir, source)
+def open_feed(settings: Settings, workdir: str, source: Source) -> "Stored | Pictures":
+  """Opens the feed that `config.probe.cached` asks for."""
+  return (Stored if settings.probe.cached else Pictures)(settings, workdir, source)
 
 
-def groups_of(config: ConfigDict, source: Source) -> Groups:
+def groups_of(settings: Settings, source: Source) -> Groups:
   """Widths of the features that classifiers are trained on; nothing is computed for it."""
-  pixels = config.data.resolution**2 * 3
+  pixels = settings.data.resolution**2 * 3
   n_embd = source.trained.config.n_embd
   layers = (len(source.features.layers), source.features.grid**2 * n_embd)
   every = {RANDOM: layers, PIXELS: (1, pixels), PCA: (1, min(n_embd, pixels))}
@@ -61,10 +60,10 @@ def _axes(source: Source, images: np.ndarray) -> dict:
 class Stored:
   """Features are computed once, for all processes to read."""
 
-  def __init__(self, config: ConfigDict, workdir: str, source: Source):
-    self._config, self._source = config, source
-    self._stores = sets.compute(config, workdir, source)
-    self.groups = groups_of(config, source)
+  def __init__(self, settings: Settings, workdir: str, source: Source):
+    self._settings, self._source = settings, source
+    self._stores = sets.compute(settings, workdir, source)
+    self.groups = groups_of(settings, source)
     self.fields = (
       "label",
       *self._stores,
@@ -103,7 +102,7 @@ class Stored:
     return _Shuffled(self, start_step)
 
   def rows_of(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-    size = self._config.probe.batch_size
+    size = self._settings.probe.batch_size
     share, shares = sharding.input_share(self._source.mesh)
     local = size // shares
     total = len(self._of(LAYERS, split).labels())
@@ -119,15 +118,15 @@ class _Shuffled:
 
   def __init__(self, feed: Stored, start_step: int):
     self._feed, self._step = feed, start_step
-    self._size = feed._config.probe.batch_size
-    self._order = order.train_order(len(feed._train), feed._config.seed)
+    self._size = feed._settings.probe.batch_size
+    self._order = order.train_order(len(feed._train), feed._settings.seed)
     self._share = sharding.input_share(feed._source.mesh)
     self.wait_seconds = 0.0  # reading is the work itself: nothing runs ahead
 
   def place(self) -> dict[str, str]:
-    """As of `pipeline.Batches`."""
+    """The newest batch's place, as `pipeline.Batches.place` says it."""
     first = max(self._step - 1, 0) * self._size
-    return order.place_in(self._order, self._feed._config.seed, first, self._size)
+    return order.place_in(self._order, self._feed._settings.seed, first, self._size)
 
   def __next__(self) -> dict[str, np.ndarray]:
     watchdog.beat("reading features")
@@ -136,7 +135,7 @@ class _Shuffled:
     first = self._step * self._size + share * local
     self._step += 1
     drawn = [self._order[place] for place in range(first, first + local)]
-    return self._feed._read("train", self._feed._train[drawn])
+    return self._feed._read("train", self._feed._train[np.asarray(drawn, np.int64)])
 
   def __iter__(self):
     return self
@@ -151,12 +150,12 @@ class _Shuffled:
 class Pictures:
   """Each picture goes through the model whenever a classifier sees it; nothing is stored."""
 
-  def __init__(self, config: ConfigDict, workdir: str, source: Source):
+  def __init__(self, settings: Settings, workdir: str, source: Source):
     del workdir
-    self._config, self._source = config, source
-    self._data = config_lib.data(config)
+    self._settings, self._source = settings, source
+    self._data = settings.data
     self._palette = weights.palette_of(source.trained)
-    self.groups = groups_of(config, source)
+    self.groups = groups_of(settings, source)
     self._with_images = bool({PIXELS, PCA} & set(self.groups))
     self.fields = ("label", "tokens", "index", *(("image",) if self._with_images else ()))
     self._split = source.splits["train"].select(np.arange(source.rows("train")))
@@ -191,8 +190,8 @@ class Pictures:
       self._split,
       self._data,
       self._palette,
-      batch_size=self._config.probe.batch_size,
-      seed=self._config.seed,
+      batch_size=self._settings.probe.batch_size,
+      seed=self._settings.seed,
       start_step=start_step,
       process_index=share,
       process_count=shares,
@@ -207,7 +206,7 @@ class Pictures:
       self._data,
       self._palette,
       source.mesh,
-      self._config.probe.batch_size,
+      self._settings.probe.batch_size,
       source.limits[split],
       images=self._with_images,
     ) as batches:

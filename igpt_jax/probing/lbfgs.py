@@ -20,7 +20,7 @@ _PATIENCE = 30  # steps that lower neither the value nor the gradient, before it
 
 
 class State(NamedTuple):
-  """Of all problems [M, S]; W stands for their matrices [M, S, K, R]."""
+  """State of all problems [M, S]; W stands for their matrices [M, S, K, R]."""
 
   w: jax.Array  # W
   value: jax.Array

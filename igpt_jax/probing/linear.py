@@ -52,8 +52,8 @@ def probe(
   settings = {"n_classes": n_classes, "max_iterations": max_iterations, "mesh": mesh}
   scores = logistic.fit(*train, strengths, **settings).accuracy(*validation)
   best = int(np.argmax(scores))
-  folded = tuple(np.concatenate(pair) for pair in zip(train, validation, strict=True))
-  fitted = logistic.fit(*folded, strengths[best : best + 1], **settings)
+  features, labels = (np.concatenate(pair) for pair in zip(train, validation, strict=True))
+  fitted = logistic.fit(features, labels, strengths[best : best + 1], **settings)
   (accuracy,) = fitted.accuracy(*test)
   return ProbeResult(
     strengths[best], float(scores[best]), float(accuracy), bool(fitted.converged[0])

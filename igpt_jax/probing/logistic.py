@@ -12,6 +12,7 @@ Rows of features and shapes go in here, nothing of where they came from or what 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +61,11 @@ class Fit:
   def accuracy(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Share of rows [N, D] whose largest logit is their label's: [S], or [M, S]."""
     features, labels = _checked(features, labels, self.bias.shape[-1])
-    hits = sum(
+    hits = [
       np.sum(logits.argmax(-1) == labels[start : start + CHUNK], axis=-1)
       for start, logits in self._chunks(features)
-    )
-    return hits / len(labels)
+    ]
+    return np.sum(hits, axis=0) / len(labels)
 
   def _chunks(self, features):
     features = np.asarray(features)
@@ -119,9 +120,9 @@ def fit(
       don't fit.
   """
   features, labels = _checked(features, labels, n_classes)
-  strengths = np.asarray(strengths, np.float64)
-  if strengths.ndim != 1 or not len(strengths) or not np.all(strengths > 0):
-    raise ValueError(f"strengths: {strengths.tolist()}; expected one or more above 0")
+  strengths_S = np.asarray(strengths, np.float64)
+  if strengths_S.ndim != 1 or not len(strengths_S) or not np.all(strengths_S > 0):
+    raise ValueError(f"strengths: {strengths_S.tolist()}; expected one or more above 0")
   if rows is None:
     subsets = [slice(None)]
     n = len(features)
@@ -148,7 +149,7 @@ def fit(
   present_MxK = np.stack([np.bincount(y, minlength=n_classes) > 0 for y in y_MxN])
   # Two classes as softmax: the halves ±w/2 of scikit-learn's w have half its square.
   twice = np.where(present_MxK.sum(1) == 2, 2.0, 1.0)
-  penalty_MxS = (twice[:, None] / (strengths * n)).astype(np.float32)
+  penalty_MxS = (twice[:, None] / (strengths_S * n)).astype(np.float32)
   mask_N = (np.arange(padded) < n).astype(np.float32)
 
   inputs = [
@@ -168,7 +169,7 @@ def fit(
     scale=scale,
     weights=weights,
     bias=np.where(present_MxK[:, None], bias, -np.inf).astype(np.float32),
-    objective=value.astype(np.float64) * strengths * n,
+    objective=value.astype(np.float64) * strengths_S * n,
     iterations=iterations,
     converged=converged,
   )
@@ -219,10 +220,10 @@ def standardise(features: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.n
   """
   n = len(features)
   parts = [slice(start, start + CHUNK) for start in range(0, n, CHUNK)]
-  mean = sum(features[part].sum(0, dtype=np.float64) for part in parts) / n
+  mean: Any = sum(features[part].sum(0, dtype=np.float64) for part in parts) / n
   if not np.all(np.isfinite(mean)):
     raise FloatingPointError
-  square = sum(np.square(features[part] - mean).sum(0) for part in parts) / n
+  square: Any = sum(np.square(features[part] - mean).sum(0) for part in parts) / n
   eps = np.finfo(np.float64).eps
   constant = square <= n * eps * square + (n * mean * eps) ** 2
   scale = np.where(constant, 1.0, np.sqrt(square))
@@ -333,7 +334,7 @@ def _value_and_gradient(x_MxRxN, y_MxN, share_N, present_MxK, penalty_MxSxR, var
 
 
 def _sum_rows(values):
-  """Over the last axis, in blocks where there are many."""
+  """Sum over the last axis, in blocks where there are many rows."""
   n = values.shape[-1]
   if n >= _MANY_ROWS and n % _BLOCK == 0:
     blocks = values.reshape(*values.shape[:-1], n // _BLOCK, _BLOCK).sum(-1)

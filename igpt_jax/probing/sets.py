@@ -14,11 +14,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from igpt_jax import checkpoint, files
-from igpt_jax import config as config_lib
 from igpt_jax.checkpoint.checksum import checksum
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
@@ -84,12 +83,12 @@ class Source:
 
   @functools.cached_property
   def checksum(self) -> str:
-    """Of the trained parameters."""
+    """Checksum of the trained parameters."""
     return weights.checksum_of(self.trained)
 
   @functools.cached_property
   def random_params(self) -> Params:
-    """Of the same architecture, as training begins with them."""
+    """Fresh parameters of the same architecture, as training begins with them."""
     with jax.set_mesh(self.mesh):
       return jax.jit(
         functools.partial(init_params, self.trained.config),
@@ -102,49 +101,44 @@ class Source:
       return checksum(self.random_params)
 
 
-def open_source(config: ConfigDict, workdir: str) -> Source:
+def open_source(settings: Settings, workdir: str) -> Source:
   """Opens data and checkpoint.
 
   Raises:
     UserError: before the weights are read: no labels, a layer out of range, another resolution, …
   """
-  for name in config.features.baselines:
-    if name not in BASELINES:
-      raise UserError(
-        f"config.features.baselines: {name!r}; expected some of {', '.join(BASELINES)}"
-      )
-  mesh = devices.mesh_of(config)
-  sharding.batch_size_per_shard(mesh, config.features.batch_size, "features.batch_size")
-  data_config = config_lib.data(config)
+  mesh = devices.mesh_of(settings)
+  sharding.batch_size_per_shard(mesh, settings.features.batch_size, "features.batch_size")
+  data_config = settings.data
   splits = {name: open_split(data_config, name) for name in SPLITS}
   sources.check_labels(splits)
   trained = weights.load_model(
-    config,
+    settings,
     workdir,
     mesh,
     needs_palette=True,
-    check=lambda found: features_asked_for(config, found),
+    check=lambda found: features_asked_for(settings, found),
   )
   return Source(
     trained=trained,
     mesh=mesh,
     splits=splits,
     limits={
-      "train": config.features.images,
-      "validation": config.features.eval_images,
-      "test": config.features.eval_images,
+      "train": settings.features.images,
+      "validation": settings.features.eval_images,
+      "test": settings.features.eval_images,
     },
-    features=features_asked_for(config, trained),
-    baselines=tuple(config.features.baselines),
+    features=features_asked_for(settings, trained),
+    baselines=tuple(settings.features.baselines),
   )
 
 
-def features_asked_for(config: ConfigDict, found: checkpoint.Described) -> FeatureConfig:
+def features_asked_for(settings: Settings, found: checkpoint.Described) -> FeatureConfig:
   return feature_config(
     found.config,
-    layers=tuple(config.features.layers),
-    grid=config.features.grid,
-    masks=config.features.masks,
+    layers=tuple(settings.features.layers),
+    grid=settings.features.grid,
+    masks=settings.features.masks,
     mask_probability=found.run["mask_probability"],
   )
 
@@ -152,25 +146,25 @@ def features_asked_for(config: ConfigDict, found: checkpoint.Described) -> Featu
 Stores = dict[str, FeatureStore]  # of each split
 
 
-def compute(config: ConfigDict, workdir: str, source: Source) -> dict[str, Stores]:
+def compute(settings: Settings, workdir: str, source: Source) -> dict[str, Stores]:
   """Computes what isn't on disk yet: of the trained model ("layer"), and of the random one if asked for.
 
   Every process takes part; the main one writes, and a workdir is one that all of them see.
   """
   trained = source.trained
-  folder = folder_of(config, workdir, source)
-  found = {"layer": _stores(config, source, folder, trained.params, source.checksum)}
+  folder = folder_of(settings, workdir, source)
+  found = {"layer": _stores(settings, source, folder, trained.params, source.checksum)}
   if RANDOM in source.baselines:
     folder = os.path.join(workdir, "features", f"random-{source.random_checksum[:8]}")
     found[RANDOM] = _stores(
-      config, source, folder, source.random_params, source.random_checksum, "random weights, "
+      settings, source, folder, source.random_params, source.random_checksum, "random weights, "
     )
   return found
 
 
-def extract(config: ConfigDict, workdir: str, source: Source) -> list[FeatureSet]:
+def extract(settings: Settings, workdir: str, source: Source) -> list[FeatureSet]:
   """The sets, on disk from now on: baselines, then layers."""
-  stores = compute(config, workdir, source)
+  stores = compute(settings, workdir, source)
   of_model, n_embd = stores["layer"], source.trained.config.n_embd
   sets = []
   if PIXELS in source.baselines:
@@ -185,10 +179,10 @@ def extract(config: ConfigDict, workdir: str, source: Source) -> list[FeatureSet
   ]
 
 
-def folder_of(config: ConfigDict, workdir: str, source: Source) -> str:
+def folder_of(settings: Settings, workdir: str, source: Source) -> str:
   """Where the trained model's features are kept."""
-  if config.features.cache:
-    return os.path.abspath(os.path.expanduser(config.features.cache))
+  if settings.features.cache:
+    return os.path.abspath(os.path.expanduser(settings.features.cache))
   return os.path.join(workdir, "features", f"{source.trained.step}-{source.checksum[:8]}")
 
 
@@ -207,9 +201,10 @@ def side_by_side(sets: Sequence[FeatureSet], layers: Sequence[int]) -> FeatureSe
 
   def parts() -> Parts:
     each = [by_layer[layer].parts() for layer in layers]
-    return tuple(
+    train, validation, test = (
       (np.concatenate([of[i][0] for of in each], axis=1), each[0][i][1]) for i in range(len(SPLITS))
     )
+    return train, validation, test
 
   return FeatureSet(f"layers {', '.join(map(str, layers))}", "layers", None, parts)
 
@@ -232,7 +227,7 @@ def fit_pca(images: np.ndarray, components: int):
 
 
 def _pca_set(stores: Stores, components: int) -> FeatureSet:
-  """As many principal components of the training pixels as the model is wide."""
+  """Principal components of the training pixels, as many as the model is wide."""
 
   @functools.cache
   def fitted():
@@ -267,13 +262,13 @@ def _parts(stores: Stores, read) -> Parts:
 
 
 def _stores(
-  config: ConfigDict, source: Source, folder: str, params: Params, digest: str, whose: str = ""
+  settings: Settings, source: Source, folder: str, params: Params, digest: str, whose: str = ""
 ) -> Stores:
   """Every split's features of these parameters; computes what is missing."""
   extractor = FeatureExtractor(source.trained.config, source.features, source.mesh)
   stores = {}
   for name in SPLITS:
-    computed_from = identity_of(config, source, name, digest)
+    computed_from = identity_of(settings, source, name, digest)
     # Another checkpoint's features in a folder of the user's own are refused, not put beside these.
     label = files.digest({**computed_from, "checkpoint": ""})[:8]
     stores[name] = FeatureStore(
@@ -281,13 +276,13 @@ def _stores(
       computed_from,
       rows=source.rows(name),
       width=source.features.grid**2 * source.trained.config.n_embd,
-      side=config.data.resolution,
+      side=settings.data.resolution,
     )
-    _fill(config, source, name, params, stores[name], extractor, whose)
+    _fill(settings, source, name, params, stores[name], extractor, whose)
   return stores
 
 
-def identity_of(config: ConfigDict, source: Source, name: str, digest: str) -> dict[str, Any]:
+def identity_of(settings: Settings, source: Source, name: str, digest: str) -> dict[str, Any]:
   """All that decides a split's features under the parameters of this checksum; JSON.
 
   Not how many there are: the first rows of more are the rows of fewer.
@@ -297,8 +292,8 @@ def identity_of(config: ConfigDict, source: Source, name: str, digest: str) -> d
   return {
     "checkpoint": digest,
     "data": source.splits[name].fingerprint,
-    "resolution": config.data.resolution,
-    "recipe": provenance.recipe(config),
+    "resolution": settings.data.resolution,
+    "recipe": provenance.recipe(settings.data),
     "palette": provenance.of_palette(source.trained.palette),
     "dtype": model.dtype,
     "heads": model.n_head,
@@ -309,7 +304,7 @@ def identity_of(config: ConfigDict, source: Source, name: str, digest: str) -> d
 
 
 def _fill(
-  config: ConfigDict,
+  settings: Settings,
   source: Source,
   name: str,
   params: Params,
@@ -317,7 +312,7 @@ def _fill(
   extractor: FeatureExtractor,
   whose: str,
 ) -> None:
-  batch_size, total = config.features.batch_size, source.rows(name)
+  batch_size, total = settings.features.batch_size, source.rows(name)
   layers = source.features.layers
   # Every process makes the same passes, as the main one's disk says.
   first = store.rows_done(layers) // batch_size if store.missing(layers) else -1
@@ -330,7 +325,7 @@ def _fill(
   clock = progress.Countdown(f"features: {whose}{name}", total, say)
   with streams.eval_stream(
     source.splits[name],
-    config_lib.data(config),
+    settings.data,
     weights.palette_of(source.trained),
     source.mesh,
     batch_size,

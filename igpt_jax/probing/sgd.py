@@ -8,6 +8,7 @@ diverges spoils no other.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def state_shardings(
   abstract: TrainState, groups: Groups, mesh: Mesh, frozen_shardings: dict
 ) -> TrainState:
   """Classifiers are split by the width of their features, where that divides; the rest is everywhere."""
-  everywhere = sharding.replicated(mesh)
+  everywhere: Any = sharding.replicated(mesh)
   parts = sharding.axis_parts(mesh, "embed")
 
   def place(path, leaf):

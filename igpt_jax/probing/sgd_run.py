@@ -7,14 +7,14 @@ to metrics.jsonl there. Learning rates are chosen on validation, for each layer;
 import dataclasses
 import os
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from igpt_jax import files
 from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import pipeline
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import sharding
@@ -34,9 +34,9 @@ _SHOWN = (
 )
 
 
-def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
+def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
   """Trains all classifiers; rows of the table, as JSON."""
-  if config.probe.concatenate or config.probe.around_best:
+  if settings.probe.concatenate or settings.probe.around_best:
     raise UserError(
       "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
       "with sgd; fix: config.probe.method=lbfgs"
@@ -44,26 +44,26 @@ def run(config: ConfigDict, workdir: str, out: str, source: Source) -> list[dict
   folder = os.path.join(out, "probe_sgd")
   os.makedirs(folder, exist_ok=True)
   with lock.held(folder):
-    return _run(config, workdir, folder, source)
+    return _run(settings, workdir, folder, source)
 
 
-def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[dict[str, Any]]:
+def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[dict[str, Any]]:
   mesh = source.mesh
-  sharding.batch_size_per_shard(mesh, config.probe.batch_size, "probe.batch_size")
-  rates = tuple(float(rate) for rate in config.probe.learning_rates)
-  groups = feeds.groups_of(config, source)
-  checkpoints = Checkpoints(folder, keep=1, say=say, patience=config.train.save_retry_seconds)
+  sharding.batch_size_per_shard(mesh, settings.probe.batch_size, "probe.batch_size")
+  rates = tuple(float(rate) for rate in settings.probe.learning_rates)
+  groups = feeds.groups_of(settings, source)
+  checkpoints = Checkpoints(folder, keep=1, say=say, patience=settings.train.save_retry_seconds)
   said = {
-    "features_of": sets.identity_of(config, source, "train", source.checksum),
+    "features_of": sets.identity_of(settings, source, "train", source.checksum),
     "random_weights": source.random_checksum if RANDOM in source.baselines else None,
     "images": source.rows("train"),
     "learning_rates": list(rates),
     "groups": {name: list(group) for name, group in groups.items()},
-    "steps": config.probe.steps,
+    "steps": settings.probe.steps,
     "layers": list(source.features.layers),
   }
   position = {
-    "split": source.splits["train"], "batch_size": config.probe.batch_size, "seed": config.seed
+    "split": source.splits["train"], "batch_size": settings.probe.batch_size, "seed": settings.seed
   }  # fmt: skip
 
   def check(at: int, run: dict[str, Any]) -> None:
@@ -73,8 +73,8 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
   begun = checkpoints.latest()
   if begun is not None:  # before features are computed
     check(begun, checkpoints.read_run(begun))
-  feed = feeds.open_feed(config, workdir, source)
-  optimizer = sgd.make_optimizer(rates, config.probe.steps)
+  feed = feeds.open_feed(settings, workdir, source)
+  optimizer = sgd.make_optimizer(rates, settings.probe.steps)
 
   def fresh(frozen) -> TrainState:
     return sgd.make_state(groups, optimizer, len(rates), source.n_classes, frozen)
@@ -90,7 +90,7 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
   if resumed is not None:
     first_step, state = resumed.step, _joined(resumed.state, state)
     del resumed  # its arrays will be donated
-    say(f"resuming the probe at step {first_step} of {config.probe.steps} from {folder}")
+    say(f"resuming the probe at step {first_step} of {settings.probe.steps} from {folder}")
 
   evaluate_step = jax.jit(
     sgd.make_eval_step(feed.extract),
@@ -98,8 +98,9 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
   )
 
   def accuracies(params, split: str) -> dict[str, np.ndarray]:
-    """Of every classifier, [R, F] a group."""
-    total, images = None, 0
+    """Accuracies of every classifier, [R, F] a group."""
+    total: Any = None
+    images = 0
     with jax.set_mesh(mesh):
       for batch in feed.rows_of(split):
         correct, counted = jax.device_get(evaluate_step(params, sharding.put_batch(batch, mesh)))
@@ -116,38 +117,38 @@ def _run(config: ConfigDict, workdir: str, folder: str, source: Source) -> list[
     checkpoints.save(_probes(at), palette=None, run=described)
 
   began = time.monotonic()
-  writers = loop.make_writers(config, folder, first_step)
+  writers = loop.make_writers(settings, folder, first_step)
   clock = goodput.Clock(folder, first_step)
   outcome = loop.run(
     loop.Work(
-      steps=config.probe.steps,
-      log_every=config.train.log_every,
-      eval_every=config.probe.eval_every,
-      save_every=config.probe.eval_every,
+      steps=settings.probe.steps,
+      log_every=settings.train.log_every,
+      eval_every=settings.probe.eval_every,
+      save_every=settings.probe.eval_every,
       train_step=sgd.make_train_step(feed.extract, optimizer),
       fields=feed.fields,
       abstract=abstract,
       shardings=shardings,
       evaluate=evaluate,
-      save=saving.Saver(checkpoints, save, config.train.save_retry_seconds),
+      save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
     ),
     state,
-    feed.training(first_step),
+    cast(pipeline.Batches, feed.training(first_step)),  # or what is used like one
     mesh=mesh,
     writers=writers,
-    progress=progress.Progress(config.probe.steps, config.probe.batch_size, 0.0, None, _SHOWN),
+    progress=progress.Progress(settings.probe.steps, settings.probe.batch_size, 0.0, None, _SHOWN),
     stop=loop.StopSignal(),
     clock=clock,
-    profiler=loop.make_profiler(config, folder),
-    guard=loop.make_guard(config, folder),
+    profiler=loop.make_profiler(settings, folder),
+    guard=loop.make_guard(settings, folder),
   )
   checkpoints.close()
   writers.close()
   clock.end(outcome.step, outcome.stopped_by is None)
   if outcome.stopped_by:
     raise UserError(
-      f"stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; the same command "
-      "goes on from here"
+      f"probe: stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; fix: the same "
+      "command goes on from here"
     )
   say(f"classifiers trained in {progress.format_seconds(time.monotonic() - began)}; testing")
   params = outcome.state.params

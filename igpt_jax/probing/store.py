@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -49,7 +49,9 @@ class FeatureStore:
     self._progress: dict[str, int] = {}
     path = os.path.join(folder, "identity.json")
     if os.path.exists(path):
-      _compare(path, _read(path), self._identity)
+      what = f"{folder} holds features of something else"
+      fix = "another config.features.cache, or remove that folder"
+      files.check_same("features.cache", what, _read(path), self._identity, fix)
       self._progress = _read_progress(os.path.join(folder, "progress.json"))
 
   def missing(self, layers: Sequence[int]) -> tuple[int, ...]:
@@ -82,7 +84,9 @@ class FeatureStore:
       self._write("progress.json", self._progress)
       self._write("identity.json", self._identity)
     except OSError as error:
-      raise UserError(f"features.cache: {self.folder}: {error.strerror or error}") from error
+      raise UserError(
+        f"features.cache: {self.folder}: {error.strerror or error}; expected a place to write to"
+      ) from error
     return Writing(self, layers)
 
   def layer(self, layer: int) -> np.ndarray:
@@ -122,14 +126,14 @@ class FeatureStore:
         array[before:] = -1
       array.flush()
 
-  def _open(self, name: str, mode: str) -> np.ndarray:
+  def _open(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
     """The rows wanted, [rows, …], mapped from disk."""
     array = self._load(name, mode)
     if len(array) < self._rows:
       raise self._misshapen(name, array)
-    return array[: self._rows]
+    return cast(np.memmap, array[: self._rows])
 
-  def _load(self, name: str, mode: str) -> np.ndarray:
+  def _load(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
     """All rows that there is room for."""
     path = self._path(name)
     try:
@@ -207,13 +211,3 @@ def _read_progress(path: str) -> dict[str, int]:
 
 def _unreadable(path: str, why: object) -> UserError:
   return UserError(f"features: {path} can't be read ({why}); fix: remove {os.path.dirname(path)}")
-
-
-def _compare(path: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-  differing = files.differing(theirs, mine)
-  if differing:
-    raise UserError(
-      f"features.cache: {os.path.dirname(path)} holds features of something else:\n"
-      + "\n".join(differing)
-      + "\nfix: another config.features.cache, or remove that folder"
-    )

@@ -115,7 +115,7 @@ def _numbers(values: Mapping[str, Any], shown: Mapping[str, str]) -> str:
 
 
 def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-  """By name of a result, which checkpoint it is of, in words; {} where all are of the newest."""
+  """Name of a result -> its checkpoint, in words; {} where all are of the newest."""
   of_checkpoint = {
     name: (values.get(f"{start}step"), values.get(f"{start}parameters"))
     for name, values in kept.items()

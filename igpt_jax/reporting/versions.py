@@ -8,7 +8,7 @@ from igpt_jax import __version__
 
 
 def versions() -> dict[str, str]:
-  """Of what a figure depends on."""
+  """Versions of the packages that a measurement depends on."""
   found = {"igpt_jax": __version__, "python": platform.python_version()}
   for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

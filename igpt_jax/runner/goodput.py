@@ -34,8 +34,16 @@ from igpt_jax.reporting import summary
 from igpt_jax.reporting.progress import format_seconds
 
 FILE = "goodput.json"
-PHASES = ("start", "compile", "data", "step", "evaluation", "checkpoint", "profile")
-LOST = ("repeated", "down")
+PHASES: tuple[str, ...] = (
+  "start",
+  "compile",
+  "data",
+  "step",
+  "evaluation",
+  "checkpoint",
+  "profile",
+)
+LOST: tuple[str, ...] = ("repeated", "down")
 _NAMES = {"data": "data wait", "step": "steps", "checkpoint": "checkpoints"}
 
 _WRITE_SECONDS = 15.0  # between two writes of the file
@@ -124,7 +132,7 @@ class Clock:
       self.enter(before)
 
   def seconds(self) -> dict[str, float]:
-    """Of every phase, all processes together."""
+    """Seconds spent in every phase, all processes of the run together."""
     self.enter(self._phase)
     here = dict(self._here)
     waited = 0.0 if self._batches is None else min(self._batches.wait_seconds, here["step"])

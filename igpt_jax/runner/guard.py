@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 from igpt_jax import checkpoint, files
+from igpt_jax.config.fields import GuardConfig
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
-from igpt_jax.training.bad_numbers import BadNumbers, GuardConfig
+from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import rollbacks
 
@@ -132,7 +133,7 @@ class Guard:
 
 
 def describe(params: Params) -> dict[str, dict[str, float]]:
-  """Of each parameter: the largest absolute value, the mean square, how many aren't finite."""
+  """Largest absolute value, mean square and number of entries not finite of each parameter."""
 
   @jax.jit
   def numbers(params):

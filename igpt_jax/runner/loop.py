@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from igpt_jax import __version__
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import ProfileConfig, Settings, as_json
 from igpt_jax.data.pipeline import Batches
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
@@ -93,7 +92,8 @@ class StopSignal:
 
   def asked(self, at_step: int) -> str | None:
     """The signal's name if the run is to stop before step `at_step`; ask before every step."""
-    agrees = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
+    serves = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]
+    agrees = jax.process_count() > 1 and serves
     if agrees and multihost_utils.reached_preemption_sync_point(at_step):
       self.requested = "SIGTERM"
     return self.requested
@@ -182,8 +182,9 @@ def run(
 
   def evaluate() -> None:
     nonlocal evaluated_at
+    assert work.evaluate, "it is called only where there is one"
     evaluated_at = at_step
-    values = pause(lambda: work.evaluate(train_state), "evaluation")
+    values = pause(functools.partial(work.evaluate, train_state), "evaluation")
     writers.write(at_step, values)
     say(progress.line(at_step, values))
 
@@ -249,32 +250,30 @@ def _settled(save: saving.Saver, writers: metrics.Writers) -> Iterator[None]:
     raise
 
 
-def make_guard(config: ConfigDict, folder: str) -> Guard:
-  return Guard(config_lib.guard(config), folder)
+def make_guard(settings: Settings, folder: str) -> Guard:
+  return Guard(settings.guard, folder)
 
 
-def make_writers(config: ConfigDict, workdir: str, first_step: int) -> metrics.Writers:
+def make_writers(settings: Settings, workdir: str, first_step: int) -> metrics.Writers:
   """The writers that `config.log` asks for; none but on the main process."""
   if not hosts.is_main():
     return metrics.Writers([])
   writers: list[Any] = [metrics.JsonlWriter(os.path.join(workdir, "metrics.jsonl"), first_step)]
-  if config.log.tensorboard:
+  if settings.log.tensorboard:
     writers.append(metrics.TensorBoardWriter(workdir, first_step))
-  if config.log.wandb:
-    writers.append(
-      metrics.WandbWriter(workdir, config_lib.as_json(config), config.log.wandb_project)
-    )
+  if settings.log.wandb:
+    writers.append(metrics.WandbWriter(workdir, as_json(settings), settings.log.wandb_project))
   return metrics.Writers(writers)
 
 
-def make_profiler(config: ConfigDict, folder: str) -> profiling.Profiler:
-  """As `config.profile` says, on the main process: its trace goes to FOLDER/profile."""
-  window = profiling.Window(**config.profile) if hosts.is_main() else profiling.Window()
+def make_profiler(settings: Settings, folder: str) -> profiling.Profiler:
+  """The profiler that `config.profile` asks for; the main process writes to FOLDER/profile."""
+  window = settings.profile if hosts.is_main() else ProfileConfig()
   return profiling.Profiler(window, os.path.join(folder, "profile"), say)
 
 
 def describe_run(
-  config: ConfigDict,
+  settings: Settings,
   model_config: ImageGPTConfig,
   *,
   mask_probability: float,
@@ -284,7 +283,7 @@ def describe_run(
   """What a checkpoint says of its run: the `run` of `checkpoint.Described`.
 
   Args:
-    config: the run's, with every open choice made.
+    settings: the run's, with every open choice made.
     model_config: the model.
     mask_probability: of the masked objective.
     data: position in the data, of `pipeline.position`.
@@ -293,10 +292,10 @@ def describe_run(
   return {
     "version": __version__,
     "model": dataclasses.asdict(model_config),
-    "objective": config.objective,
+    "objective": settings.objective,
     "mask_probability": mask_probability,
-    "resolution": config.data.resolution,
+    "resolution": settings.data.resolution,
     "data": data,
     "elapsed_seconds": elapsed_seconds,
-    "config": config_lib.as_json(config),
+    "config": as_json(settings),
   }

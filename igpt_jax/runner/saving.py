@@ -125,8 +125,8 @@ def _in_words(error: Exception | None) -> str:
   if error is None:
     return "it failed on another process"
   first: BaseException = error
-  while first.__cause__ or first.__context__:
-    first = first.__cause__ or first.__context__
+  while cause := first.__cause__ or first.__context__:
+    first = cause
   if isinstance(first, OSError) and first.strerror:
     return first.strerror
   if "DEADLINE_EXCEEDED" in str(first):

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from igpt_jax import checkpoint
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import own_images, transforms
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding import autoregressive
@@ -75,13 +75,13 @@ class _Program(NamedTuple):
   extend: dict  # holds the second step once the first has said where its result lies
 
 
-def describe(config: ConfigDict, workdir: str, *, bert: bool = False) -> checkpoint.Described:
+def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpoint.Described:
   """The checkpoint to complete with; its weights are not read yet.
 
   Raises:
     UserError: there is none, it has no palette, or it is a BERT model and `bert` isn't set.
   """
-  found = weights.of_job(config, workdir)
+  found = weights.of_job(settings, workdir)
   weights.palette_of(found)
   if not found.config.causal and not bert:
     raise UserError(
@@ -142,13 +142,13 @@ class Completer:
     reader: of pictures for it.
   """
 
-  def __init__(self, found: checkpoint.Described, config: ConfigDict, mesh: Mesh):
+  def __init__(self, found: checkpoint.Described, settings: Settings, mesh: Mesh):
     """Reads the weights of what `describe` found onto the mesh."""
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = weights.read_to_draw(config, found, mesh)
+    self.trained = weights.read_to_draw(settings, found, mesh)
     self.reader = Reader(found)
     self._mesh = mesh
-    self._cache_dtype = config.sample.cache
+    self._cache_dtype = settings.sample.cache
     self._programs: collections.OrderedDict[tuple, _Program] = collections.OrderedDict()
     self._fetch = jax.jit(lambda *arrays: arrays, out_shardings=sharding.replicated(mesh))
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax.data.transforms import BadRecord
+from igpt_jax.config.fields import Settings
+from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding import masked
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
@@ -27,21 +27,21 @@ from igpt_jax.workspace import weights
 REGIONS = ("lower", "upper", "left", "right", "centre")
 
 
-def known_pixels(config: ConfigDict, found: checkpoint.Described) -> np.ndarray:
-  """What is given of each picture: bool [H, W], as `config.hide` and `keep` say.
+def known_pixels(settings: Settings, found: checkpoint.Described) -> np.ndarray:
+  """What is given of each picture: bool [H, W], as `config.complete.hide` and `keep` say.
 
   Raises:
     UserError: an unknown region, a mask that can't be read or hides nothing or all, or a region that
       the model can't condition on.
   """
-  hide, side = config.hide, found.run["resolution"]
+  hide, side = settings.complete.hide, found.run["resolution"]
   if found.config.causal and hide != "lower":
     raise UserError(
-      f"config.hide: {hide}; the checkpoint {found.path} draws pixels from those before them in raster "
+      f"config.complete.hide: {hide}; the checkpoint {found.path} draws pixels from those before them in raster "
       "order, and can't condition on what lies below or to the right; expected lower; fix: "
-      "--config.hide=lower, or a BERT checkpoint (objective=masked)"
+      "--config.complete.hide=lower, or a BERT checkpoint (objective=masked)"
     )
-  given = given_rows(config.keep, side)
+  given = given_rows(settings.complete.keep, side)
   known = np.ones((side, side), bool)
   if hide == "lower":
     known[given:] = False
@@ -53,7 +53,7 @@ def known_pixels(config: ConfigDict, found: checkpoint.Described) -> np.ndarray:
     known[:, given:] = False
   elif hide == "centre":
     # As large a share as elsewhere is hidden.
-    width = min(max(round(side * (1 - config.keep) ** 0.5), 1), side - 1)
+    width = min(max(round(side * (1 - settings.complete.keep) ** 0.5), 1), side - 1)
     first = (side - width) // 2
     known[first : first + width, first : first + width] = False
   else:
@@ -66,21 +66,21 @@ def _mask(path: str, reader: Reader) -> np.ndarray:
   path = os.path.expanduser(path)
   if not os.path.isfile(path):
     raise UserError(
-      f"config.hide: {path!r}; expected one of {', '.join(REGIONS)}, or an image that is white where "
+      f"config.complete.hide: {path!r}; expected one of {', '.join(REGIONS)}, or an image that is white where "
       "the others are to be hidden"
     )
   try:
     with open(path, "rb") as file:
       square = reader.square(file.read(), path)
   except OSError as error:
-    raise UserError(f"config.hide: {path}: {error.strerror}; expected an image") from None
+    raise UserError(f"config.complete.hide: {path}: {error.strerror}; expected an image") from None
   except BadRecord as error:
-    raise UserError(f"config.hide: {error}; expected an image") from None
+    raise UserError(f"config.complete.hide: {error}; expected an image") from None
   known = np.asarray(Image.fromarray(square).convert("L")) < 128
   if known.all() or not known.any():
     side = reader.resolution
     raise UserError(
-      f"config.hide: {path} is {'dark' if known.all() else 'light'} all over at {side}×{side}; expected white "
+      f"config.complete.hide: {path} is {'dark' if known.all() else 'light'} all over at {side}×{side}; expected white "
       "(or transparent) where images are to be hidden, and black elsewhere"
     )
   return known
@@ -95,15 +95,15 @@ class Filler:
   """
 
   def __init__(
-    self, found: checkpoint.Described, config: ConfigDict, mesh: Mesh, known_HxW: np.ndarray
+    self, found: checkpoint.Described, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
   ):
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = weights.read_to_draw(config, found, mesh)
+    self.trained = weights.read_to_draw(settings, found, mesh)
     self.reader = Reader(found)
     self._mesh = mesh
     self._known_T = known_HxW.reshape(-1)
     self._fill = jax.jit(
-      functools.partial(masked.fill, self.trained.config, steps=config.passes),
+      functools.partial(masked.fill, self.trained.config, steps=settings.complete.passes),
       static_argnames="sampling",
       out_shardings=sharding.replicated(mesh),
     )

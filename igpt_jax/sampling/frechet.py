@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-  """Of features [N, D]: mean [D] and covariance [D, D], float64."""
+  """Mean [D] and covariance [D, D] of features [N, D], float64."""
 
   mean: np.ndarray
   covariance: np.ndarray

@@ -1,4 +1,4 @@
-"""Which files a person means by `config.images`: one, a glob, or a folder with or without classes."""
+"""Which files a person means by `config.complete.images`: one, a glob, or a folder with or without classes."""
 
 import collections
 import glob
@@ -52,17 +52,17 @@ def find(images: str) -> list[File]:
     found, left_out = _matching(path)
     if not found and not left_out:
       raise UserError(
-        f"config.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
+        f"config.complete.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
         "glob in quotes, such as 'my/*.jpg'"
       )
   others = f"left out {image_files.in_words(left_out)}" if left_out else ""
   if not found:
     raise UserError(
-      f"config.images: {images} holds no pictures; expected *.jpg or CLASS/*.jpg in it"
+      f"config.complete.images: {images} holds no pictures; expected *.jpg or CLASS/*.jpg in it"
       + (f"; {others}" if others else "")
     )
   if others:
-    say(f"config.images: {others}")
+    say(f"config.complete.images: {others}")
   return _named(found)
 
 
@@ -72,7 +72,7 @@ def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
     folders, images, left_out = image_files.scan(root)
   except OSError as error:
     raise UserError(
-      f"config.images: {root}: {error.strerror}; expected a folder that can be read"
+      f"config.complete.images: {root}: {error.strerror}; expected a folder that can be read"
     ) from None
   found = [(os.path.join(root, name), "") for name in images]
   for folder in folders:

@@ -75,7 +75,7 @@ def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[st
 def _timed(call: Call, times: int) -> float:
   # Virtual CPU devices that get several programs at once can wait for each other for ever.
   one_by_one = jax.default_backend() == "cpu"
-  began = time.perf_counter()
+  began, result = time.perf_counter(), None
   for _ in range(times):
     result = call()
     if one_by_one:

@@ -10,12 +10,12 @@ import io
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from igpt_jax.data import own_images, pipeline, sources, transforms
+from igpt_jax.data import image_decoding, own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
 
 
@@ -55,7 +55,7 @@ def stages(
 ) -> list[Cost]:
   """Each stage by itself on the first pictures of a split, the best of `repeats` passes."""
   records = [split[i] for i in range(min(n_pictures, len(split)))]
-  decode = own_images.read if split.is_folder else transforms.decode
+  decode = own_images.read if split.is_folder else image_decoding.decode
   pictures = [decode(r["image"], r["id"]) for r in records]
   rng = np.random.default_rng(0)
   make = transforms.train_transform(config.augment, config.resolution, config.resample)
@@ -111,7 +111,7 @@ def _decode_pillow(data: bytes, record_id: str) -> np.ndarray:
   return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def _best(function: Callable, items: Iterable, repeats: int) -> float:
+def _best(function: Callable, items: Sequence, repeats: int) -> float:
   times = []
   for _ in range(repeats):
     start = time.process_time()

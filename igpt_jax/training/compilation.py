@@ -40,7 +40,7 @@ class CompiledStep:
 
   @property
   def needed_bytes(self) -> int:
-    """Of each device's memory; 0 if unknown."""
+    """Bytes of memory that the program needs of each device; 0 if unknown."""
     analysis = self.executable.memory_analysis()
     if analysis is None:
       return 0

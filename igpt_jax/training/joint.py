@@ -167,7 +167,7 @@ def vote(logits_KxBxC: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Of a classifier and its model on some pictures.
+  """Scores of a classifier and its model on some images.
 
   Attributes:
     images: how many.

@@ -1,37 +1,11 @@
 """A trace of some training steps by jax.profiler, to see what the device does in them."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 
 import jax
 
-from igpt_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-  """The steps to trace: from `start` (0: the first) on, `steps` many; 0: none.
-
-  Raises:
-    UserError: they aren't whole numbers from 0 on.
-  """
-
-  start: int = 0
-  steps: int = 0
-
-  def __post_init__(self):
-    for name in ("start", "steps"):
-      value = getattr(self, name)
-      if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UserError(f"config.profile.{name}: {value!r}; expected a whole number, 0 or more")
-
-  def check_within(self, total: int) -> None:
-    """Raises UserError when none of them is among the run's `total` steps."""
-    if self.steps and self.start >= total:
-      raise UserError(
-        f"config.profile.start: {self.start}; expected less than the run's {total} steps"
-      )
+from igpt_jax.config.fields import ProfileConfig
 
 
 class Profiler:
@@ -43,7 +17,7 @@ class Profiler:
     say: how it is told where that is.
   """
 
-  def __init__(self, window: Window, folder: str, say: Callable[[str], None]):
+  def __init__(self, window: ProfileConfig, folder: str, say: Callable[[str], None]):
     self._window, self._folder, self._say = window, folder, say
     self._first: int | None = None  # of the steps traced; None: no trace is going on
     self._next = 0
@@ -68,7 +42,7 @@ class Profiler:
       self.close()
 
   def named(self, step: int) -> contextlib.AbstractContextManager:
-    """Of this step, for the trace, while there is one."""
+    """Names this step in the trace, while one is taken."""
     if self._first is None:
       return contextlib.nullcontext()
     self._next = step + 1

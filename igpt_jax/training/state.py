@@ -1,6 +1,7 @@
 """The training state: one plain pytree, and where each leaf of it lives."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def state_shardings(
   params = param_shardings(config, mesh)
   if n_classes:
     params[HEAD] = head_sharding(mesh)
-  everywhere = sharding.replicated(mesh)
+  everywhere: Any = sharding.replicated(mesh)
   abstract = abstract_state(config, optimizer, n_classes)
   moments = optax.tree.map_params(
     optimizer,
@@ -99,7 +100,7 @@ def param_shardings(config: ImageGPTConfig, mesh: Mesh) -> Params:
 
 
 def head_sharding(mesh: Mesh) -> NamedSharding:
-  """Of a classifier's weights [n_classes, n_embd]."""
+  """Sharding of a classifier's weights [n_classes, n_embd]."""
   return sharding.sharding(mesh, None, "embed")
 
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from igpt_jax import __version__
+from igpt_jax import __version__, files
 from igpt_jax.checkpoint.checksum import checksum
+from igpt_jax.config.fields import FIELDS, Settings, as_json
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.model.image_gpt import Params
 
@@ -93,25 +94,16 @@ def check_data(fingerprint: str) -> None:
     )
 
 
-# Fields of a config that may be a host's own: where it finds things, how it reads them.
-_OWN = (
-  "log", "init_from", "checkpoint", "source", "images", "palette.path", "features.cache", "data.path", "data.data_dir",
-  "data.manual_dir", "data.threads", "data.workers", "data.cache_mb", "data.verify",
-)  # fmt: skip
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-  """Compares a config, as JSON, on all hosts; what may be a host's own is left out.
+def check_settings(settings: Settings) -> None:
+  """Compares the settings on all hosts; what may be a host's own is left out.
 
   Raises:
-    UserError: fields differ.
+    UserError: some differ.
   """
-  leaves, _ = jax.tree_util.tree_flatten_with_path(config, lambda x: not isinstance(x, dict))
-  named = {".".join(str(key.key) for key in path): value for path, value in leaves}
   compared = {
     f"config.{name}": value
-    for name, value in named.items()
-    if not any(name == each or name.startswith(each + ".") for each in _OWN)
+    for name, value in files.flatten(as_json(settings)).items()
+    if not FIELDS[name].host
   }
   # The first has one length whatever the hosts run, the second only where that is the same.
   found = differing({"igpt_jax": __version__, "fields": sorted(compared)}) or differing(compared)

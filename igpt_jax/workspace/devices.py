@@ -1,47 +1,48 @@
 """The devices that a job uses: the mesh its settings ask for, and the ones that sampling takes."""
 
+import dataclasses
+
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import MeshConfig, Settings
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
 from igpt_jax.parallel import hardware
 from igpt_jax.parallel.sharding import make_mesh
 
 
-def mesh_of(config: ConfigDict) -> Mesh:
-  return make_mesh(**config.mesh)
+def mesh_of(settings: Settings) -> Mesh:
+  return make_mesh(**dataclasses.asdict(settings.mesh))
 
 
 # What copies of the weights may take, one for each device.
 _COPIES_BYTES = 2**30
 
 
-def _mesh_is_open(config: ConfigDict) -> bool:
-  """Whether the config leaves to us how devices are used."""
-  return dict(config.mesh) == dict(config_lib.base().mesh)
+def _mesh_is_open(settings: Settings) -> bool:
+  """Whether the settings leave to us how devices are used."""
+  return settings.mesh == MeshConfig()
 
 
-def use_cores(config: ConfigDict) -> None:
+def use_cores(settings: Settings) -> None:
   """Makes each core of a CPU a device, for sampling; before anything asks for devices."""
-  if _mesh_is_open(config) and not jax.distributed.is_initialized():
+  if _mesh_is_open(settings) and not jax.distributed.is_initialized():
     hardware.split_cpu(min(hardware.usable_cores(), 8))
 
 
-def sampling_mesh(config: ConfigDict, model: ImageGPTConfig, samples: int) -> Mesh:
-  """`mesh_of` the config; of a CPU's devices as many as divide the samples.
+def sampling_mesh(settings: Settings, model: ImageGPTConfig, samples: int) -> Mesh:
+  """`mesh_of` the settings; of a CPU's devices as many as divide the samples.
 
   Samples are the same on any mesh. Each device has a copy of the weights, while these take little.
 
   Args:
-    config: whose `mesh` it is.
+    settings: whose `mesh` it is.
     model: to sample from.
     samples: that are drawn at a time.
   """
   devices = jax.devices()
-  if devices[0].platform != "cpu" or jax.process_count() > 1 or not _mesh_is_open(config):
-    return mesh_of(config)
+  if devices[0].platform != "cpu" or jax.process_count() > 1 or not _mesh_is_open(settings):
+    return mesh_of(settings)
   most = min(len(devices), _COPIES_BYTES // (4 * count_params(model)))
   n = max((n for n in range(1, most + 1) if samples % n == 0), default=1)
   return make_mesh(devices=devices[:n])

@@ -13,7 +13,7 @@ _STATE_BYTES = 16  # of a parameter in training: itself, two moments, its gradie
 
 _KNOBS = {
   "sample": "a smaller sample.samples or sample.completions, sample.cache='int8'",
-  "complete": "a smaller sample.batch_size or n, sample.cache='int8'",
+  "complete": "a smaller sample.batch_size or complete.n, sample.cache='int8'",
   "evaluate": "a smaller evaluate.batch_size",
   "finetune": "a smaller finetune.batch_size, model.remat='full', mesh.fsdp=-1 with mesh.data=1",
 }
@@ -25,7 +25,7 @@ _OTHERS = "a smaller batch_size of that job"
 
 
 def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
-  """Before a training state is made.
+  """Checks a training state's share of memory, before it is made.
 
   Raises:
     UserError: its share is larger than a device's memory.
@@ -41,7 +41,7 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
 
 
 def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh) -> None:
-  """Before samples are drawn together.
+  """Checks the key-value cache's share of memory, before samples are drawn together.
 
   Raises:
     UserError: a device's share of their keys and values is larger than its memory.
@@ -57,7 +57,7 @@ def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mes
 
 
 def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
-  """Before the first step runs.
+  """Checks what a compiled step needs of memory, before the first one runs.
 
   Raises:
     UserError: it needs more than a device has.

@@ -4,20 +4,19 @@ import fnmatch
 import glob
 import os
 
-from ml_collections import ConfigDict
-
 from igpt_jax import files
+from igpt_jax.config.fields import Settings
 from igpt_jax.data.sources import TEST_FOLDERS
 from igpt_jax.errors import UserError
 
 _GRID = "grid.png"  # what job `complete` leaves in the workdir itself
 
 
-def check(config: ConfigDict, workdir: str) -> None:
+def check(settings: Settings, workdir: str) -> None:
   """Checks the workdir of any job, before anything is read or made.
 
   Args:
-    config: of the job.
+    settings: of the job.
     workdir: its absolute path.
 
   Raises:
@@ -38,16 +37,20 @@ def check(config: ConfigDict, workdir: str) -> None:
       f"--workdir: {workdir}: {above} isn't a folder; expected one, or a path where one can be made; "
       "fix: another --workdir"
     )
-  if config.job == "complete" and config.images and _would_read(config.images, workdir):
+  if (
+    settings.job == "complete"
+    and settings.complete.images
+    and _would_read(settings.complete.images, workdir)
+  ):
     raise UserError(
-      f"--workdir: {workdir} lies within config.images {config.images}: the results would be read as "
+      f"--workdir: {workdir} lies within config.complete.images {settings.complete.images}: the results would be read as "
       "images; fix: another --workdir"
     )
-  if config.data.name == "folder":
-    inside = os.path.relpath(os.path.realpath(workdir), _real(config.data.path)).split(os.sep)
-    if inside[0] in ("train", *TEST_FOLDERS, config.data.validation_split):
+  if settings.data.name == "folder":
+    inside = os.path.relpath(os.path.realpath(workdir), _real(settings.data.path)).split(os.sep)
+    if inside[0] in ("train", *TEST_FOLDERS, settings.data.validation_split):
       raise UserError(
-        f"--workdir: {workdir} lies within data.path {config.data.path}: the results would be read as "
+        f"--workdir: {workdir} lies within data.path {settings.data.path}: the results would be read as "
         f"images of {inside[0]}; fix: another --workdir"
       )
 

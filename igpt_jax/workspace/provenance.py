@@ -10,16 +10,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from igpt_jax import config as config_lib
 from igpt_jax import files, history
 from igpt_jax.checkpoint import Described
+from igpt_jax.config import choices
+from igpt_jax.config.fields import DataConfig, Settings, as_json, decides
 from igpt_jax.data import transforms
 from igpt_jax.data.sources import open_split
-from igpt_jax.workspace import weights, workdir
+from igpt_jax.workspace import weights
 
-_HOW_IT_IS_COMPUTED = ("dtype", "remat", "attention")  # fields of a model that a config decides
+_HOW_IT_IS_COMPUTED = ("dtype", "remat", "attention")  # fields of a model that settings decide
 
 
 def of_checkpoint(found: Described) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def of_run(found: Described) -> str:
 
   Two runs that begin with the same of both are one: training is deterministic.
   """
-  settings = files.flatten(found.run.get("config", {}))
+  of_run = files.flatten(found.run.get("config", {}))
   return files.digest(
     {
       "settings": {
         field: value
-        for field, value in settings.items()
-        if not workdir.may_differ(field) and not history.is_default_of_later(field, value)
+        for field, value in of_run.items()
+        if decides(field, "pretraining") and not history.is_default_of_later(field, value)
       },
       "data": found.run.get("data", {}).get("fingerprint"),
     }
@@ -66,37 +66,36 @@ def seeds_of(found: Described) -> tuple[int, int]:
   return seed, data.get("seed", seed)
 
 
-def of_data(config: ConfigDict, splits: Iterable[str]) -> dict[str, Any]:
+def of_data(data: DataConfig, splits: Iterable[str]) -> dict[str, Any]:
   """These splits' contents, and what is shown of their images.
 
   Raises:
     UserError: one of them isn't there.
   """
-  data = config_lib.data(config)
   return {
     **{name: open_split(data, name).fingerprint for name in splits},
-    "resolution": config.data.resolution,
-    "recipe": recipe(config),
+    "resolution": data.resolution,
+    "recipe": recipe(data),
   }
 
 
 def of_settings(
-  config: ConfigDict, names: Iterable[str], without: Iterable[str] = ()
+  settings: Settings, names: Iterable[str], without: Iterable[str] = ()
 ) -> dict[str, Any]:
-  """The fields of these names, or parts of the config, but for some; and the dtype of computation."""
+  """The fields of these names, or groups of them, but for some; and the dtype of computation."""
   names, without = tuple(names), tuple(without)
-  fields = files.flatten(config_lib.as_json(config))
+  fields = files.flatten(as_json(settings))
   return {
     **{
       field: value
       for field, value in fields.items()
       if field not in without and any(f"{field}.".startswith(f"{name}.") for name in names)
     },
-    "dtype": config_lib.compute_dtype(config),
+    "dtype": choices.compute_dtype(settings),
   }
 
 
-def recipe(config: ConfigDict) -> str:
+def recipe(data: DataConfig) -> str:
   """What evaluation shows of an image: its centre as in the paper, or its whole square."""
-  shown = "paper" if config.data.augment == "paper" else "square"
+  shown = "paper" if data.augment == "paper" else "square"
   return f"{shown}, version {transforms.EVALUATION_VERSION}"

@@ -1,4 +1,4 @@
-"""When a run went back to an older checkpoint, as its incidents.jsonl has it, and which order of its data followed."""
+"""The times a run went back to an older checkpoint, by its incidents.jsonl, and the data order after each."""
 
 import json
 import os

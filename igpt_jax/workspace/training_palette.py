@@ -4,10 +4,10 @@ import os
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from igpt_jax import config as config_lib
 from igpt_jax import files
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data import palette_fit, pipeline
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
@@ -20,7 +20,7 @@ PALETTE = "palette.npy"  # in a workdir
 
 
 def training_palette(
-  config: ConfigDict,
+  settings: Settings,
   data_config: DataConfig,
   split: Split,
   workdir: str,
@@ -36,18 +36,18 @@ def training_palette(
       than the run was begun with; tokens beyond it.
   """
   kept = os.path.join(workdir, PALETTE)
-  wanted = config.palette.size
-  if config.palette.path:
-    palette = Palette.given(config.palette.path)
+  wanted = settings.palette.size
+  if settings.palette.path:
+    palette = Palette.given(settings.palette.path)
     if wanted and palette.size != wanted:
       raise UserError(
-        f"palette.path: {config.palette.path} has {palette.size} colours, the model's palette.size is "
+        f"palette.path: {settings.palette.path} has {palette.size} colours, the model's palette.size is "
         f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
       )
     if begun_with is None and os.path.exists(kept):
       if Palette.load(kept) != palette:
         raise UserError(
-          f"palette.path: {config.palette.path} has other colours than {kept}, which the run there was "
+          f"palette.path: {settings.palette.path} has other colours than {kept}, which the run there was "
           "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"
         )
   elif begun_with is not None:
@@ -63,35 +63,35 @@ def training_palette(
   elif split.is_tokens:
     palette = None
   else:
-    palette = fit_palette(config, data_config, split)
+    palette = fit_palette(settings, data_config, split)
   if palette is not None and len(np.unique(palette.centers, axis=0)) < 2:
     raise UserError(
-      f"palette: all {palette.size} colours of {config.palette.path or kept} are one; expected two or more "
+      f"palette: all {palette.size} colours of {settings.palette.path or kept} are one; expected two or more "
       "to tell apart"
     )
-  size = config_lib.palette_size(config) if palette is None else palette.size
-  if split.is_tokens and split.records.max_token >= size:
+  size = choices.palette_size(settings) if palette is None else palette.size
+  if split.max_token >= size:
     raise UserError(
-      f"data.path: {data_config.path} has tokens up to {split.records.max_token}; expected less than "
-      f"the palette's size {size}; fix: --config.palette.size={split.records.max_token + 1} or more, "
+      f"data.path: {data_config.path} has tokens up to {split.max_token}; expected less than "
+      f"the palette's size {size}; fix: --config.palette.size={split.max_token + 1} or more, "
       "or the palette that these tokens were made with"
     )
   return palette
 
 
-def fit_palette(config: ConfigDict, data_config: DataConfig, split: Split) -> Palette:
+def fit_palette(settings: Settings, data_config: DataConfig, split: Split) -> Palette:
   """k-means on the pictures that training sees, at most `palette.images` of them."""
-  size = config_lib.palette_size(config)
-  wanted = min(len(split), config.palette.images)
+  size = choices.palette_size(settings)
+  wanted = min(len(split), settings.palette.images)
   say(f"palette: fitting {size} colours to {wanted:,} pictures of {split.fingerprint}")
   histogram = palette_fit.ColorHistogram()
   left = wanted
-  for images in pipeline.image_stream(split, data_config, augment=True, seed=config.seed):
+  for images in pipeline.image_stream(split, data_config, augment=True, seed=settings.seed):
     histogram.add(images[:left])
     left -= len(images)
     if left <= 0:
       break
-  palette = palette_fit.fit_palette(histogram, size, seed=config.seed)
+  palette = palette_fit.fit_palette(histogram, size, seed=settings.seed)
   if palette.size < 2:
     raise UserError(
       f"palette: {split.fingerprint} has a single colour (rgb {', '.join(map(str, palette.colors[0]))}), "

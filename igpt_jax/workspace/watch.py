@@ -7,6 +7,7 @@ was asked for) is done again, and what was there is put aside as STEP.before. On
 looked at; one that the run deletes while it is being read is passed over.
 """
 
+import dataclasses
 import os
 import shutil
 import time
@@ -16,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from igpt_jax import checkpoint, files
+from igpt_jax import checkpoint, files, history
+from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -36,20 +37,20 @@ _NOTHING_NEW = -2
 
 
 def run(
-  config: ConfigDict,
+  settings: Settings,
   workdir: str,
   result: str,
-  one: Callable[[ConfigDict, str, str], None],
-  settings: Callable[[ConfigDict], dict[str, Any]],
+  one: Callable[[Settings, str, str], None],
+  decisive: Callable[[Settings], dict[str, Any]],
 ) -> MadeFrom | None:
-  """Does `one` for the checkpoint that the config names or, watching, for every one of a run.
+  """Does `one` for the checkpoint that the settings name or, watching, for every one of a run.
 
   Args:
-    config: of the job.
+    settings: of the job.
     workdir: the job's.
     result: name of the JSON file that a job writes last.
-    one: called with a config that names a checkpoint, the workdir, and where results go.
-    settings: all but the checkpoint that decides the results, JSON.
+    one: called with settings that name a checkpoint, the workdir, and where results go.
+    decisive: all but the checkpoint that decides the results, JSON.
 
   Returns:
     What the results of the last checkpoint watched were made from; None: none was.
@@ -57,11 +58,11 @@ def run(
   Raises:
     UserError: there is nothing to watch.
   """
-  if not config.watch:
+  if not settings.watch:
     workdir_lib.open_workdir(workdir)
-    one(config, workdir, workdir)
+    one(settings, workdir, workdir)
     return None
-  watched = os.path.abspath(os.path.expanduser(config.checkpoint or workdir))
+  watched = os.path.abspath(os.path.expanduser(settings.checkpoint or workdir))
   if not os.path.isdir(watched):
     raise UserError(
       f"config.watch: {watched} doesn't exist; expected the workdir of a run, begun already; "
@@ -69,16 +70,15 @@ def run(
     )
   workdir_lib.open_workdir(workdir)
   say(f"watching {watched}")
-  watch = _Watch(config, watched, os.path.join(workdir, config.job), result, settings(config))
+  watch = _Watch(settings, watched, os.path.join(workdir, settings.job), result, decisive(settings))
   while True:
     step = _agree(watch.next() if hosts.is_main() else 0)
     if step == _ENDED:
       return watch.last
     if step == _NOTHING_NEW:
-      time.sleep(config.watch_seconds)
+      time.sleep(settings.watch_seconds)
       continue
-    this = config.copy_and_resolve_references()
-    this.checkpoint = checkpoint.path_of(watched, step)
+    this = dataclasses.replace(settings, checkpoint=checkpoint.path_of(watched, step))
     try:
       one(this, workdir, watch.begin(step))
     except (UserError, OSError):
@@ -91,22 +91,22 @@ class _Watch:
   """Which steps of a run are done, and which is next: the main process says, all do.
 
   Args:
-    config: of the job.
+    settings: of the job.
     watched: the run's workdir.
     folder: where the steps' results go.
     result: name of the file that the job writes last.
-    settings: that decide the results.
+    decisive: settings that decide the results.
 
   Attributes:
     last: what the newest checkpoint seen would be made from.
   """
 
   def __init__(
-    self, config: ConfigDict, watched: str, folder: str, result: str, settings: dict[str, Any]
+    self, settings: Settings, watched: str, folder: str, result: str, decisive: dict[str, Any]
   ):
-    self._config, self._patience = config, config.watch_patience
+    self._settings, self._patience = settings, settings.watch_patience
     self._watched, self._folder = watched, folder
-    self._result, self._settings = result, settings
+    self._result, self._decisive = result, decisive
     self._gone: set[int] = set()
     self._news = time.monotonic()
     self._rollbacks = 0  # of the run, that have been acted upon
@@ -140,6 +140,7 @@ class _Watch:
     Raises:
       UserError, OSError: it can't be made; on all processes.
     """
+    assert self.last is not None, "`next` has named a step"
     self._news = time.monotonic()
     out = os.path.join(self._folder, str(step))
     error: Exception | None = None
@@ -153,7 +154,9 @@ class _Watch:
       except (UserError, OSError) as caught:
         error = caught
     if hosts.on_any(error is not None):
-      raise error or UserError(f"{out} can't be begun by the main process")
+      raise error or UserError(
+        f"config.watch: {out} can't be begun by the main process; fix: see what that one says"
+      )
     return out
 
   def _put_abandoned_aside(self) -> None:
@@ -166,7 +169,8 @@ class _Watch:
     for step in (int(name) for name in names if name.isdigit()):
       out = os.path.join(self._folder, str(step))
       kept = _read_made_from(out)
-      if kept and rollbacks.is_abandoned(self._watched, *kept["seeds"], step):
+      seeds = kept["seeds"] if kept else None
+      if seeds and rollbacks.is_abandoned(self._watched, seeds[0], seeds[1], step):
         _put_aside(out, "is of a step that the run went back behind")
 
   def pass_over(self, step: int) -> None:
@@ -176,12 +180,12 @@ class _Watch:
 
   def _describe(self, step: int) -> MadeFrom:
     found = checkpoint.describe(checkpoint.path_of(self._watched, step))
-    found = weights.with_palette(found, self._config)
+    found = weights.with_palette(found, self._settings)
     return {
       "checkpoint": provenance.of_checkpoint(found),
       "run": provenance.of_run(found),
       "seeds": provenance.seeds_of(found),
-      "settings": self._settings,
+      "settings": self._decisive,
     }
 
   def _made_from(self, step: int) -> MadeFrom | None:
@@ -230,7 +234,9 @@ def _read_made_from(out: str) -> MadeFrom | None:
     kept = files.read_json(os.path.join(out, MADE_FROM))
   except (FileNotFoundError, ValueError):
     return None
-  return kept if kept.keys() >= {"checkpoint", "run", "seeds", "settings"} else None
+  if not kept.keys() >= {"checkpoint", "run", "seeds", "settings"}:
+    return None
+  return {**kept, "settings": history.with_todays_names(kept["settings"])}
 
 
 def _put_aside(out: str, why: str, lines: Sequence[str] = ()) -> None:
@@ -256,8 +262,8 @@ def _training_has_ended(watched: str) -> bool:
       f"config.watch: {path} is damaged ({type(error).__name__}: {error}); fix: copy it again, or "
       "run the training again, which writes it"
     ) from None
-  settings = workdir_lib.read(watched)
-  return settings is not None and made >= settings["train.steps"]
+  of_run = workdir_lib.read(watched)
+  return of_run is not None and made >= of_run["train.steps"]
 
 
 def _agree(step: int) -> int:

@@ -1,4 +1,4 @@
-"""Which weights a job begins with, whoever wrote them: found, compared with the config, read.
+"""Which weights a job begins with, whoever wrote them: found, compared with the settings, read.
 
 A checkpoint is this program's own, OpenAI's or Hugging Face's; below here a job sees no difference.
 """
@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from igpt_jax import __version__, checkpoint
-from igpt_jax import config as config_lib
 from igpt_jax.checkpoint import Described, checksum
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split
 from igpt_jax.errors import UserError
@@ -27,7 +27,7 @@ from igpt_jax.training.state import param_shardings
 from igpt_jax.workspace import weights
 
 
-def describe(path: str, config: ConfigDict) -> Described:
+def describe(path: str, settings: Settings) -> Described:
   """Opens a checkpoint of any format and checks everything but the weights' numbers.
 
   A palette is the checkpoint's own (in it, or lying beside the weights), or else
@@ -41,33 +41,33 @@ def describe(path: str, config: ConfigDict) -> Described:
   found = (
     checkpoint.describe(path)
     if formats.detect(path) == "orbax"
-    else _describe_foreign(path, config.mask_probability)
+    else _describe_foreign(path, settings.mask_probability)
   )
-  return with_palette(found, config)
+  return with_palette(found, settings)
 
 
-def with_palette(found: Described, config: ConfigDict) -> Described:
-  """With the palette of `palette.path`, if it has none of its own."""
-  if found.palette is not None or not config.palette.path:
+def with_palette(found: Described, settings: Settings) -> Described:
+  """The checkpoint with the palette of `palette.path`, if it has none of its own."""
+  if found.palette is not None or not settings.palette.path:
     return found
-  return dataclasses.replace(found, palette=_given_palette(found, config).centers)
+  return dataclasses.replace(found, palette=_given_palette(found, settings).centers)
 
 
-def _given_palette(found: Described, config: ConfigDict) -> Palette:
-  palette = Palette.given(config.palette.path)
+def _given_palette(found: Described, settings: Settings) -> Palette:
+  palette = Palette.given(settings.palette.path)
   if palette.size != found.config.n_vocab:
     raise UserError(
-      f"palette.path: {config.palette.path} has {palette.size} colours; the checkpoint {found.path} "
+      f"palette.path: {settings.palette.path} has {palette.size} colours; the checkpoint {found.path} "
       f"has {found.config.n_vocab}; fix: the palette that it was trained with"
     )
   return palette
 
 
-def check_palette(config: ConfigDict, found: Described, fix: str) -> None:
+def check_palette(settings: Settings, found: Described, fix: str) -> None:
   """Raises UserError where `palette.path` holds other colours than the tokens of `found` stand for."""
-  path = config.palette.path
+  path = settings.palette.path
   if path and found.palette is not None:
-    if not np.array_equal(_given_palette(found, config).centers, found.palette):
+    if not np.array_equal(_given_palette(found, settings).centers, found.palette):
       raise UserError(
         f"palette.path: {path} has other colours than those of the checkpoint {found.path}, which its "
         f"parameters stand for; fix: {fix}"
@@ -121,20 +121,20 @@ def checksum_of(found: Described) -> str:
   return checksum.checksum_of_summed(sums.params)
 
 
-def path_of_job(config: ConfigDict, workdir: str) -> str:
+def path_of_job(settings: Settings, workdir: str) -> str:
   """Where what `of_job` describes lies; "": in the workdir."""
-  if config.checkpoint or checkpoint.latest_step(workdir) is not None:
-    return config.checkpoint
-  return config.init_from
+  if settings.checkpoint or checkpoint.latest_step(workdir) is not None:
+    return settings.checkpoint
+  return settings.init_from
 
 
-def of_job(config: ConfigDict, workdir: str) -> Described:
+def of_job(settings: Settings, workdir: str) -> Described:
   """What a job works on that doesn't train from it: `checkpoint`, else the workdir's newest, else
   `init_from`."""
-  path = path_of_job(config, workdir)
+  path = path_of_job(settings, workdir)
   if path:
-    return describe(path, config)
-  return with_palette(checkpoint.describe(workdir), config)
+    return describe(path, settings)
+  return with_palette(checkpoint.describe(workdir), settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +142,12 @@ class Start:
   """Where a training run begins.
 
   Attributes:
-    config: the run's, with every open choice made.
+    settings: the run's, with every open choice made.
     weights: what to begin with; None: random parameters, or the run's own newest checkpoint.
     palette: the colours that the parameters stand for, if there are parameters that know any.
   """
 
-  config: ConfigDict
+  settings: Settings
   weights: Described | None = None
   palette: Palette | None = None
 
@@ -159,16 +159,16 @@ class Start:
     return read(self.weights, mesh, report)
 
 
-def of_run(config: ConfigDict, workdir: str, split: Split) -> Start:
+def of_run(settings: Settings, workdir: str, split: Split) -> Start:
   """Where `pretrain` begins, or goes on: in a workdir with a checkpoint `init_from` isn't read.
 
   Args:
-    config: as it was given.
+    settings: as they were given.
     workdir: of the run.
     split: what it trains on.
 
   Raises:
-    UserError: `init_from` can't be read, is of another model than the config asks for, or has no
+    UserError: `init_from` can't be read, is of another model than the settings ask for, or has no
       palette for these pictures; or the workdir holds parameters that no run here has trained.
   """
   own = checkpoint.newest(workdir)
@@ -178,17 +178,17 @@ def of_run(config: ConfigDict, workdir: str, split: Split) -> Start:
         f"workdir: {workdir} holds an imported checkpoint, without a training state to go on from; "
         f"fix: another --workdir, with --config.init_from={workdir}"
       )
-    check_palette(config, own, f"put those colours back, which {workdir}/palette.npy holds")
-    settled = config_lib.settle(config, own.config if config.init_from else None)
+    check_palette(settings, own, f"put those colours back, which {workdir}/palette.npy holds")
+    settled = choices.settle(settings, own.config if settings.init_from else None)
     return Start(settled, palette=_palette(own))
-  if not config.init_from:
-    return Start(config_lib.settle(config))
-  found = describe(config.init_from, config)
-  _check_same_model(config, found)
-  check_palette(config, found, "--config.palette.path=")
+  if not settings.init_from:
+    return Start(choices.settle(settings))
+  found = describe(settings.init_from, settings)
+  _check_same_model(settings, found)
+  check_palette(settings, found, "--config.palette.path=")
   if found.palette is None and not split.is_tokens:
-    raise UserError(f"init_from: {no_palette(found)}")
-  return Start(config_lib.settle(config, found.config), found, _palette(found))
+    raise no_palette(found, "init_from")
+  return Start(choices.settle(settings, found.config), found, _palette(found))
 
 
 def _palette(found: Described) -> Palette | None:
@@ -197,8 +197,8 @@ def _palette(found: Described) -> Palette | None:
   return Palette(found.palette, name=f"palette of {found.path}")
 
 
-def _check_same_model(config: ConfigDict, found: Described) -> None:
-  """Compares what the config asks for with what the checkpoint is.
+def _check_same_model(settings: Settings, found: Described) -> None:
+  """Compares what the settings ask for with what the checkpoint is.
 
   Raises:
     UserError: naming every field that differs, both values, and the flags that mend it.
@@ -210,23 +210,23 @@ def _check_same_model(config: ConfigDict, found: Described) -> None:
       differing.append(f"  {field}: {mine} in the {source}, {theirs} in the checkpoint")
       fixes[f"--config.{fix}"] = None
 
-  size = PRESETS.get(config.model.size)
-  for name in config_lib.MODEL_SHAPE:
+  size = PRESETS.get(settings.model.size)
+  for name in choices.MODEL_SHAPE:
     theirs = getattr(found.config, name)
-    if config.model[name] or size is None:
-      compare(f"model.{name}", config.model[name], theirs, f"model.{name}={theirs}")
+    if getattr(settings.model, name) or size is None:
+      compare(f"model.{name}", getattr(settings.model, name), theirs, f"model.{name}={theirs}")
     else:
       compare(
         f"model.{name}",
         getattr(size, name),
         theirs,
         "model.size=",
-        f"config's model.size {config.model.size}",
+        f"config's model.size {settings.model.size}",
       )
   n_vocab, resolution = found.config.n_vocab, found.run["resolution"]
-  compare("palette.size", config.palette.size, n_vocab, f"palette.size={n_vocab}")
-  compare("objective", config.objective, found.run["objective"], "objective=")
-  compare("data.resolution", config.data.resolution, resolution, f"data.resolution={resolution}")
+  compare("palette.size", settings.palette.size, n_vocab, f"palette.size={n_vocab}")
+  compare("objective", settings.objective, found.run["objective"], "objective=")
+  compare("data.resolution", settings.data.resolution, resolution, f"data.resolution={resolution}")
   if differing:
     raise UserError(
       f"init_from: {found.path} is another model than the config's:\n"
@@ -235,21 +235,21 @@ def _check_same_model(config: ConfigDict, found: Described) -> None:
     )
 
 
-def no_palette(found: Described) -> str:
-  """Says that colours are needed and not known, and what to do."""
+def no_palette(found: Described, setting: str = "checkpoint") -> UserError:
+  """The error that says that colours are needed and not known, and what to do."""
   why = {
     "orbax": "it was trained on bare tokens",
     "openai": "no kmeans_centers.npy lies beside it",
     "huggingface": "it has no preprocessor_config.json",
   }[found.format]
-  return (
-    f"checkpoint {found.path} carries no palette ({why}); expected the {found.config.n_vocab} colours "
+  return UserError(
+    f"{setting}: {found.path} carries no palette ({why}); expected the {found.config.n_vocab} colours "
     "that its tokens stand for; fix: --config.palette.path=FILE.npy"
   )
 
 
 def load_model(
-  config: ConfigDict,
+  settings: Settings,
   workdir: str,
   mesh: Mesh,
   *,
@@ -264,20 +264,20 @@ def load_model(
     UserError, before the weights are read: there is none, it is of another resolution than the
       data, or its palette is needed and not known.
   """
-  found = find_model(config, workdir, needs_palette=needs_palette, check=check)
-  return read_model(config, found, mesh)
+  found = find_model(settings, workdir, needs_palette=needs_palette, check=check)
+  return read_model(settings, found, mesh)
 
 
 def find_model(
-  config: ConfigDict,
+  settings: Settings,
   workdir: str,
   *,
   needs_palette: bool,
   check: Callable[[checkpoint.Described], object] = lambda found: None,
 ) -> checkpoint.Described:
   """What `load_model` reads the weights of; raises what it raises."""
-  found = weights.of_job(config, workdir)
-  check_resolution(config, found)
+  found = weights.of_job(settings, workdir)
+  check_resolution(settings, found)
   if needs_palette:
     palette_of(found)
   check(found)
@@ -286,31 +286,31 @@ def find_model(
 
 
 def read_model(
-  config: ConfigDict, found: checkpoint.Described, mesh: Mesh
+  settings: Settings, found: checkpoint.Described, mesh: Mesh
 ) -> checkpoint.Pretrained:
-  """What was found, with its weights on the mesh, to compute as the config says."""
+  """What was found, with its weights on the mesh, to compute as the settings say."""
   return checkpoint.with_params(
     found,
     weights.read(found, mesh, say),
-    dtype=config_lib.compute_dtype(config),
-    attention=config.model.attention,
+    dtype=choices.compute_dtype(settings),
+    attention=settings.model.attention,
   )
 
 
 def read_to_draw(
-  config: ConfigDict, found: checkpoint.Described, mesh: Mesh
+  settings: Settings, found: checkpoint.Described, mesh: Mesh
 ) -> checkpoint.Pretrained:
   """`read_model`, its weights in the dtype they are multiplied in: all of them are read for every
   pixel, and what they don't take is left for the caches."""
-  trained = read_model(config, found, mesh)
+  trained = read_model(settings, found, mesh)
   return dataclasses.replace(trained, params=to_compute_dtypes(trained.config, trained.params))
 
 
-def check_resolution(config: ConfigDict, trained: checkpoint.Described) -> None:
+def check_resolution(settings: Settings, trained: checkpoint.Described) -> None:
   """Raises UserError when the data's resolution isn't the checkpoint's."""
-  if config.data.resolution != trained.run["resolution"]:
+  if settings.data.resolution != trained.run["resolution"]:
     raise UserError(
-      f"data.resolution: {config.data.resolution}; the checkpoint {trained.path} was trained at "
+      f"data.resolution: {settings.data.resolution}; the checkpoint {trained.path} was trained at "
       f"{trained.run['resolution']}; fix: --config.data.resolution={trained.run['resolution']}"
     )
 
@@ -322,5 +322,5 @@ def palette_of(trained: checkpoint.Described) -> Palette:
     UserError: they aren't known.
   """
   if trained.palette is None:
-    raise UserError(weights.no_palette(trained))
+    raise no_palette(trained)
   return Palette(np.asarray(trained.palette), name=f"palette of {trained.path}")

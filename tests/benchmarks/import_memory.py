@@ -27,7 +27,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from igpt_jax import checkpoint  # noqa: E402
-from igpt_jax.config import base  # noqa: E402
+from igpt_jax.config.fields import ConvertConfig, Settings  # noqa: E402
 from igpt_jax.jobs import convert as convert_job  # noqa: E402
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, abstract_params  # noqa: E402
 from igpt_jax.parallel.sharding import make_mesh  # noqa: E402
@@ -58,10 +58,9 @@ def convert(source: str, target: str) -> None:
 
 
 def convert_to_own(source: str, target: str) -> None:
-  config = base()
-  config.source, config.target = source, target
+  settings = Settings(convert=ConvertConfig(source=source, target=target))
   with contextlib.redirect_stdout(sys.stderr):
-    convert_job.run(config, "")
+    convert_job.run(settings, "")
 
 
 def load_own(source: str) -> None:

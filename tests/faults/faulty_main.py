@@ -7,6 +7,7 @@ other_order: the second host shuffles otherwise.
 bad_once: losses aren't finite from the 7th update on, until the run has gone back.
 """
 
+import dataclasses
 import os
 import sys
 import threading
@@ -14,8 +15,8 @@ import threading
 import jax
 from absl import app
 
-from igpt_jax import config as config_lib
 from igpt_jax import main, watchdog
+from igpt_jax.config import choices
 from igpt_jax.data import pipeline
 from igpt_jax.training import compilation
 from igpt_jax.training import step as step_lib
@@ -48,14 +49,13 @@ def build_in(fault):
     compilation.CompiledStep.__call__ = counted
     pipeline._start = lambda dataset, config: Hanging(start(dataset, config))
   elif fault == "diverge" and _SECOND:
-    optimizer = config_lib.optimizer
+    optimizer_config = choices.optimizer_config
 
-    def other(config):
-      config = config.copy_and_resolve_references()
-      config.train.learning_rate *= 2
-      return optimizer(config)
+    def other(settings):
+      rate = optimizer_config(settings).learning_rate
+      return dataclasses.replace(optimizer_config(settings), learning_rate=2 * rate)
 
-    config_lib.optimizer = other
+    choices.optimizer_config = other
   elif fault == "other_order" and _SECOND:
     batches = pipeline.train_batches
     pipeline.train_batches = lambda *args, seed, **settings: batches(

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from igpt_jax import checkpoint
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain
 from igpt_jax.parallel import sharding
@@ -32,7 +33,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SMALL = {
   "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "train.batch_size": 16,
   "train.steps": 16, "train.warmup_steps": 2, "train.log_every": 1, "train.eval_every": 8,
-  "train.checkpoint_every": 4, "train.eval_images": 32, "train.keep": 10,
+  "train.checkpoint_every": 4, "train.eval_images": 32, "train.max_to_keep": 10,
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def data_dir(tmp_path_factory):
 def config_of(**overrides):
   config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
   config.update_from_flattened_dict({**SMALL, **overrides})
-  return config
+  return settings_of(config)
 
 
 ORIGINAL = step_lib.make_train_step

@@ -7,6 +7,7 @@ the first compilation.
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import pathlib
@@ -21,8 +22,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from igpt_jax import config as config_lib
 from igpt_jax import main
+from igpt_jax.config.fields import base
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
@@ -45,7 +47,7 @@ SMALL = {
   "train.steps": 2, "train.warmup_steps": 1, "train.log_every": 1, "train.eval_every": 0,
   "train.checkpoint_every": 4, "train.eval_images": 16, "evaluate.images": 32,
   "evaluate.baseline_images": 32, "sample.samples": 2, "sample.completions": 2,
-  "sample.per_picture": 1, "n": 2, "finetune.scratch": True, "finetune.steps": 2,
+  "sample.per_image": 1, "complete.n": 2, "finetune.scratch": True, "finetune.steps": 2,
   "finetune.batch_size": 16, "finetune.eval_every": 2,
 }  # fmt: skip
 # What would do what it says to this process or machine, or needs a network.
@@ -74,7 +76,9 @@ def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
     patch.setattr(
-      devices, "mesh_of", lambda config: make_mesh(**config.mesh, devices=jax.devices()[:2])
+      devices,
+      "mesh_of",
+      lambda settings: make_mesh(**dataclasses.asdict(settings.mesh), devices=jax.devices()[:2]),
     )
     yield
 
@@ -87,7 +91,7 @@ def flat(tree, prefix=""):
       yield f"{prefix}{name}", value
 
 
-FIELDS = {name: value for name, value in flat(config_lib.base()) if name not in LEFT_ALONE}
+FIELDS = {name: value for name, value in flat(base()) if name not in LEFT_ALONE}
 
 
 def mutate(rng):
@@ -141,8 +145,7 @@ def outcome(job, settings, workdir, checkpoint, compiled):
       config = parse(job, settings, workdir, checkpoint)
       if config.job not in JOBS:
         raise UserError(f"config.job: {config.job}")
-      config_lib.validate(config)
-      JOBS[config.job].run(config, str(workdir))
+      JOBS[config.job].run(settings_of(config), str(workdir))
   except Reached:
     return "ran"
   except UserError as error:
@@ -158,7 +161,7 @@ def outcome(job, settings, workdir, checkpoint, compiled):
 def trained(data_dir, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("trained")
   config = parse("pretrain", {}, workdir, None)
-  pretrain.run(config, str(workdir))
+  pretrain.run(settings_of(config), str(workdir))
   return workdir
 
 

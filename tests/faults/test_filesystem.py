@@ -6,6 +6,7 @@ writes of Python and of tensorstore alike.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ from hosts import hosts
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import Checkpoints, writing
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import SaveFailed, UserError
 from igpt_jax.jobs import pretrain
 from igpt_jax.reporting import metrics
@@ -202,9 +204,9 @@ def config_of(**changes):
   config.update_from_flattened_dict({
     "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "train.batch_size": 16, "train.steps": 12,
     "train.warmup_steps": 2, "train.log_every": 1, "train.eval_every": 6, "train.eval_images": 16,
-    "train.checkpoint_every": 3, "train.keep": 1, "mesh.data": 8, **changes,
+    "train.checkpoint_every": 3, "train.max_to_keep": 1, "mesh.data": 8, **changes,
   })  # fmt: skip
-  return config
+  return settings_of(config)
 
 
 def told(workdir):
@@ -261,7 +263,7 @@ def test_metrics_wait_for_room(tmp_path):
 def test_a_workdir_holds_one_run_at_a_time(tmp_path, capfd):
   """Until the process that holds it ends, however it does."""
   program = (
-    "import sys, time; from igpt_jax.jobs import lock\n"
+    "import sys, time; from igpt_jax.workspace import lock\n"
     f"with lock.held({str(tmp_path)!r}):\n  print('held', flush=True); time.sleep(600)"
   )
   other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -300,7 +302,7 @@ def test_without_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
   def unsupported(*unused):
     raise OSError(95, "Operation not supported")
 
-  monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+  monkeypatch.setattr(fcntl, "flock", unsupported)
   with lock.held(str(tmp_path)):
     pass
   assert "can't be locked (Operation not supported)" in capsys.readouterr().out

@@ -9,12 +9,12 @@ import tiny
 from hosts import ROOT, SMALL
 
 from igpt_jax import checkpoint
-from igpt_jax import config as config_lib
+from igpt_jax.config.fields import ProfileConfig
+from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain, probe
 from igpt_jax.reporting import summary
 from igpt_jax.runner import goodput, loop
-from igpt_jax.training.profiling import Window
 from igpt_jax.workspace import devices
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -160,7 +160,7 @@ def quick(tmp_path_factory):
 def config_of(**overrides):
   config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
   config.update_from_flattened_dict({**SMALL, "train.eval_every": 0, **overrides})
-  return config
+  return settings_of(config)
 
 
 class Killed(BaseException):
@@ -238,8 +238,9 @@ def test_jobs_trace_their_steps(trained, tmp_path, capsys):
   assert traced(tmp_path / "finetune")
   assert json.loads((tmp_path / "finetune" / "finetune.json").read_text())["seconds"]["profile"] > 0
 
-  config.update_from_flattened_dict(
-    {"probe.method": "sgd", "probe.steps": 5, "probe.eval_every": 5, "probe.batch_size": 16}
+  config = tiny.changed(
+    config,
+    {"probe.method": "sgd", "probe.steps": 5, "probe.eval_every": 5, "probe.batch_size": 16},
   )
   probe.run(config, str(tmp_path))
   said = capsys.readouterr().out
@@ -252,8 +253,7 @@ def test_jobs_trace_their_steps(trained, tmp_path, capsys):
   [("profile.start", -1), ("profile.steps", -1), ("profile.start", 8), ("hang_seconds", -1.0), ("host_seconds", 0)],
 )  # fmt: skip
 def test_mistakes_are_refused(field, value):
-  config = config_of(**{"profile.steps": 1, field: value})
   with pytest.raises(UserError, match=rf"config\.{field}: {value}; expected"):
-    config_lib.validate(config)
+    config_of(**{"profile.steps": 1, field: value})
   with pytest.raises(UserError, match=r"config\.profile\.steps: 1\.5; expected a whole number"):
-    Window(0, 1.5)
+    ProfileConfig(0, 1.5)

@@ -14,6 +14,7 @@ import pytest
 from hosts import HOSTS, hosts
 
 from igpt_jax import checkpoint, watchdog
+from igpt_jax.config.fields import DataConfig, LogConfig, Settings
 from igpt_jax.data.order import Stream, train_order
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.reporting import metrics
@@ -129,12 +130,14 @@ def test_parameters_are_compared_by_their_numbers(other):
 
 
 def test_only_what_is_a_hosts_own_may_differ(other):
-  config = {"seed": 1, "data": {"path": "/here", "name": "folder"}, "log": {"wandb": True}}
+  settings = Settings(
+    seed=1, data=DataConfig(path="/here", name="folder"), log=LogConfig(wandb=True)
+  )
   other.update({"config.data.path": "/there", "config.log.wandb": False})
-  agreement.check_config(config)
+  agreement.check_settings(settings)
   other["config.data.name"] = "tokens"
   with pytest.raises(UserError, match=r"config\.data\.name: host 0 has folder, host 1 tokens;"):
-    agreement.check_config(config)
+    agreement.check_settings(settings)
 
 
 def test_a_batch_that_is_not_of_the_order_is_noticed():

@@ -26,7 +26,7 @@ SECONDS = 180  # that a life may take
 TINY = {
   "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "train.batch_size": 16, "train.steps": 24,
   "train.warmup_steps": 2, "train.log_every": 1, "train.eval_every": 6, "train.eval_images": 32,
-  "train.checkpoint_every": 2, "train.keep": 2, "train.keep_every": 10,
+  "train.checkpoint_every": 2, "train.max_to_keep": 2, "train.keep_period": 10,
 }  # fmt: skip
 
 

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+
+if TYPE_CHECKING:
+  from sklearn.utils import Bunch
 
 N_TEST = 300
 
@@ -37,7 +41,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     from sklearn import datasets
 
-    digits = datasets.load_digits()
+    digits = cast("Bunch", datasets.load_digits())
     order = np.random.default_rng(0).permutation(len(digits.images))
     return {
       "train": self._generate_examples(digits, order[:-N_TEST]),

@@ -53,12 +53,12 @@ def attention(
   _, batch, length, width = qkv_3xBxTxE.shape
   q, k, v = qkv_3xBxTxE.reshape(3, batch, length, n_head, width // n_head)
   out_BxTxHxK = jax.nn.dot_product_attention(
-    q, k, v, is_causal=causal, implementation=implementation
+    q, k, v, is_causal=causal, implementation="cudnn" if implementation == "cudnn" else "xla"
   )
   return checkpoint_name(out_BxTxHxK.reshape(batch, length, width), tpu.OUTPUT_NAME)
 
 
-def choose(qkv_3xBxTxE: jax.Array, n_head: int) -> str:
+def choose(qkv_3xBxTxE: jax.Array | jax.ShapeDtypeStruct, n_head: int) -> str:
   """What "auto" stands for on this backend, for this shape under the mesh around."""
   backend = hardware.platform()
   if backend == "tpu" and _unsupported(qkv_3xBxTxE, n_head, "tpu") is None:
@@ -73,7 +73,9 @@ def choose(qkv_3xBxTxE: jax.Array, n_head: int) -> str:
   return "xla"
 
 
-def _unsupported(qkv: jax.Array, n_head: int, implementation: str) -> str | None:
+def _unsupported(
+  qkv: jax.Array | jax.ShapeDtypeStruct, n_head: int, implementation: str
+) -> str | None:
   """Why a device can't run it on its own share of these heads, or None."""
   head_dim = qkv.shape[-1] // n_head
   if implementation == "cudnn":
@@ -106,7 +108,7 @@ def _cudnn_unsupported(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None
 
 
 def _per_device(qkv: jax.Array, n_head: int, causal: bool, implementation: str) -> jax.Array:
-  """On each device's own pictures and heads: a kernel or a loop over heads knows nothing of meshes."""
+  """Attention of each device's own images and heads: kernels and loops over heads know no meshes."""
   heads = {"n_head": sharding.axis_share("heads", n_head), "causal": causal}
   if implementation == "blocked":
     function = functools.partial(blocked.blocked_attention, **heads)

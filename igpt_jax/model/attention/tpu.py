@@ -52,7 +52,8 @@ def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
     return f"dtype {jnp.dtype(dtype).name}: expected bfloat16 or float32"
   if head_dim not in HEAD_DIMS:
     return f"head dim {head_dim}: expected one of {', '.join(map(str, HEAD_DIMS))}"
-  if _group(n_head, head_dim) is None:
+  group = _group(n_head, head_dim)
+  if group is None:
     heads = LANES // math.gcd(head_dim, LANES)
     return (
       f"{n_head} heads of {head_dim} on one device: expected a multiple of {heads}, or at most "
@@ -61,7 +62,7 @@ def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
   if not 16 <= length <= MAX_LENGTH or length % 16:
     return f"length {length}: expected a multiple of 16 from 16 to {MAX_LENGTH}"
   dtype = jnp.dtype(dtype)
-  if _span(length, _group(n_head, head_dim), dtype) is None:
+  if _span(length, group, dtype) is None:
     return f"length {length}: expected a multiple of {LANES} for so long a sequence of {dtype.name}"
   plan = _plan(n_head, head_dim, length, dtype, causal=True, backward=True, wide=False)
   _, needed = Memory.of(plan, dtype, backward=True).buffers_and_bytes()
@@ -101,11 +102,13 @@ def _plan(
   n_head: int, head_dim: int, length: int, dtype, *, causal: bool, backward: bool, wide: bool
 ) -> Plan:
   heads = _group(n_head, head_dim)
+  span = heads and _span(length, heads, dtype)
+  assert heads and span, "`supports` refuses what has none"
   return Plan(
     head_dim=head_dim,
     heads=heads,
     length=length,
-    span=_span(length, heads, dtype),
+    span=span,
     causal=causal,
     tile=256 if wide or backward else 128,
     diagonal=256 if wide else 128,
@@ -208,7 +211,10 @@ def backward_layer(
 def lse_shape(
   qkv_shape: tuple[int, ...], dtype, *, n_head: int, head_dim: int, causal: bool
 ) -> tuple[int, ...]:
-  """Of a layer of `Stacks.lse` for qkv [3, B, T, E]; n_head is a device's, B and E may be all's."""
+  """Shape of a layer of `Stacks.lse` for qkv [3, B, T, E].
+
+  `n_head` is a device's; B and E may be those of all devices together.
+  """
   _, batch, length, width = qkv_shape
   plan = make_plan(
     n_head, head_dim, length, dtype, causal=causal, backward=False, wide=wide_matrix_unit()

@@ -16,6 +16,7 @@ Three choices carry the speed:
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -87,7 +88,8 @@ def forward_body(
       rows, row = plan.rows(head), slice(head, head + 1)
       if plan.spans > 1:
         top = jnp.maximum(top, max_ref[row, q0:q1])
-      total = out = None
+      total: Any = None
+      out: Any = None
       for (k0, k1), s_KxQ in zip(plan.keys_of(q0, q1, on_diagonal), scores, strict=True):
         heads.once("v", k0, k1, lambda b0, b1: fill_values(k_span, b0, b1))
         p_KxQ = jnp.exp2(s_KxQ - top)

@@ -167,7 +167,7 @@ def forward(
   body, aliases = functools.partial(forward_body, plan), {}
   in_specs, operands = [_block(3, plan, buffers, layered)], [qkv]
   out_specs = [_block(None, plan, buffers, layered), _lse_block(plan, layered)]
-  if layered:
+  if layer is not None and stacks is not None:
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks[1:]]
     in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2  # where the outputs go: not read
     operands = [layer.reshape(1), *stacks]

@@ -158,7 +158,8 @@ class Heads:
     """Positions start..stop of a span, in a natural array."""
     if self.plan.spans == 1:
       return slice(start, stop)
-    return pl.ds(pl.multiple_of(span * self.plan.span, LANES) + start, stop - start)
+    first = pl.multiple_of(span * self.plan.span, LANES)  # pyright: ignore[reportArgumentType]
+    return pl.ds(first + start, stop - start)
 
   def once(self, name: str, start: int, stop: int, fill: Callable[[int, int], None]):
     """Calls fill for the blocks that cover start..stop and haven't been filled."""

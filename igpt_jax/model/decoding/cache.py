@@ -7,7 +7,7 @@ in the loop but that block.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 class KeysValues(NamedTuple):
-  """Of some positions of one layer.
+  """Keys and values of some positions of one layer.
 
   XLA on a CPU reads them fastest with what a sum goes over outside: positions innermost of keys,
   channels innermost of values. An accelerator takes whole rows, one per position.
@@ -62,7 +62,8 @@ def _each(function: Callable, *parts: KeysValues) -> KeysValues:
   """`function` of the axis of positions and of each field that there is."""
   axes = (1, 1, 1, 1) if parts[0].in_rows else (3, 2, 2, 2)
   fields = zip(axes, *parts, strict=True)
-  return KeysValues(*(None if of[0] is None else function(axis, *of) for axis, *of in fields))
+  mapped: Any = (None if of[0] is None else function(axis, *of) for axis, *of in fields)
+  return KeysValues(*mapped)
 
 
 def _pin(kv: KeysValues) -> KeysValues:
@@ -118,7 +119,7 @@ def prefill(model: ImageGPT, given_BxP: jax.Array, dtype: str) -> list[KeysValue
 
 
 def room(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
-  """Of every layer, with nothing in it yet."""
+  """An empty cache for every layer."""
   config = model.config
   nothing = jax.ShapeDtypeStruct((n, length, config.n_head, config.head_dim), config.dtype)
   abstract = jax.eval_shape(lambda k, v: store(k, v, dtype), nothing, nothing)

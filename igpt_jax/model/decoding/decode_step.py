@@ -13,7 +13,7 @@ from igpt_jax.parallel.sharding import constrain, gather_weight
 
 
 class Weights(NamedTuple):
-  """Of one layer, in the compute dtype, whole over the batch's devices.
+  """Weights of one layer, in the compute dtype, whole over the batch's devices.
 
   On a CPU matrices are [out, in]: with a column per sample, a matrix is the product's left side, and
   read once, as it lies. Accelerators take them as they are kept, [in, out], and a row per sample.
@@ -147,5 +147,5 @@ def _to_rows(x: jax.Array) -> jax.Array:
 
 
 def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-  """As the model's norms."""
+  """The model's RMS norm, over channels that lie as `keeps_rows` says."""
   return layers.rms_norm(x, gain) if keeps_rows() else layers.rms_norm(x, gain[:, None], axis=0)

@@ -4,17 +4,14 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from igpt_jax import history
-from igpt_jax.config_fields import base
+from igpt_jax import files, history
+from igpt_jax.config.fields import FIELDS, base
 from igpt_jax.errors import UserError
 
 
-def get_config(path: str) -> ConfigDict:
+def get_config(path: str) -> Any:
   """All fields, by today's names; those that a run of an older version didn't know are as it meant them.
 
   Args:
@@ -41,21 +38,19 @@ def get_config(path: str) -> ConfigDict:
     raise UserError(f"--config: {path} is damaged; expected the config.json of a workdir") from None
   config = base()
   strangers = []
-  for name, value in _leaves(saved):
-    default = config
-    for part in name:
-      default = default.get(part) if isinstance(default, ConfigDict) else None
-    if default is None or isinstance(default, ConfigDict):
-      strangers.append(".".join(name))
+  for name, value in files.flatten(saved).items():
+    if name not in FIELDS:
+      strangers.append(name)
       continue
+    default = FIELDS[name].default
     try:
       if value is None:
         raise TypeError("null")
       value = tuple(value) if isinstance(default, tuple) else value
-      config.update_from_flattened_dict({".".join(name): value})
+      config.update_from_flattened_dict({name: value})
     except (TypeError, ValueError):
       raise UserError(
-        f"--config: {path}: {'.'.join(name)} is {value!r:.80}; expected as in {default!r}"
+        f"--config: {path}: {name} is {value!r:.80}; expected as in {default!r}"
       ) from None
   if strangers:
     raise UserError(
@@ -64,14 +59,3 @@ def get_config(path: str) -> ConfigDict:
       "without them"
     )
   return config
-
-
-def _leaves(
-  tree: Mapping[str, Any], above: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """The path of each value, and the value."""
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      yield from _leaves(value, (*above, name))
-    else:
-      yield (*above, name), value

@@ -1,0 +1,65 @@
+"""Writes a checkpoint of a model alone, without a training state: what was converted from elsewhere."""
+
+import logging
+import os
+import shutil
+from typing import Any
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from igpt_jax.checkpoint import file_sums, reading
+from igpt_jax.checkpoint.folders import FOLDER
+from igpt_jax.checkpoint.reading import Described
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import Params
+
+
+def _sparing_memory() -> ocp.Context:
+  """Orbax' context for writing without a second copy in memory, in pieces that can be read singly.
+
+  Its default, OCDBT, gathers whatever is to be written in memory first; a file for every piece is
+  written as it comes. Reading makes no difference between the two.
+  """
+  context = ocp.Context()
+  context.array.saving.use_ocdbt = False
+  context.array.saving.storage_options.chunk_byte_size = 64 << 20
+  context.memory.deepcopy_host_arrays = False
+  return context
+
+
+def save_params(workdir: str, params: Params, found: Described) -> str:
+  """Writes a workdir with one checkpoint without a training state, whole or not at all.
+
+  Args:
+    workdir: to make; nothing may be there.
+    params: numpy arrays, of any float type.
+    found: what the checkpoint says about itself; its path and format are left out.
+
+  Returns:
+    The checkpoint's folder.
+  """
+  workdir = os.path.abspath(workdir)
+  if os.path.lexists(workdir):
+    raise UserError(f"checkpoint to write: {workdir} exists; fix: name another target")
+  items: dict[str, Any] = {"params": params}
+  if found.palette is not None:
+    items["palette"] = {"centers": np.asarray(found.palette, np.float32)}
+  part = f"{workdir}.part-{os.getpid()}"
+  try:
+    os.makedirs(part)  # orbax would leave threads waiting where this fails
+    # Orbax warns that there is no OCDBT to merge.
+    with _sparing_memory(), reading.quiet(logging.ERROR):
+      ocp.save_checkpointables(
+        os.path.join(part, FOLDER, str(found.step)),
+        items,
+        custom_metadata=file_sums.with_sums(found.run, file_sums.of_items(items)),
+      )
+    os.rename(part, workdir)
+  except OSError as error:
+    raise UserError(
+      f"checkpoint to write: {workdir}: {error.strerror or error}; expected a place to write to"
+    ) from error
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+  return os.path.join(workdir, FOLDER, str(found.step))

@@ -1,0 +1,113 @@
+"""What settings leave open (0 or ""), chosen; and what the rooms take, made of them.
+
+`settle` chooses once a start, when it is known what training starts from. The others take what is open as
+it is without a checkpoint.
+"""
+
+import dataclasses
+
+import jax
+
+from igpt_jax.config.fields import Settings
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
+from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
+from igpt_jax.training.optimizer import OptimizerConfig
+
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
+_SIZE, _OBJECTIVE, _COLOURS = "s", "autoregressive", 512
+
+
+def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
+  """What was left open is chosen: as in the model that training starts from, or s, autoregressive.
+
+  Learning rates are the size's: `model.size` is then the published one of that shape, if it is one.
+  """
+  model, size, objective = settings.model, settings.model.size, settings.objective
+  palette = settings.palette
+  if start is not None:
+    shape = {name: getattr(start, name) for name in MODEL_SHAPE}
+    model = dataclasses.replace(model, **shape)
+    palette = dataclasses.replace(palette, size=start.n_vocab)
+    objective = "autoregressive" if start.causal else "masked"
+    published = (
+      name
+      for name, preset in PRESETS.items()
+      if shape == {field: getattr(preset, field) for field in MODEL_SHAPE}
+    )
+    size = size or next(published, "")
+  return dataclasses.replace(
+    settings,
+    model=dataclasses.replace(model, size=size or _SIZE),
+    palette=palette,
+    objective=objective or _OBJECTIVE,
+  )
+
+
+def palette_size(settings: Settings) -> int:
+  """How many colours to ask for, where no palette is given."""
+  return settings.palette.size or _COLOURS
+
+
+def preset(settings: Settings) -> Preset:
+  return PRESETS[settings.model.size or _SIZE]
+
+
+def compute_dtype(settings: Settings) -> str:
+  """The dtype of activations; touches devices where it is left to them."""
+  if settings.model.dtype:
+    return settings.model.dtype
+  # Job `compile` is for chips that aren't here.
+  on_cpu = not settings.compile.topology and jax.default_backend() == "cpu"
+  return "float32" if on_cpu else "bfloat16"
+
+
+def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
+  """The model; touches no device unless the dtype is left to it."""
+  size, model = preset(settings), settings.model
+  return ImageGPTConfig(
+    n_layer=model.n_layer or size.n_layer,
+    n_head=model.n_head or size.n_head,
+    n_embd=model.n_embd or size.n_embd,
+    n_vocab=n_vocab,
+    n_positions=settings.data.resolution**2,
+    causal=settings.objective != "masked",
+    dtype=compute_dtype(settings),
+    remat=model.remat or size.remat,
+    attention=model.attention,
+  )
+
+
+def optimizer_config(settings: Settings) -> OptimizerConfig:
+  size, train = preset(settings), settings.train
+  of_size = size.learning_rate_masked if settings.objective == "masked" else size.learning_rate
+  return OptimizerConfig(
+    learning_rate=train.learning_rate or of_size,
+    steps=train.steps,
+    warmup_steps=train.warmup_steps,
+    schedule=train.schedule,
+    b1=train.b1,
+    b2=train.b2,
+    weight_decay=train.weight_decay,
+    clip_norm=train.clip_norm,
+  )
+
+
+def finetuning_optimizer_config(settings: Settings) -> OptimizerConfig:
+  """Pretraining's betas, decay and clipping; a lower rate, constant after the warm-up."""
+  finetune = settings.finetune
+  train = dataclasses.replace(
+    settings.train,
+    learning_rate=finetune.learning_rate,
+    steps=finetune.steps,
+    warmup_steps=finetune.warmup_steps,
+    schedule="constant",
+  )
+  made = optimizer_config(dataclasses.replace(settings, train=train))
+  if finetune.learning_rate:
+    return made
+  return dataclasses.replace(made, learning_rate=made.learning_rate / 10)
+
+
+def sampling_config(settings: Settings) -> SamplingConfig:
+  sample = settings.sample
+  return SamplingConfig(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)

@@ -1,0 +1,154 @@
+"""The settings that belong to one job or to a few, those of training apart. Ground floor."""
+
+import dataclasses
+
+from igpt_jax.config.declare import BATCH, COUNT, DRAWING, FROM_0, Group, setting
+
+# A table: each setting takes one line or as few as it needs.
+# fmt: off
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(Group, prefix="evaluate", jobs=("evaluate",)):
+  """The likelihood of a split."""
+
+  split: str = setting("test", "to evaluate", choices=("test", "validation", "train"))
+  batch_size: int = setting(128, "images at a time", **BATCH)
+  images: int = setting(0, "at most; 0: all", **FROM_0, jobs=("evaluate", "finetune"))
+  masks: int = setting(1, "masked objective: masks drawn per image", **COUNT)
+  baseline_images: int = setting(50_000, "training images the unigrams are counted on", **COUNT)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata")):
+  """What linear classifiers are fitted to."""
+
+  layers: tuple[int, ...] = setting((), "of 0 to n_layer; (): all")
+  grid: int = setting(1, "means over grid × grid blocks of pixels, side by side; 1: over all",
+    **COUNT)
+  masks: int = setting(0, "BERT: means over that many masked inputs; 0: nothing is masked",
+    **FROM_0)
+  batch_size: int = setting(128, "images at a time", **BATCH)
+  images: int = setting(0, "training images, at most; 0: all", **FROM_0)
+  eval_images: int = setting(0, "of validation, and of test, at most; 0: all", **FROM_0)
+  cache: str = setting("", 'where they are kept; "": features/ in the workdir', path=True,
+    host=True)
+  baselines: tuple[str, ...] = setting(("pixels", "pca", "random"), "to compare with: these, or "
+    "some of them", choices=("pixels", "pca", "random"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig(Group, prefix="probe", jobs=("probe",)):
+  """Linear classifiers on all labels."""
+
+  method: str = setting("", "lbfgs, sgd (ImageNet's size); \"\": by the number of images",
+    choices=("lbfgs", "sgd"))
+  concatenate: tuple[int, ...] = setting((), "layers, side by side, as one more set of features")
+  around_best: int = setting(0, "that many layers around the best, likewise; 5 in the paper",
+    **FROM_0)
+  max_iterations: int = setting(1_000, "of L-BFGS", **COUNT, jobs=("probe", "lowdata"))
+  cached: bool = setting(True, "sgd: from stored features; False: from images, each time anew")
+  learning_rates: tuple[float, ...] = setting((30.0, 10.0, 3.0, 1.0, 0.3), "sgd: all at the same "
+    "time", above=0, empty=False)
+  steps: int = setting(1_000_000, "sgd", **COUNT)
+  batch_size: int = setting(128, "sgd", **BATCH)
+  eval_every: int = setting(10_000, "sgd: validation accuracy, and a checkpoint", **COUNT)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowdataConfig(Group, prefix="lowdata", jobs=("lowdata",)):
+  """Linear classifiers on a few labels."""
+
+  labels_per_class: tuple[int, ...] = setting((1, 4, 25, 250, 400), "how many labels are given",
+    least=1, empty=False)
+  trials: int = setting(5, "random subsets of each", **COUNT)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(Group, prefix="sample", jobs=("sample",)):
+  """How images are drawn."""
+
+  samples: int = setting(32, "unconditional images; 0: compile leaves sampling out", least=0,
+    most=65_536, jobs=("sample", "compile"))
+  completions: int = setting(8, "images of test to complete", **BATCH)
+  per_image: int = setting(4, "completions of each", **BATCH)
+  keep: float = setting(0.5, "share of the rows that is given", above=0, below=1,
+    jobs=("sample", "quality"))
+  temperature: float = setting(1.0, "1e-6 or more; 0: the likeliest colour", jobs=DRAWING)
+  top_k: int = setting(0, "of the likeliest colours; 0: all", jobs=DRAWING)
+  top_p: float = setting(1.0, "1e-6 to 1: the likeliest colours whose probabilities reach it",
+    jobs=DRAWING)
+  cache: str = setting("", "dtype of keys and values: float32, bfloat16, int8; \"\": the model's",
+    choices=("float32", "bfloat16", "int8"), jobs=("sample", "complete", "quality", "compile"))
+  scale: int = setting(0, "image pixels per model pixel in the PNGs; 0: chosen", **FROM_0,
+    jobs=("sample", "complete"))
+  batch_size: int = setting(64, "samples drawn at a time", **BATCH, jobs=("complete", "quality"))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompleteConfig(Group, prefix="complete", jobs=("complete",)):
+  """Images of one's own, and what is given of them."""
+
+  images: str = setting("", 'a file, a glob in quotes, or a folder; "": samples from nothing',
+    path=True, host=True)
+  keep: float = setting(0.5, "share of the rows (or columns) that is given; to draw whole images "
+    "leave `images` out", above=0, below=1)
+  hide: str = setting("lower", "the part to draw; by BERT also upper, left, right, centre, or an "
+    "image of a mask")
+  passes: int = setting(16, "BERT: over the image, the most confident pixels first", **COUNT)
+  n: int = setting(8, "samples of each image", **BATCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityConfig(Group, prefix="quality", jobs=("quality",)):
+  """The distance of samples to held-out images."""
+
+  images: int = setting(1_000, "samples, completions, and images of test to compare them with",
+    least=2)
+  network: str = setting("", "a checkpoint, or a network in .onnx, whose features are compared; "
+    '"": the model itself', path=True)
+  layer: int = setting(-1, "of that checkpoint; -1: the middle one")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig(Group, prefix="convert", jobs=("convert",)):
+  """The checkpoint to convert, and where and as what it is written."""
+
+  source: str = setting("", "a checkpoint", path=True, host=True)
+  target: str = setting("", "what to write; nothing may be there", path=True)
+  format: str = setting("orbax", "orbax (this program's own), huggingface, openai",
+    choices=("openai", "huggingface", "orbax"))
+
+
+@dataclasses.dataclass(frozen=True)
+class DownloadConfig(Group, prefix="download", jobs=("download",)):
+  """Which of the released files."""
+
+  model: str = setting("s", 's, m, l (XL was not released); "": none',
+    choices=("s", "m", "l", ""))
+  step: int = setting(1_000_000, "or 131000, 262000, 524000",
+    choices=(131_000, 262_000, 524_000, 1_000_000))
+  bert: bool = setting(False, "the model of the BERT objective")
+  data: str = setting("imagenet", 'test split as tokens: imagenet, cifar10; "": none',
+    choices=("imagenet", "cifar10", ""))
+  directory: str = setting("downloads", "where they go", path=True)
+  url: str = setting("", 'of a mirror; "": where they were released')
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig(Group, prefix="compile", jobs=("compile",)):
+  """A slice to compile for."""
+
+  topology: str = setting("", "chips that needn't be here, such as v5p:4x4x4")
+  plan: bool = setting(False, "look for the fastest mesh, batch and remat that fit")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig(Group, prefix="benchmark", jobs=("benchmark",)):
+  """What is measured of this machine."""
+
+  parts: tuple[str, ...] = setting(("training", "attention", "sampling", "input"), "what to "
+    "measure", empty=False, choices=("training", "attention", "sampling", "input"))
+  repeats: int = setting(5, "timings of each, medians are told", **COUNT)
+  samples: int = setting(8, "images that are sampled at a time", **BATCH)
+  images: int = setting(200, "of the data set, that the input pipeline is timed on", **COUNT)

@@ -1,0 +1,90 @@
+"""The settings of a start, read once from its config and checked. The ConfigDict ends here."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from igpt_jax import files
+from igpt_jax.config import choices
+from igpt_jax.config.fields import FIELDS, Settings, no_such
+from igpt_jax.data import transforms
+from igpt_jax.errors import UserError
+from igpt_jax.prediction.topology import check_name
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+
+def settings_of(config: "ConfigDict") -> Settings:
+  """All settings, checked as far as that needs no data, checkpoint or device.
+
+  Raises:
+    UserError: naming the setting, its value and what was expected.
+  """
+  parts: dict[str, dict[str, Any]] = {"": {}}
+  for name, value in files.flatten(config.to_dict()).items():
+    if name not in FIELDS:
+      raise UserError(f"config: {no_such(name)}; fix: --help lists the settings")
+    group, _, field = name.rpartition(".")
+    parts.setdefault(group, {})[field] = tuple(value) if isinstance(value, list) else value
+  groups: dict[str, Any] = {
+    field.name: field.default_factory(**parts.get(field.name, {}))
+    for field in dataclasses.fields(Settings)
+    if field.default_factory is not dataclasses.MISSING
+  }
+  settings = Settings(**parts[""], **groups)
+  _check(settings)
+  return settings
+
+
+def _check(settings: Settings) -> None:
+  """Checks what is declared of no single setting."""
+  for name, declaration in FIELDS.items():
+    if declaration.path:
+      group, _, field = name.rpartition(".")
+      files.local(f"config.{name}", getattr(getattr(settings, group) if group else settings, field))
+  data, job = settings.data, settings.job
+  transforms.check_recipe(data.augment, data.resolution, data.resample)
+  trained = {"finetune": settings.finetune, "probe": settings.probe}.get(job, settings.train)
+  if settings.profile.steps and settings.profile.start >= trained.steps:
+    raise UserError(
+      f"config.profile.start: {settings.profile.start}; expected less than the run's {trained.steps} steps"
+    )
+  if job != "compile" and not settings.sample.samples:
+    raise UserError("config.sample.samples: 0; expected 1 or more")
+  pixels = settings.train.batch_size * data.resolution**2
+  if job == "pretrain" and settings.objective == "masked":
+    if settings.mask_probability * pixels < 1:
+      raise UserError(
+        f"config.mask_probability: {settings.mask_probability:g} masks less than one of the {pixels:,} "
+        f"pixels of a batch, which leaves nothing to predict; expected {1 / pixels:.2g} or more"
+      )
+  if settings.compile.topology:
+    if job != "compile":
+      raise UserError(
+        f"config.compile.topology: {settings.compile.topology!r} is for job compile; config.job is "
+        f"{job!r}; expected 'compile'"
+      )
+    check_name(settings.compile.topology)
+  choices.sampling_config(settings)
+  choices.optimizer_config(settings)
+  if job == "finetune":
+    _check_finetuning(settings)
+  if not settings.init_from:  # else the model is known when that is
+    dtype = settings.model.dtype or "float32"  # which one would ask for devices
+    model = dataclasses.replace(settings.model, dtype=dtype)
+    choices.model_config(
+      dataclasses.replace(settings, model=model), n_vocab=choices.palette_size(settings)
+    )
+
+
+def _check_finetuning(settings: Settings) -> None:
+  finetune = settings.finetune
+  if not finetune.generative + finetune.classification:
+    raise UserError(
+      "config.finetune.generative and finetune.classification: both 0; expected a positive weight"
+    )
+  if finetune.warmup_steps > finetune.steps:
+    raise UserError(
+      f"config.finetune.warmup_steps: {finetune.warmup_steps}; expected at most finetune.steps "
+      f"{finetune.steps}"
+    )

@@ -1,0 +1,214 @@
+"""All blocks in one differentiable function, for TPUs: what the backward pass needs is kept in stacks.
+
+A scan over layers that is differentiated by JAX copies whatever it keeps into a stack, and out of it
+again; next to the fused attention kernel those copies cost as much as the kernel. Here the backward
+pass is written out: matmuls write into the stacks, the kernels read and write one layer of them in
+place, and norms and the activation are computed again. Same values and gradients as the blocks'.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from igpt_jax.model import layers
+from igpt_jax.model.attention import tpu
+from igpt_jax.model.attention.dispatch import attention
+from igpt_jax.model.projection import project, project_gradients
+from igpt_jax.parallel import sharding
+from igpt_jax.parallel.sharding import constrain
+
+_LSE = ("batch", "heads", None, None, None)
+_STACKS = ((None, *layers.QKV), (None, *layers.HEADS), (None, *_LSE))
+
+
+def _norm_gradients(x, scale, gain, dout) -> tuple[jax.Array, jax.Array]:
+  """Gradients of `rms_norm` with respect to x and gain, float32; `scale` is its inverse RMS."""
+  unit = x.astype(jnp.float32) * scale
+  dout = dout.astype(jnp.float32)
+  dgain = jnp.sum(dout * unit, axis=(0, 1))
+  dunit = dout * gain
+  return scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True)), dgain
+
+
+def run(
+  blocks: dict, x_BxTxD: jax.Array, *, n_head: int, causal: bool, interpret: bool = False
+) -> jax.Array:
+  """The output of the last block [B, T, D].
+
+  Args:
+    blocks: the stacked parameters, as under "blocks" in the model's dict.
+    x_BxTxD: embeddings.
+    n_head, causal: of the model; the fused attention kernel must take a device's share.
+    interpret: run the kernel on the CPU, for tests.
+  """
+  return _run((n_head, causal, interpret), blocks, x_BxTxD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(settings, blocks, x):
+  """The output alone, where nothing is differentiated; keeps nothing for a backward pass."""
+  n_head, causal, interpret = settings
+  implementation = "tpu_interpret" if interpret else "tpu"
+
+  def body(x, block):
+    qkv = project(layers.TO_QKV, layers.rms_norm(x, block["ln_1"]["g"]), block["attn"]["qkv"])
+    heads = attention(qkv, n_head=n_head, causal=causal, implementation=implementation)
+    x = x + project(layers.FROM_HEADS, heads, block["attn"]["proj"])
+    hidden = project(layers.TO_INNER, layers.rms_norm(x, block["ln_2"]["g"]), block["mlp"]["fc"])
+    x = x + project(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
+    return constrain(x, *layers.STREAM), None
+
+  return jax.lax.scan(body, x, blocks)[0]
+
+
+class _Kept(NamedTuple):
+  """Stacks of what the backward pass needs of every layer; what it doesn't find here is cheap.
+
+  Attributes:
+    inputs: of the blocks, and after them the output of the last, [L + 1, B, T, D].
+    scales: inverse RMS at both norms, float32 [L, 2, B, T, 1].
+    attention: what the kernels read and write.
+    hidden: of the MLP, before the activation, [L, B, T, 4D]; None where it's cheaper to compute again
+      than to lay out for the backward pass: on 256 × 256 matrix units.
+  """
+
+  inputs: jax.Array
+  scales: jax.Array
+  attention: tpu.Stacks
+  hidden: jax.Array | None
+
+
+def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kept:
+  """Stacks for `_forward` to write; their contents are undefined."""
+  n_layer, width = blocks["ln_1"]["g"].shape
+  batch, length, _ = x.shape
+
+  def stack(shape, axes, depth=n_layer, dtype: Any = x.dtype):
+    return constrain(jax.lax.empty((depth, *shape), dtype), None, *axes)
+
+  heads = sharding.axis_share("heads", n_head)
+  assert heads, "the kernel is not chosen where heads don't divide over the mesh"
+  qkv = (3, batch, length, width)
+  lse = tpu.lse_shape(
+    qkv,
+    x.dtype,
+    n_head=heads,
+    head_dim=width // n_head,
+    causal=causal,
+  )
+  return _Kept(
+    inputs=stack(x.shape, layers.STREAM, depth=n_layer + 1),
+    scales=stack((2, batch, length, 1), (None, *layers.STREAM), dtype=jnp.float32),
+    attention=tpu.Stacks(
+      qkv=stack(qkv, layers.QKV),
+      out=stack(x.shape, layers.HEADS),
+      lse=stack(lse, _LSE, dtype=jnp.float32),
+    ),
+    hidden=None
+    if tpu.wide_matrix_unit()
+    else stack((batch, length, blocks["mlp"]["fc"].shape[-1]), layers.INNER),
+  )
+
+
+def _on_each_device(kernel, settings):
+  n_head, causal, interpret = settings
+  n_head = sharding.axis_share("heads", n_head)
+  return functools.partial(kernel, n_head=n_head, causal=causal, interpret=interpret)
+
+
+def _forward(settings, blocks, x):
+  n_head, causal, _ = settings
+  kernel = _on_each_device(tpu.forward_layer, settings)
+  attend = sharding.per_device(
+    lambda at, *parts: kernel(at, tpu.Stacks(*parts)), ((), *_STACKS), _STACKS[1:]
+  )
+
+  def body(carry, scanned):
+    x, kept = carry
+    layer, block = scanned
+    scale_1 = layers.inverse_rms(x)
+    qkv = project(
+      layers.TO_QKV, layers.scaled_norm(x, scale_1, block["ln_1"]["g"]), block["attn"]["qkv"]
+    )
+    qkv_stack = _put(kept.attention.qkv, qkv, layer)
+    out, lse = attend(layer, qkv_stack, *kept.attention[1:])
+    middle = x + project(layers.FROM_HEADS, _get(out, layer), block["attn"]["proj"])
+    scale_2 = layers.inverse_rms(middle)
+    hidden = project(
+      layers.TO_INNER, layers.scaled_norm(middle, scale_2, block["ln_2"]["g"]), block["mlp"]["fc"]
+    )
+    x = middle + project(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
+    x = constrain(x, *layers.STREAM)
+    kept = _Kept(
+      inputs=_put(kept.inputs, x, layer + 1),
+      scales=_put(kept.scales, jnp.stack([scale_1, scale_2]), layer),
+      attention=tpu.Stacks(qkv_stack, out, lse),
+      hidden=None if kept.hidden is None else _put(kept.hidden, hidden, layer),
+    )
+    return (x, kept), None
+
+  kept = _empty_stacks(blocks, x, n_head, causal)
+  kept = kept._replace(inputs=_put(kept.inputs, x, 0))
+  n_layer = len(blocks["ln_1"]["g"])
+  (x, kept), _ = jax.lax.scan(body, (x, kept), (jnp.arange(n_layer), blocks))
+  return x, (blocks, kept)
+
+
+def _backward(settings, residuals, dx):
+  blocks, kept = residuals
+  kernel = _on_each_device(tpu.backward_layer, settings)
+  of_attention = sharding.per_device(
+    lambda at, dout, *parts: kernel(at, tpu.Stacks(*parts), dout),
+    ((), layers.HEADS, *_STACKS),
+    layers.QKV,
+  )
+
+  def body(dx, scanned):
+    layer, block = scanned
+    gain_1, gain_2 = block["ln_1"]["g"], block["ln_2"]["g"]
+    x, out = _get(kept.inputs, layer), _get(kept.attention.out, layer)
+    middle = x + project(layers.FROM_HEADS, out, block["attn"]["proj"])  # cheaper than to keep
+    scale_1, scale_2 = _get(kept.scales, layer)
+
+    normed = layers.scaled_norm(middle, scale_2, gain_2)
+    if kept.hidden is None:
+      hidden = project(layers.TO_INNER, normed, block["mlp"]["fc"])
+    else:
+      hidden = _get(kept.hidden, layer)
+    activated, pull = jax.vjp(layers.activation, hidden)
+    dactivated, dproj = project_gradients(layers.FROM_INNER, activated, block["mlp"]["proj"], dx)
+    (dhidden,) = pull(dactivated)
+    dnormed, dfc = project_gradients(layers.TO_INNER, normed, block["mlp"]["fc"], dhidden)
+    dmiddle, dgain_2 = _norm_gradients(middle, scale_2, gain_2, dnormed)
+    dx = (dx + dmiddle).astype(x.dtype)
+
+    dout, dattn_proj = project_gradients(layers.FROM_HEADS, out, block["attn"]["proj"], dx)
+    dqkv = of_attention(layer, dout, *kept.attention)
+    normed = layers.scaled_norm(x, scale_1, gain_1)
+    dnormed, dqkv_weight = project_gradients(layers.TO_QKV, normed, block["attn"]["qkv"], dqkv)
+    dinput, dgain_1 = _norm_gradients(x, scale_1, gain_1, dnormed)
+    dx = constrain((dx + dinput).astype(x.dtype), *layers.STREAM)
+    gradients = {
+      "ln_1": {"g": dgain_1},
+      "attn": {"qkv": dqkv_weight, "proj": dattn_proj},
+      "ln_2": {"g": dgain_2},
+      "mlp": {"fc": dfc, "proj": dproj},
+    }
+    return dx, gradients
+
+  n_layer = len(blocks["ln_1"]["g"])
+  dx, gradients = jax.lax.scan(body, dx, (jnp.arange(n_layer), blocks), reverse=True)
+  return gradients, dx
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _put(stack: jax.Array, value: jax.Array, at: jax.Array | int) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stack, value, at, 0)
+
+
+def _get(stack: jax.Array, at: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(stack, at, 0, keepdims=False)
