@@ -172,7 +172,7 @@ def test_a_step_that_the_run_went_back_behind_has_no_numbers(tmp_path, whole, mo
   run(config_of(), tmp_path, recorder(seen))
   for step in (40, 60):
     shutil.rmtree(tmp_path / "checkpoints" / str(step))
-  rollbacks._record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
+  rollbacks.record(str(tmp_path), {"step": 65, "what": "rollback", "to": 20})
   order = rollbacks.order_seeds(str(tmp_path), 0)[-1]
   monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0 if found == "first" else order))
   run(config_of(), tmp_path, recorder(seen))
