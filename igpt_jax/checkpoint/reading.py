@@ -81,7 +81,7 @@ def quiet(level: int):
 def reading(folder: str):
   """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
   try:
-    with quiet(logging.CRITICAL), settled():
+    with quiet(logging.CRITICAL), settled:
       yield
   except UserError:
     raise
