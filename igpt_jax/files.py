@@ -132,3 +132,10 @@ def differing(theirs: Any, mine: Mapping[str, Any]) -> list[str]:
     for name, value in wanted.items()
     if (kept[name] != value if name in kept else not history.is_default_of_later(name, value))
   ]
+
+
+def check_same(name: str, what: str, theirs: Any, mine: Mapping[str, Any], fix: str) -> None:
+  """Raises UserError with the lines of `differing`, if any: what is there in place of what is meant."""
+  lines = differing(theirs, mine)
+  if lines:
+    raise UserError(f"{name}: {what}:\n" + "\n".join(lines) + f"\nfix: {fix}")

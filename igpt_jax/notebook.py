@@ -68,7 +68,7 @@ class Job:
     status = self.process.wait()
     self._reader.join()
     if status:
-      raise UserError(f"the job ended with status {status}:\n" + "\n".join(self.lines))
+      raise UserError(f"job: it ended with status {status}; expected 0:\n" + "\n".join(self.lines))
 
 
 class Run:
@@ -163,7 +163,7 @@ class Run:
     for name in names:
       found = sorted(self.workdir.glob(name))
       if not found:
-        raise UserError(f"{self.workdir / name}: no such file; run the job that writes it")
+        raise UserError(f"{self.workdir / name}: no such file; fix: run the job that writes it")
       for path in found:
         if path.suffix in (".png", ".gif"):
           _Screen().show([_text([str(path)]), _image(path)])
@@ -230,8 +230,8 @@ def _display():
     from IPython import display
   except ImportError:
     raise UserError(
-      "igpt_jax.notebook needs IPython, which every notebook has; in a terminal use python -m "
-      "igpt_jax.main"
+      "igpt_jax.notebook: it needs IPython, which every notebook has; fix: in a terminal use "
+      "python -m igpt_jax.main"
     ) from None
   return display
 

@@ -245,6 +245,16 @@ def test_a_failed_read_leaves_nothing_to_be_told_later(tmp_path, monkeypatch, ca
   assert (list(logging.getLogger("asyncio").filters), list(warnings.filters)) == filters
 
 
+def test_what_a_run_changes_of_the_process_is_undone_with_the_last_of_them(tmp_path):
+  before = sys.unraisablehook, list(logging.getLogger("absl").filters)
+  first, second = Checkpoints(str(tmp_path / "a")), Checkpoints(str(tmp_path / "b"))
+  first.close()
+  assert sys.unraisablehook is not before[0]
+  assert len(logging.getLogger("absl").filters) == len(before[1]) + 1
+  second.close()
+  assert (sys.unraisablehook, logging.getLogger("absl").filters) == before
+
+
 @pytest.mark.parametrize("maker", ["asyncio", "uvloop"])
 def test_reads_that_go_on_are_waited_for_when_one_fails(maker):
   """In loops as orbax makes them: of asyncio, and of uvloop for one within another."""

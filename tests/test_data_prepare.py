@@ -136,7 +136,7 @@ def test_two_processes_do_not_prepare_one_data_set(tmp_path, tensorflow_installe
   _archives(tmp_path / "manual")
   with open(tmp_path / ".imagenet2012.lock", "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    with pytest.raises(errors.UserError, match="another process"):
+    with pytest.raises(errors.UserError, match="in use by another run"):
       tfds_prepare.prepare("imagenet2012", str(tmp_path), str(tmp_path / "manual"))
 
 

@@ -37,7 +37,7 @@ def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str,
   if not stored or not isinstance(stored, dict):
     raise UserError(
       f"checkpoint: {folder} says nothing of its run: it is damaged, or not written by igpt_jax; "
-      f"{folders.advice(folder)}"
+      f"fix: {folders.advice(folder)}"
     )
   number = history.format_of(stored, f"checkpoint: {folder}")
   run = dict(stored)
@@ -96,5 +96,5 @@ def _of_json(value: Any) -> str:
 def _differs(folder: str, item: str) -> UserError:
   return UserError(
     f"checkpoint: {folder} is damaged: its {item} isn't what was saved (another checksum); "
-    f"{folders.advice(folder)}"
+    f"fix: {folders.advice(folder)}"
   )

@@ -74,4 +74,4 @@ def advice(folder: str) -> str:
   beside, name = os.path.split(folder)
   steps = [str(n) for n in whole_steps(beside)] if os.path.basename(beside) == FOLDER else []
   among = ", ".join(step for step in steps if step != name)
-  return f"fix: another step of the run{f' ({among})' if among else ''}, or copy it again"
+  return f"another step of the run{f' ({among})' if among else ''}, or copy it again"

@@ -57,7 +57,9 @@ def save_params(workdir: str, params: Params, found: Described) -> str:
       )
     os.rename(part, workdir)
   except OSError as error:
-    raise UserError(f"checkpoint to write: {workdir}: {error.strerror or error}") from error
+    raise UserError(
+      f"checkpoint to write: {workdir}: {error.strerror or error}; expected a place to write to"
+    ) from error
   finally:
     shutil.rmtree(part, ignore_errors=True)
   return os.path.join(workdir, FOLDER, str(found.step))

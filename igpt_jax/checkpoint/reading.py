@@ -81,7 +81,7 @@ def quiet(level: int):
 def reading(folder: str):
   """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
   try:
-    with quiet(logging.CRITICAL), settled():
+    with quiet(logging.CRITICAL), settled:
       yield
   except UserError:
     raise
@@ -91,7 +91,7 @@ def reading(folder: str):
       first = cause
     raise UserError(
       f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
-      f"a whole checkpoint of this program; {folders.advice(folder)}"
+      f"a whole checkpoint of this program; fix: {folders.advice(folder)}"
     ) from error
 
 
@@ -139,7 +139,7 @@ def describe(path: str) -> Described:
     if "model" not in run:
       raise UserError(
         f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model; "
-        f"{folders.advice(folder)}"
+        f"fix: {folders.advice(folder)}"
       )
     _check_names(sums_of_items, found.metadata)
     config = ImageGPTConfig(**run["model"])

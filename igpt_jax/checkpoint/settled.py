@@ -7,9 +7,10 @@ whichever thread or garbage collection comes upon it, in tracebacks of its own.
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
+
+from igpt_jax.checkpoint.process_wide import ProcessWide
 
 try:
   import uvloop  # of orbax' own requirements: for a loop within another one
@@ -60,21 +61,17 @@ if uvloop is not None:
 
   _MAKERS.append((uvloop, uvloop.new_event_loop, _UVLoop))
 
-_scopes, _lock = 0, threading.Lock()
-
 
 @contextlib.contextmanager
-def settled() -> Iterator[None]:
-  """Makes event loops that are opened in the block settle before they close, in all threads."""
-  global _scopes
-  with _lock:
-    _scopes += 1
-    for module, _, settling in _MAKERS:
-      module.new_event_loop = settling
+def _settling() -> Iterator[None]:
+  for module, _, settling in _MAKERS:
+    module.new_event_loop = settling
   try:
     yield
   finally:
-    with _lock:
-      _scopes -= 1
-      for module, original, _ in _MAKERS if _scopes == 0 else ():
-        module.new_event_loop = original
+    for module, original, _ in _MAKERS:
+      module.new_event_loop = original
+
+
+# In its blocks new event loops, of all threads, leave nothing under way.
+settled = ProcessWide(_settling)

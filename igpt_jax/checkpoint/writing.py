@@ -10,11 +10,9 @@ such a promise, leave a damaged one. That one is noticed, and the one before is 
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -25,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from igpt_jax.checkpoint import file_sums, folders, reading
 from igpt_jax.checkpoint.folders import FOLDER
+from igpt_jax.checkpoint.process_wide import ignore_followup_errors
 from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.files import sync
 from igpt_jax.parallel import hosts
@@ -48,28 +47,6 @@ def _items(state: TrainState) -> dict[str, Any]:
   if HEAD in state.params:
     items["head"] = {HEAD: state.params[HEAD]}
   return items
-
-
-def _told_by_us(record: logging.LogRecord) -> bool:
-  """A filter of orbax' tracebacks: what it logs so, it raises, and that is told in a line."""
-  of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
-  return not (record.exc_info and of_orbax)
-
-
-def _deaf_to_stragglers(hook):
-  """A sys.unraisablehook that passes on all but what comes of other writes when one has failed.
-
-  They are still under way in threads of their own, and find orbax' event loop closed.
-  """
-  if hasattr(hook, "passes_to"):
-    return hook
-
-  def hear(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
-      hook(unraisable)
-
-  hear.passes_to = hook
-  return hear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +120,8 @@ class Checkpoints:
     self._error: BaseException | None = None
     self._set_aside_unreadable()
     self._checkpointer = self._open()
-    # What orbax says of a save that fails comes from its threads, at any time.
-    logging.getLogger("absl").addFilter(_told_by_us)
-    sys.unraisablehook = _deaf_to_stragglers(sys.unraisablehook)
+    self._until_closed = contextlib.ExitStack()
+    self._until_closed.enter_context(ignore_followup_errors)
 
   def _open(self) -> ocp.training.Checkpointer:
     context, folder = ocp.Context(), self._folder
@@ -347,6 +323,8 @@ class Checkpoints:
         self._checkpointer.wait()
       except SAVE_ERRORS as error:
         self._error = error  # orbax tells it only once
+        # What follows from it comes at any time until the process ends.
+        self._until_closed.pop_all()
     if self._error is not None:
       raise self._error
     self._begun = False
@@ -364,6 +342,7 @@ class Checkpoints:
     """
     self.wait()
     self._checkpointer.close()
+    self._until_closed.close()
 
 
 def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:

@@ -23,7 +23,7 @@ def settings_of(config: "ConfigDict") -> Settings:
   parts: dict[str, dict[str, Any]] = {"": {}}
   for name, value in files.flatten(config.to_dict()).items():
     if name not in FIELDS:
-      raise UserError(no_such(name))
+      raise UserError(f"config: {no_such(name)}; fix: --help lists the settings")
     group, _, field = name.rpartition(".")
     parts.setdefault(group, {})[field] = tuple(value) if isinstance(value, list) else value
   groups: dict[str, Any] = {
@@ -61,7 +61,8 @@ def _check(settings: Settings) -> None:
   if settings.compile.topology:
     if job != "compile":
       raise UserError(
-        f"config.compile.topology: {settings.compile.topology!r} is for job compile; config.job is {job!r}"
+        f"config.compile.topology: {settings.compile.topology!r} is for job compile; config.job is "
+        f"{job!r}; expected 'compile'"
       )
     check_name(settings.compile.topology)
   choices.sampling_config(settings)

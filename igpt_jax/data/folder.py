@@ -55,7 +55,8 @@ class FolderRecords:
     strangers = [name for name in folders if name not in self.class_names]
     if strangers:
       raise errors.UserError(
-        f"data.path {root}: class {strangers[0]!r} is not among train's ({len(self.class_names)})"
+        f"data.path {root}: class {strangers[0]!r} is not among train's; expected its "
+        f"{len(self.class_names)} classes"
       )
     labels = {name: label for label, name in enumerate(self.class_names)}
     files = [(name, -1) for name in loose]

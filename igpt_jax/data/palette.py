@@ -66,15 +66,15 @@ class Palette:
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> Palette:
     """Reads a .npy file in the original's format; anything else is a UserError that names it."""
-    hint = "expected a .npy file of float [k, 3] colours in [-1, 1]"
+    expected = "a .npy file of float [k, 3] colours in [-1, 1]"
     try:
       with open(path, "rb") as file:
         array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
       why = getattr(error, "strerror", None) or error
-      raise errors.UserError(f"palette {path}: {why}; {hint}") from error
+      raise errors.UserError(f"palette {path}: {why}; expected {expected}") from error
     if not isinstance(array, np.ndarray):
-      raise errors.UserError(f"palette {path}: an archive of arrays; {hint}")
+      raise errors.UserError(f"palette {path}: an archive of arrays; expected {expected}")
     return cls(array, name=f"palette {path}")
 
   @classmethod

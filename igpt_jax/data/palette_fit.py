@@ -70,7 +70,9 @@ def palette_error(palette: palette_lib.Palette, images: Iterable[np.ndarray]) ->
     total += int(np.square(difference, dtype=np.int64).sum())
     n_values += batch.size
   if not n_values:
-    raise errors.UserError("palette: no held-out pictures to measure its error on")
+    raise errors.UserError(
+      "palette: no held-out images to measure its error on; expected one or more"
+    )
   mse = total / n_values
   psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
   return PaletteError(mse, psnr, n_values // 3)

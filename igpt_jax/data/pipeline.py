@@ -67,7 +67,9 @@ def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
       )
   step, rest = divmod(saved["next_index"], saved["batch_size"])
   if rest:
-    raise errors.UserError(f"data position {saved['next_index']}: not at the start of a batch")
+    raise errors.UserError(
+      f"data position: {saved['next_index']}; expected a multiple of the batch size {saved['batch_size']}"
+    )
   return step
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import importlib.util
 import os
 import pathlib
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 
 from igpt_jax import errors
 from igpt_jax.data import tfds_source
+from igpt_jax.parallel.locking import locked
 
 # What TFDS's builder reads, and would otherwise miss only after a while or in part.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -70,7 +70,9 @@ def _generate(name: str, directory: str, manual: pathlib.Path) -> str:
     known = tfds.list_builders(with_community_datasets=False)
     close = difflib.get_close_matches(name, known, 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise errors.UserError(f"data.name: {name}; TFDS has no such data set{hint}") from None
+    raise errors.UserError(
+      f"data.name: {name}; expected the name of a TFDS data set{hint}"
+    ) from None
   tfds_source.choose_features(builder.info)
   _remove_leftovers(pathlib.Path(builder.data_dir))
   config = tfds.download.DownloadConfig(manual_dir=os.fspath(manual))
@@ -107,20 +109,15 @@ def _remove_leftovers(final: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _lock(directory: str, name: str) -> Iterator[None]:
-  """One process at a time prepares a data set; the operating system frees the lock of a killed one."""
+  """One process at a time prepares a data set."""
   path = pathlib.Path(directory) / f".{name.replace('/', '_').replace(':', '_')}.lock"
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
-  except OSError as error:
-    raise errors.UserError(
-      f"data_dir {directory}: {error.strerror}; expected a writable folder"
-    ) from error
-  with file:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      lock = locked(os.fspath(path), f"data set: {name} in {directory}", "another data.data_dir")
+      stack.enter_context(lock)
+    except OSError as error:
       raise errors.UserError(
-        f"data set {name}: another process is preparing it in {directory}; fix: wait for it"
-      ) from None
+        f"data_dir {directory}: {error.strerror}; expected a writable folder"
+      ) from error
     yield

@@ -50,7 +50,9 @@ def run(settings: Settings, workdir: str) -> None:
 
   def skip(part: str, reason: str) -> None:
     if len(parts) == 1:
-      raise UserError(reason)
+      raise UserError(
+        f"benchmark.parts: {part}: {reason}; expected a part that can be measured here"
+      )
     say(f"{part}: skipped: {reason}")
     skipped[part] = reason
 

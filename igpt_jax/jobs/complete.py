@@ -196,13 +196,8 @@ def _check_same(recipe: dict[str, Any], out: str) -> None:
     raise UserError(
       f"workdir: {out}/{_SETTINGS} is damaged ({error}); fix: another --workdir"
     ) from None
-  differing = files.differing(theirs, recipe)
-  if differing:
-    raise UserError(
-      f"workdir: {out} holds samples that were drawn in another way, or by another model:\n"
-      + "\n".join(differing)
-      + f"\nfix: another --workdir, or remove {out}"
-    )
+  what = f"{out} holds samples that were drawn in another way, or by another model"
+  files.check_same("workdir", what, theirs, recipe, f"another --workdir, or remove {out}")
 
 
 def _targets(

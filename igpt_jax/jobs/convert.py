@@ -60,7 +60,9 @@ def parent_of(target: str):
     os.makedirs(parent, exist_ok=True)
     yield
   except OSError as error:
-    raise UserError(f"config.convert.target: {target}: {error.strerror}") from error
+    raise UserError(
+      f"config.convert.target: {target}: {error.strerror}; expected a place to write to"
+    ) from error
   finally:
     if not there:
       with contextlib.suppress(OSError):

@@ -54,8 +54,8 @@ def evaluate(settings: Settings, workdir: str, out: str) -> None:
   palette = None if split.is_tokens else weights.palette_of(trained)
   if split.max_token >= n_vocab:
     raise UserError(
-      f"data.path: {data_config.path} has tokens up to {split.max_token}; the checkpoint's "
-      f"palette has {n_vocab} colours"
+      f"data.path: {data_config.path} has tokens up to {split.max_token}; expected less "
+      f"than {n_vocab}, the size of the checkpoint's palette"
     )
 
   def stream(of: Split, limit: int = 0):

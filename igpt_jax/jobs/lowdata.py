@@ -19,6 +19,7 @@ from igpt_jax.probing import sets as sets_lib
 from igpt_jax.probing.linear import FewLabelsResult
 from igpt_jax.probing.sets import FeatureSet
 from igpt_jax.reporting import figures, progress, summary
+from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.workspace import workdir as workdir_lib
 
 _OURS = "best layer"
@@ -98,7 +99,9 @@ def draw(settings: Settings, labels: np.ndarray, per_class: int) -> list[np.ndar
   try:
     return [linear.balanced_subset(labels, per_class, rng) for _ in range(settings.lowdata.trials)]
   except ValueError as error:
-    raise UserError(f"config.lowdata.labels_per_class: {per_class}: {error}") from None
+    raise UserError(
+      f"config.lowdata.labels_per_class: {per_class}; expected that many of each class: {error}"
+    ) from None
 
 
 def choose(
@@ -132,13 +135,11 @@ def verdict(chosen, results) -> str:
 
 def table(chosen, results) -> str:
   """Markdown: a row per number of labels, a column per curve."""
-  head = ["labels per class", *chosen]
-  lines = ["| " + " | ".join(head) + " |", "|--:" + "|---" * len(chosen) + "|"]
-  for n in chosen[_OURS]:
-    row = [str(n)]
-    for of in chosen.values():
-      found = results[of[n]][n]
-      which = f" ({of[n].removeprefix('random weights, ')})" if "layer" in of[n] else ""
-      row.append(f"{found.test_accuracy:.2%} ± {found.test_std:.2%}{which}")
-    lines.append("| " + " | ".join(row) + " |")
-  return "\n".join(lines) + "\n"
+
+  def cell(n: int, name: str) -> str:
+    found = results[name][n]
+    which = f" ({name.removeprefix('random weights, ')})" if "layer" in name else ""
+    return f"{found.test_accuracy:.2%} ± {found.test_std:.2%}{which}"
+
+  rows = [(n, *(cell(n, of[n]) for of in chosen.values())) for n in chosen[_OURS]]
+  return markdown_table("r" + "l" * len(chosen), ("labels per class", *chosen), rows)

@@ -25,6 +25,7 @@ from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.probing.features import FeatureConfig, pooled_features
 from igpt_jax.reporting import progress, summary
+from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling import frechet
 from igpt_jax.sampling.completer import NOTHING, Completer, Picture, given_rows
@@ -191,7 +192,9 @@ def onnx_file(settings: Settings) -> str:
   if not path.endswith(".onnx"):
     return ""
   if not os.path.isfile(os.path.expanduser(path)):
-    raise UserError(f"config.quality.network: {path}: no such file")
+    raise UserError(
+      f"config.quality.network: {path}: no such file; expected a network in ONNX format"
+    )
   return os.path.expanduser(path)
 
 
@@ -260,19 +263,15 @@ def onnx_network(path: str) -> Network:
 
 def table(values: dict) -> str:
   """Markdown."""
+
+  def row(name: str, key: str) -> tuple[str, str, str]:
+    nats = values.get(f"{key}_nats_per_token")
+    return name, f"{values[f'{key}_distance']:.4g}", "" if nats is None else f"{nats:.4f}"
+
+  by = f"{values['pictures']:,} pictures each, by {values['network']}"
   rows = [
-    ("samples", values["samples_distance"], values["samples_nats_per_token"]),
-    (
-      f"completions, {values['rows_given']} rows given",
-      values["completions_distance"],
-      values["completions_nats_per_token"],
-    ),
-    ("training pictures", values["train_distance"], None),
+    row("samples", "samples"),
+    row(f"completions, {values['rows_given']} rows given", "completions"),
+    row("training pictures", "train"),
   ]
-  lines = [
-    f"| {values['pictures']:,} pictures each, by {values['network']} | Fréchet distance to test | nats/token |",
-    "|---|--:|--:|",
-  ]
-  for name, far, nats in rows:
-    lines.append(f"| {name} | {far:.4g} | {'' if nats is None else f'{nats:.4f}'} |")
-  return "\n".join(lines) + "\n"
+  return markdown_table("lrr", (by, "Fréchet distance to test", "nats/token"), rows)

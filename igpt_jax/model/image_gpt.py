@@ -80,7 +80,7 @@ class ImageGPTConfig:
       nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
       raise UserError(
         f"model.n_embd: {self.n_embd} isn't divisible by model.n_head: {self.n_head}; "
-        f"heads that divide it, nearest first: {', '.join(map(str, nearest))}"
+        f"expected heads that divide it, such as {', '.join(map(str, nearest))}"
       )
     if self.dtype not in ("float32", "bfloat16"):
       raise UserError(f"model.dtype: {self.dtype!r}; expected 'float32' or 'bfloat16'")

@@ -231,8 +231,8 @@ def batch_size_per_shard(
     near = f"{below} or {above}" if below else f"{above}"
     times = f" × train.accumulate {accumulate}" if accumulate > 1 else ""
     raise UserError(
-      f"{what}: {batch_size} isn't divisible by data × fsdp = {batch_shards(mesh)} of the "
-      f"mesh{times}; nearest: {near}"
+      f"{what}: {batch_size} isn't divisible; expected a multiple of data × fsdp = "
+      f"{batch_shards(mesh)} of the mesh{times}; nearest: {near}"
     )
   return batch_size // parts
 

@@ -10,12 +10,12 @@ from typing import Any
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import PRESETS
 from igpt_jax.reporting import summary
+from igpt_jax.reporting.tables import markdown_table
 
 _HEAD = (
-  "| model | slice | chips | data × fsdp × tensor | batch | remat | fits: GiB a chip | step | MFU "
-  "| images/s | days | chip-hours |\n"
-  "|---|---|--:|---|--:|---|---|--:|--:|--:|--:|--:|\n"
-)
+  "model", "slice", "chips", "data × fsdp × tensor", "batch", "remat", "fits: GiB a chip", "step",
+  "MFU", "images/s", "days", "chip-hours",
+)  # fmt: skip
 
 
 def add(workdir: str, values: dict[str, Any]) -> None:
@@ -60,19 +60,19 @@ def _row(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-  lines = []
-  for row in rows.values():
-    mesh = " × ".join(str(size) for size in row["mesh"].values())
-    memory = f"{row['bytes_per_chip'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.1f}"
-    start = (
-      f"| {row['name']} | {row['topology']} | {row['chips']} | {mesh} | {row['batch_size']:,} | "
-      f"{row['remat']} | {'yes' if row['fits'] else 'no'}: {memory} |"
-    )
-    if "step_seconds" not in row:
-      lines.append(f"{start} | | | | |")
-      continue
-    lines.append(
-      f"{start} {1e3 * row['step_seconds']:,.0f} ms | {row['mfu']:.1%} | "
-      f"{row['images_per_second']:,.0f} | {row['days']:.2f} | {row['chip_hours']:,.0f} |"
-    )
-  return _HEAD + "\n".join(lines) + "\n"
+  return markdown_table("llrlrllrrrrr", _HEAD, map(_cells, rows.values()))
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+  mesh = " × ".join(map(str, row["mesh"].values()))
+  memory = f"{row['bytes_per_chip'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.1f}"
+  start = (
+    row["name"], row["topology"], row["chips"], mesh, f"{row['batch_size']:,}", row["remat"],
+    f"{'yes' if row['fits'] else 'no'}: {memory}",
+  )  # fmt: skip
+  if "step_seconds" not in row:
+    return *start, *[""] * 5
+  return (
+    *start, f"{1e3 * row['step_seconds']:,.0f} ms", f"{row['mfu']:.1%}",
+    f"{row['images_per_second']:,.0f}", f"{row['days']:.2f}", f"{row['chip_hours']:,.0f}",
+  )  # fmt: skip

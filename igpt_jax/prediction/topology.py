@@ -99,7 +99,7 @@ def check_name(name: str) -> None:
     chips = _chips(shape) if re.fullmatch(r"\d+(x\d+)*", shape) else 16
     nearest = sorted(slices, key=lambda other: abs(math.log(_chips(other) / max(chips, 1))))[:3]
     raise UserError(
-      f"config.compile.topology: {name!r}; {kind} has no slice {shape!r}; nearest: "
+      f"config.compile.topology: {name!r}; {kind} has no slice {shape!r}; expected one that it has; nearest: "
       f"{', '.join(f'{kind}:{s}' for s in sorted(nearest, key=_chips))}; all: {', '.join(slices)}"
     )
 
@@ -152,6 +152,6 @@ def open_topology(name: str) -> Topology:
   chip = hardware.chip_of(devices[0])
   if chip is None:
     raise UserError(
-      f"config.compile.topology: {name}: no figures for its chips, {devices[0].device_kind!r}"
+      f"config.compile.topology: {name}: no figures for its chips, {devices[0].device_kind!r}; fix: another topology"
     )
   return Topology(name, GENERATIONS[kind], tuple(devices), chip, dump)

@@ -189,7 +189,9 @@ def save(
           with files.replacing(palette) as partial, open(partial, "wb") as file:
             np.save(file, np.asarray(clusters, np.float32), allow_pickle=False)
         except OSError as error:
-          raise UserError(f"palette to write: {palette}: {error.strerror}") from error
+          raise UserError(
+            f"palette to write: {palette}: {error.strerror}; expected a place to write to"
+          ) from error
         undo.callback(os.remove, palette)
       openai.write_checkpoint(
         prefix, config, params, num_shards=num_shards, fetch=fetch, report=report

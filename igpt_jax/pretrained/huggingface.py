@@ -297,7 +297,9 @@ def write_directory(
       )
     os.rename(part, directory)
   except OSError as error:
-    raise UserError(f"directory to write: {directory}: {error.strerror}") from error
+    raise UserError(
+      f"directory to write: {directory}: {error.strerror}; expected a place to write to"
+    ) from error
   finally:
     if os.path.isdir(part):
       shutil.rmtree(part)

@@ -132,7 +132,9 @@ def _infer_config(specs: Mapping[str, Any], prefix: str) -> ImageGPTConfig:
   layers = {int(match[1]) for match in map(_LAYER.match, specs) if match}
   absent = next(i for i in range(len(layers) + 1) if i not in layers)
   if absent != len(layers):
-    raise UserError(f"checkpoint variables: {prefix} has none of model/h{absent}, but later layers")
+    raise UserError(
+      f"checkpoint variables: {prefix} has none of model/h{absent}; expected it before later layers"
+    )
   return ImageGPTConfig(
     n_layer=len(layers),
     n_head=n_head,

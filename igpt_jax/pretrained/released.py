@@ -104,7 +104,9 @@ def download(
   try:
     os.makedirs(directory, exist_ok=True)
   except OSError as error:
-    raise UserError(f"directory for downloads: {directory}: {error.strerror}") from error
+    raise UserError(
+      f"directory for downloads: {directory}: {error.strerror}; expected a place to write to"
+    ) from error
   targets = []
   for i, file in enumerate(files):
     target = os.path.join(directory, os.path.basename(file))
@@ -184,7 +186,9 @@ def _fetch(url: str, target: str, said: str, report: Report) -> None:
   except _NETWORK_ERRORS as error:
     raise _Interrupted(f"{type(error).__name__}: {error}") from error
   except OSError as error:
-    raise UserError(f"download: {error.filename or part}: {error.strerror}") from error
+    raise UserError(
+      f"download: {error.filename or part}: {error.strerror}; expected a place to write to"
+    ) from error
   if expected and base64.b64encode(digest.digest()).decode() != expected.strip():
     _remove(part, tag_path)
     raise _Interrupted("what arrived doesn't match the server's MD5")

@@ -289,7 +289,9 @@ class Bundle:
       # google_crc32c takes nothing but bytes; in chunks, no second copy of a tensor exists.
       chunk = file.read(min(_CHUNK_BYTES, entry.size - done))
       if not chunk:
-        raise UserError(f"checkpoint file: {self._paths[entry.shard]} ends while {name} is read")
+        raise UserError(
+          f"checkpoint file: {self._paths[entry.shard]} ends while {name} is read; fix: copy it again"
+        )
       view[done : done + len(chunk)] = chunk
       crc = google_crc32c.extend(crc, chunk)
       done += len(chunk)
@@ -342,7 +344,9 @@ def write_bundle(
             f"variable name: {name!r}; expected a new one of 1 to {MAX_KEY_BYTES} bytes"
           )
         if array.dtype not in _DTYPE_CODES:
-          raise UserError(f"dtype of {name}: {array.dtype.name} has no place in a checkpoint")
+          raise UserError(
+            f"dtype of {name}: {array.dtype.name}; expected one of {', '.join(d.name for d in _DTYPE_CODES)}"
+          )
         shard = sizes.index(min(sizes))
         data, crc = array.reshape(-1).view(np.uint8).data, 0
         for at in range(0, array.nbytes, _CHUNK_BYTES):
@@ -360,7 +364,9 @@ def write_bundle(
     for part, target in zip(parts, targets, strict=True):
       os.rename(part, target)
   except OSError as error:
-    raise UserError(f"checkpoint to write: {prefix}: {error.strerror}") from error
+    raise UserError(
+      f"checkpoint to write: {prefix}: {error.strerror}; expected a place to write to"
+    ) from error
   finally:
     for part in parts:
       with contextlib.suppress(FileNotFoundError):

@@ -45,7 +45,9 @@ class _SafetensorsSource:
         if not name.isprintable() or len(name) > _MAX_NAME:
           raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
         if name in self.specs:
-          raise UserError(f"weights: {name} is in {path} and in {self._file_of[name]}")
+          raise UserError(
+            f"weights: {name} is in {path} and in {self._file_of[name]}; expected one of them"
+          )
         view = handle.get_slice(name)
         self.specs[name] = (tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(view.get_dtype()))
         self._file_of[name] = file
@@ -155,7 +157,7 @@ class TorchSource:
     declared = 0
     for name, tensor in state.items():
       if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise UserError(f"weights: {shown(name)} in {path} isn't a named tensor")
+        raise UserError(f"weights: {shown(name)} in {path}; expected a named tensor")
       if not name.isprintable() or len(name) > _MAX_NAME:
         raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
       if tensor.layout != torch.strided or tensor.device.type != "cpu":

@@ -5,6 +5,7 @@ from typing import Any
 
 from igpt_jax.probing import sets
 from igpt_jax.reporting import figures, summary
+from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.workspace import watch
 
 Row = dict[str, Any]  # name, kind, layer, validation_accuracy, test_accuracy, and how it was fitted
@@ -42,14 +43,15 @@ def table(rows: list[Row]) -> str:
   """Markdown: a row per feature set; the chosen layer is starred."""
   fitted = {"strength": "C", "learning_rate": "learning rate"}
   by = next(name for name in fitted if name in rows[0])
-  lines = [f"| features | {fitted[by]} | validation | test |", "|---|--:|--:|--:|"]
   best = best_of(rows)
-  for row in rows:
-    lines.append(
-      f"| {row['name']}{' *' if row is best else ''} | {row[by]:g} | {row['validation_accuracy']:.2%} | "
-      f"{row['test_accuracy']:.2%}{'' if row.get('converged', True) else ' (not converged)'} |"
+  cells = [
+    (
+      row["name"] + (" *" if row is best else ""), f"{row[by]:g}", f"{row['validation_accuracy']:.2%}",
+      f"{row['test_accuracy']:.2%}" + ("" if row.get("converged", True) else " (not converged)"),
     )
-  return "\n".join(lines) + "\n"
+    for row in rows
+  ]  # fmt: skip
+  return markdown_table("lrrr", ("features", fitted[by], "validation", "test"), cells)
 
 
 def curve(rows: list[Row], kind: str = "layer") -> tuple[list[int], list[float]]:

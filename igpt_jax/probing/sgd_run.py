@@ -147,8 +147,8 @@ def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[
   clock.end(outcome.step, outcome.stopped_by is None)
   if outcome.stopped_by:
     raise UserError(
-      f"stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; the same command "
-      "goes on from here"
+      f"probe: stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; fix: the same "
+      "command goes on from here"
     )
   say(f"classifiers trained in {progress.format_seconds(time.monotonic() - began)}; testing")
   params = outcome.state.params

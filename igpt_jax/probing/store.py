@@ -49,7 +49,9 @@ class FeatureStore:
     self._progress: dict[str, int] = {}
     path = os.path.join(folder, "identity.json")
     if os.path.exists(path):
-      _compare(path, _read(path), self._identity)
+      what = f"{folder} holds features of something else"
+      fix = "another config.features.cache, or remove that folder"
+      files.check_same("features.cache", what, _read(path), self._identity, fix)
       self._progress = _read_progress(os.path.join(folder, "progress.json"))
 
   def missing(self, layers: Sequence[int]) -> tuple[int, ...]:
@@ -82,7 +84,9 @@ class FeatureStore:
       self._write("progress.json", self._progress)
       self._write("identity.json", self._identity)
     except OSError as error:
-      raise UserError(f"features.cache: {self.folder}: {error.strerror or error}") from error
+      raise UserError(
+        f"features.cache: {self.folder}: {error.strerror or error}; expected a place to write to"
+      ) from error
     return Writing(self, layers)
 
   def layer(self, layer: int) -> np.ndarray:
@@ -207,13 +211,3 @@ def _read_progress(path: str) -> dict[str, int]:
 
 def _unreadable(path: str, why: object) -> UserError:
   return UserError(f"features: {path} can't be read ({why}); fix: remove {os.path.dirname(path)}")
-
-
-def _compare(path: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-  differing = files.differing(theirs, mine)
-  if differing:
-    raise UserError(
-      f"features.cache: {os.path.dirname(path)} holds features of something else:\n"
-      + "\n".join(differing)
-      + "\nfix: another config.features.cache, or remove that folder"
-    )

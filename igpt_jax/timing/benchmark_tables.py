@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from igpt_jax.reporting.tables import markdown_table
+
 Values = dict[str, Any]
 
 
@@ -20,19 +22,15 @@ def heading(found: Values) -> str:
 
 
 def as_markdown(found: Values) -> str:
-  rows = [row for part in _ROWS if part in found for row in _ROWS[part](found[part])]
-  lines = [
-    "# Benchmark",
-    "",
-    *(f"- {line}" for line in heading(found).split("\n")),
-    "",
-    "| what | median | fastest to slowest | that is |",
-    "|---|--:|---|---|",
+  parts = [part for part in _ROWS if part in found]
+  rows = [
+    (what, _seconds(t["seconds"]), f"{_seconds(t['fastest'])} to {_seconds(t['slowest'])}", meaning)
+    for part in parts
+    for what, t, meaning in _ROWS[part](found[part])
   ]
-  for what, timing, meaning in rows:
-    low, high = _seconds(timing["fastest"]), _seconds(timing["slowest"])
-    lines.append(f"| {what} | {_seconds(timing['seconds'])} | {low} to {high} | {meaning} |")
-  lines += ["", *(note for part in _ROWS if part in found for note in _NOTES[part](found[part]))]
+  table = markdown_table("lrll", ("what", "median", "fastest to slowest", "that is"), rows)
+  lines = ["# Benchmark", "", *(f"- {line}" for line in heading(found).split("\n")), "", table]
+  lines += [note for part in parts for note in _NOTES[part](found[part])]
   lines += [f"- {part}: skipped: {reason}" for part, reason in found["skipped"].items()]
   return "\n".join(lines) + "\n"
 

@@ -104,18 +104,15 @@ def _check_same_start(settings: Settings, workdir: str, own: Described) -> None:
   if not os.path.exists(path) and f"{began['checkpoint']}/".startswith(f"{path}/"):
     return
   now = weights_lib.of_job(settings, workdir)
-  if "parameters" in began:
-    differing = files.differing(began, provenance.of_checkpoint(now))
-  else:  # begun by a version that knew it by its path
-    differing = files.differing(began, {"checkpoint": now.path})
-  if differing:
-    folder = os.path.dirname(os.path.dirname(own.path))
-    raise UserError(
-      f"checkpoint: {now.path} is another model than {folder} was begun from, {began['checkpoint']}:\n"
-      + "\n".join(differing)
-      + f"\nfix: --config.checkpoint={began['checkpoint']} goes on with what was begun; remove {folder}, or "
-      "another --workdir, to begin from the other one"
-    )
+  # A version before this one knew it by its path.
+  mine = provenance.of_checkpoint(now) if "parameters" in began else {"checkpoint": now.path}
+  folder = os.path.dirname(os.path.dirname(own.path))
+  what = f"{now.path} is another model than {folder} was begun from, {began['checkpoint']}"
+  fix = (
+    f"--config.checkpoint={began['checkpoint']} goes on with what was begun; remove {folder}, or "
+    "another --workdir, to begin from the other one"
+  )
+  files.check_same("checkpoint", what, began, mine, fix)
 
 
 def describe(start: Begin, settings: Settings) -> str:

@@ -154,7 +154,9 @@ class _Watch:
       except (UserError, OSError) as caught:
         error = caught
     if hosts.on_any(error is not None):
-      raise error or UserError(f"{out} can't be begun by the main process")
+      raise error or UserError(
+        f"config.watch: {out} can't be begun by the main process; fix: see what that one says"
+      )
     return out
 
   def _put_abandoned_aside(self) -> None:

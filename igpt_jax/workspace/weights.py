@@ -187,7 +187,7 @@ def of_run(settings: Settings, workdir: str, split: Split) -> Start:
   _check_same_model(settings, found)
   check_palette(settings, found, "--config.palette.path=")
   if found.palette is None and not split.is_tokens:
-    raise UserError(f"init_from: {no_palette(found)}")
+    raise no_palette(found, "init_from")
   return Start(choices.settle(settings, found.config), found, _palette(found))
 
 
@@ -235,15 +235,15 @@ def _check_same_model(settings: Settings, found: Described) -> None:
     )
 
 
-def no_palette(found: Described) -> str:
-  """Says that colours are needed and not known, and what to do."""
+def no_palette(found: Described, setting: str = "checkpoint") -> UserError:
+  """The error that says that colours are needed and not known, and what to do."""
   why = {
     "orbax": "it was trained on bare tokens",
     "openai": "no kmeans_centers.npy lies beside it",
     "huggingface": "it has no preprocessor_config.json",
   }[found.format]
-  return (
-    f"checkpoint {found.path} carries no palette ({why}); expected the {found.config.n_vocab} colours "
+  return UserError(
+    f"{setting}: {found.path} carries no palette ({why}); expected the {found.config.n_vocab} colours "
     "that its tokens stand for; fix: --config.palette.path=FILE.npy"
   )
 
@@ -322,5 +322,5 @@ def palette_of(trained: checkpoint.Described) -> Palette:
     UserError: they aren't known.
   """
   if trained.palette is None:
-    raise UserError(weights.no_palette(trained))
+    raise no_palette(trained)
   return Palette(np.asarray(trained.palette), name=f"palette of {trained.path}")

@@ -27,25 +27,17 @@ def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:
   if theirs is None:
     return
   ours = files.flatten(as_json(settings))
-  changed, unknown = [], []
-  for name in sorted(ours.keys() | theirs.keys()):
-    if not decides(name, kind):
-      continue
-    if name not in ours:
-      unknown.append(f"  {name}: {theirs[name]}")
-    elif theirs.get(name, "absent") != ours[name]:
-      changed.append(f"  {name}: {theirs.get(name, 'absent')} there, {ours[name]} here")
+  decisive = [name for name in sorted(ours.keys() | theirs.keys()) if decides(name, kind)]
+  unknown = [f"  {name}: {theirs[name]}" for name in decisive if name not in ours]
   if unknown:
     raise UserError(
       f"workdir: {workdir} holds a run with settings that igpt_jax {__version__} doesn't have:\n"
       + "\n".join(unknown)
       + "\nfix: the newer igpt_jax that began it, or another --workdir"
     )
-  if changed:
-    raise UserError(
-      f"workdir: {workdir} holds another config's run:\n" + "\n".join(changed) + "\n"
-      "fix: another --workdir, or the config that this run was begun with"
-    )
+  mine = {name: ours[name] for name in decisive}
+  fix = "another --workdir, or the config that this run was begun with"
+  files.check_same("workdir", f"{workdir} holds another config's run", theirs, mine, fix)
 
 
 def read(workdir: str) -> dict[str, Any] | None:
@@ -87,4 +79,6 @@ def open_workdir(workdir: str) -> None:
     with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable."):
       pass
   except OSError as error:
-    raise UserError(f"workdir: {workdir} can't be written to ({error.strerror})") from None
+    raise UserError(
+      f"workdir: {workdir} can't be written to ({error.strerror}); fix: another --workdir"
+    ) from None

@@ -6,6 +6,7 @@ writes of Python and of tensorstore alike.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -301,7 +302,7 @@ def test_without_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
   def unsupported(*unused):
     raise OSError(95, "Operation not supported")
 
-  monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+  monkeypatch.setattr(fcntl, "flock", unsupported)
   with lock.held(str(tmp_path)):
     pass
   assert "can't be locked (Operation not supported)" in capsys.readouterr().out

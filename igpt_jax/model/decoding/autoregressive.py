@@ -79,7 +79,8 @@ def begin(
   """
   if not config.causal:
     raise UserError(
-      "this checkpoint is a BERT model: it has no left-to-right distribution to sample"
+      "checkpoint: a BERT model has no left-to-right distribution to sample; expected an "
+      "autoregressive one"
     )
   if cache_dtype and cache_dtype not in cache_lib.CACHE_DTYPES:
     raise UserError(

@@ -1,0 +1,10 @@
+"""Tables in markdown."""
+
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(sides: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+  """A table; `sides` has an "l" or "r" for each column, the side that its cells are aligned to."""
+  first, *others = ("| " + " | ".join(map(str, row)) + " |\n" for row in (head, *rows))
+  rule = "|" + "".join("--:|" if side == "r" else "---|" for side in sides) + "\n"
+  return "".join([first, rule, *others])
