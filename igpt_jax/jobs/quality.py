@@ -253,7 +253,8 @@ def onnx_network(path: str) -> Network:
   def network(images: np.ndarray) -> np.ndarray:
     if side and images.shape[1] != side:
       size, way = (side, side), Image.Resampling.BICUBIC
-      images = np.stack([np.asarray(Image.fromarray(image).resize(size, way)) for image in images])
+      scaled = [Image.fromarray(image).resize(size, way) for image in images]
+      images = np.stack([np.asarray(image) for image in scaled])
     channels_first = images.transpose(0, 3, 1, 2).astype(np.float32)
     (features, *_) = session.run(None, {first.name: channels_first / np.float32(127.5) - 1})
     return features.reshape(len(features), -1)
