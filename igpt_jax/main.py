@@ -117,6 +117,8 @@ def main(argv: list[str]) -> int:
     settings = read.settings_of(_CONFIG.value)
   except UserError as error:
     return _fail(error, error.status)
+  except KeyboardInterrupt:
+    return 130
   return _run(settings, _WORKDIR.value or own)
 
 

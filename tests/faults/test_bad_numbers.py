@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from igpt_jax import checkpoint
+from igpt_jax.config.fields import GuardConfig
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain
@@ -23,7 +24,7 @@ from igpt_jax.runner import guard, loop
 from igpt_jax.training import optimizer
 from igpt_jax.training import state as state_lib
 from igpt_jax.training import step as step_lib
-from igpt_jax.training.bad_numbers import BadNumbers, GuardConfig
+from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.objectives import make_objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
