@@ -81,7 +81,7 @@ class TrainingRun:
       held.enter_context(lock.held(self._folder))
       if self._kind is not None:
         workdir_lib.check(self._given, self._folder, self._kind)
-      self.mesh = devices.mesh_of(self._given) if self._given_mesh is None else self._given_mesh
+      self.mesh = self._given_mesh or devices.mesh_of(self._given)
       self._held = held.pop_all()
     return self
 
