@@ -24,7 +24,6 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.leaves import Report, placer
 from igpt_jax.training.state import param_shardings
-from igpt_jax.workspace import weights
 
 
 def describe(path: str, settings: Settings) -> Described:
@@ -276,7 +275,7 @@ def find_model(
   check: Callable[[checkpoint.Described], object] = lambda found: None,
 ) -> checkpoint.Described:
   """What `load_model` reads the weights of; raises what it raises."""
-  found = weights.of_job(settings, workdir)
+  found = of_job(settings, workdir)
   check_resolution(settings, found)
   if needs_palette:
     palette_of(found)
@@ -291,7 +290,7 @@ def read_model(
   """What was found, with its weights on the mesh, to compute as the settings say."""
   return checkpoint.with_params(
     found,
-    weights.read(found, mesh, say),
+    read(found, mesh, say),
     dtype=choices.compute_dtype(settings),
     attention=settings.model.attention,
   )
