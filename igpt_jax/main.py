@@ -117,6 +117,8 @@ def main(argv: list[str]) -> int:
     settings = read.settings_of(_CONFIG.value)
   except UserError as error:
     return _fail(error, error.status)
+  except KeyboardInterrupt:
+    return 130
   return _run(settings, _WORKDIR.value or own)
 
 
@@ -132,7 +134,6 @@ def _run(settings: Settings, workdir: str) -> int:
         lost = joining.lost(host_seconds, ", or this one was killed")
         watched.enter_context(watchdog.last_words(f"igpt_jax: ended from outside: {lost}"))
         joining.join(host_seconds, _trains(settings))
-      from igpt_jax.runner import goodput
       from igpt_jax.workspace import agreement, places
 
       workdir = files.local("--workdir", workdir)
@@ -141,11 +142,13 @@ def _run(settings: Settings, workdir: str) -> int:
       if distributed:
         agreement.check_settings(settings)
       job = importlib.import_module(f"igpt_jax.jobs.{settings.job}")
-      goodput.process_began(_BEGAN)
       # Other jobs may be right to say nothing for hours.
       hang_seconds = settings.hang_seconds if _trains(settings) else 0
       watched.enter_context(watchdog.Watchdog(hang_seconds, "hang_seconds"))
-      job.run(settings, workdir)
+      if settings.job in ("pretrain", "finetune"):  # this process is here for one run
+        job.run(settings, workdir, began=_BEGAN)
+      else:
+        job.run(settings, workdir)
     return 0
   except UserError as error:
     status = _fail(error, error.status)

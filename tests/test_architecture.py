@@ -55,14 +55,8 @@ ONLY_IN = {
 MESH_AXES = {"fsdp", "tensor"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 100
-# Kernels' bodies, one function each; and what other branches are taking apart.
-LONG_FUNCTIONS = {
-  "model/attention/tpu_bodies.py": ("forward_body", "backward_body"),
-  "jobs/finetune.py": ("_run",),
-  "jobs/pretrain.py": ("_run",),
-  "probing/sgd_run.py": ("_run",),
-  "runner/loop.py": ("run",),
-}
+# Kernels' bodies, one function each.
+LONG_FUNCTIONS = {"model/attention/tpu_bodies.py": ("forward_body", "backward_body")}
 
 # A docstring that begins with one of these leaves its subject to the reader.
 FRAGMENTS = frozenset(

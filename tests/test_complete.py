@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 
-import jax
 import numpy as np
 import own_checkpoint
 import pytest
@@ -18,20 +17,12 @@ from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
-from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.pretrained import formats
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling import prompt_files
-from igpt_jax.workspace import devices, weights
+from igpt_jax.workspace import weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
-    yield
 
 
 @pytest.fixture(scope="module")

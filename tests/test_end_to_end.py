@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from lives import Lives
 from PIL import Image
-from tiny import changed
+from tiny import changed, on_one_device
 
 from igpt_jax import checkpoint
 from igpt_jax.config.read import settings_of
@@ -24,18 +24,11 @@ from igpt_jax.jobs import evaluate, pretrain, probe, sample
 from igpt_jax.jobs import fit_palette as fit_palette_job
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.reporting import metrics
+from igpt_jax.runner import loop
 from igpt_jax.training import compilation
-from igpt_jax.workspace import devices, streams, training_palette
+from igpt_jax.workspace import streams, training_palette
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  """The tests' process has eight virtual devices; what a person runs on has one."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
-    yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +108,7 @@ def call(config, workdir, *overrides, timeout=300, **environment):
 def trained(tmp_path_factory):
   """A run that was never interrupted."""
   workdir = tmp_path_factory.mktemp("trained")
-  pretrain.run(tiny(), str(workdir))
+  on_one_device(pretrain, tiny(), str(workdir))
   return workdir
 
 
@@ -143,7 +136,7 @@ def test_the_step_compiles_once_and_moves_nothing_to_the_host(trained, tmp_path,
   monkeypatch.setattr(
     compilation, "compile_step", lambda *args: calls.append(args) or compile_step(*args)
   )
-  pretrain.run(tiny(), str(tmp_path))
+  on_one_device(pretrain, tiny(), str(tmp_path))
   assert len(calls) == 1
   assert_same(params_of(tmp_path), params_of(trained))  # and the same seed gives the same run
 
@@ -151,7 +144,7 @@ def test_the_step_compiles_once_and_moves_nothing_to_the_host(trained, tmp_path,
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
 def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch, stop_at):
   """Stopped after any step and begun again: the same parameters, metrics without gap or repeat."""
-  stop = pretrain.StopSignal
+  stop = loop.StopSignal
   steps = []
 
   class StopAfter(stop):
@@ -165,16 +158,16 @@ def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch
 
   call_step = compilation.CompiledStep.__call__
   with monkeypatch.context() as patch:
-    patch.setattr(pretrain, "StopSignal", StopAfter)
+    patch.setattr(loop, "StopSignal", StopAfter)
     patch.setattr(
       compilation.CompiledStep,
       "__call__",
       lambda self, *args: steps.append(1) or call_step(self, *args),
     )
-    pretrain.run(tiny(), str(tmp_path))
+    on_one_device(pretrain, tiny(), str(tmp_path))
   assert len(steps) == stop_at
   assert checkpoint.find(str(tmp_path))[1] == stop_at
-  pretrain.run(tiny(), str(tmp_path))
+  on_one_device(pretrain, tiny(), str(tmp_path))
   assert_same(params_of(tmp_path), params_of(trained))
 
   def told(workdir):
@@ -219,7 +212,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
 
 
 def test_evaluate(trained):
-  evaluate.run(tiny(), str(trained))
+  on_one_device(evaluate, tiny(), str(trained))
   values = json.loads((trained / "evaluation.json").read_text())
   assert values["images"] == 300  # all of test, once
   assert values["uniform"] == pytest.approx(np.log(17))
@@ -228,7 +221,7 @@ def test_evaluate(trained):
   assert values["bits_per_token"] == pytest.approx(values["nats_per_token"] / np.log(2))
   assert 1.0 < values["nats_per_token"] < values["uniform"]
   # The number doesn't depend on how the pictures are batched.
-  evaluate.run(tiny(**{"evaluate.batch_size": 77}), str(trained))
+  on_one_device(evaluate, tiny(**{"evaluate.batch_size": 77}), str(trained))
   again = json.loads((trained / "evaluation.json").read_text())
   assert again["nats_per_token"] == pytest.approx(values["nats_per_token"], abs=1e-6)
 
@@ -246,9 +239,9 @@ def test_evaluate_tokens_of_a_file(trained, tmp_path):
   config = tiny(**{
     "data.name": "tokens", "data.path": str(tmp_path / "test.npy"), "checkpoint": str(trained)
   })  # fmt: skip
-  evaluate.run(config, str(tmp_path / "evaluation"))
+  on_one_device(evaluate, config, str(tmp_path / "evaluation"))
   of_file = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-  evaluate.run(tiny(), str(trained))
+  on_one_device(evaluate, tiny(), str(trained))
   of_pictures = json.loads((trained / "evaluation.json").read_text())
   assert of_file["nats_per_token"] == pytest.approx(of_pictures["nats_per_token"], abs=1e-6)
   assert of_file["baselines_counted_on"] == "the evaluated tokens themselves"
@@ -283,8 +276,8 @@ def test_sample(trained):
 
 def test_masked_objective_trains_evaluates_and_refuses_to_sample(tmp_path):
   config = tiny(objective="masked", **{"evaluate.masks": 2})
-  pretrain.run(config, str(tmp_path))
-  evaluate.run(config, str(tmp_path))
+  on_one_device(pretrain, config, str(tmp_path))
+  on_one_device(evaluate, config, str(tmp_path))
   values = json.loads((tmp_path / "evaluation.json").read_text())
   assert values["masks_per_picture"] == 2 and values["nats_per_token"] < np.log(17)
   assert values["masks_counted"] == 600
@@ -298,14 +291,14 @@ def test_masks_that_hide_nothing(tmp_path):
   config = dataclasses.replace(
     tiny(objective="masked", **{"evaluate.images": 5}), mask_probability=1e-6
   )
-  pretrain.run(config, str(tmp_path))
+  on_one_device(pretrain, config, str(tmp_path))
   records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
   losses = [record["loss"] for record in records if "loss" in record]
   assert losses and not any(losses)
   assert not any("validation_loss" in record for record in records)
   assert "validation" not in (tmp_path / "summary.md").read_text()
   with pytest.raises(UserError, match=r"evaluate\.masks: 1 of each of 5 images.*probability 1e-06"):
-    evaluate.run(config, str(tmp_path))
+    on_one_device(evaluate, config, str(tmp_path))
   assert not (tmp_path / "evaluation.json").exists()
 
 
@@ -327,7 +320,7 @@ def test_a_palette_of_one_colour_is_refused(tmp_path):
   np.save(tmp_path / "grey.npy", np.zeros((17, 3), np.float32))
   config = tiny(**{"palette.path": str(tmp_path / "grey.npy"), "palette.size": 17})
   with pytest.raises(UserError, match=r"all 17 colours of .*grey\.npy are one"):
-    pretrain.run(config, str(tmp_path / "run"))
+    on_one_device(pretrain, config, str(tmp_path / "run"))
   assert os.listdir(tmp_path / "run") == [".lock"]
 
 
@@ -363,8 +356,8 @@ def test_a_folder_of_pictures_of_every_kind(tmp_path):
   Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(warm / "deep.png")
   overrides = {"data.name": "folder", "data.path": str(root), "palette.size": 12}
   config = tiny(**overrides)
-  pretrain.run(config, str(tmp_path / "run"))
-  probe.run(config, str(tmp_path / "run"))
+  on_one_device(pretrain, config, str(tmp_path / "run"))
+  on_one_device(probe, config, str(tmp_path / "run"))
   sample.run(config, str(tmp_path / "run"))
   grid = np.asarray(Image.open(tmp_path / "run" / "completions.png")).astype(int)
   assert (np.abs(grid[..., 0] - grid[..., 2]) > 60).mean() > 0.1  # not grey
@@ -388,9 +381,9 @@ def test_an_older_run_on_a_folder_goes_on_until_its_images_are_exchanged(
     settings = {"data.name": "folder", "data.path": str(root), "train.eval_every": 0}
     config = tiny(**settings, **{"train.steps": 8, "train.checkpoint_every": 2})
     monkeypatch.setattr(
-      pretrain.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= steps else None
+      loop.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= steps else None
     )
-    pretrain.run(config, workdir)
+    on_one_device(pretrain, config, workdir)
 
   def exchange(split):
     first, second = root / split / "warm" / "0.bmp", root / split / "cold" / "1.bmp"
@@ -451,7 +444,7 @@ def test_cifar_pictures_train_with_falling_loss(tmp_path):
   config.train.eval_images = 32
   config.sample.samples, config.sample.completions, config.sample.per_image = 4, 2, 2
   config = settings_of(config)
-  pretrain.run(config, str(tmp_path / "run"))
+  on_one_device(pretrain, config, str(tmp_path / "run"))
   losses = [
     r["loss"] for r in metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in r
   ]
@@ -467,7 +460,7 @@ def test_tensorboard_and_wandb_are_extras(tmp_path, monkeypatch):
   for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"igpt_jax\[{name}\]"):
-      pretrain.run(tiny(**{f"log.{name}": True}), str(tmp_path / name))
+      on_one_device(pretrain, tiny(**{f"log.{name}": True}), str(tmp_path / name))
 
 
 # --- mistakes --------------------------------------------------------------------------------------
@@ -566,11 +559,11 @@ def test_a_mistake_is_one_clear_message(name, answers):
 def test_a_workdir_of_another_config_is_refused_by_field(trained):
 
   with pytest.raises(UserError, match=r"model\.n_embd: 16 there, 32 here"):
-    pretrain.run(tiny(**{"model.n_embd": 32}), str(trained))
+    on_one_device(pretrain, tiny(**{"model.n_embd": 32}), str(trained))
   with pytest.raises(UserError, match=r"train\.batch_size"):
-    pretrain.run(tiny(**{"train.batch_size": 8}), str(trained))
+    on_one_device(pretrain, tiny(**{"train.batch_size": 8}), str(trained))
   # What doesn't change the training may change.
-  pretrain.run(tiny(**{"train.log_every": 5, "sample.samples": 9}), str(trained))
+  on_one_device(pretrain, tiny(**{"train.log_every": 5, "sample.samples": 9}), str(trained))
 
 
 def test_another_resolution_than_the_checkpoints_is_refused(trained):
@@ -600,15 +593,15 @@ def test_damaged_pictures_are_counted_and_named(tmp_path):
   victim.write_bytes(victim.read_bytes()[:100])
   config = tiny(**{"data.name": "folder", "data.path": str(root), "palette.size": 12})
   with pytest.raises(UserError, match=r"warm/0\.png"):
-    pretrain.run(config, str(tmp_path / "strict"))
-  pretrain.run(changed(config, {"data.max_bad": 0.1}), str(tmp_path / "tolerant"))
+    on_one_device(pretrain, config, str(tmp_path / "strict"))
+  on_one_device(pretrain, changed(config, {"data.max_bad": 0.1}), str(tmp_path / "tolerant"))
 
 
 def test_an_unwritable_workdir_is_said_at_once(tmp_path):
 
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="can't be written to"):
-    pretrain.run(tiny(), str(tmp_path / "file" / "run"))
+    on_one_device(pretrain, tiny(), str(tmp_path / "file" / "run"))
 
 
 def test_prepare_job(data_dir, capsys):

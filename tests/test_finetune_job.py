@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import on_one_device
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import writing
@@ -19,10 +20,10 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.reporting import metrics
-from igpt_jax.runner import saving
+from igpt_jax.runner import loop, saving
 from igpt_jax.training import compilation
 from igpt_jax.training import joint as finetune_lib
-from igpt_jax.workspace import devices, streams, weights
+from igpt_jax.workspace import streams, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,7 +36,6 @@ def surroundings(tmp_path_factory):
   """The tests' own TFDS folder; one device."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
@@ -58,7 +58,7 @@ def tiny(**overrides):
 def start(tmp_path_factory):
   """A pretrained workdir to begin from; each test fine-tunes in a workdir of its own."""
   workdir = tmp_path_factory.mktemp("start")
-  pretrain.run(tiny(), str(workdir))
+  on_one_device(pretrain, tiny(), str(workdir))
   return str(workdir)
 
 
@@ -66,7 +66,7 @@ def start(tmp_path_factory):
 def tuned(start, tmp_path_factory):
   """A fine-tuning that was never interrupted."""
   workdir = tmp_path_factory.mktemp("tuned")
-  finetune.run(tiny(checkpoint=start), str(workdir))
+  on_one_device(finetune, tiny(checkpoint=start), str(workdir))
   return workdir
 
 
@@ -110,7 +110,7 @@ def test_it_leaves_everything(start, tuned):
   assert values["test_images"] == 50 and values["classes"] == 10 and values["layer"] == 2
   assert values["test_accuracy_of_mean"] is None  # of BERT's masks alone
   assert values["start_accuracy"] is None  # it had no head
-  evaluate.run(tiny(checkpoint=start), str(tuned / "evaluated"))
+  on_one_device(evaluate, tiny(checkpoint=start), str(tuned / "evaluated"))
   evaluated = json.loads((tuned / "evaluated" / "evaluation.json").read_text())
   assert values["start_nats_per_token"] == pytest.approx(evaluated["nats_per_token"], abs=1e-5)
   assert values["start_checkpoint"] == evaluated["checkpoint"]
@@ -144,13 +144,13 @@ def stopping(monkeypatch, stop_at):
   """SIGTERM, as it were, after that many steps of whatever is trained from here on."""
   steps = []
 
-  class StopAfter(finetune.StopSignal):
+  class StopAfter(loop.StopSignal):
     def asked(self, at_step):
       self.requested = "SIGTERM" if len(steps) >= stop_at else None
       return self.requested
 
   call_step = compilation.CompiledStep.__call__
-  monkeypatch.setattr(finetune, "StopSignal", StopAfter)
+  monkeypatch.setattr(loop, "StopSignal", StopAfter)
   monkeypatch.setattr(
     compilation.CompiledStep,
     "__call__",
@@ -163,10 +163,10 @@ def test_resumed_it_equals_the_uninterrupted_one(start, tuned, tmp_path, monkeyp
   """Bit for bit, the best so far and the start's figures included."""
   with monkeypatch.context() as patch:
     stopping(patch, stop_at)
-    finetune.run(tiny(checkpoint=start), str(tmp_path))
+    on_one_device(finetune, tiny(checkpoint=start), str(tmp_path))
   assert checkpoint.find(str(tmp_path / "finetune"))[1] == stop_at
   assert not (tmp_path / "finetune" / "finetune.json").exists()
-  finetune.run(tiny(checkpoint=start), str(tmp_path))
+  on_one_device(finetune, tiny(checkpoint=start), str(tmp_path))
   assert_same(params_of(tmp_path / "finetune"), params_of(tuned / "finetune"))
   found, expected = result(tmp_path), result(tuned)
   for name in ("checkpoint", "elapsed_seconds", "goodput", "seconds", "starts"):
@@ -200,16 +200,16 @@ def test_it_ends_when_nothing_gets_better_and_takes_the_best(start, tmp_path, mo
   left = scripted(monkeypatch, [0.1, 0.5, 0.2, 0.5, 0.4, 0.9])
   with monkeypatch.context() as patch:
     stopping(patch, 3)
-    finetune.run(tiny(**settings), str(tmp_path))
+    on_one_device(finetune, tiny(**settings), str(tmp_path))
   assert len(left) == 3
-  finetune.run(tiny(**settings), str(tmp_path))
+  on_one_device(finetune, tiny(**settings), str(tmp_path))
   assert left == [0.9]  # never asked for
   values = result(tmp_path)
   assert values["best_step"] == 2 and values["steps"] == 5 and values["ended_early"]
   assert values["validation_accuracy"] == 0.5
   assert values["checkpoint"] == str(tmp_path / "finetune" / "checkpoints" / "2")
   assert sorted(os.listdir(tmp_path / "finetune" / "checkpoints")) == ["2", "5"]
-  finetune.run(tiny(**settings), str(tmp_path))  # once more: there is nothing left to do
+  on_one_device(finetune, tiny(**settings), str(tmp_path))  # once more: there is nothing left to do
   assert left == [0.9] and result(tmp_path)["steps"] == 5
 
 
@@ -228,23 +228,23 @@ def test_the_best_of_those_that_were_saved_is_taken(start, tmp_path, monkeypatch
   settings = {"checkpoint": start, "finetune.eval_every": 1, "finetune.steps": 5}
   settings |= {"finetune.patience": patience, "train.max_to_keep": 2}
   left = scripted(monkeypatch, [0.1, 0.9, 0.4, 0.3, 0.3])
-  finetune.run(tiny(**settings), str(tmp_path))
+  on_one_device(finetune, tiny(**settings), str(tmp_path))
   values, folder = result(tmp_path), tmp_path / "finetune" / "checkpoints"
   assert not (folder / "2").exists() and left == ([0.3] if patience else [])
   assert values["best_step"] == 3 and values["validation_accuracy"] == 0.4
   assert values["checkpoint"] == str(folder / "3")
-  finetune.run(tiny(**settings), str(tmp_path))
+  on_one_device(finetune, tiny(**settings), str(tmp_path))
   assert result(tmp_path)["best_step"] == 3
 
   shutil.rmtree(folder / "3")  # as it were in a run of before, whose best was never there
-  finetune.run(tiny(**settings), str(tmp_path))
+  on_one_device(finetune, tiny(**settings), str(tmp_path))
   assert result(tmp_path)["best_step"] == 4
 
 
 def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
   path = result(tuned)["checkpoint"]
   config = tiny(checkpoint=path)
-  evaluate.run(config, str(tmp_path / "evaluate"))
+  on_one_device(evaluate, config, str(tmp_path / "evaluate"))
   evaluated = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
   assert evaluated["nats_per_token"] == pytest.approx(
     result(tuned)["test_nats_per_token"], abs=1e-5
@@ -262,7 +262,7 @@ def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
   assert_same(trained.params, found)
   # And what is written in another format can be begun from: the same model, a new head.
   begun = {"checkpoint": str(tmp_path / "huggingface"), "finetune.steps": 1}
-  finetune.run(tiny(**begun), str(tmp_path / "tuned"))
+  on_one_device(finetune, tiny(**begun), str(tmp_path / "tuned"))
   told = result(tmp_path / "tuned")
   assert told["start_nats_per_token"] == pytest.approx(evaluated["nats_per_token"], abs=1e-5)
   assert told["start_accuracy"] is None
@@ -271,23 +271,27 @@ def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
 def test_it_goes_on_from_a_fine_tuned_checkpoint(start, tuned, tmp_path):
   """With its head: the score to begin with is the score that was told."""
   before = result(tuned)
-  finetune.run(
-    tiny(**{"checkpoint": before["checkpoint"], "finetune.steps": 3}), str(tmp_path / "again")
+  on_one_device(
+    finetune,
+    tiny(**{"checkpoint": before["checkpoint"], "finetune.steps": 3}),
+    str(tmp_path / "again"),
   )
   after = result(tmp_path / "again")
   assert after["start_accuracy"] == pytest.approx(before["test_accuracy"])
   assert after["start_nats_per_token"] == pytest.approx(before["test_nats_per_token"], rel=1e-6)
   # A head at the first layer is a head too.
   lowest = {"finetune.layer": 0, "finetune.steps": 1}
-  finetune.run(tiny(checkpoint=start, **lowest), str(tmp_path / "lowest"))
+  on_one_device(finetune, tiny(checkpoint=start, **lowest), str(tmp_path / "lowest"))
   before = result(tmp_path / "lowest")
-  finetune.run(tiny(checkpoint=before["checkpoint"], **lowest), str(tmp_path / "higher"))
+  on_one_device(finetune, tiny(checkpoint=before["checkpoint"], **lowest), str(tmp_path / "higher"))
   assert before["layer"] == 0 and before["start_accuracy"] is None
   assert result(tmp_path / "higher")["start_accuracy"] == before["test_accuracy"]
   before = result(tuned)
   with pytest.raises(UserError, match=r"finetune.layer: 1; .* reads layer 2"):
-    finetune.run(
-      tiny(**{"checkpoint": before["checkpoint"], "finetune.layer": 1}), str(tmp_path / "layer")
+    on_one_device(
+      finetune,
+      tiny(**{"checkpoint": before["checkpoint"], "finetune.layer": 1}),
+      str(tmp_path / "layer"),
     )
 
 
@@ -297,7 +301,7 @@ def test_from_scratch(start, tmp_path, with_checkpoint):
   settings = {"finetune.scratch": True, "finetune.steps": 3}
   if with_checkpoint:
     settings |= {"checkpoint": start, "model.n_embd": 32}
-  finetune.run(tiny(**settings), str(tmp_path))
+  on_one_device(finetune, tiny(**settings), str(tmp_path))
   values = result(tmp_path, "finetune_scratch")
   assert values["start_checkpoint"] is None and values["start_nats_per_token"] is None
   assert checkpoint.describe(values["checkpoint"]).config.n_embd == 16
@@ -309,8 +313,8 @@ def test_from_scratch(start, tmp_path, with_checkpoint):
 
 def test_bert_votes(tmp_path):
   config = tiny(objective="masked", **{"finetune.images": 40, "finetune.augment": "shift"})
-  pretrain.run(config, str(tmp_path))
-  finetune.run(config, str(tmp_path))  # from the workdir's own checkpoint
+  on_one_device(pretrain, config, str(tmp_path))
+  on_one_device(finetune, config, str(tmp_path))  # from the workdir's own checkpoint
   values = result(tmp_path)
   assert values["masks_per_picture"] == 2 and values["objective"] == "masked"
   assert 0 <= values["test_accuracy_of_mean"] <= 1
@@ -322,7 +326,7 @@ def test_bert_votes(tmp_path):
 
 def test_classification_alone_leaves_the_output_table(start, tmp_path):
   config = tiny(**{"checkpoint": start, "finetune.generative": 0.0, "finetune.steps": 3})
-  finetune.run(config, str(tmp_path))
+  on_one_device(finetune, config, str(tmp_path))
   before = checkpoint.load_pretrained(start, mesh()).params
   after = params_of(tmp_path / "finetune")
   np.testing.assert_array_equal(before["wtet"], after["wtet"])
@@ -377,15 +381,16 @@ def test_a_mistake_is_said_before_anything_is_compiled(start, folders, tmp_path,
     overrides["data.path"] = str(folders / overrides["data.path"])
   monkeypatch.setattr(compilation, "compile_step", lambda *args: pytest.fail("compiled"))
   with pytest.raises(UserError, match=said):
-    finetune.run(tiny(job="finetune", **overrides), str(tmp_path))
+    on_one_device(finetune, tiny(job="finetune", **overrides), str(tmp_path))
   assert not (tmp_path / "finetune" / "config.json").exists()
   assert not (tmp_path / "finetune" / "checkpoints").exists()
 
 
-def test_a_batch_that_doesnt_divide_is_refused(start, tmp_path, monkeypatch):
-  monkeypatch.setattr(devices, "mesh_of", lambda config: make_mesh())
+def test_a_batch_that_doesnt_divide_is_refused(start, tmp_path):
   with pytest.raises(UserError, match=r"finetune.batch_size: 12 .* nearest: 8 or 16"):
-    finetune.run(tiny(**{"checkpoint": start, "finetune.batch_size": 12}), str(tmp_path))
+    finetune.run(
+      tiny(**{"checkpoint": start, "finetune.batch_size": 12}), str(tmp_path), mesh=make_mesh()
+    )
 
 
 def test_a_head_of_other_classes_is_refused(tuned, folders, tmp_path):
@@ -394,7 +399,7 @@ def test_a_head_of_other_classes_is_refused(tuned, folders, tmp_path):
     "data.name": "folder", "data.path": str(folders / "labelled"),
   })  # fmt: skip
   with pytest.raises(UserError, match=r"has 10 classes \(0, 1, 2, …\), .* has 2 \(cold, warm\)"):
-    finetune.run(config, str(tmp_path))
+    on_one_device(finetune, config, str(tmp_path))
 
 
 def test_another_fine_tuning_is_refused_in_its_folder(start, tuned):
@@ -404,9 +409,10 @@ def test_another_fine_tuning_is_refused_in_its_folder(start, tuned):
     ({"train.b1": 0.5}, r"train\.b1"),
   ):
     with pytest.raises(UserError, match=field):
-      finetune.run(tiny(**{"checkpoint": start, **overrides}), str(tuned))
+      on_one_device(finetune, tiny(**{"checkpoint": start, **overrides}), str(tuned))
   # What only pretraining heeds may change, and what is told beside the training.
-  finetune.run(
+  on_one_device(
+    finetune,
     tiny(**{"checkpoint": start, "train.steps": 9, "train.log_every": 5, "probe.steps": 7}),
     str(tuned),
   )

@@ -14,7 +14,8 @@ import own_checkpoint
 import pytest
 from lives import Lives
 from PIL import Image
-from test_end_to_end import ROOT, call, data_dir, one_device, tiny
+from test_end_to_end import ROOT, call, data_dir, tiny
+from tiny import on_one_device
 
 from igpt_jax.config import saved as saved_lib
 from igpt_jax.config.fields import CompleteConfig, DataConfig, Settings, base
@@ -26,7 +27,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.workspace import places, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-__all__ = ["data_dir", "one_device"]  # fixtures of every test here
+__all__ = ["data_dir"]  # a fixture of every test here
 
 
 def make_images(folder, n=8, colours=256, name="{:02d}.png"):
@@ -235,7 +236,7 @@ def test_a_run_goes_on_from_its_own_config_json(tmp_path):
   """Whose workdir is where it lies; with overrides, or into another workdir."""
   workdir = tmp_path / "a:b" / "run"
   own = {"finetune.layer": 1, "features.layers": (0, 1), "data.augment": "shift"}
-  pretrain.run(tiny(**own, **{"train.steps": 4}), str(workdir))
+  on_one_device(pretrain, tiny(**own, **{"train.steps": 4}), str(workdir))
   saved = str(workdir / "config.json")
   assert settings_of(saved_lib.get_config(saved)) == tiny(**own, **{"train.steps": 4})
   first = (workdir / "metrics.jsonl").read_text()
@@ -266,10 +267,10 @@ def test_a_config_json_of_an_older_version_has_todays_defaults_where_it_is_silen
 def test_nothing_held_out_trains_on_all_of_train(tmp_path, capsys):
   """And goes on so; what is left is evaluated on test, and by nothing that training saw."""
   settings = {"data.validation": 0.0, "train.steps": 4, "train.eval_every": 2}
-  pretrain.run(tiny(**settings), str(tmp_path / "run"))
+  on_one_device(pretrain, tiny(**settings), str(tmp_path / "run"))
   said = capsys.readouterr().out
   assert "nothing is held out" in said and "train[1497 of 1497]" in said
-  pretrain.run(tiny(**settings), str(tmp_path / "run"))
+  on_one_device(pretrain, tiny(**settings), str(tmp_path / "run"))
   assert "resuming at step 4 of 4" in capsys.readouterr().out
   records = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")
   assert [r["step"] for r in records if "loss" in r] == [2, 4]

@@ -598,7 +598,7 @@ def test_what_would_make_a_step_fit():
     "--config.model.remat=full", "--config.train.accumulate=4",
   ]  # fmt: skip
   last = plan.remedies(make_training(remat="full", batch_size=8), split)
-  assert last == ["a larger slice", "--config.plan=True, which looks for what fits"]
+  assert last == ["a larger slice", "--config.compile.plan=True, which looks for what fits"]
   # What doesn't divide isn't proposed.
   assert not any("fsdp" in r for r in plan.remedies(make_training(n_head=3, n_embd=300), whole))
 

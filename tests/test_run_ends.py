@@ -4,16 +4,15 @@ import gc
 import json
 import shutil
 
-import jax
 import pytest
 from test_end_to_end import tiny
+from tiny import on_one_device
 
 from igpt_jax import checkpoint
 from igpt_jax.jobs import pretrain
-from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.reporting import metrics, summary
-from igpt_jax.runner import goodput
-from igpt_jax.workspace import devices, watch
+from igpt_jax.runner import goodput, loop, pretraining
+from igpt_jax.workspace import watch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -28,14 +27,13 @@ class Killed(BaseException):
 def surroundings(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("ended")
-  pretrain.run(tiny(), str(workdir))
+  on_one_device(pretrain, tiny(), str(workdir))
   return workdir
 
 
@@ -50,7 +48,7 @@ def results(workdir):
 # What is called after the last checkpoint is there, in order.
 AFTER = {
   "the clock": (goodput.Clock, "end"),
-  "the curve": (pretrain, "draw_curve"),
+  "the curve": (pretraining, "draw_curve"),
   "training.json": (summary, "write_json"),
   "the summary": (summary, "write_summary"),
 }
@@ -73,11 +71,11 @@ def test_what_a_killed_run_has_not_left_is_left_by_the_next_start(
 
     patch.setattr(owner, name, killed)
     with pytest.raises(Killed):
-      pretrain.run(tiny(), str(tmp_path))
+      on_one_device(pretrain, tiny(), str(tmp_path))
   assert checkpoint.latest_step(str(tmp_path)) == 12
   assert watch._training_has_ended(str(tmp_path)) == (place == "the summary")
 
-  pretrain.run(tiny(), str(tmp_path))
+  on_one_device(pretrain, tiny(), str(tmp_path))
   assert watch._training_has_ended(str(tmp_path))
   values, expected = training(tmp_path), training(ended)
   assert values.keys() >= {"goodput", "seconds", "starts"} and values["elapsed_seconds"] > 0
@@ -90,14 +88,14 @@ def test_what_a_killed_run_has_not_left_is_left_by_the_next_start(
   assert f"validation {values['validation_loss']:.4f}" in (tmp_path / "summary.md").read_text()
 
   before = results(tmp_path)
-  pretrain.run(tiny(), str(tmp_path))
+  on_one_device(pretrain, tiny(), str(tmp_path))
   assert results(tmp_path) == before
 
 
 def test_a_damaged_training_json_is_written_again(ended, tmp_path):
   shutil.copytree(ended, tmp_path / "run")
   (tmp_path / "run" / "training.json").write_text('{"step": 1')
-  pretrain.run(tiny(), str(tmp_path / "run"))
+  on_one_device(pretrain, tiny(), str(tmp_path / "run"))
   found, expected = training(tmp_path / "run"), training(ended)
   assert found.pop("elapsed_seconds") > 0 and expected.pop("elapsed_seconds") > 0
   assert found == expected
@@ -109,7 +107,7 @@ def test_a_run_that_goes_on_again_has_not_ended(ended, tmp_path, monkeypatch, re
   shutil.copytree(ended, workdir)
   for path in (workdir / "checkpoints" / "12" / "params").glob("**/d/*"):
     path.write_bytes(b"")
-  seen, asked = [], pretrain.StopSignal.asked
+  seen, asked = [], loop.StopSignal.asked
 
   def looked_at(self, at_step):
     seen.append((at_step, watch._training_has_ended(str(workdir))))
@@ -117,13 +115,13 @@ def test_a_run_that_goes_on_again_has_not_ended(ended, tmp_path, monkeypatch, re
       self.requested = "SIGTERM"
     return asked(self, at_step)
 
-  monkeypatch.setattr(pretrain.StopSignal, "asked", looked_at)
-  pretrain.run(tiny(), str(workdir))
+  monkeypatch.setattr(loop.StopSignal, "asked", looked_at)
+  on_one_device(pretrain, tiny(), str(workdir))
   assert seen == [(8, False), (9, False), (10, False)]
   assert not (workdir / "training.json").exists()
   gc.collect()
   assert not [each for each in recwarn if "never awaited" in str(each.message)]
-  pretrain.run(tiny(), str(workdir))
+  on_one_device(pretrain, tiny(), str(workdir))
   assert seen[3:] == [(10, False), (11, False)]
   assert watch._training_has_ended(str(workdir))
   for name in ("step", "loss", "validation_loss", "grad_norm"):

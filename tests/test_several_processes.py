@@ -22,7 +22,7 @@ from igpt_jax import checkpoint
 from igpt_jax.config.read import settings_of
 from igpt_jax.jobs import complete, evaluate, finetune, pretrain, probe, quality, sample
 from igpt_jax.reporting import metrics
-from igpt_jax.workspace import devices
+from igpt_jax.runner import loop
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -126,13 +126,12 @@ def test_only_the_first_process_speaks(of_two):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_one_process_goes_on_from_what_two_wrote(of_two, tmp_path, monkeypatch, shape):
+def test_one_process_goes_on_from_what_two_wrote(of_two, tmp_path, shape):
   """On any mesh, to the same losses and parameters."""
   workdir, resumed = of_two[0], tmp_path / "run"
   shutil.copytree(workdir, resumed)
   shutil.rmtree(resumed / "checkpoints" / "8")
-  monkeypatch.setattr(devices, "mesh_of", lambda config: tiny.mesh_of(shape))
-  pretrain.run(config_of({}), str(resumed))
+  pretrain.run(config_of({}), str(resumed), mesh=tiny.mesh_of(shape))
   assert_same_run(resumed, workdir)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
@@ -294,11 +293,10 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypat
 
   last = stopped_at + 3
   monkeypatch.setattr(
-    pretrain.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= last else None
+    loop.StopSignal, "asked", lambda self, at_step: "SIGTERM" if at_step >= last else None
   )
-  monkeypatch.setattr(devices, "mesh_of", lambda config: tiny.mesh_of((8, 1, 1)))
-  pretrain.run(config_of(endless), str(workdir))
-  pretrain.run(config_of(endless), str(tmp_path / "uninterrupted"))
+  pretrain.run(config_of(endless), str(workdir), mesh=tiny.mesh_of((8, 1, 1)))
+  pretrain.run(config_of(endless), str(tmp_path / "uninterrupted"), mesh=tiny.mesh_of((8, 1, 1)))
   assert [each[0] for each in told(workdir)] == list(range(1, last + 1))
   assert_same_run(workdir, tmp_path / "uninterrupted")
 

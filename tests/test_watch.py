@@ -256,3 +256,16 @@ def test_another_workdirs_run(tmp_path, whole):
 def test_nothing_to_watch(tmp_path):
   with pytest.raises(UserError, match=r"config\.watch: .* doesn't exist"):
     run(config_of(), tmp_path / "absent", recorder([]))
+
+
+def test_results_that_name_settings_as_an_older_version_stand(tmp_path, whole):
+  write(tmp_path, 20)
+  end(tmp_path)
+  seen = []
+  settings = {"sample.per_picture": 4, "train.keep": 3}
+  now = {"sample.per_image": 4, "train.max_to_keep": 3}
+  for decisive in (settings, now, now | {"sample.per_image": 5}):
+    watch.run(
+      config_of(), str(tmp_path), "evaluation.json", recorder(seen), lambda _, same=decisive: same
+    )
+  assert seen == [20, 20]  # the first and the last

@@ -102,6 +102,11 @@ def mesh_of(shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
   return make_mesh(*shape, devices=jax.devices()[:wanted])
 
 
+def on_one_device(job, settings: Settings, workdir: str) -> None:
+  """Runs a job as most people do, whose computer has one device; this process has eight virtual ones."""
+  job.run(settings, workdir, mesh=mesh_of())
+
+
 @functools.cache
 def tpu_devices(topology: str) -> list[jax.Device]:
   """Of a slice that isn't here, for tests that compile for one."""

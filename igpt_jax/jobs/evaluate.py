@@ -5,6 +5,7 @@ uniform, unigram (how frequent each colour is) and per-position unigram (… at 
 model's is the mean over `masks_counted`, the masks that hide something of an image.
 """
 
+import functools
 import math
 import os
 from typing import Any
@@ -24,9 +25,10 @@ from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
 
-def run(settings: Settings, workdir: str) -> None:
+def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
   """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`; watching, every checkpoint."""
-  watch.run(settings, workdir, "evaluation.json", evaluate, depends_on)
+  one = functools.partial(evaluate, mesh=mesh)
+  watch.run(settings, workdir, "evaluation.json", one, depends_on)
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
@@ -38,9 +40,9 @@ def depends_on(settings: Settings) -> dict[str, Any]:
   }
 
 
-def evaluate(settings: Settings, workdir: str, out: str) -> None:
+def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
   """One checkpoint; results go to `out`."""
-  mesh = devices.mesh_of(settings)
+  mesh = mesh or devices.mesh_of(settings)
   sharding.batch_size_per_shard(mesh, settings.evaluate.batch_size, "evaluate.batch_size")
   data_config = settings.data
   split = open_split(data_config, settings.evaluate.split)

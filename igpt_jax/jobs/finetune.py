@@ -8,253 +8,233 @@ command goes on from the newest checkpoint there, to the same numbers.
 
 import dataclasses
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
+import optax
+from jax.sharding import Mesh
+
 from igpt_jax import checkpoint
-from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
-from igpt_jax.data.sources import open_split
+from igpt_jax.data.pipeline import Batches
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import figures, metrics, progress, summary
-from igpt_jax.runner import data_order, goodput, guard, loop, saving
-from igpt_jax.runner.loop import StopSignal
+from igpt_jax.runner.data_order import DataOrder
+from igpt_jax.runner.loop import Work
+from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, joint, optimizer, state
-from igpt_jax.workspace import (
-  devices,
-  finetuning,
-  lock,
-  memory,
-  provenance,
-  streams,
-  training_palette,
-)
-from igpt_jax.workspace import workdir as workdir_lib
+from igpt_jax.workspace import finetuning, memory, provenance, streams
+
+SCORE = "validation_accuracy"  # by which the best checkpoint is kept
 
 
-def run(settings: Settings, workdir: str) -> None:
+def run(
+  settings: Settings, workdir: str, mesh: Mesh | None = None, began: float | None = None
+) -> None:
   """Fine-tunes `checkpoint` (or the workdir's newest, or `init_from`) on the configured data."""
   own = settings.finetune
   folder = os.path.join(workdir, "finetune_scratch" if own.scratch else "finetune")
-  workdir_lib.open_workdir(folder)
-  with lock.held(folder):
-    guard.persist(lambda: _run(settings, workdir, folder), settings.guard, folder)
+  with TrainingRun(
+    settings, folder, own.steps, "finetuning", mesh=mesh, began=began, keep_best=SCORE
+  ) as run:
+    tuning = FineTuning(settings, workdir, folder, run)
+    model, n_classes = tuning.model, len(tuning.classes)
+    optimizer_config = choices.finetuning_optimizer_config(tuning.settings)
+    schedule = optimizer.make_schedule(optimizer_config)
+    tx = optimizer.make_optimizer(optimizer_config)
+    run.claim(tuning.settings, tuning.palette)  # a mistake in the lines above leaves it unclaimed
+
+    rate = optimizer_config.learning_rate
+    devices = hardware.describe_devices(run.mesh)
+    say(f"fine-tuning {tuning.in_words()}, learning rate {rate:g}; {devices}")
+    train_state = run.resume_or(
+      lambda: tuning.begin(tx),
+      state.abstract_state(model, tx, n_classes),
+      state.state_shardings(model, tx, run.mesh, n_classes),
+      tuning.order.check,
+      tuning.go_on,
+    )
+    outcome = run.train(
+      train_state,
+      Work(
+        train_step=joint.make_finetune_step(model, tuning.loss, tx, schedule),
+        batches=tuning.batches,
+        fields=("tokens", "label"),
+        batch_size=own.batch_size,
+        log_every=settings.train.log_every,
+        eval_every=own.eval_every,
+        save_every=own.eval_every,
+        describe=tuning.describe,
+        evaluate=tuning.evaluate,
+        ended=lambda: 0 < own.patience <= tuning.best.waited,
+        scores=lambda step: tuning.best.scores_of(step),
+        flops=compilation.flops_per_image(model),
+        shown=_SHOWN,
+      ),
+    )
+    steps, stopped_by = outcome.step, outcome.stopped_by
+    del train_state, outcome  # room for the best one
+    if stopped_by:
+      say(f"stopped by {stopped_by} at step {steps}: saved; the same command goes on from here")
+      return
+    values = tuning.result(steps, rate)
+    if hosts.is_main():
+      finish(workdir, folder, values)
+    say(_verdict(values))
 
 
-def _run(settings: Settings, workdir: str, folder: str) -> None:
-  own = settings.finetune
-  workdir_lib.check(settings, folder, "finetuning")
-  mesh = devices.mesh_of(settings)
-  batch_size = own.batch_size
-  sharding.batch_size_per_shard(mesh, batch_size, "finetune.batch_size")
-  data_config = settings.data
-  data_config = dataclasses.replace(data_config, augment=own.augment or data_config.augment)
-  splits = {name: open_split(data_config, name) for name in ("train", "validation", "test")}
-  sources.check_labels(splits)
-  train_split = sources.subset(splits["train"], own.images, settings.seed)
-  classes = train_split.class_names
-  start = finetuning.begin(settings, workdir, folder, data_config, train_split)
-  given, settings, palette = settings, start.settings, start.palette
-  model_config = choices.model_config(settings, n_vocab=palette.size)
-  sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
-  memory.check_state(model_config, mesh)
-  loss = joint.JointLoss(
-    layer=joint.check_layer(own.layer, model_config.n_layer, start.head),
-    generative=own.generative,
-    classification=own.classification,
-    mask_probability=start.mask_probability,
-  )
-  optimizer_config = choices.finetuning_optimizer_config(settings)
-  schedule = optimizer.make_schedule(optimizer_config)
-  tx = optimizer.make_optimizer(optimizer_config)
-  # Only now: a mistake in the lines above leaves the folder unclaimed.
-  if hosts.is_main():
-    workdir_lib.claim(given, folder)
-    training_palette.keep_palette(palette, folder)
+class FineTuning:
+  """What is fine-tuned, from what and on what; its scores, and the best of them so far.
 
-  classifier = joint.Classifier(
-    model_config,
-    mesh,
-    layer=loss.layer,
-    mask_probability=loss.mask_probability,
-    masks=own.masks,
-  )
+  Args:
+    settings: as they were given.
+    workdir: of the job.
+    folder: of the fine-tuning.
+    run: entered.
 
-  def score(params: Params, name: str, limit: int, tell: bool = False) -> joint.Scores:
-    split = splits[name]
+  Raises:
+    UserError: the settings, the data or the checkpoint are to be mended.
+  """
+
+  def __init__(self, settings: Settings, workdir: str, folder: str, run: TrainingRun):
+    self._run, self._folder, self._own = run, folder, settings.finetune
+    own, mesh = self._own, run.mesh
+    sharding.batch_size_per_shard(mesh, own.batch_size, "finetune.batch_size")
+    self._data = dataclasses.replace(settings.data, augment=own.augment or settings.data.augment)
+    self._splits = {
+      name: sources.open_split(self._data, name) for name in ("train", "validation", "test")
+    }
+    sources.check_labels(self._splits)
+    self._split = sources.subset(self._splits["train"], own.images, settings.seed)
+    self.classes = self._split.class_names
+    self._start = finetuning.begin(settings, workdir, folder, self._data, self._split)
+    self.settings, self.palette = self._start.settings, self._start.palette
+    self.model = choices.model_config(self.settings, n_vocab=self.palette.size)
+    sharding.check_model_fits(mesh, n_head=self.model.n_head, n_embd=self.model.n_embd)
+    memory.check_state(self.model, mesh)
+    self.loss = joint.JointLoss(
+      layer=joint.check_layer(own.layer, self.model.n_layer, self._start.head),
+      generative=own.generative,
+      classification=own.classification,
+      mask_probability=self._start.mask_probability,
+    )
+    self._classifier = joint.Classifier(
+      self.model,
+      mesh,
+      layer=self.loss.layer,
+      mask_probability=self.loss.mask_probability,
+      masks=own.masks,
+    )
+    self.order = DataOrder(folder, self._split, batch_size=own.batch_size, seed=settings.seed)
+    self.best = Best()
+    self._began_with: dict[str, Any] = {}
+
+  def in_words(self) -> str:
+    loss = self.loss
+    return (
+      f"{finetuning.describe(self._start, self.settings)} on {len(self.classes)} classes of "
+      f"{self._split.fingerprint}, head at layer {loss.layer} of {self.model.n_layer}, loss "
+      f"{loss.generative:g} × generative + {loss.classification:g} × classification"
+    )
+
+  def batches(self, step: int) -> Batches:
+    return self.order.batches(step, self._data, self.palette, self._run.mesh)
+
+  def score(self, params: Params, name: str, limit: int, tell: bool = False) -> joint.Scores:
+    """Scores parameters on the first `limit` images of a split (0: all); `tell`: with a countdown."""
+    split, mesh = self._splits[name], self._run.mesh
     total = min(limit or len(split), len(split))
-    eval_batch = min(batch_size, sharding.round_up_batch(mesh, total))
+    batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
     clock = progress.Countdown(f"{name}: {total:,} pictures", total, say)
-    with streams.eval_stream(split, data_config, palette, mesh, eval_batch, total) as stream:
-      return classifier(params, stream, clock.batches(eval_batch) if tell else None)
+    with streams.eval_stream(split, self._data, self.palette, mesh, batch_size, total) as stream:
+      return self._classifier(params, stream, clock.batches(batch_size) if tell else None)
 
-  checkpoints = Checkpoints(
-    folder,
-    keep=settings.train.max_to_keep,
-    keep_every=settings.train.keep_period,
-    keep_best="validation_accuracy",
-    say=say,
-    patience=settings.train.save_retry_seconds,
-  )
-  shardings = state.state_shardings(model_config, tx, mesh, len(classes))
-  abstract = state.abstract_state(model_config, tx, len(classes))
+  def score_on_test(self, params: Params) -> joint.Scores:
+    return self.score(params, "test", self.settings.evaluate.images, tell=True)
 
-  order = data_order.DataOrder(folder, train_split, batch_size=batch_size, seed=settings.seed)
-  say(
-    f"fine-tuning {finetuning.describe(start, settings)} on {len(classes)} classes of {train_split.fingerprint}, "
-    f"head at layer {loss.layer} of {model_config.n_layer}, loss {loss.generative:g} × generative + "
-    f"{loss.classification:g} × classification, learning rate {optimizer_config.learning_rate:g}; "
-    f"{hardware.describe_devices(mesh)}"
-  )
-  resumed = checkpoints.resume(abstract, shardings, order.check)
-  if resumed is None:
-    first_step, elapsed_before, best = 0, 0.0, Best()
-    params = start.params(mesh)
-    train_state = state.make_state(model_config, tx, settings.seed, mesh, params, len(classes))
-    del params
-    began_with = {"checkpoint": None, "step": None, "nats_per_token": None, "accuracy": None}
+  def begin(self, tx: optax.GradientTransformation) -> state.TrainState:
+    """The state to begin with, whose parameters' likelihood is found out."""
+    start, mesh = self._start, self._run.mesh
+    made = state.make_state(
+      self.model, tx, self.settings.seed, mesh, start.params(mesh), len(self.classes)
+    )
+    self._began_with = {"checkpoint": None, "step": None, "nats_per_token": None, "accuracy": None}
     if start.weights is not None:
-      scores = score(train_state.params, "test", settings.evaluate.images, tell=True)
-      began_with = {
+      scores = self.score_on_test(made.params)
+      self._began_with = {
         "checkpoint": start.weights.path,
         "step": start.weights.step,
         **provenance.of_checkpoint(start.weights),
         "nats_per_token": scores.nats_per_token,
         "accuracy": None if start.head is None else scores.accuracy,
       }
-  else:
-    first_step, saved, train_state = resumed.step, resumed.run, resumed.state
-    elapsed_before, began_with, best = (
-      saved["elapsed_seconds"],
-      saved["began_with"],
-      Best(**saved["best"]),
-    )
-    best.keep_to(checkpoints.scores())
-    del resumed  # its arrays will be donated
-    say(f"resuming at step {first_step} of at most {own.steps} from {folder}")
+    return made
 
-  began = time.monotonic()
+  def go_on(self, saved: dict[str, Any]) -> None:
+    """Takes over what a checkpoint says: `describe` has said it."""
+    self._began_with, self.best = saved["began_with"], Best(**saved["best"])
+    self.best.keep_to(self._run.checkpoints.scores())
 
-  def elapsed() -> float:
-    return elapsed_before + time.monotonic() - began
+  def describe(self, step: int) -> dict[str, Any]:
+    """What the checkpoint of this step says, while nothing is being written: those before are whole."""
+    scores = self.best.scores_of(step) or {}
+    self.best.keep_to(self._run.checkpoints.scores() | {step: scores.get(SCORE)})
+    position = self.order.position(step)
+    return self._run.describe(self.model, self.loss.mask_probability, position) | {
+      "classes": list(self.classes),
+      "layer": self.loss.layer,
+      "best": dataclasses.asdict(self.best),
+      "began_with": self._began_with,
+    }
 
-  def evaluate(at: state.TrainState) -> dict[str, float]:
-    scores = score(at.params, "validation", settings.train.eval_images)
-    best.update(int(at.step), scores.accuracy)
+  def evaluate(self, at: state.TrainState) -> dict[str, float]:
+    scores = self.score(at.params, "validation", self.settings.train.eval_images)
+    self.best.update(int(at.step), scores.accuracy)
     values = {
       "validation_accuracy": scores.accuracy,
       "validation_classification_loss": scores.classification_loss,
       "validation_generative_loss": scores.nats_per_token,
     }
-    if not model_config.causal:
+    if not self.model.causal:
       values["validation_accuracy_of_mean"] = scores.accuracy_of_mean
     return values
 
-  def save(at: state.TrainState, at_step: int) -> None:
-    # Nothing is being written now: of the checkpoints before, all that can be are whole.
-    score = best.newest if best.evaluated == at_step else None
-    best.keep_to(checkpoints.scores() | {at_step: score})
-    described = loop.describe_run(
-      settings,
-      model_config,
-      mask_probability=loss.mask_probability,
-      data=order.position(at_step),
-      elapsed_seconds=elapsed(),
-    )
-    fine_tuned = {
-      "classes": list(classes),
-      "layer": loss.layer,
-      "best": dataclasses.asdict(best),
-      "began_with": began_with,
+  def result(self, steps: int, learning_rate: float) -> dict[str, Any]:
+    """What finetune.json says after so many steps, with the best checkpoint's scores on test."""
+    path = os.path.join(self._folder, checkpoint.FOLDER, str(self.best.step))
+    found, mesh, own = checkpoint.describe(path), self._run.mesh, self._own
+    params = checkpoint.load_params(found, mesh) | {state.HEAD: checkpoint.load_head(found, mesh)}
+    scores = self.score_on_test(params)
+    masked, splits = not self.model.causal, self._splits | {"train": self._split}
+    return {
+      "checkpoint": found.path,
+      "best_step": self.best.step,
+      "steps": steps,
+      "ended_early": steps < own.steps,
+      "elapsed_seconds": self._run.elapsed(),
+      **self._run.spent,
+      "objective": self.settings.objective,
+      "classes": len(self.classes),
+      "data": {name: split.fingerprint for name, split in splits.items()},
+      "augment": self._data.augment,
+      "layer": self.loss.layer,
+      "generative_weight": self.loss.generative,
+      "classification_weight": self.loss.classification,
+      "learning_rate": learning_rate,
+      "batch_size": own.batch_size,
+      "validation_accuracy": self.best.accuracy,
+      "test_images": scores.images,
+      "test_accuracy": scores.accuracy,
+      "test_accuracy_of_mean": scores.accuracy_of_mean if masked else None,
+      "masks_per_picture": own.masks if masked else None,
+      "test_classification_loss": scores.classification_loss,
+      "test_nats_per_token": scores.nats_per_token,
+      **{f"start_{name}": value for name, value in self._began_with.items()},
     }
-    checkpoints.save(
-      at,
-      palette=palette.centers,
-      run=described | fine_tuned,
-      scores=None if score is None else {"validation_accuracy": score},
-    )
-
-  batches = order.batches(first_step, data_config, palette, mesh)
-  writers = loop.make_writers(settings, folder, first_step)
-  clock = goodput.Clock(folder, first_step)
-  flops = compilation.flops_per_image(model_config)
-  outcome = loop.run(
-    loop.Work(
-      steps=own.steps,
-      log_every=settings.train.log_every,
-      eval_every=own.eval_every,
-      save_every=own.eval_every,
-      train_step=joint.make_finetune_step(model_config, loss, tx, schedule),
-      fields=("tokens", "label"),
-      abstract=abstract,
-      shardings=shardings,
-      evaluate=evaluate,
-      save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
-      ended=lambda: 0 < own.patience <= best.waited,
-    ),
-    train_state,
-    batches,
-    mesh=mesh,
-    writers=writers,
-    progress=progress.Progress(own.steps, batch_size, flops, hardware.peak_flops(mesh), _SHOWN),
-    stop=StopSignal(),
-    clock=clock,
-    profiler=loop.make_profiler(settings, folder),
-    guard=loop.make_guard(settings, folder),
-  )
-  steps, stopped_by = outcome.step, outcome.stopped_by
-  del train_state, outcome  # room for the best one
-  checkpoints.close()
-  writers.close()
-  spent = clock.end(steps, stopped_by is None)
-  if stopped_by:
-    say(f"stopped by {stopped_by} at step {steps}: saved; the same command goes on from here")
-    return
-
-  found = checkpoint.describe(os.path.join(folder, checkpoint.FOLDER, str(best.step)))
-  params = checkpoint.load_params(found, mesh) | {state.HEAD: checkpoint.load_head(found, mesh)}
-  scores = score(params, "test", settings.evaluate.images, tell=True)
-  masked = not model_config.causal
-  values = {
-    "checkpoint": found.path,
-    "best_step": best.step,
-    "steps": steps,
-    "ended_early": steps < own.steps,
-    "elapsed_seconds": elapsed(),
-    **spent,
-    "objective": settings.objective,
-    "classes": len(classes),
-    "data": {name: split.fingerprint for name, split in (splits | {"train": train_split}).items()},
-    "augment": data_config.augment,
-    "layer": loss.layer,
-    "generative_weight": loss.generative,
-    "classification_weight": loss.classification,
-    "learning_rate": optimizer_config.learning_rate,
-    "batch_size": batch_size,
-    "validation_accuracy": best.accuracy,
-    "test_images": scores.images,
-    "test_accuracy": scores.accuracy,
-    "test_accuracy_of_mean": scores.accuracy_of_mean if masked else None,
-    "masks_per_picture": own.masks if masked else None,
-    "test_classification_loss": scores.classification_loss,
-    "test_nats_per_token": scores.nats_per_token,
-    **{f"start_{name}": value for name, value in began_with.items()},
-  }
-  if hosts.is_main():
-    finish(workdir, folder, values)
-  of_mean = f" ({scores.accuracy_of_mean:.2%} by the mean of logits)" if masked else ""
-  before = began_with["nats_per_token"]
-  say(
-    f"best of {steps:,} steps: {best.step:,}; test accuracy {scores.accuracy:.2%}{of_mean} over "
-    f"{scores.images:,} pictures, {scores.nats_per_token:.4f} nats/token"
-    + ("" if before is None else f", {before:.4f} before")
-    + f"; {found.path}"
-  )
 
 
 @dataclasses.dataclass
@@ -281,6 +261,10 @@ class Best:
     else:
       self.waited += 1
 
+  def scores_of(self, step: int) -> dict[str, float] | None:
+    """The scores that the checkpoint of this step is kept by; None: it wasn't evaluated."""
+    return {SCORE: self.newest} if self.evaluated == step else None
+
   def keep_to(self, scores: Mapping[int, float | None]) -> None:
     """Names the best of these checkpoints, step -> accuracy, if its own isn't among them."""
     if self.step in scores:
@@ -288,6 +272,18 @@ class Best:
     scored = {step: score for step, score in sorted(scores.items()) if score is not None}
     self.step = max(scored, key=scored.__getitem__, default=0)
     self.accuracy = scored.get(self.step, -1.0)
+
+
+def _verdict(values: Mapping[str, Any]) -> str:
+  of_mean, before = values["test_accuracy_of_mean"], values["start_nats_per_token"]
+  return (
+    f"best of {values['steps']:,} steps: {values['best_step']:,}; test accuracy "
+    f"{values['test_accuracy']:.2%}"
+    + ("" if of_mean is None else f" ({of_mean:.2%} by the mean of logits)")
+    + f" over {values['test_images']:,} pictures, {values['test_nats_per_token']:.4f} nats/token"
+    + ("" if before is None else f", {before:.4f} before")
+    + f"; {values['checkpoint']}"
+  )
 
 
 _SHOWN = (

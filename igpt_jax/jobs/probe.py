@@ -6,9 +6,12 @@ The layer is chosen on validation; test is looked at once per row, with everythi
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from typing import Any
+
+from jax.sharding import Mesh
 
 from igpt_jax import files
 from igpt_jax.config.fields import Settings
@@ -26,10 +29,11 @@ from igpt_jax.workspace import devices, provenance, streams, watch, weights
 _LBFGS_UP_TO = 200_000  # training pictures
 
 
-def run(settings: Settings, workdir: str) -> None:
+def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
   check(settings)
-  made_from = watch.run(settings, workdir, "probe.json", probe, depends_on)
+  one = functools.partial(probe, mesh=mesh)
+  made_from = watch.run(settings, workdir, "probe.json", one, depends_on)
   if made_from is not None and hosts.is_main():
     probe_tables.compare_checkpoints(workdir, made_from)
 
@@ -54,9 +58,9 @@ def check(settings: Settings) -> None:
     )
 
 
-def probe(settings: Settings, workdir: str, out: str) -> None:
+def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
   """One checkpoint; features are kept in `workdir`, results go to `out`."""
-  source = sets_lib.open_source(settings, workdir)
+  source = sets_lib.open_source(settings, workdir, mesh)
   features_folder = sets_lib.folder_of(settings, workdir, source)
   own_features = not os.path.exists(features_folder)
   method = settings.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")

@@ -6,12 +6,13 @@ real as test's, say what distance is left when nothing is wrong.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from igpt_jax import checkpoint, files
 from igpt_jax.config import choices
@@ -30,9 +31,9 @@ from igpt_jax.sampling import frechet
 from igpt_jax.sampling.completer import NOTHING, Completer, Picture, given_rows
 from igpt_jax.workspace import devices, provenance, watch, weights
 
-Network = Callable[[np.ndarray], np.ndarray]  # uint8 [N, H, W, 3] -> features [N, D]
-
-_PER_PASS = 128  # pictures
+# uint8 [N, H, W, 3] -> features [N, D], of at most _PER_PASS pictures.
+Network = Callable[[np.ndarray], np.ndarray]
+_PER_PASS = 128
 
 
 def run(settings: Settings, workdir: str) -> None:
@@ -42,12 +43,11 @@ def run(settings: Settings, workdir: str) -> None:
 
 def depends_on(settings: Settings) -> dict[str, Any]:
   """All but the checkpoint that decides quality.json."""
-  path = os.path.expanduser(settings.quality.network)
-  if path.endswith(".onnx"):
-    _check_file(settings)
-    network = files.digest_of_file(path)
-  else:
-    network = provenance.of_checkpoint(weights.describe(path, settings)) if path else "its own"
+  path, network = settings.quality.network, "its own"
+  if file := onnx_file(settings):
+    network = files.digest_of_file(file)
+  elif path:
+    network = provenance.of_checkpoint(weights.describe(path, settings))
   return {
     "data": provenance.of_data(settings.data, ["train", "test"]),
     "network": network,
@@ -70,34 +70,37 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
   n = min(settings.quality.images, *map(len, splits.values()))
   other = describe_network(settings, found)
   completer = Completer(found, settings, mesh)
+  palette, resolution = completer.reader.palette, completer.reader.resolution
   network, called = open_network(settings, completer, other, mesh)
 
   def real(name: str) -> np.ndarray:
-    """Pictures spread over the split, as the palette shows them."""
+    """Tokens [N, T] of pictures spread over the split."""
     order = np.random.default_rng(settings.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
     images = np.concatenate(list(pipeline.image_stream(chosen, data_config, augment=False)))
     _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
-    return images
+    return palette.encode(images).reshape(len(images), -1).astype(np.int32)
 
-  palette, resolution = completer.reader.palette, completer.reader.resolution
   test, train = real("test"), real("train")
-  shown = completer.reader.paint(palette.encode(test).reshape(len(test), -1))
   n = len(test)
   rows_given = given_rows(settings.sample.keep, resolution)
-  held_out = [
-    Picture(str(i), tokens)
-    for i, tokens in enumerate(palette.encode(test).reshape(n, -1).astype(np.int32))
-  ]
+  held_out = [Picture(str(i), tokens) for i, tokens in enumerate(test)]
   say(f"quality: {n:,} samples and {n:,} completions beside {splits['test'].fingerprint}")
-  samples, of_samples = gather(settings, completer, [NOTHING], range(n), 0, "samples")
+  nothing, each_its_own = [NOTHING] * n, np.arange(n)
+  samples, of_samples = gather(settings, completer, nothing, each_its_own, 0, "samples")
   completed, of_completions = gather(
-    settings, completer, held_out, range(1), rows_given, "completions"
+    settings, completer, held_out, 0 * each_its_own, rows_given, "completions"
   )
-  reference = frechet.moments(network(shown))
 
-  def distance(pictures: np.ndarray) -> float:
-    return frechet.distance(frechet.moments(network(pictures)), reference)
+  def moments(tokens: np.ndarray) -> frechet.Moments:
+    shown = completer.reader.paint(tokens)
+    passes = [network(shown[i : i + _PER_PASS]) for i in range(0, len(shown), _PER_PASS)]
+    return frechet.moments(np.concatenate(passes))
+
+  reference = moments(test)
+
+  def distance(tokens: np.ndarray) -> float:
+    return frechet.distance(moments(tokens), reference)
 
   values = {
     "checkpoint": found.path,
@@ -108,11 +111,9 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     "data": {name: split.fingerprint for name, split in splits.items()},
     "seed": settings.seed,
     "rows_given": rows_given,
-    "samples_distance": distance(completer.reader.paint(samples)),
-    "completions_distance": distance(completer.reader.paint(completed)),
-    "train_distance": distance(
-      completer.reader.paint(palette.encode(train).reshape(len(train), -1))
-    ),
+    "samples_distance": distance(samples),
+    "completions_distance": distance(completed),
+    "train_distance": distance(train),
     "samples_nats_per_token": float(of_samples.mean()),
     "completions_nats_per_token": float(of_completions[:, rows_given * resolution :].mean()),
   }
@@ -135,37 +136,28 @@ def gather(
   settings: Settings,
   completer: Completer,
   pictures: list[Picture],
-  numbers: range,
+  numbers: np.ndarray,
   rows_given: int,
   what: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens and nats [N, T] of these samples of these pictures, `sample.batch_size` at a time."""
-  batch_size = settings.sample.batch_size
-  clock = progress.Countdown(what, len(pictures) * len(numbers), say)
-  tokens, nll, done = [], [], 0
-  for some, which in _batches(pictures, numbers, batch_size):
+  """Tokens and nats [N, T] of a sample of each picture, `sample.batch_size` at a time.
+
+  `numbers` [N] are those of the samples.
+  """
+  n, size = len(pictures), min(settings.sample.batch_size, len(pictures))
+  clock = progress.Countdown(what, n, say)
+  parts = []
+  for first in range(0, n, size):
     # The last batch is as large as the others, so that one program draws them all.
+    at = np.minimum(np.arange(first, first + size), n - 1)
     (drawn,) = completer.draw(
-      some, which, rows_given, choices.sampling_config(settings), seed=settings.seed
-    )
-    wanted = min(len(drawn.tokens), len(pictures) * len(numbers) - done)
-    tokens.append(drawn.tokens[:wanted])
-    nll.append(drawn.nll[:wanted])
-    done += wanted
-    clock.tick(done)
+      [pictures[i] for i in at], numbers[at, None], rows_given, choices.sampling_config(settings),
+      seed=settings.seed,
+    )  # fmt: skip
+    parts.append((drawn.tokens[: n - first], drawn.nll[: n - first]))
+    clock.tick(min(first + size, n))
+  tokens, nll = zip(*parts, strict=True)
   return np.concatenate(tokens), np.concatenate(nll)
-
-
-def _batches(pictures, numbers, size: int) -> Iterator[tuple[list[Picture], list[int]]]:
-  if len(pictures) == 1:
-    size = min(size, len(numbers))
-    for first in range(0, len(numbers), size):
-      yield pictures, list(range(first, first + size))
-    return
-  size = min(size, len(pictures))
-  for first in range(0, len(pictures), size):
-    some = pictures[first : first + size]
-    yield some + [some[-1]] * (size - len(some)), list(numbers)
 
 
 def describe_network(
@@ -176,10 +168,9 @@ def describe_network(
   Raises:
     UserError: it can't be read, or has no such layer, or is of another resolution.
   """
-  path = settings.quality.network
-  if path.endswith(".onnx"):
-    _check_file(settings)
+  if onnx_file(settings):
     return None
+  path = settings.quality.network
   chosen = weights.describe(path, settings) if path else found
   weights.palette_of(chosen)
   weights.check_resolution(settings, chosen)
@@ -191,12 +182,20 @@ def describe_network(
   return chosen
 
 
-def _check_file(settings: Settings) -> None:
+def onnx_file(settings: Settings) -> str:
+  """The network's file in ONNX format; "" where it is a checkpoint.
+
+  Raises:
+    UserError: it isn't there.
+  """
   path = settings.quality.network
+  if not path.endswith(".onnx"):
+    return ""
   if not os.path.isfile(os.path.expanduser(path)):
     raise UserError(
       f"config.quality.network: {path}: no such file; expected a network in ONNX format"
     )
+  return os.path.expanduser(path)
 
 
 def open_network(
@@ -204,7 +203,7 @@ def open_network(
 ) -> tuple[Network, str]:
   """The features to compare by, and what to call them."""
   if other is None:
-    return onnx_network(os.path.expanduser(settings.quality.network)), settings.quality.network
+    return onnx_network(onnx_file(settings)), settings.quality.network
   layer = settings.quality.layer if settings.quality.layer >= 0 else other.config.n_layer // 2
   own = other.path == completer.trained.path
   params = completer.trained.params if own else weights.read(other, mesh, say)
@@ -219,14 +218,10 @@ def open_network(
 
   def network(images: np.ndarray) -> np.ndarray:
     tokens = palette.encode(images).reshape(len(images), -1).astype(np.int32)
-    found = []
+    padded = np.pad(tokens, ((0, per_pass - len(tokens)), (0, 0)))
     with jax.set_mesh(mesh):
-      for first in range(0, len(tokens), per_pass):
-        some = tokens[first : first + per_pass]
-        padded = np.pad(some, ((0, per_pass - len(some)), (0, 0)))
-        features = extract(params, sharding.put_global(padded, mesh))
-        found.append(jax.device_get(features)[: len(some)])
-    return np.concatenate(found)
+      features = extract(params, sharding.put_global(padded, mesh))
+    return jax.device_get(features)[: len(images)]
 
   return network, f"layer {layer} of {other.path}"
 
@@ -256,21 +251,13 @@ def onnx_network(path: str) -> Network:
   side = first.shape[2] if isinstance(first.shape[2], int) else 0
 
   def network(images: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
     if side and images.shape[1] != side:
-      images = np.stack(
-        [
-          np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.BICUBIC))
-          for each in images
-        ]
-      )
-    found = []
-    for start in range(0, len(images), _PER_PASS):
-      some = images[start : start + _PER_PASS].transpose(0, 3, 1, 2).astype(np.float32)
-      (features, *_) = session.run(None, {first.name: some / np.float32(127.5) - 1})
-      found.append(features.reshape(len(features), -1))
-    return np.concatenate(found)
+      size, way = (side, side), Image.Resampling.BICUBIC
+      scaled = [Image.fromarray(image).resize(size, way) for image in images]
+      images = np.stack([np.asarray(image) for image in scaled])
+    channels_first = images.transpose(0, 3, 1, 2).astype(np.float32)
+    (features, *_) = session.run(None, {first.name: channels_first / np.float32(127.5) - 1})
+    return features.reshape(len(features), -1)
 
   return network
 

@@ -100,13 +100,13 @@ class Source:
       return checksum(self.random_params)
 
 
-def open_source(settings: Settings, workdir: str) -> Source:
+def open_source(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Source:
   """Opens data and checkpoint.
 
   Raises:
     UserError: before the weights are read: no labels, a layer out of range, another resolution, …
   """
-  mesh = devices.mesh_of(settings)
+  mesh = mesh or devices.mesh_of(settings)
   sharding.batch_size_per_shard(mesh, settings.features.batch_size, "features.batch_size")
   data_config = settings.data
   splits = {name: open_split(data_config, name) for name in SPLITS}

@@ -7,15 +7,13 @@ to metrics.jsonl there. Learning rates are chosen on validation, for each layer;
 import dataclasses
 import os
 import time
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 
 from igpt_jax import files
-from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.config.fields import Settings
-from igpt_jax.data import pipeline
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
@@ -23,9 +21,10 @@ from igpt_jax.probing import feeds, sets, sgd
 from igpt_jax.probing.feeds import LAYERS
 from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.reporting import progress
-from igpt_jax.runner import goodput, loop, saving
+from igpt_jax.runner.data_order import DataOrder
+from igpt_jax.runner.loop import Work
+from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training.state import TrainState
-from igpt_jax.workspace import lock
 
 _SHOWN = (
   ("probe_loss", "best classifier: loss {:.4f}"),
@@ -41,18 +40,19 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
       "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
       "with sgd; fix: config.probe.method=lbfgs"
     )
-  folder = os.path.join(out, "probe_sgd")
-  os.makedirs(folder, exist_ok=True)
-  with lock.held(folder):
-    return _run(settings, workdir, folder, source)
+  folder, steps = os.path.join(out, "probe_sgd"), settings.probe.steps
+  keeping: dict[str, Any] = {"keep": 1, "keep_every": 0}
+  with TrainingRun(settings, folder, steps, None, mesh=source.mesh, **keeping) as training:
+    return _run(settings, workdir, folder, source, training)
 
 
-def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[dict[str, Any]]:
+def _run(
+  settings: Settings, workdir: str, folder: str, source: Source, training: TrainingRun
+) -> list[dict[str, Any]]:
   mesh = source.mesh
   sharding.batch_size_per_shard(mesh, settings.probe.batch_size, "probe.batch_size")
   rates = tuple(float(rate) for rate in settings.probe.learning_rates)
   groups = feeds.groups_of(settings, source)
-  checkpoints = Checkpoints(folder, keep=1, say=say, patience=settings.train.save_retry_seconds)
   said = {
     "features_of": sets.identity_of(settings, source, "train", source.checksum),
     "random_weights": source.random_checksum if RANDOM in source.baselines else None,
@@ -62,17 +62,17 @@ def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[
     "steps": settings.probe.steps,
     "layers": list(source.features.layers),
   }
-  position = {
-    "split": source.splits["train"], "batch_size": settings.probe.batch_size, "seed": settings.seed
-  }  # fmt: skip
+  order = DataOrder(
+    folder, source.splits["train"], batch_size=settings.probe.batch_size, seed=settings.seed
+  )
 
   def check(at: int, run: dict[str, Any]) -> None:
     _check_same(folder, run["probe"], said)
-    pipeline.check_position(run["data"], pipeline.position(**position, step=at))
+    order.check(at, run)
 
-  begun = checkpoints.latest()
+  begun = training.checkpoints.latest()
   if begun is not None:  # before features are computed
-    check(begun, checkpoints.read_run(begun))
+    check(begun, training.checkpoints.read_run(begun))
   feed = feeds.open_feed(settings, workdir, source)
   optimizer = sgd.make_optimizer(rates, settings.probe.steps)
 
@@ -83,14 +83,8 @@ def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[
     abstract = jax.eval_shape(fresh, feed.frozen)
     frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
     shardings = sgd.state_shardings(abstract, groups, mesh, frozen_shardings)
-    state = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
-
-  resumed = checkpoints.resume(_probes(abstract), _probes(shardings), check)
-  first_step = 0
-  if resumed is not None:
-    first_step, state = resumed.step, _joined(resumed.state, state)
-    del resumed  # its arrays will be donated
-    say(f"resuming the probe at step {first_step} of {settings.probe.steps} from {folder}")
+    whole = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
+  saved = training.resume_or(lambda: _probes(whole), _probes(abstract), _probes(shardings), check)
 
   evaluate_step = jax.jit(
     sgd.make_eval_step(feed.extract),
@@ -112,39 +106,21 @@ def _run(settings: Settings, workdir: str, folder: str, source: Source) -> list[
     found = accuracies(at.params, "validation")
     return {"validation_accuracy": float(found[LAYERS].max())}
 
-  def save(at: TrainState, at_step: int) -> None:
-    described = {"data": pipeline.position(**position, step=at_step), "probe": said}
-    checkpoints.save(_probes(at), palette=None, run=described)
-
   began = time.monotonic()
-  writers = loop.make_writers(settings, folder, first_step)
-  clock = goodput.Clock(folder, first_step)
-  outcome = loop.run(
-    loop.Work(
-      steps=settings.probe.steps,
-      log_every=settings.train.log_every,
-      eval_every=settings.probe.eval_every,
-      save_every=settings.probe.eval_every,
-      train_step=sgd.make_train_step(feed.extract, optimizer),
-      fields=feed.fields,
-      abstract=abstract,
-      shardings=shardings,
-      evaluate=evaluate,
-      save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
-    ),
-    state,
-    cast(pipeline.Batches, feed.training(first_step)),  # or what is used like one
-    mesh=mesh,
-    writers=writers,
-    progress=progress.Progress(settings.probe.steps, settings.probe.batch_size, 0.0, None, _SHOWN),
-    stop=loop.StopSignal(),
-    clock=clock,
-    profiler=loop.make_profiler(settings, folder),
-    guard=loop.make_guard(settings, folder),
+  work = Work(
+    train_step=sgd.make_train_step(feed.extract, optimizer),
+    batches=feed.training,
+    fields=feed.fields,
+    batch_size=settings.probe.batch_size,
+    log_every=settings.train.log_every,
+    eval_every=settings.probe.eval_every,
+    save_every=settings.probe.eval_every,
+    describe=lambda step: {"data": order.position(step), "probe": said},
+    evaluate=evaluate,
+    kept=_probes,
+    shown=_SHOWN,
   )
-  checkpoints.close()
-  writers.close()
-  clock.end(outcome.step, outcome.stopped_by is None)
+  outcome = training.train(_joined(saved, whole), work)
   if outcome.stopped_by:
     raise UserError(
       f"probe: stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; fix: the same "

@@ -24,7 +24,10 @@ class DataOrder:
 
   def __init__(self, folder: str, split: Split, *, batch_size: int, seed: int):
     self._split, self._batch_size = split, batch_size
-    self._seeds = order_seeds(folder, seed)
+    self._folder, self._seed = folder, seed
+
+  def _seeds(self) -> list[int]:
+    return order_seeds(self._folder, self._seed)
 
   def batches(
     self, step: int, config: DataConfig, palette: Palette | None, mesh: Mesh
@@ -36,7 +39,7 @@ class DataOrder:
       config,
       palette,
       batch_size=self._batch_size,
-      seed=self._seeds[-1],
+      seed=self._seeds()[-1],
       start_step=step,
       process_index=share,
       process_count=shares,
@@ -45,12 +48,12 @@ class DataOrder:
   def position(self, step: int) -> dict[str, Any]:
     """What a checkpoint stores of the data."""
     return pipeline.position(
-      self._split, batch_size=self._batch_size, seed=self._seeds[-1], step=step
+      self._split, batch_size=self._batch_size, seed=self._seeds()[-1], step=step
     )
 
   def check(self, step: int, run: Mapping[str, Any]) -> None:
     """Raises UserError when a checkpoint's run had other data; it may have had an earlier order."""
     saved = run["data"]
-    if saved.get("seed") in self._seeds:
-      saved = saved | {"seed": self._seeds[-1]}
+    if saved.get("seed") in self._seeds():
+      saved = saved | {"seed": self._seeds()[-1]}
     pipeline.check_position(saved, self.position(step))

@@ -49,14 +49,6 @@ _NAMES = {"data": "data wait", "step": "steps", "checkpoint": "checkpoints"}
 _WRITE_SECONDS = 15.0  # between two writes of the file
 _SNAPSHOTS = 20  # that are kept: a run goes on from one of its newest checkpoints
 
-_process_began: float | None = None
-
-
-def process_began(at: float) -> None:
-  """Tells when this process began, by time.monotonic; the next `Clock` counts from there."""
-  global _process_began
-  _process_began = at
-
 
 class Clock:
   """The time of one run, of which this process is the newest part.
@@ -64,13 +56,12 @@ class Clock:
   Args:
     folder: of the run; only the main process writes there.
     first_step: that this process goes on from.
+    began: when it began, by time.monotonic; None: now.
   """
 
-  def __init__(self, folder: str, first_step: int):
-    global _process_began
+  def __init__(self, folder: str, first_step: int, began: float | None = None):
     self._path = os.path.join(folder, FILE)
-    self._since = time.monotonic() if _process_began is None else _process_began
-    _process_began = None
+    self._since = time.monotonic() if began is None else began
     self._first_step, self._phase = first_step, "start"
     self._batches: Any = None
     self._here = dict.fromkeys(PHASES, 0.0)

@@ -153,24 +153,12 @@ def describe(params: Params) -> dict[str, dict[str, float]]:
   return found
 
 
-def persist(run: Callable[[], None], config: GuardConfig, folder: str) -> None:
-  """Runs `run` until it ends, again from an older checkpoint where its numbers go bad.
+def go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
+  """Sets aside the checkpoints since all was well, and has other data follow.
 
   Raises:
-    BadNumbers: the config doesn't say to go back, there's nowhere to go back to, or it has gone back
-      often enough.
+    BadNumbers: there is nowhere to go back to, or the run has gone back often enough.
   """
-  while True:
-    try:
-      run()
-      return
-    except BadNumbers as bad:
-      if not bad.back:
-        raise
-      _go_back(bad, config, folder)
-
-
-def _go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
   before = len(rollbacks.rollback_steps(folder))
   steps = checkpoint.whole_steps(folder)
   good = [step for step in steps if step <= bad.since]

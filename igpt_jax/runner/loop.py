@@ -8,10 +8,9 @@ model or a loss.
 import contextlib
 import dataclasses
 import functools
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,48 +18,74 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from igpt_jax import __version__
-from igpt_jax.config.fields import ProfileConfig, Settings, as_json
 from igpt_jax.data.pipeline import Batches
-from igpt_jax.model.image_gpt import ImageGPTConfig
-from igpt_jax.parallel import hosts, sharding
+from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics
-from igpt_jax.reporting import progress as progress_lib
+from igpt_jax.reporting.progress import Progress
 from igpt_jax.runner import goodput, saving
 from igpt_jax.runner.guard import Guard
-from igpt_jax.training import compilation, profiling
+from igpt_jax.training import compilation
 from igpt_jax.training.bad_numbers import BadNumbers
+from igpt_jax.training.profiling import Profiler
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import agreement, memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """What a job has the loop do, and how often.
+  """What a job trains, how often it looks at it, and what it says of it.
 
   Attributes:
-    steps: of the whole run.
-    log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
     train_step: (state, batch) -> (state, metrics), compiled here.
+    batches: step -> this host's rows from that step on.
     fields: of a batch, that the step takes.
-    abstract, shardings: of the state.
+    batch_size: of a step, all hosts together.
+    log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
+    describe: step -> what the checkpoint of that step says.
     evaluate: state -> numbers, to be written down; None: nothing is held out to evaluate on.
-    save: of the state, under its step.
-    ended: asked after each evaluation whether to end before `steps`.
+    ended: asked after each evaluation whether to end before the last step.
+    kept: state -> what a checkpoint holds of it.
+    scores: step -> numbers by which the best checkpoint is kept; None: it has none.
+    flops: of training on one image; 0: not known.
+    shown: metrics that a line tells, in order, and how.
   """
 
-  steps: int
+  train_step: Callable
+  batches: Callable[[int], Batches]
+  fields: tuple[str, ...]
+  batch_size: int
   log_every: int
   eval_every: int
   save_every: int
-  train_step: Callable
-  fields: tuple[str, ...]
-  abstract: TrainState
-  shardings: TrainState
+  describe: Callable[[int], dict[str, Any]]
   evaluate: Callable[[TrainState], dict[str, float]] | None
-  save: saving.Saver
   ended: Callable[[], bool] = lambda: False
+  kept: Callable[[TrainState], TrainState] = lambda state: state
+  scores: Callable[[int], dict[str, float] | None] = lambda step: None
+  flops: float = 0.0
+  shown: Sequence[tuple[str, str]] = Progress.PRETRAINING
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruments:
+  """What goes on beside the training.
+
+  Attributes:
+    save: writes states, under their steps.
+    writers: of metrics; they stay open.
+    progress: what a log's speed and line come from.
+    clock: of where the time goes; left in the phase of checkpoints.
+    profiler: not entered yet.
+    guard: shown what is logged.
+  """
+
+  save: saving.Saver
+  writers: metrics.Writers
+  progress: Progress
+  clock: goodput.Clock
+  profiler: Profiler
+  guard: Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,38 +139,28 @@ class StopSignal:
 
 
 def run(
-  work: Work,
-  train_state: TrainState,
-  batches: Batches,
-  *,
-  mesh: Mesh,
-  writers: metrics.Writers,
-  progress: progress_lib.Progress,
-  stop: StopSignal,
-  clock: goodput.Clock,
-  profiler: profiling.Profiler,
-  guard: Guard,
+  work: Work, train_state: TrainState, mesh: Mesh, steps: int, instruments: Instruments
 ) -> Outcome:
-  """Trains from `train_state` until `work.steps`, until `work.ended`, or until `stop` is asked for.
+  """Trains from `train_state` until `steps`, until `work.ended`, or until it is asked to stop.
 
   Args:
     work: what to do.
     train_state: where to begin; its arrays are donated.
-    batches: this host's rows, from the state's step on; closed at the end.
     mesh: where state and batches lie.
-    writers: of metrics; they stay open.
-    progress: what a log's speed and line come from.
-    stop: not entered yet.
-    clock: of where the time goes; left in the phase of checkpoints.
-    profiler: not entered yet.
-    guard: shown what is logged.
+    steps: of the whole run.
+    instruments: what goes on beside it.
 
   Raises:
     BadNumbers: as the guard has it; what was begun to be saved is saved, and the writers are closed.
   """
+  save_state, writers, progress = instruments.save, instruments.writers, instruments.progress
+  clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal()
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
+  shardings = jax.tree.map(lambda x: x.sharding, train_state)
+  first_step = at_step = int(train_state.step)
+  batches = work.batches(first_step)
   clock.reads(batches)
   clock.enter("step")
-  first_step = at_step = int(train_state.step)
   # A step's number, its metrics, and the batch that they are of.
   pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
 
@@ -163,7 +178,7 @@ def run(
     writers.write(of_step, {**values, **measured})
     say(progress.line(of_step, {**values, **measured}))
     clock.note(of_step)
-    guard.look(of_step, values, lambda: train_state, of_batch)
+    instruments.guard.look(of_step, values, lambda: train_state, of_batch)
 
   def pause(function: Callable, phase: str) -> Any:
     """Does something beside the training, outside the measured speed."""
@@ -191,21 +206,21 @@ def run(
   def agree_and_save() -> None:
     if at_step > first_step:
       agreement.check(at_step, batches.place, train_state.params)
-    work.save(train_state, at_step, writers.sync)
+    save_state(train_state, at_step, writers.sync)
 
   def save() -> None:
     pause(agree_and_save, "checkpoint")
     clock.saved(at_step)
 
   compiled = None
-  with _settled(work.save, writers), stop, batches, profiler, jax.set_mesh(mesh):
-    while at_step < work.steps and not work.ended() and not stop.asked(at_step):
+  with _settled(save_state, writers), stop, batches, profiler, jax.set_mesh(mesh):
+    while at_step < steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
         if evaluation_due():
           evaluate()
           if work.ended():
             break
-        if at_step % work.save_every == 0 or work.save.failed():
+        if at_step % work.save_every == 0 or save_state.failed():
           save()
       # Only begun here: it travels while the device is still at the step before.
       read = next(batches)
@@ -213,7 +228,7 @@ def run(
       if compiled is None:
         agreement.check(at_step, batches.place)
         with clock.phase("compile"):
-          compiled = compilation.compile_step(work.train_step, work.abstract, work.shardings, batch)
+          compiled = compilation.compile_step(work.train_step, abstract, shardings, batch)
         say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
         memory.check_step(compiled, mesh)
         progress.start(first_step, batches.wait_seconds)
@@ -223,19 +238,19 @@ def run(
         train_state, values = compiled(train_state, batch)
       at_step += 1
       flush()
-      if at_step % work.log_every == 0 or at_step == work.steps:
+      if at_step % work.log_every == 0 or at_step == steps:
         pending = at_step, values, read
     flush()
     if profiler.tracing:
       pause(profiler.close, "profile")
     # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
-    at_end = work.evaluate is not None and at_step >= work.steps
+    at_end = work.evaluate is not None and at_step >= steps
     if at_step > evaluated_at and (at_end or evaluation_due()):
       evaluate()
     save()
     clock.enter("checkpoint")  # which is still being written
-    work.save.finish(train_state, at_step)
-  done = at_step >= work.steps or work.ended()
+    save_state.finish(train_state, at_step)
+  done = at_step >= steps or work.ended()
   return Outcome(train_state, at_step, None if done else stop.requested)
 
 
@@ -248,54 +263,3 @@ def _settled(save: saving.Saver, writers: metrics.Writers) -> Iterator[None]:
     save.settle()
     writers.close()
     raise
-
-
-def make_guard(settings: Settings, folder: str) -> Guard:
-  return Guard(settings.guard, folder)
-
-
-def make_writers(settings: Settings, workdir: str, first_step: int) -> metrics.Writers:
-  """The writers that `config.log` asks for; none but on the main process."""
-  if not hosts.is_main():
-    return metrics.Writers([])
-  writers: list[Any] = [metrics.JsonlWriter(os.path.join(workdir, "metrics.jsonl"), first_step)]
-  if settings.log.tensorboard:
-    writers.append(metrics.TensorBoardWriter(workdir, first_step))
-  if settings.log.wandb:
-    writers.append(metrics.WandbWriter(workdir, as_json(settings), settings.log.wandb_project))
-  return metrics.Writers(writers)
-
-
-def make_profiler(settings: Settings, folder: str) -> profiling.Profiler:
-  """The profiler that `config.profile` asks for; the main process writes to FOLDER/profile."""
-  window = settings.profile if hosts.is_main() else ProfileConfig()
-  return profiling.Profiler(window, os.path.join(folder, "profile"), say)
-
-
-def describe_run(
-  settings: Settings,
-  model_config: ImageGPTConfig,
-  *,
-  mask_probability: float,
-  data: dict[str, Any],
-  elapsed_seconds: float,
-) -> dict[str, Any]:
-  """What a checkpoint says of its run: the `run` of `checkpoint.Described`.
-
-  Args:
-    settings: the run's, with every open choice made.
-    model_config: the model.
-    mask_probability: of the masked objective.
-    data: position in the data, of `pipeline.position`.
-    elapsed_seconds: of training, all in all.
-  """
-  return {
-    "version": __version__,
-    "model": dataclasses.asdict(model_config),
-    "objective": settings.objective,
-    "mask_probability": mask_probability,
-    "resolution": settings.data.resolution,
-    "data": data,
-    "elapsed_seconds": elapsed_seconds,
-    "config": as_json(settings),
-  }

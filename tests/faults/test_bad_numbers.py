@@ -13,19 +13,19 @@ import pytest
 import tiny
 
 from igpt_jax import checkpoint
+from igpt_jax.config.fields import GuardConfig
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.reporting import metrics
-from igpt_jax.runner import guard
+from igpt_jax.runner import guard, loop
 from igpt_jax.training import optimizer
 from igpt_jax.training import state as state_lib
 from igpt_jax.training import step as step_lib
-from igpt_jax.training.bad_numbers import BadNumbers, GuardConfig
+from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.objectives import make_objective
-from igpt_jax.workspace import devices
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -41,7 +41,6 @@ SMALL = {
 def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(devices, "mesh_of", lambda config: make_mesh(devices=jax.devices()[:1]))
     yield
 
 
@@ -120,15 +119,15 @@ def test_an_update_that_is_not_finite_is_left_out():
 
 def test_counts_go_on_with_the_run(tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib, "make_train_step", step_that(at(2)))
-  pretrain.run(config_of(**{"train.steps": 16, "seed": 1}), str(tmp_path / "whole"))
+  tiny.on_one_device(pretrain, config_of(**{"train.steps": 16, "seed": 1}), str(tmp_path / "whole"))
   stopped = config_of(seed=1)
-  asked = pretrain.StopSignal.asked
+  asked = loop.StopSignal.asked
   monkeypatch.setattr(
-    pretrain.StopSignal, "asked", lambda self, step: "SIGTERM" if step == 6 else asked(self, step)
+    loop.StopSignal, "asked", lambda self, step: "SIGTERM" if step == 6 else asked(self, step)
   )
-  pretrain.run(stopped, str(tmp_path / "resumed"))
-  monkeypatch.setattr(pretrain.StopSignal, "asked", asked)
-  pretrain.run(stopped, str(tmp_path / "resumed"))
+  tiny.on_one_device(pretrain, stopped, str(tmp_path / "resumed"))
+  monkeypatch.setattr(loop.StopSignal, "asked", asked)
+  tiny.on_one_device(pretrain, stopped, str(tmp_path / "resumed"))
   assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "resumed"))
   last = metrics.read_jsonl(tmp_path / "resumed" / "metrics.jsonl")[-2]
   assert last["skipped_updates"] == 1 and last["step"] == 16
@@ -137,19 +136,20 @@ def test_counts_go_on_with_the_run(tmp_path, monkeypatch):
 def test_goes_back_with_other_data(tmp_path, monkeypatch, capsys):
   """After two bad steps in a row: to the checkpoint before, other pictures, and on to the end."""
   rolled = []
-  make_go_back = guard._go_back
+  make_go_back = guard.go_back
 
   def go_back(*arguments):
     make_go_back(*arguments)
     rolled.append(True)
+    jax.clear_caches()  # the step is the same one, traced again
 
-  monkeypatch.setattr(guard, "_go_back", go_back)
+  monkeypatch.setattr(guard, "go_back", go_back)
 
   def faulty(*arguments):
     return step_that(lambda s: jnp.where((s >= 6) & (not rolled), jnp.nan, 1.0))(*arguments)
 
   monkeypatch.setattr(step_lib, "make_train_step", faulty)
-  pretrain.run(config_of(**{"guard.in_row": 4}), str(tmp_path))
+  tiny.on_one_device(pretrain, config_of(**{"guard.in_row": 4}), str(tmp_path))
   assert rolled == [True]
   assert [each["what"] for each in incidents(tmp_path)] == ["not finite", "rollback"]
   assert incidents(tmp_path)[1] == {"step": 10, "what": "rollback", "to": 4}
@@ -166,7 +166,7 @@ def test_goes_back_with_other_data(tmp_path, monkeypatch, capsys):
 
   # Up to the checkpoint it is the same run, then with other pictures, as if begun so.
   monkeypatch.setattr(step_lib, "make_train_step", ORIGINAL)
-  pretrain.run(config_of(), str(tmp_path / "plain"))
+  tiny.on_one_device(pretrain, config_of(), str(tmp_path / "plain"))
   plain, gone_back = losses(tmp_path / "plain"), losses(tmp_path)
   assert [plain[s] for s in range(1, 5)] == [gone_back[s] for s in range(1, 5)]
   assert plain[5] != gone_back[5]
@@ -181,7 +181,7 @@ def test_the_batch_that_is_kept_is_the_bad_one(tmp_path, monkeypatch, log_every,
   )
   settings = {"train.steps": 16, "train.log_every": log_every, "guard.in_row": 1}
   settings |= {"train.eval_every": 0, "guard.then": "stop"}
-  pretrain.run(config_of(**settings), str(tmp_path / "good"))
+  tiny.on_one_device(pretrain, config_of(**settings), str(tmp_path / "good"))
   read = [batch["tokens"] for batch in batches if "mask" not in batch]
   assert len(read) == 16
   marked = jnp.asarray(read[bad - 1])
@@ -195,7 +195,7 @@ def test_the_batch_that_is_kept_is_the_bad_one(tmp_path, monkeypatch, log_every,
 
   monkeypatch.setattr(step_lib, "make_train_step", faulty)
   with pytest.raises(BadNumbers, match=f"step {bad}: loss nan"):
-    pretrain.run(config_of(**settings), str(tmp_path / "bad"))
+    tiny.on_one_device(pretrain, config_of(**settings), str(tmp_path / "bad"))
   dump = tmp_path / "bad" / "incidents" / str(bad)
   with np.load(dump / "batch.npz", allow_pickle=False) as kept:
     np.testing.assert_array_equal(kept["tokens"], read[bad - 1])
@@ -206,25 +206,27 @@ def test_the_batch_that_is_kept_is_the_bad_one(tmp_path, monkeypatch, log_every,
 def test_goes_on_after_it_went_back(tmp_path, monkeypatch):
   """Interrupted after a rollback, the run goes on with the same other data."""
   rolled = []
-  go_back = guard._go_back
-  monkeypatch.setattr(guard, "_go_back", lambda *a: (go_back(*a), rolled.append(True)))
+  go_back = guard.go_back
+  monkeypatch.setattr(
+    guard, "go_back", lambda *a: (go_back(*a), rolled.append(True), jax.clear_caches())
+  )
 
   def faulty(*arguments):
     return step_that(lambda s: jnp.where((s == 5) & (not rolled), jnp.nan, 1.0))(*arguments)
 
   monkeypatch.setattr(step_lib, "make_train_step", faulty)
   settings = config_of(**{"guard.in_row": 1})
-  pretrain.run(settings, str(tmp_path / "whole"))
+  tiny.on_one_device(pretrain, settings, str(tmp_path / "whole"))
   rolled.clear()
-  asked = pretrain.StopSignal.asked
+  asked = loop.StopSignal.asked
   monkeypatch.setattr(
-    pretrain.StopSignal,
+    loop.StopSignal,
     "asked",
     lambda self, step: "SIGTERM" if rolled and step == 9 else asked(self, step),
   )
-  pretrain.run(settings, str(tmp_path / "cut"))
-  monkeypatch.setattr(pretrain.StopSignal, "asked", asked)
-  pretrain.run(settings, str(tmp_path / "cut"))
+  tiny.on_one_device(pretrain, settings, str(tmp_path / "cut"))
+  monkeypatch.setattr(loop.StopSignal, "asked", asked)
+  tiny.on_one_device(pretrain, settings, str(tmp_path / "cut"))
   assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "cut"))
   assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
@@ -232,7 +234,9 @@ def test_goes_on_after_it_went_back(tmp_path, monkeypatch):
 def test_stops_when_it_is_to_stop(tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib, "make_train_step", step_that(at(5, 6, 7)))
   with pytest.raises(BadNumbers, match="3 updates in a row were left out"):
-    pretrain.run(config_of(**{"guard.in_row": 3, "guard.then": "stop"}), str(tmp_path))
+    tiny.on_one_device(
+      pretrain, config_of(**{"guard.in_row": 3, "guard.then": "stop"}), str(tmp_path)
+    )
   assert max(losses(tmp_path)) == 8
   assert not [n for n in os.listdir(tmp_path / "checkpoints") if n.endswith("rolled_back")]
 
@@ -242,21 +246,25 @@ def test_goes_back_only_so_often(tmp_path, monkeypatch):
     step_lib, "make_train_step", step_that(lambda s: jnp.where(s >= 5, jnp.nan, 1.0))
   )
   with pytest.raises(UserError, match="it went back 2 times already"):
-    pretrain.run(config_of(**{"guard.in_row": 1, "guard.rollbacks": 2}), str(tmp_path))
+    tiny.on_one_device(
+      pretrain, config_of(**{"guard.in_row": 1, "guard.rollbacks": 2}), str(tmp_path)
+    )
   assert [each["what"] for each in incidents(tmp_path)].count("rollback") == 2
 
 
 def test_nowhere_to_go_back_to(tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib, "make_train_step", step_that(at(1, 2)))
   with pytest.raises(UserError, match="no checkpoint of step 1 or before"):
-    pretrain.run(config_of(**{"guard.in_row": 2}), str(tmp_path))
+    tiny.on_one_device(pretrain, config_of(**{"guard.in_row": 2}), str(tmp_path))
 
 
 @pytest.mark.parametrize("then", ["warn", "rollback", "stop"])
 def test_spikes(tmp_path, monkeypatch, capsys, then):
   rolled = []
-  go_back = guard._go_back
-  monkeypatch.setattr(guard, "_go_back", lambda *a: (go_back(*a), rolled.append(True)))
+  go_back = guard.go_back
+  monkeypatch.setattr(
+    guard, "go_back", lambda *a: (go_back(*a), rolled.append(True), jax.clear_caches())
+  )
 
   def faulty(*arguments):
     return step_that(lambda s: jnp.where((s == 9) & (not rolled), 3.0, 1.0))(*arguments)
@@ -265,9 +273,9 @@ def test_spikes(tmp_path, monkeypatch, capsys, then):
   settings = config_of(**{"guard.spike_then": then})
   if then == "stop":
     with pytest.raises(BadNumbers, match="the loss jumped to"):
-      pretrain.run(settings, str(tmp_path))
+      tiny.on_one_device(pretrain, settings, str(tmp_path))
     return
-  pretrain.run(settings, str(tmp_path))
+  tiny.on_one_device(pretrain, settings, str(tmp_path))
   out = capsys.readouterr().out
   assert "step 10: the loss jumped to" in out
   assert ("going back to step 8" in out) == (then == "rollback")
@@ -298,7 +306,7 @@ def test_fine_tuning_is_guarded_too(tmp_path, monkeypatch):
     "finetune.batch_size": 16, "guard.in_row": 1, "guard.then": "stop",
   })  # fmt: skip
   with pytest.raises(BadNumbers, match="1 updates in a row"):
-    finetune.run(settings, str(tmp_path))
+    tiny.on_one_device(finetune, settings, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training import compilation
-from igpt_jax.workspace import devices, weights
+from igpt_jax.workspace import weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -75,12 +75,11 @@ class Reached(BaseException):
 def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(
-      devices,
-      "mesh_of",
-      lambda settings: make_mesh(**dataclasses.asdict(settings.mesh), devices=jax.devices()[:2]),
-    )
     yield
+
+
+def mesh_of(settings):
+  return make_mesh(**dataclasses.asdict(settings.mesh), devices=jax.devices()[:2])
 
 
 def flat(tree, prefix=""):
@@ -145,7 +144,11 @@ def outcome(job, settings, workdir, checkpoint, compiled):
       config = parse(job, settings, workdir, checkpoint)
       if config.job not in JOBS:
         raise UserError(f"config.job: {config.job}")
-      JOBS[config.job].run(settings_of(config), str(workdir))
+      settings = settings_of(config)
+      if config.job in ("sample", "complete"):
+        JOBS[config.job].run(settings, str(workdir))
+      else:
+        JOBS[config.job].run(settings, str(workdir), mesh=mesh_of(settings))
   except Reached:
     return "ran"
   except UserError as error:
@@ -161,7 +164,8 @@ def outcome(job, settings, workdir, checkpoint, compiled):
 def trained(data_dir, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("trained")
   config = parse("pretrain", {}, workdir, None)
-  pretrain.run(settings_of(config), str(workdir))
+  settings = settings_of(config)
+  pretrain.run(settings, str(workdir), mesh=mesh_of(settings))
   return workdir
 
 

@@ -14,8 +14,7 @@ from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain, probe
 from igpt_jax.reporting import summary
-from igpt_jax.runner import goodput, loop
-from igpt_jax.workspace import devices
+from igpt_jax.runner import goodput, loop, run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -57,8 +56,7 @@ def spend(times, clock, **seconds):
 
 
 def test_every_second_has_a_phase(times, tmp_path):
-  goodput.process_began(times.now - 7)
-  clock = goodput.Clock(str(tmp_path), 0)
+  clock = goodput.Clock(str(tmp_path), 0, began=times.now - 7)
   clock.reads(batches := Waiting())
   clock.enter("step")
   times.now += 20
@@ -90,9 +88,8 @@ def test_a_kill_loses_what_came_after_the_checkpoint(times, tmp_path):
   clock.note(143)
   times.now += 50  # killed, and started again so much later
 
-  goodput.process_began(times.now)
   times.now += 2
-  clock = goodput.Clock(str(tmp_path), 100)
+  clock = goodput.Clock(str(tmp_path), 100, began=times.now - 2)
   clock.enter("step")
   times.now += 90
   spent = clock.end(200, ended=True)
@@ -153,7 +150,6 @@ def test_a_folder_that_can_not_be_written_does_not_end_a_run(times, tmp_path, ca
 def quick(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    patch.setattr(devices, "mesh_of", lambda config: tiny.mesh_of())
     yield
 
 
@@ -181,15 +177,15 @@ def trained(quick, tmp_path_factory):
   config = config_of(**{"profile.start": 5, "profile.steps": 100})
   said = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "say", said.append)
+    patch.setattr(run, "say", said.append)
     patch.setattr(loop.StopSignal, "asked", kill)
     patch.setattr(goodput, "_WRITE_SECONDS", 0.0)
     with pytest.raises(Killed):
-      pretrain.run(config, str(workdir))
+      tiny.on_one_device(pretrain, config, str(workdir))
     assert stored(workdir)["step"] == 5 and not stored(workdir)["ended"]
     patch.undo()
-    patch.setattr(loop, "say", said.append)
-    pretrain.run(config, str(workdir))
+    patch.setattr(run, "say", said.append)
+    tiny.on_one_device(pretrain, config, str(workdir))
   return workdir, [line for line in said if line.startswith("profile")]
 
 
@@ -232,7 +228,7 @@ def test_jobs_trace_their_steps(trained, tmp_path, capsys):
       "evaluate.images": 20,
     },
   )
-  finetune.run(config, str(tmp_path))
+  tiny.on_one_device(finetune, config, str(tmp_path))
   said = capsys.readouterr().out
   assert f"profile: steps 1 to 1 in {tmp_path}/finetune/profile" in said and "goodput" in said
   assert traced(tmp_path / "finetune")
@@ -242,7 +238,7 @@ def test_jobs_trace_their_steps(trained, tmp_path, capsys):
     config,
     {"probe.method": "sgd", "probe.steps": 5, "probe.eval_every": 5, "probe.batch_size": 16},
   )
-  probe.run(config, str(tmp_path))
+  tiny.on_one_device(probe, config, str(tmp_path))
   said = capsys.readouterr().out
   assert "profile: steps 1 to 2 in " in said and "goodput" in said
   assert len(list(tmp_path.rglob("*.xplane.pb"))) == 2

@@ -1,0 +1,176 @@
+"""Pretraining as a function: settings in, outcome out. Job pretrain is its command.
+
+Data, palette, model, optimizer → the newest checkpoint, or a fresh state → the loop (runner/loop.py)
+→ the curve and training.json. Called again it goes on from the newest checkpoint: parameters,
+optimizer, RNG, data position and metrics.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from igpt_jax import files
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import Split, has_validation, open_split
+from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.parallel import hardware, hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import metrics, summary
+from igpt_jax.reporting.curves import draw_curve
+from igpt_jax.runner.data_order import DataOrder
+from igpt_jax.runner.loop import Work
+from igpt_jax.runner.run import TrainingRun
+from igpt_jax.training import compilation, objectives, optimizer, state, step
+from igpt_jax.training.evaluation import Likelihood
+from igpt_jax.workspace import memory, streams, training_palette, weights
+
+RESULT = "training.json"  # there when a run has made all its steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a pretraining ended.
+
+  Attributes:
+    step: of its newest checkpoint.
+    stopped_by: the signal that ended it; None: it has made all its steps.
+    losses: the newest `loss` and, if images are held out, `validation_loss`, in nats per token.
+    workdir: where checkpoints, metrics and results are.
+  """
+
+  step: int
+  stopped_by: str | None
+  losses: dict[str, float]
+  workdir: str
+
+
+def pretrain(
+  settings: Settings, workdir: str, mesh: Mesh | None = None, began: float | None = None
+) -> Outcome:
+  """Trains until `train.steps`, or until it is asked to stop (SIGTERM).
+
+  Args:
+    settings: as they were given.
+    workdir: of the run, which goes on if it was begun.
+    mesh: where state and batches lie; None: the settings' own.
+    began: when the process began, by time.monotonic, if it is here for this run alone; None: now.
+
+  Raises:
+    UserError: the settings, the data or the workdir are to be mended.
+  """
+  train, data = settings.train, settings.data
+  with TrainingRun(settings, workdir, train.steps, mesh=mesh, began=began) as run:
+    mesh, batch_size = run.mesh, train.batch_size
+    sharding.batch_size_per_shard(mesh, batch_size, accumulate=train.accumulate)
+    split = open_split(data, "train")
+    held_out = open_split(data, "validation") if has_validation(data) else None
+    start = weights.of_run(settings, workdir, split)
+    settings = start.settings
+    palette = training_palette.training_palette(settings, data, split, workdir, start.palette)
+    n_vocab = choices.palette_size(settings) if palette is None else palette.size
+    model = choices.model_config(settings, n_vocab=n_vocab)
+    sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
+    memory.check_state(model, mesh)
+    objective = objectives.make_objective(settings.objective, settings.mask_probability)
+    optimizer_config = choices.optimizer_config(settings)
+    schedule = optimizer.make_schedule(optimizer_config)
+    tx = optimizer.make_optimizer(optimizer_config)
+    run.claim(settings, palette)  # only now: a mistake in the lines above leaves it unclaimed
+
+    order = DataOrder(workdir, split, batch_size=batch_size, seed=settings.seed)
+    train_state = run.resume_or(
+      lambda: state.make_state(model, tx, settings.seed, mesh, start.params(mesh, say)),
+      state.abstract_state(model, tx),
+      state.state_shardings(model, tx, mesh),
+      order.check,
+    )
+    if run.first_step < train.steps:
+      _forget_result(workdir)
+    devices = hardware.describe_devices(mesh)
+    say(f"{settings.objective}: {_in_words(model)}; {split.fingerprint}; {devices}")
+
+    likelihood = Likelihood(model, objective, mesh)
+    outcome = run.train(
+      train_state,
+      Work(
+        train_step=step.make_train_step(model, objective, tx, schedule, train.accumulate),
+        batches=lambda at_step: order.batches(at_step, data, palette, mesh),
+        fields=("tokens",),
+        batch_size=batch_size,
+        log_every=train.log_every,
+        eval_every=train.eval_every,
+        save_every=train.checkpoint_every,
+        describe=lambda at_step: run.describe(
+          model, settings.mask_probability, order.position(at_step)
+        ),
+        evaluate=_evaluation(settings, held_out, likelihood, palette, mesh),
+        flops=compilation.flops_per_image(model),
+      ),
+    )
+    newest = metrics.newest(os.path.join(workdir, "metrics.jsonl")) if hosts.is_main() else {}
+    if outcome.stopped_by is None and hosts.is_main():
+      _finish(workdir, {
+        "step": outcome.step, "parameters": count_params(model), "elapsed_seconds": run.elapsed(),
+        **newest, **run.spent,
+      })  # fmt: skip
+  losses = {name: newest[name] for name in ("loss", "validation_loss") if name in newest}
+  return Outcome(outcome.step, outcome.stopped_by, losses, workdir)
+
+
+def _evaluation(
+  settings: Settings,
+  split: Split | None,
+  likelihood: Likelihood,
+  palette: Palette | None,
+  mesh: Mesh,
+) -> Callable[[state.TrainState], dict[str, float]] | None:
+  """state -> its loss on what is held out; None: nothing is."""
+  if split is None:
+    say(
+      "data.validation: 0: nothing is held out, and nothing evaluated while it trains; "
+      "--config.job=evaluate takes test"
+    )
+    return None
+  train = settings.train
+  batch_size = min(train.batch_size, sharding.round_up_batch(mesh, len(split)))
+  limit = min(train.eval_images or len(split), len(split))
+
+  def evaluate(at: state.TrainState) -> dict[str, float]:
+    with streams.eval_stream(split, settings.data, palette, mesh, batch_size, limit) as stream:
+      result = likelihood(at.params, stream)
+    # BERT's masks may hide nothing of few images: then there is no loss to tell.
+    return {"validation_loss": result.nats_per_token} if result.predicted else {}
+
+  return evaluate
+
+
+def _forget_result(workdir: str) -> None:
+  """Of a run that had ended, and lost its last checkpoint: who watches it is to wait again."""
+  if hosts.is_main():
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(workdir, RESULT))
+
+
+def _in_words(model: ImageGPTConfig) -> str:
+  return (
+    f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, "
+    f"{count_params(model):,} parameters, {model.n_positions} positions of {model.n_vocab} colours, "
+    f"{model.dtype}"
+  )
+
+
+def _finish(workdir: str, values: dict[str, Any]) -> None:
+  """Leaves the curve, training.json and the summary; of a run that had ended, what is missing of them."""
+  draw_curve(workdir, os.path.join(workdir, "loss.png"))
+  path = os.path.join(workdir, RESULT)
+  try:
+    files.read_json(path)
+  except (FileNotFoundError, ValueError):  # not there yet, or damaged
+    summary.write_json(path, values)
+  summary.write_summary(workdir)

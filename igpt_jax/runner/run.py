@@ -1,0 +1,218 @@
+"""One training run put together, whichever job it is of.
+
+A job finds out what it trains, claims the folder, and hands over a `Work`. Checkpoints, metrics,
+profile, the clock, saving again, and going back from bad numbers are the run's.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from igpt_jax import __version__
+from igpt_jax.checkpoint import Checkpoints
+from igpt_jax.config.fields import ProfileConfig, Settings, as_json
+from igpt_jax.data.palette import Palette
+from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.parallel import hardware, hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import metrics
+from igpt_jax.reporting.progress import Progress
+from igpt_jax.runner import goodput, guard, loop, saving
+from igpt_jax.runner.loop import Outcome, Work
+from igpt_jax.training.bad_numbers import BadNumbers
+from igpt_jax.training.profiling import Profiler
+from igpt_jax.training.state import TrainState
+from igpt_jax.workspace import devices, lock, training_palette
+from igpt_jax.workspace import workdir as workdir_lib
+
+
+class TrainingRun:
+  """A run in its folder, which it locks while it is entered.
+
+  Args:
+    settings: as they were given.
+    folder: of the run; made if need be.
+    steps: of the whole run.
+    kind: "pretraining" or "finetuning": what may not differ from the run that the folder holds; None:
+      a part of another job, which doesn't claim its folder and doesn't go back.
+    mesh: where state and batches lie; None: the settings' own.
+    began: when the process began, by time.monotonic, if it is here for this run alone; None: now.
+    checkpoints: what is kept of them, arguments of `Checkpoints`; what isn't given: `settings.train`'s.
+
+  Attributes:
+    mesh: where state and batches lie.
+    settings: `settings`; from `claim` on with every open choice made.
+    first_step: where `resume_or` has begun.
+    spent: where the time went, of `goodput.Clock.end`, once it is trained.
+  """
+
+  mesh: Mesh
+  first_step: int
+  spent: dict[str, Any]
+
+  def __init__(
+    self,
+    settings: Settings,
+    folder: str,
+    steps: int,
+    kind: str | None = "pretraining",
+    *,
+    mesh: Mesh | None = None,
+    began: float | None = None,
+    **checkpoints: Any,
+  ):
+    self.settings, self._folder, self._steps, self._kind = settings, folder, steps, kind
+    self._given, self._given_mesh = settings, mesh
+    self._began = time.monotonic() if began is None else began
+    train = settings.train
+    self._kept = {"keep": train.max_to_keep, "keep_every": train.keep_period, **checkpoints}
+    self._palette: Palette | None = None
+    self._held = contextlib.ExitStack()
+
+  def __enter__(self) -> "TrainingRun":
+    workdir_lib.open_workdir(self._folder)
+    with contextlib.ExitStack() as held:
+      held.enter_context(lock.held(self._folder))
+      if self._kind is not None:
+        workdir_lib.check(self._given, self._folder, self._kind)
+      self.mesh = self._given_mesh or devices.mesh_of(self._given)
+      self._held = held.pop_all()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._held.__exit__(*error)
+
+  def claim(self, settled: Settings, palette: Palette | None) -> None:
+    """Makes the folder this run's; a mistake that is found before leaves it unclaimed."""
+    self.settings, self._palette = settled, palette
+    if hosts.is_main():
+      workdir_lib.claim(self._given, self._folder)
+      if palette is not None:
+        training_palette.keep_palette(palette, self._folder)
+
+  @functools.cached_property
+  def checkpoints(self) -> Checkpoints:
+    patience = self.settings.train.save_retry_seconds
+    return Checkpoints(self._folder, say=say, patience=patience, **self._kept)
+
+  def resume_or(
+    self,
+    make_state: Callable[[], TrainState],
+    abstract: TrainState,
+    shardings: TrainState,
+    check: Callable[[int, dict[str, Any]], object],
+    read: Callable[[dict[str, Any]], None] = lambda run: None,
+  ) -> TrainState:
+    """The state of the newest good checkpoint, or a fresh one.
+
+    Args:
+      make_state: makes the fresh one.
+      abstract, shardings: of what a checkpoint holds.
+      check: may refuse a checkpoint's step and run.
+      read: takes what the checkpoint's run says; called again after going back.
+    """
+    self._resume_again = lambda: self.resume_or(make_state, abstract, shardings, check, read)
+    resumed = self.checkpoints.resume(abstract, shardings, check)
+    self.first_step = 0 if resumed is None else resumed.step
+    self._elapsed_before = 0.0 if resumed is None else resumed.run.get("elapsed_seconds", 0.0)
+    if resumed is None:
+      state = make_state()
+    else:
+      state = resumed.state
+      read(resumed.run)
+      say(f"resuming at step {self.first_step} of {self._steps} from {self._folder}")
+    self._clock = goodput.Clock(self._folder, self.first_step, self._began)
+    self._began = None  # seconds that are counted
+    return state
+
+  def train(self, state: TrainState, work: Work) -> Outcome:
+    """Trains to the end, or until it is asked to stop; again from an older checkpoint where numbers go bad.
+
+    Raises:
+      BadNumbers: `settings.guard` doesn't say to go back, there is nowhere to go back to, or it has
+        gone back often enough.
+      SaveFailed: the disk was full, or broken, for too long.
+    """
+    while True:
+      try:
+        return self._train(state, work)
+      except BadNumbers as bad:
+        if self._kind is None or not bad.back:
+          raise
+        guard.go_back(bad, self.settings.guard, self._folder)
+      del self.checkpoints, state
+      state = self._resume_again()
+
+  def _train(self, state: TrainState, work: Work) -> Outcome:
+    self._since = time.monotonic()
+    checkpoints, settings = self.checkpoints, self.settings
+
+    def save(at: TrainState, step: int) -> None:
+      palette = None if self._palette is None else self._palette.centers
+      run, scores = work.describe(step), work.scores(step)
+      checkpoints.save(work.kept(at), palette=palette, run=run, scores=scores)
+
+    writers = self._writers()
+    window = settings.profile if hosts.is_main() else ProfileConfig()
+    peak = hardware.peak_flops(self.mesh) if work.flops else None
+    outcome = loop.run(
+      work,
+      state,
+      self.mesh,
+      self._steps,
+      loop.Instruments(
+        save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
+        writers=writers,
+        progress=Progress(self._steps, work.batch_size, work.flops, peak, work.shown),
+        clock=self._clock,
+        profiler=Profiler(window, os.path.join(self._folder, "profile"), say),
+        guard=guard.Guard(settings.guard, self._folder),
+      ),
+    )
+    checkpoints.close()
+    writers.close()
+    self.spent = self._clock.end(outcome.step, outcome.stopped_by is None)
+    return outcome
+
+  def _writers(self) -> metrics.Writers:
+    """The writers that `settings.log` asks for; none but on the main process."""
+    if not hosts.is_main():
+      return metrics.Writers([])
+    folder, log, step = self._folder, self.settings.log, self.first_step
+    writers: list[Any] = [metrics.JsonlWriter(os.path.join(folder, "metrics.jsonl"), step)]
+    if log.tensorboard:
+      writers.append(metrics.TensorBoardWriter(folder, step))
+    if log.wandb:
+      writers.append(metrics.WandbWriter(folder, as_json(self.settings), log.wandb_project))
+    return metrics.Writers(writers)
+
+  def elapsed(self) -> float:
+    """Seconds of training so far, those of earlier processes included."""
+    return self._elapsed_before + time.monotonic() - self._since
+
+  def describe(
+    self, model: ImageGPTConfig, mask_probability: float, data: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """What a checkpoint of a model says of its run: `run` of `checkpoint.Described`.
+
+    Args:
+      model: that is trained.
+      mask_probability: of the masked objective.
+      data: the position in it, of `DataOrder.position`.
+    """
+    return {
+      "version": __version__,
+      "model": dataclasses.asdict(model),
+      "objective": self.settings.objective,
+      "mask_probability": mask_probability,
+      "resolution": self.settings.data.resolution,
+      "data": data,
+      "elapsed_seconds": self.elapsed(),
+      "config": as_json(self.settings),
+    }
