@@ -64,6 +64,8 @@ FRAGMENTS = frozenset(
   "since so than that then through to under unless until upon when while with within without".split()
 )
 
+ERRORS = {"UserError", "NoSuchSplit", "NewerFormat", "SaveFailed", "HostsDiffer"}
+
 Sources = Mapping[str, str]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -139,6 +141,20 @@ def importers(sources: Sources, imported: str) -> set[str]:
     if not name.startswith(imported)
     and any(module.startswith(imported) for module in modules_of(name, sources))
   }
+
+
+def message_of(node: ast.expr) -> str | None:
+  """The text of a literal or of f-strings, with "{}" for what is filled in; None: it is neither."""
+  if isinstance(node, ast.Constant) and isinstance(node.value, str):
+    return node.value
+  if isinstance(node, ast.JoinedStr):
+    return "".join(
+      str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "{}"
+      for part in node.values
+    )
+  if isinstance(node, ast.BinOp):
+    return (message_of(node.left) or "{}") + (message_of(node.right) or "{}")
+  return None
 
 
 # --- the rules -------------------------------------------------------------------------------------
@@ -300,6 +316,19 @@ def functions_are_short(sources: Sources) -> list[str]:
   ]
 
 
+def errors_say_what_to_do(sources: Sources) -> list[str]:
+  """A UserError's message begins with a name, and says what was expected or the fix."""
+  broken = []
+  for name, node in nodes_of(sources, ast.Call):
+    if node.args and ast.unparse(node.func).split(".")[-1] in ERRORS:
+      message = message_of(node.args[0])
+      if message is None:
+        broken.append(f"{name}:{node.lineno}: no literal")
+      elif not (": " in message.split("\n")[0] and ("expected" in message or "fix:" in message)):
+        broken.append(f"{name}:{node.lineno}: {message}")
+  return broken
+
+
 def of_lines(count: int) -> str:
   return "def f():\n" + "  x = 1\n" * (count - 1)
 
@@ -355,6 +384,12 @@ RULES = {
     {"model/new.py": '"""Of what a figure depends on."""'},
     {"model/new.py": 'def f():\n  """That programs can use."""'},
     {"model/new.py": 'class A:\n  def f(self):\n    """As `g`, without its checks."""'},
+  ],
+  errors_say_what_to_do: [
+    {"jobs/new.py": 'raise UserError("it broke")'},
+    {"jobs/new.py": 'raise errors.NoSuchSplit(f"split: {name} isn\'t there")'},
+    {"jobs/new.py": 'raise UserError(f"nothing of {name}; expected something")'},
+    {"jobs/new.py": "raise UserError(text_of(name))"},
   ],
   files_are_short: [{"model/new.py": "x = 1\n" * 401}],
   functions_are_short: [
@@ -461,51 +496,3 @@ assert xla_bridge.backends_are_initialized()
 """
   done = run(program)
   assert done.returncode == 0, done.stderr
-
-
-ERRORS = {"UserError", "NoSuchSplit", "NewerFormat", "SaveFailed", "HostsDiffer"}
-
-
-def message_of(node: ast.expr) -> str | None:
-  """The text of a literal or of f-strings, with "{}" for what is filled in; None: it is neither."""
-  if isinstance(node, ast.Constant) and isinstance(node.value, str):
-    return node.value
-  if isinstance(node, ast.JoinedStr):
-    return "".join(
-      str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "{}"
-      for part in node.values
-    )
-  if isinstance(node, ast.BinOp):
-    return (message_of(node.left) or "{}") + (message_of(node.right) or "{}")
-  return None
-
-
-def errors_told_badly(source: str) -> list[str]:
-  """Messages of UserErrors that don't begin with a name, or say neither what was expected nor the fix."""
-  found = []
-  for node in ast.walk(ast.parse(source)):
-    if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] in ERRORS:
-      message = message_of(node.args[0])
-      if message is None:
-        found.append(f"line {node.lineno}: no literal")
-      elif not (": " in message.split("\n")[0] and ("expected" in message or "fix:" in message)):
-        found.append(f"line {node.lineno}: {message}")
-  return found
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_user_errors_name_the_thing_and_what_was_expected_or_the_fix(name):
-  assert not errors_told_badly(SOURCES[name])
-
-
-def test_an_error_can_be_told_badly():
-  source = """
-raise UserError("it broke")
-raise errors.NoSuchSplit(f"split: {name} isn't there")
-raise UserError(f"nothing of {name}; expected something")
-raise UserError(text_of(name))
-raise UserError(f"split: {name}" + "; expected train")
-"""
-  assert [line.split(":")[0] for line in errors_told_badly(source)] == [
-    f"line {n}" for n in (2, 3, 4, 5)
-  ]

@@ -11,14 +11,13 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from igpt_jax.data.pipeline import Batches
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics
@@ -30,6 +29,24 @@ from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.profiling import Profiler
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import agreement, memory
+
+
+class Feed(Protocol):
+  """This host's rows, batch by batch; `pipeline.Batches`, or what is used like them.
+
+  Attributes:
+    wait_seconds: time that was spent waiting for batches.
+  """
+
+  wait_seconds: float
+
+  def place(self) -> dict[str, str]: ...
+
+  def __next__(self) -> dict[str, np.ndarray]: ...
+
+  def __enter__(self) -> Any: ...
+
+  def __exit__(self, *unused) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +69,7 @@ class Work:
   """
 
   train_step: Callable
-  batches: Callable[[int], Batches]
+  batches: Callable[[int], Feed]
   fields: tuple[str, ...]
   batch_size: int
   log_every: int
@@ -86,6 +103,27 @@ class Instruments:
   clock: goodput.Clock
   profiler: Profiler
   guard: Guard
+
+  def tell(self, step: int, values: dict[str, float]) -> None:
+    """Writes a step's numbers down, and says them in a line."""
+    self.writers.write(step, values)
+    say(self.progress.line(step, values))
+
+  def tell_training(self, step: int, values: dict[str, float], wait_seconds: float) -> None:
+    """Tells a training step's metrics, and how fast training is."""
+    measured = self.progress.measure(step)
+    if measured:
+      measured["data_wait"] = self.progress.share_waited(wait_seconds)
+    self.tell(step, {**values, **measured})
+    self.clock.note(step)
+
+  def pause(self, function: Callable, phase: str) -> Any:
+    """Calls `function` outside the measured speed, its time counted as `phase`."""
+    paused = time.monotonic()
+    with self.clock.phase(phase):
+      result = function()
+    self.progress.pause(time.monotonic() - paused)
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +191,8 @@ def run(
   Raises:
     BadNumbers: as the guard has it; what was begun to be saved is saved, and the writers are closed.
   """
-  save_state, writers, progress = instruments.save, instruments.writers, instruments.progress
+  save_state, writers = instruments.save, instruments.writers
   clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal()
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
-  shardings = jax.tree.map(lambda x: x.sharding, train_state)
   first_step = at_step = int(train_state.step)
   batches = work.batches(first_step)
   clock.reads(batches)
@@ -172,23 +208,14 @@ def run(
     of_step, values, of_batch = pending
     values = {name: float(value) for name, value in jax.device_get(values).items()}
     pending = None
-    measured = progress.measure(of_step)
-    if measured:
-      measured["data_wait"] = progress.share_waited(batches.wait_seconds)
-    writers.write(of_step, {**values, **measured})
-    say(progress.line(of_step, {**values, **measured}))
-    clock.note(of_step)
+    instruments.tell_training(of_step, values, batches.wait_seconds)
     instruments.guard.look(of_step, values, lambda: train_state, of_batch)
 
   def pause(function: Callable, phase: str) -> Any:
     """Does something beside the training, outside the measured speed."""
     flush()
     jax.block_until_ready(train_state)
-    paused = time.monotonic()
-    with clock.phase(phase):
-      result = function()
-    progress.pause(time.monotonic() - paused)
-    return result
+    return instruments.pause(function, phase)
 
   def evaluation_due() -> bool:
     return bool(work.evaluate and work.eval_every) and at_step % work.eval_every == 0
@@ -200,8 +227,7 @@ def run(
     assert work.evaluate, "it is called only where there is one"
     evaluated_at = at_step
     values = pause(functools.partial(work.evaluate, train_state), "evaluation")
-    writers.write(at_step, values)
-    say(progress.line(at_step, values))
+    instruments.tell(at_step, values)
 
   def agree_and_save() -> None:
     if at_step > first_step:
@@ -228,10 +254,8 @@ def run(
       if compiled is None:
         agreement.check(at_step, batches.place)
         with clock.phase("compile"):
-          compiled = compilation.compile_step(work.train_step, abstract, shardings, batch)
-        say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
-        memory.check_step(compiled, mesh)
-        progress.start(first_step, batches.wait_seconds)
+          compiled = _compiled(work.train_step, train_state, batch, mesh)
+        instruments.progress.start(first_step, batches.wait_seconds)
       if profiler.due(at_step):
         pause(functools.partial(profiler.turn, at_step), "profile")
       with profiler.named(at_step), jax.transfer_guard("disallow"):
@@ -252,6 +276,16 @@ def run(
     save_state.finish(train_state, at_step)
   done = at_step >= steps or work.ended()
   return Outcome(train_state, at_step, None if done else stop.requested)
+
+
+def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: Mesh):
+  """The step, compiled for arrays that lie as these do; a UserError where it doesn't fit."""
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
+  shardings = jax.tree.map(lambda x: x.sharding, train_state)
+  compiled = compilation.compile_step(train_step, abstract, shardings, batch)
+  say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+  memory.check_step(compiled, mesh)
+  return compiled
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def _evaluation(
 
 
 def _forget_result(workdir: str) -> None:
-  """Of a run that had ended, and lost its last checkpoint: who watches it is to wait again."""
+  """Removes the result of a run that lost its last checkpoint: who watches it is to wait again."""
   if hosts.is_main():
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(workdir, RESULT))
