@@ -263,25 +263,13 @@ def load_model(
     UserError, before the weights are read: there is none, it is of another resolution than the
       data, or its palette is needed and not known.
   """
-  found = find_model(settings, workdir, needs_palette=needs_palette, check=check)
-  return read_model(settings, found, mesh)
-
-
-def find_model(
-  settings: Settings,
-  workdir: str,
-  *,
-  needs_palette: bool,
-  check: Callable[[checkpoint.Described], object] = lambda found: None,
-) -> checkpoint.Described:
-  """What `load_model` reads the weights of; raises what it raises."""
   found = of_job(settings, workdir)
   check_resolution(settings, found)
   if needs_palette:
     palette_of(found)
   check(found)
   say(f"checkpoint: {found.path}")
-  return found
+  return read_model(settings, found, mesh)
 
 
 def read_model(
