@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     raise
   os.replace(partial, path)
   sync(os.path.dirname(os.path.abspath(path)))
+
+
+@contextlib.contextmanager
+def new_folder(path: str, what: str) -> Iterator[str]:
+  """Gives a folder to fill, beside `path`, and gives it that name when the block ends well.
+
+  Raises:
+    UserError: something is there already, or it can't be written; `what` is named.
+  """
+  if os.path.lexists(path):
+    raise UserError(f"{what}: {path} exists; fix: name another target")
+  part = f"{path}.part-{os.getpid()}"
+  try:
+    os.makedirs(part)
+    yield part
+    os.rename(part, path)
+  except OSError as error:
+    why = error.strerror or error
+    raise UserError(f"{what}: {path}: {why}; expected a place to write to") from error
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -4,13 +4,12 @@ Orbax stores none of the numbers, and a flipped bit in a file is another number.
 what a checkpoint says of its run; one that has none (older, or another program's) is read unchecked.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from igpt_jax import history
+from igpt_jax import files, history
 from igpt_jax.checkpoint import folders
 from igpt_jax.checkpoint.checksum import checksum
 from igpt_jax.errors import UserError
@@ -23,7 +22,7 @@ METRICS = "metrics"  # orbax' name for scores, which it doesn't count among the 
 def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
   """The run as it is stored: with the format's number, the items' checksums, and one of itself."""
   run = {**run, history.KEY: history.FORMAT}
-  return {**run, _KEY: {**sums, _RUN: _of_json([run, sums])}}
+  return {**run, _KEY: {**sums, _RUN: files.digest([run, sums])}}
 
 
 def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str, str]]:
@@ -46,7 +45,7 @@ def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str,
     if not isinstance(sums, dict):
       raise _differs(folder, _RUN)
     sums = dict(sums)
-    if sums.pop(_RUN, None) != _of_json([run, sums]):
+    if sums.pop(_RUN, None) != files.digest([run, sums]):
       raise _differs(folder, _RUN)
   if "config" in run:
     run["config"] = history.upgraded(run["config"], number)
@@ -60,7 +59,7 @@ def of_items(items: Mapping[str, Any]) -> dict[str, str]:
 
 def of_metrics(metrics: Mapping[str, float] | None) -> dict[str, str]:
   """Checksum of the scores by which Orbax keeps the best: {} where there are none."""
-  return {METRICS: _of_json(metrics)} if metrics else {}
+  return {METRICS: files.digest(metrics)} if metrics else {}
 
 
 def check_metrics(folder: str, sums: Mapping[str, str]) -> None:
@@ -74,7 +73,7 @@ def check_metrics(folder: str, sums: Mapping[str, str]) -> None:
   if os.path.exists(path) or METRICS in sums:
     with open(path, encoding="utf-8") as file:
       metrics = json.load(file)
-    if METRICS in sums and sums[METRICS] != _of_json(metrics):
+    if METRICS in sums and sums[METRICS] != files.digest(metrics):
       raise _differs(folder, METRICS)
 
 
@@ -87,10 +86,6 @@ def check(folder: str, sums: Mapping[str, str], items: Mapping[str, Any]) -> Non
   for name, item in items.items():
     if name in sums and checksum(item) != sums[name]:
       raise _differs(folder, name)
-
-
-def _of_json(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _differs(folder: str, item: str) -> UserError:

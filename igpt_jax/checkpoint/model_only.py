@@ -2,16 +2,15 @@
 
 import logging
 import os
-import shutil
 from typing import Any
 
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from igpt_jax import files
 from igpt_jax.checkpoint import file_sums, reading
 from igpt_jax.checkpoint.folders import FOLDER
 from igpt_jax.checkpoint.reading import Described
-from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params
 
 
@@ -40,26 +39,19 @@ def save_params(workdir: str, params: Params, found: Described) -> str:
     The checkpoint's folder.
   """
   workdir = os.path.abspath(workdir)
-  if os.path.lexists(workdir):
-    raise UserError(f"checkpoint to write: {workdir} exists; fix: name another target")
   items: dict[str, Any] = {"params": params}
   if found.palette is not None:
     items["palette"] = {"centers": np.asarray(found.palette, np.float32)}
-  part = f"{workdir}.part-{os.getpid()}"
-  try:
-    os.makedirs(part)  # orbax would leave threads waiting where this fails
-    # Orbax warns that there is no OCDBT to merge.
-    with _sparing_memory(), reading.quiet(logging.ERROR):
-      ocp.save_checkpointables(
-        os.path.join(part, FOLDER, str(found.step)),
-        items,
-        custom_metadata=file_sums.with_sums(found.run, file_sums.of_items(items)),
-      )
-    os.rename(part, workdir)
-  except OSError as error:
-    raise UserError(
-      f"checkpoint to write: {workdir}: {error.strerror or error}; expected a place to write to"
-    ) from error
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
+  # Where its folder can't be made orbax would leave threads waiting; it warns that there is no OCDBT to
+  # merge.
+  with (
+    files.new_folder(workdir, "checkpoint to write") as part,
+    _sparing_memory(),
+    reading.quiet(logging.ERROR),
+  ):
+    ocp.save_checkpointables(
+      os.path.join(part, FOLDER, str(found.step)),
+      items,
+      custom_metadata=file_sums.with_sums(found.run, file_sums.of_items(items)),
+    )
   return os.path.join(workdir, FOLDER, str(found.step))

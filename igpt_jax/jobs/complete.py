@@ -108,8 +108,9 @@ def run(settings: Settings, workdir: str) -> None:
   devices.use_cores(settings)
   found = completer_lib.describe(settings, workdir, bert=True)
   known = filler.known_pixels(settings, found)
-  chosen = prompt_files.find(settings.complete.images) if settings.complete.images else []
-  mesh = devices.sampling_mesh(settings, found.config, settings.complete.n)
+  n, images = settings.complete.n, settings.complete.images
+  chosen = prompt_files.find(images) if images else []
+  mesh = devices.sampling_mesh(settings, found.config, n)
   if found.config.causal:
     memory.check_cache(found.config, settings.sample.batch_size, settings.sample.cache, mesh)
   in_run = checkpoint.latest_step(workdir) is not None
@@ -126,27 +127,21 @@ def run(settings: Settings, workdir: str) -> None:
   if hosts.is_main():
     summary.write_json(os.path.join(out, _SETTINGS), recipe)
 
-  to_do = [target for target in targets if len(_missing(target, settings.complete.n))]
+  to_do = [target for target in targets if _missing(target, n)]
   before = len(targets) - len(to_do)
-  what = (
-    f"{settings.complete.n} samples of {len(targets)} pictures"
-    if chosen
-    else f"{settings.complete.n} samples"
-  )
+  what = f"{n} samples of {len(targets)} pictures" if chosen else f"{n} samples"
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
-    if found.config.causal:
-      completer = Completer(found, settings, mesh)
-    else:
-      completer = Filler(found, settings, mesh, known)
+    causal = found.config.causal
+    completer = Completer(found, settings, mesh) if causal else Filler(found, settings, mesh, known)
     # A list: what is missing changes as samples come in, and only where they are written.
-    batches = list(_batches(to_do, settings.complete.n, settings.sample.batch_size))
+    batches = list(_batches(to_do, n, settings.sample.batch_size))
     clock = progress.Countdown("batches", len(batches), say)
     for done, (batch, numbers) in enumerate(batches, 1):
       _draw(completer, batch, numbers, recipe, settings)
       for target in dict.fromkeys(batch):
-        if hosts.is_main() and not _missing(target, settings.complete.n):
+        if hosts.is_main() and not _missing(target, n):
           _finish(target, reader, recipe, settings)
       clock.tick(done)
   if not hosts.is_main():
@@ -166,20 +161,18 @@ def run(settings: Settings, workdir: str) -> None:
 
 def _recipe(settings: Settings, found: checkpoint.Described, known: np.ndarray) -> dict[str, Any]:
   """All that decides what a picture's samples are."""
-  sampling = choices.sampling_config(settings)
+  sampling, complete = choices.sampling_config(settings), settings.complete
   resolution = found.run["resolution"]
   return {
     **provenance.of_checkpoint(found),
     "resolution": resolution,
     "dtype": choices.compute_dtype(settings),
     "cache": settings.sample.cache,
-    "rows_given": given_rows(settings.complete.keep, resolution) if settings.complete.images else 0,
+    "rows_given": given_rows(complete.keep, resolution) if complete.images else 0,
     # Pixels that are given, a row of 0 and 1 each: of pictures, if there are any.
-    "known": [
-      "".join(str(int(pixel)) for pixel in row) for row in known & bool(settings.complete.images)
-    ],
-    **({} if found.config.causal else {"passes": settings.complete.passes}),
-    "n": settings.complete.n,
+    "known": ["".join(str(int(pixel)) for pixel in row) for row in known & bool(complete.images)],
+    **({} if found.config.causal else {"passes": complete.passes}),
+    "n": complete.n,
     "seed": settings.seed,
     "scale": settings.sample.scale or figures.default_scale(resolution),
     **dataclasses.asdict(sampling),

@@ -14,6 +14,13 @@ def on_any(here: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.int32(here)).any())
 
 
+def from_main(number: int) -> int:
+  """The main process' number, on every process; all must ask together."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def wait_for_all(what: str) -> None:
   """Returns when all processes have come here; `what` names the place."""
   if jax.process_count() > 1:

@@ -151,13 +151,7 @@ def sum_of_batch(
         total = jax.lax.psum(total, axis)
     return total
 
-  return jax.shard_map(
-    summed,
-    mesh=mesh,
-    in_specs=tuple(spec(*axes) for axes in in_axes),
-    out_specs=spec(*weight_axes),
-    check_vma=False,
-  )
+  return per_device(summed, in_axes, weight_axes)
 
 
 def axis_parts(mesh: Mesh | AbstractMesh, logical: str) -> int:

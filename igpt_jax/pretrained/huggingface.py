@@ -16,13 +16,13 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from igpt_jax import files
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.model.layers import NORM_EPSILON
@@ -268,14 +268,10 @@ def write_directory(
       "format: huggingface; expected an autoregressive model, since transformers' Image GPT always "
       "masks the future; fix: write a BERT model as format openai"
     )
-  if os.path.exists(directory):
-    raise UserError(f"directory to write: {directory} exists; fix: name another target")
   leaves = table(config)
   sizes = {name: size for name, size in _planned(leaves, config, params)}
   shards = _plan_shards(sizes, max_shard_bytes)
-  part = f"{directory}.part-{os.getpid()}"
-  try:
-    os.makedirs(part)
+  with files.new_folder(directory, "directory to write") as part:
     tensors = _their_tensors(leaves, config, params, fetch, report)
     weight_map = {}
     for i, shard in enumerate(shards):
@@ -295,14 +291,6 @@ def write_directory(
       _write_json(
         os.path.join(part, palettes.JSON_NAME), _preprocessor_fields(config, np.asarray(clusters))
       )
-    os.rename(part, directory)
-  except OSError as error:
-    raise UserError(
-      f"directory to write: {directory}: {error.strerror}; expected a place to write to"
-    ) from error
-  finally:
-    if os.path.isdir(part):
-      shutil.rmtree(part)
 
 
 def _planned(leaves, config: ImageGPTConfig, params) -> Iterator[tuple[str, int]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, files
@@ -316,8 +315,7 @@ def _fill(
   layers = source.features.layers
   # Every process makes the same passes, as the main one's disk says.
   first = store.rows_done(layers) // batch_size if store.missing(layers) else -1
-  if jax.process_count() > 1:
-    first = int(multihost_utils.broadcast_one_to_all(np.int32(first)))
+  first = hosts.from_main(first)
   if first < 0:
     say(f"features: {whose}{name}, found in {store.folder}")
     return

@@ -67,7 +67,10 @@ def _run(
   )
 
   def check(at: int, run: dict[str, Any]) -> None:
-    _check_same(folder, run["probe"], said)
+    fix = "its settings, another --workdir, or remove that folder"
+    files.check_same(
+      "probe", f"{folder} holds another probe, begun before", run["probe"], said, fix
+    )
     order.check(at, run)
 
   begun = training.checkpoints.latest()
@@ -165,12 +168,3 @@ def _probes(state: TrainState) -> TrainState:
 def _joined(saved: TrainState, whole: TrainState) -> TrainState:
   params = {**saved.params, "frozen": whole.params["frozen"]}
   return dataclasses.replace(saved, params=params)
-
-
-def _check_same(folder: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-  differing = files.differing(theirs, mine)
-  if differing:
-    raise UserError(
-      f"probe: {folder} holds another probe, begun before:\n" + "\n".join(differing) + "\n"
-      "fix: its settings, another --workdir, or remove that folder"
-    )

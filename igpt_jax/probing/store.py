@@ -11,7 +11,6 @@ Whoever asks for fewer rows than are there gets the first of them; whoever asks 
 lengthened, and only the rows that are missing computed.
 """
 
-import json
 import os
 import shutil
 import time
@@ -23,6 +22,7 @@ import numpy as np
 from igpt_jax import files
 from igpt_jax.errors import UserError
 from igpt_jax.probing.features import FeatureRows
+from igpt_jax.reporting import summary
 
 _SECONDS_BETWEEN_SAVES = 20.0
 
@@ -156,11 +156,7 @@ class FeatureStore:
     )
 
   def _write(self, name: str, values: Mapping[str, Any]) -> None:
-    with (
-      files.replacing(os.path.join(self.folder, name)) as path,
-      open(path, "w", encoding="utf-8") as file,
-    ):
-      json.dump(values, file, indent=2)
+    summary.write_json(os.path.join(self.folder, name), values)
 
   def _done(self, layers: Sequence[int], rows: int) -> None:
     # One that was further already has lost nothing.

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from igpt_jax.model.attention import dispatch as attention_lib
 from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import ImageGPTConfig, init_params
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import hosts, sharding
 from igpt_jax.training import compilation, state, step
 
 _GROUP_SECONDS = 0.2  # a shorter call is repeated until a timing takes about this long
@@ -62,7 +62,7 @@ def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[st
   for name, call in sides.items():
     jax.block_until_ready(call())
     once = _timed(call, 1)
-    calls[name] = _same_everywhere(min(max(math.ceil(_GROUP_SECONDS / once), 1), _GROUP_CALLS))
+    calls[name] = hosts.from_main(min(max(math.ceil(_GROUP_SECONDS / once), 1), _GROUP_CALLS))
     taken[name] = [once] if calls[name] == 1 else []  # a long call is not made for nothing
   for done in range(1, repeats + 1):
     for name, call in sides.items():
@@ -82,15 +82,6 @@ def _timed(call: Call, times: int) -> float:
       jax.block_until_ready(result)
   jax.block_until_ready(result)
   return (time.perf_counter() - began) / times
-
-
-def _same_everywhere(number: int) -> int:
-  """The first process' number: all must make the same calls."""
-  if jax.process_count() == 1:
-    return number
-  from jax.experimental import multihost_utils
-
-  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 @dataclasses.dataclass(frozen=True)

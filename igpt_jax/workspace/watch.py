@@ -14,10 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from igpt_jax import checkpoint, files, history
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
@@ -72,7 +68,7 @@ def run(
   say(f"watching {watched}")
   watch = _Watch(settings, watched, os.path.join(workdir, settings.job), result, decisive(settings))
   while True:
-    step = _agree(watch.next() if hosts.is_main() else 0)
+    step = hosts.from_main(watch.next() if hosts.is_main() else 0)
     if step == _ENDED:
       return watch.last
     if step == _NOTHING_NEW:
@@ -178,20 +174,17 @@ class _Watch:
     say(f"checkpoint {step} was deleted while it was being read: passed over")
     self._gone.add(step)
 
-  def _describe(self, step: int) -> MadeFrom:
-    found = checkpoint.describe(checkpoint.path_of(self._watched, step))
-    found = weights.with_palette(found, self._settings)
-    return {
-      "checkpoint": provenance.of_checkpoint(found),
-      "run": provenance.of_run(found),
-      "seeds": provenance.seeds_of(found),
-      "settings": self._decisive,
-    }
-
   def _made_from(self, step: int) -> MadeFrom | None:
     """What the step's results are to be made from; None: it has been deleted meanwhile."""
     try:
-      return self._describe(step)
+      found = checkpoint.describe(checkpoint.path_of(self._watched, step))
+      found = weights.with_palette(found, self._settings)
+      return {
+        "checkpoint": provenance.of_checkpoint(found),
+        "run": provenance.of_run(found),
+        "seeds": provenance.seeds_of(found),
+        "settings": self._decisive,
+      }
     except (UserError, OSError):
       if step in checkpoint.whole_steps(self._watched):
         raise
@@ -264,10 +257,3 @@ def _training_has_ended(watched: str) -> bool:
     ) from None
   of_run = workdir_lib.read(watched)
   return of_run is not None and made >= of_run["train.steps"]
-
-
-def _agree(step: int) -> int:
-  """What the main process saw, on all."""
-  if jax.process_count() == 1:
-    return step
-  return int(multihost_utils.broadcast_one_to_all(np.int32(step)))

@@ -24,7 +24,6 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.leaves import Report, placer
 from igpt_jax.training.state import param_shardings
-from igpt_jax.workspace import weights
 
 
 def describe(path: str, settings: Settings) -> Described:
@@ -264,25 +263,13 @@ def load_model(
     UserError, before the weights are read: there is none, it is of another resolution than the
       data, or its palette is needed and not known.
   """
-  found = find_model(settings, workdir, needs_palette=needs_palette, check=check)
-  return read_model(settings, found, mesh)
-
-
-def find_model(
-  settings: Settings,
-  workdir: str,
-  *,
-  needs_palette: bool,
-  check: Callable[[checkpoint.Described], object] = lambda found: None,
-) -> checkpoint.Described:
-  """What `load_model` reads the weights of; raises what it raises."""
-  found = weights.of_job(settings, workdir)
+  found = of_job(settings, workdir)
   check_resolution(settings, found)
   if needs_palette:
     palette_of(found)
   check(found)
   say(f"checkpoint: {found.path}")
-  return found
+  return read_model(settings, found, mesh)
 
 
 def read_model(
@@ -291,7 +278,7 @@ def read_model(
   """What was found, with its weights on the mesh, to compute as the settings say."""
   return checkpoint.with_params(
     found,
-    weights.read(found, mesh, say),
+    read(found, mesh, say),
     dtype=choices.compute_dtype(settings),
     attention=settings.model.attention,
   )
