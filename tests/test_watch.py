@@ -262,10 +262,19 @@ def test_results_that_name_settings_as_an_older_version_stand(tmp_path, whole):
   write(tmp_path, 20)
   end(tmp_path)
   seen = []
-  settings = {"sample.per_picture": 4, "train.keep": 3}
-  now = {"sample.per_image": 4, "train.max_to_keep": 3}
-  for decisive in (settings, now, now | {"sample.per_image": 5}):
+
+  def watched(per_image):
+    decisive = {"sample.per_image": per_image, "train.max_to_keep": 3}
     watch.run(
-      config_of(), str(tmp_path), "evaluation.json", recorder(seen), lambda _, same=decisive: same
+      config_of(), str(tmp_path), "evaluation.json", recorder(seen), lambda settings: decisive
     )
-  assert seen == [20, 20]  # the first and the last
+
+  watched(4)
+  path = tmp_path / "evaluate" / "20" / watch.MADE_FROM
+  made_from = json.loads(path.read_text())
+  made_from["settings"] = {"sample.per_picture": 4, "train.keep": 3}
+  path.write_text(json.dumps(made_from))
+  watched(4)
+  assert seen == [20]
+  watched(5)
+  assert seen == [20, 20]

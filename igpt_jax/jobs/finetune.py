@@ -184,7 +184,7 @@ class FineTuning:
     scores = self.best.scores_of(step) or {}
     self.best.keep_to(self._run.checkpoints.scores() | {step: scores.get(SCORE)})
     position = self.order.position(step)
-    return self._run.describe(self.model, self.loss.mask_probability, position) | {
+    return self._run.describe_model(self.model, self.loss.mask_probability, position) | {
       "classes": list(self.classes),
       "layer": self.loss.layer,
       "best": dataclasses.asdict(self.best),

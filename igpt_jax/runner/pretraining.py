@@ -75,10 +75,10 @@ def pretrain(
     palette = training_palette.training_palette(settings, data, split, workdir, start.palette)
     n_vocab = choices.palette_size(settings) if palette is None else palette.size
     model = choices.model_config(settings, n_vocab=n_vocab)
+    optimizer_config = choices.optimizer_config(settings)
     sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
     memory.check_state(model, mesh)
     objective = objectives.make_objective(settings.objective, settings.mask_probability)
-    optimizer_config = choices.optimizer_config(settings)
     schedule = optimizer.make_schedule(optimizer_config)
     tx = optimizer.make_optimizer(optimizer_config)
     run.claim(settings, palette)  # only now: a mistake in the lines above leaves it unclaimed
@@ -106,7 +106,7 @@ def pretrain(
         log_every=train.log_every,
         eval_every=train.eval_every,
         save_every=train.checkpoint_every,
-        describe=lambda at_step: run.describe(
+        describe=lambda at_step: run.describe_model(
           model, settings.mask_probability, order.position(at_step)
         ),
         evaluate=_evaluation(settings, held_out, likelihood, palette, mesh),

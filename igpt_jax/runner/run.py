@@ -52,7 +52,6 @@ class TrainingRun:
     spent: where the time went, of `goodput.Clock.end`, once it is trained.
   """
 
-  mesh: Mesh
   first_step: int
   spent: dict[str, Any]
 
@@ -68,10 +67,9 @@ class TrainingRun:
     **checkpoints: Any,
   ):
     self.settings, self._folder, self._steps, self._kind = settings, folder, steps, kind
-    self._given, self._given_mesh = settings, mesh
-    self._began = time.monotonic() if began is None else began
-    train = settings.train
-    self._kept = {"keep": train.max_to_keep, "keep_every": train.keep_period, **checkpoints}
+    self._given, self.mesh = settings, mesh or devices.mesh_of(settings)
+    self._began: float | None = time.monotonic() if began is None else began
+    self._kept = checkpoints
     self._palette: Palette | None = None
     self._held = contextlib.ExitStack()
 
@@ -81,7 +79,6 @@ class TrainingRun:
       held.enter_context(lock.held(self._folder))
       if self._kind is not None:
         workdir_lib.check(self._given, self._folder, self._kind)
-      self.mesh = self._given_mesh or devices.mesh_of(self._given)
       self._held = held.pop_all()
     return self
 
@@ -98,8 +95,9 @@ class TrainingRun:
 
   @functools.cached_property
   def checkpoints(self) -> Checkpoints:
-    patience = self.settings.train.save_retry_seconds
-    return Checkpoints(self._folder, say=say, patience=patience, **self._kept)
+    train = self.settings.train
+    kept = {"keep": train.max_to_keep, "keep_every": train.keep_period, **self._kept}
+    return Checkpoints(self._folder, say=say, patience=train.save_retry_seconds, **kept)
 
   def resume_or(
     self,
@@ -196,7 +194,7 @@ class TrainingRun:
     """Seconds of training so far, those of earlier processes included."""
     return self._elapsed_before + time.monotonic() - self._since
 
-  def describe(
+  def describe_model(
     self, model: ImageGPTConfig, mask_probability: float, data: Mapping[str, Any]
   ) -> dict[str, Any]:
     """What a checkpoint of a model says of its run: `run` of `checkpoint.Described`.

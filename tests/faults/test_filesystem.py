@@ -220,7 +220,7 @@ def test_a_run_outlives_a_full_disk(tmp_path, monkeypatch, capsys):
   """Full from step 4 on, until a save has failed: numbers and metrics are those of a run with room."""
   pretrain.run(config_of(), str(tmp_path / "roomy"))
   with tmpfs(tmp_path / "disk", "64m") as disk:
-    fill, page = pretrain.Checkpoints.save, 4096
+    fill, page = Checkpoints.save, 4096
 
     def with_little_room(self, state, **settings):
       if int(state.step) == 3:
@@ -229,7 +229,7 @@ def test_a_run_outlives_a_full_disk(tmp_path, monkeypatch, capsys):
         threading.Timer(3.0, remount, (disk, "size=64m")).start()
       fill(self, state, **settings)
 
-    monkeypatch.setattr(pretrain.Checkpoints, "save", with_little_room)
+    monkeypatch.setattr(Checkpoints, "save", with_little_room)
     workdir = disk / "run"
     pretrain.run(config_of(), str(workdir))
     said = capsys.readouterr().out
