@@ -1,4 +1,4 @@
-"""CIFAR-10 at 16×16, 1.7M parameters, 80,000 pictures seen: what an hour of two CPU cores allows.
+"""CIFAR-10 at 16×16, 1.7M parameters, 80,000 images seen: what an hour of two CPU cores allows.
 
   python -m igpt_jax.main --config configs/cifar10_16.py --workdir runs/cifar10_16
   … --config.job=probe         # accuracy against layer, beside raw pixels, PCA and random weights

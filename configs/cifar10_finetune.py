@@ -1,4 +1,4 @@
-"""The paper's fine-tuning on CIFAR-10: both losses, one to one, from a checkpoint of 32×32 pictures.
+"""The paper's fine-tuning on CIFAR-10: both losses, one to one, from a checkpoint of 32×32 images.
 
   python -m igpt_jax.main --config configs/cifar10_finetune.py --config.checkpoint=RUN --workdir runs/finetune
   … --config.finetune.scratch=True         # the same network from random parameters, to compare with
@@ -8,7 +8,7 @@
 RUN is a workdir of this program, OpenAI's model.ckpt-N or a Hugging Face directory, autoregressive or
 BERT. Everything goes to finetune/ in the workdir (from random parameters: finetune_scratch/).
 Reproduces: the paper's section 3.4: batch 128, pretraining's betas, a constant learning rate (here a
-tenth of the size's), pad, crop and flip, early stop on a tenth of the training pictures.
+tenth of the size's), pad, crop and flip, early stop on a tenth of the training images.
 Expect: from OpenAI's iGPT-L, pretrained on ImageNet: 99.0% of test (BERT: 98.6%), as published; not
 repeated here.
 Hardware: what pretraining of that model takes.

@@ -4,7 +4,7 @@
   … --config.job=sample        # completions.png
   … --config.data.name=folder --config.data.path=DIR        # the same from DIR/{train,test}/CLASS/*.jpg
 
-Reproduces: nothing; it shows the whole path on real colour pictures.
+Reproduces: nothing; it shows the whole path on real colour images.
 Hardware: any CPU. Expect: README, "Results".
 """
 

@@ -12,7 +12,7 @@ def get_config():
   config = base()
   config.data.name = "digits"
   config.data.resolution = 8
-  config.data.augment = "shift"  # 1,347 training pictures are few
+  config.data.augment = "shift"  # 1,347 training images are few
   config.palette.size = 17  # all the grey levels there are
   config.model.n_layer = 4
   config.model.n_head = 4

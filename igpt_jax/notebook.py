@@ -1,4 +1,4 @@
-"""What a notebook shows of the jobs: a run as it trains, one's own pictures, what jobs leave.
+"""What a notebook shows of the jobs: a run as it trains, one's own images, what jobs leave.
 
 Jobs run as a terminal would run them, in processes of their own: an accelerator belongs to one process
 at a time, and the notebook's own touches none. Nothing is computed here.
@@ -159,7 +159,7 @@ class Run:
       screen.show([_text(job.lines)])
 
   def show(self, *names: str) -> None:
-    """Shows files that jobs have left in the workdir: pictures, or text. Names may be globs."""
+    """Shows files that jobs have left in the workdir: images, or text. Names may be globs."""
     for name in names:
       found = sorted(self.workdir.glob(name))
       if not found:
@@ -180,14 +180,14 @@ def complete(
   n: int = 8,
   overrides: Iterable[str] = (),
 ) -> None:
-  """Completes pictures with a checkpoint, and shows the grids and the pixels appearing.
+  """Completes images with a checkpoint, and shows the grids and the pixels appearing.
 
   Args:
     checkpoint_path: of any format.
     images: a file, a glob or a folder.
     workdir: where the results go; another one for other settings.
     keep: share of the rows that is given.
-    n: samples of each picture.
+    n: samples of each image.
     overrides: "--config.FIELD=VALUE", …
   """
   given = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
@@ -196,8 +196,8 @@ def complete(
   run.show("**/grid.png", "**/appearing.gif")
 
 
-def own_pictures(folder: str = "my") -> str:
-  """Asks for pictures where the notebook is Colab's; the folder that they are in.
+def own_images_folder(folder: str = "my") -> str:
+  """Asks for images where the notebook is Colab's; the folder that they are in.
 
   Elsewhere, those that lie in the folder; a photograph that comes with scikit-learn, and a digit of its
   set of them, where there are none.

@@ -67,7 +67,7 @@ class Slow:
 
   Attributes:
     begun: set once the first row is there.
-    finished: pictures that were drawn to their end.
+    finished: images that were drawn to their end.
   """
 
   def __init__(self, monkeypatch, seconds: float):

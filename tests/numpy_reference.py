@@ -2,7 +2,7 @@
 
 Takes the released checkpoint's variables under their own names and layouts, so that it checks the
 import as well as the model. Written from the paper's section 2 and the description of the released
-src/model.py; heads, positions and pictures are handled one expression at a time, with no layout
+src/model.py; heads, positions and images are handled one expression at a time, with no layout
 shared with igpt_jax.
 """
 

@@ -7,7 +7,7 @@ import numpy as np
 from tiny import make_config, random_params
 
 from igpt_jax import checkpoint
-from igpt_jax.checkpoint import Described
+from igpt_jax.checkpoint import CheckpointInfo
 
 
 def write(path, *, palette: bool = True, causal: bool = True, resolution: int = 4, seed: int = 0):
@@ -25,6 +25,6 @@ def write(path, *, palette: bool = True, causal: bool = True, resolution: int = 
     "resolution": resolution,
     "config": {"data": {"augment": "none"}},
   }
-  found = Described("", 7, config, centers if palette else None, run)
+  found = CheckpointInfo("", 7, config, centers if palette else None, run)
   checkpoint.save_params(str(path), jax.tree.map(np.asarray, params), found)
   return str(path)

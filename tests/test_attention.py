@@ -1,4 +1,4 @@
-"""Attention against numpy, one head and one picture at a time."""
+"""Attention against numpy, one head and one image at a time."""
 
 import functools
 import types
@@ -108,7 +108,7 @@ def both_ways(qkv, weight, **settings):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 @pytest.mark.parametrize("implementation", ["tpu_interpret", "blocked"])
 def test_each_device_works_on_its_own_heads(shape, implementation):
-  """Four pictures, four heads, split over any mesh: as plain attention on one device, both ways."""
+  """Four images, four heads, split over any mesh: as plain attention on one device, both ways."""
   qkv = np.random.default_rng(0).standard_normal((3, 4, 16, 4 * 32)).astype(np.float32)
   weight = np.random.default_rng(1).standard_normal(qkv.shape[1:]).astype(np.float32)
   run = functools.partial(both_ways, n_head=4, causal=True)
@@ -158,7 +158,7 @@ def test_a_cpu_takes_blocks_where_there_is_more_than_one():
   assert chosen(8, 128) == "xla"
   with jax.set_mesh(tiny.mesh_of((1, 2, 4))):
     assert chosen(8, 1024) == "blocked"
-    assert chosen(1, 1024) == "xla"  # one picture for two devices
+    assert chosen(1, 1024) == "xla"  # one image for two devices
     assert chosen(8, 1024, n_head=2) == "xla"
 
 

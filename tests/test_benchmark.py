@@ -108,7 +108,7 @@ def test_the_table_shows_every_timing(whole):
   text = (workdir / "benchmark.md").read_text()
   rows = [line for line in text.splitlines() if line.startswith("|")][2:]
   assert len(rows) == len(list(timings(found)))
-  for what in ("training step, batch 8", "xla (auto), forward and backward", "sampling 8 pictures"):
+  for what in ("training step, batch 8", "xla (auto), forward and backward", "sampling 8 images"):
     assert what in text
   assert "times as fast as training on this machine" in text
 

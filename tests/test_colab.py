@@ -144,17 +144,17 @@ def test_a_cell_that_is_stopped_saves_and_goes_on(shown, tmp_path, capsys):
 
 def test_pictures_are_those_in_the_folder_or_examples(tmp_path, monkeypatch):
   folder = tmp_path / "my"
-  assert notebook.own_pictures(str(folder)) == str(folder)
+  assert notebook.own_images_folder(str(folder)) == str(folder)
   assert sorted(os.listdir(folder)) == ["digit.png", "photograph.jpg"]
   (folder / "digit.png").unlink()
-  notebook.own_pictures(str(folder))
+  notebook.own_images_folder(str(folder))
   assert os.listdir(folder) == ["photograph.jpg"]
 
   files = types.SimpleNamespace(upload=lambda: {"../../mine.jpg": b"bytes"})
   colab = types.SimpleNamespace(files=files)
   monkeypatch.setitem(sys.modules, "google.colab", colab)
   monkeypatch.setitem(sys.modules, "google", types.SimpleNamespace(colab=colab))
-  notebook.own_pictures(str(tmp_path / "uploaded"))
+  notebook.own_images_folder(str(tmp_path / "uploaded"))
   assert os.listdir(tmp_path / "uploaded") == ["mine.jpg"]
 
 

@@ -245,7 +245,7 @@ def test_sampling_reads_its_cache_as_it_is_kept(cache):
   lower = forecast.sampling_program(config, autoregressive.SamplingConfig(), 64, mesh, cache)
   with jax.set_mesh(mesh):
     program = hlo.parse(lower().compile().as_text())
-  block = 16 * 256 * 256  # of a chip's pictures, half of their positions, all channels
+  block = 16 * 256 * 256  # of a chip's images, half of their positions, all channels
 
   def elements(shape):
     return max(

@@ -1,4 +1,4 @@
-"""Completing one's own pictures: files in, pictures out, whatever the batch and however often begun."""
+"""Completing one's own images: files in, images out, whatever the batch and however often begun."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-  """CLASS/*.jpg of several formats and sizes, and one that isn't a picture."""
+  """CLASS/*.jpg of several formats and sizes, and one that isn't an image."""
   rng = np.random.default_rng(0)
   folder = tmp_path / "my"
   for name, size in (("cats/a.jpg", (31, 20)), ("cats/b.png", (4, 4)), ("dogs/a.webp", (9, 40))):
@@ -57,7 +57,9 @@ def completer_of(trained, mesh=None):
 
 def some_pictures(n, seed=0):
   rng = np.random.default_rng(seed)
-  return [completer_lib.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
+  return [
+    completer_lib.InputImage(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)
+  ]
 
 
 def last(iterator):
@@ -179,7 +181,7 @@ def test_files_are_found_by_name_glob_and_folder(photos):
   with pytest.raises(UserError, match="matches no file"):
     prompt_files.find(str(photos / "*.tiff"))
   (photos / "empty").mkdir()
-  with pytest.raises(UserError, match="holds no pictures"):
+  with pytest.raises(UserError, match="holds no images"):
     prompt_files.find(str(photos / "empty"))
 
 
@@ -188,7 +190,7 @@ def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
   for name in ("a", "cats/b.jfif", "cats/2020/b.png", "__MACOSX/c.png", "cats/._d.png"):
     (my / name).parent.mkdir(parents=True, exist_ok=True)
     (my / name).write_bytes(encoded(np.zeros((4, 4, 3), np.uint8), format="PNG"))
-  (my / "notes.txt").write_text("no picture")
+  (my / "notes.txt").write_text("no image")
   (my / "cats" / "e.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
   (my / "cats" / "loop").symlink_to(my)
   found = [("", "a"), ("cats", "b"), ("cats", "b.jfif")]
@@ -238,7 +240,7 @@ def test_results_have_names_of_their_own(trained, tmp_path):
 
 
 def test_a_folder_of_classes(trained, photos, tmp_path, capsys):
-  (photos / "cats" / "bad.jpg").write_bytes(b"no picture")
+  (photos / "cats" / "bad.jpg").write_bytes(b"no image")
   out = tmp_path / "out"
   complete.run(settings(trained, images=str(photos), keep=0.5), str(out))
   assert "bad.jpg: unreadable image" in capsys.readouterr().out
@@ -287,7 +289,7 @@ def test_an_interrupted_run_goes_on_with_the_rest(trained, photos, tmp_path, mon
   monkeypatch.setattr(complete, "_draw", interrupted)
   with pytest.raises(KeyboardInterrupt):
     complete.run(config, str(out))
-  # Two batches of three samples a picture: the first picture is whole, the second one begun.
+  # Two batches of three samples an image: the first image is whole, the second one begun.
   assert (out / "cats" / "a" / "complete.json").exists()
   assert (out / "cats" / "b" / "0002.png").exists()
   assert not (out / "cats" / "b" / "complete.json").exists()
@@ -466,7 +468,7 @@ def test_mistakes_are_told_before_weights_are_read(
 
 
 def test_nothing_readable(trained, tmp_path):
-  (tmp_path / "bad.jpg").write_bytes(b"no picture")
+  (tmp_path / "bad.jpg").write_bytes(b"no image")
   with pytest.raises(UserError, match=r"none can be read:\n.*bad\.jpg"):
     complete.run(settings(trained, images=str(tmp_path / "bad.jpg")), str(tmp_path / "out"))
 

@@ -107,7 +107,7 @@ def bare(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-  """A folder of 8×8 pictures of two classes."""
+  """A folder of 8×8 images of two classes."""
   root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
   for split, count in (("train", 24), ("test", 8)):
     for label, name in enumerate(("dark", "light")):
@@ -229,7 +229,7 @@ def test_probe_of_imported_weights(tiny, pictures, tmp_path):
   run(probe, changed(config, {"features.batch_size": 8, "data.validation": 0.3}), tmp_path)
   values = json.loads((tmp_path / "probe.json").read_text())
   assert [row["layer"] for row in values["rows"] if row["kind"] == "layer"] == [0, 1, 2]
-  # Dark or light is in every pixel: features that are the pictures' keep it.
+  # Dark or light is in every pixel: features that are the images' keep it.
   assert values["test_accuracy"] > 0.9
 
 
@@ -369,7 +369,7 @@ def things(tiny, bare, pictures, tmp_path_factory):
 
 
 INIT = "--config.init_from={openai}"
-FOLDER = "--config.data.name=folder --config.data.path={pictures} --config.data.resolution=8"
+FOLDER = "--config.data.name=folder --config.data.path={images} --config.data.resolution=8"
 TO = "--config.convert.source={openai} --config.convert.target={folder}/out"
 MISTAKES = {
   "unknown format": ("convert", f"{TO} --config.convert.format=onnx", "onnx.*huggingface"),

@@ -26,13 +26,13 @@ def patches(tmp_path_factory):
 
 def test_every_stage_is_measured(patches):
   split, config = patches
-  costs = input.stages(split, config, palette.Palette.default(), n_pictures=20, repeats=1)
+  costs = input.stages(split, config, palette.Palette.default(), n_images=20, repeats=1)
   names = [c.stage for c in costs]
   assert names[:2] == ["read", "decode"] and names[-1] == "encode"
   assert "augment (paper, fused)" in names
   for cost in costs:
     assert cost.cpu_ms > 0
-    assert cost.pictures_per_core_second == pytest.approx(1000 / cost.cpu_ms)
+    assert cost.images_per_core_second == pytest.approx(1000 / cost.cpu_ms)
 
 
 def test_throughput_of_both_forms(patches):

@@ -16,9 +16,9 @@ rng = np.random.default_rng(0)
 
 def encode(size, kind="jpeg", mode="RGB", **options):
   noise = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), np.uint8)
-  picture = Image.fromarray(noise).resize((size[1], size[0]), Image.Resampling.BICUBIC).convert(mode)
+  image = Image.fromarray(noise).resize((size[1], size[0]), Image.Resampling.BICUBIC).convert(mode)
   file = io.BytesIO()
-  picture.save(file, kind, **options)
+  image.save(file, kind, **options)
   return file.getvalue()
 
 originals = [

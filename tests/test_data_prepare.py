@@ -64,7 +64,7 @@ def _jpeg(value, size=(150, 200)):
 
 
 def _archives(folder):
-  """ILSVRC's two archives with two synsets, five training and four validation pictures."""
+  """ILSVRC's two archives with two synsets, five training and four validation images."""
   folder.mkdir()
   with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as tar:
     for synset, n in (("n01440764", 3), ("n01443537", 2)):
@@ -99,7 +99,7 @@ def test_imagenet_by_its_real_builder(tmp_path, shim):
   with pipeline.train_batches(train, config, colors, batch_size=8, seed=0) as batches:
     batch = next(batches)
   assert batch["tokens"].shape == (8, 1024)
-  assert (np.ptp(batch["tokens"], axis=1) == 0).all()  # each picture is of one colour
+  assert (np.ptp(batch["tokens"], axis=1) == 0).all()  # each image is of one colour
 
 
 def test_missing_archives_are_named(tmp_path, tensorflow_installed):

@@ -215,7 +215,7 @@ def test_parameters_may_be_kept_as_they_are_multiplied():
 
 @pytest.mark.parametrize("shape", tiny.MESHES)
 def test_samples_on_a_mesh_are_those_of_one_device(shape):
-  """Whole, and in chunks; a picture's samples together."""
+  """Whole, and in chunks; an image's samples together."""
   mesh = tiny.mesh_of(shape)
   config = tiny.make_config(n_head=4)
   given, keys = tiny.random_tokens(config, 8)[:, :5], make_keys(16)
@@ -303,7 +303,7 @@ def test_weights_are_gathered_before_the_loop():
   assert "all-gather" in text
   for body in bodies.values():
     for line in body.splitlines():
-      # The tokens drawn, a number per picture, may be.
+      # The tokens drawn, a number per image, may be.
       shape = re.search(r"= \w+\[([\d,]*)\]\S* all-gather", line)
       assert not shape or int(np.prod([int(n) for n in shape[1].split(",") if n])) <= 64, line
 
@@ -427,7 +427,7 @@ def enumerable_params():
 
 
 def distribution(sampling, n_given=0):
-  """The probability of each of the 256 pictures, from the full forward pass."""
+  """The probability of each of the 256 images, from the full forward pass."""
   params = enumerable_params()
   logits = np.asarray(full_forward(ENUMERABLE, params, PICTURES))
   probability = np.ones(len(PICTURES))

@@ -38,7 +38,7 @@ def predict(params, tokens, keep):
 
 
 def make_case(batch=5, seed=0):
-  """Pictures, each with a region of its own; of one all is known, of one nothing."""
+  """Images, each with a region of its own; of one all is known, of one nothing."""
   rng = np.random.default_rng(seed)
   known = rng.random((batch, LENGTH)) < 0.4
   known[0], known[1] = True, False
@@ -50,7 +50,7 @@ def make_case(batch=5, seed=0):
 
 
 def literal(tokens, known, steps):
-  """Greedy, picture by picture, in numpy: (tokens, nll)."""
+  """Greedy, image by image, in numpy: (tokens, nll)."""
   tokens, nll = np.where(known, tokens, 0), np.zeros(tokens.shape)
   for row, settled in enumerate(known.copy()):
     n_unknown = int((~settled).sum())

@@ -91,7 +91,7 @@ def choose(page, file):
 
 
 def results(page) -> list[np.ndarray]:
-  """Pixels of all the pictures shown, [R, R, 3] each."""
+  """Pixels of all the images shown, [R, R, 3] each."""
   read = """canvases => canvases.map(canvas => [canvas.width, Array.from(
     canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data)])"""
   return [
@@ -192,7 +192,7 @@ def test_a_dropped_picture_is_taken(browser, server):
 def test_errors_are_shown_and_the_next_try_goes_well(browser, server):
   with person(browser, server) as page:
     page.set_input_files(
-      "#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+      "#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no image"}
     )
     page.wait_for_selector("#error:has-text('The browser can\\'t show notes.txt')")
     page.click("#complete")

@@ -104,8 +104,8 @@ def test_settings_out_of_range_are_named(server, change, expected):
 
 
 def test_what_is_no_picture_is_told_on_the_page(server):
-  assert message(ask(server, body=b"")) == "no picture came along; choose one first"
-  last = events(ask(server, body=b"no picture"))[-1]
+  assert message(ask(server, body=b"")) == "no image came along; choose one first"
+  last = events(ask(server, body=b"no image"))[-1]
   assert last == {
     "event": "error",
     "message": "this file: unreadable image (cannot identify image)",
@@ -232,7 +232,7 @@ def test_an_upload_that_never_comes_is_given_up(server, monkeypatch):
 
 def test_a_mistake_of_ours_is_told_and_the_next_is_served(server, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(serve, "given_rows", None)
+    patch.setattr(serve, "prompt_rows", None)
     last = events(ask(server))[-1]
   assert last == {
     "event": "error",

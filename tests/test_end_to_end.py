@@ -220,14 +220,14 @@ def test_evaluate(trained):
   assert values["position_unigram"] == pytest.approx(1.68, abs=0.02)
   assert values["bits_per_token"] == pytest.approx(values["nats_per_token"] / np.log(2))
   assert 1.0 < values["nats_per_token"] < values["uniform"]
-  # The number doesn't depend on how the pictures are batched.
+  # The number doesn't depend on how the images are batched.
   on_one_device(evaluate, tiny(**{"evaluate.batch_size": 77}), str(trained))
   again = json.loads((trained / "evaluation.json").read_text())
   assert again["nats_per_token"] == pytest.approx(values["nats_per_token"], abs=1e-6)
 
 
 def test_evaluate_tokens_of_a_file(trained, tmp_path):
-  """A .npy of tokens gives the number that the pictures it was made of give."""
+  """A .npy of tokens gives the number that the images it was made of give."""
   from igpt_jax.data.palette import Palette
   from igpt_jax.data.sources import open_split
 
@@ -269,7 +269,7 @@ def test_sample(trained):
   assert len(values["each_completion_nats_per_token"]) == 4
   first = (trained / "samples.png").read_bytes()
   sample.run(tiny(), str(trained))
-  assert (trained / "samples.png").read_bytes() == first  # same seed, same pictures
+  assert (trained / "samples.png").read_bytes() == first  # same seed, same images
   sample.run(tiny(seed=1), str(trained))
   assert (trained / "samples.png").read_bytes() != first
 
@@ -345,7 +345,7 @@ def make_folder(root, n=24, size=(20, 16)):
 
 
 def test_a_folder_of_pictures_of_every_kind(tmp_path):
-  """Grey, RGBA, CMYK and 16-bit pictures are converted; colours come out as colours."""
+  """Grey, RGBA, CMYK and 16-bit images are converted; colours come out as colours."""
   root = tmp_path / "pictures"
   make_folder(root)
   noise = np.random.default_rng(1).integers(0, 255, (20, 16, 4), np.uint8)
@@ -415,13 +415,13 @@ def test_an_older_run_on_a_folder_goes_on_until_its_images_are_exchanged(
 
 
 def test_cifar_pictures_train_with_falling_loss(tmp_path):
-  """Real CIFAR-10 pictures through the folder door, a few steps of the small config."""
+  """Real CIFAR-10 images through the folder door, a few steps of the small config."""
   import tarfile
 
   shared = pathlib.Path(os.environ.get("IGPT_SHARED", ROOT.parent / "shared"))
   archive = shared / "data" / "cifar10-jpeg.tar.xz"
   if not archive.exists():
-    pytest.skip(f"{archive} is not there: no real CIFAR-10 pictures to train on")
+    pytest.skip(f"{archive} is not there: no real CIFAR-10 images to train on")
   root = tmp_path / "cifar"
   wanted: dict[str, int] = {}
   with tarfile.open(archive) as tar:

@@ -1,4 +1,4 @@
-"""Likelihood of every picture exactly once, and the baselines beside it."""
+"""Likelihood of every image exactly once, and the baselines beside it."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from igpt_jax.model.image_gpt import bind
-from igpt_jax.training.evaluation import Likelihood, count_tokens, unigram_nats
+from igpt_jax.training.evaluation import LikelihoodEvaluator, count_tokens, unigram_nats
 from igpt_jax.training.objectives import autoregressive, masked, token_nll
 from igpt_jax.training.state import param_shardings
 
@@ -39,12 +39,12 @@ def on_mesh(config, mesh):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_the_last_batch_counts_for_what_is_in_it(shape):
-  """21 pictures in batches of 8, of 16 and of 24 have one and the same likelihood."""
+  """21 images in batches of 8, of 16 and of 24 have one and the same likelihood."""
   mesh = tiny.mesh_of(shape)
   tokens = tiny.random_tokens(CAUSAL, 21)
   logits = tiny.jit(lambda params: bind(CAUSAL, params)(tokens))(tiny.random_params(CAUSAL))
   expected = np.asarray(token_nll(logits, jnp.asarray(tokens)), np.float64).mean()
-  likelihood = Likelihood(CAUSAL, autoregressive, mesh)
+  likelihood = LikelihoodEvaluator(CAUSAL, autoregressive, mesh)
   params = on_mesh(CAUSAL, mesh)
   done = []
   for batch_size in (8, 24):
@@ -58,7 +58,7 @@ def test_masks_belong_to_pictures():
   """BERT's likelihood depends neither on the order nor on the batch."""
   mesh = tiny.mesh_of()
   tokens = tiny.random_tokens(BERT, 16)
-  likelihood = Likelihood(BERT, masked(0.4), mesh)
+  likelihood = LikelihoodEvaluator(BERT, masked(0.4), mesh)
   params = on_mesh(BERT, mesh)
   order = np.random.default_rng(0).permutation(16)
   found = likelihood(params, batches_of(tokens, 8))
@@ -88,7 +88,7 @@ def test_a_mask_that_hides_nothing_is_in_no_mean(masks, shape):
   tokens = tiny.random_tokens(BERT, 21)
   expected = nats_of_masks(tokens, 0.05, masks)
   assert 0.3 < np.isnan(expected).mean() < 0.7
-  likelihood = Likelihood(BERT, masked(0.05), mesh)
+  likelihood = LikelihoodEvaluator(BERT, masked(0.05), mesh)
   for batch_size in (8, 24):
     found = likelihood(on_mesh(BERT, mesh), batches_of(tokens, batch_size), masks=masks)
     assert found.nats_per_token == pytest.approx(np.nanmean(expected), rel=1e-5)
@@ -97,15 +97,15 @@ def test_a_mask_that_hides_nothing_is_in_no_mean(masks, shape):
 
 def test_without_a_masked_pixel_there_is_no_likelihood():
   mesh = tiny.mesh_of()
-  likelihood = Likelihood(BERT, masked(1e-6), mesh)
+  likelihood = LikelihoodEvaluator(BERT, masked(1e-6), mesh)
   found = likelihood(on_mesh(BERT, mesh), batches_of(tiny.random_tokens(BERT, 5), 4), masks=2)
   assert np.isnan(found.nats_per_token) and (found.images, found.predicted) == (5, 0)
 
 
 def test_no_pictures_have_no_likelihood():
   mesh = tiny.mesh_of()
-  with pytest.raises(ValueError, match="no pictures"):
-    Likelihood(CAUSAL, autoregressive, mesh)(on_mesh(CAUSAL, mesh), [])
+  with pytest.raises(ValueError, match="no images"):
+    LikelihoodEvaluator(CAUSAL, autoregressive, mesh)(on_mesh(CAUSAL, mesh), [])
 
 
 @functools.cache

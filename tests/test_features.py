@@ -1,4 +1,4 @@
-"""A split's features: every picture once, whatever the mesh; of the layers, grid and masks asked for."""
+"""A split's features: every image once, whatever the mesh; of the layers, grid and masks asked for."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def stream(config, count, *, without=()):
-  """Batches of 8 of `count` pictures, the rows in another order than the split's."""
+  """Batches of 8 of `count` images, the rows in another order than the split's."""
   tokens = tiny.random_tokens(config, count)
   rows = {
     "tokens": tokens,
@@ -56,7 +56,7 @@ def test_features_of_a_stream(shape, causal):
 
 
 def test_layers_and_a_grid_of_blocks():
-  """Blocks' means lie side by side, row after row; their mean is the whole picture's."""
+  """Blocks' means lie side by side, row after row; their mean is the whole image's."""
   config, mesh = tiny.make_config(), tiny.mesh_of()
   _, batches = stream(config, 8)
   params = on_mesh(config, mesh)
@@ -77,9 +77,9 @@ def test_layers_and_a_grid_of_blocks():
 
 
 def test_masks_are_a_pictures_own():
-  """BERT's masked features depend on the picture's place in the split, not on its batch.
+  """BERT's masked features depend on the image's place in the split, not on its batch.
 
-  They are means over masks of each picture's own, which are drawn here once more.
+  They are means over masks of each image's own, which are drawn here once more.
   """
   config, mesh = tiny.make_config(causal=False), tiny.mesh_of()
   _, batches = stream(config, 16)

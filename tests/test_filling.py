@@ -1,4 +1,4 @@
-"""Regions of a picture, and BERT models that fill them through job complete."""
+"""Regions of an image, and BERT models that fill them through job complete."""
 
 import json
 
@@ -111,7 +111,7 @@ def filler_of(bert, mesh, **changes):
 
 def some_pictures(n):
   rng = np.random.default_rng(0)
-  return [completer.Picture(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
+  return [completer.InputImage(str(i), rng.integers(0, 11, 16).astype(np.int32)) for i in range(n)]
 
 
 def test_a_sample_is_the_same_in_any_batch_and_on_any_mesh(bert):

@@ -13,7 +13,7 @@ import tiny
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
 from igpt_jax.training import joint
-from igpt_jax.training.evaluation import Likelihood
+from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.training.joint import Classifier, JointLoss
 from igpt_jax.training.objectives import make_objective, per_image
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -194,7 +194,7 @@ def test_a_new_head_is_zero_and_the_model_is_pretrainings():
 
 
 def test_the_steps_teach_the_classes():
-  """Pictures whose one colour says their class."""
+  """Images whose one colour says their class."""
   config = tiny.make_config()
   mesh = tiny.mesh_of()
   recipe = OptimizerConfig(learning_rate=0.02, steps=30, schedule="constant")
@@ -232,7 +232,7 @@ def test_the_majority_decides_and_the_mean_among_equals():
 
 
 def batches_of(config, n=7, size=4, order=None):
-  """All of n pictures once, in batches of `size`, the last one filled with rows that don't count."""
+  """All of n images once, in batches of `size`, the last one filled with rows that don't count."""
   order = np.arange(n) if order is None else np.asarray(order)
   tokens, label = tiny.random_tokens(config, n), labels(n)
   for first in range(0, n, size):
@@ -255,7 +255,7 @@ def scores_of(config, mesh, masks, probability=MASKED, **batching):
 
 
 def test_scores_dont_depend_on_batches_or_mesh(config):
-  """A picture's masks are its index's, whatever batch it is in; rows that don't count don't."""
+  """An image's masks are its index's, whatever batch it is in; rows that don't count don't."""
   expected = dataclasses.asdict(scores_of(config, tiny.mesh_of(), 3))
   assert expected["images"] == 7
   shuffled = {"size": 8, "order": [3, 1, 6, 0, 5, 2, 4]}
@@ -291,7 +291,7 @@ def test_a_classifiers_likelihood_is_that_of_evaluation(config, probability):
   """Of the same masks; those that hide nothing are left out of both."""
   objective = make_objective("autoregressive" if config.causal else "masked", probability)
   masks = 1 if config.causal else 3
-  expected = Likelihood(config, objective, tiny.mesh_of())(
+  expected = LikelihoodEvaluator(config, objective, tiny.mesh_of())(
     tiny.random_params(config), batches_of(config), masks=masks
   )
   assert (expected.predicted == 7 * masks) == (config.causal or probability == MASKED)

@@ -316,5 +316,5 @@ def test_a_folder_of_test_images_alone_is_evaluated(tmp_path, monkeypatch, capsy
   assert "train[7 of 8]" in values["baselines_counted_on"]
   # What is there and wrong isn't passed over.
   (tmp_path / "data" / "train" / "cat").mkdir()
-  with pytest.raises(UserError, match="loose pictures"):
+  with pytest.raises(UserError, match="loose images"):
     evaluate.run(tiny(**folder), str(tmp_path / "out"))

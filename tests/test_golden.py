@@ -209,7 +209,7 @@ SHAPES = {
 
 
 def random_case(shape, seed=0):
-  """(variables, tokens, keep mask or None), random but for a constant first picture."""
+  """(variables, tokens, keep mask or None), random but for a constant first image."""
   rng = np.random.default_rng(seed + 1)
   variables = numpy_reference.random_variables(seed, **shape)
   tokens = rng.integers(shape["n_vocab"], size=(3, shape["n_positions"]), dtype=np.int32)

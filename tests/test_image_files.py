@@ -139,11 +139,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path, caplog):
 
 def test_loose_images_beside_classes_and_nothing_at_all(tmp_path):
   (tmp_path / "train" / "cat").mkdir(parents=True)
-  (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
+  (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
   with pytest.raises(errors.UserError, match=r"left out 1 file: cat/notes\.txt \(no image "):
     ids(tmp_path)
   png(tmp_path / "train" / "loose")
-  with pytest.raises(errors.UserError, match="loose pictures"):
+  with pytest.raises(errors.UserError, match="loose images"):
     ids(tmp_path)
 
 

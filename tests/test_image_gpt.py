@@ -121,7 +121,7 @@ def test_initial_loss_is_that_of_the_uniform_distribution(config):
 def influence(config, tokens, keep=None):
   """[t, j]: how much the logits at t depend on pixel j's colour.
 
-  All of a picture's tokens differ, so that the gradient with respect to a row of the token table is
+  All of an image's tokens differ, so that the gradient with respect to a row of the token table is
   the gradient with respect to one pixel. The output table is another one.
   """
   params = tiny.random_params(config)

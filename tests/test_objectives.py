@@ -66,7 +66,7 @@ def test_share_of_masked_pixels(probability):
   assert set(np.unique(weight)) == {0.0, 1.0}
   error = np.sqrt(probability * (1 - probability) / weight.size)
   assert abs(weight.mean() - probability) < 4 * error
-  # Pixels are independent: pictures' shares spread as a binomial's do, positions are all masked.
+  # Pixels are independent: images' shares spread as a binomial's do, positions are all masked.
   deviation = np.sqrt(probability * (1 - probability) / 64)
   assert abs(weight.mean(1).std() / deviation - 1) < 0.3
   assert np.all(weight.any(0)) and np.all(weight.mean(0) < 1)
@@ -106,7 +106,7 @@ def test_what_is_drawn_for_a_picture_does_not_depend_on_its_batch():
   _, together = evaluate(BERT, masked(0.4), tokens, keys)
   _, some = evaluate(BERT, masked(0.4), tokens[3:5], keys[3:5])
   np.testing.assert_array_equal(some, together[3:5])
-  assert len({tuple(row) for row in together}) == 6  # pictures have masks of their own
+  assert len({tuple(row) for row in together}) == 6  # images have masks of their own
 
 
 def test_per_image_is_a_weighted_mean():

@@ -180,7 +180,7 @@ def test_histogram_counts_every_pixel():
 
 
 def test_nothing_to_fit():
-  with pytest.raises(errors.UserError, match="no pictures"):
+  with pytest.raises(errors.UserError, match="no images"):
     palette_fit.fit_palette([], 8)
   with pytest.raises(errors.UserError, match="0"):
     palette_fit.fit_palette([np.zeros((1, 3), np.uint8)], 0)

@@ -61,7 +61,7 @@ def test_png_round_trip_leaves_nothing_else_behind(tmp_path):
 
 
 def test_plot_draws_curves_and_levels(tmp_path):
-  """Every curve and level leaves ink: the picture changes with each."""
+  """Every curve and level leaves ink: the image changes with each."""
   curve = ([0, 1, 2], [3.0, 2.0, 1.5])
   drawn = []
   for curves, levels in (

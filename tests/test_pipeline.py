@@ -1,4 +1,4 @@
-"""The order of pictures and their augmentation depend on the seed and the data, and on nothing else."""
+"""The order of images and their augmentation depend on the seed and the data, and on nothing else."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ N = 53  # shares no factor with any batch size below
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-  """53 random pictures in two classes; the label is written into the name."""
+  """53 random images in two classes; the label is written into the name."""
   root = tmp_path_factory.mktemp("pictures")
   rng = np.random.default_rng(1)
   for split in ("train", "test"):
@@ -294,7 +294,7 @@ def test_tokens_pass_through(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-  """40 grey pictures, of which two in a row (in the split's order) are cut short."""
+  """40 grey images, of which two in a row (in the split's order) are cut short."""
   (tmp_path / "train").mkdir()
   (tmp_path / "test").mkdir()
   for split in ("train", "test"):
@@ -357,17 +357,17 @@ def test_too_much_damage_is_an_error_that_names_it(damaged, split_name):
 def test_nothing_but_damage_ends(tmp_path):
   (tmp_path / "train").mkdir()
   for i in range(30):
-    (tmp_path / "train" / f"{i}.jpg").write_bytes(b"\xff\xd8no picture")
+    (tmp_path / "train" / f"{i}.jpg").write_bytes(b"\xff\xd8no image")
   config = sources.DataConfig(name="folder", path=str(tmp_path), validation=0.0)
   with pytest.raises(errors.UserError, match="unreadable"):
     _take(1, sources.open_split(config, "train"), config)
 
 
 def test_the_last_readable_record_is_not_outvoted(tmp_path):
-  """max_bad=1 puts up with everything but a split without a single picture."""
+  """max_bad=1 puts up with everything but a split without a single image."""
   (tmp_path / "train").mkdir()
   for i in range(3):
-    (tmp_path / "train" / f"{i}.jpg").write_bytes(b"no picture")
+    (tmp_path / "train" / f"{i}.jpg").write_bytes(b"no image")
   config = sources.DataConfig(name="folder", path=str(tmp_path), validation=0.0, max_bad=1.0)
   with pytest.raises(errors.UserError, match="3 of 3"):
     _take(1, sources.open_split(config, "train"), config)

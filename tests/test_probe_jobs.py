@@ -266,7 +266,7 @@ def test_a_cache_of_another_checkpoint_is_refused(trained, tmp_path):
 
 
 def test_a_bert_model(tmp_path):
-  """Its features are those of whole pictures, or means over masked ones."""
+  """Its features are those of whole images, or means over masked ones."""
   config = config_of(
     objective="masked", train__steps=4, train__learning_rate=1e-3, features__baselines=()
   )

@@ -89,10 +89,10 @@ def test_the_job(trained):
   values = json.loads((trained / "quality.json").read_text())
   assert values["pictures"] == 20 and values["network"].startswith("layer 1 of ")
   assert 0 < values["train_distance"] < values["samples_distance"]
-  # Half of a completion is the test picture itself.
+  # Half of a completion is the test image itself.
   assert values["completions_distance"] < values["samples_distance"]
   assert 2 < values["samples_nats_per_token"] < 3
-  assert "| training pictures |" in (trained / "quality.md").read_text()
+  assert "| training images |" in (trained / "quality.md").read_text()
   again = dict(values)
   quality.run(config_of(sample__batch_size=5), str(trained))  # batches don't matter
   values = json.loads((trained / "quality.json").read_text())

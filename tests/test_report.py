@@ -21,7 +21,7 @@ def test_summary_gathers_what_there_is(tmp_path):
     "# digits",
     "",
     "- **Pretraining**: 1,000 steps, last training loss 1.2500 nats/token",
-    "- **Likelihood**: 360 pictures, model 1.2000 nats/token, 25.0% below the per-position unigram",
+    "- **Likelihood**: 360 images, model 1.2000 nats/token, 25.0% below the per-position unigram",
   ]
   assert (workdir / "summary.md").read_text() == text
   assert sorted(os.listdir(workdir)) == ["evaluation.json", "summary.md", "training.json"]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CLOSE = 1e-5  # relative; float32, added up in another order
 
-# One copy of the model over both hosts, which so hold the same pictures.
+# One copy of the model over both hosts, which so hold the same images.
 ACROSS = {"model.n_head": 8, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8}
 
 

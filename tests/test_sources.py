@@ -219,7 +219,7 @@ def test_folder_without_classes(tmp_path):
   (tmp_path / "train").mkdir()
   for i in range(4):
     Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "train" / f"{i}.JPG", "jpeg")
-  (tmp_path / "train" / "notes.txt").write_text("not a picture")
+  (tmp_path / "train" / "notes.txt").write_text("not an image")
   split = sources.open_split(_config(name="folder", path=str(tmp_path), validation=0), "train")
   assert (len(split), split.n_classes, split[0]["label"]) == (4, 0, -1)
 
@@ -242,7 +242,7 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
   (tmp_path / "root").mkdir()
   refused("no folders")
   (tmp_path / "root" / "train").mkdir()
-  refused("holds no pictures")
+  refused("holds no images")
   _folder(tmp_path / "root", "train2")
   refused("holds folders", "test")
   (tmp_path / "root" / "train").rmdir()
@@ -250,7 +250,7 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
   _folder(tmp_path / "root", "test", ("cow",), 1)
   refused("'cow' is not among train's", "test")
   Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "root" / "train" / "loose.png")
-  refused("loose pictures")
+  refused("loose images")
   with pytest.raises(errors.UserError, match=r"data\.path"):
     _config(name="folder")
 
@@ -340,7 +340,7 @@ def test_tfds_data_set_without_pictures_is_refused(tmp_path):
       yield 0, {"text": "word"}
 
   OnlyText(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-  with pytest.raises(errors.UserError, match=r"text.*expected one picture"):
+  with pytest.raises(errors.UserError, match=r"text.*expected one image"):
     sources.open_split(_config(name="only_text", data_dir=str(tmp_path)), "train")
   with pytest.raises(errors.UserError, match=r"has splits train; expected test"):
     sources.open_split(_config(name="only_text", data_dir=str(tmp_path)), "test")

@@ -182,7 +182,7 @@ def test_every_mesh_trains_as_one_device_does(causal, shape):
 @pytest.mark.parametrize("accumulate", [2, 4])
 @pytest.mark.parametrize("causal", [True, False], ids=["autoregressive", "bert"])
 def test_a_batch_in_parts_trains_as_a_whole_one(causal, accumulate, shape):
-  """BERT's masks too are the picture's own, whatever part it is in."""
+  """BERT's masks too are the image's own, whatever part it is in."""
   config = tiny.make_config(n_head=4, causal=causal)
   assert_trains_as_one_device(config, *run_steps(config, shape, accumulate))
 
@@ -278,7 +278,7 @@ def test_the_guard_would_notice_a_transfer():
 
 
 def test_training_reduces_the_loss():
-  """From fresh parameters, on pictures of two colours out of eleven."""
+  """From fresh parameters, on images of two colours out of eleven."""
   config = tiny.make_config()
   mesh = tiny.mesh_of((2, 2, 2))
   recipe = OptimizerConfig(learning_rate=0.02, steps=10, schedule="constant")
@@ -316,7 +316,7 @@ def test_each_step_draws_masks_of_its_own():
 
 
 def test_evaluation_sums_over_what_the_mask_counts():
-  """BERT's masks belong to the picture's index: order and company don't matter."""
+  """BERT's masks belong to the image's index: order and company don't matter."""
   config = tiny.make_config(causal=False)
   params = tiny.random_params(config)
   evaluate = tiny.jit(make_eval_step(config, objective_of(config)))
@@ -331,7 +331,7 @@ def test_evaluation_sums_over_what_the_mask_counts():
     assert float(sums["images"]) == float(sums["predicted"]) == counted.sum()
     return float(sums["nats"])
 
-  # Two pictures alike have masks of their own all the same.
+  # Two images alike have masks of their own all the same.
   twins = {"tokens": tokens[[0] * 6], "mask": np.ones(6, bool)}
   shared, own = (
     float(evaluate(params, {**twins, "index": index}, key)["nats"])

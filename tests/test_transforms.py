@@ -182,7 +182,7 @@ def test_the_paper_s_crops_reach_the_last_row_and_column(resample, monkeypatch):
 
 
 def _photographs():
-  """Real pictures: ImageNet's where a copy lies beside the repository, two that scikit-learn ships."""
+  """Real images: ImageNet's where a copy lies beside the repository, two that scikit-learn ships."""
   from sklearn import datasets
 
   pictures = list(datasets.load_sample_images().images)

@@ -17,8 +17,8 @@ has no `training`: every job can read it, but no run can go on from it. `reading
 from igpt_jax.checkpoint.folders import FOLDER, find, latest_step, path_of, whole_steps
 from igpt_jax.checkpoint.model_only import save_params
 from igpt_jax.checkpoint.reading import (
-  Described,
-  Pretrained,
+  CheckpointInfo,
+  LoadedModel,
   describe,
   load_head,
   load_host_params,
@@ -32,9 +32,9 @@ from igpt_jax.checkpoint.writing import SAVE_ERRORS, Checkpoints, Resumed
 __all__ = [
   "FOLDER",
   "SAVE_ERRORS",
+  "CheckpointInfo",
   "Checkpoints",
-  "Described",
-  "Pretrained",
+  "LoadedModel",
   "Resumed",
   "describe",
   "find",

@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 from igpt_jax import files
 from igpt_jax.checkpoint import file_sums, reading
 from igpt_jax.checkpoint.folders import FOLDER
-from igpt_jax.checkpoint.reading import Described
+from igpt_jax.checkpoint.reading import CheckpointInfo
 from igpt_jax.model.image_gpt import Params
 
 
@@ -27,7 +27,7 @@ def _sparing_memory() -> ocp.Context:
   return context
 
 
-def save_params(workdir: str, params: Params, found: Described) -> str:
+def save_params(workdir: str, params: Params, found: CheckpointInfo) -> str:
   """Writes a workdir with one checkpoint without a training state, whole or not at all.
 
   Args:

@@ -33,7 +33,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class CheckpointInfo:
   """A trained model of any origin, its parameters not read yet.
 
   Attributes:
@@ -59,7 +59,7 @@ class Described:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained(Described):
+class LoadedModel(CheckpointInfo):
   """A trained model as the jobs use it: `params` are on the mesh, float32, in place."""
 
   params: Params
@@ -123,7 +123,7 @@ def _alone() -> Iterator[None]:
     numbers._operation_id_counter, numbers._operation_id = of_all
 
 
-def describe(path: str) -> Described:
+def describe(path: str) -> CheckpointInfo:
   """What a checkpoint of this program says about itself, and its palette.
 
   Args:
@@ -149,7 +149,7 @@ def describe(path: str) -> Described:
       file_sums.check(folder, sums_of_items, {"palette": item})
       palette = np.asarray(item["centers"])
     classes = tuple(run["classes"]) if "head" in found.metadata else ()
-  return Described(folder, step, config, palette, run, classes=classes, sums=sums_of_items)
+  return CheckpointInfo(folder, step, config, palette, run, classes=classes, sums=sums_of_items)
 
 
 def check_readable(folder: str) -> None:
@@ -172,7 +172,7 @@ def _check_names(expected: Mapping[str, str], found: Mapping[str, Any]) -> None:
     raise LookupError(f"{name} isn't there")
 
 
-def newest(workdir: str) -> Described | None:
+def newest(workdir: str) -> CheckpointInfo | None:
   """The newest checkpoint of a workdir that can be described; None: there is none at all.
 
   Raises:
@@ -201,14 +201,14 @@ def none_is_good(folder: str, why: Mapping[int, str]) -> UserError:
   )
 
 
-def load_params(found: Described, mesh: Mesh) -> Params:
+def load_params(found: CheckpointInfo, mesh: Mesh) -> Params:
   """The parameters on the mesh, float32, whatever mesh wrote them."""
   target = with_shardings(abstract_params(found.config), param_shardings(found.config, mesh))
   with reading(found.path):
     return _load(found, {"params": target})["params"]
 
 
-def load_head(found: Described, mesh: Mesh) -> jax.Array:
+def load_head(found: CheckpointInfo, mesh: Mesh) -> jax.Array:
   """A head's weights on the mesh, float32 [n_classes, n_embd]; only where there are `classes`."""
   shape = len(found.classes), found.config.n_embd
   target = jax.ShapeDtypeStruct(shape, np.float32, sharding=head_sharding(mesh))
@@ -216,7 +216,7 @@ def load_head(found: Described, mesh: Mesh) -> jax.Array:
     return _load(found, {"head": {HEAD: target}})["head"][HEAD]
 
 
-def load_host_params(found: Described) -> Params:
+def load_host_params(found: CheckpointInfo) -> Params:
   """The parameters as numpy arrays of the stored dtype; no device is touched."""
   with reading(found.path), _alone():
     stored = ocp.checkpointables_metadata(found.path).metadata["params"]
@@ -224,13 +224,13 @@ def load_host_params(found: Described) -> Params:
     return _load(found, {"params": target})["params"]
 
 
-def _load(found: Described, target: dict[str, Any]) -> dict[str, Any]:
+def _load(found: CheckpointInfo, target: dict[str, Any]) -> dict[str, Any]:
   items = ocp.load_checkpointables(found.path, target)
   file_sums.check(found.path, found.sums, items)
   return items
 
 
-def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> Pretrained:
+def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> LoadedModel:
   """Reads a checkpoint's parameters (not its optimizer) onto the mesh.
 
   Args:
@@ -242,8 +242,8 @@ def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> Pretrained
   return with_params(found, load_params(found, mesh), **model_overrides)
 
 
-def with_params(found: Described, params: Params, **model_overrides: Any) -> Pretrained:
+def with_params(found: CheckpointInfo, params: Params, **model_overrides: Any) -> LoadedModel:
   """What was described, now with its parameters; `model_overrides` as for `load_pretrained`."""
   fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
   fields["config"] = dataclasses.replace(found.config, **model_overrides)
-  return Pretrained(**fields, params=params)
+  return LoadedModel(**fields, params=params)

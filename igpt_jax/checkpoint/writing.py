@@ -246,7 +246,7 @@ class Checkpoints:
     Args:
       state: with or without a head.
       palette: the colours, if known.
-      run: of `Described`; "classes" names those of a head.
+      run: of `CheckpointInfo`; "classes" names those of a head.
       scores: of this step, for `keep_best`.
 
     Raises:

@@ -47,7 +47,7 @@ class FolderRecords:
     folders, loose, left_out = _scan(root)
     if folders and loose:
       raise errors.UserError(
-        f"data.path {root}: has both class folders ({next(iter(folders))}, …) and loose pictures "
+        f"data.path {root}: has both class folders ({next(iter(folders))}, …) and loose images "
         f"({printable(loose[0])}, …); expected one kind; fix: move the loose ones into a "
         "class folder"
       )
@@ -71,7 +71,7 @@ class FolderRecords:
       digests.beat()
     if not files:
       raise errors.UserError(
-        f"data.path {root}: holds no pictures; expected CLASS/*.jpg or *.jpg"
+        f"data.path {root}: holds no images; expected CLASS/*.jpg or *.jpg"
         + (f"; left out {image_files.in_words(left_out)}" if left_out else "")
       )
     if left_out:

@@ -166,7 +166,7 @@ def _pillow_to_rgb(picture: Image.Image) -> np.ndarray:
     grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535) >> 8
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
   if picture.mode == "F":
-    raise ValueError("floating point pictures have no agreed range")
+    raise ValueError("floating point images have no agreed range")
   if picture.mode == "LA":
     picture = picture.getchannel("L")
   elif picture.mode == "RGBA":
@@ -178,9 +178,7 @@ def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
   if array.ndim == 2:
     array = array[..., None]
   if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-    raise BadRecord(
-      f"{record_id}: {array.dtype} {array.shape} is no uint8 [H, W, 1, 3 or 4] picture"
-    )
+    raise BadRecord(f"{record_id}: {array.dtype} {array.shape} is no uint8 [H, W, 1, 3 or 4] image")
   check_size(array.shape[0], array.shape[1], record_id)
   if array.shape[-1] == 1:
     return np.repeat(array, 3, axis=-1)

@@ -30,7 +30,7 @@ class Loader:
       self._transform = transforms.train_transform(
         config.augment, config.resolution, config.resample
       )
-      # A picture that is decoded anew each time need not be decoded whole.
+      # An image that is decoded anew each time need not be decoded whole.
       self._from_encoded = config.augment == "paper" and config.resample == "fused"
     else:
       evaluate = transforms.eval_transform(config.augment, config.resolution)
@@ -59,7 +59,7 @@ class Loader:
     else:
       record = split[index]
       data, label = record["image"], np.int32(record["label"])
-      room = self._config.cache_mb * 2**20 // len(split)  # for each decoded picture
+      room = self._config.cache_mb * 2**20 // len(split)  # for each decoded image
       is_file = split.is_folder
       in_part = self._from_encoded and len(data) > room
       if in_part and (not is_file or own_images.as_stored(data)):

@@ -19,7 +19,7 @@ _CUBE = 16  # side of the cubes in which the table of nearest centres is filled
 
 
 class Palette:
-  """k colours; a picture's tokens are the indices of its pixels' nearest colours.
+  """k colours; an image's tokens are the indices of its pixels' nearest colours.
 
   Nearest is exact: squared Euclidean distance, the lowest index wins ties. Where every centre is a
   whole number of 0..255 it is computed in whole numbers, so that every backend agrees; otherwise in

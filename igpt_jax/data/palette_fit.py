@@ -1,4 +1,4 @@
-"""Fits a palette to pictures: one pass into a colour histogram, then weighted k-means.
+"""Fits a palette to images: one pass into a colour histogram, then weighted k-means.
 
 Holds the histogram, the clustering around scikit-learn's, and the error of a palette. The cost of
 clustering does not depend on the number of pixels, so a data set of any size is read once and whole.
@@ -24,7 +24,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, orders the colours
 
 
 class ColorHistogram:
-  """How often each of the 2²⁴ colours occurs. 128 MB, whatever the number of pictures."""
+  """How often each of the 2²⁴ colours occurs. 128 MB, whatever the number of images."""
 
   def __init__(self):
     self.n_pixels = 0
@@ -63,7 +63,7 @@ class PaletteError:
 
 
 def palette_error(palette: palette_lib.Palette, images: Iterable[np.ndarray]) -> PaletteError:
-  """Mean squared error of encoding and decoding uint8 [..., 3] pictures."""
+  """Mean squared error of encoding and decoding uint8 [..., 3] images."""
   total, n_values = 0, 0
   for batch in images:
     difference = batch.astype(np.int32) - palette.decode(palette.encode(batch))
@@ -84,10 +84,10 @@ def fit_palette(
   *,
   seed: int = 0,
 ) -> palette_lib.Palette:
-  """Clusters the colours of pictures.
+  """Clusters the colours of images.
 
-  Pictures with at most k distinct colours get exactly those colours, so the palette may be smaller
-  than k. Fit on pictures at the model's resolution: reduction narrows the distribution of colours.
+  Images with at most k distinct colours get exactly those colours, so the palette may be smaller
+  than k. Fit on images at the model's resolution: reduction narrows the distribution of colours.
 
   Args:
     images: uint8 [..., 3] arrays, read once; or a histogram filled before.
@@ -108,7 +108,7 @@ def fit_palette(
       histogram.add(batch)
   colors, counts = histogram.colors()
   if not len(colors):
-    raise errors.UserError("palette: no pictures to fit it to; expected at least one")
+    raise errors.UserError("palette: no images to fit it to; expected at least one")
   if len(colors) <= k:
     return palette_lib.Palette.from_uint8(_by_luminance(colors))
   centers = _cluster(colors, counts, k, seed)

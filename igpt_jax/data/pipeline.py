@@ -190,14 +190,14 @@ def train_batches(
   Args:
     split: what to read.
     config: how to make it ready.
-    palette: None gives pictures instead of tokens. Not used if the records are tokens.
+    palette: None gives images instead of tokens. Not used if the records are tokens.
     batch_size: global, over all hosts.
     seed: of order and augmentation.
     start_step: number of global batches to skip; costs nothing.
     process_index: this host.
     process_count: number of hosts.
-    images: give the pictures too.
-    augment: False: pictures as evaluation sees them, in the order of training.
+    images: give the images too.
+    augment: False: images as evaluation sees them, in the order of training.
 
   Yields:
     {"tokens": uint16 [B / hosts, T], "label": int32 [B / hosts], "index": int32 [B / hosts]} and,
@@ -227,7 +227,7 @@ def eval_batches(
   images: bool = False,
   start: int = 0,
 ) -> Batches:
-  """Every picture of the split exactly once, in the split's order, without augmentation.
+  """Every image of the split exactly once, in the split's order, without augmentation.
 
   All hosts give the same number of batches; the places that the last ones don't fill have mask
   False, and so has a damaged record. Arguments and errors as in `train_batches`; `start` is the number
@@ -258,7 +258,7 @@ def image_stream(
   seed: int = 0,
   batch_size: int = 128,
 ) -> Iterator[np.ndarray]:
-  """One pass over the split's pictures as uint8 [n, R, R, 3], as training or as evaluation sees them."""
+  """One pass over the split's images as uint8 [n, R, R, 3], as training or as evaluation sees them."""
   if not augment:
     with eval_batches(split, config, None, batch_size=batch_size) as batches:
       for batch in batches:

@@ -99,7 +99,7 @@ class Split:
 def open_split(config: DataConfig, split: str) -> Split:
   """Opens one split of the configured data set.
 
-  Validation is the tail of one fixed permutation of train: the same pictures whatever the seed of
+  Validation is the tail of one fixed permutation of train: the same images whatever the seed of
   the run; or a stored split of its own (`validation_split`, or a folder of tokens' validation.npy).
   Test is the stored test split, or the stored validation split where there is no test (ImageNet)
   and nobody chooses by it; only evaluation opens it.
@@ -265,7 +265,7 @@ def some_of(names: tuple[str, ...]) -> str:
 
 
 def subset(split: Split, images: int, seed: int) -> Split:
-  """A random choice of the split's pictures, drawn by `seed`, classes as they fall; 0: all."""
+  """A random choice of the split's images, drawn by `seed`, classes as they fall; 0: all."""
   if not images or images >= len(split):
     return split
   return split.select(np.sort(np.random.default_rng(seed).permutation(len(split))[:images]))

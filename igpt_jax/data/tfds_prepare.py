@@ -38,7 +38,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
     The folder of the prepared data set, .../NAME/[CONFIG/]VERSION.
 
   Raises:
-    UserError: not a TFDS picture data set, an archive is missing, TensorFlow is missing, the
+    UserError: not a TFDS image data set, an archive is missing, TensorFlow is missing, the
       download failed, or another process is at work on the same data set.
   """
   if name in ("folder", "tokens"):

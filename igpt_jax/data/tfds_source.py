@@ -1,6 +1,6 @@
-"""Any TFDS picture data set as records, read without TensorFlow.
+"""Any TFDS image data set as records, read without TensorFlow.
 
-Holds the lookup of prepared data, the choice of the picture and label features, and the instructions
+Holds the lookup of prepared data, the choice of the image and label features, and the instructions
 for data that isn't there. Data sets of our own are made on first use.
 """
 
@@ -210,7 +210,7 @@ def find(name: str, directory: str) -> str | None:
 
 
 def choose_features(info) -> tuple[str, str | None, str | None]:
-  """The names of the picture, the label (or None) and the record's own name (or None)."""
+  """The names of the image, the label (or None) and the record's own name (or None)."""
   import tensorflow_datasets as tfds
 
   features = info.features
@@ -221,7 +221,7 @@ def choose_features(info) -> tuple[str, str | None, str | None]:
     image = "image" if "image" in images or len(images) != 1 else images[0]
   if image not in images:
     raise errors.UserError(
-      f"data set {info.full_name}: has features {', '.join(features)}; expected one picture"
+      f"data set {info.full_name}: has features {', '.join(features)}; expected one image"
     )
   if label not in labels:
     label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None

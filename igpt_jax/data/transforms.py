@@ -70,7 +70,7 @@ def _scaled_to_short_side(height: int, width: int, short_side: int) -> tuple[int
 
 
 class PaperCrop(typing.NamedTuple):
-  """One draw of the paper's augmentation, in pixels of the picture resized to height × width."""
+  """One draw of the paper's augmentation, in pixels of the image resized to height × width."""
 
   height: int
   width: int
@@ -156,7 +156,7 @@ def paper_train(
 def paper_train_encoded(
   data: bytes | np.ndarray, rng: np.random.Generator, resolution: int, record_id: str = "picture"
 ) -> np.ndarray:
-  """`paper_train` of the decoded picture, for less: a JPEG is decoded only down to the crop's end."""
+  """`paper_train` of the decoded image, for less: a JPEG is decoded only down to the crop's end."""
   if not isinstance(data, bytes) or (frame := image_decoding.plain_frame(data)) is None:
     return paper_train(image_decoding.decode(data, record_id), rng, resolution)
   height, width = (int.from_bytes(data[i : i + 2], "big") for i in (frame + 5, frame + 7))
@@ -170,7 +170,7 @@ def paper_train_encoded(
 
 
 def cifar_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
-  """CIFAR fine-tuning: reflect-pad 4, random crop of the picture or its mirror image."""
+  """CIFAR fine-tuning: reflect-pad 4, random crop of the image or its mirror image."""
   image = fit(image, resolution)
   top, left = (int(x) for x in rng.integers(0, 9, size=2))
   mirrored = bool(rng.integers(2))
@@ -180,7 +180,7 @@ def cifar_train(image: np.ndarray, rng: np.random.Generator, resolution: int) ->
 
 
 def shift_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
-  """Every other picture is moved by up to an eighth of its side; what comes in is black.
+  """Every other image is moved by up to an eighth of its side; what comes in is black.
 
   Not the paper's: for small sets of drawings on black, where flips would change the meaning.
   """

@@ -1,6 +1,6 @@
 """python -m igpt_jax.demo --checkpoint=runs/cifar10_16 --port=7860
 
-Serves a page on which a picture is dropped or taken and its lower part completed, row by row. It
+Serves a page on which an image is dropped or taken and its lower part completed, row by row. It
 binds to this machine alone unless --host says otherwise; what people upload is kept in memory while it
 is worked on, and nowhere else.
 """
@@ -16,21 +16,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
   limits = Limits()
   parser = argparse.ArgumentParser(
-    prog="python -m igpt_jax.demo", description="A page to complete pictures on."
+    prog="python -m igpt_jax.demo", description="A page to complete images on."
   )
   add = parser.add_argument
   add("--checkpoint", action="append", required=True, help="to choose from; may be given again")
   add("--palette", default="", help=".npy, for checkpoints that carry none")
   add("--host", default="127.0.0.1", help="address to bind to (default: this machine alone)")
   add("--port", type=int, default=7860, help="0: any that is free")
-  add("--samples", type=int, default=limits.samples, help="of one picture, at most")
+  add("--samples", type=int, default=limits.samples, help="of one image, at most")
   add(
-    "--upload_mb", type=float, default=limits.upload_bytes / 2**20, help="a picture's size, at most"
+    "--upload_mb", type=float, default=limits.upload_bytes / 2**20, help="an image's size, at most"
   )
   add("--waiting", type=int, default=limits.waiting, help="people in line, at most")
-  add(
-    "--seconds", type=float, default=limits.seconds, help="to draw one picture's samples, at most"
-  )
+  add("--seconds", type=float, default=limits.seconds, help="to draw one image's samples, at most")
   return parser.parse_args(argv)
 
 

@@ -13,8 +13,8 @@ class Limits:
   """What the server puts up with.
 
   Attributes:
-    samples: of one picture.
-    upload_bytes: of one picture's file. (How many pixels it may unfold to, and
+    samples: of one image.
+    upload_bytes: of one image's file. (How many pixels it may unfold to, and
       into how much memory, data/own_images.py says.)
     upload_seconds: that sending it may take.
     waiting: requests that wait for the one that is served.
@@ -41,8 +41,8 @@ class Full(Exception):
 class Line:
   """Those who are served, one at a time, in order. Of one event loop.
 
-  A place is taken before a picture is sent, so that nobody sends one for nothing; the order is that
-  in which pictures have arrived, so that nobody waits for a slow connection.
+  A place is taken before an image is sent, so that nobody sends one for nothing; the order is that
+  in which images have arrived, so that nobody waits for a slow connection.
   """
 
   def __init__(self, waiting: int):

@@ -20,7 +20,7 @@ _SAMPLES = 4  # that the page asks for, if one doesn't say
 @dataclasses.dataclass
 class _Offered:
   name: str
-  found: checkpoint.Described
+  found: checkpoint.CheckpointInfo
   completer: completer_lib.Completer | None = None
 
 
@@ -39,7 +39,7 @@ class Models:
       mesh: where they go; None: all of this machine's devices.
 
     Raises:
-      UserError: one can't be read, can't complete pictures, or has no palette.
+      UserError: one can't be read, can't complete images, or has no palette.
     """
     self._settings = Settings(palette=PaletteConfig(path=palette_path))
     devices.use_cores(self._settings)
@@ -75,7 +75,7 @@ class Models:
     return offered.completer
 
 
-def _name_of(found: checkpoint.Described) -> str:
+def _name_of(found: checkpoint.CheckpointInfo) -> str:
   """The run's name; that of its folder."""
   parts = os.path.normpath(found.path).split(os.sep)
   if len(parts) > 2 and parts[-2] == checkpoint.FOLDER:

@@ -2,10 +2,10 @@
 
   GET /          the page (and /page.js, /page.css: no other file can be reached)
   GET /models    what to choose from, and the limits
-  POST /complete?model=0&keep=0.5&n=4&temperature=1&seed=0     a picture's bytes in; lines out:
+  POST /complete?model=0&keep=0.5&n=4&temperature=1&seed=0     an image's bytes in; lines out:
     {"event": "waiting", "ahead": 2}
     {"event": "preparing"}
-    {"event": "given", "resolution": R, "rows_given": 8, "picture": base64 of uint8 [R, R, 3]}
+    {"event": "given", "resolution": R, "rows_given": 8, "image": base64 of uint8 [R, R, 3]}
     {"event": "rows", "first": 8, "pixels": base64 of uint8 [n, rows, R, 3]}   … until the last row
     {"event": "done", "nats_per_token": [n numbers]}      or {"event": "error", "message": "…"}
 
@@ -33,7 +33,7 @@ from igpt_jax.demo.limits import Full, Limits, Line
 from igpt_jax.demo.models import Models
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
-from igpt_jax.sampling.completer import Picture, given_rows
+from igpt_jax.sampling.completer import InputImage, prompt_rows
 
 _PAGE = {
   "/": ("page.html", "text/html"),
@@ -177,7 +177,7 @@ class _Service:
     }
 
   async def accept(self, request) -> AsyncIterator[bytes]:
-    """Checks a request and receives its picture; what it gives back is streamed.
+    """Checks a request and receives its image; what it gives back is streamed.
 
     Raises:
       Refused: something about it isn't as it must be, or the line is full.
@@ -185,7 +185,7 @@ class _Service:
     origin = request.headers.get("origin")
     if origin and urlsplit(origin).netloc != request.headers.get("host"):
       raise Refused(403, "another site's page may not ask for completions")
-    wish = _Wish(request.query_params, len(self._models), self._limits.samples)
+    wish = _CompletionRequest(request.query_params, len(self._models), self._limits.samples)
     try:
       self._line.take_place()
     except Full:
@@ -214,12 +214,12 @@ class _Service:
           if len(data) > most:
             raise too_large
     except TimeoutError:
-      raise Refused(408, "the picture took too long to arrive") from None
+      raise Refused(408, "the image took too long to arrive") from None
     if not data:
-      raise Refused(400, "no picture came along; choose one first")
+      raise Refused(400, "no image came along; choose one first")
     return bytes(data)
 
-  async def _lines(self, wish: "_Wish", data: bytes) -> AsyncIterator[bytes]:
+  async def _lines(self, wish: "_CompletionRequest", data: bytes) -> AsyncIterator[bytes]:
     """The events as lines; whatever happens, the last one is "done" or "error"."""
     me = object()
     try:
@@ -238,13 +238,15 @@ class _Service:
       self._line.leave(me)
       self._line.give_back_place()
 
-  async def _events(self, wish: "_Wish", data: bytes) -> AsyncGenerator[dict[str, Any], None]:
+  async def _events(
+    self, wish: "_CompletionRequest", data: bytes
+  ) -> AsyncGenerator[dict[str, Any], None]:
     yield {"event": "preparing"}
     completer = await self._call(self._models.completer, wish.model)
     reader = completer.reader
-    picture: Picture = await self._call(reader.read, data, "this file")
+    picture: InputImage = await self._call(reader.read, data, "this file")
     side = reader.resolution
-    rows = given_rows(wish.keep, side)
+    rows = prompt_rows(wish.keep, side)
     whole = reader.paint(picture.tokens[None])
     yield {"event": "given", "resolution": side, "rows_given": rows, "picture": _base64(whole)}
     growing = completer.draw(
@@ -278,7 +280,7 @@ class _Service:
     return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
 
-class _Wish:
+class _CompletionRequest:
   """What a person asks for. Raises Refused for what can't be."""
 
   def __init__(self, query, n_models: int, most_samples: int):

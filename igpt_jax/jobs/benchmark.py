@@ -220,7 +220,7 @@ def of_input(settings: Settings, split: Split, trained: Values | None) -> Values
     if palette is not None:
       passes.append(
         data_benchmark.stages(
-          split, data_config, palette, n_pictures=settings.benchmark.images, repeats=1
+          split, data_config, palette, n_images=settings.benchmark.images, repeats=1
         )
       )
     whole.append(
@@ -248,7 +248,7 @@ def of_input(settings: Settings, split: Split, trained: Values | None) -> Values
     "picture": wall,
     "picture_cpu": cpu,
     "pictures_per_second": speed,
-    "pictures_per_core_second": 1 / cpu["seconds"],
+    "images_per_core_second": 1 / cpu["seconds"],
     "hosts": hosts,
     "times_training": trained and speed * hosts / trained["images_per_second"],
   }

@@ -80,7 +80,7 @@ def run(settings: Settings, workdir: str) -> None:
     mesh = planning.sampling_mesh(
       training.model, topology, settings.sample.samples, settings.sample.cache
     )
-    say(f"compiling the sampling of {settings.sample.samples} pictures, mesh ({sizes_of(mesh)})")
+    say(f"compiling the sampling of {settings.sample.samples} images, mesh ({sizes_of(mesh)})")
     drawn = forecasting.sampling(
       training.model,
       choices.sampling_config(settings),
@@ -198,9 +198,9 @@ def sampling_summary(drawn: Forecast, topology: Topology, batch: int) -> dict[st
 
 
 def sampling_line(values: dict[str, Any]) -> str:
-  line = f"sampling {values['pictures']} pictures: {gib(values['bytes_per_chip'])} a chip"
+  line = f"sampling {values['pictures']} images: {gib(values['bytes_per_chip'])} a chip"
   if "seconds" in values:
-    line += f", {values['seconds']:.2f} s, {values['pictures_per_second']:.1f} pictures/s predicted"
+    line += f", {values['seconds']:.2f} s, {values['pictures_per_second']:.1f} images/s predicted"
   return line
 
 
@@ -227,7 +227,7 @@ def table(values: dict[str, Any]) -> str:
       f"  MFU                {values['mfu']:.1%}",
       f"  images/s           {values['images_per_second']:,.0f}",
       f"  schedule           {values['days']:.2f} days, {values['chip_hours']:,.0f} chip-hours for "
-      f"{values['schedule_images']:,} pictures",
+      f"{values['schedule_images']:,} images",
     ]
     lines += [
       f"  {kind:18} {each['count']} a step, {each['bytes'] / 1e9:.2f} GB, {1e3 * each['seconds']:.1f} ms"

@@ -1,4 +1,4 @@
-"""Completes a person's own pictures, or draws from nothing.
+"""Completes a person's own images, or draws from nothing.
 
 OUT is the workdir, or complete/ in it where it holds checkpoints:
 
@@ -35,13 +35,13 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import figures, progress, summary
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling import filler, prompt_files
-from igpt_jax.sampling.completer import NOTHING, Completer, Picture, Reader, given_rows
+from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, Reader, prompt_rows
 from igpt_jax.sampling.filler import Filler
 from igpt_jax.sampling.prompt_files import File
 from igpt_jax.workspace import devices, memory, provenance
 from igpt_jax.workspace import workdir as workdir_lib
 
-_GRID_ROWS = 64  # pictures, and
+_GRID_ROWS = 64  # images, and
 _GRID_SAMPLES = 16  # samples of each, that grids show; all are in files of their own
 _GRID_DRAWN = 256  # samples from nothing
 _SETTINGS = "settings.json"
@@ -51,24 +51,24 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFi
 
 @dataclasses.dataclass(eq=False)
 class Target:
-  """One picture and where its samples go.
+  """One image and where its samples go.
 
   Attributes:
     file: that it was read from; None: samples are drawn from nothing.
-    picture: as the model sees it.
+    image: as the model sees it.
     folder: of its results.
     settings: digest of what decides its samples, but for the image.
     samples: number -> (tokens [T], nats [T]), those there are.
   """
 
   file: File | None
-  picture: Picture
+  picture: InputImage
   folder: str
   settings: str
   samples: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
   def read(self) -> None:
-    """Finds what was drawn before for this very picture with these settings."""
+    """Finds what was drawn before for this very image with these settings."""
     if not os.path.isdir(self.folder):
       return
     for name in sorted(os.listdir(self.folder)):
@@ -104,7 +104,7 @@ class Target:
 
 
 def run(settings: Settings, workdir: str) -> None:
-  """Completes `images`, or draws `n` pictures, with `checkpoint`."""
+  """Completes `images`, or draws `n` images, with `checkpoint`."""
   devices.use_cores(settings)
   found = completer_lib.describe(settings, workdir, bert=True)
   known = filler.known_pixels(settings, found)
@@ -129,7 +129,7 @@ def run(settings: Settings, workdir: str) -> None:
 
   to_do = [target for target in targets if _missing(target, n)]
   before = len(targets) - len(to_do)
-  what = f"{n} samples of {len(targets)} pictures" if chosen else f"{n} samples"
+  what = f"{n} samples of {len(targets)} images" if chosen else f"{n} samples"
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
@@ -159,8 +159,10 @@ def run(settings: Settings, workdir: str) -> None:
   say(f"mean {values['nats_per_token']:.4f} nats/token; wrote {out}")
 
 
-def _recipe(settings: Settings, found: checkpoint.Described, known: np.ndarray) -> dict[str, Any]:
-  """All that decides what a picture's samples are."""
+def _recipe(
+  settings: Settings, found: checkpoint.CheckpointInfo, known: np.ndarray
+) -> dict[str, Any]:
+  """All that decides what an image's samples are."""
   sampling, complete = choices.sampling_config(settings), settings.complete
   resolution = found.run["resolution"]
   return {
@@ -168,8 +170,8 @@ def _recipe(settings: Settings, found: checkpoint.Described, known: np.ndarray) 
     "resolution": resolution,
     "dtype": choices.compute_dtype(settings),
     "cache": settings.sample.cache,
-    "rows_given": given_rows(complete.keep, resolution) if complete.images else 0,
-    # Pixels that are given, a row of 0 and 1 each: of pictures, if there are any.
+    "rows_given": prompt_rows(complete.keep, resolution) if complete.images else 0,
+    # Pixels that are given, a row of 0 and 1 each: of images, if there are any.
     "known": ["".join(str(int(pixel)) for pixel in row) for row in known & bool(complete.images)],
     **({} if found.config.causal else {"passes": complete.passes}),
     "n": complete.n,
@@ -232,7 +234,7 @@ def _missing(target: Target, n: int) -> list[int]:
 def _batches(
   targets: list[Target], n: int, batch_size: int
 ) -> Iterator[tuple[list[Target], list[int]]]:
-  """Pictures and the numbers of their samples, all batches of one shape.
+  """Images and the numbers of their samples, all batches of one shape.
 
   Where n isn't a multiple, the last numbers are beyond it; they are drawn for the shape's sake.
   """
@@ -294,7 +296,7 @@ def _is_finished(target: Target, recipe: dict[str, Any]) -> bool:
 
 
 def _finish(target: Target, reader: Reader, recipe: dict[str, Any], settings: Settings) -> None:
-  """The animation and the JSON of a picture whose samples are all there; the JSON comes last."""
+  """The animation and the JSON of an image whose samples are all there; the JSON comes last."""
   tokens, nll = _rows(target, settings.complete.n)
   if "passes" not in recipe:  # else pixels don't appear one after the other
     n_given = recipe["rows_given"] * recipe["resolution"]
@@ -351,7 +353,7 @@ def _write_grids(
         rows.append([figures.hide(original, known), *drawn, original])
     figures.save_png(os.path.join(out, group, "grid.png"), figures.grid(rows, scale=scale))
     if len(members) > _GRID_ROWS:
-      say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} pictures")
+      say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} images")
   return {
     "settings": recipe,
     "pictures": len(briefly) if known.any() else 0,

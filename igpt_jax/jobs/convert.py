@@ -96,7 +96,7 @@ def check(settings: Settings) -> None:
       raise UserError(f"config.convert.target: {path} exists; fix: name another target")
 
 
-def check_format(kind: str, found: checkpoint.Described) -> None:
+def check_format(kind: str, found: checkpoint.CheckpointInfo) -> None:
   """Raises UserError, before the weights are read, if `kind` can't hold the model."""
   if kind == "huggingface" and not found.config.causal:
     raise UserError(

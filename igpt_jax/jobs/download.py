@@ -1,4 +1,4 @@
-"""Fetches the released files: a checkpoint with its palette, and pictures as tokens.
+"""Fetches the released files: a checkpoint with its palette, and images as tokens.
 
   python -m igpt_jax.main --config configs/openai_s_eval.py --config.job=download
 

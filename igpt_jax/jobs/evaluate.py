@@ -1,4 +1,4 @@
-"""Exact likelihood of a split, every picture once, beside what knows no pictures.
+"""Exact likelihood of a split, every image once, beside what knows no images.
 
 Writes evaluation.json: `nats_per_token`, `bits_per_token`, and the baselines on the same tokens:
 uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel). A BERT
@@ -20,7 +20,7 @@ from igpt_jax.errors import NoSuchSplit, UserError
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import progress, summary
-from igpt_jax.training.evaluation import Likelihood, count_tokens, counting, unigram_nats
+from igpt_jax.training.evaluation import LikelihoodEvaluator, count_tokens, counting, unigram_nats
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
@@ -66,10 +66,10 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
 
   objective_name = trained.run["objective"]
   objective = make_objective(objective_name, trained.run["mask_probability"])
-  likelihood = Likelihood(trained.config, objective, mesh)
+  likelihood = LikelihoodEvaluator(trained.config, objective, mesh)
   limit = settings.evaluate.images
   total = min(len(split), limit or len(split))
-  clock = progress.Countdown(f"{settings.evaluate.split}: {total:,} pictures", total, say)
+  clock = progress.Countdown(f"{settings.evaluate.split}: {total:,} images", total, say)
   masks = settings.evaluate.masks if objective_name == "masked" else 1
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   with stream(split, limit) as batches:
@@ -107,7 +107,7 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
   counted = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
     f"{settings.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
-    f"{images:,} pictures{counted}\n"
+    f"{images:,} images{counted}\n"
     f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
     f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
     f"{values['below_position_unigram']:.1%} below the last"
@@ -140,7 +140,7 @@ def baselines(
   else:
     with stream(train_split, settings.evaluate.baseline_images) as batches:
       train = all_hosts(count_tokens(batches, n_vocab, n_positions), mesh)
-    source = f"{int(train[0].sum()):,} pictures of {train_split.fingerprint}"
+    source = f"{int(train[0].sum()):,} images of {train_split.fingerprint}"
   return {
     "uniform": math.log(n_vocab),
     "unigram": unigram_nats(train.sum(0), test.sum(0)),

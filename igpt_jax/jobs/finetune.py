@@ -149,7 +149,7 @@ class FineTuning:
     split, mesh = self._splits[name], self._run.mesh
     total = min(limit or len(split), len(split))
     batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
-    clock = progress.Countdown(f"{name}: {total:,} pictures", total, say)
+    clock = progress.Countdown(f"{name}: {total:,} images", total, say)
     with streams.eval_stream(split, self._data, self.palette, mesh, batch_size, total) as stream:
       return self._classifier(params, stream, clock.batches(batch_size) if tell else None)
 
@@ -280,7 +280,7 @@ def _verdict(values: Mapping[str, Any]) -> str:
     f"best of {values['steps']:,} steps: {values['best_step']:,}; test accuracy "
     f"{values['test_accuracy']:.2%}"
     + ("" if of_mean is None else f" ({of_mean:.2%} by the mean of logits)")
-    + f" over {values['test_images']:,} pictures, {values['test_nats_per_token']:.4f} nats/token"
+    + f" over {values['test_images']:,} images, {values['test_nats_per_token']:.4f} nats/token"
     + ("" if before is None else f", {before:.4f} before")
     + f"; {values['checkpoint']}"
   )

@@ -1,4 +1,4 @@
-"""Fits a palette to the training pictures by k-means and writes it as the original's .npy.
+"""Fits a palette to the training images by k-means and writes it as the original's .npy.
 
 Writes palette.npy (float32 [k, 3] in [-1, 1]), palette.png (its colours) and palette.json (its
 error on validation; on train, where nothing is held out).
@@ -21,7 +21,7 @@ from igpt_jax.workspace import workdir as workdir_lib
 
 
 def run(settings: Settings, workdir: str) -> None:
-  """Fits `palette.size` colours to at most `palette.images` pictures of the training split."""
+  """Fits `palette.size` colours to at most `palette.images` images of the training split."""
   if checkpoint.latest_step(workdir) is not None:
     raise UserError(
       f"workdir: {workdir} holds checkpoints, whose tokens stand for the colours of its palette.npy; fix: "
@@ -56,7 +56,7 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def swatches(colors: np.ndarray, columns: int = 32, side: int = 16) -> np.ndarray:
-  """uint8 [k, 3] -> a picture with a square for each, row after row."""
+  """uint8 [k, 3] -> an image with a square for each, row after row."""
   rows = -(-len(colors) // columns)
   padded = np.full((rows * columns, 3), 255, np.uint8)
   padded[: len(colors)] = colors

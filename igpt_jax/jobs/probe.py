@@ -2,7 +2,7 @@
 
 Writes probe.json, probe.md (the table) and probe.png (accuracy against layer, the paper's figure 2).
 The layer is chosen on validation; test is looked at once per row, with everything chosen. With
-`watch`, every checkpoint of a run is probed, and two more pictures compare them (probing/probe_tables.py).
+`watch`, every checkpoint of a run is probed, and two more images compare them (probing/probe_tables.py).
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from igpt_jax.probing import linear, probe_tables, sgd_run
 from igpt_jax.probing import sets as sets_lib
 from igpt_jax.probing.sets import FeatureSet, Source
 from igpt_jax.reporting import progress, summary
-from igpt_jax.training.evaluation import Likelihood
+from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
-_LBFGS_UP_TO = 200_000  # training pictures
+_LBFGS_UP_TO = 200_000  # training images
 
 
 def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
@@ -64,7 +64,7 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
   features_folder = sets_lib.folder_of(settings, workdir, source)
   own_features = not os.path.exists(features_folder)
   method = settings.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
-  say(f"probe: {method}, {source.rows('train'):,} training pictures of {source.n_classes} classes")
+  say(f"probe: {method}, {source.rows('train'):,} training images of {source.n_classes} classes")
   nats = validation_loss(settings, source)
   if method == "sgd":
     rows = sgd_run.run(settings, workdir, out, source)
@@ -105,7 +105,7 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
 
 
 def validation_loss(settings: Settings, source: Source) -> float:
-  """Nats per token of the checkpoint on the probe's validation pictures."""
+  """Nats per token of the checkpoint on the probe's validation images."""
   trained = source.trained
   objective = make_objective(trained.run["objective"], trained.run["mask_probability"])
   split = source.splits["validation"]
@@ -117,7 +117,7 @@ def validation_loss(settings: Settings, source: Source) -> float:
     settings.features.batch_size,
     min(settings.train.eval_images or len(split), len(split)),
   ) as stream:
-    return Likelihood(trained.config, objective, source.mesh)(trained.params, stream)[0]
+    return LikelihoodEvaluator(trained.config, objective, source.mesh)(trained.params, stream)[0]
 
 
 def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str, Any]]:

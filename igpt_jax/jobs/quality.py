@@ -1,7 +1,7 @@
-"""How good samples and completions are: their likelihood, and their Fréchet distance to held-out pictures.
+"""How good samples and completions are: their likelihood, and their Fréchet distance to held-out images.
 
 Writes quality.json and quality.md. Features are those of the model's own middle layer, of another
-checkpoint's, or of a network in ONNX format (Inception, say). As many training pictures, which are as
+checkpoint's, or of a network in ONNX format (Inception, say). As many training images, which are as
 real as test's, say what distance is left when nothing is wrong.
 """
 
@@ -28,10 +28,10 @@ from igpt_jax.reporting import progress, summary
 from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling import frechet
-from igpt_jax.sampling.completer import NOTHING, Completer, Picture, given_rows
+from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, prompt_rows
 from igpt_jax.workspace import devices, provenance, watch, weights
 
-# uint8 [N, H, W, 3] -> features [N, D], of at most _PER_PASS pictures.
+# uint8 [N, H, W, 3] -> features [N, D], of at most _PER_PASS images.
 Network = Callable[[np.ndarray], np.ndarray]
 _PER_PASS = 128
 
@@ -74,7 +74,7 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
   network, called = open_network(settings, completer, other, mesh)
 
   def real(name: str) -> np.ndarray:
-    """Tokens [N, T] of pictures spread over the split."""
+    """Tokens [N, T] of images spread over the split."""
     order = np.random.default_rng(settings.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
     images = np.concatenate(list(pipeline.image_stream(chosen, data_config, augment=False)))
@@ -83,8 +83,8 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
 
   test, train = real("test"), real("train")
   n = len(test)
-  rows_given = given_rows(settings.sample.keep, resolution)
-  held_out = [Picture(str(i), tokens) for i, tokens in enumerate(test)]
+  rows_given = prompt_rows(settings.sample.keep, resolution)
+  held_out = [InputImage(str(i), tokens) for i, tokens in enumerate(test)]
   say(f"quality: {n:,} samples and {n:,} completions beside {splits['test'].fingerprint}")
   nothing, each_its_own = [NOTHING] * n, np.arange(n)
   samples, of_samples = gather(settings, completer, nothing, each_its_own, 0, "samples")
@@ -135,12 +135,12 @@ def _check_enough(of: str, n: int) -> None:
 def gather(
   settings: Settings,
   completer: Completer,
-  pictures: list[Picture],
+  pictures: list[InputImage],
   numbers: np.ndarray,
   rows_given: int,
   what: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens and nats [N, T] of a sample of each picture, `sample.batch_size` at a time.
+  """Tokens and nats [N, T] of a sample of each image, `sample.batch_size` at a time.
 
   `numbers` [N] are those of the samples.
   """
@@ -161,8 +161,8 @@ def gather(
 
 
 def describe_network(
-  settings: Settings, found: checkpoint.Described
-) -> checkpoint.Described | None:
+  settings: Settings, found: checkpoint.CheckpointInfo
+) -> checkpoint.CheckpointInfo | None:
   """The checkpoint whose features are compared; None for a network in ONNX format.
 
   Raises:
@@ -199,7 +199,7 @@ def onnx_file(settings: Settings) -> str:
 
 
 def open_network(
-  settings: Settings, completer: Completer, other: checkpoint.Described | None, mesh: Mesh
+  settings: Settings, completer: Completer, other: checkpoint.CheckpointInfo | None, mesh: Mesh
 ) -> tuple[Network, str]:
   """The features to compare by, and what to call them."""
   if other is None:
@@ -229,7 +229,7 @@ def open_network(
 def onnx_network(path: str) -> Network:
   """A network of one's own: float32 [N, 3, H, W] in [-1, 1] to features [N, …].
 
-  Pictures are scaled to the size that it asks for; a network that asks for none gets them as they are.
+  Images are scaled to the size that it asks for; a network that asks for none gets them as they are.
   """
   try:
     import onnxruntime
@@ -269,10 +269,10 @@ def table(values: dict) -> str:
     nats = values.get(f"{key}_nats_per_token")
     return name, f"{values[f'{key}_distance']:.4g}", "" if nats is None else f"{nats:.4f}"
 
-  by = f"{values['pictures']:,} pictures each, by {values['network']}"
+  by = f"{values['pictures']:,} images each, by {values['network']}"
   rows = [
     row("samples", "samples"),
     row(f"completions, {values['rows_given']} rows given", "completions"),
-    row("training pictures", "train"),
+    row("training images", "train"),
   ]
   return markdown_table("lrr", (by, "Fréchet distance to test", "nats/token"), rows)

@@ -1,4 +1,4 @@
-"""Draws pictures: unconditional ones, and the lower half of held-out ones.
+"""Draws images: unconditional ones, and the lower half of held-out ones.
 
 Writes samples.png (a grid), completions.png (rows of: what is given, completions …, the original)
 and sample.json (settings, seeds, and how likely the model finds what it drew).
@@ -18,7 +18,7 @@ from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import figures, summary
 from igpt_jax.sampling import completer as completer_lib
-from igpt_jax.sampling.completer import NOTHING, Completer, Drawn, Picture, given_rows
+from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, PartialSamples, prompt_rows
 from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
 
 
@@ -37,7 +37,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 
 def sample(settings: Settings, workdir: str, out: str) -> None:
-  """One checkpoint; pictures go to `out`."""
+  """One checkpoint; images go to `out`."""
   sampling = choices.sampling_config(settings)
   found = completer_lib.describe(settings, workdir)
   weights.check_resolution(settings, found)
@@ -50,25 +50,25 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   together = max(n_samples, settings.sample.completions * per_picture)
   memory.check_cache(completer.trained.config, together, settings.sample.cache, mesh)
   paint, resolution = completer.reader.paint, completer.reader.resolution
-  rows_given = given_rows(settings.sample.keep, resolution)
+  rows_given = prompt_rows(settings.sample.keep, resolution)
   scale = settings.sample.scale or figures.default_scale(resolution)
-  # Before anything is drawn: the test pictures may not be there.
+  # Before anything is drawn: the test images may not be there.
   given, source = held_out(settings, completer.reader.palette)
 
-  def draw(pictures: list[Picture], numbers: np.ndarray, rows_given: int) -> Drawn:
+  def draw(pictures: list[InputImage], numbers: np.ndarray, rows_given: int) -> PartialSamples:
     (drawn,) = completer.draw(pictures, numbers, rows_given, sampling, seed=settings.seed)
     return drawn
 
   # Two streams of keys; a sample's number in its own is the same whatever is drawn beside it.
-  say(f"sampling {n_samples} pictures of {resolution}×{resolution}")
-  samples = draw([Picture("", NOTHING.tokens, stream=0)], np.arange(n_samples), 0)
+  say(f"sampling {n_samples} images of {resolution}×{resolution}")
+  samples = draw([InputImage("", NOTHING.tokens, stream=0)], np.arange(n_samples), 0)
   columns = math.ceil(math.sqrt(2 * n_samples))
   painted = list(paint(samples.tokens))
   grid = [painted[start : start + columns] for start in range(0, len(painted), columns)]
 
-  say(f"completing {len(given)} pictures of {source}, {rows_given} of {resolution} rows given")
+  say(f"completing {len(given)} images of {source}, {rows_given} of {resolution} rows given")
   numbers = np.arange(len(given) * per_picture).reshape(-1, per_picture)
-  completions = draw([Picture("", tokens, stream=1) for tokens in given], numbers, rows_given)
+  completions = draw([InputImage("", tokens, stream=1) for tokens in given], numbers, rows_given)
   known = np.arange(resolution)[:, None] < rows_given
   drawn = np.split(paint(completions.tokens), len(given))
   rows = [
@@ -103,7 +103,7 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
 
 
 def held_out(settings: Settings, palette: Palette) -> tuple[np.ndarray, str]:
-  """Tokens [N, T] of pictures of the test split, and which split it is."""
+  """Tokens [N, T] of images of the test split, and which split it is."""
   data_config = settings.data
   split = open_split(data_config, "test")
   wanted = min(settings.sample.completions, len(split))

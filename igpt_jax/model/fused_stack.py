@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from igpt_jax.model import layers
 from igpt_jax.model.attention import tpu
 from igpt_jax.model.attention.dispatch import attention
-from igpt_jax.model.projection import project, project_gradients
+from igpt_jax.model.projection import sharded_einsum, sharded_einsum_gradients
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import constrain
 
@@ -53,11 +53,15 @@ def _run(settings, blocks, x):
   implementation = "tpu_interpret" if interpret else "tpu"
 
   def body(x, block):
-    qkv = project(layers.TO_QKV, layers.rms_norm(x, block["ln_1"]["g"]), block["attn"]["qkv"])
+    qkv = sharded_einsum(
+      layers.TO_QKV, layers.rms_norm(x, block["ln_1"]["g"]), block["attn"]["qkv"]
+    )
     heads = attention(qkv, n_head=n_head, causal=causal, implementation=implementation)
-    x = x + project(layers.FROM_HEADS, heads, block["attn"]["proj"])
-    hidden = project(layers.TO_INNER, layers.rms_norm(x, block["ln_2"]["g"]), block["mlp"]["fc"])
-    x = x + project(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
+    x = x + sharded_einsum(layers.FROM_HEADS, heads, block["attn"]["proj"])
+    hidden = sharded_einsum(
+      layers.TO_INNER, layers.rms_norm(x, block["ln_2"]["g"]), block["mlp"]["fc"]
+    )
+    x = x + sharded_einsum(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
     return constrain(x, *layers.STREAM), None
 
   return jax.lax.scan(body, x, blocks)[0]
@@ -129,17 +133,17 @@ def _forward(settings, blocks, x):
     x, kept = carry
     layer, block = scanned
     scale_1 = layers.inverse_rms(x)
-    qkv = project(
+    qkv = sharded_einsum(
       layers.TO_QKV, layers.scaled_norm(x, scale_1, block["ln_1"]["g"]), block["attn"]["qkv"]
     )
     qkv_stack = _put(kept.attention.qkv, qkv, layer)
     out, lse = attend(layer, qkv_stack, *kept.attention[1:])
-    middle = x + project(layers.FROM_HEADS, _get(out, layer), block["attn"]["proj"])
+    middle = x + sharded_einsum(layers.FROM_HEADS, _get(out, layer), block["attn"]["proj"])
     scale_2 = layers.inverse_rms(middle)
-    hidden = project(
+    hidden = sharded_einsum(
       layers.TO_INNER, layers.scaled_norm(middle, scale_2, block["ln_2"]["g"]), block["mlp"]["fc"]
     )
-    x = middle + project(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
+    x = middle + sharded_einsum(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
     x = constrain(x, *layers.STREAM)
     kept = _Kept(
       inputs=_put(kept.inputs, x, layer + 1),
@@ -169,25 +173,31 @@ def _backward(settings, residuals, dx):
     layer, block = scanned
     gain_1, gain_2 = block["ln_1"]["g"], block["ln_2"]["g"]
     x, out = _get(kept.inputs, layer), _get(kept.attention.out, layer)
-    middle = x + project(layers.FROM_HEADS, out, block["attn"]["proj"])  # cheaper than to keep
+    middle = x + sharded_einsum(
+      layers.FROM_HEADS, out, block["attn"]["proj"]
+    )  # cheaper than to keep
     scale_1, scale_2 = _get(kept.scales, layer)
 
     normed = layers.scaled_norm(middle, scale_2, gain_2)
     if kept.hidden is None:
-      hidden = project(layers.TO_INNER, normed, block["mlp"]["fc"])
+      hidden = sharded_einsum(layers.TO_INNER, normed, block["mlp"]["fc"])
     else:
       hidden = _get(kept.hidden, layer)
     activated, pull = jax.vjp(layers.activation, hidden)
-    dactivated, dproj = project_gradients(layers.FROM_INNER, activated, block["mlp"]["proj"], dx)
+    dactivated, dproj = sharded_einsum_gradients(
+      layers.FROM_INNER, activated, block["mlp"]["proj"], dx
+    )
     (dhidden,) = pull(dactivated)
-    dnormed, dfc = project_gradients(layers.TO_INNER, normed, block["mlp"]["fc"], dhidden)
+    dnormed, dfc = sharded_einsum_gradients(layers.TO_INNER, normed, block["mlp"]["fc"], dhidden)
     dmiddle, dgain_2 = _norm_gradients(middle, scale_2, gain_2, dnormed)
     dx = (dx + dmiddle).astype(x.dtype)
 
-    dout, dattn_proj = project_gradients(layers.FROM_HEADS, out, block["attn"]["proj"], dx)
+    dout, dattn_proj = sharded_einsum_gradients(layers.FROM_HEADS, out, block["attn"]["proj"], dx)
     dqkv = of_attention(layer, dout, *kept.attention)
     normed = layers.scaled_norm(x, scale_1, gain_1)
-    dnormed, dqkv_weight = project_gradients(layers.TO_QKV, normed, block["attn"]["qkv"], dqkv)
+    dnormed, dqkv_weight = sharded_einsum_gradients(
+      layers.TO_QKV, normed, block["attn"]["qkv"], dqkv
+    )
     dinput, dgain_1 = _norm_gradients(x, scale_1, gain_1, dnormed)
     dx = constrain((dx + dinput).astype(x.dtype), *layers.STREAM)
     gradients = {

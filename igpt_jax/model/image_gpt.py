@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from igpt_jax.errors import UserError
 from igpt_jax.model import fused_stack, layers
 from igpt_jax.model.attention.dispatch import SAVED_NAMES, attention, choose
-from igpt_jax.model.projection import Product, project
+from igpt_jax.model.projection import Einsum, sharded_einsum
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
 _KEPT_NAMES = ("qkv", "mlp_in", *SAVED_NAMES)
@@ -48,7 +48,7 @@ class ImageGPTConfig:
   Attributes:
     n_layer, n_head, n_embd: depth, heads, width.
     n_vocab: palette size; also the number of output classes per pixel.
-    n_positions: pixels of a picture, height × width.
+    n_positions: pixels of an image, height × width.
     causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
     dtype: of activations and matmuls, "float32" or "bfloat16".
     remat: what the backward pass recomputes: "none" keeps all activations, "names" keeps the
@@ -124,7 +124,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, axes: tuple[s
   return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-_TO_LOGITS = Product(
+_TO_LOGITS = Einsum(
   "btd,vd->btv", layers.STREAM, ("vocab", "embed"), ("batch", "length", "vocab"), "float32"
 )
 
@@ -152,10 +152,10 @@ class Attention(nnx.Module):
 
   def project_qkv(self, x_BxTxD: jax.Array) -> jax.Array:
     """[B, T, D] -> queries, keys and values, [3, B, T, n_head * head_dim]."""
-    return checkpoint_name(project(layers.TO_QKV, x_BxTxD, self.qkv[...]), "qkv")
+    return checkpoint_name(sharded_einsum(layers.TO_QKV, x_BxTxD, self.qkv[...]), "qkv")
 
   def project_out(self, heads_BxTxE: jax.Array) -> jax.Array:
-    return project(layers.FROM_HEADS, heads_BxTxE, self.proj[...])
+    return sharded_einsum(layers.FROM_HEADS, heads_BxTxE, self.proj[...])
 
 
 class MLP(nnx.Module):
@@ -167,8 +167,8 @@ class MLP(nnx.Module):
     self.proj = _normal(rngs, (4 * width, width), 0.02, layers.FROM_INNER.weight_axes)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = checkpoint_name(project(layers.TO_INNER, x, self.fc[...]), "mlp_in")
-    return project(layers.FROM_INNER, layers.activation(hidden), self.proj[...])
+    hidden = checkpoint_name(sharded_einsum(layers.TO_INNER, x, self.fc[...]), "mlp_in")
+    return sharded_einsum(layers.FROM_INNER, layers.activation(hidden), self.proj[...])
 
 
 class Block(nnx.Module):
@@ -287,7 +287,7 @@ class ImageGPT(nnx.Module):
 
   def logits(self, final: jax.Array) -> jax.Array:
     """[B, T, D] -> float32 [B, T, n_vocab]."""
-    return project(_TO_LOGITS, final, self.wtet[...])
+    return sharded_einsum(_TO_LOGITS, final, self.wtet[...])
 
   def features(
     self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None, grid: int = 1
@@ -298,7 +298,7 @@ class ImageGPT(nnx.Module):
     (paper, section 2.3 and 3.4).
 
     Args:
-      tokens_BxT: whole square pictures.
+      tokens_BxT: whole square images.
       keep_BxT: as in `__call__`.
       grid: a mean for each of grid × grid blocks of pixels, one after the other.
     """

@@ -3,17 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from igpt_jax.model.projection import Product
+from igpt_jax.model.projection import Einsum
 
 STREAM = ("batch", "length", "channels")  # logical axes of the activations between blocks
 HEADS = ("batch", "length", "heads")
 QKV = ("qkv", *HEADS)
 INNER = ("batch", "length", "mlp")
 
-TO_QKV = Product("btd,sde->sbte", STREAM, ("qkv", "embed", "heads"), QKV)
-FROM_HEADS = Product("bte,ed->btd", HEADS, ("heads_rows", "channels"), STREAM)
-TO_INNER = Product("btd,de->bte", STREAM, ("embed", "mlp"), INNER)
-FROM_INNER = Product("bte,ed->btd", INNER, ("mlp_rows", "channels"), STREAM)
+TO_QKV = Einsum("btd,sde->sbte", STREAM, ("qkv", "embed", "heads"), QKV)
+FROM_HEADS = Einsum("bte,ed->btd", HEADS, ("heads_rows", "channels"), STREAM)
+TO_INNER = Einsum("btd,de->bte", STREAM, ("embed", "mlp"), INNER)
+FROM_INNER = Einsum("bte,ed->btd", INNER, ("mlp_rows", "channels"), STREAM)
 
 NORM_EPSILON = 1e-5
 

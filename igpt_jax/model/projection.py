@@ -13,7 +13,7 @@ Axes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Einsum:
   """An einsum of activations and a weight.
 
   Attributes:
@@ -29,28 +29,28 @@ class Product:
   dtype: str | None = None
 
 
-def project(product: Product, x: jax.Array, weight: jax.Array) -> jax.Array:
+def sharded_einsum(product: Einsum, x: jax.Array, weight: jax.Array) -> jax.Array:
   """The product, its factors in the activations' dtype and summed in float32.
 
   Forward and backward gather the weight's parts anew, and its gradient is summed and scattered in
   one; the gathered weight is never kept.
   """
-  return _project(product, x, weight)
+  return _sharded_einsum(product, x, weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(product, x, weight):
+def _sharded_einsum(product, x, weight):
   whole = gather_weight(weight.astype(x.dtype), *product.weight_axes)
   out = jnp.einsum(product.formula, x, whole, preferred_element_type=product.dtype)
   return constrain(out, *product.out_axes)
 
 
 def _forward(product, x, weight):
-  return _project(product, x, weight), (x, weight)
+  return _sharded_einsum(product, x, weight), (x, weight)
 
 
-def project_gradients(
-  product: Product, x: jax.Array, weight: jax.Array, dout: jax.Array
+def sharded_einsum_gradients(
+  product: Einsum, x: jax.Array, weight: jax.Array, dout: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients with respect to x and weight, from that of the result."""
   dout = dout.astype(x.dtype)
@@ -79,7 +79,7 @@ def _outer(of_x: str, of_out: str, of_weight: str, x: jax.Array, dout: jax.Array
 
 def _backward(product, residuals, dout):
   x, weight = residuals
-  return project_gradients(product, x, weight, dout)
+  return sharded_einsum_gradients(product, x, weight, dout)
 
 
-_project.defvjp(_forward, _backward)
+_sharded_einsum.defvjp(_forward, _backward)

@@ -102,7 +102,7 @@ def split_cpu(n_devices: int) -> None:
   """Makes a CPU count as so many devices, where no device was asked for yet; nothing on accelerators.
 
   XLA's threads share the work of an operation, of which sampling has many small ones; devices each
-  go through the whole program for their own pictures.
+  go through the whole program for their own images.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return  # the user has said how many
@@ -148,7 +148,7 @@ def describe_mesh(mesh: Mesh) -> str:
 def model_flops_per_image(
   *, n_layer: int, n_embd: int, n_vocab: int, n_positions: int, causal: bool
 ) -> float:
-  """FLOPs of one picture's training step, forward and backward, nothing recomputed.
+  """FLOPs of one image's training step, forward and backward, nothing recomputed.
 
   6 per matmul parameter and token, and attention's 12·T·d per layer and token (scores and values,
   forward and backward), halved when causal: what a kernel that skips the masked half must do.

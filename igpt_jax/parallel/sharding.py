@@ -206,7 +206,7 @@ def weight_shards(mesh: Mesh) -> int:
 
 
 def round_up_batch(mesh: Mesh, n: int) -> int:
-  """The smallest batch that holds n pictures and divides over the mesh."""
+  """The smallest batch that holds n images and divides over the mesh."""
   shards = batch_shards(mesh)
   return -(-n // shards) * shards
 
@@ -214,7 +214,7 @@ def round_up_batch(mesh: Mesh, n: int) -> int:
 def batch_size_per_shard(
   mesh: Mesh, batch_size: int, what: str = "train.batch_size", accumulate: int = 1
 ) -> int:
-  """Pictures per data shard and accumulated part.
+  """Images per data shard and accumulated part.
 
   Raises:
     UserError: the batch isn't divisible by the batch axes of the mesh, times its parts.
@@ -286,6 +286,6 @@ def input_share(mesh: Mesh) -> tuple[int, int]:
   if sum(map(len, shares)) != shards or len({len(share) for share in shares}) > 1:
     raise UserError(
       f"config.mesh: {dict(mesh.shape)} over {jax.process_count()} processes splits a batch unevenly "
-      "among them; expected devices of one picture that divide those of a host, or are a multiple"
+      "among them; expected devices of one image that divide those of a host, or are a multiple"
     )
   return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)

@@ -105,13 +105,13 @@ def training_step(training: Training, topology: Topology, mesh: Mesh) -> Forecas
 def sampling(
   model: ImageGPTConfig,
   settings: autoregressive.SamplingConfig,
-  n_pictures: int,
+  n_images: int,
   topology: Topology,
   mesh: Mesh,
   cache_dtype: str = "",
 ) -> Forecast:
-  """Drawing whole pictures from nothing, pixel by pixel; `cache_dtype` as of `decoding.begin`."""
-  lower = sampling_program(model, settings, n_pictures, mesh, cache_dtype)
+  """Drawing whole images from nothing, pixel by pixel; `cache_dtype` as of `decoding.begin`."""
+  lower = sampling_program(model, settings, n_images, mesh, cache_dtype)
 
   def compiled():
     return compilation.timed(lambda: lower().compile())
@@ -122,7 +122,7 @@ def sampling(
 def sampling_program(
   model: ImageGPTConfig,
   settings: autoregressive.SamplingConfig,
-  n_pictures: int,
+  n_images: int,
   mesh: Mesh,
   cache_dtype: str = "",
 ) -> Callable[[], jax.stages.Lowered]:
@@ -133,7 +133,7 @@ def sampling_program(
     compute_dtypes(model),
     state.param_shardings(model, mesh),
   )
-  batch = sharding.round_up_batch(mesh, n_pictures)
+  batch = sharding.round_up_batch(mesh, n_images)
   given = jax.ShapeDtypeStruct((batch, 0), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
   keys = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))

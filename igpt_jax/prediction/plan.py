@@ -21,7 +21,7 @@ from igpt_jax.training.compilation import flops_per_image
 
 COMPILED = 4  # candidates that are compiled
 _BATCHES_TRIED = 3
-LARGEST_BATCH = 4  # times the config's; what a chip needs one picture for is considered in any case
+LARGEST_BATCH = 4  # times the config's; what a chip needs one image for is considered in any case
 _TENSOR = (1, 2, 4)
 
 # Bytes kept per layer, position and channel of bfloat16, as compiled programs have it; and FLOPs
@@ -30,7 +30,7 @@ _KEPT = {"none": 72.0, "names": 19.0, "full": 2.2}
 _AGAIN = {"none": 0.0, "names": 0.03, "full": 0.3}
 _WORKING = 60.0  # bytes per position and channel of the layer that is worked on
 _STATE = 18  # bytes per parameter: itself, two moments, a gradient (float32), a bfloat16 copy
-_WEIGHTS_SHARE = 0.7  # of a device's memory, where pictures are drawn
+_WEIGHTS_SHARE = 0.7  # of a device's memory, where images are drawn
 _CACHE_SHARE = 0.9  # and of weights and cache together
 _EFFICIENCY = 0.7  # of the matrix units' peak
 
@@ -147,7 +147,7 @@ def state_bytes(model: ImageGPTConfig, mesh: Mesh) -> float:
 
 
 def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
-  """Seconds a picture, by arithmetic, to order candidates by; the smaller batch first of equals."""
+  """Seconds an image, by arithmetic, to order candidates by; the smaller batch first of equals."""
   training, mesh = candidate.training, candidate.mesh
   model = training.model
   everyone = tuple(range(mesh.size))
@@ -176,19 +176,19 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
 
 
 def sampling_mesh(
-  model: ImageGPTConfig, topology: Topology, n_pictures: int = 0, cache_dtype: str = ""
+  model: ImageGPTConfig, topology: Topology, n_images: int = 0, cache_dtype: str = ""
 ) -> Mesh:
   """Weights whole on as few devices as hold them: drawing reads all of them for every pixel.
 
   Args:
     model: to sample from.
     topology: of the devices.
-    n_pictures, cache_dtype: what the cache must have room for, spread over all devices.
+    n_images, cache_dtype: what the cache must have room for, spread over all devices.
   """
   n, hbm = len(topology.devices), topology.chip.hbm_bytes
   held = 4 * count_params(model)  # bfloat16, and each layer taken out of the stack
   item = jnp.dtype(cache_dtype or model.dtype).itemsize
-  cache = 2 * model.n_layer * model.n_positions * model.n_embd * item * n_pictures / n
+  cache = 2 * model.n_layer * model.n_positions * model.n_embd * item * n_images / n
   possible = [t for t in range(1, n + 1) if n % t == 0 and model.n_head % t == 0]
   fitting = [
     tensor

@@ -66,7 +66,7 @@ def dataset_files(name: str, splits: Sequence[str] = ("te",)) -> list[str]:
 
   Args:
     name: one of DATASETS.
-    splits: of "tr", "va", "te"; pictures are centre crops, made for evaluation.
+    splits: of "tr", "va", "te"; images are centre crops, made for evaluation.
   """
   if name not in DATASETS:
     raise UserError(f"data set: {name!r}; expected one of {', '.join(DATASETS)}")

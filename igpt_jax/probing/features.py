@@ -14,12 +14,12 @@ from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import draw_visible
 from igpt_jax.training.state import param_shardings
 
-_MASK_SEED = 0  # a picture's masks are the same in every run
+_MASK_SEED = 0  # an image's masks are the same in every run
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
-  """What is computed of a picture.
+  """What is computed of an image.
 
   Attributes:
     layers: of 0 (what enters the first block) to n_layer (the final norm's output), ascending.
@@ -46,7 +46,7 @@ def feature_config(
   """The features asked for of a model; () stands for all layers.
 
   Raises:
-    UserError: a layer that it doesn't have, a grid that doesn't divide its pictures, masks for a
+    UserError: a layer that it doesn't have, a grid that doesn't divide its images, masks for a
       model that takes none.
   """
   for layer in layers:
@@ -92,7 +92,7 @@ def pooled_features(
 
 @dataclasses.dataclass(frozen=True)
 class FeatureRows:
-  """Some pictures, on every process, in the order of their index.
+  """Some images, on every process, in the order of their index.
 
   Attributes:
     index: int32 [n], their place in the split.
@@ -108,7 +108,7 @@ class FeatureRows:
 
 
 class FeatureExtractor:
-  """Features of a stream of pictures; compiled once, for one batch shape."""
+  """Features of a stream of images; compiled once, for one batch shape."""
 
   def __init__(self, model: ImageGPTConfig, config: FeatureConfig, mesh: Mesh):
     self._mesh = mesh
@@ -126,7 +126,7 @@ class FeatureExtractor:
   def __call__(
     self, params: Params, batches: Iterable[Mapping[str, np.ndarray]]
   ) -> Iterator[FeatureRows]:
-    """Each batch's pictures that `mask` counts; the device is at the next batch meanwhile.
+    """Each batch's images that `mask` counts; the device is at the next batch meanwhile.
 
     Args:
       params: the parameters, on the mesh.

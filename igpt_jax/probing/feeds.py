@@ -1,4 +1,4 @@
-"""What SGD probes are fed with: features stored on disk, or pictures, whose features are made in the step.
+"""What SGD probes are fed with: features stored on disk, or images, whose features are made in the step.
 
 Both know: `groups`, the widths of the features; `frozen`, arrays on the mesh that the step needs; `fields`
 of a batch; `extract`, (frozen, batch) -> features; `training`, the endless shuffled stream; and
@@ -50,7 +50,7 @@ def _of_pixels(groups: Groups, frozen: dict, images: jax.Array) -> Features:
 
 
 def _axes(source: Source, images: np.ndarray) -> dict:
-  """Principal axes of training pictures, on the mesh."""
+  """Principal axes of training images, on the mesh."""
   fitted = sets.fit_pca(images, source.trained.config.n_embd)
   arrays = {"mean": fitted.mean_, "components": fitted.components_}
   everywhere = sharding.replicated(source.mesh)
@@ -114,7 +114,7 @@ class Stored:
 
 
 class _Shuffled:
-  """Every picture once an epoch, in the order of `pipeline.train_batches`, and used like that."""
+  """Every image once an epoch, in the order of `pipeline.train_batches`, and used like that."""
 
   def __init__(self, feed: Stored, start_step: int):
     self._feed, self._step = feed, start_step
@@ -148,7 +148,7 @@ class _Shuffled:
 
 
 class Pictures:
-  """Each picture goes through the model whenever a classifier sees it; nothing is stored."""
+  """Each image goes through the model whenever a classifier sees it; nothing is stored."""
 
   def __init__(self, settings: Settings, workdir: str, source: Source):
     del workdir

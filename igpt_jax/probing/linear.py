@@ -47,7 +47,7 @@ def probe(
 ) -> ProbeResult:
   """Chooses the strength on validation, refits with it folded in, tests once.
 
-  Under a mesh the pictures are split over it.
+  Under a mesh the images are split over it.
   """
   settings = {"n_classes": n_classes, "max_iterations": max_iterations, "mesh": mesh}
   scores = logistic.fit(*train, strengths, **settings).accuracy(*validation)

@@ -61,12 +61,12 @@ class Source:
   Attributes:
     trained: the model, its parameters on the mesh.
     splits: of the data, by name.
-    limits: how many of their first pictures count; 0: all.
+    limits: how many of their first images count; 0: all.
     features: what is computed.
     baselines: those to compare with.
   """
 
-  trained: checkpoint.Pretrained
+  trained: checkpoint.LoadedModel
   mesh: Mesh
   splits: dict[str, Split]
   limits: dict[str, int]
@@ -132,7 +132,7 @@ def open_source(settings: Settings, workdir: str, mesh: Mesh | None = None) -> S
   )
 
 
-def features_asked_for(settings: Settings, found: checkpoint.Described) -> FeatureConfig:
+def features_asked_for(settings: Settings, found: checkpoint.CheckpointInfo) -> FeatureConfig:
   return feature_config(
     found.config,
     layers=tuple(settings.features.layers),
@@ -218,7 +218,7 @@ def _colours(images: np.ndarray) -> np.ndarray:
 
 
 def fit_pca(images: np.ndarray, components: int):
-  """scikit-learn's PCA of pictures uint8 [N, H, W, 3]: as many components as the model is wide."""
+  """scikit-learn's PCA of images uint8 [N, H, W, 3]: as many components as the model is wide."""
   from sklearn.decomposition import PCA as SklearnPCA
 
   found = _colours(images)

@@ -135,7 +135,7 @@ def make_train_step(extract: Extract, optimizer: optax.GradientTransformation):
 
 
 def make_eval_step(extract: Extract):
-  """Builds eval_step(params, batch) -> (correct [R, F] of every group, pictures counted).
+  """Builds eval_step(params, batch) -> (correct [R, F] of every group, images counted).
 
   The batch has `label` and `mask`: which rows count.
   """

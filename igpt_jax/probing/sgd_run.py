@@ -1,4 +1,4 @@
-"""The probe at ImageNet's size: classifiers trained by SGD in one step, from pictures or stored features.
+"""The probe at ImageNet's size: classifiers trained by SGD in one step, from images or stored features.
 
 Its state is checkpointed in OUT/probe_sgd, so that the same command goes on; validation accuracy goes
 to metrics.jsonl there. Learning rates are chosen on validation, for each layer; test is looked at once.

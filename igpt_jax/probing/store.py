@@ -76,7 +76,7 @@ class FeatureStore:
       if needed > free:
         raise UserError(
           f"features.cache: {self.folder} needs {needed / 2**30:.1f} GiB for {len(layers)} layers of "
-          f"{self._rows:,} pictures, {free / 2**30:.1f} GiB are free; fix: config.features.layers, "
+          f"{self._rows:,} images, {free / 2**30:.1f} GiB are free; fix: config.features.layers, "
           "config.features.cache on another disk, or config.probe.cached=False (method sgd)"
         )
       for name in short:
@@ -97,7 +97,7 @@ class FeatureStore:
     return self._open("images", "r")
 
   def labels(self) -> np.ndarray:
-    """int32 [N], in memory; -1 where the picture couldn't be read."""
+    """int32 [N], in memory; -1 where the image couldn't be read."""
     return np.array(self._open("labels", "r"))
 
   def _names(self, layers: Sequence[int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of samples, and curves."""
+"""Images for people: grids of samples, and curves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,17 +11,17 @@ HIDDEN = 200  # the grey of pixels that aren't there
 
 
 def default_scale(resolution: int) -> int:
-  """Picture pixels per model pixel, so that a thumb-nail is about 96 pixels wide."""
+  """Image pixels per model pixel, so that a thumb-nail is about 96 pixels wide."""
   return max(1, round(96 / resolution))
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> np.ndarray:
-  """Lays pictures out in rows, left to right.
+  """Lays images out in rows, left to right.
 
   Args:
     rows: lists of uint8 [H, W, 3], all of one size; shorter rows end in background.
     scale: side of the square that a pixel becomes.
-    gap: background pixels between pictures and around them.
+    gap: background pixels between images and around them.
 
   Returns:
     uint8 [height, width, 3].
@@ -40,7 +40,7 @@ def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> n
 
 
 def hide(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
-  """The picture with all that isn't known greyed out; `known` broadcasts to [H, W]."""
+  """The image with all that isn't known greyed out; `known` broadcasts to [H, W]."""
   return np.where(known[..., None], picture, np.uint8(HIDDEN))
 
 
@@ -52,10 +52,10 @@ def save_png(path: str, picture: np.ndarray) -> None:
 def appearing(
   pictures: Sequence[np.ndarray], n_given: int, *, columns: int, scale: int, frames: int = 48
 ) -> list[np.ndarray]:
-  """Frames of pictures whose pixels appear one after the other, in raster order.
+  """Frames of images whose pixels appear one after the other, in raster order.
 
   Args:
-    pictures: uint8 [H, W, 3], whole.
+    images: uint8 [H, W, 3], whole.
     n_given: pixels that are there from the beginning.
     columns: of the grid that they are laid out in.
     scale: side of the square that a pixel becomes.

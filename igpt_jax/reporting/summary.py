@@ -36,7 +36,7 @@ _SECTIONS = {
   "evaluation.json": (
     "Likelihood",
     {
-      "images": "{:,} pictures",
+      "images": "{:,} images",
       "nats_per_token": "model {:.4f} nats/token",
       "bits_per_token": "({:.4f} bits/token)",
       "uniform": "uniform {:.4f}",
@@ -61,7 +61,7 @@ _SECTIONS = {
     {
       "samples_distance": "Fréchet distance to test of samples {:.4g}",
       "completions_distance": "of completions {:.4g}",
-      "train_distance": "of training pictures {:.4g}",
+      "train_distance": "of training images {:.4g}",
       "network": "by {}",
     },
   ),

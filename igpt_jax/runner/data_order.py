@@ -13,7 +13,7 @@ from igpt_jax.workspace.rollbacks import order_seeds
 
 
 class DataOrder:
-  """The order of a run's training pictures, which is another one after each time it went back.
+  """The order of a run's training images, which is another one after each time it went back.
 
   Args:
     folder: of the run.

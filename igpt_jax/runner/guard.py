@@ -27,8 +27,8 @@ from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import rollbacks
 
 FOLDER = "incidents"
-_REMEMBERED = 20  # losses, that one is compared with
-_ENOUGH = 5  # of them
+_SPIKE_WINDOW = 20  # losses, that one is compared with
+_MIN_LOSSES = 5  # of them
 
 
 class Guard:
@@ -41,7 +41,7 @@ class Guard:
 
   def __init__(self, config: GuardConfig, folder: str | None):
     self._config, self._folder = config, folder
-    self._losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+    self._losses: collections.deque[float] = collections.deque(maxlen=_SPIKE_WINDOW)
     self._spiking_since: int | None = None
     self._well: int | None = None
 
@@ -67,7 +67,7 @@ class Guard:
     if in_row:
       self._skipped(step, in_row, values, state, batch)
       return
-    median = statistics.median(self._losses) if len(self._losses) >= _ENOUGH else math.inf
+    median = statistics.median(self._losses) if len(self._losses) >= _MIN_LOSSES else math.inf
     if self._config.spike and loss > median + self._config.spike:
       self._spiked(step, median, values, state, batch)
       return
@@ -106,7 +106,7 @@ class Guard:
       newest = state()
       described = describe(newest.params)
       os.makedirs(dump, exist_ok=True)
-      # One of several processes has but its rows, and the bad picture may be in any's.
+      # One of several processes has but its rows, and the bad image may be in any's.
       of_host = "" if hosts.is_main() else f"_of_host_{jax.process_index()}"
       with (
         files.replacing(os.path.join(dump, f"batch{of_host}.npz")) as partial,

@@ -27,7 +27,7 @@ from igpt_jax.runner.data_order import DataOrder
 from igpt_jax.runner.loop import Work
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, objectives, optimizer, state, step
-from igpt_jax.training.evaluation import Likelihood
+from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.workspace import memory, streams, training_palette, weights
 
 RESULT = "training.json"  # there when a run has made all its steps
@@ -95,7 +95,7 @@ def pretrain(
     devices = hardware.describe_devices(mesh)
     say(f"{settings.objective}: {_in_words(model)}; {split.fingerprint}; {devices}")
 
-    likelihood = Likelihood(model, objective, mesh)
+    likelihood = LikelihoodEvaluator(model, objective, mesh)
     outcome = run.train(
       train_state,
       Work(
@@ -126,7 +126,7 @@ def pretrain(
 def _evaluation(
   settings: Settings,
   split: Split | None,
-  likelihood: Likelihood,
+  likelihood: LikelihoodEvaluator,
   palette: Palette | None,
   mesh: Mesh,
 ) -> Callable[[state.TrainState], dict[str, float]] | None:

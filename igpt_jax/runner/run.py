@@ -197,7 +197,7 @@ class TrainingRun:
   def describe_model(
     self, model: ImageGPTConfig, mask_probability: float, data: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """What a checkpoint of a model says of its run: `run` of `checkpoint.Described`.
+    """What a checkpoint of a model says of its run: `run` of `checkpoint.CheckpointInfo`.
 
     Args:
       model: that is trained.

@@ -1,4 +1,4 @@
-"""Completing a person's own pictures: from files of any format to pixels, row by row.
+"""Completing a person's own images: from files of any format to pixels, row by row.
 
 What job `complete` and the page share. A model reads pixels in raster order, so what is given is
 always the upper rows: it can't condition on a lower or a left part.
@@ -29,12 +29,12 @@ _PROGRAMS = 24  # compiled ones that are kept: one for a shape and a way of draw
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-  """A person's picture as the model sees it.
+class InputImage:
+  """A person's image as the model sees it.
 
   Attributes:
     name: what to call it.
-    tokens: int32 [n_positions]; [0] where there is no picture, for unconditional samples.
+    tokens: int32 [n_positions]; [0] where there is no image, for unconditional samples.
     stream: taken for its identity, if not None.
   """
 
@@ -51,11 +51,11 @@ class Picture:
     return int.from_bytes(digest[:4], "little")
 
 
-NOTHING = Picture("unconditional", np.zeros(0, np.int32))
+NOTHING = InputImage("unconditional", np.zeros(0, np.int32))
 
 
-class Drawn(NamedTuple):
-  """Completions up to a pixel, a picture's own ones side by side.
+class PartialSamples(NamedTuple):
+  """Completions up to a pixel, an image's own ones side by side.
 
   Attributes:
     tokens: int32 [N, n_positions]; 0 from `position` on.
@@ -75,7 +75,7 @@ class _Program(NamedTuple):
   extend: dict  # holds the second step once the first has said where its result lies
 
 
-def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpoint.Described:
+def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpoint.CheckpointInfo:
   """The checkpoint to complete with; its weights are not read yet.
 
   Raises:
@@ -95,11 +95,11 @@ class Reader:
   """Turns files into what a model sees, and tokens into what people see; needs no weights.
 
   Attributes:
-    resolution: side of the model's pictures.
+    resolution: side of the model's images.
     palette: its colours.
   """
 
-  def __init__(self, found: checkpoint.Described):
+  def __init__(self, found: checkpoint.CheckpointInfo):
     self.resolution: int = found.run["resolution"]
     self.palette = weights.palette_of(found)
     data_config = found.run.get("config", {}).get("data", {})
@@ -109,14 +109,14 @@ class Reader:
       augment = "none"
     self._transform = transforms.eval_transform(augment, self.resolution)
 
-  def read(self, data: bytes, name: str) -> Picture:
+  def read(self, data: bytes, name: str) -> InputImage:
     """An image as the model sees it, from a file of any format.
 
     Raises:
       BadRecord: it isn't one that can be read.
     """
     square = self.square(data, name)
-    return Picture(name, self.palette.encode(square).reshape(-1).astype(np.int32))
+    return InputImage(name, self.palette.encode(square).reshape(-1).astype(np.int32))
 
   def square(self, data: bytes, name: str) -> np.ndarray:
     """The centre square of an image, upright, scaled as in evaluation: uint8 [R, R, 3], sRGB.
@@ -134,15 +134,15 @@ class Reader:
 class Completer:
   """One model, and the programs that draw with it.
 
-  A sample is decided by the seed, what is in the picture, how much of it is given and the sample's
-  own number alone: not by the batch it is drawn in, nor by the picture's name.
+  A sample is decided by the seed, what is in the image, how much of it is given and the sample's
+  own number alone: not by the batch it is drawn in, nor by the image's name.
 
   Attributes:
     trained: the model.
-    reader: of pictures for it.
+    reader: of images for it.
   """
 
-  def __init__(self, found: checkpoint.Described, settings: Settings, mesh: Mesh):
+  def __init__(self, found: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh):
     """Reads the weights of what `describe` found onto the mesh."""
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
     self.trained = weights.read_to_draw(settings, found, mesh)
@@ -154,19 +154,19 @@ class Completer:
 
   def draw(
     self,
-    pictures: Sequence[Picture],
+    pictures: Sequence[InputImage],
     numbers: ArrayLike,
     rows_given: int,
     sampling: SamplingConfig,
     *,
     seed: int,
     rows_at_a_time: int = 0,
-  ) -> Iterator[Drawn]:
-    """Samples of every picture, as they grow; the last ones are whole.
+  ) -> Iterator[PartialSamples]:
+    """Samples of every image, as they grow; the last ones are whole.
 
     Args:
-      pictures: to complete.
-      numbers: of the samples of each, 0 and up: [n], or other ones for every picture, [pictures, n].
+      images: to complete.
+      numbers: of the samples of each, 0 and up: [n], or other ones for every image, [images, n].
       rows_given: upper rows of each that are kept; 0: none.
       sampling: how to draw.
       seed: of everything drawn.
@@ -188,12 +188,12 @@ class Completer:
         # Copies: the next step is given the arrays to write into.
         tokens, nll = jax.device_get(self._fetch(progress.tokens, progress.nll))
       end = min(position + n_pixels, n_positions)
-      yield Drawn(np.array(tokens[:wanted]), np.array(nll[:wanted]), end)
+      yield PartialSamples(np.array(tokens[:wanted]), np.array(nll[:wanted]), end)
 
   def _lay_out(self, pictures, n: int, n_given: int) -> tuple[int, np.ndarray]:
-    """Samples that share a picture's prefill, and given pixels [B, P].
+    """Samples that share an image's prefill, and given pixels [B, P].
 
-    Where there are fewer pictures than devices, some are read more than once.
+    Where there are fewer images than devices, some are read more than once.
     """
     shards = sharding.batch_shards(self._mesh)
     shared = max(
@@ -241,9 +241,9 @@ class Completer:
 
 
 def sample_keys(
-  pictures: Sequence[Picture], numbers: ArrayLike, padded: int, seed: int
+  pictures: Sequence[InputImage], numbers: ArrayLike, padded: int, seed: int
 ) -> jax.Array:
-  """A PRNG key for each sample, decided by seed, picture and number; `padded` in all."""
+  """A PRNG key for each sample, decided by seed, image and number; `padded` in all."""
   identities = np.asarray([[picture.identity] for picture in pictures], np.uint32)
   pairs = np.broadcast_arrays(identities, np.asarray(numbers, np.uint32))
   of_samples = np.stack(pairs, -1).reshape(-1, 2)
@@ -253,7 +253,7 @@ def sample_keys(
 
 @jax.jit
 def _keys(base: jax.Array, of_samples_Nx2: jax.Array) -> jax.Array:
-  """A PRNG key for each (picture's identity, sample's number), [N]."""
+  """A PRNG key for each (image's identity, sample's number), [N]."""
 
   def one(pair):
     return jax.random.fold_in(jax.random.fold_in(base, pair[0]), pair[1])
@@ -261,6 +261,6 @@ def _keys(base: jax.Array, of_samples_Nx2: jax.Array) -> jax.Array:
   return jax.vmap(one)(of_samples_Nx2)
 
 
-def given_rows(keep: float, resolution: int) -> int:
+def prompt_rows(keep: float, resolution: int) -> int:
   """Rows that are given, at least one and not all."""
   return min(max(round(keep * resolution), 1), resolution - 1)

@@ -1,4 +1,4 @@
-"""Filling any region of a picture, by a BERT model: what job `complete` does where rows above aren't given.
+"""Filling any region of an image, by a BERT model: what job `complete` does where rows above aren't given.
 
 A model that reads in raster order can't condition on what lies below or to the right. A BERT model can:
 it unmasks the region in passes, the pixels that it is surest of first.
@@ -21,14 +21,14 @@ from igpt_jax.model.decoding import masked
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.sampling import completer
-from igpt_jax.sampling.completer import Drawn, Picture, Reader, given_rows
+from igpt_jax.sampling.completer import InputImage, PartialSamples, Reader, prompt_rows
 from igpt_jax.workspace import weights
 
 REGIONS = ("lower", "upper", "left", "right", "centre")
 
 
-def known_pixels(settings: Settings, found: checkpoint.Described) -> np.ndarray:
-  """What is given of each picture: bool [H, W], as `config.complete.hide` and `keep` say.
+def known_pixels(settings: Settings, found: checkpoint.CheckpointInfo) -> np.ndarray:
+  """What is given of each image: bool [H, W], as `config.complete.hide` and `keep` say.
 
   Raises:
     UserError: an unknown region, a mask that can't be read or hides nothing or all, or a region that
@@ -41,7 +41,7 @@ def known_pixels(settings: Settings, found: checkpoint.Described) -> np.ndarray:
       "order, and can't condition on what lies below or to the right; expected lower; fix: "
       "--config.complete.hide=lower, or a BERT checkpoint (objective=masked)"
     )
-  given = given_rows(settings.complete.keep, side)
+  given = prompt_rows(settings.complete.keep, side)
   known = np.ones((side, side), bool)
   if hide == "lower":
     known[given:] = False
@@ -91,11 +91,11 @@ class Filler:
 
   Attributes:
     trained: the model.
-    reader: of pictures for it.
+    reader: of images for it.
   """
 
   def __init__(
-    self, found: checkpoint.Described, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
+    self, found: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
   ):
     sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
     self.trained = weights.read_to_draw(settings, found, mesh)
@@ -110,16 +110,16 @@ class Filler:
 
   def draw(
     self,
-    pictures: Sequence[Picture],
+    pictures: Sequence[InputImage],
     numbers: Sequence[int],
     rows_given: int,
     sampling: SamplingConfig,
     *,
     seed: int,
-  ) -> Iterator[Drawn]:
-    """Whole samples of every picture, a picture's own ones side by side; one result.
+  ) -> Iterator[PartialSamples]:
+    """Whole samples of every image, an image's own ones side by side; one result.
 
-    `rows_given` is of no matter where there is a picture; without one, nothing is given.
+    `rows_given` is of no matter where there is an image; without one, nothing is given.
     """
     del rows_given
     n_positions = self.trained.config.n_positions
@@ -142,4 +142,4 @@ class Filler:
         sampling=sampling,
       )
       drawn, nll = jax.device_get((filled.tokens, filled.nll))
-    yield Drawn(np.array(drawn[:wanted]), np.array(nll[:wanted]), n_positions)
+    yield PartialSamples(np.array(drawn[:wanted]), np.array(nll[:wanted]), n_positions)

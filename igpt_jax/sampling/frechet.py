@@ -1,7 +1,7 @@
-"""Fréchet distance between two sets of features, as the quality of generated pictures is told.
+"""Fréchet distance between two sets of features, as the quality of generated images is told.
 
 Heusel et al. 2017 take Inception's features; the distance itself knows no network. It falls with the
-number of pictures: only distances over equally many, of one network, can be compared.
+number of images: only distances over equally many, of one network, can be compared.
 """
 
 import dataclasses

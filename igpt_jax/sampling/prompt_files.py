@@ -20,7 +20,7 @@ _RESERVED = frozenset(
 
 
 class File(NamedTuple):
-  """One picture to read.
+  """One image to read.
 
   Attributes:
     path: of the file.
@@ -38,7 +38,7 @@ def find(images: str) -> list[File]:
 
   Args:
     images: a file; a glob ("my/*.jpg", quoted, so that the shell leaves it alone; ** is any depth);
-      or a folder, of pictures or of folders of pictures: then each of those is a class.
+      or a folder, of images or of folders of images: then each of those is a class.
 
   Raises:
     UserError: there are none.
@@ -58,7 +58,7 @@ def find(images: str) -> list[File]:
   others = f"left out {image_files.in_words(left_out)}" if left_out else ""
   if not found:
     raise UserError(
-      f"config.complete.images: {images} holds no pictures; expected *.jpg or CLASS/*.jpg in it"
+      f"config.complete.images: {images} holds no images; expected *.jpg or CLASS/*.jpg in it"
       + (f"; {others}" if others else "")
     )
   if others:

@@ -77,7 +77,7 @@ def _attention_rows(part: Values):
 
 def _attention_notes(part: Values):
   yield (
-    f"- attention: {part['pictures']} pictures of {part['length']} positions, {part['n_head']} heads of "
+    f"- attention: {part['pictures']} images of {part['length']} positions, {part['n_head']} heads of "
     f"{part['head_dim']}, {'causal' if part['causal'] else 'all positions'}, one device"
   )
   for name, reason in part["not_run"].items():
@@ -86,23 +86,23 @@ def _attention_notes(part: Values):
 
 def _sampling_rows(part: Values):
   yield (
-    f"sampling {part['samples']} pictures",
+    f"sampling {part['samples']} images",
     part["all_samples"],
-    f"{part['samples_per_second']:,.3f} pictures/s, {part['tokens_per_second']:,.0f} tokens/s",
+    f"{part['samples_per_second']:,.3f} images/s, {part['tokens_per_second']:,.0f} tokens/s",
   )
 
 
 def _input_rows(part: Values):
   for row in part["stages"]:
-    speed = f"{row['per_core_second']:,.0f} pictures per core-second"
+    speed = f"{row['per_core_second']:,.0f} images per core-second"
     yield f"input, {row['stage']}, CPU time", row["cpu"], speed
   yield (
     f"input, whole ({part['pipeline']}), workers: {part['workers']}",
     part["picture"],
-    f"{part['pictures_per_second']:,.0f} pictures/s on a host",
+    f"{part['pictures_per_second']:,.0f} images/s on a host",
   )
-  per_core = part["pictures_per_core_second"]
-  yield "input, whole, CPU time", part["picture_cpu"], f"{per_core:,.0f} pictures per core-second"
+  per_core = part["images_per_core_second"]
+  yield "input, whole, CPU time", part["picture_cpu"], f"{per_core:,.0f} images per core-second"
 
 
 def _input_notes(part: Values):

@@ -157,7 +157,7 @@ class AttentionAlone:
   """Attention on one device, without the rest of the model.
 
   Attributes:
-    pictures, n_head: a device's share of the model's batch (less where scores wouldn't fit) and heads.
+    images, n_head: a device's share of the model's batch (less where scores wouldn't fit) and heads.
     auto: what model.attention's "auto" takes here.
     forward, both: seconds of the forward pass, and of forward and backward, by implementation.
     not_run: the implementations that don't run here, and why.
@@ -225,7 +225,7 @@ def measure_sampling(
   repeats: int,
   tick: Ticker,
 ) -> tuple[Timing, int]:
-  """Unconditional pictures from random weights: seconds for all of them, and how many there were.
+  """Unconditional images from random weights: seconds for all of them, and how many there were.
 
   As many as divide over the mesh, at least `samples`.
   """

@@ -21,13 +21,13 @@ from igpt_jax.data import palette as palette_lib
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """CPU milliseconds per picture, and the pictures per second that one core does at that."""
+  """CPU milliseconds per image, and the images per second that one core does at that."""
 
   stage: str
   cpu_ms: float
 
   @property
-  def pictures_per_core_second(self) -> float:
+  def images_per_core_second(self) -> float:
     return 1e3 / self.cpu_ms
 
 
@@ -41,7 +41,7 @@ class Throughput:
   pictures_per_second: float
 
   @property
-  def pictures_per_core_second(self) -> float:
+  def images_per_core_second(self) -> float:
     return 1e3 / self.cpu_ms
 
 
@@ -50,11 +50,11 @@ def stages(
   config: sources.DataConfig,
   palette: palette_lib.Palette,
   *,
-  n_pictures: int = 200,
+  n_images: int = 200,
   repeats: int = 3,
 ) -> list[Cost]:
-  """Each stage by itself on the first pictures of a split, the best of `repeats` passes."""
-  records = [split[i] for i in range(min(n_pictures, len(split)))]
+  """Each stage by itself on the first images of a split, the best of `repeats` passes."""
+  records = [split[i] for i in range(min(n_images, len(split)))]
   decode = own_images.read if split.is_folder else image_decoding.decode
   pictures = [decode(r["image"], r["id"]) for r in records]
   rng = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def throughput(
   """The whole training pipeline, bytes to batches of tokens, with start-up left out.
 
   Args:
-    split: pictures, or tokens.
+    split: images, or tokens.
     config: its `workers`, `threads` and `resample` are what is compared; nothing is cached.
     palette: of the tokens; None where the split has tokens already.
     batch_size: global.
@@ -93,7 +93,7 @@ def throughput(
   """
   name = "tokens" if split.is_tokens else f"{config.augment}, {config.resample}"
   config = dataclasses.replace(config, cache_mb=0)
-  # The table of colours is filled once per run, not per picture. (Each worker fills its own.)
+  # The table of colours is filled once per run, not per image. (Each worker fills its own.)
   if palette is not None:
     palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
   with pipeline.train_batches(split, config, palette, batch_size=batch_size, seed=0) as batches:

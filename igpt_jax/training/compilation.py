@@ -80,7 +80,7 @@ def timed(compile_it: Callable[[], jax.stages.Compiled]) -> CompiledStep:
 
 
 def flops_per_image(config: ImageGPTConfig) -> float:
-  """Model FLOPs of one picture's training step, forward and backward, nothing recomputed."""
+  """Model FLOPs of one image's training step, forward and backward, nothing recomputed."""
   return hardware.model_flops_per_image(
     n_layer=config.n_layer,
     n_embd=config.n_embd,

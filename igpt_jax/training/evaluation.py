@@ -31,8 +31,8 @@ class Result(NamedTuple):
   predicted: int
 
 
-class Likelihood:
-  """Mean nats per token of pictures under a model; compiled once, for one batch shape.
+class LikelihoodEvaluator:
+  """Mean nats per token of images under a model; compiled once, for one batch shape.
 
   Args:
     config: the model.
@@ -64,8 +64,8 @@ class Likelihood:
 
     Args:
       params: the parameters, on the mesh.
-      batches: this host's rows: `tokens`, `mask` (which rows count) and `index` (of the picture).
-      masks: that the objective draws of each picture, if it draws any.
+      batches: this host's rows: `tokens`, `mask` (which rows count) and `index` (of the image).
+      masks: that the objective draws of each image, if it draws any.
       report: called with the number of batches done, now and then.
     """
     sums = []
@@ -86,7 +86,7 @@ class Likelihood:
       sum(float(each[name]) for each in fetched) for name in ("nats", "images", "predicted")
     )
     if not images:
-      raise ValueError("no pictures to evaluate")
+      raise ValueError("no images to evaluate")
     return Result(mean_nats(nats, predicted), round(images / masks), round(predicted))
 
 

@@ -59,13 +59,13 @@ def forward(
   Args:
     config: the model.
     params: its parameters, and the head.
-    tokens_BxT: pictures.
+    tokens_BxT: images.
     keep_BxT: BERT: which pixels are visible.
     layer: whose features the head reads.
     generative: whether to compute the second result.
 
   Returns:
-    Logits over classes, float32 [B, n_classes]; nats per token of each picture [B] (0 where nothing
+    Logits over classes, float32 [B, n_classes]; nats per token of each image [B] (0 where nothing
     is masked), or None.
   """
 
@@ -95,7 +95,7 @@ def _predicted(tokens_BxT: jax.Array, keep_BxT: jax.Array | None) -> jax.Array:
 
 
 def class_nll(logits_BxC: jax.Array, labels_B: jax.Array) -> jax.Array:
-  """Nats of each picture's label [B]."""
+  """Nats of each image's label [B]."""
   return optax.softmax_cross_entropy_with_integer_labels(logits_BxC, labels_B)
 
 
@@ -126,7 +126,7 @@ def joint_loss(
 
 
 def _visible(config: ImageGPTConfig, keys_B: jax.Array, mask_probability: float):
-  """What the model may see of each picture; None: all of it, what it predicts is what follows."""
+  """What the model may see of each image; None: all of it, what it predicts is what follows."""
   return None if config.causal else draw_visible(keys_B, config.n_positions, mask_probability)
 
 
@@ -173,7 +173,7 @@ class Scores:
     images: how many.
     accuracy: of the majority of a BERT model's masks; of the one pass of another model.
     accuracy_of_mean: of the mean of logits over the masks; else the same as `accuracy`.
-    classification_loss: nats per picture, mean over masks.
+    classification_loss: nats per image, mean over masks.
     nats_per_token: generative, mean over the masks that hide something; nan: none does.
   """
 
@@ -185,15 +185,15 @@ class Scores:
 
 
 class Classifier:
-  """Scores of pictures under a model with a head; compiled once for each batch shape.
+  """Scores of images under a model with a head; compiled once for each batch shape.
 
   Args:
     config: the model.
     mesh: where parameters and batches lie.
     layer: whose features the head reads.
     mask_probability: BERT only.
-    masks: BERT: how many are drawn per picture, each by `evaluation`'s seed of its number and by the
-      picture's index, as job evaluate draws them.
+    masks: BERT: how many are drawn per image, each by `evaluation`'s seed of its number and by the
+      image's index, as job evaluate draws them.
   """
 
   def __init__(
@@ -209,7 +209,7 @@ class Classifier:
     draws = 1 if config.causal else masks
 
     def score(params: Params, batch: Batch) -> Metrics:
-      """Sums over the pictures that `batch["mask"]` counts."""
+      """Sums over the images that `batch["mask"]` counts."""
       tokens = batch["tokens"].astype(jnp.int32)
 
       def once(seed):
@@ -266,7 +266,7 @@ class Classifier:
     fetched = jax.device_get(sums)
     images = sum(float(each.pop("images")) for each in fetched)
     if not images:
-      raise ValueError("no pictures to classify")
+      raise ValueError("no images to classify")
     totals = {name: sum(float(each[name]) for each in fetched) for name in fetched[0]}
     return Scores(
       images=round(images),

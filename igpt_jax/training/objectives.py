@@ -1,7 +1,7 @@
 """What a model is trained to do: maps a batch of tokens to negative log-likelihoods.
 
 An objective is a function (model, tokens_BxT, keys_B) -> (nll_BxT, weight_BxT): nats per token and
-which tokens count. There is one PRNG key per picture, so that what is drawn for a picture doesn't
+which tokens count. There is one PRNG key per image, so that what is drawn for an image doesn't
 depend on the batch it sits in. `per_image` reduces the losses as the released code does.
 """
 

@@ -29,7 +29,7 @@ def make_train_step(
   predicted, and those of `update`. Where nothing is predicted in the whole batch (BERT masks may hide
   nothing), loss and gradient are 0, and the optimizer goes on by its moments. The batch is worked
   through in `accumulate` parts, one after the other, whose gradients are added: activations of
-  one part are in memory at a time. Each device's pictures are spread evenly over the parts.
+  one part are in memory at a time. Each device's images are spread evenly over the parts.
   """
 
   def loss_and_grads(params: Params, tokens, keys):
@@ -120,11 +120,11 @@ def update(
 def make_eval_step(
   config: ImageGPTConfig, objective: Objective
 ) -> Callable[[Params, Batch, jax.Array], Metrics]:
-  """Builds eval_step(params, batch, key) -> sums over the pictures that `batch["mask"]` counts.
+  """Builds eval_step(params, batch, key) -> sums over the images that `batch["mask"]` counts.
 
-  Returns `nats` (sum of each picture's nats per token), `images` (how many) and `predicted` (those
+  Returns `nats` (sum of each image's nats per token), `images` (how many) and `predicted` (those
   that have a predicted token, which `nats` is of), float32 scalars.
-  What is drawn for a picture (BERT's mask) depends on `key` and on its `batch["index"]` alone.
+  What is drawn for an image (BERT's mask) depends on `key` and on its `batch["index"]` alone.
   """
 
   def eval_step(params: Params, batch: Batch, key: jax.Array) -> Metrics:

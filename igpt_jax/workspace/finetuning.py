@@ -1,4 +1,4 @@
-"""What a fine-tuning begins with: weights, head, pictures, optimizer; and every mistake in them."""
+"""What a fine-tuning begins with: weights, head, images, optimizer; and every mistake in them."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ import os
 from jax.sharding import Mesh
 
 from igpt_jax import checkpoint, files
-from igpt_jax.checkpoint import Described
+from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
@@ -34,7 +34,7 @@ class Begin:
   settings: Settings
   palette: Palette
   mask_probability: float
-  weights: Described | None = None
+  weights: CheckpointInfo | None = None
   head: int | None = None
 
   def params(self, mesh: Mesh) -> Params | None:
@@ -90,7 +90,7 @@ def begin(
   return Begin(settled, palette, mask_probability, found, head)
 
 
-def _check_same_start(settings: Settings, workdir: str, own: Described) -> None:
+def _check_same_start(settings: Settings, workdir: str, own: CheckpointInfo) -> None:
   """Compares what a fine-tuning was begun from with what is there now, by their contents.
 
   What has been deleted since isn't missed: the fine-tuning goes on from its own checkpoint.

@@ -51,7 +51,7 @@ def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mes
   need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
   if room is not None and need > room:
     raise UserError(
-      f"sampling: keys and values of {samples:,} pictures take {gib(need)} of each device, which has "
+      f"sampling: keys and values of {samples:,} images take {gib(need)} of each device, which has "
       f"{gib(room)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from igpt_jax import files, history
-from igpt_jax.checkpoint import Described
+from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
 from igpt_jax.config.fields import DataConfig, Settings, as_json, decides
 from igpt_jax.data import transforms
@@ -22,7 +22,7 @@ from igpt_jax.workspace import weights
 _HOW_IT_IS_COMPUTED = ("dtype", "remat", "attention")  # fields of a model that settings decide
 
 
-def of_checkpoint(found: Described) -> dict[str, Any]:
+def of_checkpoint(found: CheckpointInfo) -> dict[str, Any]:
   """All that a checkpoint decides of what is computed with it, JSON; no device is touched."""
   model = dataclasses.asdict(found.config)
   masked = not found.config.causal
@@ -41,7 +41,7 @@ def of_palette(centers: np.ndarray | None) -> str | None:
   return hashlib.sha256(np.ascontiguousarray(centers, np.float32).tobytes()).hexdigest()[:16]
 
 
-def of_run(found: Described) -> str:
+def of_run(found: CheckpointInfo) -> str:
   """16 hexadecimal digits of the run that a checkpoint of this program is of: its data and settings.
 
   Two runs that begin with the same of both are one: training is deterministic.
@@ -59,7 +59,7 @@ def of_run(found: Described) -> str:
   )
 
 
-def seeds_of(found: Described) -> tuple[int, int]:
+def seeds_of(found: CheckpointInfo) -> tuple[int, int]:
   """Seeds of a checkpoint's run, and of the order of its images since it last went back."""
   config, data = found.run.get("config", {}), found.run.get("data", {})
   seed = config.get("seed", 0)

@@ -23,7 +23,7 @@ def eval_stream(
   images: bool = False,
   start: int = 0,
 ):
-  """This host's batches of the first `limit` pictures (0: all), the rest of the last one masked.
+  """This host's batches of the first `limit` images (0: all), the rest of the last one masked.
 
   The first `start` batches are left out.
 
@@ -51,7 +51,7 @@ def _first(stream, n_batches: int, limit: int):
 
 
 def tokens_of(split: Split, data_config: DataConfig, palette: Palette | None) -> np.ndarray:
-  """All readable pictures of a small split as tokens, uint16 [N, T], on every process."""
+  """All readable images of a small split as tokens, uint16 [N, T], on every process."""
   with pipeline.eval_batches(split, data_config, palette, batch_size=len(split)) as stream:
     batch = next(stream)
   return batch["tokens"][batch["mask"]]

@@ -80,10 +80,10 @@ def training_palette(
 
 
 def fit_palette(settings: Settings, data_config: DataConfig, split: Split) -> Palette:
-  """k-means on the pictures that training sees, at most `palette.images` of them."""
+  """k-means on the images that training sees, at most `palette.images` of them."""
   size = choices.palette_size(settings)
   wanted = min(len(split), settings.palette.images)
-  say(f"palette: fitting {size} colours to {wanted:,} pictures of {split.fingerprint}")
+  say(f"palette: fitting {size} colours to {wanted:,} images of {split.fingerprint}")
   histogram = palette_fit.ColorHistogram()
   left = wanted
   for images in pipeline.image_stream(split, data_config, augment=True, seed=settings.seed):
@@ -98,7 +98,7 @@ def fit_palette(settings: Settings, data_config: DataConfig, split: Split) -> Pa
       "of which there is nothing to learn; expected two or more; fix: other images"
     )
   if palette.size < size:
-    say(f"palette: these pictures have {palette.size} colours, all are in the palette")
+    say(f"palette: these images have {palette.size} colours, all are in the palette")
   palette.fitted_to = split.fingerprint
   return palette
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax import __version__, checkpoint
-from igpt_jax.checkpoint import Described, checksum
+from igpt_jax.checkpoint import CheckpointInfo, checksum
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
@@ -26,7 +26,7 @@ from igpt_jax.pretrained.leaves import Report, placer
 from igpt_jax.training.state import param_shardings
 
 
-def describe(path: str, settings: Settings) -> Described:
+def describe(path: str, settings: Settings) -> CheckpointInfo:
   """Opens a checkpoint of any format and checks everything but the weights' numbers.
 
   A palette is the checkpoint's own (in it, or lying beside the weights), or else
@@ -45,14 +45,14 @@ def describe(path: str, settings: Settings) -> Described:
   return with_palette(found, settings)
 
 
-def with_palette(found: Described, settings: Settings) -> Described:
+def with_palette(found: CheckpointInfo, settings: Settings) -> CheckpointInfo:
   """The checkpoint with the palette of `palette.path`, if it has none of its own."""
   if found.palette is not None or not settings.palette.path:
     return found
   return dataclasses.replace(found, palette=_given_palette(found, settings).centers)
 
 
-def _given_palette(found: Described, settings: Settings) -> Palette:
+def _given_palette(found: CheckpointInfo, settings: Settings) -> Palette:
   palette = Palette.given(settings.palette.path)
   if palette.size != found.config.n_vocab:
     raise UserError(
@@ -62,7 +62,7 @@ def _given_palette(found: Described, settings: Settings) -> Palette:
   return palette
 
 
-def check_palette(settings: Settings, found: Described, fix: str) -> None:
+def check_palette(settings: Settings, found: CheckpointInfo, fix: str) -> None:
   """Raises UserError where `palette.path` holds other colours than the tokens of `found` stand for."""
   path = settings.palette.path
   if path and found.palette is not None:
@@ -73,7 +73,7 @@ def check_palette(settings: Settings, found: Described, fix: str) -> None:
       )
 
 
-def _describe_foreign(path: str, mask_probability: float) -> Described:
+def _describe_foreign(path: str, mask_probability: float) -> CheckpointInfo:
   with formats.open_foreign(path) as foreign:
     config, clusters, kind, where = (
       foreign.config,
@@ -84,7 +84,7 @@ def _describe_foreign(path: str, mask_probability: float) -> Described:
   resolution = math.isqrt(config.n_positions)
   if resolution**2 != config.n_positions:
     raise UserError(
-      f"checkpoint: {where} has {config.n_positions} positions; expected those of a square picture"
+      f"checkpoint: {where} has {config.n_positions} positions; expected those of a square image"
     )
   step = re.search(r"ckpt-(\d{1,12})$", where) if kind == "openai" else None
   run = {
@@ -95,10 +95,10 @@ def _describe_foreign(path: str, mask_probability: float) -> Described:
     "resolution": resolution,
     "imported_from": kind,
   }
-  return Described(where, int(step[1]) if step else 0, config, clusters, run, kind)
+  return CheckpointInfo(where, int(step[1]) if step else 0, config, clusters, run, kind)
 
 
-def read(found: Described, mesh: Mesh, report: Report) -> Params:
+def read(found: CheckpointInfo, mesh: Mesh, report: Report) -> Params:
   """The parameters, float32 on the mesh; of a foreign checkpoint one leaf at a time is on a host."""
   if found.format == "orbax":
     return checkpoint.load_params(found, mesh)
@@ -106,7 +106,7 @@ def read(found: Described, mesh: Mesh, report: Report) -> Params:
   return formats.load(found.path, place=place, dtype=np.float32, report=report).params
 
 
-def checksum_of(found: Described) -> str:
+def checksum_of(found: CheckpointInfo) -> str:
   """The checksum of its parameters: the same whoever wrote them, wherever they lie, on any mesh.
 
   A checkpoint of this program says it of itself; another's parameters are read for it, one at a time,
@@ -127,7 +127,7 @@ def path_of_job(settings: Settings, workdir: str) -> str:
   return settings.init_from
 
 
-def of_job(settings: Settings, workdir: str) -> Described:
+def of_job(settings: Settings, workdir: str) -> CheckpointInfo:
   """What a job works on that doesn't train from it: `checkpoint`, else the workdir's newest, else
   `init_from`."""
   path = path_of_job(settings, workdir)
@@ -147,7 +147,7 @@ class Start:
   """
 
   settings: Settings
-  weights: Described | None = None
+  weights: CheckpointInfo | None = None
   palette: Palette | None = None
 
   def params(self, mesh: Mesh, report: Report) -> Params | None:
@@ -168,7 +168,7 @@ def of_run(settings: Settings, workdir: str, split: Split) -> Start:
 
   Raises:
     UserError: `init_from` can't be read, is of another model than the settings ask for, or has no
-      palette for these pictures; or the workdir holds parameters that no run here has trained.
+      palette for these images; or the workdir holds parameters that no run here has trained.
   """
   own = checkpoint.newest(workdir)
   if own is not None:
@@ -190,13 +190,13 @@ def of_run(settings: Settings, workdir: str, split: Split) -> Start:
   return Start(choices.settle(settings, found.config), found, _palette(found))
 
 
-def _palette(found: Described) -> Palette | None:
+def _palette(found: CheckpointInfo) -> Palette | None:
   if found.palette is None:
     return None
   return Palette(found.palette, name=f"palette of {found.path}")
 
 
-def _check_same_model(settings: Settings, found: Described) -> None:
+def _check_same_model(settings: Settings, found: CheckpointInfo) -> None:
   """Compares what the settings ask for with what the checkpoint is.
 
   Raises:
@@ -234,7 +234,7 @@ def _check_same_model(settings: Settings, found: Described) -> None:
     )
 
 
-def no_palette(found: Described, setting: str = "checkpoint") -> UserError:
+def no_palette(found: CheckpointInfo, setting: str = "checkpoint") -> UserError:
   """The error that says that colours are needed and not known, and what to do."""
   why = {
     "orbax": "it was trained on bare tokens",
@@ -253,8 +253,8 @@ def load_model(
   mesh: Mesh,
   *,
   needs_palette: bool,
-  check: Callable[[checkpoint.Described], object] = lambda found: None,
-) -> checkpoint.Pretrained:
+  check: Callable[[checkpoint.CheckpointInfo], object] = lambda found: None,
+) -> checkpoint.LoadedModel:
   """The model of `config.checkpoint`, whoever wrote it, or the workdir's newest, on the mesh.
 
   `check` may refuse it before its weights are read.
@@ -273,8 +273,8 @@ def load_model(
 
 
 def read_model(
-  settings: Settings, found: checkpoint.Described, mesh: Mesh
-) -> checkpoint.Pretrained:
+  settings: Settings, found: checkpoint.CheckpointInfo, mesh: Mesh
+) -> checkpoint.LoadedModel:
   """What was found, with its weights on the mesh, to compute as the settings say."""
   return checkpoint.with_params(
     found,
@@ -285,15 +285,15 @@ def read_model(
 
 
 def read_to_draw(
-  settings: Settings, found: checkpoint.Described, mesh: Mesh
-) -> checkpoint.Pretrained:
+  settings: Settings, found: checkpoint.CheckpointInfo, mesh: Mesh
+) -> checkpoint.LoadedModel:
   """`read_model`, its weights in the dtype they are multiplied in: all of them are read for every
   pixel, and what they don't take is left for the caches."""
   trained = read_model(settings, found, mesh)
   return dataclasses.replace(trained, params=to_compute_dtypes(trained.config, trained.params))
 
 
-def check_resolution(settings: Settings, trained: checkpoint.Described) -> None:
+def check_resolution(settings: Settings, trained: checkpoint.CheckpointInfo) -> None:
   """Raises UserError when the data's resolution isn't the checkpoint's."""
   if settings.data.resolution != trained.run["resolution"]:
     raise UserError(
@@ -302,7 +302,7 @@ def check_resolution(settings: Settings, trained: checkpoint.Described) -> None:
     )
 
 
-def palette_of(trained: checkpoint.Described) -> Palette:
+def palette_of(trained: checkpoint.CheckpointInfo) -> Palette:
   """The colours that the model's tokens stand for.
 
   Raises:

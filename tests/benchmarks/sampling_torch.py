@@ -1,4 +1,4 @@
-"""Sampling beside transformers on this machine: whole pictures, pixel by pixel, the same weights.
+"""Sampling beside transformers on this machine: whole images, pixel by pixel, the same weights.
 
   python tests/benchmarks/sampling_torch.py --sizes small,s --json sampling.json
 
@@ -43,7 +43,7 @@ from igpt_jax.pretrained import huggingface
 GREEDY, PLAIN = autoregressive.SamplingConfig(temperature=0.0), autoregressive.SamplingConfig()
 CHECKED_PIXELS = 24
 
-# Draws the pictures, and blocks until they are there: tokens [B, T].
+# Draws the images, and blocks until they are there: tokens [B, T].
 Side = Callable[[], np.ndarray]
 
 

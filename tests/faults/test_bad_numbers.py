@@ -134,7 +134,7 @@ def test_counts_go_on_with_the_run(tmp_path, monkeypatch):
 
 
 def test_goes_back_with_other_data(tmp_path, monkeypatch, capsys):
-  """After two bad steps in a row: to the checkpoint before, other pictures, and on to the end."""
+  """After two bad steps in a row: to the checkpoint before, other images, and on to the end."""
   rolled = []
   make_go_back = guard.go_back
 
@@ -164,7 +164,7 @@ def test_goes_back_with_other_data(tmp_path, monkeypatch, capsys):
   with np.load(dump / "batch.npz", allow_pickle=False) as batch:
     assert batch["tokens"].shape == (16, 64)
 
-  # Up to the checkpoint it is the same run, then with other pictures, as if begun so.
+  # Up to the checkpoint it is the same run, then with other images, as if begun so.
   monkeypatch.setattr(step_lib, "make_train_step", ORIGINAL)
   tiny.on_one_device(pretrain, config_of(), str(tmp_path / "plain"))
   plain, gone_back = losses(tmp_path / "plain"), losses(tmp_path)

@@ -200,7 +200,7 @@ def test_both_go_back_to_one_checkpoint_with_the_same_other_data(tmp_path):
   what = metrics.read_jsonl(workdir / "incidents.jsonl")
   assert [each["what"] for each in what] == ["not finite", "rollback"]
   kept = [np.load(path)["index"] for path in sorted(workdir.glob("incidents/*/batch*.npz"))]
-  assert len(kept) == 2 and not set(kept[0]) & set(kept[1]), "each host's pictures of the bad batch"
+  assert len(kept) == 2 and not set(kept[0]) & set(kept[1]), "each host's images of the bad batch"
   told = [r for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
   assert [r["step"] for r in told] == list(range(1, 13))
   assert all(np.isfinite(r["loss"]) for r in told) and told[-1]["skipped_updates"] == 0

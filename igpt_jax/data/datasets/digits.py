@@ -19,7 +19,7 @@ N_TEST = 300
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-  """8×8 grey pictures, 1,497 for train and 300 for test by a fixed permutation."""
+  """8×8 grey images, 1,497 for train and 300 for test by a fixed permutation."""
 
   name = "digits"
   VERSION = tfds.core.Version("1.0.0")
@@ -49,7 +49,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, digits, indices):
-    # The scans have the 17 levels 0..16; spread over 0..255 they are pictures like any other.
+    # The scans have the 17 levels 0..16; spread over 0..255 they are images like any other.
     pictures = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     for index in indices:
       file = io.BytesIO()

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from igpt_jax.model.attention.tpu import LSE_NAME, OUTPUT_NAME
 
 _BLOCK = 128  # queries
-_GROUP = 4  # heads at a time, of any picture: enough to keep several cores busy
+_GROUP = 4  # heads at a time, of any image: enough to keep several cores busy
 
 
 def blocked_attention(qkv_3xBxTxE: jax.Array, *, n_head: int, causal: bool) -> jax.Array:
@@ -75,7 +75,7 @@ def _over_groups(function, groups):
 
 
 def _split(x_BxTxE: jax.Array, n_head: int) -> jax.Array:
-  """-> [groups, G, T, K]: the heads of all pictures, as many at a time as divide them evenly."""
+  """-> [groups, G, T, K]: the heads of all images, as many at a time as divide them evenly."""
   batch, length, width = x_BxTxE.shape
   group = next(n for n in range(_GROUP, 0, -1) if batch * n_head % n == 0)
   heads = x_BxTxE.reshape(batch, length, n_head, width // n_head).swapaxes(1, 2)

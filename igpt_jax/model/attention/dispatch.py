@@ -66,7 +66,7 @@ def choose(qkv_3xBxTxE: jax.Array | jax.ShapeDtypeStruct, n_head: int) -> str:
   if backend == "gpu" and _unsupported(qkv_3xBxTxE, n_head, "cudnn") is None:
     return "cudnn"
   if backend == "cpu" and qkv_3xBxTxE.shape[2] > _BLOCKED_ABOVE:
-    # A lone picture doesn't divide over a mesh; plain attention needn't divide it.
+    # A lone image doesn't divide over a mesh; plain attention needn't divide it.
     divides = sharding.axis_share("batch", qkv_3xBxTxE.shape[1]) is not None
     if divides and _unsupported(qkv_3xBxTxE, n_head, "blocked") is None:
       return "blocked"

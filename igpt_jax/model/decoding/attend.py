@@ -16,7 +16,7 @@ def attend(
 
   Args:
     q_NxHxK: queries.
-    given: of B pictures, N / B samples of each.
+    given: of B images, N / B samples of each.
     done: of the samples' positions before the block.
     block: of the positions from there on, up to and with `last`; what comes after isn't looked at.
     last: index into the block.
@@ -35,16 +35,16 @@ def attend(
 
 
 def _scores(q_NxHxK: jax.Array, kv: KeysValues, dtype) -> jax.Array:
-  """q k, float32 [N, H, T], of B pictures' keys; int8 ones of rows are multiplied as `dtype`."""
+  """q k, float32 [N, H, T], of B images' keys; int8 ones of rows are multiplied as `dtype`."""
   if kv.in_rows:
     k = _grouped(_floats(kv.k, dtype))
     q = _by_group(_in_places(q_NxHxK), len(k)).astype(k.dtype)
     scores = jnp.einsum("bgme,btge->bgmt", q, k, preferred_element_type="float32")
     scores = _by_head(scores, q_NxHxK.shape[1])
     return scores if kv.k_scale is None else _scaled(scores, kv.k_scale.swapaxes(1, 2))
-  k, n_pictures = kv.k.astype(jnp.float32), len(kv.k)
-  if n_pictures < len(q_NxHxK):
-    scores = _by_sample(jnp.einsum("bhsk,bhkt->bhst", _by_picture(q_NxHxK, n_pictures), k))
+  k, n_images = kv.k.astype(jnp.float32), len(kv.k)
+  if n_images < len(q_NxHxK):
+    scores = _by_sample(jnp.einsum("bhsk,bhkt->bhst", _by_image(q_NxHxK, n_images), k))
   else:
     # A product of one row reads keys faster as a plain sum, and int8 ones in place.
     scores = jnp.sum(q_NxHxK[..., None] * k, axis=2)
@@ -61,9 +61,9 @@ def _mix(weights_NxHxT: jax.Array, kv: KeysValues, dtype) -> jax.Array:
     weights = _by_group(weights_NxHxT, len(v)).astype(v.dtype)
     mixed = jnp.einsum("bgmt,btge->bgme", weights, v, preferred_element_type="float32")
     return _from_places(_by_head(mixed, weights_NxHxT.shape[1]))
-  v, n_pictures = kv.v.astype(jnp.float32), len(kv.v)
-  if n_pictures < len(weights_NxHxT):
-    weights = _by_picture(weights_NxHxT, n_pictures)
+  v, n_images = kv.v.astype(jnp.float32), len(kv.v)
+  if n_images < len(weights_NxHxT):
+    weights = _by_image(weights_NxHxT, n_images)
     return _by_sample(jnp.einsum("bhst,bhtk->bhsk", weights, v))
   return jnp.sum(weights_NxHxT[..., None] * v, axis=2)
 
@@ -73,9 +73,9 @@ def _scaled(x_NxHxT: jax.Array, scale_BxHxT: jax.Array) -> jax.Array:
   return (by_picture * scale_BxHxT[:, None]).reshape(x_NxHxT.shape)
 
 
-def _by_picture(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
-  """[B, H, samples of a picture, A]: what they share is read once for all of them."""
-  return x_NxHxA.reshape(n_pictures, -1, *x_NxHxA.shape[1:]).swapaxes(1, 2)
+def _by_image(x_NxHxA: jax.Array, n_images: int) -> jax.Array:
+  """[B, H, samples of an image, A]: what they share is read once for all of them."""
+  return x_NxHxA.reshape(n_images, -1, *x_NxHxA.shape[1:]).swapaxes(1, 2)
 
 
 def _by_sample(x_BxHxSxA: jax.Array) -> jax.Array:
@@ -85,7 +85,7 @@ def _by_sample(x_BxHxSxA: jax.Array) -> jax.Array:
 
 # Rows hold all heads side by side. Taken apart, each head and sample would be a product of one row,
 # which accelerators have no units for: they'd turn all keys to float32 first. So each head is a row
-# as wide as all of them, zero outside its own channels, and a picture's samples and heads are the
+# as wide as all of them, zero outside its own channels, and an image's samples and heads are the
 # rows of one product that reads keys as they lie; the zeros cost less than the reading. Heads split
 # over devices are as many groups, [B, G, M = S H / G, E / G], which don't meet.
 
@@ -99,18 +99,18 @@ def _grouped(rows_BxTxE: jax.Array) -> jax.Array:
   return rows_BxTxE.reshape(*rows_BxTxE.shape[:2], parts_around("heads"), -1)
 
 
-def _by_group(x_NxHxA: jax.Array, n_pictures: int) -> jax.Array:
+def _by_group(x_NxHxA: jax.Array, n_images: int) -> jax.Array:
   """[B, G, M, A]."""
   n, n_head, last = x_NxHxA.shape
   n_groups = parts_around("heads")
-  x = x_NxHxA.reshape(n_pictures, n // n_pictures, n_groups, n_head // n_groups, last)
-  return x.swapaxes(1, 2).reshape(n_pictures, n_groups, -1, last)
+  x = x_NxHxA.reshape(n_images, n // n_images, n_groups, n_head // n_groups, last)
+  return x.swapaxes(1, 2).reshape(n_images, n_groups, -1, last)
 
 
 def _by_head(x_BxGxMxA: jax.Array, n_head: int) -> jax.Array:
   """[N, H, A]: `_by_group`'s way back."""
-  n_pictures, n_groups, _, last = x_BxGxMxA.shape
-  x = x_BxGxMxA.reshape(n_pictures, n_groups, -1, n_head // n_groups, last)
+  n_images, n_groups, _, last = x_BxGxMxA.shape
+  x = x_BxGxMxA.reshape(n_images, n_groups, -1, n_head // n_groups, last)
   return x.swapaxes(1, 2).reshape(-1, n_head, last)
 
 

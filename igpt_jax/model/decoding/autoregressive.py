@@ -1,8 +1,8 @@
 """Sampling: prefill of the given pixels in one pass, then a cached loop in one compiled program.
 
-The released sampler recomputes the whole picture for every pixel; here each layer keeps its keys
+The released sampler recomputes the whole image for every pixel; here each layer keeps its keys
 and values, and a new pixel costs one position. `begin` and `extend` are the parts of `complete`, for
-whoever shows pictures as they grow.
+whoever shows images as they grow.
 """
 
 import functools
@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-# Drawn positions that a loop writes into; those before it are read only. Shorter ones read less of
+# PartialSamples positions that a loop writes into; those before it are read only. Shorter ones read less of
 # what isn't filled yet, and more of them take longer to compile.
 _BLOCK = 128
 _MAX_BLOCKS = {"cpu": 8}
@@ -34,7 +34,7 @@ _MAX_BLOCKS_ELSEWHERE = 2
 
 
 class Progress(NamedTuple):
-  """Pictures that are drawn up to a position.
+  """Images that are drawn up to a position.
 
   Attributes:
     tokens: int32 [N, n_positions]; 0 where nothing is drawn yet.
@@ -64,15 +64,15 @@ def begin(
 
   Args:
     config, params: a causal model.
-    given_BxP: the first P pixels of B pictures in raster order; P may be 0 (unconditional).
+    given_BxP: the first P pixels of B images in raster order; P may be 0 (unconditional).
     keys: PRNG keys, one per sample [B * samples_per_picture]: a sample is the same whatever batch
       it is drawn in.
-    samples_per_picture: completions of each picture; they share its part of the caches.
+    samples_per_picture: completions of each image; they share its part of the caches.
     cache_dtype: of keys and values, "float32", "bfloat16" or "int8" (scaled by the largest number of
       each position and head); "": the compute dtype.
 
   Returns:
-    Progress of N = B * samples_per_picture pictures, a picture's own ones side by side.
+    Progress of N = B * samples_per_picture images, an image's own ones side by side.
 
   Raises:
     UserError: the model isn't causal, or there's no such cache.
@@ -86,17 +86,17 @@ def begin(
     raise UserError(
       f"cache_dtype: {cache_dtype!r}; expected one of {', '.join(cache_lib.CACHE_DTYPES)}"
     )
-  n_pictures, n_given = given_BxP.shape
+  n_images, n_given = given_BxP.shape
   room = config.n_positions - n_given
   if room < 0:
     raise ValueError(f"{n_given} pixels given to a model of {config.n_positions}")
   dtype = cache_dtype or config.dtype
   model = bind(config, params)
   given_BxP = given_BxP.astype(jnp.int32)
-  given = cache_lib.room(model, n_pictures, 0, dtype)
+  given = cache_lib.room(model, n_images, 0, dtype)
   if n_given and room:
     given = cache_lib.prefill(model, given_BxP, dtype)
-  drawn = cache_lib.room(model, n_pictures * samples_per_picture, room, dtype)
+  drawn = cache_lib.room(model, n_images * samples_per_picture, room, dtype)
   tokens = jnp.pad(jnp.repeat(given_BxP, samples_per_picture, axis=0), ((0, 0), (0, room)))
   return Progress(
     tokens,
@@ -115,13 +115,13 @@ def extend(
   *,
   sampling: SamplingConfig,
 ) -> Progress:
-  """Draws the next `n_pixels` pixels of every picture, or as many as are left.
+  """Draws the next `n_pixels` pixels of every image, or as many as are left.
 
   Args:
     config, params: the model that `progress` was begun with.
     progress: so far.
     n_pixels: known when traced; `progress.position` needn't be, so that one program serves every
-      row of a picture.
+      row of an image.
     sampling: how to draw.
   """
   tables, weights = lay_out(bind(config, params))
@@ -190,7 +190,7 @@ def complete(
   Arguments are those of `begin` and `extend`.
 
   Returns:
-    Samples of B * samples_per_picture pictures, a picture's own ones side by side.
+    Samples of B * samples_per_picture images, an image's own ones side by side.
   """
   progress = begin(
     config,

@@ -1,6 +1,6 @@
 """Keys and values of the positions before: how they are kept, in which parts, and their dtypes.
 
-A layer's cache has two parts: that of the given pixels, once per picture however many samples
+A layer's cache has two parts: that of the given pixels, once per image however many samples
 continue it, and that of the drawn ones, once per sample. A loop over positions writes into a short
 block of the latter alone and reads the positions before it as they are: nothing is sliced or masked
 in the loop but that block.
@@ -47,7 +47,7 @@ class KeysValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """One layer's: of B pictures' given positions, and of N samples' others, filled from the left."""
+  """One layer's: of B images' given positions, and of N samples' others, filled from the left."""
 
   given: KeysValues
   drawn: KeysValues

@@ -1,8 +1,8 @@
-"""Filling any region of a picture with a BERT model, by iterative unmasking.
+"""Filling any region of an image with a BERT model, by iterative unmasking.
 
 As MaskGIT does (Chang et al. 2022, section 3.2): predict every unknown pixel, keep those that the
-model is surest of, and look again. A BERT model gives no likelihood of a whole picture; one pixel at
-a time, the pixels' own nats add up to that of this picture in this order.
+model is surest of, and look again. A BERT model gives no likelihood of a whole image; one pixel at
+a time, the pixels' own nats add up to that of this image in this order.
 """
 
 import jax
@@ -25,15 +25,15 @@ def fill(
 ) -> Samples:
   """Draws the pixels that aren't known, in `steps` passes at most.
 
-  After pass i of n, cos(π/2 · i/n) of a picture's unknown pixels are left. Each pass settles at least
+  After pass i of n, cos(π/2 · i/n) of an image's unknown pixels are left. Each pass settles at least
   one; with as many steps as unknown pixels, or more, one at a time.
 
   Args:
     config, params: a BERT model.
-    tokens_BxT: whole pictures; what isn't known may be anything.
-    known_BxT: True where a pixel is given. Each picture may have a region of its own, of any form.
-    keys_B: PRNG keys: a picture is filled the same way whatever batch it is in.
-    steps: passes over the picture.
+    tokens_BxT: whole images; what isn't known may be anything.
+    known_BxT: True where a pixel is given. Each image may have a region of its own, of any form.
+    keys_B: PRNG keys: an image is filled the same way whatever batch it is in.
+    steps: passes over the image.
     sampling: how a pixel's colour is drawn.
 
   Returns:
@@ -86,7 +86,7 @@ def fill(
 
 
 def _left(n_unknown_B: jax.Array, done: jax.Array, steps: int) -> jax.Array:
-  """How many of a picture's unknown pixels stay so after some passes."""
+  """How many of an image's unknown pixels stay so after some passes."""
   # Rounded down; but what is a whole number stays one in float32.
   by_cosine = (n_unknown_B * jnp.cos(jnp.pi / 2 * done / steps) + 1e-3).astype(jnp.int32)
   left = jnp.where(n_unknown_B <= steps, n_unknown_B - done, by_cosine)
