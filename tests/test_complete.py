@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from tiny import changed, compilations, make_config, mesh_of, random_params, settings_of
 
-from igpt_jax.config.fields import CompleteConfig, Settings
+from igpt_jax.config.fields import Settings
+from igpt_jax.config.job_fields import CompleteConfig
 from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete

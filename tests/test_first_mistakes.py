@@ -18,8 +18,10 @@ from test_end_to_end import ROOT, call, data_dir, tiny
 from tiny import on_one_device
 
 from igpt_jax.config import saved as saved_lib
-from igpt_jax.config.fields import CompleteConfig, DataConfig, Settings, base
+from igpt_jax.config.fields import Settings, base
+from igpt_jax.config.job_fields import CompleteConfig
 from igpt_jax.config.read import settings_of
+from igpt_jax.config.run_fields import DataConfig
 from igpt_jax.errors import NoSuchSplit, UserError
 from igpt_jax.jobs import evaluate, finetune, fit_palette, pretrain
 from igpt_jax.probing import sets

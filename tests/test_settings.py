@@ -10,9 +10,9 @@ from tiny import changed, settings_of
 
 from igpt_jax import history
 from igpt_jax.config import base, choices, fields, help
-from igpt_jax.config.declare import JOBS
-from igpt_jax.config.fields import FIELDS, DataConfig, Settings
-from igpt_jax.config.run_fields import GuardConfig, TrainConfig
+from igpt_jax.config.declare import JOBS, Group
+from igpt_jax.config.fields import FIELDS, Settings
+from igpt_jax.config.run_fields import DataConfig, GuardConfig, TrainConfig
 from igpt_jax.data import order, transforms
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import benchmark
@@ -26,14 +26,12 @@ from igpt_jax.training.optimizer import SCHEDULES
 
 
 def test_every_setting_is_declared():
-  """And is somebody's: a job reads it, and what its default is of is what its values are of."""
+  """Every field of every group has a declaration, a meaning, and jobs that read it."""
   leaves = {
-    f"{group.name}.{field.name}" if group.default_factory is not dataclasses.MISSING else group.name
+    f"{group.name}.{field.name}" if isinstance(group.default, Group) else group.name
     for group in dataclasses.fields(Settings)
     for field in (
-      dataclasses.fields(group.default_factory)
-      if group.default_factory is not dataclasses.MISSING
-      else (group,)
+      dataclasses.fields(group.default) if isinstance(group.default, Group) else (group,)
     )
   }
   assert leaves == FIELDS.keys()

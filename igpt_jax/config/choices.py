@@ -1,7 +1,7 @@
-"""What settings leave open (0 or ""), chosen; and what the rooms take, made of them.
+"""Choices that settings leave open (0 or ""), and the configs of model, optimizer and sampling.
 
-`settle` chooses once a start, when it is known what training starts from. The others take what is open as
-it is without a checkpoint.
+`settle` makes the choices, once a start, when it is known what training starts from. The other functions
+treat an open choice as it is without a checkpoint.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ _SIZE, _OBJECTIVE, _COLOURS = "s", "autoregressive", 512
 
 
 def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
-  """What was left open is chosen: as in the model that training starts from, or s, autoregressive.
+  """Returns settings with open choices made: as in `start`, the model that training starts from, or s.
 
-  Learning rates are the size's: `model.size` is then the published one of that shape, if it is one.
+  Learning rates depend on the size: `model.size` becomes the published one of that shape, if any.
   """
-  model, size, objective = settings.model, settings.model.size, settings.objective
-  palette = settings.palette
+  model, palette, objective = settings.model, settings.palette, settings.objective
+  size = model.size
   if start is not None:
     shape = {name: getattr(start, name) for name in MODEL_SHAPE}
     model = dataclasses.replace(model, **shape)
@@ -44,7 +44,7 @@ def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
 
 
 def palette_size(settings: Settings) -> int:
-  """How many colours to ask for, where no palette is given."""
+  """Returns the number of colours, of a palette that isn't known yet."""
   return settings.palette.size or _COLOURS
 
 
@@ -53,16 +53,16 @@ def preset(settings: Settings) -> Preset:
 
 
 def compute_dtype(settings: Settings) -> str:
-  """The dtype of activations; touches devices where it is left to them."""
+  """Returns the dtype of activations; initialises devices if `model.dtype` is open."""
   if settings.model.dtype:
     return settings.model.dtype
-  # Job `compile` is for chips that aren't here.
+  # Job `compile` targets chips that aren't attached.
   on_cpu = not settings.compile.topology and jax.default_backend() == "cpu"
   return "float32" if on_cpu else "bfloat16"
 
 
 def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
-  """The model; touches no device unless the dtype is left to it."""
+  """Returns the model's config; initialises devices if `model.dtype` is open."""
   size, model = preset(settings), settings.model
   return ImageGPTConfig(
     n_layer=model.n_layer or size.n_layer,
@@ -79,9 +79,10 @@ def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
   size, train = preset(settings), settings.train
-  of_size = size.learning_rate_masked if settings.objective == "masked" else size.learning_rate
+  masked = settings.objective == "masked"
+  rate = size.learning_rate_masked if masked else size.learning_rate
   return OptimizerConfig(
-    learning_rate=train.learning_rate or of_size,
+    learning_rate=train.learning_rate or rate,
     steps=train.steps,
     warmup_steps=train.warmup_steps,
     schedule=train.schedule,
@@ -93,7 +94,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
 
 
 def finetuning_optimizer_config(settings: Settings) -> OptimizerConfig:
-  """Pretraining's betas, decay and clipping; a lower rate, constant after the warm-up."""
+  """Returns pretraining's betas, decay and clipping, with a lower rate, constant after the warm-up."""
   finetune = settings.finetune
   train = dataclasses.replace(
     settings.train,

@@ -1,4 +1,4 @@
-"""What --help prints: the jobs, and the settings that a job reads; made of the declarations."""
+"""The text of --help: the jobs, and the settings that a job reads, from their declarations."""
 
 import textwrap
 
@@ -9,38 +9,29 @@ _WIDTH = 100
 
 
 def of_program() -> str:
-  """How the program is called, and a line for each job."""
+  """Returns the usage, with a line for each job."""
   width = max(map(len, JOBS))
-  lines = [f"  {name:{width}}  {line}" for name, line in JOBS.items()]
-  return "\n".join(
-    [
-      "python -m igpt_jax.main --config FILE [--workdir DIR] [--config.SETTING=VALUE …]",
-      "",
-      "FILE is a config file, as in configs/, or the config.json of a workdir. --config.job names a job:",
-      "",
-      *lines,
-      "",
-      "--config.job=NAME --help lists the settings that a job reads.",
-    ]
-  )
+  lines = (f"  {name:{width}}  {line}" for name, line in JOBS.items())
+  return "\n".join((
+    "python -m igpt_jax.main --config FILE [--workdir DIR] [--config.SETTING=VALUE …]", "",
+    "FILE is a config file, as in configs/, or the config.json of a workdir. --config.job names a job:",
+    "", *lines, "", "--config.job=NAME --help lists the settings that a job reads.",
+  ))  # fmt: skip
 
 
 def of_job(job: str) -> str:
-  """Name, default, meaning and bounds of every setting that the job reads."""
+  """Returns name, default, meaning and bounds of every setting that the job reads."""
   lines = [f"{job}: {JOBS[job]}", ""]
   for name, declaration in FIELDS.items():
     if job in declaration.jobs and name != "job":
       lines.append(f"  --config.{name}={declaration.default!r}")
-      lines += textwrap.wrap(
-        _meaning(declaration), _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
-      )
+      lines.append(textwrap.indent(textwrap.fill(_meaning(declaration), _WIDTH - 6), " " * 6))
   return "\n".join(lines)
 
 
 def _meaning(declaration: Declaration) -> str:
+  meaning, choices = declaration.meaning, declaration.choices
+  if choices and all(str(choice) in meaning for choice in choices):
+    return meaning
   expected = declaration.expected()
-  if not expected or (
-    declaration.choices and all(str(c) in declaration.meaning for c in declaration.choices)
-  ):
-    return declaration.meaning
-  return f"{declaration.meaning} ({expected})"
+  return f"{meaning} ({expected})" if expected else meaning

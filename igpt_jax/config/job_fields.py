@@ -1,10 +1,10 @@
-"""The settings that belong to one job or to a few, those of training apart. Ground floor."""
+"""Settings of jobs other than training. Ground floor."""
 
 import dataclasses
 
 from igpt_jax.config.declare import BATCH, COUNT, DRAWING, FROM_0, Group, setting
 
-# A table: each setting takes one line or as few as it needs.
+# A table: a setting takes as few lines as it needs.
 # fmt: off
 
 
@@ -21,7 +21,7 @@ class EvaluateConfig(Group, prefix="evaluate", jobs=("evaluate",)):
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata")):
-  """What linear classifiers are fitted to."""
+  """Features that linear classifiers are fitted to."""
 
   layers: tuple[int, ...] = setting((), "of 0 to n_layer; (): all")
   grid: int = setting(1, "means over grid × grid blocks of pixels, side by side; 1: over all",
@@ -66,7 +66,7 @@ class LowdataConfig(Group, prefix="lowdata", jobs=("lowdata",)):
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Group, prefix="sample", jobs=("sample",)):
-  """How images are drawn."""
+  """Sampling of images."""
 
   samples: int = setting(32, "unconditional images; 0: compile leaves sampling out", least=0,
     most=65_536, jobs=("sample", "compile"))
@@ -87,7 +87,7 @@ class SampleConfig(Group, prefix="sample", jobs=("sample",)):
 
 @dataclasses.dataclass(frozen=True)
 class CompleteConfig(Group, prefix="complete", jobs=("complete",)):
-  """Images of one's own, and what is given of them."""
+  """Images to complete, and the part of them that is kept."""
 
   images: str = setting("", 'a file, a glob in quotes, or a folder; "": samples from nothing',
     path=True, host=True)
@@ -112,7 +112,7 @@ class QualityConfig(Group, prefix="quality", jobs=("quality",)):
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig(Group, prefix="convert", jobs=("convert",)):
-  """The checkpoint to convert, and where and as what it is written."""
+  """The checkpoint to convert, its target and format."""
 
   source: str = setting("", "a checkpoint", path=True, host=True)
   target: str = setting("", "what to write; nothing may be there", path=True)
@@ -122,7 +122,7 @@ class ConvertConfig(Group, prefix="convert", jobs=("convert",)):
 
 @dataclasses.dataclass(frozen=True)
 class DownloadConfig(Group, prefix="download", jobs=("download",)):
-  """Which of the released files."""
+  """Released files to fetch."""
 
   model: str = setting("s", 's, m, l (XL was not released); "": none',
     choices=("s", "m", "l", ""))
@@ -137,7 +137,7 @@ class DownloadConfig(Group, prefix="download", jobs=("download",)):
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig(Group, prefix="compile", jobs=("compile",)):
-  """A slice to compile for."""
+  """The slice to compile for."""
 
   topology: str = setting("", "chips that needn't be here, such as v5p:4x4x4")
   plan: bool = setting(False, "look for the fastest mesh, batch and remat that fit")
@@ -145,7 +145,7 @@ class CompileConfig(Group, prefix="compile", jobs=("compile",)):
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig(Group, prefix="benchmark", jobs=("benchmark",)):
-  """What is measured of this machine."""
+  """Measurements of this machine."""
 
   parts: tuple[str, ...] = setting(("training", "attention", "sampling", "input"), "what to "
     "measure", empty=False, choices=("training", "attention", "sampling", "input"))

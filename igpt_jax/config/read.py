@@ -1,10 +1,11 @@
-"""The settings of a start, read once from its config and checked. The ConfigDict ends here."""
+"""Reads the settings of a start from its ConfigDict, once, and checks them."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from igpt_jax import files
 from igpt_jax.config import choices
+from igpt_jax.config.declare import Group
 from igpt_jax.config.fields import FIELDS, Settings, no_such
 from igpt_jax.data import transforms
 from igpt_jax.errors import UserError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def settings_of(config: "ConfigDict") -> Settings:
-  """All settings, checked as far as that needs no data, checkpoint or device.
+  """Returns all settings, checked as far as possible without data, checkpoint or device.
 
   Raises:
     UserError: naming the setting, its value and what was expected.
@@ -26,10 +27,10 @@ def settings_of(config: "ConfigDict") -> Settings:
       raise UserError(f"config: {no_such(name)}; fix: --help lists the settings")
     group, _, field = name.rpartition(".")
     parts.setdefault(group, {})[field] = tuple(value) if isinstance(value, list) else value
-  groups: dict[str, Any] = {
-    field.name: field.default_factory(**parts.get(field.name, {}))
+  groups = {
+    field.name: type(field.default)(**parts.get(field.name, {}))
     for field in dataclasses.fields(Settings)
-    if field.default_factory is not dataclasses.MISSING
+    if isinstance(field.default, Group)
   }
   settings = Settings(**parts[""], **groups)
   _check(settings)
@@ -37,7 +38,7 @@ def settings_of(config: "ConfigDict") -> Settings:
 
 
 def _check(settings: Settings) -> None:
-  """Checks what is declared of no single setting."""
+  """Checks the rules that concern several settings."""
   for name, declaration in FIELDS.items():
     if declaration.path:
       group, _, field = name.rpartition(".")
@@ -67,24 +68,18 @@ def _check(settings: Settings) -> None:
     check_name(settings.compile.topology)
   choices.sampling_config(settings)
   choices.optimizer_config(settings)
-  if job == "finetune":
-    _check_finetuning(settings)
-  if not settings.init_from:  # else the model is known when that is
-    dtype = settings.model.dtype or "float32"  # which one would ask for devices
-    model = dataclasses.replace(settings.model, dtype=dtype)
-    choices.model_config(
-      dataclasses.replace(settings, model=model), n_vocab=choices.palette_size(settings)
-    )
-
-
-def _check_finetuning(settings: Settings) -> None:
   finetune = settings.finetune
-  if not finetune.generative + finetune.classification:
+  if job == "finetune" and not finetune.generative + finetune.classification:
     raise UserError(
       "config.finetune.generative and finetune.classification: both 0; expected a positive weight"
     )
-  if finetune.warmup_steps > finetune.steps:
+  if job == "finetune" and finetune.warmup_steps > finetune.steps:
     raise UserError(
       f"config.finetune.warmup_steps: {finetune.warmup_steps}; expected at most finetune.steps "
       f"{finetune.steps}"
     )
+  if not settings.init_from:  # else the checkpoint decides the model
+    # Choosing the dtype would initialise the devices.
+    model = dataclasses.replace(settings.model, dtype=settings.model.dtype or "float32")
+    settings = dataclasses.replace(settings, model=model)
+    choices.model_config(settings, n_vocab=choices.palette_size(settings))

@@ -1,4 +1,4 @@
-"""The settings that training runs are made of. Ground floor."""
+"""Settings of training runs. Ground floor."""
 
 import dataclasses
 import os
@@ -19,13 +19,13 @@ from igpt_jax.config.declare import (
 )
 from igpt_jax.errors import UserError
 
-# A table: each setting takes one line or as few as it needs.
+# A table: a setting takes as few lines as it needs.
 # fmt: off
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Group, prefix="data", jobs=OPENING):
-  """Which images, how they are made ready, and with how much help."""
+  """The images, how they are preprocessed, and by how many threads and processes."""
 
   name: str = setting("digits", "digits (made on first use, nothing to download), folder, tokens, "
     "or a TFDS name, such as cifar10, imagenet2012, imagenet_resized/32x32", decides="run")
@@ -61,14 +61,11 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
   def __post_init__(self) -> None:
     super().__post_init__()
     most = max(16, 4 * (os.cpu_count() or 1))
+    named = self.validation_split != "train" and re.fullmatch(r"[\w-]*", self.validation_split)
     for name, allowed, expected in (
       ("workers", self.workers <= most, f"0 to {most}: each takes 100 MB"),
-      (
-        "validation_split",
-        re.fullmatch(r"[\w-]*", self.validation_split) and self.validation_split != "train",
-        "the name of a stored split other than train, such as validation",
-      ),
-      ("name", bool(self.name), "digits, folder, tokens, or a TFDS name"),
+      ("validation_split", named, "the name of a stored split other than train, such as validation"),
+      ("name", self.name, "digits, folder, tokens, or a TFDS name"),
     ):
       if not allowed:
         raise UserError(f"config.data.{name}: {getattr(self, name)!r}; expected {expected}")
@@ -78,7 +75,7 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
 
 @dataclasses.dataclass(frozen=True)
 class PaletteConfig(Group, prefix="palette", jobs=("pretrain", "finetune", "fit_palette")):
-  """The colours that images are made of."""
+  """The palette whose colours are the tokens."""
 
   path: str = setting("", ".npy [k, 3] in [-1, 1]; \"default\": the project's 512 colours, which "
     "were fitted to CIFAR-10 (igpt_jax/data/assets/README.md); \"\": the checkpoint's, or fitted "
@@ -91,7 +88,7 @@ class PaletteConfig(Group, prefix="palette", jobs=("pretrain", "finetune", "fit_
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Group, prefix="model", jobs=MAKING):
-  """The transformer's size, and how it is computed."""
+  """The transformer's size and computation."""
 
   size: str = setting("", "s, m, l, xl; \"\": the checkpoint's, or s",
     choices=("s", "m", "l", "xl"), decides="run")
@@ -108,7 +105,7 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Group, prefix="train", jobs=UPDATING):
-  """Pretraining's updates; and how often any training is logged and saved."""
+  """Pretraining's updates, and logging and checkpoints of any training."""
 
   batch_size: int = setting(128, "images of one update", **BATCH, decides="pretraining")
   accumulate: int = setting(1, "parts that a batch is worked through in, one update in all",
@@ -140,7 +137,7 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Group, prefix="mesh", jobs=COMPUTING):
-  """How many devices share what; one may be -1: what is left."""
+  """Numbers of devices on the mesh's axes; one may be -1: what is left."""
 
   data: int = setting(-1, "groups of devices, each with images of its own")
   fsdp: int = setting(1, "devices that split parameters and optimizer state, and images, too")
@@ -149,7 +146,7 @@ class MeshConfig(Group, prefix="mesh", jobs=COMPUTING):
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(Group, prefix="guard", jobs=TRAINING):
-  """What counts as bad numbers in training, and what is to be done about them."""
+  """What counts as bad numbers in training, and how to react."""
 
   in_row: int = setting(10, "updates left out one after the other, not being finite, until `then` "
     "is done", least=1)
@@ -164,7 +161,7 @@ class GuardConfig(Group, prefix="guard", jobs=TRAINING):
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig(Group, prefix="profile", jobs=TRAINING):
-  """Which training steps to trace."""
+  """Training steps to trace."""
 
   start: int = setting(0, "the first step", **FROM_0)
   steps: int = setting(0, "how many; 0: none", **FROM_0)
@@ -172,7 +169,7 @@ class ProfileConfig(Group, prefix="profile", jobs=TRAINING):
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig(Group, prefix="log", jobs=TRAINING):
-  """Where metrics go beside metrics.jsonl."""
+  """Writers of metrics beside metrics.jsonl."""
 
   tensorboard: bool = setting(False, "files that TensorBoard shows", host=True)
   wandb: bool = setting(False, "Weights & Biases", host=True)

@@ -1,4 +1,4 @@
-"""A run's settings from the config.json in its workdir: --config runs/x/config.json.
+"""Config file that reads a run's settings from its workdir: --config runs/x/config.json.
 
 `main` opens this file as it opens any config file, with the path of the JSON as its argument.
 """
@@ -12,13 +12,10 @@ from igpt_jax.errors import UserError
 
 
 def get_config(path: str) -> Any:
-  """All fields, by today's names; those that a run of an older version didn't know are as it meant them.
-
-  Args:
-    path: of a config.json.
+  """Returns the settings of a config.json by today's names; later ones as its version behaved.
 
   Raises:
-    UserError: it can't be read, or has fields or values that this version doesn't take.
+    UserError: it can't be read, or has fields or values that this version doesn't accept.
   """
   try:
     with open(path, encoding="utf-8") as file:
@@ -33,15 +30,18 @@ def get_config(path: str) -> Any:
     raise UserError(f"--config: {path} holds no settings; expected the config.json of a workdir")
   number = history.format_of(saved, f"--config: {path}")
   try:
-    saved = history.upgraded(saved, number)
-  except AttributeError:  # a value where a part of the settings is expected
+    saved = files.flatten(history.upgraded(saved, number))
+  except AttributeError:  # a value in place of a group of settings
     raise UserError(f"--config: {path} is damaged; expected the config.json of a workdir") from None
   config = base()
-  strangers = []
-  for name, value in files.flatten(saved).items():
-    if name not in FIELDS:
-      strangers.append(name)
-      continue
+  strangers = [name for name in saved if name not in FIELDS]
+  if strangers:
+    raise UserError(
+      f"--config: {path} has fields that this version doesn't know: {', '.join(strangers[:5])}"
+      f"{', …' if len(strangers) > 5 else ''}; fix: the version of igpt_jax that wrote it, or a copy "
+      "without them"
+    )
+  for name, value in saved.items():
     default = FIELDS[name].default
     try:
       if value is None:
@@ -52,10 +52,4 @@ def get_config(path: str) -> Any:
       raise UserError(
         f"--config: {path}: {name} is {value!r:.80}; expected as in {default!r}"
       ) from None
-  if strangers:
-    raise UserError(
-      f"--config: {path} has fields that this version doesn't know: {', '.join(strangers[:5])}"
-      f"{', …' if len(strangers) > 5 else ''}; fix: the version of igpt_jax that wrote it, or a copy "
-      "without them"
-    )
   return config

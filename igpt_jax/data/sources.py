@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from igpt_jax import errors
-from igpt_jax.config.fields import DataConfig
+from igpt_jax.config.run_fields import DataConfig
 from igpt_jax.data import digests
 from igpt_jax.data.folder import FolderRecords, class_folders
 from igpt_jax.errors import UserError

@@ -8,7 +8,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from igpt_jax import checkpoint
-from igpt_jax.config.fields import PaletteConfig, Settings
+from igpt_jax.config.fields import Settings
+from igpt_jax.config.run_fields import PaletteConfig
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.sampling import completer as completer_lib

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from igpt_jax import checkpoint, files
-from igpt_jax.config.fields import GuardConfig
+from igpt_jax.config.run_fields import GuardConfig
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from igpt_jax import __version__
 from igpt_jax.checkpoint import Checkpoints
-from igpt_jax.config.fields import ProfileConfig, Settings, as_json
+from igpt_jax.config.fields import Settings, as_json
+from igpt_jax.config.run_fields import ProfileConfig
 from igpt_jax.data.palette import Palette
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import hardware, hosts

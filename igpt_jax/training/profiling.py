@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from igpt_jax.config.fields import ProfileConfig
+from igpt_jax.config.run_fields import ProfileConfig
 
 
 class Profiler:

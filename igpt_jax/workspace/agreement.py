@@ -1,4 +1,4 @@
-"""Whether all hosts of a run do the same: asked now and then, where they wait for each other anyway."""
+"""Comparisons among a run's hosts, made where they wait for each other anyway."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -14,24 +14,24 @@ from igpt_jax.config.fields import FIELDS, Settings, as_json
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.model.image_gpt import Params
 
-_BYTES = 96  # that are compared of a name and its value; of longer ones a checksum, too
+_BYTES = 96  # compared of "name=value"; a checksum stands for the rest
 
 
 def differing(values: Mapping[str, Any]) -> dict[str, list[str]]:
-  """name -> the value on every host, of those that aren't the same everywhere.
+  """Returns name -> every host's value, of values that differ among hosts.
 
-  All hosts must call it together, with the same number of values.
+  Collective: all hosts must call it, with the same number of values.
   """
   if jax.process_count() == 1:
     return {}
-  mine = np.stack([_as_bytes(name, value) for name, value in values.items()])
-  all_HxNxB = np.asarray(multihost_utils.process_allgather(mine))
-  found = {}
+  ours = np.stack([_as_bytes(name, value) for name, value in values.items()])
+  all_HxNxB = np.asarray(multihost_utils.process_allgather(ours))
+  different = {}
   for i, name in enumerate(values):
     if (all_HxNxB[:, i] != all_HxNxB[0, i]).any():
       texts = [bytes(row[4:]).rstrip(b"\0").decode(errors="replace") for row in all_HxNxB[:, i]]
-      found[name] = [text.removeprefix(f"{name}=") for text in texts]
-  return found
+      different[name] = [text.removeprefix(f"{name}=") for text in texts]
+  return different
 
 
 def _as_bytes(name: str, value: Any) -> np.ndarray:
@@ -40,62 +40,62 @@ def _as_bytes(name: str, value: Any) -> np.ndarray:
   return np.frombuffer(whole.ljust(_BYTES + 4, b"\0"), np.uint8)
 
 
-def _in_words(found: Mapping[str, list[str]]) -> str:
-  said = []
-  for name, values in found.items():
+def _in_words(different: Mapping[str, list[str]]) -> str:
+  parts = []
+  for name, values in different.items():
     others = [f"host {i} {value}" for i, value in enumerate(values) if value != values[0]]
-    said.append(f"{name}: host 0 has {values[0]}, {', '.join(others[:4]) or 'others another'}")
-  return "; ".join(said)
+    parts.append(f"{name}: host 0 has {values[0]}, {', '.join(others[:4]) or 'others another'}")
+  return "; ".join(parts)
 
 
 def check(
   at_step: int, place: Callable[[], Mapping[str, Any]], params: Params | None = None
 ) -> None:
-  """Compares the step, the place in the data, and the numbers of parameters, on all hosts.
+  """Compares the step, the place in the data, and the parameters' checksums on all hosts.
 
   Args:
-    at_step: of this host.
-    place: tells where in which data this host is, in words that all hosts must have in common.
-    params: of which each host, or group of hosts that share one copy, has a copy to compare.
+    at_step: this host's step.
+    place: returns the data that this host reads and its position there; must not depend on the host.
+    params: compared among hosts, or groups of hosts, that have copies of them.
 
   Raises:
     UserError: the step or the data differ.
-    HostsDiffer: parameters do. The next start goes on from a checkpoint at which they didn't.
+    HostsDiffer: the parameters differ. The next start resumes from the checkpoint before.
   """
   if jax.process_count() == 1:
     return
-  found = differing({"step": at_step, **place()})
-  if found:
+  different = differing({"step": at_step, **place()})
+  if different:
     raise UserError(
-      f"hosts: they differ at step {at_step}: {_in_words(found)}; expected the same everywhere; fix: "
+      f"hosts: they differ at step {at_step}: {_in_words(different)}; expected the same everywhere; fix: "
       "give every host the same command, data and version of igpt_jax"
     )
   if params is not None:
-    found = differing({"checksum": checksum(params)})
-    if found:
+    different = differing({"checksum": checksum(params)})
+    if different:
       raise HostsDiffer(
-        f"hosts: their parameters differ at step {at_step}: {_in_words(found)}; nothing of this is "
+        f"hosts: their parameters differ at step {at_step}: {_in_words(different)}; nothing of this is "
         "saved; fix: the same command goes on from the checkpoint before; if it happens again, a host "
         "named here computes wrongly"
       )
 
 
 def check_data(fingerprint: str) -> None:
-  """Compares what all hosts are about to read, each from its own place perhaps.
+  """Compares the fingerprints of the data that hosts are about to read.
 
   Raises:
     UserError: names, contents or labels differ.
   """
-  found = differing({"data": fingerprint})
-  if found:
+  different = differing({"data": fingerprint})
+  if different:
     raise UserError(
-      f"hosts: they would read different data: {_in_words(found)}; expected the same files on every "
+      f"hosts: they would read different data: {_in_words(different)}; expected the same files on every "
       "host; fix: copy data.path or data.data_dir anew"
     )
 
 
 def check_settings(settings: Settings) -> None:
-  """Compares the settings on all hosts; what may be a host's own is left out.
+  """Compares the settings on all hosts, except those that may be a host's own.
 
   Raises:
     UserError: some differ.
@@ -105,10 +105,12 @@ def check_settings(settings: Settings) -> None:
     for name, value in files.flatten(as_json(settings)).items()
     if not FIELDS[name].host
   }
-  # The first has one length whatever the hosts run, the second only where that is the same.
-  found = differing({"igpt_jax": __version__, "fields": sorted(compared)}) or differing(compared)
-  if found:
+  # Settings can be compared only if all hosts run a version that has the same ones.
+  different = differing({"igpt_jax": __version__, "fields": sorted(compared)}) or differing(
+    compared
+  )
+  if different:
     raise UserError(
-      f"hosts: they were started differently: {_in_words(found)}; expected the same everywhere; fix: "
+      f"hosts: they were started differently: {_in_words(different)}; expected the same everywhere; fix: "
       "the same command on every host"
     )

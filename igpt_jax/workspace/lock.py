@@ -1,4 +1,4 @@
-"""One run at a time in a workdir. Jobs that only read one don't ask."""
+"""Lock of a workdir, for one run at a time. Jobs that only read a workdir don't take it."""
 
 import contextlib
 import os
@@ -12,13 +12,14 @@ FILE = ".lock"
 
 @contextlib.contextmanager
 def held(workdir: str) -> Iterator[None]:
-  """Holds a workdir that exists; the main process does.
+  """Locks an existing workdir, on the main process.
 
   Raises:
-    UserError: another run holds it.
+    UserError: another run has locked it.
   """
-  with contextlib.ExitStack() as stack:
-    if hosts.is_main():
-      path = os.path.join(workdir, FILE)
-      stack.enter_context(locked(path, f"workdir: {workdir}", "another --workdir"))
+  if not hosts.is_main():
+    yield
+    return
+  path = os.path.join(workdir, FILE)
+  with locked(path, f"workdir: {workdir}", "another --workdir"):
     yield

@@ -1,4 +1,4 @@
-"""Whether what is asked for fits the devices: said before work starts, and with the knobs that help."""
+"""Checks that work fits the devices' memory, before it starts; errors name the settings that help."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training.compilation import CompiledStep
 
-_STATE_BYTES = 16  # of a parameter in training: itself, two moments, its gradient, all float32
+_STATE_BYTES = 16  # per parameter in training: float32 value, gradient, two moments
 
 _KNOBS = {
   "sample": "a smaller sample.samples or sample.completions, sample.cache='int8'",
@@ -25,52 +25,41 @@ _OTHERS = "a smaller batch_size of that job"
 
 
 def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
-  """Checks a training state's share of memory, before it is made.
-
-  Raises:
-    UserError: its share is larger than a device's memory.
-  """
-  room = hardware.memory_bytes(mesh.devices.flat[0])
-  need = _STATE_BYTES * count_params(model) / sharding.weight_shards(mesh)
-  if room is not None and need > room:
+  """Raises UserError if a device's share of the training state exceeds its memory."""
+  parameters = count_params(model)
+  need = _STATE_BYTES * parameters / sharding.weight_shards(mesh)
+  available = hardware.memory_bytes(mesh.devices.flat[0])
+  if available is not None and need > available:
     raise UserError(
-      f"model: {count_params(model):,} parameters ({model.n_layer} layers of {model.n_embd}) take "
+      f"model: {parameters:,} parameters ({model.n_layer} layers of {model.n_embd}) take "
       f"{gib(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
-      f"most {gib(room)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
+      f"most {gib(available)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
     )
 
 
 def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh) -> None:
-  """Checks the key-value cache's share of memory, before samples are drawn together.
-
-  Raises:
-    UserError: a device's share of their keys and values is larger than its memory.
-  """
-  room = hardware.memory_bytes(mesh.devices.flat[0])
+  """Raises UserError if a device's share of the key-value cache exceeds its memory."""
+  available = hardware.memory_bytes(mesh.devices.flat[0])
   item = np.dtype(cache_dtype or model.dtype).itemsize
   need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
-  if room is not None and need > room:
+  if available is not None and need > available:
     raise UserError(
       f"sampling: keys and values of {samples:,} images take {gib(need)} of each device, which has "
-      f"{gib(room)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
+      f"{gib(available)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
     )
 
 
 def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
-  """Checks what a compiled step needs of memory, before the first one runs.
-
-  Raises:
-    UserError: it needs more than a device has.
-  """
-  room, need = hardware.memory_bytes(mesh.devices.flat[0]), compiled.needed_bytes
-  if room is not None and need > room:
+  """Raises UserError if a compiled step needs more memory than a device has."""
+  available, need = hardware.memory_bytes(mesh.devices.flat[0]), compiled.needed_bytes
+  if available is not None and need > available:
     raise UserError(
-      f"training: a step needs {gib(need)} of each device, which has {gib(room)}; fix: {_TRAINING}"
+      f"training: a step needs {gib(need)} of each device, which has {gib(available)}; fix: {_TRAINING}"
     )
 
 
 def in_words(error: Exception, job: str) -> UserError | None:
-  """What to tell of an error that says that a device's memory is full; None: it is another."""
+  """Returns the error to report for an exhausted memory; None: `error` is another."""
   exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (
     "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
   )

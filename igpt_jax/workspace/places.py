@@ -1,4 +1,4 @@
-"""Where a job writes: a folder, and none that its own inputs are read from."""
+"""Checks of the workdir: a folder, outside of those that the job's inputs are read from."""
 
 import fnmatch
 import glob
@@ -9,7 +9,7 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.data.sources import TEST_FOLDERS
 from igpt_jax.errors import UserError
 
-_GRID = "grid.png"  # what job `complete` leaves in the workdir itself
+_GRID = "grid.png"  # job `complete` writes it into the workdir itself
 
 
 def check(settings: Settings, workdir: str) -> None:
@@ -20,7 +20,7 @@ def check(settings: Settings, workdir: str) -> None:
     workdir: its absolute path.
 
   Raises:
-    UserError: a file is in the way, its name isn't UTF-8, or what the job leaves would be its next input.
+    UserError: a file is in the way, its name isn't UTF-8, or a job would read its results as input.
   """
   try:
     workdir.encode()
@@ -37,14 +37,11 @@ def check(settings: Settings, workdir: str) -> None:
       f"--workdir: {workdir}: {above} isn't a folder; expected one, or a path where one can be made; "
       "fix: another --workdir"
     )
-  if (
-    settings.job == "complete"
-    and settings.complete.images
-    and _would_read(settings.complete.images, workdir)
-  ):
+  images = settings.complete.images
+  if settings.job == "complete" and images and _would_read(images, workdir):
     raise UserError(
-      f"--workdir: {workdir} lies within config.complete.images {settings.complete.images}: the results would be read as "
-      "images; fix: another --workdir"
+      f"--workdir: {workdir} lies within config.complete.images {images}: the results would be read "
+      "as images; fix: another --workdir"
     )
   if settings.data.name == "folder":
     inside = os.path.relpath(os.path.realpath(workdir), _real(settings.data.path)).split(os.sep)
@@ -56,15 +53,15 @@ def check(settings: Settings, workdir: str) -> None:
 
 
 def _would_read(images: str, workdir: str) -> bool:
-  """Whether a file, a glob or a folder of images takes in what the workdir will hold."""
+  """True if a file, a glob or a folder of images includes what the workdir will hold."""
   if os.path.isdir(os.path.expanduser(images)):
     return _is_within(workdir, images)
   if not glob.has_magic(images) or os.path.isfile(os.path.expanduser(images)):
     return False
   folder, name = os.path.split(images)
   if not glob.has_magic(folder):
-    in_it = os.path.realpath(workdir) == _real(folder)
-    return _is_within(workdir, folder) if name == "**" else in_it and fnmatch.fnmatch(_GRID, name)
+    same = os.path.realpath(workdir) == _real(folder)
+    return _is_within(workdir, folder) if name == "**" else same and fnmatch.fnmatch(_GRID, name)
   while glob.has_magic(folder):
     folder = os.path.dirname(folder)
   return _is_within(workdir, folder)

@@ -1,4 +1,4 @@
-"""The times a run went back to an older checkpoint, by its incidents.jsonl, and the data order after each."""
+"""A run's returns to older checkpoints, kept in its incidents.jsonl, and the data order after each."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def record(folder: str | None, values: dict[str, Any]) -> None:
 
 
 def rollback_steps(folder: str) -> list[int]:
-  """The steps that the run in `folder` went back to, one for each time."""
+  """Returns the steps that the run in `folder` went back to, in order."""
   path = os.path.join(folder, _RECORD)
   if not os.path.exists(path):
     return []
@@ -30,19 +30,19 @@ def rollback_steps(folder: str) -> list[int]:
 
 
 def order_seeds(folder: str, seed: int) -> list[int]:
-  """Seeds of the order of a run's training images: the config's, and one after each rollback."""
+  """Returns the seeds of the data order: the settings' and one for each rollback."""
   after = range(1, len(rollback_steps(folder)) + 1)
   return [seed, *(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]) for n in after)]
 
 
 def is_abandoned(folder: str, seed: int, order: int, step: int) -> bool:
-  """Whether the run in `folder` went back behind `step` since it was there.
+  """True if the run in `folder` has gone back behind the checkpoint `step` since it was written.
 
   Args:
-    folder: of the run.
-    seed: of its config.
-    order: seed of the order of its images when it was at `step`.
-    step: of a checkpoint.
+    folder: the run's folder.
+    seed: the seed in its settings.
+    order: the seed of the data order when it was at `step`.
+    step: the checkpoint's step.
   """
   seeds = order_seeds(folder, seed)
   since = seeds.index(order) if order in seeds else 0

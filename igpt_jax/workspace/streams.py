@@ -23,9 +23,9 @@ def eval_stream(
   images: bool = False,
   start: int = 0,
 ):
-  """This host's batches of the first `limit` images (0: all), the rest of the last one masked.
+  """Yields this host's batches of the first `limit` images (0: all), without the first `start` batches.
 
-  The first `start` batches are left out.
+  The last batch is padded; `mask` is False there.
 
   Raises:
     UserError: another host has other data.
@@ -42,7 +42,8 @@ def eval_stream(
     images=images,
     start=start,
   ) as stream:
-    yield _first(stream, -(-(limit or len(split)) // batch_size) - start, limit or len(split))
+    total = limit or len(split)
+    yield _first(stream, -(-total // batch_size) - start, total)
 
 
 def _first(stream, n_batches: int, limit: int):
@@ -51,7 +52,7 @@ def _first(stream, n_batches: int, limit: int):
 
 
 def tokens_of(split: Split, data_config: DataConfig, palette: Palette | None) -> np.ndarray:
-  """All readable images of a small split as tokens, uint16 [N, T], on every process."""
+  """Returns all readable images of a small split as tokens, uint16 [N, T], on every process."""
   with pipeline.eval_batches(split, data_config, palette, batch_size=len(split)) as stream:
     batch = next(stream)
   return batch["tokens"][batch["mask"]]

@@ -1,6 +1,6 @@
-"""Which weights a job begins with, whoever wrote them: found, compared with the settings, read.
+"""Weights that a job starts from: located, compared with the settings, read.
 
-A checkpoint is this program's own, OpenAI's or Hugging Face's; below here a job sees no difference.
+A checkpoint is this program's own, OpenAI's or Hugging Face's; its reader sees no difference.
 """
 
 import dataclasses
@@ -27,60 +27,20 @@ from igpt_jax.training.state import param_shardings
 
 
 def describe(path: str, settings: Settings) -> CheckpointInfo:
-  """Opens a checkpoint of any format and checks everything but the weights' numbers.
+  """Opens a checkpoint of any format and checks everything but the weights' values.
 
-  A palette is the checkpoint's own (in it, or lying beside the weights), or else
-  `config.palette.path`. What a foreign checkpoint doesn't say is taken from the config: the
-  probability of a mask.
+  A palette is the checkpoint's own (in it, or beside the weights), or else `palette.path`'s. A foreign
+  checkpoint doesn't store the probability of a mask: it is the settings'.
 
   Raises:
-    UserError: nothing is there that can be read, or `palette.path` doesn't fit it.
+    UserError: nothing readable is there, or `palette.path` doesn't fit it.
   """
   path = os.path.expanduser(path)
-  found = (
-    checkpoint.describe(path)
-    if formats.detect(path) == "orbax"
-    else _describe_foreign(path, settings.mask_probability)
-  )
-  return with_palette(found, settings)
-
-
-def with_palette(found: CheckpointInfo, settings: Settings) -> CheckpointInfo:
-  """The checkpoint with the palette of `palette.path`, if it has none of its own."""
-  if found.palette is not None or not settings.palette.path:
-    return found
-  return dataclasses.replace(found, palette=_given_palette(found, settings).centers)
-
-
-def _given_palette(found: CheckpointInfo, settings: Settings) -> Palette:
-  palette = Palette.given(settings.palette.path)
-  if palette.size != found.config.n_vocab:
-    raise UserError(
-      f"palette.path: {settings.palette.path} has {palette.size} colours; the checkpoint {found.path} "
-      f"has {found.config.n_vocab}; fix: the palette that it was trained with"
-    )
-  return palette
-
-
-def check_palette(settings: Settings, found: CheckpointInfo, fix: str) -> None:
-  """Raises UserError where `palette.path` holds other colours than the tokens of `found` stand for."""
-  path = settings.palette.path
-  if path and found.palette is not None:
-    if not np.array_equal(_given_palette(found, settings).centers, found.palette):
-      raise UserError(
-        f"palette.path: {path} has other colours than those of the checkpoint {found.path}, which its "
-        f"parameters stand for; fix: {fix}"
-      )
-
-
-def _describe_foreign(path: str, mask_probability: float) -> CheckpointInfo:
+  if formats.detect(path) == "orbax":
+    return with_palette(checkpoint.describe(path), settings)
   with formats.open_foreign(path) as foreign:
-    config, clusters, kind, where = (
-      foreign.config,
-      foreign.clusters,
-      foreign.format,
-      os.path.abspath(foreign.path),
-    )
+    config, clusters, kind = foreign.config, foreign.clusters, foreign.format
+    where = os.path.abspath(foreign.path)
   resolution = math.isqrt(config.n_positions)
   if resolution**2 != config.n_positions:
     raise UserError(
@@ -91,45 +51,73 @@ def _describe_foreign(path: str, mask_probability: float) -> CheckpointInfo:
     "version": __version__,
     "model": dataclasses.asdict(config),
     "objective": "autoregressive" if config.causal else "masked",
-    "mask_probability": mask_probability,
+    "mask_probability": settings.mask_probability,
     "resolution": resolution,
     "imported_from": kind,
   }
-  return CheckpointInfo(where, int(step[1]) if step else 0, config, clusters, run, kind)
+  info = CheckpointInfo(where, int(step[1]) if step else 0, config, clusters, run, kind)
+  return with_palette(info, settings)
 
 
-def read(found: CheckpointInfo, mesh: Mesh, report: Report) -> Params:
-  """The parameters, float32 on the mesh; of a foreign checkpoint one leaf at a time is on a host."""
-  if found.format == "orbax":
-    return checkpoint.load_params(found, mesh)
-  place = placer(param_shardings(found.config, mesh))
-  return formats.load(found.path, place=place, dtype=np.float32, report=report).params
+def with_palette(info: CheckpointInfo, settings: Settings) -> CheckpointInfo:
+  """Returns the checkpoint with the palette of `palette.path`, if it has none of its own."""
+  if info.palette is not None or not settings.palette.path:
+    return info
+  return dataclasses.replace(info, palette=_given_palette(info, settings).centers)
 
 
-def checksum_of(found: CheckpointInfo) -> str:
-  """The checksum of its parameters: the same whoever wrote them, wherever they lie, on any mesh.
+def _given_palette(info: CheckpointInfo, settings: Settings) -> Palette:
+  palette = Palette.given(settings.palette.path)
+  if palette.size != info.config.n_vocab:
+    raise UserError(
+      f"palette.path: {settings.palette.path} has {palette.size} colours; the checkpoint {info.path} "
+      f"has {info.config.n_vocab}; fix: the palette that it was trained with"
+    )
+  return palette
 
-  A checkpoint of this program says it of itself; another's parameters are read for it, one at a time,
-  and no device is touched.
+
+def check_palette(settings: Settings, info: CheckpointInfo, fix: str) -> None:
+  """Raises UserError if `palette.path` has other colours than the checkpoint's palette."""
+  path = settings.palette.path
+  if path and info.palette is not None:
+    if not np.array_equal(_given_palette(info, settings).centers, info.palette):
+      raise UserError(
+        f"palette.path: {path} has other colours than those of the checkpoint {info.path}, which its "
+        f"parameters stand for; fix: {fix}"
+      )
+
+
+def read(info: CheckpointInfo, mesh: Mesh, report: Report) -> Params:
+  """Reads the parameters, float32, onto the mesh; a foreign checkpoint leaf by leaf."""
+  if info.format == "orbax":
+    return checkpoint.load_params(info, mesh)
+  place = placer(param_shardings(info.config, mesh))
+  return formats.load(info.path, place=place, dtype=np.float32, report=report).params
+
+
+def checksum_of(info: CheckpointInfo) -> str:
+  """Returns the checksum of the parameters, which depends on neither format, place nor mesh.
+
+  This program's checkpoints store it; others' parameters are read for it, one at a time. No device is
+  used.
   """
-  if "params" in found.sums:
-    return found.sums["params"]
-  if found.format == "orbax":  # written before checkpoints had checksums
-    return checksum.checksum_on_host(checkpoint.load_host_params(found))
-  sums = formats.load(found.path, place=lambda path, leaf: checksum.summed(leaf), dtype=np.float32)
+  if "params" in info.sums:
+    return info.sums["params"]
+  if info.format == "orbax":  # written before checkpoints had checksums
+    return checksum.checksum_on_host(checkpoint.load_host_params(info))
+  sums = formats.load(info.path, place=lambda path, leaf: checksum.summed(leaf), dtype=np.float32)
   return checksum.checksum_of_summed(sums.params)
 
 
 def path_of_job(settings: Settings, workdir: str) -> str:
-  """Where what `of_job` describes lies; "": in the workdir."""
+  """Returns the path of `of_job`'s checkpoint; "" if it is the workdir's newest."""
   if settings.checkpoint or checkpoint.latest_step(workdir) is not None:
     return settings.checkpoint
   return settings.init_from
 
 
 def of_job(settings: Settings, workdir: str) -> CheckpointInfo:
-  """What a job works on that doesn't train from it: `checkpoint`, else the workdir's newest, else
-  `init_from`."""
+  """Describes `checkpoint`, else the workdir's newest, else `init_from`."""
   path = path_of_job(settings, workdir)
   if path:
     return describe(path, settings)
@@ -138,12 +126,12 @@ def of_job(settings: Settings, workdir: str) -> CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """Where a training run begins.
+  """What a pretraining run starts from.
 
   Attributes:
-    settings: the run's, with every open choice made.
-    weights: what to begin with; None: random parameters, or the run's own newest checkpoint.
-    palette: the colours that the parameters stand for, if there are parameters that know any.
+    settings: the run's, with all choices made.
+    weights: the initial parameters; None: random ones, or the run's own newest checkpoint's.
+    palette: that of the parameters; None if they are random or have none.
   """
 
   settings: Settings
@@ -151,7 +139,7 @@ class Start:
   palette: Palette | None = None
 
   def params(self, mesh: Mesh, report: Report) -> Params | None:
-    """The weights' parameters on the mesh; None: random ones."""
+    """Reads the initial parameters onto the mesh; None: random ones."""
     if self.weights is None:
       return None
     report(f"starting from {self.weights.path}")
@@ -159,18 +147,18 @@ class Start:
 
 
 def of_run(settings: Settings, workdir: str, split: Split) -> Start:
-  """Where `pretrain` begins, or goes on: in a workdir with a checkpoint `init_from` isn't read.
+  """Returns what `pretrain` starts from; a workdir with a checkpoint is resumed without `init_from`.
 
   Args:
-    settings: as they were given.
-    workdir: of the run.
-    split: what it trains on.
+    settings: as given.
+    workdir: the run's.
+    split: the training images.
 
   Raises:
-    UserError: `init_from` can't be read, is of another model than the settings ask for, or has no
-      palette for these images; or the workdir holds parameters that no run here has trained.
+    UserError: `init_from` can't be read, is of another model than the settings', or has no palette for
+      these images; or the workdir holds parameters that no run has trained there.
   """
-  own = checkpoint.newest(workdir)
+  own = info = checkpoint.newest(workdir)
   if own is not None:
     if "data" not in own.run:
       raise UserError(
@@ -178,71 +166,55 @@ def of_run(settings: Settings, workdir: str, split: Split) -> Start:
         f"fix: another --workdir, with --config.init_from={workdir}"
       )
     check_palette(settings, own, f"put those colours back, which {workdir}/palette.npy holds")
-    settled = choices.settle(settings, own.config if settings.init_from else None)
-    return Start(settled, palette=_palette(own))
-  if not settings.init_from:
-    return Start(choices.settle(settings))
-  found = describe(settings.init_from, settings)
-  _check_same_model(settings, found)
-  check_palette(settings, found, "--config.palette.path=")
-  if found.palette is None and not split.is_tokens:
-    raise no_palette(found, "init_from")
-  return Start(choices.settle(settings, found.config), found, _palette(found))
+  elif settings.init_from:
+    info = describe(settings.init_from, settings)
+    _check_same_model(settings, info)
+    check_palette(settings, info, "--config.palette.path=")
+    if info.palette is None and not split.is_tokens:
+      raise no_palette(info, "init_from")
+  palette = palette_of(info) if info is not None and info.palette is not None else None
+  model = info.config if info is not None and settings.init_from else None
+  return Start(choices.settle(settings, model), info if own is None else None, palette)
 
 
-def _palette(found: CheckpointInfo) -> Palette | None:
-  if found.palette is None:
-    return None
-  return Palette(found.palette, name=f"palette of {found.path}")
+def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
+  """Raises UserError if the checkpoint's model differs: the fields, both values, and the flags to set."""
+  differing, fixes = [], {}  # fixes: an ordered set
 
-
-def _check_same_model(settings: Settings, found: CheckpointInfo) -> None:
-  """Compares what the settings ask for with what the checkpoint is.
-
-  Raises:
-    UserError: naming every field that differs, both values, and the flags that mend it.
-  """
-  differing, fixes = [], {}  # fixes: a set in order
-
-  def compare(field: str, mine, theirs, fix: str, source: str = "config") -> None:
-    if mine and mine != theirs:
-      differing.append(f"  {field}: {mine} in the {source}, {theirs} in the checkpoint")
+  def compare(field: str, ours, theirs, fix: str, source: str = "config") -> None:
+    if ours and ours != theirs:
+      differing.append(f"  {field}: {ours} in the {source}, {theirs} in the checkpoint")
       fixes[f"--config.{fix}"] = None
 
   size = PRESETS.get(settings.model.size)
   for name in choices.MODEL_SHAPE:
-    theirs = getattr(found.config, name)
-    if getattr(settings.model, name) or size is None:
-      compare(f"model.{name}", getattr(settings.model, name), theirs, f"model.{name}={theirs}")
-    else:
-      compare(
-        f"model.{name}",
-        getattr(size, name),
-        theirs,
-        "model.size=",
-        f"config's model.size {settings.model.size}",
-      )
-  n_vocab, resolution = found.config.n_vocab, found.run["resolution"]
+    field, theirs = f"model.{name}", getattr(info.config, name)
+    if ours := getattr(settings.model, name):
+      compare(field, ours, theirs, f"{field}={theirs}")
+    elif size is not None:
+      source = f"config's model.size {settings.model.size}"
+      compare(field, getattr(size, name), theirs, "model.size=", source)
+  n_vocab, resolution = info.config.n_vocab, info.run["resolution"]
   compare("palette.size", settings.palette.size, n_vocab, f"palette.size={n_vocab}")
-  compare("objective", settings.objective, found.run["objective"], "objective=")
+  compare("objective", settings.objective, info.run["objective"], "objective=")
   compare("data.resolution", settings.data.resolution, resolution, f"data.resolution={resolution}")
   if differing:
     raise UserError(
-      f"init_from: {found.path} is another model than the config's:\n"
+      f"init_from: {info.path} is another model than the config's:\n"
       + "\n".join(differing)
       + f"\nfix: {' '.join(fixes)}; or another checkpoint"
     )
 
 
-def no_palette(found: CheckpointInfo, setting: str = "checkpoint") -> UserError:
-  """The error that says that colours are needed and not known, and what to do."""
+def no_palette(info: CheckpointInfo, setting: str = "checkpoint") -> UserError:
+  """Returns the error about a checkpoint whose palette is needed and not known."""
   why = {
     "orbax": "it was trained on bare tokens",
     "openai": "no kmeans_centers.npy lies beside it",
     "huggingface": "it has no preprocessor_config.json",
-  }[found.format]
+  }[info.format]
   return UserError(
-    f"{setting}: {found.path} carries no palette ({why}); expected the {found.config.n_vocab} colours "
+    f"{setting}: {info.path} carries no palette ({why}); expected the {info.config.n_vocab} colours "
     "that its tokens stand for; fix: --config.palette.path=FILE.npy"
   )
 
@@ -253,61 +225,54 @@ def load_model(
   mesh: Mesh,
   *,
   needs_palette: bool,
-  check: Callable[[checkpoint.CheckpointInfo], object] = lambda found: None,
+  check: Callable[[CheckpointInfo], object] = lambda info: None,
 ) -> checkpoint.LoadedModel:
-  """The model of `config.checkpoint`, whoever wrote it, or the workdir's newest, on the mesh.
+  """Reads the model of `checkpoint`, or the workdir's newest, onto the mesh.
 
   `check` may refuse it before its weights are read.
 
   Raises:
     UserError, before the weights are read: there is none, it is of another resolution than the
-      data, or its palette is needed and not known.
+      data, or it needs a palette and has none.
   """
-  found = of_job(settings, workdir)
-  check_resolution(settings, found)
+  info = of_job(settings, workdir)
+  check_resolution(settings, info)
   if needs_palette:
-    palette_of(found)
-  check(found)
-  say(f"checkpoint: {found.path}")
-  return read_model(settings, found, mesh)
+    palette_of(info)
+  check(info)
+  say(f"checkpoint: {info.path}")
+  return read_model(settings, info, mesh)
 
 
-def read_model(
-  settings: Settings, found: checkpoint.CheckpointInfo, mesh: Mesh
-) -> checkpoint.LoadedModel:
-  """What was found, with its weights on the mesh, to compute as the settings say."""
-  return checkpoint.with_params(
-    found,
-    read(found, mesh, say),
-    dtype=choices.compute_dtype(settings),
-    attention=settings.model.attention,
-  )
+def read_model(settings: Settings, info: CheckpointInfo, mesh: Mesh) -> checkpoint.LoadedModel:
+  """Reads a checkpoint's weights onto the mesh, to compute in the settings' dtype and attention."""
+  dtype = choices.compute_dtype(settings)
+  params = read(info, mesh, say)
+  return checkpoint.with_params(info, params, dtype=dtype, attention=settings.model.attention)
 
 
-def read_to_draw(
-  settings: Settings, found: checkpoint.CheckpointInfo, mesh: Mesh
-) -> checkpoint.LoadedModel:
-  """`read_model`, its weights in the dtype they are multiplied in: all of them are read for every
-  pixel, and what they don't take is left for the caches."""
-  trained = read_model(settings, found, mesh)
-  return dataclasses.replace(trained, params=to_compute_dtypes(trained.config, trained.params))
+def read_to_draw(settings: Settings, info: CheckpointInfo, mesh: Mesh) -> checkpoint.LoadedModel:
+  """`read_model` with weights in the compute dtype: every pixel reads them all, and caches need room."""
+  model = read_model(settings, info, mesh)
+  return dataclasses.replace(model, params=to_compute_dtypes(model.config, model.params))
 
 
-def check_resolution(settings: Settings, trained: checkpoint.CheckpointInfo) -> None:
-  """Raises UserError when the data's resolution isn't the checkpoint's."""
-  if settings.data.resolution != trained.run["resolution"]:
+def check_resolution(settings: Settings, info: CheckpointInfo) -> None:
+  """Raises UserError if the data's resolution isn't the checkpoint's."""
+  ours, theirs = settings.data.resolution, info.run["resolution"]
+  if ours != theirs:
     raise UserError(
-      f"data.resolution: {settings.data.resolution}; the checkpoint {trained.path} was trained at "
-      f"{trained.run['resolution']}; fix: --config.data.resolution={trained.run['resolution']}"
+      f"data.resolution: {ours}; the checkpoint {info.path} was trained at {theirs}; fix: "
+      f"--config.data.resolution={theirs}"
     )
 
 
-def palette_of(trained: checkpoint.CheckpointInfo) -> Palette:
-  """The colours that the model's tokens stand for.
+def palette_of(info: CheckpointInfo) -> Palette:
+  """Returns the colours that the model's tokens stand for.
 
   Raises:
-    UserError: they aren't known.
+    UserError: the checkpoint has none.
   """
-  if trained.palette is None:
-    raise no_palette(trained)
-  return Palette(np.asarray(trained.palette), name=f"palette of {trained.path}")
+  if info.palette is None:
+    raise no_palette(info)
+  return Palette(np.asarray(info.palette), name=f"palette of {info.path}")

@@ -1,4 +1,4 @@
-"""Whose run a workdir holds: its config.json, written when a run begins, compared when one goes on."""
+"""The workdir of a run: config.json is written when the run begins and compared when it is resumed."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from igpt_jax.reporting import summary
 
 
 def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:
-  """Checks that a workdir which holds a run holds this one.
+  """Checks that a workdir holds no run but this one.
 
   Args:
-    settings: of this run.
-    workdir: to look into.
-    kind: of training, "pretraining" or "finetuning": what doesn't decide its numbers may differ.
+    settings: this run's.
+    workdir: the folder to check.
+    kind: of training, "pretraining" or "finetuning"; settings that don't decide its numbers may differ.
 
   Raises:
-    UserError: it holds another config's run, the fields that differ are listed; or a newer version's,
-      that had settings which this one can't heed.
+    UserError: it holds a run with other settings, which are listed; or one of a newer version with
+      settings that this one doesn't have.
   """
   theirs = read(workdir)
   if theirs is None:
@@ -35,13 +35,13 @@ def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:
       + "\n".join(unknown)
       + "\nfix: the newer igpt_jax that began it, or another --workdir"
     )
-  mine = {name: ours[name] for name in decisive}
+  ours = {name: ours[name] for name in decisive}
   fix = "another --workdir, or the config that this run was begun with"
-  files.check_same("workdir", f"{workdir} holds another config's run", theirs, mine, fix)
+  files.check_same("workdir", f"{workdir} holds another config's run", theirs, ours, fix)
 
 
 def read(workdir: str) -> dict[str, Any] | None:
-  """The settings of a workdir's run, "part.field" -> value, by today's names; None: it holds none.
+  """Returns the settings of a workdir's run, "group.field" -> value, by today's names; None: no run.
 
   Raises:
     UserError: they can't be read, or are of a newer format.
@@ -56,26 +56,26 @@ def read(workdir: str) -> dict[str, Any] | None:
     return None
   except OSError as error:
     raise UserError(f"workdir: {path} can't be read ({error.strerror}); expected a file") from None
-  except (ValueError, TypeError, AttributeError) as error:  # what isn't JSON, or not of this shape
+  except (ValueError, TypeError, AttributeError) as error:  # no JSON, or not a tree of settings
     raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
 
 
 def claim(settings: Settings, workdir: str) -> None:
-  """Writes config.json into a workdir that has none: from now on it is this run's."""
+  """Writes config.json into a workdir that has none, which makes it this run's."""
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     summary.write_json(path, {history.KEY: history.FORMAT, **as_json(settings)})
 
 
 def open_workdir(workdir: str) -> None:
-  """Makes the workdir.
+  """Makes the workdir and checks that it can be written to.
 
   Raises:
     UserError: it can't be made or written to.
   """
   try:
     os.makedirs(workdir, exist_ok=True)
-    # A name of its own: in containers the processes of all hosts may have one number.
+    # A random name: in containers, processes of several hosts may have the same pid.
     with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable."):
       pass
   except OSError as error:

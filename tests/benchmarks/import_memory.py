@@ -27,7 +27,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from igpt_jax import checkpoint  # noqa: E402
-from igpt_jax.config.fields import ConvertConfig, Settings  # noqa: E402
+from igpt_jax.config.fields import Settings  # noqa: E402
+from igpt_jax.config.job_fields import ConvertConfig  # noqa: E402
 from igpt_jax.jobs import convert as convert_job  # noqa: E402
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, abstract_params  # noqa: E402
 from igpt_jax.parallel.sharding import make_mesh  # noqa: E402

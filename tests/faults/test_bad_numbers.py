@@ -13,8 +13,8 @@ import pytest
 import tiny
 
 from igpt_jax import checkpoint
-from igpt_jax.config.fields import GuardConfig
 from igpt_jax.config.read import settings_of
+from igpt_jax.config.run_fields import GuardConfig
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain
 from igpt_jax.parallel import sharding

@@ -9,8 +9,8 @@ import tiny
 from hosts import ROOT, SMALL
 
 from igpt_jax import checkpoint
-from igpt_jax.config.fields import ProfileConfig
 from igpt_jax.config.read import settings_of
+from igpt_jax.config.run_fields import ProfileConfig
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain, probe
 from igpt_jax.reporting import summary

@@ -14,7 +14,8 @@ import pytest
 from hosts import HOSTS, hosts
 
 from igpt_jax import checkpoint, watchdog
-from igpt_jax.config.fields import DataConfig, LogConfig, Settings
+from igpt_jax.config.fields import Settings
+from igpt_jax.config.run_fields import DataConfig, LogConfig
 from igpt_jax.data.order import Stream, train_order
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.reporting import metrics
