@@ -1,23 +1,23 @@
-"""Where a run's wall-clock time goes: WORKDIR/goodput.json, over all the processes that a run has had.
+"""Wall-clock time of a run by phase, over all its processes: WORKDIR/goodput.json.
 
 Every second of a process belongs to one phase:
 
   start       until the loop: imports, data, palette, restoring
-  compile     of the step
+  compile     compiling the step
   data        the loop waits for batches
   step        the rest of the loop
-  evaluation  everything that `Work.evaluate` does
-  checkpoint  the loop waits for a checkpoint; what is written beside the steps costs nothing here
+  evaluation  `Work.evaluate`
+  checkpoint  the loop waits for a checkpoint; writing it in the background isn't counted
   profile     beginning and ending a trace
 
-and two more are what restarts cost:
+Restarts cost two more:
 
-  repeated    all seconds since the checkpoint that a process goes on from: thrown away by a kill
-  down        from the last word of one process of an unfinished run to the start of the next,
-              by the computers' clocks; also while nobody wanted it to run
+  repeated    all seconds after the checkpoint that a process resumes from: lost by a kill
+  down        from the last write by one process of an unfinished run to the start of the next,
+              by the hosts' clocks; also while nobody wanted it to run
 
-The file is replaced at most every few seconds, and with every checkpoint. What a killed process had
-spent since is counted as `down`.
+The file is written at most every few seconds, and with every checkpoint. The time of a killed process
+since its last write counts as `down`.
 """
 
 import contextlib
@@ -34,29 +34,21 @@ from igpt_jax.reporting import summary
 from igpt_jax.reporting.progress import format_seconds
 
 FILE = "goodput.json"
-PHASES: tuple[str, ...] = (
-  "start",
-  "compile",
-  "data",
-  "step",
-  "evaluation",
-  "checkpoint",
-  "profile",
-)
-LOST: tuple[str, ...] = ("repeated", "down")
+PHASES = ("start", "compile", "data", "step", "evaluation", "checkpoint", "profile")
+LOST = ("repeated", "down")
 _NAMES = {"data": "data wait", "step": "steps", "checkpoint": "checkpoints"}
 
 _WRITE_SECONDS = 15.0  # between two writes of the file
-_SNAPSHOTS = 20  # that are kept: a run goes on from one of its newest checkpoints
+_SNAPSHOTS = 20  # kept, of the times at the newest checkpoints: a run resumes from one of them
 
 
 class Clock:
-  """The time of one run, of which this process is the newest part.
+  """The clock of a run, which adds this process's time to that of earlier ones.
 
   Args:
-    folder: of the run; only the main process writes there.
-    first_step: that this process goes on from.
-    began: when it began, by time.monotonic; None: now.
+    folder: the run's folder; only the main process writes there.
+    first_step: the step that this process begins at.
+    began: when the process began, by time.monotonic; None: now.
   """
 
   def __init__(self, folder: str, first_step: int, began: float | None = None):
@@ -81,15 +73,15 @@ class Clock:
       say(f"{self._path}: can't be read ({error!r:.100}); times are counted from here on")
     self._write(first_step)
 
-  def _go_on(self, found: dict[str, Any]) -> None:
-    """Takes over what earlier processes have spent, and counts what was lost since."""
-    seconds = {name: float(found["seconds"][name]) for name in (*PHASES, *LOST)}
-    saved = {int(step): dict(each) for step, each in found["saved"].items()}
-    reached, written = int(found["step"]), float(found["written"])
-    self._steps_again, self._ended = int(found["steps_again"]), bool(found["ended"])
-    self._starts = int(found["starts"]) + 1
-    self._stored = {name: found[name] for name in ("goodput", "seconds", "starts", "steps_again")}
-    self._saved = {str(step): each for step, each in saved.items() if step <= self._first_step}
+  def _go_on(self, stored: dict[str, Any]) -> None:
+    """Continues the time of earlier processes, and counts what was lost since."""
+    seconds = {name: float(stored["seconds"][name]) for name in (*PHASES, *LOST)}
+    saved = {int(step): dict(spent) for step, spent in stored["saved"].items()}
+    reached, written = int(stored["step"]), float(stored["written"])
+    self._steps_again, self._ended = int(stored["steps_again"]), bool(stored["ended"])
+    self._starts = int(stored["starts"]) + 1
+    self._stored = {name: stored[name] for name in ("goodput", "seconds", "starts", "steps_again")}
+    self._saved = {str(step): spent for step, spent in saved.items() if step <= self._first_step}
     if reached > self._first_step:
       kept = saved[max(map(int, self._saved))] if self._saved else {}
       for name in PHASES:
@@ -102,11 +94,11 @@ class Clock:
     self._before = seconds
 
   def reads(self, batches: Any) -> None:
-    """Data wait is this object's `wait_seconds`."""
+    """Sets the batches whose `wait_seconds` are the time of phase data."""
     self._batches = batches
 
   def enter(self, phase: str) -> None:
-    """What comes now belongs to this phase."""
+    """Ends the current phase and begins `phase`."""
     now = time.monotonic()
     self._here[self._phase] += now - self._since
     self._phase, self._since = phase, now
@@ -114,7 +106,7 @@ class Clock:
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """The block belongs to phase `name`, what follows to the one before it."""
+    """Counts the block as phase `name`; the phase before it goes on afterwards."""
     before = self._phase
     self.enter(name)
     try:
@@ -123,7 +115,7 @@ class Clock:
       self.enter(before)
 
   def seconds(self) -> dict[str, float]:
-    """Seconds spent in every phase, all processes of the run together."""
+    """Returns the seconds of every phase, all processes of the run together."""
     self.enter(self._phase)
     here = dict(self._here)
     waited = 0.0 if self._batches is None else min(self._batches.wait_seconds, here["step"])
@@ -132,12 +124,12 @@ class Clock:
     return {name: self._before[name] + here.get(name, 0.0) for name in self._before}
 
   def note(self, step: int) -> None:
-    """The run has got to `step`: written down, if it hasn't been for a while."""
+    """Writes the file for a run at `step`, if the last write was a while ago."""
     if hosts.is_main() and time.monotonic() - self._written > _WRITE_SECONDS:
       self._write(step)
 
   def saved(self, step: int) -> None:
-    """The checkpoint of `step` was begun: what is spent so far counts, once that is whole."""
+    """Notes the time at the checkpoint of `step`, whose writing has begun."""
     if hosts.is_main():
       self._saved[str(step)] = {name: self.seconds()[name] for name in PHASES}
       for old in sorted(self._saved, key=int)[:-_SNAPSHOTS]:
@@ -145,63 +137,56 @@ class Clock:
       self._write(step)
 
   def end(self, step: int, ended: bool) -> dict[str, Any]:
-    """The run has ended at `step`, or was stopped there: tells where its time has gone.
+    """Ends the clock of a run that has ended, or was stopped, at `step`, and reports its time.
 
     Returns:
-      "goodput": the share of all time that steps took, "seconds" by phase, "starts", "steps_again"; of
-      a run that had ended before, what it was then.
+      "goodput": the share of steps in all time; "seconds" by phase; "starts"; "steps_again". If the run
+      had ended before this process, they are those of then.
     """
     if self._idle(step):
       return self._stored
     self._ended = ended
-    spent = self._write(step) if hosts.is_main() else self.told()
+    spent = self._write(step) if hosts.is_main() else self.spent()
     say(describe(spent))
     return spent
 
-  def told(self) -> dict[str, Any]:
-    """What `end` returns, so far."""
+  def spent(self) -> dict[str, Any]:
+    """Returns what `end` returns, so far."""
     seconds = self.seconds()
     return {
       "goodput": seconds["step"] / max(sum(seconds.values()), 1e-9),
-      "seconds": {name: round(each, 3) for name, each in seconds.items()},
+      "seconds": {name: round(value, 3) for name, value in seconds.items()},
       "starts": self._starts,
       "steps_again": self._steps_again,
     }
 
   def _idle(self, step: int) -> bool:
-    """The run had ended before this process, which has done nothing."""
+    """True if the run had ended before this process, which has done nothing."""
     return self._ended and step == self._first_step
 
   def _write(self, step: int) -> dict[str, Any]:
-    """Writes the file for a run that has got to `step`; gives what is `told` in it."""
-    told = self.told()
+    """Writes the file for a run at `step`; returns the `spent` in it."""
+    spent = self.spent()
     if self._idle(step):
-      return told
-    values = {
-      **told,
-      "step": step,
-      "ended": self._ended,
-      "written": time.time(),
-      "saved": self._saved,
-    }
+      return spent
+    state = {"step": step, "ended": self._ended, "written": time.time(), "saved": self._saved}
     self._written = time.monotonic()
     try:
-      summary.write_json(self._path, values)
+      summary.write_json(self._path, spent | state)
     except OSError as error:  # not worth a run
       say(f"{self._path}: can't be written ({error.strerror or error}); the run goes on")
-    return told
+    return spent
 
 
 def describe(spent: dict[str, Any]) -> str:
-  """One line of what `Clock.end` returns."""
+  """Returns a line about what `Clock.end` returned."""
   seconds = spent["seconds"]
   total = max(sum(seconds.values()), 1e-9)
   parts = [
     f"{_NAMES.get(name, name)} {seconds[name] / total:.1%}" for name in PHASES if seconds[name]
   ]
   text = f"goodput {spent['goodput']:.1%} of {format_seconds(total)}: {', '.join(parts)}"
-  restarts = spent["starts"] - 1
-  if restarts:
+  if restarts := spent["starts"] - 1:
     lost = sum(seconds[name] for name in LOST)
     text += (
       f", lost to {restarts} restart{'s' * (restarts > 1)} {lost / total:.1%} (steps done again: "

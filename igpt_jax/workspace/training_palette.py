@@ -1,4 +1,4 @@
-"""The palette that a run trains with: given, a checkpoint's, kept in its workdir, or fitted to its images."""
+"""A training run's palette: given, a checkpoint's, kept in its workdir, or fitted to its images."""
 
 import os
 from typing import Any
@@ -26,14 +26,13 @@ def training_palette(
   workdir: str,
   begun_with: Palette | None = None,
 ) -> Palette | None:
-  """The palette to train with: given, that of the parameters to begin with, kept in the workdir from
-  before, or fitted to `split` now.
+  """Returns the first of: `palette.path`'s, that of the initial parameters, the workdir's, a fitted one.
 
-  Returns None for data that is tokens already, unless there is a palette to show them with.
+  Data that is tokens already may have no palette: then None.
 
   Raises:
-    UserError: a given palette isn't one, or has another size than `palette.size`, or other colours
-      than the run was begun with; tokens beyond it.
+    UserError: the given palette can't be read, has another size than `palette.size`, or other colours
+      than the run was begun with; or there are tokens beyond its size.
   """
   kept = os.path.join(workdir, PALETTE)
   wanted = settings.palette.size
@@ -44,12 +43,11 @@ def training_palette(
         f"palette.path: {settings.palette.path} has {palette.size} colours, the model's palette.size is "
         f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
       )
-    if begun_with is None and os.path.exists(kept):
-      if Palette.load(kept) != palette:
-        raise UserError(
-          f"palette.path: {settings.palette.path} has other colours than {kept}, which the run there was "
-          "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"
-        )
+    if begun_with is None and os.path.exists(kept) and Palette.load(kept) != palette:
+      raise UserError(
+        f"palette.path: {settings.palette.path} has other colours than {kept}, which the run there was "
+        "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"
+      )
   elif begun_with is not None:
     palette = begun_with
   elif os.path.exists(kept) and not _fitted_to_other_data(workdir, split):
@@ -80,7 +78,7 @@ def training_palette(
 
 
 def fit_palette(settings: Settings, data_config: DataConfig, split: Split) -> Palette:
-  """k-means on the images that training sees, at most `palette.images` of them."""
+  """Fits a palette by k-means to at most `palette.images` training images, augmented."""
   size = choices.palette_size(settings)
   wanted = min(len(split), settings.palette.images)
   say(f"palette: fitting {size} colours to {wanted:,} images of {split.fingerprint}")
@@ -104,21 +102,20 @@ def fit_palette(settings: Settings, data_config: DataConfig, split: Split) -> Pa
 
 
 def keep_palette(palette: Palette, workdir: str, **measured: Any) -> None:
-  """Writes palette.npy and, if it was fitted here, palette.json: what it was fitted to, what was measured."""
+  """Writes palette.npy and, if it was fitted here, palette.json with the data and what was measured."""
+  digest = provenance.of_palette(palette.centers)
   palette.save(os.path.join(workdir, PALETTE))
   if palette.fitted_to:
-    values = {"colors": palette.size, "fitted_to": palette.fitted_to, **measured}
-    values["digest"] = provenance.of_palette(palette.centers)
+    values = {"colors": palette.size, "fitted_to": palette.fitted_to, **measured, "digest": digest}
     summary.write_json(os.path.join(workdir, "palette.json"), values)
 
 
 def _fitted_to_other_data(workdir: str, split: Split) -> bool:
-  """Whether palette.npy is that of palette.json, fitted to other images: of a run that got no further."""
+  """True if palette.npy was fitted to other images, by a run that stopped right after that."""
   try:
     fitted = files.read_json(os.path.join(workdir, "palette.json"))
   except (OSError, ValueError):
     return False
   palette = Palette.load(os.path.join(workdir, PALETTE))
-  if fitted.get("digest") != provenance.of_palette(palette.centers):
-    return False
-  return fitted.get("fitted_to") != split.fingerprint
+  ours = fitted.get("digest") == provenance.of_palette(palette.centers)
+  return ours and fitted.get("fitted_to") != split.fingerprint

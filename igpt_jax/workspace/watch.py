@@ -1,10 +1,10 @@
-"""A job over every checkpoint of a run, beside its training, until that has ended.
+"""Runs a job on every checkpoint of a training run, beside the training, until that has ended.
 
-What it leaves goes to WORKDIR/JOB/STEP, with made_from.json: the checkpoint's contents, by checksum, and
-the settings that decide the results. A step that is there already, made from the same, isn't done
-again. One that is of something else (the run went back and wrote that step again, or another setting
-was asked for) is done again, and what was there is put aside as STEP.before. Only whole checkpoints are
-looked at; one that the run deletes while it is being read is passed over.
+Results go to WORKDIR/JOB/STEP, with made_from.json: the checkpoint's contents, by checksum, and the
+settings that decide the results. A step whose results were made from the same isn't repeated. If they
+were made from something else (the run went back and wrote that step again, or settings changed), they
+are moved to STEP.before and the step is repeated. Only complete checkpoints are used; one that is
+deleted while it is being read is skipped.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from igpt_jax.workspace import workdir as workdir_lib
 
 MADE_FROM = "made_from.json"
 
-# What decides a step's results: "checkpoint", "settings"; and whose it is: "run", "seeds".
+# What a step's results were made from: "checkpoint", "settings", and the "run" and its "seeds".
 MadeFrom = dict[str, Any]
 
 _ENDED = -1
@@ -39,17 +39,17 @@ def run(
   one: Callable[[Settings, str, str], None],
   decisive: Callable[[Settings], dict[str, Any]],
 ) -> MadeFrom | None:
-  """Does `one` for the checkpoint that the settings name or, watching, for every one of a run.
+  """Runs `one` on the checkpoint that the settings name or, if they say watch, on every one of a run.
 
   Args:
-    settings: of the job.
+    settings: the job's.
     workdir: the job's.
-    result: name of the JSON file that a job writes last.
-    one: called with settings that name a checkpoint, the workdir, and where results go.
-    decisive: all but the checkpoint that decides the results, JSON.
+    result: the name of the JSON file that the job writes last.
+    one: called with settings that name a checkpoint, the workdir, and the folder of results.
+    decisive: returns all that decides the results except the checkpoint, as JSON.
 
   Returns:
-    What the results of the last checkpoint watched were made from; None: none was.
+    What the results of the last watched checkpoint were made from; None: none was watched.
 
   Raises:
     UserError: there is nothing to watch.
@@ -84,17 +84,10 @@ def run(
 
 
 class _Watch:
-  """Which steps of a run are done, and which is next: the main process says, all do.
-
-  Args:
-    settings: of the job.
-    watched: the run's workdir.
-    folder: where the steps' results go.
-    result: name of the file that the job writes last.
-    decisive: settings that decide the results.
+  """The steps of a run that are done, and the next one, which the main process chooses.
 
   Attributes:
-    last: what the newest checkpoint seen would be made from.
+    last: what the results of the newest checkpoint are made from.
   """
 
   def __init__(
@@ -105,13 +98,13 @@ class _Watch:
     self._result, self._decisive = result, decisive
     self._gone: set[int] = set()
     self._news = time.monotonic()
-    self._rollbacks = 0  # of the run, that have been acted upon
+    self._rollbacks = 0  # of the run's, handled so far
     self.last: MadeFrom | None = None
 
   def next(self) -> int:
-    """The first step that isn't done; or that there is none yet, or will be none any more."""
+    """Returns the first step that isn't done, _NOTHING_NEW, or _ENDED."""
     self._put_abandoned_aside()
-    # Looked at before the checkpoints: the last of them is written before this is.
+    # Asked before the checkpoints are listed: the last one is written before the run ends.
     ended = _training_has_ended(self._watched)
     for step in checkpoint.whole_steps(self._watched):
       if step in self._gone:
@@ -131,7 +124,7 @@ class _Watch:
     return _NOTHING_NEW
 
   def begin(self, step: int) -> str:
-    """Where the results of the step that `next` said go: a folder that holds nothing of anything else.
+    """Makes the folder for the results of the step that `next` returned, without older results.
 
     Raises:
       UserError, OSError: it can't be made; on all processes.
@@ -142,8 +135,7 @@ class _Watch:
     error: Exception | None = None
     if hosts.is_main():
       try:
-        differing = _differing(out, self.last)
-        if differing:
+        if differing := _differing(out, self.last):
           _put_aside(out, "is of another checkpoint or other settings", differing)
         workdir_lib.open_workdir(out)
         summary.write_json(os.path.join(out, MADE_FROM), self.last)
@@ -156,7 +148,7 @@ class _Watch:
     return out
 
   def _put_abandoned_aside(self) -> None:
-    """Steps that the run went back behind have no numbers any more, until they are written again."""
+    """Moves results of steps away that the run went back behind."""
     count = len(rollbacks.rollback_steps(self._watched))
     if count == self._rollbacks:
       return
@@ -165,24 +157,23 @@ class _Watch:
     for step in (int(name) for name in names if name.isdigit()):
       out = os.path.join(self._folder, str(step))
       kept = _read_made_from(out)
-      seeds = kept["seeds"] if kept else None
-      if seeds and rollbacks.is_abandoned(self._watched, seeds[0], seeds[1], step):
+      if kept and rollbacks.is_abandoned(self._watched, *kept["seeds"], step):
         _put_aside(out, "is of a step that the run went back behind")
 
   def pass_over(self, step: int) -> None:
-    """Leaves a step out from now on."""
+    """Skips a step from now on."""
     say(f"checkpoint {step} was deleted while it was being read: passed over")
     self._gone.add(step)
 
   def _made_from(self, step: int) -> MadeFrom | None:
-    """What the step's results are to be made from; None: it has been deleted meanwhile."""
+    """Returns what the step's results will be made from; None: it has been deleted."""
     try:
-      found = checkpoint.describe(checkpoint.path_of(self._watched, step))
-      found = weights.with_palette(found, self._settings)
+      info = checkpoint.describe(checkpoint.path_of(self._watched, step))
+      info = weights.with_palette(info, self._settings)
       return {
-        "checkpoint": provenance.of_checkpoint(found),
-        "run": provenance.of_run(found),
-        "seeds": provenance.seeds_of(found),
+        "checkpoint": provenance.of_checkpoint(info),
+        "run": provenance.of_run(info),
+        "seeds": provenance.seeds_of(info),
         "settings": self._decisive,
       }
     except (UserError, OSError):
@@ -196,14 +187,14 @@ class _Watch:
 
 
 def results_like(out: str, result: str, made_from: MadeFrom) -> dict[str, Any] | None:
-  """What a job left of a step of the same run with the same settings and colours; None: nothing."""
+  """Returns a step's results if they are of the same run, settings and palette; else None."""
   same = {name: made_from[name] for name in ("run", "settings")}
   same["checkpoint"] = {"palette": made_from["checkpoint"]["palette"]}
   return None if _differing(out, same) else results(out, result)
 
 
 def results(out: str, result: str) -> dict[str, Any] | None:
-  """What a job left of a step; None: nothing, or it is damaged."""
+  """Returns a step's results; None: there are none, or they are damaged."""
   try:
     return files.read_json(os.path.join(out, result))
   except FileNotFoundError:
@@ -214,7 +205,7 @@ def results(out: str, result: str) -> dict[str, Any] | None:
 
 
 def _differing(out: str, made_from: MadeFrom) -> list[str]:
-  """How a folder of results, if there is one, is of something else than this, in lines."""
+  """Returns lines that say how a folder of results was made from something else; [] if it wasn't."""
   kept = _read_made_from(out)
   if kept is None:
     return ["  it doesn't say what of"] if os.path.isdir(out) and os.listdir(out) else []
@@ -222,7 +213,7 @@ def _differing(out: str, made_from: MadeFrom) -> list[str]:
 
 
 def _read_made_from(out: str) -> MadeFrom | None:
-  """What a folder of results says it was made from; None: it doesn't say."""
+  """Returns what a folder's results were made from; None: unknown."""
   try:
     kept = files.read_json(os.path.join(out, MADE_FROM))
   except (FileNotFoundError, ValueError):
@@ -240,10 +231,10 @@ def _put_aside(out: str, why: str, lines: Sequence[str] = ()) -> None:
 
 
 def _training_has_ended(watched: str) -> bool:
-  """Whether the run there has made all its steps.
+  """True if the run there has made all its steps.
 
   Raises:
-    UserError: what says so is damaged.
+    UserError: its training.json is damaged.
   """
   path = os.path.join(watched, "training.json")
   try:
@@ -255,5 +246,5 @@ def _training_has_ended(watched: str) -> bool:
       f"config.watch: {path} is damaged ({type(error).__name__}: {error}); fix: copy it again, or "
       "run the training again, which writes it"
     ) from None
-  of_run = workdir_lib.read(watched)
-  return of_run is not None and made >= of_run["train.steps"]
+  settings = workdir_lib.read(watched)
+  return settings is not None and made >= settings["train.steps"]

@@ -110,7 +110,7 @@ def test_an_older_checkpoint_and_none_at_all_lose_more(times, tmp_path):
     times.now += 10
     clock.saved(step)
   for first_step, left, again in ((2, 20, 1), (0, 0, 3)):
-    told = goodput.Clock(str(tmp_path), first_step).told()
+    told = goodput.Clock(str(tmp_path), first_step).spent()
     assert (told["seconds"]["step"], told["seconds"]["repeated"]) == (left, 30 - left)
     assert told["steps_again"] == again
 
