@@ -60,9 +60,6 @@ def pretrain(
     workdir: of the run, which goes on if it was begun.
     mesh: where state and batches lie; None: the settings' own.
     began: when the process began, by time.monotonic, if it is here for this run alone; None: now.
-
-  Raises:
-    UserError: the settings, the data or the workdir are to be mended.
   """
   train, data = settings.train, settings.data
   with TrainingRun(settings, workdir, train.steps, mesh=mesh, began=began) as run:
