@@ -107,7 +107,7 @@ def test_a_job_that_fails_says_why(shown, tmp_path):
   run = notebook.Run(
     str(ROOT / "configs" / "quickstart.py"), str(tmp_path / "run"), ["--config.train.steps=0"]
   )
-  with pytest.raises(UserError, match=r"status 2:\n.*train\.steps: 0"):
+  with pytest.raises(UserError, match=r"status 2; expected 0:\n.*train\.steps: 0"):
     run.train(seconds=0.1)
   with pytest.raises(UserError, match=r"train\.steps: 0"):
     run.job("evaluate")
