@@ -1,4 +1,4 @@
-"""Keeps XLA's CPU compiler from a fusion that computes wrong results.
+"""Workaround for a fusion of XLA's CPU compiler that computes wrong results.
 
 jax 0.10.2 (the only version in our range for Python 3.11) leaves some products to YNNPACK; followed by
 a reduction, over more than 32,768 rows, they come out wrong (jax-ml/jax issue 39103), and 0.11 can't
@@ -24,17 +24,14 @@ def _is_faulty(version: str) -> bool:
 def avoid_wrong_fusions(environment: MutableMapping[str, str] = os.environ) -> None:
   """Sets the flag in XLA_FLAGS, where jaxlib needs it and the user hasn't set it.
 
-  XLA reads XLA_FLAGS once, when the first device is asked for: called when `igpt_jax` is imported. It
-  knows the flag on every platform, and ends a process for one that it doesn't know; so jaxlib's
-  version decides, nothing else.
-
-  Args:
-    environment: to set it in.
+  XLA reads XLA_FLAGS once, when devices are initialised, so this runs when `igpt_jax` is imported. It
+  accepts the flag on every platform, but ends the process for unknown flags; so jaxlib's version
+  decides, nothing else.
   """
   try:
     version = importlib.metadata.version("jaxlib")
   except importlib.metadata.PackageNotFoundError:
-    return  # jax isn't installed as a package: its version isn't known
+    return  # the version is unknown if jax isn't installed as a package
   flags = environment.get("XLA_FLAGS", "")
   if not _is_faulty(version) or _FLAG in flags:
     return

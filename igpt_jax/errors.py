@@ -1,8 +1,8 @@
-"""The errors that a person is told in one line. Ground floor: imports nothing."""
+"""Errors that are reported in one line. Ground floor: imports nothing."""
 
 
 class UserError(Exception):
-  """Something in the configuration, the data or the workdir is not as it must be.
+  """A mistake in the settings, the data or the workdir.
 
   The message names the thing, its value, what was expected and the fix. `main` prints it without a
   traceback and exits with `status`.
@@ -12,20 +12,20 @@ class UserError(Exception):
 
 
 class NoSuchSplit(UserError):
-  """The data set is there, but not this split of it; some jobs can do without."""
+  """A data set has no such split; some jobs can do without it."""
 
 
 class NewerFormat(UserError):
-  """A workdir or a checkpoint was written by a version that knows more than this one: it isn't damaged."""
+  """A workdir or a checkpoint was written by a newer version; it isn't damaged."""
 
 
 class SaveFailed(UserError):
-  """A checkpoint can't be written; the same command may go on, once it can."""
+  """A checkpoint can't be written; the same command may succeed later."""
 
   status = 1
 
 
 class HostsDiffer(UserError):
-  """Hosts of one run have come to different numbers; the same command may go on."""
+  """Hosts of one run have computed different numbers; the same command may succeed."""
 
   status = 1

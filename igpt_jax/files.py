@@ -1,7 +1,4 @@
-"""Where files lie, how they appear whole or not at all, and whether what is kept is what is meant.
-
-Ground floor.
-"""
+"""Paths, atomic writes, digests, and comparisons of JSON. Ground floor."""
 
 import contextlib
 import errno
@@ -15,7 +12,7 @@ from typing import Any
 from igpt_jax import history
 from igpt_jax.errors import UserError
 
-# What file systems that have no such promise to make say of a folder, or of any file.
+# Errors of fsync on file systems that don't support it for a folder, or at all.
 _NOT_FOR_THIS = {
   errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES,
   errno.EPERM, errno.EISDIR,
@@ -23,7 +20,7 @@ _NOT_FOR_THIS = {
 
 
 def local(name: str, path: str) -> str:
-  """The absolute path that a person means, ~ and all; `name` is of the setting.
+  """Returns the absolute path, with ~ expanded; `name` is the setting's, for errors.
 
   Raises:
     UserError: it is a bucket's address, gs://BUCKET/….
@@ -31,24 +28,23 @@ def local(name: str, path: str) -> str:
   scheme, separator, address = path.partition("://")
   if separator:
     bucket = address.split("/")[0]
+    place = f"/mnt/{bucket}"
+    how = f"gcsfuse --implicit-dirs {bucket} {place}" if scheme == "gs" else f"at {place}"
     raise UserError(
-      f"{name}: {path}; expected a local path; fix: mount the bucket ("
-      + (
-        f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}" if scheme == "gs" else f"at /mnt/{bucket}"
-      )
-      + f") and give the path below /mnt/{bucket}"
+      f"{name}: {path}; expected a local path; fix: mount the bucket ({how}) and give the path below "
+      f"{place}"
     )
   return os.path.abspath(os.path.expanduser(path))
 
 
 def printable(text: str | os.PathLike[str]) -> str:
-  """A file's name, or text that holds one, as it can be printed and written: other bytes as \\xNN."""
+  """Returns a file's name, or text with one, as valid UTF-8, with other bytes as \\xNN."""
   return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-  """Gives a path to write to, beside `path`, and moves it there when the block ends well.
+  """Yields a temporary path beside `path`, which is renamed to it when the block succeeds.
 
   A reader sees the old file or the new one, also after a power cut; after an error the old one stays.
   """
@@ -66,10 +62,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def new_folder(path: str, what: str) -> Iterator[str]:
-  """Gives a folder to fill, beside `path`, and gives it that name when the block ends well.
+  """Yields a temporary folder beside `path`, which is renamed to it when the block succeeds.
 
   Raises:
-    UserError: something is there already, or it can't be written; `what` is named.
+    UserError: `path` exists or can't be written; `what` names it.
   """
   if os.path.lexists(path):
     raise UserError(f"{what}: {path} exists; fix: name another target")
@@ -86,7 +82,7 @@ def new_folder(path: str, what: str) -> Iterator[str]:
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-  """Returns when a file's contents, or a folder's names, are on the disk; where there is such a promise.
+  """Flushes a file's contents, or a folder's names, to the disk, where the file system can.
 
   Raises:
     OSError: the disk failed.
@@ -107,18 +103,18 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def digest(value: Any) -> str:
-  """16 hexadecimal digits of a value that JSON can hold."""
+  """Returns 16 hexadecimal digits of a value that JSON can hold."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def digest_of_file(path: str) -> str:
-  """16 hexadecimal digits of a file's contents."""
+  """Returns 16 hexadecimal digits of a file's contents."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """A JSON object that was kept.
+  """Reads a JSON object.
 
   Raises:
     OSError: it can't be read.
@@ -132,7 +128,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """The leaves of a tree of mappings, by their names joined with dots."""
+  """Returns the leaves of a tree of mappings, by their names joined with dots."""
   flat = {}
   for name, value in tree.items():
     if isinstance(value, Mapping) and value:
@@ -142,13 +138,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def differing(theirs: Any, mine: Mapping[str, Any]) -> list[str]:
-  """A line for each value of `mine` that `theirs`, which was read from JSON, hasn't got.
+def differing(theirs: Any, ours: Mapping[str, Any]) -> list[str]:
+  """Returns a line for every value of `ours` that isn't in `theirs`, which was read from JSON.
 
-  A field that came later is absent from what older versions kept, which stands for its default then.
+  A field that older versions didn't have stands for its default of then.
   """
   kept = flatten(theirs) if isinstance(theirs, Mapping) else {}
-  wanted = flatten(json.loads(json.dumps(mine)))
+  wanted = flatten(json.loads(json.dumps(ours)))
   return [
     f"  {name}: {kept.get(name, 'absent')} there, {value} here"
     for name, value in wanted.items()
@@ -156,8 +152,7 @@ def differing(theirs: Any, mine: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def check_same(name: str, what: str, theirs: Any, mine: Mapping[str, Any], fix: str) -> None:
-  """Raises UserError with the lines of `differing`, if any: what is there in place of what is meant."""
-  lines = differing(theirs, mine)
-  if lines:
+def check_same(name: str, what: str, theirs: Any, ours: Mapping[str, Any], fix: str) -> None:
+  """Raises UserError with the lines of `differing`, if there are any."""
+  if lines := differing(theirs, ours):
     raise UserError(f"{name}: {what}:\n" + "\n".join(lines) + f"\nfix: {fix}")

@@ -1,7 +1,7 @@
-"""What workdirs of other versions say, in today's words. Ground floor.
+"""Translation of older versions' workdirs to today's settings. Ground floor.
 
 A run's config.json and its checkpoints carry the number of the format they were written in; those
-without one are of format 1. An older one is read as its run meant it; a newer one is refused.
+without one are of format 1. An older one is read with its own defaults; a newer one is refused.
 """
 
 import copy
@@ -13,12 +13,11 @@ from igpt_jax.errors import NewerFormat, UserError
 
 KEY = "format_version"
 
-# Goes up whenever a field changes its name, or what is written its meaning: then older programs are
-# wrong about newer workdirs, and say so. A new field alone doesn't need it.
+# Increased whenever a field's name, or the meaning of stored data changes, so that older programs
+# refuse newer workdirs. A new field alone doesn't need it.
 FORMAT = 3
 
-# Format -> the config's fields, or whole parts of it, that have another name from then on: old name ->
-# new name, "" for one that is gone. Dots lead into parts.
+# Format -> settings, or groups of them, renamed in it: old name -> new name, "" if removed.
 RENAMED: dict[int, dict[str, str]] = {
   3: {
     "images": "complete.images", "keep": "complete.keep", "hide": "complete.hide",
@@ -29,8 +28,8 @@ RENAMED: dict[int, dict[str, str]] = {
   },
 }  # fmt: skip
 
-# Fields that came after format 1, by today's names, each with its default when it came: so did runs
-# that don't name it. A default that changes later doesn't change it here.
+# Settings added after format 1, by today's names, with the default that older runs behaved like. It
+# stays the same here if a setting's default changes later.
 ADDED: dict[str, Any] = {
   "data.validation_split": "",
   "data.verify": False,
@@ -38,15 +37,11 @@ ADDED: dict[str, Any] = {
 
 
 def format_of(values: Mapping[str, Any], where: str) -> int:
-  """The format of a config.json, or of what a checkpoint says.
-
-  Args:
-    values: as read.
-    where: it is from, to be told.
+  """Returns the format of a config.json, or of a checkpoint's `run`; `where` is for errors.
 
   Raises:
-    NewerFormat: this version doesn't know it.
-    UserError: it is no number.
+    NewerFormat: it is newer than this version's.
+    UserError: it isn't a format's number.
   """
   number = values.get(KEY, 1)
   if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -60,26 +55,26 @@ def format_of(values: Mapping[str, Any], where: str) -> int:
 
 
 def is_default_of_later(name: str, value: Any) -> bool:
-  """Whether a field, or one that a longer name ends with, came later, and has the default of then."""
+  """True if a name is, or ends with, that of an added setting, and `value` is its entry in ADDED."""
   parts = name.split(".")
   endings = (".".join(parts[i:]) for i in range(len(parts)))
   return any(ending in ADDED and ADDED[ending] == value for ending in endings)
 
 
 def todays_name(name: str) -> str:
-  """What a field of an older version is called now; "" where it is gone, itself where it never changed."""
+  """Returns today's name of an older version's setting; "" if removed."""
   for _, names in sorted(RENAMED.items()):
     name = names.get(name, name)
   return name
 
 
 def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Values by "part.field" that any version wrote, by today's names."""
+  """Returns values of any version, by "group.field", under today's names."""
   return {todays_name(name): value for name, value in values.items()}
 
 
 def upgraded(config: Mapping[str, Any], number: int) -> dict[str, Any]:
-  """A config as JSON that was written in format `number`, with today's names and all of today's fields."""
+  """Returns a config.json of format `number` with today's names, and with added settings."""
   config = copy.deepcopy(dict(config))
   config.pop(KEY, None)
   for later in sorted(version for version in RENAMED if version > number):
@@ -103,7 +98,7 @@ def _take(tree: dict[str, Any], name: str) -> Any:
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
-  """Sets a field by its dotted name, unless it is there."""
+  """Sets a setting by its dotted name, unless it is there."""
   *parts, last = name.split(".")
   for part in parts:
     tree = tree.setdefault(part, {})

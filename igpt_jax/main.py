@@ -1,6 +1,6 @@
 """python -m igpt_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Flags become settings, `job` names what to run; nothing else happens here. --help lists the jobs.
+Reads settings from flags and runs the job that they name. --help lists the jobs.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
-# The config file that takes a config.json for its argument.
+# The config file whose argument is the path of a config.json.
 _SAVED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "saved.py:")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; a mistake in them, or in the config file, is one line, not a traceback."""
+  """Parses the flags; reports a mistake in them, or in the config file, in one line."""
   if {"--help", "-help", "-h"} & set(argv[1:]):
     raise SystemExit(_help(argv))
   for flag in filter(None, (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)):
@@ -73,7 +73,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _shortened(message: object) -> str:
-  """A message that quotes what a person gave, however long that is."""
+  """Returns a message without its middle if it is very long: it may quote a user's value."""
   text = str(message)
   return text if len(text) <= 600 else f"{text[:300]} … {text[-300:]}"
 
@@ -123,14 +123,14 @@ def main(argv: list[str]) -> int:
 
 
 def _run(settings: Settings, workdir: str) -> int:
-  """Runs the job, alone or as one of several processes; the exit status."""
+  """Runs the job, alone or as one of several processes; returns the exit status."""
   from igpt_jax.parallel import hardware, joining
 
   host_seconds, distributed = settings.host_seconds, _DISTRIBUTED.value
   try:
     with contextlib.ExitStack() as watched:
       if distributed:
-        # jax ends the process when it hears nothing from another one, in words of its own.
+        # jax ends the process when another one is silent; its message doesn't name the fix.
         lost = joining.lost(host_seconds, ", or this one was killed")
         watched.enter_context(watchdog.last_words(f"igpt_jax: ended from outside: {lost}"))
         joining.join(host_seconds, _trains(settings))
@@ -142,7 +142,7 @@ def _run(settings: Settings, workdir: str) -> int:
       if distributed:
         agreement.check_settings(settings)
       job = importlib.import_module(f"igpt_jax.jobs.{settings.job}")
-      # Other jobs may be right to say nothing for hours.
+      # Other jobs may report no progress for hours.
       hang_seconds = settings.hang_seconds if _trains(settings) else 0
       watched.enter_context(watchdog.Watchdog(hang_seconds, "hang_seconds"))
       if settings.job in ("pretrain", "finetune"):  # this process is here for one run

@@ -1,7 +1,7 @@
-"""What the process is at, and what ends it when it gets nowhere. Ground floor: imports nothing of the project.
+"""Watchdog that ends a process which makes no progress. Ground floor: imports nothing of the project.
 
-Whoever works says so, by `enter` and `beat`, which cost less than a microsecond. A `Watchdog` looks on
-from a thread. It can't see a hang in native code that keeps Python's lock.
+Working code reports progress by `enter` and `beat`, which cost less than a microsecond. A `Watchdog`
+checks from a thread. It can't see a hang in native code that holds the GIL.
 """
 
 import contextlib
@@ -16,27 +16,27 @@ import threading
 import time
 from collections.abc import Iterator
 
-STATUS = 124  # of a process that was ended because it hung; `timeout` ends so too
-# What is done for the first time is compiled first, which may take long and shows no progress.
+STATUS = 124  # exit status of a hung process, as of `timeout`
+# Work that is done for the first time is compiled first, which shows no progress.
 FIRST_SECONDS = 3_600.0
-_LAST_WORDS_SECONDS = 30  # that telling why may take: the place it is told to may hang, too
+_LAST_WORDS_SECONDS = 30  # limit for printing the reason: stderr may hang, too
 
 _beats = 0
 _phase = "start"
 _doing = ""
 _begun: set[tuple[str, str]] = set()
-_tellers: list[subprocess.Popen] = []  # of last words
+_tellers: list[subprocess.Popen] = []  # processes of `last_words`
 
 
 def enter(phase: str) -> None:
-  """The process has got somewhere, and now begins or goes on with `phase`."""
+  """Reports progress, and that `phase` begins or goes on."""
   global _phase
   beat()
   _phase = phase
 
 
 def beat(doing: str = "") -> None:
-  """The process has got somewhere within its phase, and is now `doing` something."""
+  """Reports progress within the phase, and that `doing` begins."""
   global _beats, _doing
   _begun.add((_phase, _doing))
   _doing = doing
@@ -44,15 +44,15 @@ def beat(doing: str = "") -> None:
 
 
 class Watchdog:
-  """Ends the process with `STATUS` when neither `enter` nor `beat` is called for some time.
+  """Ends the process with `STATUS` if neither `enter` nor `beat` is called for some time.
 
-  Before that it tells the phase and the stacks of all threads on stderr, and ends worker processes.
-  What a process does for the first time gets `FIRST_SECONDS` at least. Time in which the process is
-  stopped doesn't count.
+  Before that it prints the phase and the stacks of all threads to stderr, and ends worker processes.
+  Work done for the first time gets `FIRST_SECONDS` at least. Time while the process is stopped
+  (SIGSTOP) doesn't count.
 
   Args:
-    seconds: without progress, that are too many; 0: nothing is watched.
-    field: the setting they come from, to be named.
+    seconds: the limit without progress; 0: nothing is watched.
+    field: the setting of the limit, for the message.
   """
 
   def __init__(self, seconds: float, field: str):
@@ -75,13 +75,13 @@ class Watchdog:
     looked = time.monotonic()
     while not self._ended.wait(pause):
       now = time.monotonic()
-      # After a SIGSTOP the clock has run on, the process has not.
+      # The clock goes on during a SIGSTOP, the process doesn't.
       if self.hangs(min(now - looked, 2 * pause)):
         self._end(self._idle)
       looked = now
 
   def hangs(self, seconds: float) -> bool:
-    """Whether nothing has moved for too long; asked `seconds` after the last time."""
+    """True if there was no progress for too long; called `seconds` after the last call."""
     if _beats != self._seen:
       self._seen, self._idle = _beats, 0.0
       return False
@@ -106,19 +106,19 @@ class Watchdog:
       faulthandler.dump_traceback(sys.stderr, all_threads=True)
       _hush()
     finally:
-      end_workers()  # only now: who waits for one of them would raise an error of its own
+      end_workers()  # only now: threads that wait for them would raise errors of their own
       os._exit(STATUS)
 
 
 def end_workers() -> None:
-  """Kills the processes that this one has started to load its data."""
+  """Kills this process's data loading workers."""
   for worker in multiprocessing.active_children():
     worker.kill()
 
 
 @functools.cache
 def end_with_parent() -> None:
-  """Ends a worker process when the one that started it is gone, however that ended."""
+  """Ends this worker process when its parent ends, however that happens."""
   parent = multiprocessing.parent_process()
   if parent is None:
     return
@@ -132,9 +132,9 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def last_words(text: str) -> Iterator[None]:
-  """Has `text` told on stderr if this process ends within the block.
+  """Prints `text` to stderr if this process ends within the block.
 
-  By a shell that waits for it: jax ends a process from native code, an operating system kills it.
+  A shell process does it, since jax may end this one from native code, or the system may kill it.
   """
   script = 'read -r word || printf "%s\\n" "$1" >&2'
   with subprocess.Popen(["sh", "-c", script, "sh", text], stdin=subprocess.PIPE) as teller:
@@ -146,14 +146,14 @@ def last_words(text: str) -> Iterator[None]:
 
 
 def _hush() -> None:
-  """Nothing more is to be told when this process ends."""
+  """Cancels `last_words`."""
   while _tellers:
     with contextlib.suppress(BrokenPipeError):
       _tellers.pop().communicate(b"enough\n")
 
 
 def tell_stacks() -> None:
-  """Has a crash tell every thread's Python stack on stderr; and SIGUSR1, without ending the process."""
+  """Prints all threads' Python stacks to stderr at a crash, and at SIGUSR1, which doesn't end the process."""
   faulthandler.enable()
   if hasattr(signal, "SIGUSR1"):
     faulthandler.register(signal.SIGUSR1, all_threads=True)

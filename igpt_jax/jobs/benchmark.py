@@ -1,7 +1,7 @@
-"""How fast this machine is with these settings: training, attention, sampling, the input pipeline.
+"""Measures training, attention, sampling and the input pipeline on this machine.
 
 Writes benchmark.json and benchmark.md: medians of `benchmark.repeats` timings, with the fastest and
-the slowest. No data set and no checkpoint is needed, except for what the input pipeline reads.
+the slowest. Only the input pipeline needs a data set; nothing needs a checkpoint.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ Values = dict[str, Any]
 
 
 def run(settings: Settings, workdir: str) -> None:
-  """Measures `benchmark.parts`; a part that can't be measured is told, unless it is the only one."""
+  """Measures `benchmark.parts`; skips a part that can't be measured, unless it is the only one."""
   parts = [part for part in PARTS if part in settings.benchmark.parts]
   workdir_lib.open_workdir(workdir)
   mesh = devices.mesh_of(settings)
@@ -64,7 +64,7 @@ def run(settings: Settings, workdir: str) -> None:
   if "sampling" in parts and not model_config.causal:
     skip("sampling", "objective: 'masked' has no left-to-right distribution to sample")
 
-  found: Values = {
+  values: Values = {
     "machine": machine(mesh),
     "versions": versions.versions(),
     "model": dataclasses.asdict(model_config),
@@ -72,35 +72,35 @@ def run(settings: Settings, workdir: str) -> None:
     "objective": settings.objective,
     "note": CPU_NOTE if jax.default_backend() == "cpu" else None,
   }
-  say(benchmark_tables.heading(found))
+  say(benchmark_tables.heading(values))
   measures = {
     "training": lambda: training(settings, model_config, mesh),
     "attention": lambda: attention(settings, model_config, mesh),
     "sampling": lambda: sampling(settings, model_config, mesh),
-    "input": lambda: of_input(settings, cast(Split, split), found.get("training")),
+    "input": lambda: of_input(settings, cast(Split, split), values.get("training")),
   }
   for part in parts:
     if part not in skipped:
       say(f"{part}: measuring")
-      found[part] = measures[part]()
-  found["skipped"] = skipped
-  text = benchmark_tables.as_markdown(found)
+      values[part] = measures[part]()
+  values["skipped"] = skipped
+  text = benchmark_tables.as_markdown(values)
   say(text)
   if hosts_lib.is_main():
-    summary.write_json(os.path.join(workdir, "benchmark.json"), found)
+    summary.write_json(os.path.join(workdir, "benchmark.json"), values)
     summary.write_text(os.path.join(workdir, "benchmark.md"), text)
     say(f"wrote benchmark.json and benchmark.md to {workdir}")
 
 
 def model_of(settings: Settings) -> tuple[ImageGPTConfig, Settings]:
-  """The model that training with these settings would train, and the settings with their choices made."""
+  """Returns the model that these settings train, and the settings with all choices made."""
   if settings.init_from:
     start = weights.describe(settings.init_from, settings).config
     settings = choices.settle(settings, start)
     return choices.model_config(settings, n_vocab=start.n_vocab), settings
   settings = choices.settle(settings)
-  given = settings.palette.path
-  n_vocab = Palette.given(given).size if given else choices.palette_size(settings)
+  path = settings.palette.path
+  n_vocab = Palette.given(path).size if path else choices.palette_size(settings)
   return choices.model_config(settings, n_vocab=n_vocab), settings
 
 
@@ -161,7 +161,7 @@ def attention(settings: Settings, model_config: ImageGPTConfig, mesh: Mesh) -> V
     tick=ticker("attention", settings),
   )
   length, width = model_config.n_positions, measured.n_head * model_config.head_dim
-  # As in the model FLOPs of a step: scores and values, the masked half not counted.
+  # Scores and values, without the masked half, as in the model FLOPs of a step.
   flops = 4 * measured.pictures * length**2 * width * (0.5 if model_config.causal else 1.0)
 
   def row(name: str) -> Values:
@@ -205,11 +205,11 @@ def sampling(settings: Settings, model_config: ImageGPTConfig, mesh: Mesh) -> Va
 
 
 def of_input(settings: Settings, split: Split, trained: Values | None) -> Values:
-  """The data set's way to tokens on this host, and whether it keeps up with training."""
+  """Measures reading the data set as tokens on this host, relative to training's speed."""
   data_config = settings.data
   palette = None
   if not split.is_tokens:
-    # Which colours they are makes no difference to how fast they are found.
+    # Speed doesn't depend on the colours.
     palette = Palette.given(settings.palette.path or "default")
   hosts = jax.process_count()
   batch_size = max(settings.train.batch_size // hosts, 1)
@@ -218,16 +218,10 @@ def of_input(settings: Settings, split: Split, trained: Values | None) -> Values
   passes, whole = [], []
   for done in range(1, settings.benchmark.repeats + 1):
     if palette is not None:
-      passes.append(
-        data_benchmark.stages(
-          split, data_config, palette, n_images=settings.benchmark.images, repeats=1
-        )
-      )
-    whole.append(
-      data_benchmark.throughput(
-        split, data_config, palette, batch_size=batch_size, n_batches=n_batches
-      )
-    )
+      n = settings.benchmark.images
+      passes.append(data_benchmark.stages(split, data_config, palette, n_images=n, repeats=1))
+    sizes = {"batch_size": batch_size, "n_batches": n_batches}
+    whole.append(data_benchmark.throughput(split, data_config, palette, **sizes))
     tick(done)
 
   def timing(seconds: list[float]) -> Values:
@@ -237,8 +231,8 @@ def of_input(settings: Settings, split: Split, trained: Values | None) -> Values
     {"stage": costs[0].stage, "cpu": timing([cost.cpu_ms / 1e3 for cost in costs])}
     for costs in zip(*passes, strict=True)
   ]
-  wall = timing([1 / each.pictures_per_second for each in whole])
-  cpu = timing([each.cpu_ms / 1e3 for each in whole])
+  wall = timing([1 / measured.pictures_per_second for measured in whole])
+  cpu = timing([measured.cpu_ms / 1e3 for measured in whole])
   speed = 1 / wall["seconds"]
   return {
     "data": split.fingerprint,
@@ -256,7 +250,7 @@ def of_input(settings: Settings, split: Split, trained: Values | None) -> Values
 
 def machine(mesh: Mesh) -> Values:
   processor = platform.processor() or platform.machine()
-  if os.path.exists("/proc/cpuinfo"):  # says more, where it is
+  if os.path.exists("/proc/cpuinfo"):  # has the full name
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
       named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = named[0] if named else processor

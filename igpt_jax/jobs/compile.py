@@ -1,12 +1,12 @@
-"""Compiles training and sampling for a TPU slice that nobody has rented yet, and says what they need.
+"""Compiles training and sampling for a TPU slice that isn't attached, and predicts memory and speed.
 
   python -m igpt_jax.main --config configs/imagenet32_l.py --config.job=compile \
     --config.compile.topology=v5p:4x4x4
 
-The real TPU compiler does it, on any machine. Writes compile.json: memory against the chip's,
-collectives, a predicted step time with its parts, MFU, and days to the config's schedule; scale.md
-has a row for each model and slice compiled into the workdir. With `plan` it looks for the mesh, batch
-and remat that train fastest there (and leaves sampling out).
+The TPU compiler runs on any machine. Writes compile.json: memory needed and available, collectives, a
+predicted step time with its parts, MFU, and days to the end of the schedule; scale.md has a row for
+every model and slice compiled into the workdir. With `plan` it searches for the mesh, batch and remat
+that train fastest there (without sampling).
 """
 
 import dataclasses
@@ -77,19 +77,12 @@ def run(settings: Settings, workdir: str) -> None:
       + "; or ".join(planning.remedies(training, mesh))
     )
   if training.model.causal and settings.sample.samples and not settings.compile.plan:
-    mesh = planning.sampling_mesh(
-      training.model, topology, settings.sample.samples, settings.sample.cache
-    )
-    say(f"compiling the sampling of {settings.sample.samples} images, mesh ({sizes_of(mesh)})")
-    drawn = forecasting.sampling(
-      training.model,
-      choices.sampling_config(settings),
-      settings.sample.samples,
-      topology,
-      mesh,
-      settings.sample.cache,
-    )
-    batch = sharding.round_up_batch(mesh, settings.sample.samples)
+    n, cache, model = settings.sample.samples, settings.sample.cache, training.model
+    mesh = planning.sampling_mesh(model, topology, n, cache)
+    say(f"compiling the sampling of {n} images, mesh ({sizes_of(mesh)})")
+    sampling = choices.sampling_config(settings)
+    drawn = forecasting.sampling(model, sampling, n, topology, mesh, cache)
+    batch = sharding.round_up_batch(mesh, n)
     values["sampling"] = {"mesh": dict(mesh.shape)} | sampling_summary(drawn, topology, batch)
     summary_lib.write_json(path, values)
     say(sampling_line(values["sampling"]))
@@ -97,7 +90,7 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def training_of(settings: Settings) -> Training:
-  """What the settings train; the palette's size is asked for, no data is read."""
+  """Returns the training step of the settings; reads no data, so the palette has its full size."""
   settings = choices.settle(settings)
   return Training(
     choices.model_config(settings, n_vocab=choices.palette_size(settings)),
@@ -124,7 +117,7 @@ def sizes_of(mesh) -> str:
 def summary(
   settings: Settings, training: Training, topology: Topology, mesh, step: Forecast
 ) -> dict[str, Any]:
-  """compile.json."""
+  """Returns the contents of compile.json."""
   per_chip = len(topology.devices) // topology.n_chips
   memory, model = step.memory, training.model
   flops = flops_per_image(model) * training.batch_size
@@ -174,12 +167,10 @@ def summary(
     "days": days,
     "chip_hours": days * 24 * topology.n_chips,
     "collectives": {
-      kind: {"count": each.count, "bytes": each.bytes, "seconds": each.seconds}
-      for kind, each in predicted.collectives.items()
+      kind: {"count": total.count, "bytes": total.bytes, "seconds": total.seconds}
+      for kind, total in predicted.collectives.items()
     },
-    "compute_by_origin": {
-      name: seconds for name, seconds in list(predicted.by_origin.items())[:20]
-    },
+    "compute_by_origin": dict(list(predicted.by_origin.items())[:20]),
   }
 
 
@@ -205,7 +196,7 @@ def sampling_line(values: dict[str, Any]) -> str:
 
 
 def table(values: dict[str, Any]) -> str:
-  """The figures for a person."""
+  """Returns the figures as text."""
   held = values["bytes_per_device"]
   lines = [
     f"  fits               {'yes' if values['fits'] else 'NO'}: {gib(values['bytes_per_chip'])} of "
@@ -230,7 +221,7 @@ def table(values: dict[str, Any]) -> str:
       f"{values['schedule_images']:,} images",
     ]
     lines += [
-      f"  {kind:18} {each['count']} a step, {each['bytes'] / 1e9:.2f} GB, {1e3 * each['seconds']:.1f} ms"
-      for kind, each in sorted(values["collectives"].items())
+      f"  {kind:18} {total['count']} a step, {total['bytes'] / 1e9:.2f} GB, {1e3 * total['seconds']:.1f} ms"
+      for kind, total in sorted(values["collectives"].items())
     ]
   return "\n".join(lines)

@@ -25,35 +25,32 @@ def run(settings: Settings, workdir: str) -> None:
   """Writes `source` as `target` in `format`; the workdir isn't used."""
   del workdir
   check(settings)
-  source, target = settings.convert.source, os.path.expanduser(settings.convert.target)
-  found = weights.describe(source, settings)
-  check_format(settings.convert.format, found)
-  model = found.config
+  wanted, target = settings.convert, os.path.expanduser(settings.convert.target)
+  info = weights.describe(wanted.source, settings)
+  check_format(wanted.format, info)
+  model = info.config
   say(
-    f"source: {found.path}, {found.format}: {model.n_layer} layers, {model.n_head} heads, width "
+    f"source: {info.path}, {info.format}: {model.n_layer} layers, {model.n_head} heads, width "
     f"{model.n_embd}, {model.n_positions} positions of {model.n_vocab} colours, "
-    f"{found.run['objective']}, {'with a' if found.palette is not None else 'no'} palette"
+    f"{info.run['objective']}, {'with a' if info.palette is not None else 'no'} palette"
   )
-  if found.format == "orbax":
-    say(f"reading {found.path}")
-    params = checkpoint.load_host_params(found)
+  if info.format == "orbax":
+    say(f"reading {info.path}")
+    params = checkpoint.load_host_params(info)
   else:
-    params = formats.load(found.path, report=say).params
-  if settings.convert.format == "orbax":
+    params = formats.load(info.path, report=say).params
+  if wanted.format == "orbax":
     say(f"writing {target}")
-    target = checkpoint.save_params(target, params, found)
+    target = checkpoint.save_params(target, params, info)
   else:
     with parent_of(target):
-      formats.save(
-        target, settings.convert.format, model, params, clusters=found.palette, report=say
-      )
-  say(f"target: {target}, {settings.convert.format}")
+      formats.save(target, wanted.format, model, params, clusters=info.palette, report=say)
+  say(f"target: {target}, {wanted.format}")
 
 
 @contextlib.contextmanager
 def parent_of(target: str):
-  """Makes the directory of what is written; after a failure an empty one is left only if it was
-  there before."""
+  """Makes the parent directory of `target`; removes it after a failure, if it was made here."""
   parent = os.path.dirname(os.path.abspath(target))
   there = os.path.isdir(parent)
   try:
@@ -70,11 +67,7 @@ def parent_of(target: str):
 
 
 def check(settings: Settings) -> None:
-  """Checks what needs no source to be opened.
-
-  Raises:
-    UserError: naming the field.
-  """
+  """Raises UserError, naming the setting, for mistakes that show before the source is opened."""
   for name, what in (("source", "a checkpoint to read"), ("target", "a path to write to")):
     if not getattr(settings.convert, name):
       name = f"config.convert.{name}"
@@ -84,7 +77,7 @@ def check(settings: Settings) -> None:
   target = os.path.expanduser(settings.convert.target)
   taken = [target]
   if settings.convert.format == "openai":
-    # A palette that lies there would be taken for this checkpoint's.
+    # Readers would take a palette that lies there for this checkpoint's.
     taken += [f"{target}.index", os.path.join(os.path.dirname(target), NPY_NAME)]
     if os.path.basename(target) == "":
       raise UserError(
@@ -96,10 +89,10 @@ def check(settings: Settings) -> None:
       raise UserError(f"config.convert.target: {path} exists; fix: name another target")
 
 
-def check_format(kind: str, found: checkpoint.CheckpointInfo) -> None:
+def check_format(kind: str, info: checkpoint.CheckpointInfo) -> None:
   """Raises UserError, before the weights are read, if `kind` can't hold the model."""
-  if kind == "huggingface" and not found.config.causal:
+  if kind == "huggingface" and not info.config.causal:
     raise UserError(
-      f"config.convert.format: huggingface, but {found.path} is a BERT model, which transformers' Image GPT "
+      f"config.convert.format: huggingface, but {info.path} is a BERT model, which transformers' Image GPT "
       "would compute with a causal mask; fix: --config.convert.format=openai or orbax"
     )

@@ -3,7 +3,7 @@
   python -m igpt_jax.main --config configs/openai_s_eval.py --config.job=download
 
 Writes DIRECTORY/igpt-MODEL[-bert]-STEP/ and DIRECTORY/datasets/. Stopped or cut off, the same
-command goes on where it was. No hashes were published: a server's Content-MD5 is checked where it
+command goes on where it stopped. No hashes were published: a server's Content-MD5 is checked if it
 sends one, and every tensor's CRC when it is read.
 """
 

@@ -1,8 +1,8 @@
-"""Exact likelihood of a split, every image once, beside what knows no images.
+"""Exact likelihood of a split, every image once, beside baselines.
 
 Writes evaluation.json: `nats_per_token`, `bits_per_token`, and the baselines on the same tokens:
-uniform, unigram (how frequent each colour is) and per-position unigram (… at each pixel). A BERT
-model's is the mean over `masks_counted`, the masks that hide something of an image.
+uniform, unigram (the frequency of colours) and per-position unigram (their frequency at a pixel). A
+BERT model's is the mean over `masks_counted`, the masks that hide at least one pixel.
 """
 
 import functools
@@ -32,7 +32,7 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
-  """All but the checkpoint that decides evaluation.json."""
+  """Returns all that decides evaluation.json except the checkpoint."""
   counted_on = ["train"] if _counted_on(settings.data) else []
   return {
     "data": provenance.of_data(settings.data, [settings.evaluate.split, *counted_on]),
@@ -41,11 +41,11 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 
 def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
-  """One checkpoint; results go to `out`."""
+  """Evaluates one checkpoint; results go to `out`."""
   mesh = mesh or devices.mesh_of(settings)
   sharding.batch_size_per_shard(mesh, settings.evaluate.batch_size, "evaluate.batch_size")
-  data_config = settings.data
-  split = open_split(data_config, settings.evaluate.split)
+  own, data_config = settings.evaluate, settings.data
+  split = open_split(data_config, own.split)
   train_split = _counted_on(data_config)
   if train_split is None:
     say(
@@ -61,24 +61,19 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
     )
 
   def stream(of: Split, limit: int = 0):
-    batch_size = settings.evaluate.batch_size
-    return streams.eval_stream(of, data_config, palette, mesh, batch_size, limit)
+    return streams.eval_stream(of, data_config, palette, mesh, own.batch_size, limit)
 
   objective_name = trained.run["objective"]
   objective = make_objective(objective_name, trained.run["mask_probability"])
   likelihood = LikelihoodEvaluator(trained.config, objective, mesh)
-  limit = settings.evaluate.images
-  total = min(len(split), limit or len(split))
-  clock = progress.Countdown(f"{settings.evaluate.split}: {total:,} images", total, say)
-  masks = settings.evaluate.masks if objective_name == "masked" else 1
+  total = min(len(split), own.images or len(split))
+  clock = progress.Countdown(f"{own.split}: {total:,} images", total, say)
+  masks = own.masks if objective_name == "masked" else 1
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
-  with stream(split, limit) as batches:
-    nats, images, predicted = likelihood(
-      trained.params,
-      counting(batches, counts),
-      masks=masks,
-      report=clock.batches(settings.evaluate.batch_size),
-    )
+  report = clock.batches(own.batch_size)
+  with stream(split, own.images) as batches:
+    counted = counting(batches, counts)
+    nats, images, predicted = likelihood(trained.params, counted, masks=masks, report=report)
   if not predicted:
     raise UserError(
       f"evaluate.masks: {masks} of each of {images:,} images, and not a pixel was masked, each with "
@@ -104,10 +99,10 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
   if hosts.is_main():
     summary.write_json(os.path.join(out, "evaluation.json"), values)
     summary.write_summary(out)
-  counted = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
+  hiding = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
-    f"{settings.evaluate.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
-    f"{images:,} images{counted}\n"
+    f"{own.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
+    f"{images:,} images{hiding}\n"
     f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
     f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
     f"{values['below_position_unigram']:.1%} below the last"
@@ -115,7 +110,7 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
 
 
 def _counted_on(data_config: DataConfig) -> Split | None:
-  """Train, which the unigrams are counted on; None where there is only what is evaluated."""
+  """Returns train, which unigrams are counted on; None if the data has no such split."""
   try:
     return open_split(data_config, "train")
   except NoSuchSplit:
@@ -123,16 +118,12 @@ def _counted_on(data_config: DataConfig) -> Split | None:
 
 
 def baselines(
-  settings: Settings,
-  train_split: Split | None,
-  stream,
-  test: np.ndarray,
-  mesh: Mesh,
+  settings: Settings, train_split: Split | None, stream, test: np.ndarray, mesh: Mesh
 ) -> dict[str, float | str]:
-  """Nats per token of the split under distributions that know no neighbours.
+  """Returns nats per token of the split under distributions without context.
 
-  They are counted on training images; where there are none, on the evaluated ones, which flatters
-  them. `test` is how often each token occurs at each position of the split, [T, V].
+  They are counted on training images; without any, on the evaluated ones, which flatters them. `test`
+  has the counts of tokens at the split's positions, [T, V].
   """
   n_positions, n_vocab = test.shape
   if train_split is None:
@@ -150,7 +141,7 @@ def baselines(
 
 
 def all_hosts(counts: np.ndarray, mesh: Mesh) -> np.ndarray:
-  """The sum over all shares of the input; processes that read the same one count once."""
+  """Returns the sum over all shares of the input; processes that read the same share count once."""
   if jax.process_count() == 1:
     return counts
   from jax.experimental import multihost_utils

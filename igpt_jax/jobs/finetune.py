@@ -3,7 +3,7 @@
 Starting checkpoint → its test likelihood → the loop, with an early stop by validation accuracy → the
 best checkpoint → one look at test. Everything goes to WORKDIR/finetune (from random parameters:
 WORKDIR/finetune_scratch): checkpoints, metrics.jsonl, finetune.json and finetune.png. The same
-command goes on from the newest checkpoint there, to the same numbers.
+command resumes from the newest checkpoint there, with the same numbers.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, joint, optimizer, state
 from igpt_jax.workspace import finetuning, memory, provenance, streams
 
-SCORE = "validation_accuracy"  # by which the best checkpoint is kept
+SCORE = "validation_accuracy"  # the best checkpoint is kept by it
 
 
 def run(
@@ -46,7 +46,9 @@ def run(
     optimizer_config = choices.finetuning_optimizer_config(tuning.settings)
     schedule = optimizer.make_schedule(optimizer_config)
     tx = optimizer.make_optimizer(optimizer_config)
-    run.claim(tuning.settings, tuning.palette)  # a mistake in the lines above leaves it unclaimed
+    run.claim(
+      tuning.settings, tuning.palette
+    )  # only now: a UserError above must leave it unclaimed
 
     rate = optimizer_config.learning_rate
     devices = hardware.describe_devices(run.mesh)
@@ -77,7 +79,7 @@ def run(
       ),
     )
     steps, stopped_by = outcome.step, outcome.stopped_by
-    del train_state, outcome  # room for the best one
+    del train_state, outcome  # frees memory for the best one
     if stopped_by:
       say(f"stopped by {stopped_by} at step {steps}: saved; the same command goes on from here")
       return
@@ -88,16 +90,16 @@ def run(
 
 
 class FineTuning:
-  """What is fine-tuned, from what and on what; its scores, and the best of them so far.
+  """Model, data and scores of a fine-tuning, all settings checked.
 
   Args:
-    settings: as they were given.
-    workdir: of the job.
-    folder: of the fine-tuning.
-    run: entered.
+    settings: as given.
+    workdir: the job's.
+    folder: the fine-tuning's.
+    run: the entered run.
 
   Raises:
-    UserError: the settings, the data or the checkpoint are to be mended.
+    UserError: the settings, the data or the checkpoint have a mistake.
   """
 
   def __init__(self, settings: Settings, workdir: str, folder: str, run: TrainingRun):
@@ -145,7 +147,7 @@ class FineTuning:
     return self.order.batches(step, self._data, self.palette, self._run.mesh)
 
   def score(self, params: Params, name: str, limit: int, tell: bool = False) -> joint.Scores:
-    """Scores parameters on the first `limit` images of a split (0: all); `tell`: with a countdown."""
+    """Scores parameters on the first `limit` images of a split (0: all), with a countdown if `tell`."""
     split, mesh = self._splits[name], self._run.mesh
     total = min(limit or len(split), len(split))
     batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
@@ -157,7 +159,7 @@ class FineTuning:
     return self.score(params, "test", self.settings.evaluate.images, tell=True)
 
   def begin(self, tx: optax.GradientTransformation) -> state.TrainState:
-    """The state to begin with, whose parameters' likelihood is found out."""
+    """Makes the initial state, and scores its parameters on test."""
     start, mesh = self._start, self._run.mesh
     made = state.make_state(
       self.model, tx, self.settings.seed, mesh, start.params(mesh), len(self.classes)
@@ -175,12 +177,12 @@ class FineTuning:
     return made
 
   def go_on(self, saved: dict[str, Any]) -> None:
-    """Takes over what a checkpoint says: `describe` has said it."""
+    """Restores what `describe` stored in a checkpoint."""
     self._began_with, self.best = saved["began_with"], Best(**saved["best"])
     self.best.keep_to(self._run.checkpoints.scores())
 
   def describe(self, step: int) -> dict[str, Any]:
-    """What the checkpoint of this step says, while nothing is being written: those before are whole."""
+    """Returns the `run` of this step's checkpoint; called when older checkpoints are complete."""
     scores = self.best.scores_of(step) or {}
     self.best.keep_to(self._run.checkpoints.scores() | {step: scores.get(SCORE)})
     position = self.order.position(step)
@@ -204,14 +206,14 @@ class FineTuning:
     return values
 
   def result(self, steps: int, learning_rate: float) -> dict[str, Any]:
-    """What finetune.json says after so many steps, with the best checkpoint's scores on test."""
+    """Returns the contents of finetune.json, with the best checkpoint's scores on test."""
     path = os.path.join(self._folder, checkpoint.FOLDER, str(self.best.step))
-    found, mesh, own = checkpoint.describe(path), self._run.mesh, self._own
-    params = checkpoint.load_params(found, mesh) | {state.HEAD: checkpoint.load_head(found, mesh)}
+    info, mesh, own = checkpoint.describe(path), self._run.mesh, self._own
+    params = checkpoint.load_params(info, mesh) | {state.HEAD: checkpoint.load_head(info, mesh)}
     scores = self.score_on_test(params)
     masked, splits = not self.model.causal, self._splits | {"train": self._split}
     return {
-      "checkpoint": found.path,
+      "checkpoint": info.path,
       "best_step": self.best.step,
       "steps": steps,
       "ended_early": steps < own.steps,
@@ -239,12 +241,11 @@ class FineTuning:
 
 @dataclasses.dataclass
 class Best:
-  """The first evaluation with the best accuracy so far, of those whose checkpoints can be read at the
-  end; part of what a checkpoint says.
+  """First evaluation with the best accuracy whose checkpoint exists; stored in checkpoints.
 
   Attributes:
-    step, accuracy: of it.
-    waited: evaluations since.
+    step, accuracy: the best evaluation's.
+    waited: the number of evaluations since.
     evaluated, newest: step and accuracy of the last evaluation.
   """
 
@@ -262,11 +263,11 @@ class Best:
       self.waited += 1
 
   def scores_of(self, step: int) -> dict[str, float] | None:
-    """The scores that the checkpoint of this step is kept by; None: it wasn't evaluated."""
+    """Returns the scores of this step's checkpoint; None: it wasn't evaluated."""
     return {SCORE: self.newest} if self.evaluated == step else None
 
   def keep_to(self, scores: Mapping[int, float | None]) -> None:
-    """Names the best of these checkpoints, step -> accuracy, if its own isn't among them."""
+    """Chooses the best of these checkpoints, step -> accuracy, if the best one isn't among them."""
     if self.step in scores:
       return
     scored = {step: score for step, score in sorted(scores.items()) if score is not None}
@@ -298,7 +299,7 @@ _SHOWN = (
 
 
 def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
-  """finetune.json, the curves, the summary."""
+  """Writes finetune.json, the curves and the summary."""
   summary.write_json(os.path.join(folder, "finetune.json"), values)
   records = metrics.read_jsonl(os.path.join(folder, "metrics.jsonl"))
   curves = {}

@@ -1,4 +1,4 @@
-"""Fits a palette to the training images by k-means and writes it as the original's .npy.
+"""Fits a palette to the training images by k-means and writes it in OpenAI's format, .npy.
 
 Writes palette.npy (float32 [k, 3] in [-1, 1]), palette.png (its colours) and palette.json (its
 error on validation; on train, where nothing is held out).
@@ -35,9 +35,8 @@ def run(settings: Settings, workdir: str) -> None:
     say("palette: this data is tokens already, there are no colours to fit")
     return
   palette = training_palette.fit_palette(settings, data_config, split)
-  error = palette_fit.palette_error(
-    palette, pipeline.image_stream(measured, data_config, augment=False)
-  )
+  images = pipeline.image_stream(measured, data_config, augment=False)
+  error = palette_fit.palette_error(palette, images)
   if not hosts.is_main():
     return
   path = os.path.join(workdir, training_palette.PALETTE)
@@ -56,9 +55,9 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def swatches(colors: np.ndarray, columns: int = 32, side: int = 16) -> np.ndarray:
-  """uint8 [k, 3] -> an image with a square for each, row after row."""
+  """Returns an image of colours, uint8 [k, 3], as squares in rows."""
   rows = -(-len(colors) // columns)
   padded = np.full((rows * columns, 3), 255, np.uint8)
   padded[: len(colors)] = colors
-  picture = padded.reshape(rows, columns, 3)
-  return np.repeat(np.repeat(picture, side, axis=0), side, axis=1)
+  image = padded.reshape(rows, columns, 3)
+  return np.repeat(np.repeat(image, side, axis=0), side, axis=1)

@@ -1,7 +1,7 @@
 """Prepares a TFDS data set once, so that training reads it in any order and without TensorFlow.
 
 launch/prepare_data.sh runs this in an environment of its own with the `prepare` extra. What was
-downloaded is kept and what is ready is left alone, so an interrupted preparation is begun again.
+downloaded is kept and ready splits are left alone, so an interrupted preparation can be repeated.
 """
 
 from igpt_jax.config.fields import Settings
@@ -15,8 +15,7 @@ def run(settings: Settings, workdir: str) -> None:
   del workdir  # prepared data outlives any run
   data = settings.data
   folder = prepare_lib.prepare(data.name, data.data_dir, data.manual_dir)
-  data_config = settings.data
   say(f"{data.name}: ready in {folder}")
   for split in SPLITS:
-    if split != "validation" or has_validation(data_config):
-      say(f"  {open_split(data_config, split).fingerprint}")
+    if split != "validation" or has_validation(data):
+      say(f"  {open_split(data, split).fingerprint}")

@@ -13,13 +13,13 @@ from igpt_jax.workspace.rollbacks import order_seeds
 
 
 class DataOrder:
-  """The order of a run's training images, which is another one after each time it went back.
+  """Order of a run's training images; every return to an older checkpoint draws a new one.
 
   Args:
-    folder: of the run.
-    split: that is trained on.
-    batch_size: of a step.
-    seed: of the config; of the order until the run goes back.
+    folder: the run's folder.
+    split: the training images.
+    batch_size: images in a step.
+    seed: the settings' seed, which is the order's until the run goes back.
   """
 
   def __init__(self, folder: str, split: Split, *, batch_size: int, seed: int):
@@ -32,7 +32,7 @@ class DataOrder:
   def batches(
     self, step: int, config: DataConfig, palette: Palette | None, mesh: Mesh
   ) -> pipeline.Batches:
-    """This host's share of the order's batches, from `step` on."""
+    """Returns this host's share of the batches, from `step` on."""
     share, shares = sharding.input_share(mesh)
     return pipeline.train_batches(
       self._split,
@@ -46,13 +46,12 @@ class DataOrder:
     )
 
   def position(self, step: int) -> dict[str, Any]:
-    """What a checkpoint stores of the data."""
-    return pipeline.position(
-      self._split, batch_size=self._batch_size, seed=self._seeds()[-1], step=step
-    )
+    """Returns what a checkpoint stores of the data."""
+    seed = self._seeds()[-1]
+    return pipeline.position(self._split, batch_size=self._batch_size, seed=seed, step=step)
 
   def check(self, step: int, run: Mapping[str, Any]) -> None:
-    """Raises UserError when a checkpoint's run had other data; it may have had an earlier order."""
+    """Raises UserError if a checkpoint's run had other data; an earlier order is allowed."""
     saved = run["data"]
     if saved.get("seed") in self._seeds():
       saved = saved | {"seed": self._seeds()[-1]}

@@ -1,9 +1,9 @@
-"""What a run does about bad numbers: updates that aren't finite, and losses that jump.
+"""A run's reaction to bad numbers: updates that aren't finite, and losses that jump.
 
-A step whose loss or gradient isn't finite changes nothing but the step's number, decided on the device
-(`training.step.update`); here is counted, told, and at last acted upon what the metrics say of it,
-once at each log. Going back means: to the last checkpoint before the trouble, with other data from
-there on. What happened stays in WORKDIR/incidents.
+A step whose loss or gradient isn't finite changes only the step's number, decided on the device
+(`training.step.update`). Here its metrics are counted, reported and finally acted upon, at every log.
+Going back means: to the last checkpoint before the trouble, with other data from there on. Records
+stay in WORKDIR/incidents.
 """
 
 import collections
@@ -27,16 +27,16 @@ from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import rollbacks
 
 FOLDER = "incidents"
-_SPIKE_WINDOW = 20  # losses, that one is compared with
-_MIN_LOSSES = 5  # of them
+_SPIKE_WINDOW = 20  # logged losses that the median is taken over
+_MIN_LOSSES = 5  # without so many, no loss is a spike
 
 
 class Guard:
-  """Looks at the metrics of one run.
+  """Checks the metrics of one run.
 
   Args:
-    config: what to do.
-    folder: the run's; None: nothing is written down.
+    config: how to react.
+    folder: the run's folder; None: nothing is recorded.
   """
 
   def __init__(self, config: GuardConfig, folder: str | None):
@@ -52,16 +52,16 @@ class Guard:
     state: Callable[[], TrainState],
     batch: Mapping[str, np.ndarray],
   ) -> None:
-    """Looks at what was logged at `step`.
+    """Checks what was logged at `step`.
 
     Args:
-      step: of the metrics.
+      step: the metrics' step.
       values: `loss`, `grad_norm`, `skipped_updates`, `skipped_in_row`.
-      state: the newest, whose parameters are written down about, if need be.
-      batch: this process's rows of what that step saw, kept likewise.
+      state: returns the newest state, whose parameters are described in a record.
+      batch: this process's rows of that step's batch, saved with a record.
 
     Raises:
-      BadNumbers: as configured.
+      BadNumbers: the configured reaction is to go back or to stop.
     """
     loss, in_row = values.get("loss", 0.0), round(values.get("skipped_in_row", 0))
     if in_row:
@@ -100,40 +100,36 @@ class Guard:
     self._act(what, "spike", self._config.spike_then, step, since, values, state, batch)
 
   def _act(self, what, kind, then, step, since, values, state, batch) -> None:
-    said = f"training: {what}"
+    message = f"training: {what}"
     if self._folder is not None:
       dump = os.path.join(self._folder, FOLDER, str(step))
       newest = state()
-      described = describe(newest.params)
+      parameters = describe(newest.params)
       os.makedirs(dump, exist_ok=True)
-      # One of several processes has but its rows, and the bad image may be in any's.
+      # A process has only its own rows, and the bad image may be among any process's.
       of_host = "" if hosts.is_main() else f"_of_host_{jax.process_index()}"
-      with (
-        files.replacing(os.path.join(dump, f"batch{of_host}.npz")) as partial,
-        open(partial, "wb") as file,
-      ):
+      path = os.path.join(dump, f"batch{of_host}.npz")
+      with files.replacing(path) as partial, open(partial, "wb") as file:
         np.savez(file, **batch)
       if hosts.is_main():
-        summary.write_json(
-          os.path.join(dump, "diagnosis.json"),
-          {
-            "step": step,
-            "what": what,
-            "well_until": since,
-            "metrics": _numbers(values),
-            "losses_before": list(self._losses),
-            "parameters_of_step": int(newest.step),  # metrics come a step late
-            "parameters": described,
-          },
-        )
+        diagnosis = {
+          "step": step,
+          "what": what,
+          "well_until": since,
+          "metrics": _numbers(values),
+          "losses_before": list(self._losses),
+          "parameters_of_step": int(newest.step),  # metrics arrive a step late
+          "parameters": parameters,
+        }
+        summary.write_json(os.path.join(dump, "diagnosis.json"), diagnosis)
       rollbacks.record(self._folder, {"step": step, "what": kind, **_numbers(values)})
-      said += f"; wrote {dump}"
+      message += f"; wrote {dump}"
     fix = "a lower train.learning_rate, train.clip_norm=1, or float32"
-    raise BadNumbers(f"{said}; fix: {fix}", step, since, then == "rollback")
+    raise BadNumbers(f"{message}; fix: {fix}", step, since, then == "rollback")
 
 
 def describe(params: Params) -> dict[str, dict[str, float]]:
-  """Largest absolute value, mean square and number of entries not finite of each parameter."""
+  """Returns every parameter's largest absolute value, mean square and number of non-finite entries."""
 
   @jax.jit
   def numbers(params):
@@ -147,17 +143,17 @@ def describe(params: Params) -> dict[str, dict[str, float]]:
     )
 
   flat = jax.tree_util.tree_flatten_with_path(jax.device_get(numbers(params)))[0]
-  found: dict[str, dict[str, float]] = {}
+  described: dict[str, dict[str, float]] = {}
   for path, value in flat:
-    found.setdefault(jax.tree_util.keystr(path[:-1]), {})[path[-1].key] = float(value)
-  return found
+    described.setdefault(jax.tree_util.keystr(path[:-1]), {})[path[-1].key] = float(value)
+  return described
 
 
 def go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
-  """Sets aside the checkpoints since all was well, and has other data follow.
+  """Moves checkpoints since the trouble began away, and records a rollback, which changes the data order.
 
   Raises:
-    BadNumbers: there is nowhere to go back to, or the run has gone back often enough.
+    BadNumbers: there is no checkpoint to go back to, or `config.rollbacks` is reached.
   """
   before = len(rollbacks.rollback_steps(folder))
   steps = checkpoint.whole_steps(folder)
@@ -175,7 +171,7 @@ def go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
       path = checkpoint.path_of(folder, step)
       shutil.rmtree(f"{path}.rolled_back", ignore_errors=True)
       os.rename(path, f"{path}.rolled_back")
-  # The last thing: a run that is killed before has not gone back.
+  # Recorded last: a run that is killed before hasn't gone back.
   rollbacks.record(folder, {"step": bad.step, "what": "rollback", "to": max(good)})
   hosts.wait_for_all("gone back")
   say(f"{bad}\ngoing back to step {max(good)}, with other data (rollback {before + 1})")

@@ -1,8 +1,8 @@
-"""The training loop, of every job that trains.
+"""The training loop of every job that trains.
 
-For every step: evaluate? → save? → next batch → step → the last step's metrics → asked to stop? At
-the end: evaluate, save. What is evaluated, saved and trained is the job's; nothing here knows a
-model or a loss.
+Every step: evaluate if due → save if due → next batch → step → metrics of the step before → stop if
+asked to. At the end: evaluate, save. The job supplies step, evaluation and what is saved; nothing here
+knows a model or a loss.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ from igpt_jax.workspace import agreement, memory
 
 
 class Feed(Protocol):
-  """This host's rows, batch by batch; `pipeline.Batches`, or what is used like them.
+  """Iterator over this host's rows of batches, such as `pipeline.Batches`.
 
   Attributes:
-    wait_seconds: time that was spent waiting for batches.
+    wait_seconds: time spent waiting for batches.
   """
 
   wait_seconds: float
@@ -51,21 +51,21 @@ class Feed(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """What a job trains, how often it looks at it, and what it says of it.
+  """The job's part of a training loop.
 
   Attributes:
-    train_step: (state, batch) -> (state, metrics), compiled here.
+    train_step: (state, batch) -> (state, metrics); not compiled yet.
     batches: step -> this host's rows from that step on.
-    fields: of a batch, that the step takes.
-    batch_size: of a step, all hosts together.
+    fields: the arrays of a batch that the step takes.
+    batch_size: images in a step, all hosts together.
     log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
-    describe: step -> what the checkpoint of that step says.
-    evaluate: state -> numbers, to be written down; None: nothing is held out to evaluate on.
-    ended: asked after each evaluation whether to end before the last step.
-    kept: state -> what a checkpoint holds of it.
-    scores: step -> numbers by which the best checkpoint is kept; None: it has none.
-    flops: of training on one image; 0: not known.
-    shown: metrics that a line tells, in order, and how.
+    describe: step -> the `run` in the checkpoint of that step.
+    evaluate: state -> metrics; None: there are no images to evaluate on.
+    ended: returns True, after an evaluation, to end before the last step.
+    kept: state -> the part of it that checkpoints hold.
+    scores: step -> metrics by which the best checkpoint is kept; None: that step has none.
+    flops: FLOPs of training on one image; 0: unknown.
+    shown: the metrics in a line of the log, in order, with their formats.
   """
 
   train_step: Callable
@@ -86,15 +86,15 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruments:
-  """What goes on beside the training.
+  """Saving, logging, timing and checking of a training loop.
 
   Attributes:
-    save: writes states, under their steps.
-    writers: of metrics; they stay open.
-    progress: what a log's speed and line come from.
-    clock: of where the time goes; left in the phase of checkpoints.
-    profiler: not entered yet.
-    guard: shown what is logged.
+    save: saves states as checkpoints.
+    writers: the writers of metrics, which stay open.
+    progress: measures speed and formats the log's lines.
+    clock: counts time by phase; ends in phase "checkpoint".
+    profiler: the profiler, not entered yet.
+    guard: checks the logged metrics.
   """
 
   save: saving.Saver
@@ -105,12 +105,12 @@ class Instruments:
   guard: Guard
 
   def tell(self, step: int, values: dict[str, float]) -> None:
-    """Writes a step's numbers down, and says them in a line."""
+    """Writes a step's metrics, and prints them as a line."""
     self.writers.write(step, values)
     say(self.progress.line(step, values))
 
   def tell_training(self, step: int, values: dict[str, float], wait_seconds: float) -> None:
-    """Tells a training step's metrics, and how fast training is."""
+    """Reports a training step's metrics, and the speed."""
     measured = self.progress.measure(step)
     if measured:
       measured["data_wait"] = self.progress.share_waited(wait_seconds)
@@ -118,7 +118,7 @@ class Instruments:
     self.clock.note(step)
 
   def pause(self, function: Callable, phase: str) -> Any:
-    """Calls `function` outside the measured speed, its time counted as `phase`."""
+    """Calls `function`, excluded from the measured speed and counted as `phase`."""
     paused = time.monotonic()
     with self.clock.phase(phase):
       result = function()
@@ -128,12 +128,12 @@ class Instruments:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a run of the loop ended.
+  """End of a training loop.
 
   Attributes:
-    state: the last one, saved.
-    step: its number.
-    stopped_by: the signal that ended it; None: it has ended by itself.
+    state: the last state, which has been saved.
+    step: its step.
+    stopped_by: the signal that stopped it; None: it ended by itself.
   """
 
   state: TrainState
@@ -142,11 +142,10 @@ class Outcome:
 
 
 class StopSignal:
-  """Turns SIGTERM into a wish that the loop looks at between two steps.
+  """Handler that turns SIGTERM into a request that the loop checks between two steps.
 
-  Several processes must stop at the same step, whoever was signalled and when: there jax' own
-  handler takes the signal, and agrees on a step with the others in the background. (Where main has
-  left that out, the signal ends the process.)
+  Several processes must stop at the same step: there jax' own handler takes the signal, and agrees on
+  a step with the others in the background. (If main hasn't enabled it, the signal ends the process.)
   """
 
   def __init__(self):
@@ -154,7 +153,7 @@ class StopSignal:
     self._previous: Any = None
 
   def asked(self, at_step: int) -> str | None:
-    """The signal's name if the run is to stop before step `at_step`; ask before every step."""
+    """Returns the signal's name if the run is to stop before `at_step`; to be called at every step."""
     serves = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]
     agrees = jax.process_count() > 1 and serves
     if agrees and multihost_utils.reached_preemption_sync_point(at_step):
@@ -182,14 +181,14 @@ def run(
   """Trains from `train_state` until `steps`, until `work.ended`, or until it is asked to stop.
 
   Args:
-    work: what to do.
-    train_state: where to begin; its arrays are donated.
-    mesh: where state and batches lie.
-    steps: of the whole run.
-    instruments: what goes on beside it.
+    work: the job's part.
+    train_state: the initial state; its arrays are donated.
+    mesh: the mesh of state and batches.
+    steps: the number of steps of the whole run.
+    instruments: saving, logging, timing and checking.
 
   Raises:
-    BadNumbers: as the guard has it; what was begun to be saved is saved, and the writers are closed.
+    BadNumbers: raised by the guard; checkpoints under way are complete, and the writers closed.
   """
   save_state, writers = instruments.save, instruments.writers
   clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal()
@@ -197,11 +196,11 @@ def run(
   batches = work.batches(first_step)
   clock.reads(batches)
   clock.enter("step")
-  # A step's number, its metrics, and the batch that they are of.
+  # Step, metrics and batch of the last logged step, not reported yet.
   pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
 
   def flush() -> None:
-    """Writes the metrics that were left one step behind."""
+    """Reports the metrics of the step before."""
     nonlocal pending
     if pending is None:
       return
@@ -212,7 +211,7 @@ def run(
     instruments.guard.look(of_step, values, lambda: train_state, of_batch)
 
   def pause(function: Callable, phase: str) -> Any:
-    """Does something beside the training, outside the measured speed."""
+    """Calls `function` when the device is idle, excluded from the measured speed."""
     flush()
     jax.block_until_ready(train_state)
     return instruments.pause(function, phase)
@@ -220,11 +219,11 @@ def run(
   def evaluation_due() -> bool:
     return bool(work.evaluate and work.eval_every) and at_step % work.eval_every == 0
 
-  evaluated_at = first_step  # what a run goes on from has been evaluated
+  evaluated_at = first_step  # the checkpoint that a run resumes from has been evaluated
 
   def evaluate() -> None:
     nonlocal evaluated_at
-    assert work.evaluate, "it is called only where there is one"
+    assert work.evaluate is not None
     evaluated_at = at_step
     values = pause(functools.partial(work.evaluate, train_state), "evaluation")
     instruments.tell(at_step, values)
@@ -248,7 +247,7 @@ def run(
             break
         if at_step % work.save_every == 0 or save_state.failed():
           save()
-      # Only begun here: it travels while the device is still at the step before.
+      # Asynchronous: the transfer overlaps with the step before.
       read = next(batches)
       batch = sharding.put_batch({name: read[name] for name in work.fields}, mesh)
       if compiled is None:
@@ -267,19 +266,19 @@ def run(
     flush()
     if profiler.tracing:
       pause(profiler.close, "profile")
-    # Also when stopped: what is saved at a step has been evaluated at it, so resuming owes nothing.
+    # Also when stopped: resuming expects that every checkpoint has been evaluated.
     at_end = work.evaluate is not None and at_step >= steps
     if at_step > evaluated_at and (at_end or evaluation_due()):
       evaluate()
     save()
-    clock.enter("checkpoint")  # which is still being written
+    clock.enter("checkpoint")  # it is still being written
     save_state.finish(train_state, at_step)
   done = at_step >= steps or work.ended()
   return Outcome(train_state, at_step, None if done else stop.requested)
 
 
 def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: Mesh):
-  """The step, compiled for arrays that lie as these do; a UserError where it doesn't fit."""
+  """Compiles the step for these arrays' shardings; raises UserError if it doesn't fit the devices."""
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
   shardings = jax.tree.map(lambda x: x.sharding, train_state)
   compiled = compilation.compile_step(train_step, abstract, shardings, batch)
@@ -290,7 +289,7 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
 
 @contextlib.contextmanager
 def _settled(save: saving.Saver, writers: metrics.Writers) -> Iterator[None]:
-  """Leaves nothing under way where the run goes back and begins anew."""
+  """Completes checkpoints under way, and closes the writers, before the run goes back."""
   try:
     yield
   except BadNumbers:

@@ -1,7 +1,7 @@
-"""Pretraining as a function: settings in, outcome out. Job pretrain is its command.
+"""Pretraining as a function of settings, which job pretrain calls.
 
 Data, palette, model, optimizer → the newest checkpoint, or a fresh state → the loop (runner/loop.py)
-→ the curve and training.json. Called again it goes on from the newest checkpoint: parameters,
+→ the curve and training.json. Called again it resumes from the newest checkpoint: parameters,
 optimizer, RNG, data position and metrics.
 """
 
@@ -30,18 +30,18 @@ from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.workspace import memory, streams, training_palette, weights
 
-RESULT = "training.json"  # there when a run has made all its steps
+RESULT = "training.json"  # written when a run has made all its steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a pretraining ended.
+  """End of a pretraining.
 
   Attributes:
-    step: of its newest checkpoint.
-    stopped_by: the signal that ended it; None: it has made all its steps.
+    step: its newest checkpoint's.
+    stopped_by: the signal that stopped it; None: it has made all its steps.
     losses: the newest `loss` and, if images are held out, `validation_loss`, in nats per token.
-    workdir: where checkpoints, metrics and results are.
+    workdir: the folder of checkpoints, metrics and results.
   """
 
   step: int
@@ -56,10 +56,10 @@ def pretrain(
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM).
 
   Args:
-    settings: as they were given.
-    workdir: of the run, which goes on if it was begun.
-    mesh: where state and batches lie; None: the settings' own.
-    began: when the process began, by time.monotonic, if it is here for this run alone; None: now.
+    settings: as given.
+    workdir: the run's folder; a run that was begun there is resumed.
+    mesh: the mesh of state and batches; None: the settings'.
+    began: when the process began, by time.monotonic, if it serves this run alone; None: now.
   """
   train, data = settings.train, settings.data
   with TrainingRun(settings, workdir, train.steps, mesh=mesh, began=began) as run:
@@ -73,12 +73,12 @@ def pretrain(
     n_vocab = choices.palette_size(settings) if palette is None else palette.size
     model = choices.model_config(settings, n_vocab=n_vocab)
     optimizer_config = choices.optimizer_config(settings)
-    sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
-    memory.check_state(model, mesh)
     objective = objectives.make_objective(settings.objective, settings.mask_probability)
     schedule = optimizer.make_schedule(optimizer_config)
     tx = optimizer.make_optimizer(optimizer_config)
-    run.claim(settings, palette)  # only now: a mistake in the lines above leaves it unclaimed
+    sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
+    memory.check_state(model, mesh)
+    run.claim(settings, palette)  # only now: a UserError above must leave it unclaimed
 
     order = DataOrder(workdir, split, batch_size=batch_size, seed=settings.seed)
     train_state = run.resume_or(
@@ -97,17 +97,17 @@ def pretrain(
       train_state,
       Work(
         train_step=step.make_train_step(model, objective, tx, schedule, train.accumulate),
+        flops=compilation.flops_per_image(model),
+        describe=lambda at_step: run.describe_model(
+          model, settings.mask_probability, order.position(at_step)
+        ),
         batches=lambda at_step: order.batches(at_step, data, palette, mesh),
         fields=("tokens",),
         batch_size=batch_size,
         log_every=train.log_every,
         eval_every=train.eval_every,
         save_every=train.checkpoint_every,
-        describe=lambda at_step: run.describe_model(
-          model, settings.mask_probability, order.position(at_step)
-        ),
         evaluate=_evaluation(settings, held_out, likelihood, palette, mesh),
-        flops=compilation.flops_per_image(model),
       ),
     )
     newest = metrics.newest(os.path.join(workdir, "metrics.jsonl")) if hosts.is_main() else {}
@@ -127,7 +127,7 @@ def _evaluation(
   palette: Palette | None,
   mesh: Mesh,
 ) -> Callable[[state.TrainState], dict[str, float]] | None:
-  """state -> its loss on what is held out; None: nothing is."""
+  """Returns the function of a state that measures its validation loss; None: no images are held out."""
   if split is None:
     say(
       "data.validation: 0: nothing is held out, and nothing evaluated while it trains; "
@@ -141,14 +141,14 @@ def _evaluation(
   def evaluate(at: state.TrainState) -> dict[str, float]:
     with streams.eval_stream(split, settings.data, palette, mesh, batch_size, limit) as stream:
       result = likelihood(at.params, stream)
-    # BERT's masks may hide nothing of few images: then there is no loss to tell.
+    # With few images, BERT's masks may hide no pixel: then there is no loss.
     return {"validation_loss": result.nats_per_token} if result.predicted else {}
 
   return evaluate
 
 
 def _forget_result(workdir: str) -> None:
-  """Removes the result of a run that lost its last checkpoint: who watches it is to wait again."""
+  """Removes the result of a run that lost its last checkpoint, so that jobs that watch it wait."""
   if hosts.is_main():
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(workdir, RESULT))
@@ -163,7 +163,7 @@ def _in_words(model: ImageGPTConfig) -> str:
 
 
 def _finish(workdir: str, values: dict[str, Any]) -> None:
-  """Leaves the curve, training.json and the summary; of a run that had ended, what is missing of them."""
+  """Writes the curve, the summary and, unless a run that had ended has left it, training.json."""
   draw_curve(workdir, os.path.join(workdir, "loss.png"))
   path = os.path.join(workdir, RESULT)
   try:

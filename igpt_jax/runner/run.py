@@ -1,7 +1,7 @@
-"""One training run put together, whichever job it is of.
+"""A training run of any job.
 
-A job finds out what it trains, claims the folder, and hands over a `Work`. Checkpoints, metrics,
-profile, the clock, saving again, and going back from bad numbers are the run's.
+A job prepares what it trains, claims the folder, and passes a `Work`. The run does checkpoints, metrics,
+profile, clock, retries of saving, and rollbacks after bad numbers.
 """
 
 import contextlib
@@ -34,23 +34,23 @@ from igpt_jax.workspace import workdir as workdir_lib
 
 
 class TrainingRun:
-  """A run in its folder, which it locks while it is entered.
+  """A run in its folder, which is locked while the run is entered.
 
   Args:
-    settings: as they were given.
-    folder: of the run; made if need be.
-    steps: of the whole run.
-    kind: "pretraining" or "finetuning": what may not differ from the run that the folder holds; None:
-      a part of another job, which doesn't claim its folder and doesn't go back.
-    mesh: where state and batches lie; None: the settings' own.
-    began: when the process began, by time.monotonic, if it is here for this run alone; None: now.
-    checkpoints: what is kept of them, arguments of `Checkpoints`; what isn't given: `settings.train`'s.
+    settings: as given.
+    folder: the run's folder, made if missing.
+    steps: the number of steps of the whole run.
+    kind: "pretraining" or "finetuning", which selects the settings that a resumed run must share; None:
+      part of another job, which neither claims its folder nor goes back.
+    mesh: the mesh of state and batches; None: the settings'.
+    began: when the process began, by time.monotonic, if it serves this run alone; None: now.
+    checkpoints: arguments of `Checkpoints`; those of `settings.train` otherwise.
 
   Attributes:
-    mesh: where state and batches lie.
-    settings: `settings`; from `claim` on with every open choice made.
-    first_step: where `resume_or` has begun.
-    spent: where the time went, of `goodput.Clock.end`, once it is trained.
+    mesh: the mesh of state and batches.
+    settings: as given; from `claim` on with all choices made.
+    first_step: the step of the state that `resume_or` returned.
+    spent: the clock's `goodput.Clock.end`, after `train`.
   """
 
   first_step: int
@@ -87,7 +87,7 @@ class TrainingRun:
     self._held.__exit__(*error)
 
   def claim(self, settled: Settings, palette: Palette | None) -> None:
-    """Makes the folder this run's; a mistake that is found before leaves it unclaimed."""
+    """Writes settings and palette into the folder, which makes it this run's."""
     self.settings, self._palette = settled, palette
     if hosts.is_main():
       workdir_lib.claim(self._given, self._folder)
@@ -108,13 +108,13 @@ class TrainingRun:
     check: Callable[[int, dict[str, Any]], object],
     read: Callable[[dict[str, Any]], None] = lambda run: None,
   ) -> TrainState:
-    """The state of the newest good checkpoint, or a fresh one.
+    """Returns the state of the newest good checkpoint, or a fresh one.
 
     Args:
-      make_state: makes the fresh one.
-      abstract, shardings: of what a checkpoint holds.
-      check: may refuse a checkpoint's step and run.
-      read: takes what the checkpoint's run says; called again after going back.
+      make_state: makes the fresh state.
+      abstract, shardings: shapes and shardings of the state in a checkpoint.
+      check: (step, run); raises UserError to refuse a checkpoint.
+      read: called with the checkpoint's `run`, again after every rollback.
     """
     self._resume_again = lambda: self.resume_or(make_state, abstract, shardings, check, read)
     resumed = self.checkpoints.resume(abstract, shardings, check)
@@ -127,15 +127,14 @@ class TrainingRun:
       read(resumed.run)
       say(f"resuming at step {self.first_step} of {self._steps} from {self._folder}")
     self._clock = goodput.Clock(self._folder, self.first_step, self._began)
-    self._began = None  # seconds that are counted
+    self._began = None  # counted
     return state
 
   def train(self, state: TrainState, work: Work) -> Outcome:
-    """Trains to the end, or until it is asked to stop; again from an older checkpoint where numbers go bad.
+    """Trains until the end or a stop signal; goes back to an older checkpoint after bad numbers.
 
     Raises:
-      BadNumbers: `settings.guard` doesn't say to go back, there is nowhere to go back to, or it has
-        gone back often enough.
+      BadNumbers: `settings.guard` says to stop, or the run can't go back.
       SaveFailed: the disk was full, or broken, for too long.
     """
     while True:
@@ -180,7 +179,7 @@ class TrainingRun:
     return outcome
 
   def _writers(self) -> metrics.Writers:
-    """The writers that `settings.log` asks for; none but on the main process."""
+    """Returns the writers of `settings.log`, on the main process; none on others."""
     if not hosts.is_main():
       return metrics.Writers([])
     folder, log, step = self._folder, self.settings.log, self.first_step
@@ -192,18 +191,18 @@ class TrainingRun:
     return metrics.Writers(writers)
 
   def elapsed(self) -> float:
-    """Seconds of training so far, those of earlier processes included."""
+    """Returns the seconds of training so far, earlier processes included."""
     return self._elapsed_before + time.monotonic() - self._since
 
   def describe_model(
     self, model: ImageGPTConfig, mask_probability: float, data: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """What a checkpoint of a model says of its run: `run` of `checkpoint.CheckpointInfo`.
+    """Returns the `run` of a model's checkpoint (`checkpoint.CheckpointInfo`).
 
     Args:
-      model: that is trained.
-      mask_probability: of the masked objective.
-      data: the position in it, of `DataOrder.position`.
+      model: the trained model's config.
+      mask_probability: the masked objective's.
+      data: the position in the data, from `DataOrder.position`.
     """
     return {
       "version": __version__,

@@ -1,10 +1,9 @@
-"""A save that fails doesn't end a run at once: another try, and another, each later and said, until
-`train.save_retry_seconds` are over.
+"""Saving with retries: a save that fails is tried again, at growing intervals, for
+`train.save_retry_seconds`.
 
-Training waits meanwhile: what it computed would be lost with it. Older checkpoints stay as they are,
-for none is deleted before a newer one is whole. Several processes try together: one that fails at the
-beginning of a save tells the others at once; for one that fails in the background they wait as long
-again before they know.
+Training waits meanwhile, so that nothing computed is lost. Older checkpoints are kept, since none is
+deleted before a newer one is complete. Several processes retry together: a failure at the beginning of
+a save is known to all at once, one in the background when the others wait for that save.
 """
 
 import os
@@ -23,12 +22,12 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries
 
 
 class Saver:
-  """Saves states as a job does, again where that fails.
+  """Saves states, with retries.
 
   Args:
-    checkpoints: where to.
-    begin: (state, step) -> None; begins to write the state there.
-    retry_seconds: after the first failure, in which to try again; 0: not at all.
+    checkpoints: the run's checkpoints.
+    begin: (state, step) -> None; begins to write the state.
+    retry_seconds: the time for retries after a failure; 0: none.
   """
 
   def __init__(
@@ -40,14 +39,14 @@ class Saver:
   def __call__(
     self, state: TrainState, step: int, before: Callable[[], None] = lambda: None
   ) -> None:
-    """Begins to save `state`; after a failure, the last save's too, returns when it is saved.
+    """Begins to save `state`; after a failure, of this save or the last, returns when it is saved.
 
     Args:
-      state, step: what `begin` takes.
-      before: what must be on the disk before: told so before every try.
+      state, step: the arguments of `begin`.
+      before: called before every try, to flush what must be on the disk before the checkpoint.
 
     Raises:
-      SaveFailed: it couldn't be.
+      SaveFailed: the retries' time is over.
     """
     self._before = before
     error = _caught(self._checkpoints.wait)
@@ -58,23 +57,20 @@ class Saver:
     self._try_again(state, step, error)
 
   def failed(self) -> bool:
-    """Whether the last save has failed, as far as this is known already: then save now.
-
-    Of several processes it is known at the next save.
-    """
+    """True if the last save is known to have failed; never with several processes. Doesn't block."""
     return self._checkpoints.failed()
 
   def settle(self) -> None:
-    """Returns when nothing is being written any more, be it whole or not."""
+    """Waits for a save under way to succeed or fail."""
     error = _caught(self._checkpoints.close)
     if error is not None:
       say(f"checkpoint: the last one wasn't saved: {_in_words(error)}")
 
   def finish(self, state: TrainState, step: int) -> None:
-    """Returns when `state`, whose save was begun, is saved.
+    """Returns when `state`, whose save has begun, is saved.
 
     Raises:
-      SaveFailed: it couldn't be.
+      SaveFailed: the retries' time is over.
     """
     error = _caught(self._checkpoints.wait)
     if hosts.on_any(error is not None):
@@ -131,7 +127,6 @@ def _in_words(error: Exception | None) -> str:
     return first.strerror
   if "DEADLINE_EXCEEDED" in str(first):
     return "another process didn't come to the end of its part"
-  said = re.search(r"os_error_code='(\d+)'", str(first))  # in tensorstore's many words
-  if said:
-    return os.strerror(int(said[1]))
+  if code := re.search(r"os_error_code='(\d+)'", str(first)):  # tensorstore's message
+    return os.strerror(int(code[1]))
   return f"{type(first).__name__}: {str(first)[:300]}"

@@ -37,25 +37,26 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
   """
   path = os.path.expanduser(path)
   if formats.detect(path) == "orbax":
-    return with_palette(checkpoint.describe(path), settings)
-  with formats.open_foreign(path) as foreign:
-    config, clusters, kind = foreign.config, foreign.clusters, foreign.format
-    where = os.path.abspath(foreign.path)
-  resolution = math.isqrt(config.n_positions)
-  if resolution**2 != config.n_positions:
-    raise UserError(
-      f"checkpoint: {where} has {config.n_positions} positions; expected those of a square image"
-    )
-  step = re.search(r"ckpt-(\d{1,12})$", where) if kind == "openai" else None
-  run = {
-    "version": __version__,
-    "model": dataclasses.asdict(config),
-    "objective": "autoregressive" if config.causal else "masked",
-    "mask_probability": settings.mask_probability,
-    "resolution": resolution,
-    "imported_from": kind,
-  }
-  info = CheckpointInfo(where, int(step[1]) if step else 0, config, clusters, run, kind)
+    info = checkpoint.describe(path)
+  else:
+    with formats.open_foreign(path) as foreign:
+      config, kind, where = foreign.config, foreign.format, os.path.abspath(foreign.path)
+    resolution = math.isqrt(config.n_positions)
+    if resolution**2 != config.n_positions:
+      raise UserError(
+        f"checkpoint: {where} has {config.n_positions} positions; expected those of a square image"
+      )
+    named = re.search(r"ckpt-(\d{1,12})$", where) if kind == "openai" else None
+    run = {
+      "version": __version__,
+      "model": dataclasses.asdict(config),
+      "objective": "autoregressive" if config.causal else "masked",
+      "mask_probability": settings.mask_probability,
+      "resolution": resolution,
+      "imported_from": kind,
+    }
+    step = int(named[1]) if named else 0
+    info = CheckpointInfo(where, step, config, foreign.clusters, run, kind)
   return with_palette(info, settings)
 
 
@@ -159,22 +160,23 @@ def of_run(settings: Settings, workdir: str, split: Split) -> Start:
       these images; or the workdir holds parameters that no run has trained there.
   """
   own = info = checkpoint.newest(workdir)
-  if own is not None:
-    if "data" not in own.run:
-      raise UserError(
-        f"workdir: {workdir} holds an imported checkpoint, without a training state to go on from; "
-        f"fix: another --workdir, with --config.init_from={workdir}"
-      )
-    check_palette(settings, own, f"put those colours back, which {workdir}/palette.npy holds")
-  elif settings.init_from:
-    info = describe(settings.init_from, settings)
+  fix = f"put those colours back, which {workdir}/palette.npy holds"
+  if own is not None and "data" not in own.run:
+    raise UserError(
+      f"workdir: {workdir} holds an imported checkpoint, without a training state to go on from; "
+      f"fix: another --workdir, with --config.init_from={workdir}"
+    )
+  if own is None and settings.init_from:
+    fix, info = "--config.palette.path=", describe(settings.init_from, settings)
     _check_same_model(settings, info)
-    check_palette(settings, info, "--config.palette.path=")
     if info.palette is None and not split.is_tokens:
       raise no_palette(info, "init_from")
-  palette = palette_of(info) if info is not None and info.palette is not None else None
-  model = info.config if info is not None and settings.init_from else None
-  return Start(choices.settle(settings, model), info if own is None else None, palette)
+  if info is None:
+    return Start(choices.settle(settings))
+  check_palette(settings, info, fix)
+  palette = None if info.palette is None else palette_of(info)
+  settled = choices.settle(settings, info.config if settings.init_from else None)
+  return Start(settled, info if own is None else None, palette)
 
 
 def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
