@@ -179,4 +179,4 @@ def declarations(group: type[Group]) -> Iterator[tuple[str, Declaration]]:
       jobs = declaration.jobs or group.jobs
       yield group.prefix + field.name, dataclasses.replace(declaration, jobs=jobs)
     else:
-      yield from declarations(type(field.default))
+      yield from declarations(type(field.default))  # type: ignore[arg-type]

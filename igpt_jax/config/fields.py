@@ -34,13 +34,13 @@ class Settings(Group, jobs=tuple(JOBS)):
 
   # fmt: off
   # ruff: noqa: RUF009 (groups are frozen)
-  job: str = setting("pretrain", "what to do", choices=tuple(JOBS))
-  seed: int = setting(0, "of everything drawn", least=0, most=2**32 - 1, decides="run",
+  job: str = setting("pretrain", "job to run", choices=tuple(JOBS))
+  seed: int = setting(0, "seed of all random numbers", least=0, most=2**32 - 1, decides="run",
     jobs=(*TRAINING, "lowdata", "sample", "complete", "quality", "fit_palette"))
   init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from; "
     '"": random ones', path=True, decides="run", host=True,
     jobs=("pretrain", *READING, "benchmark"))
-  checkpoint: str = setting("", "what is read; \"\": --workdir's newest, or else init_from",
+  checkpoint: str = setting("", "checkpoint to read; \"\": --workdir's newest, or else init_from",
     path=True, host=True, jobs=READING)
 
   data: runs.DataConfig = runs.DataConfig()
@@ -49,23 +49,23 @@ class Settings(Group, jobs=tuple(JOBS)):
 
   objective: str = setting("", "autoregressive, masked (BERT); \"\": the checkpoint's, or "
     "autoregressive", decides="run", choices=("autoregressive", "masked"), jobs=MAKING)
-  mask_probability: float = setting(0.15, "of the masked objective, where a checkpoint doesn't say",
+  mask_probability: float = setting(0.15, "probability of a mask, unless stored in a checkpoint",
     above=0, below=1, decides="run", jobs=(*COMPUTING, "convert"))
 
   train: runs.TrainConfig = runs.TrainConfig()
   mesh: runs.MeshConfig = runs.MeshConfig()
   guard: runs.GuardConfig = runs.GuardConfig()
-  hang_seconds: float = setting(1_800.0, "training without progress, after which it ends; 0: never",
+  hang_seconds: float = setting(1_800.0, "seconds without progress before training ends; 0: no limit",
     **FROM_0, jobs=TRAINING)
-  host_seconds: int = setting(100, "of silence, after which a host counts as lost; with "
+  host_seconds: int = setting(100, "seconds of silence before a host counts as lost; with "
     "--distributed", least=1, most=10**6)
   profile: runs.ProfileConfig = runs.ProfileConfig()
   evaluate: jobs.EvaluateConfig = jobs.EvaluateConfig()
-  watch: bool = setting(False, "do it for every checkpoint of a run, until that ends",
+  watch: bool = setting(False, "run the job on every checkpoint of a run, until that ends",
     jobs=WATCHING)
-  watch_seconds: float = setting(30.0, "between two looks", **FROM_0, jobs=WATCHING)
-  watch_patience: float = setting(0.0, "seconds without a new checkpoint after which watching "
-    "ends; 0: never", **FROM_0, jobs=WATCHING)
+  watch_seconds: float = setting(30.0, "seconds between two looks for checkpoints", **FROM_0, jobs=WATCHING)
+  watch_patience: float = setting(0.0, "seconds without a new checkpoint before watching "
+    "ends; 0: no limit", **FROM_0, jobs=WATCHING)
 
   features: jobs.FeaturesConfig = jobs.FeaturesConfig()
   probe: jobs.ProbeConfig = jobs.ProbeConfig()

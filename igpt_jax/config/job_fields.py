@@ -12,26 +12,26 @@ from igpt_jax.config.declare import BATCH, COUNT, DRAWING, FROM_0, Group, settin
 class EvaluateConfig(Group, prefix="evaluate", jobs=("evaluate",)):
   """The likelihood of a split."""
 
-  split: str = setting("test", "to evaluate", choices=("test", "validation", "train"))
+  split: str = setting("test", "split to evaluate", choices=("test", "validation", "train"))
   batch_size: int = setting(128, "images at a time", **BATCH)
-  images: int = setting(0, "at most; 0: all", **FROM_0, jobs=("evaluate", "finetune"))
+  images: int = setting(0, "images, at most; 0: all", **FROM_0, jobs=("evaluate", "finetune"))
   masks: int = setting(1, "masked objective: masks drawn per image", **COUNT)
-  baseline_images: int = setting(50_000, "training images the unigrams are counted on", **COUNT)
+  baseline_images: int = setting(50_000, "training images that unigrams are counted on", **COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata")):
   """Features that linear classifiers are fitted to."""
 
-  layers: tuple[int, ...] = setting((), "of 0 to n_layer; (): all")
-  grid: int = setting(1, "means over grid × grid blocks of pixels, side by side; 1: over all",
+  layers: tuple[int, ...] = setting((), "layers, 0 to n_layer; (): all")
+  grid: int = setting(1, "concatenate means over grid × grid blocks of pixels; 1: mean over all",
     **COUNT)
-  masks: int = setting(0, "BERT: means over that many masked inputs; 0: nothing is masked",
+  masks: int = setting(0, "BERT: masked inputs to average features over; 0: nothing is masked",
     **FROM_0)
   batch_size: int = setting(128, "images at a time", **BATCH)
   images: int = setting(0, "training images, at most; 0: all", **FROM_0)
-  eval_images: int = setting(0, "of validation, and of test, at most; 0: all", **FROM_0)
-  cache: str = setting("", 'where they are kept; "": features/ in the workdir', path=True,
+  eval_images: int = setting(0, "images of validation, and of test, at most; 0: all", **FROM_0)
+  cache: str = setting("", 'folder of stored features; "": features/ in the workdir', path=True,
     host=True)
   baselines: tuple[str, ...] = setting(("pixels", "pca", "random"), "to compare with: these, or "
     "some of them", choices=("pixels", "pca", "random"))
@@ -43,25 +43,25 @@ class ProbeConfig(Group, prefix="probe", jobs=("probe",)):
 
   method: str = setting("", "lbfgs, sgd (ImageNet's size); \"\": by the number of images",
     choices=("lbfgs", "sgd"))
-  concatenate: tuple[int, ...] = setting((), "layers, side by side, as one more set of features")
-  around_best: int = setting(0, "that many layers around the best, likewise; 5 in the paper",
+  concatenate: tuple[int, ...] = setting((), "layers to concatenate, as one more set of features")
+  around_best: int = setting(0, "layers around the best to concatenate, likewise; 5 in the paper",
     **FROM_0)
-  max_iterations: int = setting(1_000, "of L-BFGS", **COUNT, jobs=("probe", "lowdata"))
-  cached: bool = setting(True, "sgd: from stored features; False: from images, each time anew")
-  learning_rates: tuple[float, ...] = setting((30.0, 10.0, 3.0, 1.0, 0.3), "sgd: all at the same "
-    "time", above=0, empty=False)
-  steps: int = setting(1_000_000, "sgd", **COUNT)
-  batch_size: int = setting(128, "sgd", **BATCH)
-  eval_every: int = setting(10_000, "sgd: validation accuracy, and a checkpoint", **COUNT)
+  max_iterations: int = setting(1_000, "iterations of L-BFGS", **COUNT, jobs=("probe", "lowdata"))
+  cached: bool = setting(True, "sgd: train on stored features; False: compute them anew")
+  learning_rates: tuple[float, ...] = setting((30.0, 10.0, 3.0, 1.0, 0.3), "sgd: trained in "
+    "parallel", above=0, empty=False)
+  steps: int = setting(1_000_000, "sgd: updates", **COUNT)
+  batch_size: int = setting(128, "sgd: images in an update", **BATCH)
+  eval_every: int = setting(10_000, "sgd: steps between two evaluations, and checkpoints", **COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
 class LowdataConfig(Group, prefix="lowdata", jobs=("lowdata",)):
   """Linear classifiers on a few labels."""
 
-  labels_per_class: tuple[int, ...] = setting((1, 4, 25, 250, 400), "how many labels are given",
+  labels_per_class: tuple[int, ...] = setting((1, 4, 25, 250, 400), "labels per class",
     least=1, empty=False)
-  trials: int = setting(5, "random subsets of each", **COUNT)
+  trials: int = setting(5, "random subsets per number of labels", **COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ class SampleConfig(Group, prefix="sample", jobs=("sample",)):
   samples: int = setting(32, "unconditional images; 0: compile leaves sampling out", least=0,
     most=65_536, jobs=("sample", "compile"))
   completions: int = setting(8, "images of test to complete", **BATCH)
-  per_image: int = setting(4, "completions of each", **BATCH)
-  keep: float = setting(0.5, "share of the rows that is given", above=0, below=1,
+  per_image: int = setting(4, "completions per image", **BATCH)
+  keep: float = setting(0.5, "share of the rows that is kept", above=0, below=1,
     jobs=("sample", "quality"))
   temperature: float = setting(1.0, "1e-6 or more; 0: the likeliest colour", jobs=DRAWING)
   top_k: int = setting(0, "of the likeliest colours; 0: all", jobs=DRAWING)
@@ -91,12 +91,12 @@ class CompleteConfig(Group, prefix="complete", jobs=("complete",)):
 
   images: str = setting("", 'a file, a glob in quotes, or a folder; "": samples from nothing',
     path=True, host=True)
-  keep: float = setting(0.5, "share of the rows (or columns) that is given; to draw whole images "
+  keep: float = setting(0.5, "share of the rows (or columns) that is kept; to draw whole images "
     "leave `images` out", above=0, below=1)
   hide: str = setting("lower", "the part to draw; by BERT also upper, left, right, centre, or an "
     "image of a mask")
-  passes: int = setting(16, "BERT: over the image, the most confident pixels first", **COUNT)
-  n: int = setting(8, "samples of each image", **BATCH)
+  passes: int = setting(16, "BERT: passes over the image, the most confident pixels first", **COUNT)
+  n: int = setting(8, "samples per image", **BATCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class QualityConfig(Group, prefix="quality", jobs=("quality",)):
     least=2)
   network: str = setting("", "a checkpoint, or a network in .onnx, whose features are compared; "
     '"": the model itself', path=True)
-  layer: int = setting(-1, "of that checkpoint; -1: the middle one")
+  layer: int = setting(-1, "layer of that checkpoint; -1: the middle one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,8 @@ class DownloadConfig(Group, prefix="download", jobs=("download",)):
   bert: bool = setting(False, "the model of the BERT objective")
   data: str = setting("imagenet", 'test split as tokens: imagenet, cifar10; "": none',
     choices=("imagenet", "cifar10", ""))
-  directory: str = setting("downloads", "where they go", path=True)
-  url: str = setting("", 'of a mirror; "": where they were released')
+  directory: str = setting("downloads", "folder to write to", path=True)
+  url: str = setting("", 'mirror; "": where they were released')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,6 @@ class BenchmarkConfig(Group, prefix="benchmark", jobs=("benchmark",)):
 
   parts: tuple[str, ...] = setting(("training", "attention", "sampling", "input"), "what to "
     "measure", empty=False, choices=("training", "attention", "sampling", "input"))
-  repeats: int = setting(5, "timings of each, medians are told", **COUNT)
-  samples: int = setting(8, "images that are sampled at a time", **BATCH)
-  images: int = setting(200, "of the data set, that the input pipeline is timed on", **COUNT)
+  repeats: int = setting(5, "timings of a measurement, whose median is reported", **COUNT)
+  samples: int = setting(8, "images drawn at a time", **BATCH)
+  images: int = setting(200, "images of the data set that the input pipeline is timed on", **COUNT)

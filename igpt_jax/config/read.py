@@ -27,7 +27,7 @@ def settings_of(config: "ConfigDict") -> Settings:
       raise UserError(f"config: {no_such(name)}; fix: --help lists the settings")
     group, _, field = name.rpartition(".")
     parts.setdefault(group, {})[field] = tuple(value) if isinstance(value, list) else value
-  groups = {
+  groups: dict[str, Any] = {
     field.name: type(field.default)(**parts.get(field.name, {}))
     for field in dataclasses.fields(Settings)
     if isinstance(field.default, Group)

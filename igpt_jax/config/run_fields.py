@@ -35,26 +35,26 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
   data_dir: str = setting("", "where TFDS keeps prepared data; \"\": TFDS' default", host=True)
   resolution: int = setting(8, "height and width the model sees, in pixels", least=1, decides="run",
     jobs=(*OPENING, "compile"))
-  augment: str = setting("none", "of training images: none, paper (random resize and crop as for "
+  augment: str = setting("none", "augmentation in training: none, paper (random resize and crop as for "
     "ImageNet), cifar (pad, crop, flip), shift (by up to an eighth of the side; for digits)",
     decides="run", choices=("none", "paper", "cifar", "shift"))
   validation: float = setting(0.1, "share of train that is held out: the paper's is 0.04 of "
     "ImageNet, 0.1 of others, and 0 in its final runs, which are evaluated on test alone", least=0,
     below=1, decides="run")
-  validation_split: str = setting("", "a stored split held out instead, train is then the whole "
-    'of train: validation, val; "": none', decides="run")
+  validation_split: str = setting("", "a stored split to use instead, such as validation or val, "
+    'with the whole of train; "": none', decides="run")
   max_bad: float = setting(0.001, "share of a split's images that may be unreadable", least=0,
     most=1)
-  resample: str = setting("fused", "of augment=paper in training: fused (one resize), literal "
-    "(the paper's two)", decides="run", choices=("fused", "literal"),
+  resample: str = setting("fused", "resizing of augment=paper in training: fused (one resize), "
+    "literal (the paper's two)", decides="run", choices=("fused", "literal"),
     jobs=("pretrain", "finetune", "fit_palette", "benchmark"))
-  threads: int = setting(0, "that load batches, in each process, each two ahead: more of them "
+  threads: int = setting(0, "threads that load batches, in every process, two batches ahead; more "
     "hide slow reads; 0: chosen", least=0, most=1_024, host=True)
   workers: int = setting(0, "processes that load batches; 0: this one", least=0, host=True)
-  cache_mb: int = setting(512, "a data set whose decoded images fit in this is read once", least=0,
+  cache_mb: int = setting(512, "a data set whose decoded images fit in it is read once", least=0,
     host=True)
-  verify: bool = setting(False, "read folders and files of tokens whole to know them, also if "
-    "they seem unchanged", host=True)
+  verify: bool = setting(False, "read folders and files of tokens completely for their digest, "
+    "even if they seem unchanged", host=True)
   manual_dir: str = setting("", "archives fetched by hand; \"\": TFDS' default", path=True,
     host=True, jobs=("prepare",))
 
@@ -83,7 +83,7 @@ class PaletteConfig(Group, prefix="palette", jobs=("pretrain", "finetune", "fit_
     jobs=("pretrain", *READING, "convert", "benchmark"))
   size: int = setting(0, "colours; 0: the checkpoint's, those of the path, or 512", least=2,
     decides="run", jobs=(*MAKING, "fit_palette"))
-  images: int = setting(10_000, "training images it is fitted to, at most", **COUNT, decides="run")
+  images: int = setting(10_000, "training images that it is fitted to, at most", **COUNT, decides="run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +95,11 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
   n_layer: int = setting(0, "0: the size's", **FROM_0, decides="run")
   n_head: int = setting(0, "0: the size's", **FROM_0, decides="run")
   n_embd: int = setting(0, "0: the size's", **FROM_0, decides="run")
-  dtype: str = setting("", 'of activations; "": bfloat16 on accelerators, float32 on CPU',
+  dtype: str = setting("", 'dtype of activations; "": bfloat16 on accelerators, float32 on CPU',
     choices=("float32", "bfloat16"), jobs=COMPUTING)
-  remat: str = setting("", "what the backward pass computes again: none, names, offload, full; "
+  remat: str = setting("", "rematerialization in the backward pass: none, names, offload, full; "
     "\"\": the size's", choices=("none", "names", "offload", "full"))
-  attention: str = setting("auto", "its implementation", jobs=COMPUTING,
+  attention: str = setting("auto", "implementation of attention", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
 
 
@@ -107,31 +107,31 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
 class TrainConfig(Group, prefix="train", jobs=UPDATING):
   """Pretraining's updates, and logging and checkpoints of any training."""
 
-  batch_size: int = setting(128, "images of one update", **BATCH, decides="pretraining")
-  accumulate: int = setting(1, "parts that a batch is worked through in, one update in all",
+  batch_size: int = setting(128, "images in an update", **BATCH, decides="pretraining")
+  accumulate: int = setting(1, "parts that a batch is split into, for one update",
     least=1)
-  steps: int = setting(1_000_000, "updates in all", least=1, decides="pretraining")
-  learning_rate: float = setting(0.0, "its peak; 0: the size's", above=0, decides="pretraining")
-  warmup_steps: int = setting(0, "of linear warm-up", **FROM_0, decides="pretraining")
+  steps: int = setting(1_000_000, "updates, in all", least=1, decides="pretraining")
+  learning_rate: float = setting(0.0, "peak; 0: the size's", above=0, decides="pretraining")
+  warmup_steps: int = setting(0, "steps of linear warm-up", **FROM_0, decides="pretraining")
   schedule: str = setting("cosine", "after the warm-up: cosine, to 0 at `steps`, or constant",
     decides="pretraining", choices=("cosine", "constant"))
-  b1: float = setting(0.9, "Adam's", least=0, below=1, decides="run", jobs=MAKING)
-  b2: float = setting(0.95, "Adam's", least=0, below=1, decides="run", jobs=MAKING)
-  weight_decay: float = setting(0.0, "of matrices, decoupled", **FROM_0, decides="run", jobs=MAKING)
-  clip_norm: float = setting(0.0, "of the whole gradient; 0: no clipping", **FROM_0, decides="run",
+  b1: float = setting(0.9, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
+  b2: float = setting(0.95, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
+  weight_decay: float = setting(0.0, "weight decay of matrices, decoupled", **FROM_0, decides="run", jobs=MAKING)
+  clip_norm: float = setting(0.0, "limit of the gradient's global norm; 0: none", **FROM_0, decides="run",
     jobs=MAKING)
   log_every: int = setting(50, "steps between two logs", least=1, jobs=TRAINING)
   eval_every: int = setting(1_000, "steps between two evaluations; 0: at the end only", **FROM_0,
     jobs=("pretrain",))
-  eval_images: int = setting(10_000, "of the validation split, at most; 0: all", **FROM_0,
+  eval_images: int = setting(10_000, "images of the validation split, at most; 0: all", **FROM_0,
     jobs=TRAINING)
   checkpoint_every: int = setting(1_000, "steps between two checkpoints", least=1,
     jobs=("pretrain",))
-  max_to_keep: int = setting(3, "newest checkpoints that are kept", least=1,
+  max_to_keep: int = setting(3, "newest checkpoints to keep", least=1,
     jobs=("pretrain", "finetune"))
-  keep_period: int = setting(0, "checkpoints at multiples of this are kept, too; 0: none", **FROM_0,
+  keep_period: int = setting(0, "checkpoints to keep at multiples of it, too; 0: none", **FROM_0,
     jobs=("pretrain", "finetune"))
-  save_retry_seconds: float = setting(600.0, "in which a save that fails is tried again; 0: never",
+  save_retry_seconds: float = setting(600.0, "seconds in which a failed save is retried; 0: never",
     **FROM_0, jobs=TRAINING)
 
 
@@ -139,24 +139,23 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
 class MeshConfig(Group, prefix="mesh", jobs=COMPUTING):
   """Numbers of devices on the mesh's axes; one may be -1: what is left."""
 
-  data: int = setting(-1, "groups of devices, each with images of its own")
-  fsdp: int = setting(1, "devices that split parameters and optimizer state, and images, too")
-  tensor: int = setting(1, "devices that split each image's computation")
+  data: int = setting(-1, "groups of devices, with different images")
+  fsdp: int = setting(1, "devices that split parameters, optimizer state and images")
+  tensor: int = setting(1, "devices that split the computation of an image")
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(Group, prefix="guard", jobs=TRAINING):
   """What counts as bad numbers in training, and how to react."""
 
-  in_row: int = setting(10, "updates left out one after the other, not being finite, until `then` "
-    "is done", least=1)
-  then: str = setting("rollback", "to the last checkpoint before, with other data; or stop; or "
-    "warn, which only tells", choices=("rollback", "stop", "warn"))
+  in_row: int = setting(10, "successive updates skipped as not finite until `then` is done", least=1)
+  then: str = setting("rollback", "rollback (to the last checkpoint before, with other data), stop, "
+    "or warn", choices=("rollback", "stop", "warn"))
   spike: float = setting(1.0, "nats per token above the median of the last 20 logged losses that "
-    "are a spike; 0: none is", least=0)
-  spike_then: str = setting("warn", "rollback, stop or warn, at a spike",
+    "count as a spike; 0: none", least=0)
+  spike_then: str = setting("warn", "reaction to a spike: rollback, stop or warn",
     choices=("rollback", "stop", "warn"))
-  rollbacks: int = setting(3, "of one run, at most; then it stops", **FROM_0)
+  rollbacks: int = setting(3, "rollbacks of a run, at most; then it stops", **FROM_0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +163,7 @@ class ProfileConfig(Group, prefix="profile", jobs=TRAINING):
   """Training steps to trace."""
 
   start: int = setting(0, "the first step", **FROM_0)
-  steps: int = setting(0, "how many; 0: none", **FROM_0)
+  steps: int = setting(0, "number of steps; 0: none", **FROM_0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,21 +179,21 @@ class LogConfig(Group, prefix="log", jobs=TRAINING):
 class FinetuneConfig(Group, prefix="finetune", jobs=("finetune",)):
   """Training a model and a linear head together."""
 
-  scratch: bool = setting(False, "from random parameters, to compare with", decides="finetuning")
-  layer: int = setting(-1, "whose features the head reads; -1: the last", decides="finetuning")
+  scratch: bool = setting(False, "start from random parameters, to compare with", decides="finetuning")
+  layer: int = setting(-1, "layer whose features the head reads; -1: the last", decides="finetuning")
   generative: float = setting(1.0, "weight of the objective's loss; 0: classification alone",
     **FROM_0, decides="finetuning")
   classification: float = setting(1.0, "weight of the classification loss", **FROM_0,
     decides="finetuning")
-  augment: str = setting("", 'of training images; "": data.augment',
+  augment: str = setting("", 'augmentation in training; "": data.augment',
     choices=("none", "paper", "cifar", "shift"), decides="finetuning")
   images: int = setting(0, "training images, at most; 0: all", **FROM_0, decides="finetuning")
   batch_size: int = setting(128, "images of one update", **BATCH, decides="finetuning")
   learning_rate: float = setting(0.0, "0: a tenth of the size's", above=0, decides="finetuning")
-  warmup_steps: int = setting(0, "of linear warm-up", **FROM_0, decides="finetuning")
+  warmup_steps: int = setting(0, "steps of linear warm-up", **FROM_0, decides="finetuning")
   steps: int = setting(10_000, "updates, at most", **COUNT, decides="finetuning")
-  eval_every: int = setting(250, "validation accuracy, and a checkpoint", **COUNT,
+  eval_every: int = setting(250, "steps between two evaluations, and checkpoints", **COUNT,
     decides="finetuning")
-  patience: int = setting(10, "evaluations without a better one after which it ends; 0: never",
+  patience: int = setting(10, "evaluations without improvement before it ends; 0: no limit",
     **FROM_0, decides="finetuning")
   masks: int = setting(5, "BERT: masks per image in evaluation", **COUNT, decides="finetuning")

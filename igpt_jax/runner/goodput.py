@@ -34,8 +34,16 @@ from igpt_jax.reporting import summary
 from igpt_jax.reporting.progress import format_seconds
 
 FILE = "goodput.json"
-PHASES = ("start", "compile", "data", "step", "evaluation", "checkpoint", "profile")
-LOST = ("repeated", "down")
+PHASES: tuple[str, ...] = (
+  "start",
+  "compile",
+  "data",
+  "step",
+  "evaluation",
+  "checkpoint",
+  "profile",
+)
+LOST: tuple[str, ...] = ("repeated", "down")
 _NAMES = {"data": "data wait", "step": "steps", "checkpoint": "checkpoints"}
 
 _WRITE_SECONDS = 15.0  # between two writes of the file

@@ -156,7 +156,8 @@ class _Watch:
     for step in (int(name) for name in names if name.isdigit()):
       out = os.path.join(self._folder, str(step))
       kept = _read_made_from(out)
-      if kept and rollbacks.is_abandoned(self._watched, *kept["seeds"], step):
+      seed, order = kept["seeds"] if kept else (0, 0)
+      if kept and rollbacks.is_abandoned(self._watched, seed, order, step):
         _put_aside(out, "is of a step that the run went back behind")
 
   def pass_over(self, step: int) -> None:

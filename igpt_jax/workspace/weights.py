@@ -40,7 +40,8 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
     info = checkpoint.describe(path)
   else:
     with formats.open_foreign(path) as foreign:
-      config, kind, where = foreign.config, foreign.format, os.path.abspath(foreign.path)
+      config, clusters, kind = foreign.config, foreign.clusters, foreign.format
+      where = os.path.abspath(foreign.path)
     resolution = math.isqrt(config.n_positions)
     if resolution**2 != config.n_positions:
       raise UserError(
@@ -56,7 +57,7 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
       "imported_from": kind,
     }
     step = int(named[1]) if named else 0
-    info = CheckpointInfo(where, step, config, foreign.clusters, run, kind)
+    info = CheckpointInfo(where, step, config, clusters, run, kind)
   return with_palette(info, settings)
 
 
