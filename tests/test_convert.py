@@ -363,7 +363,7 @@ def things(tiny, bare, pictures, tmp_path_factory):
     **tiny,
     **{f"bare_{kind}": path for kind, path in bare.items()},
     "bert": bert,
-    "pictures": pictures["data__path"],
+    "images": pictures["data__path"],
     "folder": folder,
   }
 

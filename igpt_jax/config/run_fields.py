@@ -92,9 +92,9 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
 
   size: str = setting("", "s, m, l, xl; \"\": the checkpoint's, or s",
     choices=("s", "m", "l", "xl"), decides="run")
-  n_layer: int = setting(0, "0: the size's", **FROM_0, decides="run")
-  n_head: int = setting(0, "0: the size's", **FROM_0, decides="run")
-  n_embd: int = setting(0, "0: the size's", **FROM_0, decides="run")
+  n_layer: int = setting(0, "layers; 0: the size's", **FROM_0, decides="run")
+  n_head: int = setting(0, "attention heads; 0: the size's", **FROM_0, decides="run")
+  n_embd: int = setting(0, "width; 0: the size's", **FROM_0, decides="run")
   dtype: str = setting("", 'dtype of activations; "": bfloat16 on accelerators, float32 on CPU',
     choices=("float32", "bfloat16"), jobs=COMPUTING)
   remat: str = setting("", "rematerialization in the backward pass: none, names, offload, full; "
