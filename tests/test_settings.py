@@ -213,7 +213,7 @@ def test_help_lists_the_jobs():
 def test_help_lists_what_a_job_reads():
   done = call("--config", "configs/complete.py", "--config.job=complete", "--help")
   assert done.returncode == 0 and not done.stderr
-  assert "--config.complete.n=8\n      samples of each image (1 to 65,536)\n" in done.stdout
+  assert "--config.complete.n=8\n      samples per image (1 to 65,536)\n" in done.stdout
   assert "--config.sample.cache=''" in done.stdout and "config.train" not in done.stdout
   assert call("--config.job=fly", "--help").returncode == 2
   for job in JOBS:
