@@ -41,4 +41,4 @@ def test_throughput_of_both_forms(patches):
     settings = dataclasses.replace(config, resample=form)
     found = input.throughput(split, settings, palette.Palette.default(), batch_size=16, n_batches=2)
     assert found.pipeline == f"paper, {form}"
-    assert found.cpu_ms > 0 and found.pictures_per_second > 0 and found.workers == 0
+    assert found.cpu_ms > 0 and found.images_per_second > 0 and found.workers == 0

@@ -95,13 +95,7 @@ def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kep
   heads = sharding.axis_share("heads", n_head)
   assert heads, "the kernel is not chosen where heads don't divide over the mesh"
   qkv = (3, batch, length, width)
-  lse = tpu.lse_shape(
-    qkv,
-    x.dtype,
-    n_head=heads,
-    head_dim=width // n_head,
-    causal=causal,
-  )
+  lse = tpu.lse_shape(qkv, x.dtype, n_head=heads, head_dim=width // n_head, causal=causal)
   return _Kept(
     inputs=stack(x.shape, layers.STREAM, depth=n_layer + 1),
     scales=stack((2, batch, length, 1), (None, *layers.STREAM), dtype=jnp.float32),

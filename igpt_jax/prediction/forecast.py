@@ -83,11 +83,7 @@ def training_step(training: Training, topology: Topology, mesh: Mesh) -> Forecas
   model = training.model
   tx = optimizer.make_optimizer(training.optimizer)
   train_step = step.make_train_step(
-    model,
-    training.objective,
-    tx,
-    optimizer.make_schedule(training.optimizer),
-    training.accumulate,
+    model, training.objective, tx, optimizer.make_schedule(training.optimizer), training.accumulate
   )
   abstract = state.abstract_state(model, tx)
   shardings = state.state_shardings(model, tx, mesh)
@@ -157,10 +153,7 @@ def _forecast(compile_it, model: ImageGPTConfig, topology: Topology, mesh: Mesh)
       return Forecast(memory, None, 0.0)
     program = hlo.parse(compiled.executable.as_text())
     cycles = bundles.attention_cycles(
-      topology.dump,
-      head_dim=model.head_dim,
-      causal=model.causal,
-      narrow=topology.generation.narrow,
+      topology.dump, head_dim=model.head_dim, causal=model.causal, narrow=topology.generation.narrow
     )
     prediction = schedule.predict(
       program,

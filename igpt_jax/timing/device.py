@@ -163,7 +163,7 @@ class AttentionAlone:
     not_run: the implementations that don't run here, and why.
   """
 
-  pictures: int
+  images: int
   n_head: int
   auto: str
   forward: dict[str, Timing]
@@ -177,10 +177,10 @@ def measure_attention(
   """Every implementation of ours that runs here, at the shape that a device of the mesh sees."""
   with jax.set_mesh(mesh):
     n_head = sharding.axis_share("heads", config.n_head) or config.n_head
-    pictures = sharding.axis_share("batch", batch_size) or batch_size
+    n_images = sharding.axis_share("batch", batch_size) or batch_size
   length, causal = config.n_positions, config.causal
-  pictures = max(1, min(pictures, _SCORES_BYTES // (4 * n_head * length**2)))
-  shape = (3, pictures, length, n_head * config.head_dim)
+  n_images = max(1, min(n_images, _SCORES_BYTES // (4 * n_head * length**2)))
+  shape = (3, n_images, length, n_head * config.head_dim)
   qkv = jax.random.normal(jax.random.key(0), shape, jnp.dtype(config.dtype))
   dout = jax.random.normal(jax.random.key(1), shape[1:], qkv.dtype)
 
@@ -213,7 +213,7 @@ def measure_attention(
     return {name.rpartition(" ")[0]: found[name] for name in sides}
 
   auto = attention_lib.choose(qkv, n_head)
-  return AttentionAlone(pictures, n_head, auto, of(forward), of(both), not_run)
+  return AttentionAlone(n_images, n_head, auto, of(forward), of(both), not_run)
 
 
 def measure_sampling(

@@ -38,7 +38,7 @@ class Throughput:
   pipeline: str
   workers: int
   cpu_ms: float
-  pictures_per_second: float
+  images_per_second: float
 
   @property
   def images_per_core_second(self) -> float:
@@ -56,19 +56,19 @@ def stages(
   """Each stage by itself on the first images of a split, the best of `repeats` passes."""
   records = [split[i] for i in range(min(n_images, len(split)))]
   decode = own_images.read if split.is_folder else image_decoding.decode
-  pictures = [decode(r["image"], r["id"]) for r in records]
+  images = [decode(r["image"], r["id"]) for r in records]
   rng = np.random.default_rng(0)
   make = transforms.train_transform(config.augment, config.resolution, config.resample)
   evaluate = transforms.eval_transform(config.augment, config.resolution)
-  ready = [make(picture, rng) for picture in pictures]
-  for picture in ready:
-    palette.encode(picture)  # fills the table, once per run
+  ready = [make(image, rng) for image in images]
+  for image in ready:
+    palette.encode(image)  # fills the table, once per run
   measured: list[tuple[str, Callable, Sequence]] = [
     ("read", split.__getitem__, range(len(records))),
     ("decode", lambda r: decode(r["image"], r["id"]), records),
     ("decode with Pillow", lambda r: _decode_pillow(r["image"], r["id"]), records),
-    (f"augment ({config.augment}, {config.resample})", lambda x: make(x, rng), pictures),
-    ("evaluate", evaluate, pictures),
+    (f"augment ({config.augment}, {config.resample})", lambda x: make(x, rng), images),
+    ("evaluate", evaluate, images),
     ("encode", palette.encode, ready),
   ]
   return [Cost(name, _best(function, items, repeats)) for name, function, items in measured]

@@ -224,7 +224,7 @@ class Classifier:
       labels, counted = batch["label"], batch["mask"].astype(jnp.float32)
       # A row that doesn't count may have no label: it is given one, so that nothing isn't a number.
       label_nats_KxB = jax.vmap(class_nll, (0, None))(logits_KxBxC, jnp.maximum(labels, 0))
-      per_picture = {
+      by_image = {
         "images": jnp.ones_like(counted),
         "accuracy": vote(logits_KxBxC) == labels,
         "accuracy_of_mean": jnp.argmax(logits_KxBxC.mean(0), axis=-1) == labels,
@@ -232,7 +232,7 @@ class Classifier:
         "nats": nats_KxB.sum(0),
         "predicted": predicted_KxB.sum(0),
       }
-      return {name: jnp.sum(each * counted) for name, each in per_picture.items()}
+      return {name: jnp.sum(each * counted) for name, each in by_image.items()}
 
     self._score = jax.jit(
       score,

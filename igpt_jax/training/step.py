@@ -100,11 +100,7 @@ def update(
   in_row, in_all = state.skipped
   skipped = jnp.stack([jnp.where(finite, 0, in_row + 1), in_all + ~finite])
   new_state = TrainState(
-    step=state.step + 1,
-    params=params,
-    opt_state=opt_state,
-    rng=state.rng,
-    skipped=skipped,
+    step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng, skipped=skipped
   )
   # The optimizer counts its updates alone.
   rate = jnp.asarray(schedule(state.step - in_all), jnp.float32)

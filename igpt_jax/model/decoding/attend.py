@@ -10,20 +10,20 @@ from igpt_jax.parallel.sharding import parts_around
 
 
 def attend(
-  q_NxHxK: jax.Array, given: KeysValues, done: KeysValues, block: KeysValues, last: jax.Array
+  q_NxHxK: jax.Array, prompt: KeysValues, done: KeysValues, block: KeysValues, last: jax.Array
 ) -> jax.Array:
   """Attention of one query per sample, float32 [N, H, K].
 
   Args:
     q_NxHxK: queries.
-    given: of B images, N / B samples of each.
+    prompt: of B images, N / B samples of each.
     done: of the samples' positions before the block.
     block: of the positions from there on, up to and with `last`; what comes after isn't looked at.
     last: index into the block.
   """
   dtype = q_NxHxK.dtype
   q_NxHxK = q_NxHxK.astype(jnp.float32) * q_NxHxK.shape[-1] ** -0.5
-  parts = [part for part in (given, done, block) if part.length]
+  parts = [part for part in (prompt, done, block) if part.length]
   scores = [_scores(q_NxHxK, part, dtype) for part in parts]
   scores[-1] = jnp.where(jnp.arange(block.length) <= last, scores[-1], -jnp.inf)
   ends = list(itertools.accumulate(part.length for part in parts[:-1]))
@@ -69,8 +69,8 @@ def _mix(weights_NxHxT: jax.Array, kv: KeysValues, dtype) -> jax.Array:
 
 
 def _scaled(x_NxHxT: jax.Array, scale_BxHxT: jax.Array) -> jax.Array:
-  by_picture = x_NxHxT.reshape(len(scale_BxHxT), -1, *x_NxHxT.shape[1:])
-  return (by_picture * scale_BxHxT[:, None]).reshape(x_NxHxT.shape)
+  by_image = x_NxHxT.reshape(len(scale_BxHxT), -1, *x_NxHxT.shape[1:])
+  return (by_image * scale_BxHxT[:, None]).reshape(x_NxHxT.shape)
 
 
 def _by_image(x_NxHxA: jax.Array, n_images: int) -> jax.Array:

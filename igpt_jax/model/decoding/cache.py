@@ -1,6 +1,6 @@
 """Keys and values of the positions before: how they are kept, in which parts, and their dtypes.
 
-A layer's cache has two parts: that of the given pixels, once per image however many samples
+A layer's cache has two parts: that of the prompt, once per image however many samples
 continue it, and that of the drawn ones, once per sample. A loop over positions writes into a short
 block of the latter alone and reads the positions before it as they are: nothing is sliced or masked
 in the loop but that block.
@@ -47,9 +47,9 @@ class KeysValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """One layer's: of B images' given positions, and of N samples' others, filled from the left."""
+  """Keys and values of one layer: of B prompts, and of N samples after them, filled from the left."""
 
-  given: KeysValues
+  prompt: KeysValues
   drawn: KeysValues
 
 
@@ -103,22 +103,22 @@ def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.round(x / scale).astype(jnp.int8), jnp.squeeze(scale, -1)
 
 
-def prefill(model: ImageGPT, given_BxP: jax.Array, dtype: str) -> list[KeysValues]:
-  """Keys and values of positions 0..P-1, of every layer, in one pass over the given pixels.
+def prefill(model: ImageGPT, prompt_BxP: jax.Array, dtype: str) -> list[KeysValues]:
+  """Keys and values of positions 0..P-1, of every layer, in one pass over the prompt.
 
-  Position 0 is the start vector's, so that the last given pixel is still to be fed.
+  Position 0 is the start vector's, so the last pixel of the prompt is still to be fed.
   """
   config = model.config
-  shape = (*given_BxP.shape, config.n_head, config.head_dim)
+  shape = (*prompt_BxP.shape, config.n_head, config.head_dim)
 
   def keep(_, x, qkv_3xBxTxE):
     return store(qkv_3xBxTxE[1].reshape(shape), qkv_3xBxTxE[2].reshape(shape), dtype)
 
-  _, stacked = model.hidden(model.embed(given_BxP), collect=keep)
+  _, stacked = model.hidden(model.embed(prompt_BxP), collect=keep)
   return [_pin(jax.tree.map(lambda x, at=layer: x[at], stacked)) for layer in range(config.n_layer)]
 
 
-def room(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
+def empty_cache(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
   """An empty cache for every layer."""
   config = model.config
   nothing = jax.ShapeDtypeStruct((n, length, config.n_head, config.head_dim), config.dtype)

@@ -90,22 +90,22 @@ def decode_step(
 
   Args:
     tables, weights: as laid out.
-    before: of every layer: what is given, and what was drawn before the block.
+    before: of every layer: the prompt, and what was drawn before the block.
     blocks: of every layer: the positions after that, filled before `position`, which is in it.
     token_N: the pixels before `position`; at position 0 the start vector stands for them.
-    position: of the pixel to predict; not a given one.
+    position: of the pixel to predict, beyond the prompt.
     n_head: of the model.
   """
   embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
   stream = _stream(_from_rows(embedded + tables.wpe[position]))
   n = len(token_N)
   updated = []
-  for layer, (given, done), block in zip(weights, before, blocks, strict=True):
+  for layer, (prompt, done), block in zip(weights, before, blocks, strict=True):
     qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
     q, k, v = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
-    at = position - given.length - done.length
+    at = position - prompt.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
-    heads_NxHxK = attend(q, given, done, block, at).astype(stream.dtype)
+    heads_NxHxK = attend(q, prompt, done, block, at).astype(stream.dtype)
     stream = _dot(_from_rows(heads_NxHxK.reshape(n, -1)), layer.attn_proj) + stream
     hidden = layers.activation(_dot(_norm(stream, layer.gain_2), layer.fc))
     stream = _stream(_dot(hidden, layer.mlp_proj) + stream)

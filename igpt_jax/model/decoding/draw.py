@@ -47,9 +47,9 @@ class Samples(NamedTuple):
   """What was drawn.
 
   Attributes:
-    tokens: int32 [B, n_positions], the given pixels included.
+    tokens: int32 [B, n_positions], the prompt included.
     nll: float32 [B, n_positions], nats per token under the model itself (temperature 1, no
-      truncation); 0 at the given pixels.
+      truncation); 0 in the prompt.
   """
 
   tokens: jax.Array

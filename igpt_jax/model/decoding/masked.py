@@ -66,12 +66,7 @@ def fill(
     unknown = jnp.sum(~settled, axis=1)
     left = jnp.minimum(_left(n_unknown_B, done, steps), unknown - 1)
     new = ~settled & (rank < (unknown - left)[:, None])
-    return (
-      done,
-      jnp.where(new, proposed, tokens),
-      settled | new,
-      jnp.where(new, nats, nll),
-    )
+    return (done, jnp.where(new, proposed, tokens), settled | new, jnp.where(new, nats, nll))
 
   start = (
     jnp.int32(0),
