@@ -32,7 +32,6 @@ def test_every_stage_is_measured(patches):
   assert "augment (paper, fused)" in names
   for cost in costs:
     assert cost.cpu_ms > 0
-    assert cost.images_per_core_second == pytest.approx(1000 / cost.cpu_ms)
 
 
 def test_throughput_of_both_forms(patches):

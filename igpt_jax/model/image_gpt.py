@@ -50,8 +50,8 @@ class ImageGPTConfig:
     n_vocab: palette size; also the number of output classes per pixel.
     n_positions: pixels of an image, height × width.
     causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
-    dtype: of activations and matmuls, "float32" or "bfloat16".
-    remat: what the backward pass recomputes: "none" keeps all activations, "names" keeps the
+    dtype: dtype of activations and matmuls, "float32" or "bfloat16".
+    remat: policy of what the backward pass recomputes: "none" keeps all activations, "names" keeps the
       matmuls' and the attention's outputs, "offload" keeps those in the host's memory, "full" keeps
       one vector per block and position.
     attention: one of `attention.dispatch.IMPLEMENTATIONS`.

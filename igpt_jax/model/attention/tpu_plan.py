@@ -38,7 +38,7 @@ class Plan:
   """Static configuration of a kernel.
 
   Attributes:
-    head_dim, heads: of one group; width = head_dim * heads.
+    head_dim, heads: size and number of the heads of one group; width = head_dim * heads.
     length, span: positions, and those of one span; span divides length.
     causal: position t sees 0..t.
     tile: rows and columns of a tile of scores.

@@ -68,7 +68,7 @@ def begin(
     keys: PRNG keys, one per sample [B * samples_per_image]: a sample doesn't depend on the batch that
       it is drawn in.
     samples_per_image: completions of every image; they share its part of the caches.
-    cache_dtype: of keys and values, "float32", "bfloat16" or "int8" (scaled by the largest number of
+    cache_dtype: dtype of the cache, "float32", "bfloat16" or "int8" (scaled by the largest number of
       each position and head); "": the compute dtype.
 
   Returns:
