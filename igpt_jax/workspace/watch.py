@@ -106,7 +106,7 @@ class _Watch:
     self._gone: set[int] = set()
     self._news = time.monotonic()
     self._rollbacks = 0  # of the run, that have been acted upon
-    self.last: MadeFrom | None = None
+    self.last: MadeFrom = {}  # on the main process, from `next` on
 
   def next(self) -> int:
     """The first step that isn't done; or that there is none yet, or will be none any more."""
@@ -136,7 +136,6 @@ class _Watch:
     Raises:
       UserError, OSError: it can't be made; on all processes.
     """
-    assert self.last is not None, "`next` has named a step"
     self._news = time.monotonic()
     out = os.path.join(self._folder, str(step))
     error: Exception | None = None
