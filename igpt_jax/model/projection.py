@@ -29,20 +29,24 @@ class Einsum:
   dtype: str | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sharded_einsum(product: Einsum, x: jax.Array, weight: jax.Array) -> jax.Array:
   """Returns the einsum, its factors in the activations' dtype and summed in float32.
 
   Forward and backward both gather the weight's parts, so the gathered weight is never kept; its
   gradient is summed and scattered in one operation.
   """
+  return _sharded_einsum(product, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sharded_einsum(product, x, weight):
   whole = gather_weight(weight.astype(x.dtype), *product.weight_axes)
   out = jnp.einsum(product.formula, x, whole, preferred_element_type=product.dtype)
   return constrain(out, *product.out_axes)
 
 
 def _forward(product, x, weight):
-  return sharded_einsum(product, x, weight), (x, weight)
+  return _sharded_einsum(product, x, weight), (x, weight)
 
 
 def sharded_einsum_gradients(
@@ -73,7 +77,8 @@ def _outer(of_x: str, of_out: str, of_weight: str, x: jax.Array, dout: jax.Array
 
 
 def _backward(product, residuals, dout):
-  return sharded_einsum_gradients(product, *residuals, dout)
+  x, weight = residuals
+  return sharded_einsum_gradients(product, x, weight, dout)
 
 
-sharded_einsum.defvjp(_forward, _backward)
+_sharded_einsum.defvjp(_forward, _backward)

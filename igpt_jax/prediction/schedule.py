@@ -12,6 +12,7 @@ either way; it includes no input, launch overhead or stragglers.
 
 import collections
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 
@@ -124,9 +125,8 @@ class _Timeline:
       self.host_free += extra
       return
     if opcode in ("call", "conditional"):
-      for names in operation.called.values():
-        for name in names:
-          self.run(name, times)
+      for name in itertools.chain.from_iterable(operation.called.values()):
+        self.run(name, times)
       return
     if opcode.removesuffix("-start") in COLLECTIVES:
       done = self._transfer(operation, opcode.removesuffix("-start"), times)
@@ -179,12 +179,9 @@ class _Timeline:
 
   def _within(self, operation: Operation) -> Operation | None:
     """The first collective in the computations that an operation calls, if any."""
-    for names in operation.called.values():
-      for name in names:
-        for inner in self.program.computations[name]:
-          if inner.opcode in COLLECTIVES:
-            return inner
-    return None
+    called = itertools.chain.from_iterable(operation.called.values())
+    inner = (o for name in called for o in self.program.computations[name])
+    return next((o for o in inner if o.opcode in COLLECTIVES), None)
 
   def _transfer(
     self, operation: Operation, kind: str, times: int, whole: float | None = None

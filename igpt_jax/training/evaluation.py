@@ -58,15 +58,10 @@ class LikelihoodEvaluator:
 
   def __init__(self, config: ImageGPTConfig, objective: Objective, mesh: Mesh):
     self._mesh = mesh
-    self._step = jax.jit(
-      make_eval_step(config, objective),
-      in_shardings=(
-        param_shardings(config, mesh),
-        sharding.sharding(mesh, "batch"),
-        sharding.replicated(mesh),
-      ),
-      out_shardings=sharding.replicated(mesh),
-    )
+    everywhere = sharding.replicated(mesh)
+    shardings = param_shardings(config, mesh), sharding.sharding(mesh, "batch"), everywhere
+    eval_step = make_eval_step(config, objective)
+    self._step = jax.jit(eval_step, in_shardings=shardings, out_shardings=everywhere)
 
   def __call__(
     self,

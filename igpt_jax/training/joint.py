@@ -21,6 +21,9 @@ from igpt_jax.training.objectives import draw_visible, has_counted, per_image, t
 from igpt_jax.training.state import HEAD, TrainState, head_sharding, param_shardings
 from igpt_jax.training.step import Batch, Metrics, update
 
+# (logits [..., C], labels [...]) -> nats of the labels [...].
+class_nll = optax.softmax_cross_entropy_with_integer_labels
+
 
 @dataclasses.dataclass(frozen=True)
 class JointLoss:
@@ -92,11 +95,6 @@ def _predicted(tokens_BxT: jax.Array, keep_BxT: jax.Array | None) -> jax.Array:
   if keep_BxT is None:
     return jnp.ones(tokens_BxT.shape, jnp.float32)
   return 1.0 - keep_BxT.astype(jnp.float32)
-
-
-def class_nll(logits_BxC: jax.Array, labels_B: jax.Array) -> jax.Array:
-  """Nats of every image's label [B]."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BxC, labels_B)
 
 
 def joint_loss(
@@ -236,14 +234,9 @@ class Classifier:
       }
       return {name: jnp.sum(values * counted) for name, values in by_image.items()}
 
-    self._score = jax.jit(
-      score,
-      in_shardings=(
-        {**param_shardings(config, mesh), HEAD: head_sharding(mesh)},
-        sharding.sharding(mesh, "batch"),
-      ),
-      out_shardings=sharding.replicated(mesh),
-    )
+    params = {**param_shardings(config, mesh), HEAD: head_sharding(mesh)}
+    shardings = params, sharding.sharding(mesh, "batch")
+    self._score = jax.jit(score, in_shardings=shardings, out_shardings=sharding.replicated(mesh))
 
   def __call__(
     self,

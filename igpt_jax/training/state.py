@@ -78,13 +78,9 @@ def state_shardings(
   if n_classes:
     params[HEAD] = head_sharding(mesh)
   everywhere: Any = sharding.replicated(mesh)
-  abstract = abstract_state(config, optimizer, n_classes)
+  opt_state = abstract_state(config, optimizer, n_classes).opt_state
   moments = optax.tree.map_params(
-    optimizer,
-    lambda _, param_sharding: param_sharding,
-    abstract.opt_state,
-    params,
-    transform_non_params=lambda _: everywhere,
+    optimizer, lambda _, param: param, opt_state, params, transform_non_params=lambda _: everywhere
   )
   return TrainState(
     step=everywhere, params=params, opt_state=moments, rng=everywhere, skipped=everywhere

@@ -163,7 +163,7 @@ def extend(
     once = functools.partial(draw_block, start, stop, first, last)
     if not static:
       # A loop of one turn or none, not a branch: it leaves the caches where they are.
-      turns = (first < last).astype(jnp.int32)
+      turns = jnp.asarray(first < last, jnp.int32)
       carry = jax.lax.fori_loop(0, turns, lambda _, c, once=once: once(c), carry)
     elif first < last:
       carry = once(carry)
