@@ -217,7 +217,7 @@ class Completer:
         functools.partial(
           autoregressive.begin,
           self.trained.config,
-          samples_per_picture=per_picture,
+          samples_per_image=per_picture,
           cache_dtype=self._cache_dtype,
         )
       )
