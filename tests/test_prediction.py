@@ -500,8 +500,14 @@ def test_largest_arrays_are_in_hbm_and_told_once():
   [
     ("v5x:4x4", r"'v5x:4x4'; expected one of v4, v5e, v5p, v6e, tpu7x .*did you mean v5[ep]:4x4"),
     ("v5e", r"'v5e'; v5e has no slice ''"),
-    ("v5e:4x5", r"no slice '4x5'; expected one that it has; nearest: v5e:2x4, v5e:4x4, v5e:4x8; all: 2x2, 2x4"),
-    ("v5p:4x4", r"no slice '4x4'; expected one that it has; nearest: v5p:2x2x2, v5p:2x2x4, v5p:2x4x4"),
+    (
+      "v5e:4x5",
+      r"no slice '4x5'; expected one that it has; nearest: v5e:2x4, v5e:4x4, v5e:4x8; all: 2x2, 2x4",
+    ),
+    (
+      "v5p:4x4",
+      r"no slice '4x4'; expected one that it has; nearest: v5p:2x2x2, v5p:2x2x4, v5p:2x4x4",
+    ),
     ("v6e:four", r"no slice 'four'; expected one that it has; nearest: v6e:2x4, v6e:4x4, v6e:4x8"),
     ("h100", r"'h100'; expected one of v4"),
     ("", r"''; expected one of v4"),

@@ -250,11 +250,7 @@ def _batches(
 
 
 def _draw(
-  completer: Completer | Filler,
-  batch: list[Target],
-  numbers: list[int],
-  recipe,
-  settings: Settings,
+  completer: Completer | Filler, batch: list[Target], numbers: list[int], recipe, settings: Settings
 ) -> None:
   """Draws a batch and writes it to disk."""
   *_, drawn = completer.draw(

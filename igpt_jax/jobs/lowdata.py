@@ -41,10 +41,7 @@ def run(settings: Settings, workdir: str) -> None:
     parts = each.parts()
     results[each.name] = {
       n: linear.few_labels(
-        *parts,
-        drawn,
-        n_classes=source.n_classes,
-        max_iterations=settings.probe.max_iterations,
+        *parts, drawn, n_classes=source.n_classes, max_iterations=settings.probe.max_iterations
       )
       for n, drawn in subsets.items()
     }

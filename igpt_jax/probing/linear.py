@@ -103,11 +103,7 @@ def few_labels(
 ) -> FewLabelsResult:
   """Fits to each subset of train alone, all at once; the strength is one for all subsets."""
   fitted = logistic.fit(
-    *train,
-    strengths,
-    n_classes=n_classes,
-    max_iterations=max_iterations,
-    rows=np.stack(subsets),
+    *train, strengths, n_classes=n_classes, max_iterations=max_iterations, rows=np.stack(subsets)
   )
   on_validation_MxS = fitted.accuracy(*validation)
   best = int(np.argmax(on_validation_MxS.mean(0)))

@@ -89,10 +89,7 @@ def _run(
     whole = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
   saved = training.resume_or(lambda: _probes(whole), _probes(abstract), _probes(shardings), check)
 
-  evaluate_step = jax.jit(
-    sgd.make_eval_step(feed.extract),
-    out_shardings=sharding.replicated(mesh),
-  )
+  evaluate_step = jax.jit(sgd.make_eval_step(feed.extract), out_shardings=sharding.replicated(mesh))
 
   def accuracies(params, split: str) -> dict[str, np.ndarray]:
     """Accuracies of every classifier, [R, F] a group."""

@@ -15,10 +15,7 @@ class Progress:
     shown: the metrics that a line tells, in order, and how.
   """
 
-  PRETRAINING = (
-    ("loss", "loss {:.4f} nats/token"),
-    ("validation_loss", "validation {:.4f}"),
-  )
+  PRETRAINING = (("loss", "loss {:.4f} nats/token"), ("validation_loss", "validation {:.4f}"))
 
   def __init__(
     self,

@@ -47,11 +47,7 @@ _SECTIONS = {
   ),
   "probe.json": (
     "Linear probe",
-    {
-      "best_layer": "best layer {}",
-      "test_accuracy": "test accuracy {:.2%}",
-      "verdict": "{}",
-    },
+    {"best_layer": "best layer {}", "test_accuracy": "test accuracy {:.2%}", "verdict": "{}"},
   ),
   "lowdata.json": ("Few labels", {"verdict": "{}"}),
   "finetune/finetune.json": ("Fine-tuning", _FINETUNING),
