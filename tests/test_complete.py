@@ -284,7 +284,7 @@ def test_an_interrupted_run_goes_on_with_the_rest(trained, photos, tmp_path, mon
     if len(drawn) == 3:
       raise KeyboardInterrupt
     draw(completer, batch, numbers, *rest)
-    drawn.append((batch[0].picture.name, numbers))
+    drawn.append((batch[0].image.name, numbers))
 
   monkeypatch.setattr(complete, "_draw", interrupted)
   with pytest.raises(KeyboardInterrupt):

@@ -63,12 +63,12 @@ class Line:
   async def turn(self, me: object) -> AsyncIterator[int]:
     """Queues up; yields how many are before me whenever that changes, 0 last. Then `leave`."""
     self._queue.append(me)
-    told = None
+    last = None
     while True:
       ahead = self._queue.index(me)
-      if ahead != told:
+      if ahead != last:
         yield ahead
-        told = ahead
+        last = ahead
       if ahead == 0:
         return
       moved = self._moved

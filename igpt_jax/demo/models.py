@@ -20,7 +20,7 @@ _SAMPLES = 4  # that the page asks for, if one doesn't say
 @dataclasses.dataclass
 class _Offered:
   name: str
-  found: checkpoint.CheckpointInfo
+  info: checkpoint.CheckpointInfo
   completer: completer_lib.Completer | None = None
 
 
@@ -47,9 +47,9 @@ class Models:
     for path in paths:
       if not path:
         raise UserError("--checkpoint: empty; expected a workdir, or one checkpoint in it")
-      found = completer_lib.describe(dataclasses.replace(self._settings, checkpoint=path), "")
-      self._offered.append(_Offered(_name_of(found), found))
-    largest = max((each.found.config for each in self._offered), key=count_params)
+      info = completer_lib.describe(dataclasses.replace(self._settings, checkpoint=path), "")
+      self._offered.append(_Offered(_name_of(info), info))
+    largest = max((each.info.config for each in self._offered), key=count_params)
     self._mesh = mesh or devices.sampling_mesh(self._settings, largest, _SAMPLES)
 
   def __len__(self) -> int:
@@ -60,9 +60,9 @@ class Models:
     return [
       {
         "name": each.name,
-        "resolution": each.found.run["resolution"],
-        "parameters": count_params(each.found.config),
-        "step": each.found.step,
+        "resolution": each.info.run["resolution"],
+        "parameters": count_params(each.info.config),
+        "step": each.info.step,
       }
       for each in self._offered
     ]
@@ -71,13 +71,13 @@ class Models:
     """The model of that number, its weights read."""
     offered = self._offered[index]
     if offered.completer is None:
-      offered.completer = completer_lib.Completer(offered.found, self._settings, self._mesh)
+      offered.completer = completer_lib.Completer(offered.info, self._settings, self._mesh)
     return offered.completer
 
 
-def _name_of(found: checkpoint.CheckpointInfo) -> str:
+def _name_of(info: checkpoint.CheckpointInfo) -> str:
   """The run's name; that of its folder."""
-  parts = os.path.normpath(found.path).split(os.sep)
+  parts = os.path.normpath(info.path).split(os.sep)
   if len(parts) > 2 and parts[-2] == checkpoint.FOLDER:
     return parts[-3]
-  return parts[-2] if found.format == "openai" and len(parts) > 1 else parts[-1]
+  return parts[-2] if info.format == "openai" and len(parts) > 1 else parts[-1]

@@ -5,7 +5,7 @@
   POST /complete?model=0&keep=0.5&n=4&temperature=1&seed=0     an image's bytes in; lines out:
     {"event": "waiting", "ahead": 2}
     {"event": "preparing"}
-    {"event": "given", "resolution": R, "rows_given": 8, "image": base64 of uint8 [R, R, 3]}
+    {"event": "given", "resolution": R, "rows_given": 8, "picture": base64 of uint8 [R, R, 3]}
     {"event": "rows", "first": 8, "pixels": base64 of uint8 [n, rows, R, 3]}   … until the last row
     {"event": "done", "nats_per_token": [n numbers]}      or {"event": "error", "message": "…"}
 
@@ -185,7 +185,7 @@ class _Service:
     origin = request.headers.get("origin")
     if origin and urlsplit(origin).netloc != request.headers.get("host"):
       raise Refused(403, "another site's page may not ask for completions")
-    wish = _CompletionRequest(request.query_params, len(self._models), self._limits.samples)
+    wanted = _CompletionRequest(request.query_params, len(self._models), self._limits.samples)
     try:
       self._line.take_place()
     except Full:
@@ -197,7 +197,7 @@ class _Service:
     except BaseException:
       self._line.give_back_place()
       raise
-    lines = self._lines(wish, data)
+    lines = self._lines(wanted, data)
     # Begun here: from now on it gives the place back, also where the answer is never sent.
     return _with_first(await anext(lines), lines)
 
@@ -219,14 +219,14 @@ class _Service:
       raise Refused(400, "no image came along; choose one first")
     return bytes(data)
 
-  async def _lines(self, wish: "_CompletionRequest", data: bytes) -> AsyncIterator[bytes]:
+  async def _lines(self, wanted: "_CompletionRequest", data: bytes) -> AsyncIterator[bytes]:
     """The events as lines; whatever happens, the last one is "done" or "error"."""
     me = object()
     try:
       async for ahead in self._line.turn(me):
         if ahead:
           yield _line(event="waiting", ahead=ahead)
-      async with contextlib.aclosing(self._events(wish, data)) as events:
+      async with contextlib.aclosing(self._events(wanted, data)) as events:
         async for event in events:
           yield _line(**event)
     except (Refused, UserError, BadRecord) as error:
@@ -239,18 +239,18 @@ class _Service:
       self._line.give_back_place()
 
   async def _events(
-    self, wish: "_CompletionRequest", data: bytes
+    self, wanted: "_CompletionRequest", data: bytes
   ) -> AsyncGenerator[dict[str, Any], None]:
     yield {"event": "preparing"}
-    completer = await self._call(self._models.completer, wish.model)
+    completer = await self._call(self._models.completer, wanted.model)
     reader = completer.reader
-    picture: InputImage = await self._call(reader.read, data, "this file")
+    image: InputImage = await self._call(reader.read, data, "this file")
     side = reader.resolution
-    rows = prompt_rows(wish.keep, side)
-    whole = reader.paint(picture.tokens[None])
+    rows = prompt_rows(wanted.keep, side)
+    whole = reader.paint(image.tokens[None])
     yield {"event": "given", "resolution": side, "rows_given": rows, "picture": _base64(whole)}
     growing = completer.draw(
-      [picture], range(wish.n), rows, wish.sampling, seed=wish.seed, rows_at_a_time=1
+      [image], range(wanted.n), rows, wanted.sampling, seed=wanted.seed, rows_at_a_time=1
     )
     first, deadline = rows, math.inf
     try:

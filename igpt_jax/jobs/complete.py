@@ -3,10 +3,10 @@
 OUT is the workdir, or complete/ in it where it holds checkpoints:
 
   OUT/[CLASS/]grid.png              a row each: what is given, samples …, the original
-  OUT/[CLASS/]PICTURE/0000.png …    the samples
-  OUT/[CLASS/]PICTURE/appearing.gif their pixels appearing (not of a BERT model's)
-  OUT/[CLASS/]PICTURE/complete.json seeds, nats per token
-  OUT/[CLASS/]PICTURE/0000.npz …    tokens and nats of a batch's samples
+  OUT/[CLASS/]IMAGE/0000.png …    the samples
+  OUT/[CLASS/]IMAGE/appearing.gif their pixels appearing (not of a BERT model's)
+  OUT/[CLASS/]IMAGE/complete.json seeds, nats per token
+  OUT/[CLASS/]IMAGE/0000.npz …    tokens and nats of a batch's samples
   OUT/settings.json                 what decides the samples: model by checksum, how they are drawn
   OUT/complete.json                 the same, and all of it in brief
 
@@ -62,7 +62,7 @@ class Target:
   """
 
   file: File | None
-  picture: InputImage
+  image: InputImage
   folder: str
   settings: str
   samples: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -83,8 +83,8 @@ class Target:
         continue  # drawn again
 
   def _is_of(self, part: Mapping[str, np.ndarray]) -> bool:
-    of_picture = int(part["identity"]) == self.picture.identity
-    return of_picture and str(part["settings"]) == self.settings
+    same_image = int(part["identity"]) == self.image.identity
+    return same_image and str(part["settings"]) == self.settings
 
   def add(self, numbers: list[int], tokens: np.ndarray, nll: np.ndarray) -> None:
     """Keeps samples, on disk too."""
@@ -94,7 +94,7 @@ class Target:
     ):
       np.savez(
         file,
-        identity=np.uint32(self.picture.identity),
+        identity=np.uint32(self.image.identity),
         settings=np.asarray(self.settings),
         numbers=np.asarray(numbers),
         tokens=tokens.astype(np.uint16),
@@ -106,19 +106,19 @@ class Target:
 def run(settings: Settings, workdir: str) -> None:
   """Completes `images`, or draws `n` images, with `checkpoint`."""
   devices.use_cores(settings)
-  found = completer_lib.describe(settings, workdir, bert=True)
-  known = filler.known_pixels(settings, found)
+  info = completer_lib.describe(settings, workdir, bert=True)
+  known = filler.known_pixels(settings, info)
   n, images = settings.complete.n, settings.complete.images
   chosen = prompt_files.find(images) if images else []
-  mesh = devices.sampling_mesh(settings, found.config, n)
-  if found.config.causal:
-    memory.check_cache(found.config, settings.sample.batch_size, settings.sample.cache, mesh)
+  mesh = devices.sampling_mesh(settings, info.config, n)
+  if info.config.causal:
+    memory.check_cache(info.config, settings.sample.batch_size, settings.sample.cache, mesh)
   in_run = checkpoint.latest_step(workdir) is not None
   out = os.path.join(workdir, "complete") if in_run else workdir
-  recipe = _recipe(settings, found, known)
+  recipe = _recipe(settings, info, known)
   _check_same(recipe, out)
   workdir_lib.open_workdir(out)
-  reader = Reader(found)
+  reader = Reader(info)
   targets, unreadable = _targets(chosen, reader, out, files.digest(recipe))
   for target in targets:
     target.read()
@@ -133,8 +133,8 @@ def run(settings: Settings, workdir: str) -> None:
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
-    causal = found.config.causal
-    completer = Completer(found, settings, mesh) if causal else Filler(found, settings, mesh, known)
+    causal = info.config.causal
+    completer = Completer(info, settings, mesh) if causal else Filler(info, settings, mesh, known)
     # A list: what is missing changes as samples come in, and only where they are written.
     batches = list(_batches(to_do, n, settings.sample.batch_size))
     clock = progress.Countdown("batches", len(batches), say)
@@ -149,7 +149,7 @@ def run(settings: Settings, workdir: str) -> None:
   for target in targets:
     if not _is_finished(target, recipe):
       _finish(target, reader, recipe, settings)
-  values = {"checkpoint": found.path, "step": found.step}
+  values = {"checkpoint": info.path, "step": info.step}
   values |= _write_grids(targets, reader, recipe, out, settings)
   if unreadable:
     values["unreadable"] = unreadable
@@ -160,20 +160,20 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def _recipe(
-  settings: Settings, found: checkpoint.CheckpointInfo, known: np.ndarray
+  settings: Settings, info: checkpoint.CheckpointInfo, known: np.ndarray
 ) -> dict[str, Any]:
   """All that decides what an image's samples are."""
   sampling, complete = choices.sampling_config(settings), settings.complete
-  resolution = found.run["resolution"]
+  resolution = info.run["resolution"]
   return {
-    **provenance.of_checkpoint(found),
+    **provenance.of_checkpoint(info),
     "resolution": resolution,
     "dtype": choices.compute_dtype(settings),
     "cache": settings.sample.cache,
     "rows_given": prompt_rows(complete.keep, resolution) if complete.images else 0,
     # Pixels that are given, a row of 0 and 1 each: of images, if there are any.
     "known": ["".join(str(int(pixel)) for pixel in row) for row in known & bool(complete.images)],
-    **({} if found.config.causal else {"passes": complete.passes}),
+    **({} if info.config.causal else {"passes": complete.passes}),
     "n": complete.n,
     "seed": settings.seed,
     "scale": settings.sample.scale or figures.default_scale(resolution),
@@ -184,7 +184,7 @@ def _recipe(
 def _check_same(recipe: dict[str, Any], out: str) -> None:
   """Raises UserError where `out` holds what was drawn in another way, or by another model."""
   try:
-    theirs = files.read_json(os.path.join(out, _SETTINGS))
+    stored = files.read_json(os.path.join(out, _SETTINGS))
   except FileNotFoundError:
     return
   except (OSError, ValueError) as error:
@@ -192,7 +192,7 @@ def _check_same(recipe: dict[str, Any], out: str) -> None:
       f"workdir: {out}/{_SETTINGS} is damaged ({error}); fix: another --workdir"
     ) from None
   what = f"{out} holds samples that were drawn in another way, or by another model"
-  files.check_same("workdir", what, theirs, recipe, f"another --workdir, or remove {out}")
+  files.check_same("workdir", what, stored, recipe, f"another --workdir, or remove {out}")
 
 
 def _targets(
@@ -209,13 +209,13 @@ def _targets(
   for file in chosen:
     try:
       with open(file.path, "rb") as stream:
-        picture = reader.read(stream.read(), file.path)
+        image = reader.read(stream.read(), file.path)
     except OSError as error:
       unreadable.append(f"{file.path}: {error.strerror}")
     except BadRecord as error:
       unreadable.append(str(error))
     else:
-      targets.append(Target(file, picture, os.path.join(out, file.group, file.name), recipe))
+      targets.append(Target(file, image, os.path.join(out, file.group, file.name), recipe))
   if not targets:
     raise UserError(
       "config.complete.images: none can be read:\n  "
@@ -254,7 +254,7 @@ def _draw(
 ) -> None:
   """Draws a batch and writes it to disk."""
   *_, drawn = completer.draw(
-    [target.picture for target in batch],
+    [target.image for target in batch],
     numbers,
     recipe["rows_given"],
     choices.sampling_config(settings),
@@ -287,8 +287,8 @@ def _is_finished(target: Target, recipe: dict[str, Any]) -> bool:
     kept = files.read_json(os.path.join(target.folder, "complete.json"))
   except (OSError, ValueError):
     return False
-  mine = {"picture_identity": target.picture.identity, "settings": recipe}
-  return not files.differing(kept, mine)
+  ours = {"picture_identity": target.image.identity, "settings": recipe}
+  return not files.differing(kept, ours)
 
 
 def _finish(target: Target, reader: Reader, recipe: dict[str, Any], settings: Settings) -> None:
@@ -303,14 +303,14 @@ def _finish(target: Target, reader: Reader, recipe: dict[str, Any], settings: Se
   nats = nll[:, ~_known(recipe).reshape(-1)].mean(1)
   values = {
     "picture": target.file.path if target.file else None,
-    "picture_identity": target.picture.identity,
+    "picture_identity": target.image.identity,
     "settings": recipe,
     "nats_per_token": float(nats.mean()),
     "samples": [
       {
         "file": f"{number:04d}.png",
         # jax.random.key(seed), with these two folded in.
-        "seed": [recipe["seed"], target.picture.identity, number],
+        "seed": [recipe["seed"], target.image.identity, number],
         "nats_per_token": round(float(nats[number]), 5),
       }
       for number in range(settings.complete.n)
@@ -344,7 +344,7 @@ def _write_grids(
         columns = math.ceil(math.sqrt(2 * len(painted)))
         rows = [painted[start : start + columns] for start in range(0, len(painted), columns)]
       elif len(rows) < _GRID_ROWS:
-        original = reader.paint(target.picture.tokens[None])[0]
+        original = reader.paint(target.image.tokens[None])[0]
         drawn = list(reader.paint(tokens[:_GRID_SAMPLES]))
         rows.append([figures.hide(original, known), *drawn, original])
     figures.save_png(os.path.join(out, group, "grid.png"), figures.grid(rows, scale=scale))

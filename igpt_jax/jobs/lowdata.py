@@ -122,21 +122,21 @@ def choose(
 
 def verdict(chosen, results) -> str:
   """Who wins at each number of labels, whoever it is."""
-  said = []
+  winners = []
   for n in chosen[_OURS]:
     accuracy = {curve: results[of[n]][n].test_accuracy for curve, of in chosen.items()}
     best = max(accuracy, key=accuracy.__getitem__)
-    said.append(f"{n}: {best} {accuracy[best]:.2%}")
-  return "best with so many labels per class: " + "; ".join(said)
+    winners.append(f"{n}: {best} {accuracy[best]:.2%}")
+  return "best with so many labels per class: " + "; ".join(winners)
 
 
 def table(chosen, results) -> str:
   """Markdown: a row per number of labels, a column per curve."""
 
   def cell(n: int, name: str) -> str:
-    found = results[name][n]
+    result = results[name][n]
     which = f" ({name.removeprefix('random weights, ')})" if "layer" in name else ""
-    return f"{found.test_accuracy:.2%} ± {found.test_std:.2%}{which}"
+    return f"{result.test_accuracy:.2%} ± {result.test_std:.2%}{which}"
 
   rows = [(n, *(cell(n, of[n]) for of in chosen.values())) for n in chosen[_OURS]]
   return markdown_table("r" + "l" * len(chosen), ("labels per class", *chosen), rows)

@@ -60,18 +60,18 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 def quality(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; results go to `out`."""
-  found = completer_lib.describe(settings, workdir)
-  weights.check_resolution(settings, found)
+  info = completer_lib.describe(settings, workdir)
+  weights.check_resolution(settings, info)
   mesh = devices.mesh_of(settings)
   data_config = settings.data
   splits = {name: open_split(data_config, name) for name in ("train", "test")}
   for split in splits.values():
     _check_enough(split.fingerprint, len(split))
   n = min(settings.quality.images, *map(len, splits.values()))
-  other = describe_network(settings, found)
-  completer = Completer(found, settings, mesh)
+  other = describe_network(settings, info)
+  completer = Completer(info, settings, mesh)
   palette, resolution = completer.reader.palette, completer.reader.resolution
-  network, called = open_network(settings, completer, other, mesh)
+  network, network_name = open_network(settings, completer, other, mesh)
 
   def real(name: str) -> np.ndarray:
     """Tokens [N, T] of images spread over the split."""
@@ -86,10 +86,10 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
   rows_given = prompt_rows(settings.sample.keep, resolution)
   held_out = [InputImage(str(i), tokens) for i, tokens in enumerate(test)]
   say(f"quality: {n:,} samples and {n:,} completions beside {splits['test'].fingerprint}")
-  nothing, each_its_own = [NOTHING] * n, np.arange(n)
-  samples, of_samples = gather(settings, completer, nothing, each_its_own, 0, "samples")
+  nothing, numbers = [NOTHING] * n, np.arange(n)
+  samples, of_samples = gather(settings, completer, nothing, numbers, 0, "samples")
   completed, of_completions = gather(
-    settings, completer, held_out, 0 * each_its_own, rows_given, "completions"
+    settings, completer, held_out, 0 * numbers, rows_given, "completions"
   )
 
   def moments(tokens: np.ndarray) -> frechet.Moments:
@@ -103,10 +103,10 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     return frechet.distance(moments(tokens), reference)
 
   values = {
-    "checkpoint": found.path,
-    "step": found.step,
-    "parameters": weights.checksum_of(found),
-    "network": called,
+    "checkpoint": info.path,
+    "step": info.step,
+    "parameters": weights.checksum_of(info),
+    "network": network_name,
     "pictures": n,
     "data": {name: split.fingerprint for name, split in splits.items()},
     "seed": settings.seed,
@@ -135,7 +135,7 @@ def _check_enough(of: str, n: int) -> None:
 def gather(
   settings: Settings,
   completer: Completer,
-  pictures: list[InputImage],
+  images: list[InputImage],
   numbers: np.ndarray,
   rows_given: int,
   what: str,
@@ -144,14 +144,14 @@ def gather(
 
   `numbers` [N] are those of the samples.
   """
-  n, size = len(pictures), min(settings.sample.batch_size, len(pictures))
+  n, size = len(images), min(settings.sample.batch_size, len(images))
   clock = progress.Countdown(what, n, say)
   parts = []
   for first in range(0, n, size):
     # The last batch is as large as the others, so that one program draws them all.
     at = np.minimum(np.arange(first, first + size), n - 1)
     (drawn,) = completer.draw(
-      [pictures[i] for i in at], numbers[at, None], rows_given, choices.sampling_config(settings),
+      [images[i] for i in at], numbers[at, None], rows_given, choices.sampling_config(settings),
       seed=settings.seed,
     )  # fmt: skip
     parts.append((drawn.tokens[: n - first], drawn.nll[: n - first]))
@@ -161,7 +161,7 @@ def gather(
 
 
 def describe_network(
-  settings: Settings, found: checkpoint.CheckpointInfo
+  settings: Settings, info: checkpoint.CheckpointInfo
 ) -> checkpoint.CheckpointInfo | None:
   """The checkpoint whose features are compared; None for a network in ONNX format.
 
@@ -171,7 +171,7 @@ def describe_network(
   if onnx_file(settings):
     return None
   path = settings.quality.network
-  chosen = weights.describe(path, settings) if path else found
+  chosen = weights.describe(path, settings) if path else info
   weights.palette_of(chosen)
   weights.check_resolution(settings, chosen)
   n_layer, layer = chosen.config.n_layer, settings.quality.layer

@@ -39,15 +39,15 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def sample(settings: Settings, workdir: str, out: str) -> None:
   """One checkpoint; images go to `out`."""
   sampling = choices.sampling_config(settings)
-  found = completer_lib.describe(settings, workdir)
-  weights.check_resolution(settings, found)
-  say(f"checkpoint: {found.path}")
-  n_samples, per_picture = settings.sample.samples, settings.sample.per_image
+  info = completer_lib.describe(settings, workdir)
+  weights.check_resolution(settings, info)
+  say(f"checkpoint: {info.path}")
+  n_samples, per_image = settings.sample.samples, settings.sample.per_image
   mesh = devices.sampling_mesh(
-    settings, found.config, math.gcd(n_samples, settings.sample.completions)
+    settings, info.config, math.gcd(n_samples, settings.sample.completions)
   )
-  completer = Completer(found, settings, mesh)
-  together = max(n_samples, settings.sample.completions * per_picture)
+  completer = Completer(info, settings, mesh)
+  together = max(n_samples, settings.sample.completions * per_image)
   memory.check_cache(completer.trained.config, together, settings.sample.cache, mesh)
   paint, resolution = completer.reader.paint, completer.reader.resolution
   rows_given = prompt_rows(settings.sample.keep, resolution)
@@ -55,8 +55,8 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   # Before anything is drawn: the test images may not be there.
   given, source = held_out(settings, completer.reader.palette)
 
-  def draw(pictures: list[InputImage], numbers: np.ndarray, rows_given: int) -> PartialSamples:
-    (drawn,) = completer.draw(pictures, numbers, rows_given, sampling, seed=settings.seed)
+  def draw(images: list[InputImage], numbers: np.ndarray, rows_given: int) -> PartialSamples:
+    (drawn,) = completer.draw(images, numbers, rows_given, sampling, seed=settings.seed)
     return drawn
 
   # Two streams of keys; a sample's number in its own is the same whatever is drawn beside it.
@@ -67,7 +67,7 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   grid = [painted[start : start + columns] for start in range(0, len(painted), columns)]
 
   say(f"completing {len(given)} images of {source}, {rows_given} of {resolution} rows given")
-  numbers = np.arange(len(given) * per_picture).reshape(-1, per_picture)
+  numbers = np.arange(len(given) * per_image).reshape(-1, per_image)
   completions = draw([InputImage("", tokens, stream=1) for tokens in given], numbers, rows_given)
   known = np.arange(resolution)[:, None] < rows_given
   drawn = np.split(paint(completions.tokens), len(given))
@@ -82,9 +82,9 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   figures.save_png(os.path.join(out, "completions.png"), figures.grid(rows, scale=scale))
   completed = completions.nll[:, rows_given * resolution :]
   values = {
-    "checkpoint": found.path,
-    "step": found.step,
-    "parameters": weights.checksum_of(found),
+    "checkpoint": info.path,
+    "step": info.step,
+    "parameters": weights.checksum_of(info),
     "seed": settings.seed,
     "temperature": sampling.temperature,
     "top_k": sampling.top_k,

@@ -32,25 +32,25 @@ def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> n
     (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8
   )
   for r, row in enumerate(rows):
-    for c, picture in enumerate(row):
+    for c, image in enumerate(row):
       top, left = gap + r * (height + gap), gap + c * (width + gap)
-      enlarged = np.repeat(np.repeat(picture, scale, axis=0), scale, axis=1)
+      enlarged = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
       canvas[top : top + height, left : left + width] = enlarged
   return canvas
 
 
-def hide(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
+def hide(image: np.ndarray, known: np.ndarray) -> np.ndarray:
   """The image with all that isn't known greyed out; `known` broadcasts to [H, W]."""
-  return np.where(known[..., None], picture, np.uint8(HIDDEN))
+  return np.where(known[..., None], image, np.uint8(HIDDEN))
 
 
-def save_png(path: str, picture: np.ndarray) -> None:
+def save_png(path: str, image: np.ndarray) -> None:
   with replacing(path) as partial:
-    Image.fromarray(picture).save(partial, format="PNG")
+    Image.fromarray(image).save(partial, format="PNG")
 
 
 def appearing(
-  pictures: Sequence[np.ndarray], n_given: int, *, columns: int, scale: int, frames: int = 48
+  images: Sequence[np.ndarray], n_given: int, *, columns: int, scale: int, frames: int = 48
 ) -> list[np.ndarray]:
   """Frames of images whose pixels appear one after the other, in raster order.
 
@@ -61,11 +61,11 @@ def appearing(
     scale: side of the square that a pixel becomes.
     frames: at most, beside the first one.
   """
-  n_pixels = pictures[0].shape[0] * pictures[0].shape[1]
+  n_pixels = images[0].shape[0] * images[0].shape[1]
   step = max(1, -(-(n_pixels - n_given) // frames))
   laid_out = []
   for shown in [*range(n_given, n_pixels, step), n_pixels]:
-    partial = [each.copy() for each in pictures]
+    partial = [each.copy() for each in images]
     for each in partial:
       each.reshape(n_pixels, 3)[shown:] = HIDDEN
     rows = [partial[start : start + columns] for start in range(0, len(partial), columns)]

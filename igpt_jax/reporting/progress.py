@@ -86,7 +86,7 @@ class Countdown:
 
   def __init__(self, what: str, total: int, say: Callable[[str], None], every: float = 5.0):
     self._what, self._total, self._say, self._every = what, total, say, every
-    self._began = self._told = time.monotonic()
+    self._began = self._last = time.monotonic()
 
   def batches(self, batch_size: int) -> Callable[[int], None]:
     """A ticker that is told how many batches are done, not how many of the whole."""
@@ -96,9 +96,9 @@ class Countdown:
     now = time.monotonic()
     # The longer it takes, the less often it has something to say.
     pause = max(self._every, 0.1 * (now - self._began))
-    if now - self._told < pause or not 0 < done < self._total:
+    if now - self._last < pause or not 0 < done < self._total:
       return
-    self._told = now
+    self._last = now
     speed = done / (now - self._began)
     left = format_seconds((self._total - done) / speed)
     self._say(f"{self._what}: {done:,}/{self._total:,}  {speed:,.1f}/s  ETA {left}")

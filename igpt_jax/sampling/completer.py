@@ -81,14 +81,14 @@ def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpo
   Raises:
     UserError: there is none, it has no palette, or it is a BERT model and `bert` isn't set.
   """
-  found = weights.of_job(settings, workdir)
-  weights.palette_of(found)
-  if not found.config.causal and not bert:
+  info = weights.of_job(settings, workdir)
+  weights.palette_of(info)
+  if not info.config.causal and not bert:
     raise UserError(
-      f"checkpoint: {found.path} is a BERT model, which has no left-to-right distribution to draw "
+      f"checkpoint: {info.path} is a BERT model, which has no left-to-right distribution to draw "
       "from; fix: a checkpoint of objective=autoregressive"
     )
-  return found
+  return info
 
 
 class Reader:
@@ -99,10 +99,10 @@ class Reader:
     palette: its colours.
   """
 
-  def __init__(self, found: checkpoint.CheckpointInfo):
-    self.resolution: int = found.run["resolution"]
-    self.palette = weights.palette_of(found)
-    data_config = found.run.get("config", {}).get("data", {})
+  def __init__(self, info: checkpoint.CheckpointInfo):
+    self.resolution: int = info.run["resolution"]
+    self.palette = weights.palette_of(info)
+    data_config = info.run.get("config", {}).get("data", {})
     # What isn't ours was trained on the paper's crops.
     augment = data_config.get("augment", "paper")
     if augment == "paper" and self.resolution > transforms.PAPER_CROP:
@@ -142,11 +142,11 @@ class Completer:
     reader: of images for it.
   """
 
-  def __init__(self, found: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh):
-    """Reads the weights of what `describe` found onto the mesh."""
-    sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = weights.read_to_draw(settings, found, mesh)
-    self.reader = Reader(found)
+  def __init__(self, info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh):
+    """Reads the weights of what `describe` info onto the mesh."""
+    sharding.check_model_fits(mesh, n_head=info.config.n_head, n_embd=info.config.n_embd)
+    self.trained = weights.read_to_draw(settings, info, mesh)
+    self.reader = Reader(info)
     self._mesh = mesh
     self._cache_dtype = settings.sample.cache
     self._programs: collections.OrderedDict[tuple, _Program] = collections.OrderedDict()
@@ -154,7 +154,7 @@ class Completer:
 
   def draw(
     self,
-    pictures: Sequence[InputImage],
+    images: Sequence[InputImage],
     numbers: ArrayLike,
     rows_given: int,
     sampling: SamplingConfig,
@@ -175,13 +175,13 @@ class Completer:
     n_given, n_positions = rows_given * self.reader.resolution, self.trained.config.n_positions
     n_pixels = rows_at_a_time * self.reader.resolution or n_positions - n_given
     n = np.shape(numbers)[-1]
-    per_picture, given = self._lay_out(pictures, n, n_given)
-    keys = sample_keys(pictures, numbers, len(given) * per_picture, seed)
-    program = self._program(given.shape, per_picture, n_pixels, sampling)
+    per_image, given = self._lay_out(images, n, n_given)
+    keys = sample_keys(images, numbers, len(given) * per_image, seed)
+    program = self._program(given.shape, per_image, n_pixels, sampling)
     with jax.set_mesh(self._mesh):
       progress = program.begin(self.trained.params, sharding.put_global(given, self._mesh), keys)
     del keys
-    wanted = len(pictures) * n
+    wanted = len(images) * n
     for position in range(n_given, n_positions, n_pixels):
       with jax.set_mesh(self._mesh):
         progress = self._extend(program, progress, n_pixels, sampling)
@@ -190,7 +190,7 @@ class Completer:
       end = min(position + n_pixels, n_positions)
       yield PartialSamples(np.array(tokens[:wanted]), np.array(nll[:wanted]), end)
 
-  def _lay_out(self, pictures, n: int, n_given: int) -> tuple[int, np.ndarray]:
+  def _lay_out(self, images, n: int, n_given: int) -> tuple[int, np.ndarray]:
     """Samples that share an image's prefill, and given pixels [B, P].
 
     Where there are fewer images than devices, some are read more than once.
@@ -200,24 +200,24 @@ class Completer:
       (
         size
         for size in range(1, n + 1)
-        if n % size == 0 and len(pictures) * (n // size) % shards == 0
+        if n % size == 0 and len(images) * (n // size) % shards == 0
       ),
       default=1,
     )
-    given = np.stack([picture.tokens[:n_given] for picture in pictures]).astype(np.int32)
+    given = np.stack([image.tokens[:n_given] for image in images]).astype(np.int32)
     given = np.repeat(given, n // shared, axis=0)
     padded = sharding.round_up_batch(self._mesh, len(given))
     return shared, np.pad(given, ((0, padded - len(given)), (0, 0)))
 
-  def _program(self, shape, per_picture: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
+  def _program(self, shape, per_image: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
     """The newest few are kept; the rest make room."""
-    key = shape, per_picture, n_pixels, sampling
+    key = shape, per_image, n_pixels, sampling
     if key not in self._programs:
       begin = jax.jit(
         functools.partial(
           autoregressive.begin,
           self.trained.config,
-          samples_per_picture=per_picture,
+          samples_per_picture=per_image,
           cache_dtype=self._cache_dtype,
         )
       )
@@ -241,10 +241,10 @@ class Completer:
 
 
 def sample_keys(
-  pictures: Sequence[InputImage], numbers: ArrayLike, padded: int, seed: int
+  images: Sequence[InputImage], numbers: ArrayLike, padded: int, seed: int
 ) -> jax.Array:
   """A PRNG key for each sample, decided by seed, image and number; `padded` in all."""
-  identities = np.asarray([[picture.identity] for picture in pictures], np.uint32)
+  identities = np.asarray([[image.identity] for image in images], np.uint32)
   pairs = np.broadcast_arrays(identities, np.asarray(numbers, np.uint32))
   of_samples = np.stack(pairs, -1).reshape(-1, 2)
   of_samples = np.pad(of_samples, ((0, padded - len(of_samples)), (0, 0)))

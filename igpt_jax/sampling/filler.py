@@ -27,17 +27,17 @@ from igpt_jax.workspace import weights
 REGIONS = ("lower", "upper", "left", "right", "centre")
 
 
-def known_pixels(settings: Settings, found: checkpoint.CheckpointInfo) -> np.ndarray:
+def known_pixels(settings: Settings, info: checkpoint.CheckpointInfo) -> np.ndarray:
   """What is given of each image: bool [H, W], as `config.complete.hide` and `keep` say.
 
   Raises:
     UserError: an unknown region, a mask that can't be read or hides nothing or all, or a region that
       the model can't condition on.
   """
-  hide, side = settings.complete.hide, found.run["resolution"]
-  if found.config.causal and hide != "lower":
+  hide, side = settings.complete.hide, info.run["resolution"]
+  if info.config.causal and hide != "lower":
     raise UserError(
-      f"config.complete.hide: {hide}; the checkpoint {found.path} draws pixels from those before them in raster "
+      f"config.complete.hide: {hide}; the checkpoint {info.path} draws pixels from those before them in raster "
       "order, and can't condition on what lies below or to the right; expected lower; fix: "
       "--config.complete.hide=lower, or a BERT checkpoint (objective=masked)"
     )
@@ -57,7 +57,7 @@ def known_pixels(settings: Settings, found: checkpoint.CheckpointInfo) -> np.nda
     first = (side - width) // 2
     known[first : first + width, first : first + width] = False
   else:
-    known = _mask(hide, Reader(found))
+    known = _mask(hide, Reader(info))
   return known
 
 
@@ -95,11 +95,11 @@ class Filler:
   """
 
   def __init__(
-    self, found: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
+    self, info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
   ):
-    sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = weights.read_to_draw(settings, found, mesh)
-    self.reader = Reader(found)
+    sharding.check_model_fits(mesh, n_head=info.config.n_head, n_embd=info.config.n_embd)
+    self.trained = weights.read_to_draw(settings, info, mesh)
+    self.reader = Reader(info)
     self._mesh = mesh
     self._known_T = known_HxW.reshape(-1)
     self._fill = jax.jit(
@@ -110,7 +110,7 @@ class Filler:
 
   def draw(
     self,
-    pictures: Sequence[InputImage],
+    images: Sequence[InputImage],
     numbers: Sequence[int],
     rows_given: int,
     sampling: SamplingConfig,
@@ -123,16 +123,16 @@ class Filler:
     """
     del rows_given
     n_positions = self.trained.config.n_positions
-    wanted = len(pictures) * len(numbers)
+    wanted = len(images) * len(numbers)
     padded = sharding.round_up_batch(self._mesh, wanted)
     tokens = np.zeros((padded, n_positions), np.int32)
     known = np.zeros((padded, n_positions), bool)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
       rows = slice(i * len(numbers), (i + 1) * len(numbers))
-      if len(picture.tokens):
-        tokens[rows], known[rows] = picture.tokens, self._known_T
+      if len(image.tokens):
+        tokens[rows], known[rows] = image.tokens, self._known_T
     known[wanted:] = True  # nothing to do for what fills the batch up
-    keys = completer.sample_keys(pictures, numbers, padded, seed)
+    keys = completer.sample_keys(images, numbers, padded, seed)
     with jax.set_mesh(self._mesh):
       filled = self._fill(
         self.trained.params,

@@ -47,23 +47,23 @@ def find(images: str) -> list[File]:
   if os.path.isfile(path):
     return _named([(path, "")])
   if os.path.isdir(path):
-    found, left_out = _in_folder(path)
+    paths, left_out = _in_folder(path)
   else:
-    found, left_out = _matching(path)
-    if not found and not left_out:
+    paths, left_out = _matching(path)
+    if not paths and not left_out:
       raise UserError(
         f"config.complete.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
         "glob in quotes, such as 'my/*.jpg'"
       )
   others = f"left out {image_files.in_words(left_out)}" if left_out else ""
-  if not found:
+  if not paths:
     raise UserError(
       f"config.complete.images: {images} holds no images; expected *.jpg or CLASS/*.jpg in it"
       + (f"; {others}" if others else "")
     )
   if others:
     say(f"config.complete.images: {others}")
-  return _named(found)
+  return _named(paths)
 
 
 def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
@@ -74,28 +74,28 @@ def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
     raise UserError(
       f"config.complete.images: {root}: {error.strerror}; expected a folder that can be read"
     ) from None
-  found = [(os.path.join(root, name), "") for name in images]
+  paths = [(os.path.join(root, name), "") for name in images]
   for folder in folders:
     images, others = image_files.find(os.path.join(root, folder))
-    found += [(os.path.join(root, folder, name), folder) for name in images]
+    paths += [(os.path.join(root, folder, name), folder) for name in images]
     left_out |= {os.path.join(folder, name): why for name, why in others.items()}
-  return found, left_out
+  return paths, left_out
 
 
 def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
   """The images that a glob names; what is left out, and why."""
-  found, left_out = [], {}
+  paths, left_out = [], {}
   for path in sorted(glob.glob(pattern, recursive=True)):
     if os.path.isfile(path) and not image_files.is_leftover(os.path.basename(path)):
       why = image_files.why_not(path)
       if why is None:
-        found.append((path, ""))
+        paths.append((path, ""))
       else:
         left_out[path] = why
-  return found, left_out
+  return paths, left_out
 
 
-def _named(found: list[tuple[str, str]]) -> list[File]:
+def _named(paths: list[tuple[str, str]]) -> list[File]:
   """Gives files names that differ: a file's own, its whole name, or that with a number.
 
   They differ from what else lies beside them, too: the job's own files, and folders of classes.
@@ -108,9 +108,9 @@ def _named(found: list[tuple[str, str]]) -> list[File]:
     taken[folder].add(_plain(name))
     return name
 
-  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in found)}
+  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in paths)}
   files = []
-  for path, group in found:
+  for path, group in paths:
     base = os.path.basename(path)
     name = first_free(groups[group], os.path.splitext(base)[0], base)
     files.append(File(path, groups[group], name))
