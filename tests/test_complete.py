@@ -206,7 +206,7 @@ def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
   assert [f.name for f in prompt_files.find(str(my / "notes.txt"))] == [
     "notes"
   ]  # who names it, means it
-  with pytest.raises(UserError, match=r"holds no pictures.*left out 1 file: .*e\.heic \(HEIC"):
+  with pytest.raises(UserError, match=r"holds no images.*left out 1 file: .*e\.heic \(HEIC"):
     prompt_files.find(str(my / "cats" / "*.heic"))
 
 

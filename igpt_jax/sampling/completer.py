@@ -1,7 +1,7 @@
-"""Completing a person's own images: from files of any format to pixels, row by row.
+"""Completion of images after their upper rows: from files of any format to pixels, row by row.
 
-What job `complete` and the page share. A model reads pixels in raster order, so what is given is
-always the upper rows: it can't condition on a lower or a left part.
+Used by job `complete` and the page. An autoregressive model reads pixels in raster order, so the prompt
+is always the upper rows: it can't condition on a lower or a left part.
 """
 
 import collections
@@ -25,26 +25,20 @@ from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.workspace import weights
 
-_PROGRAMS = 24  # compiled ones that are kept: one for a shape and a way of drawing
+_PROGRAMS = 24  # compiled programs that are kept; there is one per shape and SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class InputImage:
-  """A person's image as the model sees it.
-
-  Attributes:
-    name: what to call it.
-    tokens: int32 [n_positions]; [0] where there is no image, for unconditional samples.
-    stream: taken for its identity, if not None.
-  """
+  """An image as tokens of the model."""
 
   name: str
-  tokens: np.ndarray
-  stream: int | None = None
+  tokens: np.ndarray  # int32 [n_positions]; [0] for unconditional samples
+  stream: int | None = None  # used as identity, if not None
 
   @property
   def identity(self) -> int:
-    """32 bits of what is in it, whatever it is called: with a seed, where its samples begin."""
+    """32-bit digest of the tokens; with the seed it determines the image's samples."""
     if self.stream is not None:
       return self.stream
     digest = hashlib.sha256(self.tokens.astype("<i4").tobytes()).digest()
@@ -55,28 +49,22 @@ NOTHING = InputImage("unconditional", np.zeros(0, np.int32))
 
 
 class PartialSamples(NamedTuple):
-  """Completions up to a pixel, an image's own ones side by side.
+  """Samples drawn up to some pixel; those of one image are consecutive."""
 
-  Attributes:
-    tokens: int32 [N, n_positions]; 0 from `position` on.
-    nll: float32 [N, n_positions], nats per token under the model itself; 0 at given pixels.
-    position: how many pixels are there.
-  """
-
-  tokens: np.ndarray
-  nll: np.ndarray
-  position: int
+  tokens: np.ndarray  # int32 [N, n_positions]; 0 from `position` on
+  nll: np.ndarray  # float32 [N, n_positions], nats per token under the model; 0 at given pixels
+  position: int  # number of pixels drawn or given
 
 
 class _Program(NamedTuple):
-  """The two steps of drawing, compiled on first use for one shape and one way of drawing."""
+  """The two steps of drawing, compiled on first use for one shape and SamplingConfig."""
 
   begin: jax.stages.Wrapped
-  extend: dict  # holds the second step once the first has said where its result lies
+  extend: dict  # "step": added once the sharding of the first step's result is known
 
 
 def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpoint.CheckpointInfo:
-  """The checkpoint to complete with; its weights are not read yet.
+  """Describes the checkpoint to complete with, without reading its weights.
 
   Raises:
     UserError: there is none, it has no palette, or it is a BERT model and `bert` isn't set.
@@ -92,58 +80,58 @@ def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpo
 
 
 class Reader:
-  """Turns files into what a model sees, and tokens into what people see; needs no weights.
+  """Converts files to a model's tokens, and tokens to images; needs no weights.
 
   Attributes:
-    resolution: side of the model's images.
-    palette: its colours.
+    resolution: height and width of the model's images.
+    palette: the model's palette.
   """
 
   def __init__(self, info: checkpoint.CheckpointInfo):
     self.resolution: int = info.run["resolution"]
     self.palette = weights.palette_of(info)
     data_config = info.run.get("config", {}).get("data", {})
-    # What isn't ours was trained on the paper's crops.
+    # Checkpoints without a config are released ones, trained on the paper's crops.
     augment = data_config.get("augment", "paper")
     if augment == "paper" and self.resolution > transforms.PAPER_CROP:
       augment = "none"
     self._transform = transforms.eval_transform(augment, self.resolution)
 
   def read(self, data: bytes, name: str) -> InputImage:
-    """An image as the model sees it, from a file of any format.
+    """Converts the content of a file of any image format to tokens.
 
     Raises:
-      BadRecord: it isn't one that can be read.
+      BadRecord: it isn't an image that can be read.
     """
     square = self.square(data, name)
     return InputImage(name, self.palette.encode(square).reshape(-1).astype(np.int32))
 
   def square(self, data: bytes, name: str) -> np.ndarray:
-    """The centre square of an image, upright, scaled as in evaluation: uint8 [R, R, 3], sRGB.
+    """Returns the centre square of an image, upright, scaled as in evaluation: uint8 [R, R, 3], sRGB.
 
     Raises:
-      BadRecord: it isn't one that can be read.
+      BadRecord: it isn't an image that can be read.
     """
     return self._transform(own_images.read(data, name))
 
   def paint(self, tokens_BxT: np.ndarray) -> np.ndarray:
-    """Tokens as uint8 [B, H, W, 3]."""
+    """Converts tokens to images uint8 [B, H, W, 3]."""
     return self.palette.decode(tokens_BxT).reshape(-1, self.resolution, self.resolution, 3)
 
 
 class Completer:
-  """One model, and the programs that draw with it.
+  """Draws completions with an autoregressive model.
 
-  A sample is decided by the seed, what is in the image, how much of it is given and the sample's
-  own number alone: not by the batch it is drawn in, nor by the image's name.
+  A sample is determined by the seed, the image's tokens, the number of given rows and the sample's
+  number: not by the batch it is drawn in, nor by the image's name.
 
   Attributes:
     trained: the model.
-    reader: of images for it.
+    reader: converts images to its tokens and back.
   """
 
   def __init__(self, info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh):
-    """Reads the weights of what `describe` info onto the mesh."""
+    """Reads the weights of a checkpoint that `describe` returned onto the mesh."""
     sharding.check_model_fits(mesh, n_head=info.config.n_head, n_embd=info.config.n_embd)
     self.trained = weights.read_to_draw(settings, info, mesh)
     self.reader = Reader(info)
@@ -162,15 +150,15 @@ class Completer:
     seed: int,
     rows_at_a_time: int = 0,
   ) -> Iterator[PartialSamples]:
-    """Samples of every image, as they grow; the last ones are whole.
+    """Yields samples of all images as rows are drawn; the last result has all rows.
 
     Args:
-      images: to complete.
-      numbers: of the samples of each, 0 and up: [n], or other ones for every image, [images, n].
-      rows_given: upper rows of each that are kept; 0: none.
-      sampling: how to draw.
-      seed: of everything drawn.
-      rows_at_a_time: rows between two results; 0: all of them in one.
+      images: the images to complete.
+      numbers: numbers of each image's samples, 0 and up: [n], or others for each image, [images, n].
+      rows_given: upper rows of each image that are kept; 0: none.
+      sampling: temperature, top-k and top-p.
+      seed: seed of all samples.
+      rows_at_a_time: rows between two results; 0: one result with all rows.
     """
     n_given, n_positions = rows_given * self.reader.resolution, self.trained.config.n_positions
     n_pixels = rows_at_a_time * self.reader.resolution or n_positions - n_given
@@ -185,44 +173,33 @@ class Completer:
     for position in range(n_given, n_positions, n_pixels):
       with jax.set_mesh(self._mesh):
         progress = self._extend(program, progress, n_pixels, sampling)
-        # Copies: the next step is given the arrays to write into.
+        # Copies, since these buffers are donated to the next step.
         tokens, nll = jax.device_get(self._fetch(progress.tokens, progress.nll))
       end = min(position + n_pixels, n_positions)
       yield PartialSamples(np.array(tokens[:wanted]), np.array(nll[:wanted]), end)
 
   def _lay_out(self, images, n: int, n_given: int) -> tuple[int, np.ndarray]:
-    """Samples that share an image's prefill, and given pixels [B, P].
+    """Returns the number of samples that share an image's prefill, and the prompts [B, P].
 
-    Where there are fewer images than devices, some are read more than once.
+    Where there are fewer images than devices, some prompts are repeated.
     """
     shards = sharding.batch_shards(self._mesh)
-    shared = max(
-      (
-        size
-        for size in range(1, n + 1)
-        if n % size == 0 and len(images) * (n // size) % shards == 0
-      ),
-      default=1,
-    )
+    divisors = [size for size in range(1, n + 1) if n % size == 0]
+    fitting = [size for size in divisors if len(images) * (n // size) % shards == 0]
+    shared = max(fitting, default=1)
     given = np.stack([image.tokens[:n_given] for image in images]).astype(np.int32)
     given = np.repeat(given, n // shared, axis=0)
     padded = sharding.round_up_batch(self._mesh, len(given))
     return shared, np.pad(given, ((0, padded - len(given)), (0, 0)))
 
   def _program(self, shape, per_image: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
-    """The newest few are kept; the rest make room."""
+    """Returns the program from a least-recently-used cache."""
     key = shape, per_image, n_pixels, sampling
     if key not in self._programs:
-      begin = jax.jit(
-        functools.partial(
-          autoregressive.begin,
-          self.trained.config,
-          samples_per_picture=per_image,
-          cache_dtype=self._cache_dtype,
-        )
-      )
-      self._programs[key] = _Program(begin, {})
-      while len(self._programs) > _PROGRAMS:
+      options = {"samples_per_picture": per_image, "cache_dtype": self._cache_dtype}
+      begin = functools.partial(autoregressive.begin, self.trained.config, **options)
+      self._programs[key] = _Program(jax.jit(begin), {})
+      if len(self._programs) > _PROGRAMS:
         self._programs.popitem(last=False)
     self._programs.move_to_end(key)
     return self._programs[key]
@@ -234,7 +211,7 @@ class Completer:
       def extend(params, progress):
         return autoregressive.extend(config, params, progress, n_pixels, sampling=sampling)
 
-      # It goes round: what comes out lies where it came in, and one program serves all rows.
+      # Results keep the inputs' sharding, so that one program serves all rows.
       where = jax.tree.map(lambda leaf: leaf.sharding, progress)
       program.extend["step"] = jax.jit(extend, donate_argnums=1, out_shardings=where)
     return program.extend["step"](self.trained.params, progress)
@@ -243,24 +220,22 @@ class Completer:
 def sample_keys(
   images: Sequence[InputImage], numbers: ArrayLike, padded: int, seed: int
 ) -> jax.Array:
-  """A PRNG key for each sample, decided by seed, image and number; `padded` in all."""
+  """PRNG keys [padded]: one per sample, determined by seed, image and the sample's number."""
   identities = np.asarray([[image.identity] for image in images], np.uint32)
   pairs = np.broadcast_arrays(identities, np.asarray(numbers, np.uint32))
-  of_samples = np.stack(pairs, -1).reshape(-1, 2)
-  of_samples = np.pad(of_samples, ((0, padded - len(of_samples)), (0, 0)))
-  return _keys(jax.random.key(seed), of_samples)
+  pairs_Nx2 = np.stack(pairs, -1).reshape(-1, 2)
+  pairs_Nx2 = np.pad(pairs_Nx2, ((0, padded - len(pairs_Nx2)), (0, 0)))
+  return _keys(jax.random.key(seed), *pairs_Nx2.T)
 
 
 @jax.jit
-def _keys(base: jax.Array, of_samples_Nx2: jax.Array) -> jax.Array:
-  """A PRNG key for each (image's identity, sample's number), [N]."""
-
-  def one(pair):
-    return jax.random.fold_in(jax.random.fold_in(base, pair[0]), pair[1])
-
-  return jax.vmap(one)(of_samples_Nx2)
+def _keys(base: jax.Array, identities_N: jax.Array, numbers_N: jax.Array) -> jax.Array:
+  fold_in = jax.vmap(jax.random.fold_in)
+  return fold_in(
+    jax.vmap(lambda identity: jax.random.fold_in(base, identity))(identities_N), numbers_N
+  )
 
 
 def prompt_rows(keep: float, resolution: int) -> int:
-  """Rows that are given, at least one and not all."""
+  """Number of given rows for a share `keep`: at least one, and not all."""
   return min(max(round(keep * resolution), 1), resolution - 1)

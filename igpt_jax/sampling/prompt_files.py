@@ -1,4 +1,4 @@
-"""Which files a person means by `config.complete.images`: one, a glob, or a folder with or without classes."""
+"""Files named by `config.complete.images`: one, a glob, or a folder with or without classes."""
 
 import collections
 import glob
@@ -11,7 +11,7 @@ from igpt_jax.data import image_files
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
 
-# What job `complete` writes beside the folders of its images, whole or not yet.
+# Files that job `complete` writes beside its images' folders, and their unfinished versions.
 _RESERVED = frozenset(
   name + partial
   for name in ("grid.png", "complete.json", "settings.json")
@@ -20,28 +20,22 @@ _RESERVED = frozenset(
 
 
 class File(NamedTuple):
-  """One image to read.
-
-  Attributes:
-    path: of the file.
-    group: name of its class; "" where there are none.
-    name: what its results are called; no two of a group share one.
-  """
+  """An image file to read."""
 
   path: str
-  group: str
-  name: str
+  group: str  # name of its class; "" where there are none
+  name: str  # name of its results, unique within the group
 
 
 def find(images: str) -> list[File]:
-  """Files in order of their names, class after class.
+  """Lists the files in order of their names, class by class.
 
   Args:
     images: a file; a glob ("my/*.jpg", quoted, so that the shell leaves it alone; ** is any depth);
       or a folder, of images or of folders of images: then each of those is a class.
 
   Raises:
-    UserError: there are none.
+    UserError: there are no images.
   """
   path = os.path.expanduser(images)
   if os.path.isfile(path):
@@ -67,7 +61,7 @@ def find(images: str) -> list[File]:
 
 
 def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
-  """Its own images, then those of its folders, at any depth below; what is left out, and why."""
+  """Returns a folder's images, then those of its folders at any depth; and what is left out, and why."""
   try:
     folders, images, left_out = image_files.scan(root)
   except OSError as error:
@@ -83,7 +77,7 @@ def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
 
 
 def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
-  """The images that a glob names; what is left out, and why."""
+  """Returns the images that a glob matches; and what is left out, and why."""
   paths, left_out = [], {}
   for path in sorted(glob.glob(pattern, recursive=True)):
     if os.path.isfile(path) and not image_files.is_leftover(os.path.basename(path)):
@@ -96,9 +90,9 @@ def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
 
 
 def _named(paths: list[tuple[str, str]]) -> list[File]:
-  """Gives files names that differ: a file's own, its whole name, or that with a number.
+  """Gives the results unique names: the file's stem, its whole name, or that with a number.
 
-  They differ from what else lies beside them, too: the job's own files, and folders of classes.
+  The names also differ from the job's own files and from the folders of classes.
   """
   taken = collections.defaultdict(lambda: set(_RESERVED))
 
@@ -118,5 +112,5 @@ def _named(paths: list[tuple[str, str]]) -> list[File]:
 
 
 def _plain(name: str) -> str:
-  """One for all names that some disk doesn't tell apart: Cat and cat, é in one character or two."""
+  """Normalises names that some file systems treat as equal: Cat and cat, é as one or two characters."""
   return unicodedata.normalize("NFC", name).casefold()
