@@ -52,7 +52,8 @@ def _pixel_features(groups: Groups, frozen: dict, images: jax.Array) -> Features
 def _axes(source: Source, images: np.ndarray) -> dict:
   """Principal axes of training images, replicated over the mesh."""
   pca = sets.fit_pca(images, source.trained.config.n_embd)
-  axes = {"mean": pca.mean_.astype(np.float32), "components": pca.components_.astype(np.float32)}
+  mean, components = (np.asarray(array, np.float32) for array in (pca.mean_, pca.components_))
+  axes = {"mean": mean, "components": components}
   return jax.device_put(axes, sharding.replicated(source.mesh))
 
 

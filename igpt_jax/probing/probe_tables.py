@@ -74,8 +74,10 @@ def draw(path: str, values: dict[str, Any]) -> None:
 
 
 def _plot_layers(path: str, curves: dict, title: str, rows: list[Row]) -> None:
-  labels = {"x_label": "layer", "y_label": "test accuracy"}
-  figures.plot(path, curves, title=title, **labels, levels=levels(rows), whole_steps=True)
+  figures.plot(
+    path, curves, title=title, x_label="layer", y_label="test accuracy", levels=levels(rows),
+    whole_steps=True,
+  )  # fmt: skip
 
 
 def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:

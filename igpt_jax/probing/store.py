@@ -1,4 +1,4 @@
-"""Features on disk: a folder for each split under one model; resumable, and checked for whose it is.
+"""Features on disk: a folder per split and model; resumable, and refused if made from anything else.
 
 FOLDER/
   identity.json   what they were computed from: parameters' checksum, data, resolution, …
