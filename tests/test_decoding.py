@@ -26,17 +26,17 @@ PLAIN = SamplingConfig()
 
 
 @functools.cache
-def compiled(config, sampling, samples_per_picture=1):
+def compiled(config, sampling, samples_per_image=1):
   return tiny.jit(
     functools.partial(
-      autoregressive.complete, config, sampling=sampling, samples_per_picture=samples_per_picture
+      autoregressive.complete, config, sampling=sampling, samples_per_image=samples_per_image
     )
   )
 
 
-def complete(given, keys, *, config=CONFIG, sampling=PLAIN, samples_per_picture=1):
-  run = compiled(config, sampling, samples_per_picture)
-  samples = run(tiny.random_params(config), given_BxP=given, keys_B=keys)
+def complete(given, keys, *, config=CONFIG, sampling=PLAIN, samples_per_image=1):
+  run = compiled(config, sampling, samples_per_image)
+  samples = run(tiny.random_params(config), prompt_BxP=given, keys_B=keys)
   return jax.tree.map(np.asarray, samples)
 
 
@@ -85,13 +85,13 @@ def test_cached_logits_are_those_of_the_full_forward(n_given, n_done):
 
 
 @pytest.mark.parametrize("block", [4, 7])
-@pytest.mark.parametrize("per_picture", [1, 2])
-def test_blocks_of_any_length_make_the_same_samples(block, per_picture, monkeypatch):
+@pytest.mark.parametrize("per_image", [1, 2])
+def test_blocks_of_any_length_make_the_same_samples(block, per_image, monkeypatch):
   """So short that every sample needs several; with its position known when traced, and not."""
-  given, keys = tiny.random_tokens(CONFIG, 2)[:, :4], make_keys(2 * per_picture)
+  given, keys = tiny.random_tokens(CONFIG, 2)[:, :4], make_keys(2 * per_image)
   params = tiny.random_params(CONFIG)
-  whole = complete(given, keys, samples_per_picture=per_picture)
-  settings = dict(samples_per_picture=per_picture)
+  whole = complete(given, keys, samples_per_image=per_image)
+  settings = dict(samples_per_image=per_image)
   monkeypatch.setattr(autoregressive, "_BLOCK", block)
   run = tiny.jit(functools.partial(autoregressive.complete, CONFIG, sampling=PLAIN, **settings))
   np.testing.assert_array_equal(run(params, given, keys).tokens, whole.tokens)
@@ -165,10 +165,10 @@ def test_unconditional_samples_differ_by_their_keys_alone():
   assert np.all([len(set(row)) > 3 for row in tokens])
 
 
-def test_samples_per_picture_are_repeated_prompts():
+def test_samples_per_image_are_repeated_prompts():
   given = tiny.random_tokens(CONFIG, 2)[:, :6]
   keys = make_keys(6)
-  shared = complete(given, keys, samples_per_picture=3)
+  shared = complete(given, keys, samples_per_image=3)
   repeated = complete(np.repeat(given, 3, axis=0), keys)
   np.testing.assert_array_equal(shared.tokens, repeated.tokens)
   np.testing.assert_allclose(shared.nll, repeated.nll, rtol=0, atol=1e-5)
@@ -220,9 +220,9 @@ def test_samples_on_a_mesh_are_those_of_one_device(shape):
   config = tiny.make_config(n_head=4)
   given, keys = tiny.random_tokens(config, 8)[:, :5], make_keys(16)
   params = tiny.random_params(config)
-  expected = complete(given, keys, config=config, samples_per_picture=2)
+  expected = complete(given, keys, config=config, samples_per_image=2)
   placed = jax.device_put(params, param_shardings(config, mesh))
-  settings = dict(samples_per_picture=2)
+  settings = dict(samples_per_image=2)
   with jax.set_mesh(mesh):
     given = sharding.put_global(given, mesh)
     run = tiny.jit(functools.partial(autoregressive.complete, config, sampling=PLAIN, **settings))
@@ -257,22 +257,22 @@ def loop_bodies(text):
   return found
 
 
-@pytest.mark.parametrize("per_picture", [1, 2])
-def test_rows_of_other_devices_heads_are_left_alone(per_picture, monkeypatch):
+@pytest.mark.parametrize("per_image", [1, 2])
+def test_rows_of_other_devices_heads_are_left_alone(per_image, monkeypatch):
   """The same samples, and no device sends another one what it made of its heads' keys."""
   for room in (cache, decode_step):
     monkeypatch.setattr(room, "keeps_rows", lambda: True)
   mesh = tiny.mesh_of((1, 2, 4))
   config = tiny.make_config(n_head=4, n_positions=60)
-  given, keys = tiny.random_tokens(config, 4)[:, :7], make_keys(4 * per_picture)
+  given, keys = tiny.random_tokens(config, 4)[:, :7], make_keys(4 * per_image)
   params = tiny.random_params(config)
-  expected = complete(given, keys, config=config, samples_per_picture=per_picture)
+  expected = complete(given, keys, config=config, samples_per_image=per_image)
   placed = jax.device_put(params, param_shardings(config, mesh))
   with jax.set_mesh(mesh):
     given = sharding.put_global(given, mesh)
     run = jax.jit(
       functools.partial(
-        autoregressive.complete, config, sampling=PLAIN, samples_per_picture=per_picture
+        autoregressive.complete, config, sampling=PLAIN, samples_per_image=per_image
       )
     )
     compiled = run.lower(placed, given, keys).compile()
@@ -309,13 +309,13 @@ def test_weights_are_gathered_before_the_loop():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("per_picture", [1, 3])
-def test_cache_dtypes(dtype, per_picture):
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_cache_dtypes(dtype, per_image):
   """float32 changes nothing; how much of the likelihood the others move is bounded."""
   config = tiny.make_config(n_embd=32, n_positions=64)
   params = tiny.random_params(config)
-  given, keys = tiny.random_tokens(config, 16)[:, :32], make_keys(16 * per_picture)
-  settings = dict(sampling=PLAIN, samples_per_picture=per_picture)
+  given, keys = tiny.random_tokens(config, 16)[:, :32], make_keys(16 * per_image)
+  settings = dict(sampling=PLAIN, samples_per_image=per_image)
   run = tiny.jit(functools.partial(autoregressive.complete, config, cache_dtype=dtype, **settings))
   samples = jax.tree.map(np.asarray, run(params, given, keys))
   logits = full_forward(config, params, samples.tokens)
@@ -326,15 +326,15 @@ def test_cache_dtypes(dtype, per_picture):
   else:
     assert 1e-4 < off  # it is another cache
     assert abs(samples.nll[:, 32:].mean() / true.mean() - 1) < 0.005
-    plain = complete(given, keys, config=config, samples_per_picture=per_picture)
+    plain = complete(given, keys, config=config, samples_per_image=per_image)
     assert abs(true.mean() / plain.nll[:, 32:].mean() - 1) < 0.05
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("per_picture", [1, 3])
-def test_rows_as_accelerators_keep_them_are_the_same(dtype, per_picture, monkeypatch):
-  given, keys = tiny.random_tokens(CONFIG, 2)[:, :6], make_keys(2 * per_picture)
-  settings = dict(sampling=PLAIN, samples_per_picture=per_picture, cache_dtype=dtype)
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_rows_as_accelerators_keep_them_are_the_same(dtype, per_image, monkeypatch):
+  given, keys = tiny.random_tokens(CONFIG, 2)[:, :6], make_keys(2 * per_image)
+  settings = dict(sampling=PLAIN, samples_per_image=per_image, cache_dtype=dtype)
 
   def run():
     return tiny.jit(functools.partial(autoregressive.complete, CONFIG, **settings))(
@@ -457,7 +457,7 @@ def test_samples_follow_the_distribution(name, n_given):
   given = np.full((DRAWS, n_given), 2, np.int32)
   run = compiled(ENUMERABLE, SAMPLINGS[name])
   tokens = np.asarray(
-    run(enumerable_params(), given_BxP=given, keys_B=make_keys(DRAWS, seed=7)).tokens
+    run(enumerable_params(), prompt_BxP=given, keys_B=make_keys(DRAWS, seed=7)).tokens
   )
   counts = np.bincount(tokens @ [64, 16, 4, 1], minlength=256)
   probability = distribution(SAMPLINGS[name], n_given)

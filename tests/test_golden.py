@@ -176,7 +176,7 @@ def test_greedy_completion_matches_transformers(output, n_given):
     )
   )
   keys = jax.random.split(jax.random.key(0), len(expected))
-  samples = complete(params, given_BxP=inputs["tokens"][:, :n_given], keys_B=keys)
+  samples = complete(params, prompt_BxP=inputs["tokens"][:, :n_given], keys_B=keys)
   np.testing.assert_array_equal(samples.tokens, expected)
 
 

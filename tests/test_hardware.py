@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from igpt_jax.model.image_gpt import PRESETS, abstract_params, bind
-from igpt_jax.parallel.hardware import CHIPS, chip_of, model_flops_per_image
+from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, abstract_params, bind
+from igpt_jax.parallel.hardware import CHIPS, chip_of
 from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import token_nll
 
@@ -50,8 +50,8 @@ def test_flops_are_those_of_the_program(batch):
 def test_flops_of_the_published_small_model():
   """6 N D for 131 billion tokens, as published estimates have it, and attention's share."""
   preset = PRESETS["s"]
-  flops = model_flops_per_image(
-    n_layer=preset.n_layer, n_embd=preset.n_embd, n_vocab=512, n_positions=1024, causal=False
+  flops = flops_per_image(
+    ImageGPTConfig(preset.n_layer, preset.n_head, preset.n_embd, causal=False)
   )
   matmuls = 6 * (24 * 12 * 512**2 + 512 * 512) * 1024
   assert flops == matmuls + 24 * 12 * 1024**2 * 512

@@ -162,7 +162,7 @@ def attention(settings: Settings, model_config: ImageGPTConfig, mesh: Mesh) -> V
   )
   length, width = model_config.n_positions, measured.n_head * model_config.head_dim
   # As in the model FLOPs of a step: scores and values, the masked half not counted.
-  flops = 4 * measured.pictures * length**2 * width * (0.5 if model_config.causal else 1.0)
+  flops = 4 * measured.images * length**2 * width * (0.5 if model_config.causal else 1.0)
 
   def row(name: str) -> Values:
     forward, both = measured.forward[name], measured.both[name]
@@ -176,7 +176,7 @@ def attention(settings: Settings, model_config: ImageGPTConfig, mesh: Mesh) -> V
 
   return {
     "auto": measured.auto,
-    "pictures": measured.pictures,
+    "pictures": measured.images,
     "length": length,
     "n_head": measured.n_head,
     "head_dim": model_config.head_dim,
@@ -237,7 +237,7 @@ def of_input(settings: Settings, split: Split, trained: Values | None) -> Values
     {"stage": costs[0].stage, "cpu": timing([cost.cpu_ms / 1e3 for cost in costs])}
     for costs in zip(*passes, strict=True)
   ]
-  wall = timing([1 / each.pictures_per_second for each in whole])
+  wall = timing([1 / each.images_per_second for each in whole])
   cpu = timing([each.cpu_ms / 1e3 for each in whole])
   speed = 1 / wall["seconds"]
   return {

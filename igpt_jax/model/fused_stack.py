@@ -1,9 +1,9 @@
-"""All blocks in one differentiable function, for TPUs: what the backward pass needs is kept in stacks.
+"""All blocks in one differentiable function, for TPUs, with the residuals of all layers in stacks.
 
-A scan over layers that is differentiated by JAX copies whatever it keeps into a stack, and out of it
-again; next to the fused attention kernel those copies cost as much as the kernel. Here the backward
-pass is written out: matmuls write into the stacks, the kernels read and write one layer of them in
-place, and norms and the activation are computed again. Same values and gradients as the blocks'.
+When JAX differentiates a scan over layers, it copies every residual into a stack and out of it again;
+beside the fused attention kernel those copies cost as much as the kernel. Here the backward pass is
+written by hand: matmuls write into the stacks, the kernels read and write one layer of them in place,
+and norms and the activation are recomputed. Values and gradients are the same as the blocks'.
 """
 
 import functools
@@ -24,7 +24,7 @@ _STACKS = ((None, *layers.QKV), (None, *layers.HEADS), (None, *_LSE))
 
 
 def _norm_gradients(x, scale, gain, dout) -> tuple[jax.Array, jax.Array]:
-  """Gradients of `rms_norm` with respect to x and gain, float32; `scale` is its inverse RMS."""
+  """Gradients of `rms_norm` with respect to x and gain, float32; `scale` is x's inverse RMS."""
   unit = x.astype(jnp.float32) * scale
   dout = dout.astype(jnp.float32)
   dgain = jnp.sum(dout * unit, axis=(0, 1))
@@ -32,24 +32,19 @@ def _norm_gradients(x, scale, gain, dout) -> tuple[jax.Array, jax.Array]:
   return scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True)), dgain
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def run(
-  blocks: dict, x_BxTxD: jax.Array, *, n_head: int, causal: bool, interpret: bool = False
+  blocks: dict, x_BxTxD: jax.Array, n_head: int, causal: bool, interpret: bool = False
 ) -> jax.Array:
-  """The output of the last block [B, T, D].
+  """Returns the output of the last block [B, T, D].
 
   Args:
     blocks: the stacked parameters, as under "blocks" in the model's dict.
     x_BxTxD: embeddings.
-    n_head, causal: of the model; the fused attention kernel must take a device's share.
+    n_head, causal: the model's; the fused attention kernel must support a device's share.
     interpret: run the kernel on the CPU, for tests.
   """
-  return _run((n_head, causal, interpret), blocks, x_BxTxD)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(settings, blocks, x):
-  """The output alone, where nothing is differentiated; keeps nothing for a backward pass."""
-  n_head, causal, interpret = settings
+  # This body runs only where nothing is differentiated: it keeps no residuals.
   implementation = "tpu_interpret" if interpret else "tpu"
 
   def body(x, block):
@@ -64,18 +59,18 @@ def _run(settings, blocks, x):
     x = x + sharded_einsum(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
     return constrain(x, *layers.STREAM), None
 
-  return jax.lax.scan(body, x, blocks)[0]
+  return jax.lax.scan(body, x_BxTxD, blocks)[0]
 
 
-class _Kept(NamedTuple):
-  """Stacks of what the backward pass needs of every layer; what it doesn't find here is cheap.
+class _Residuals(NamedTuple):
+  """Stacks of every layer's residuals; everything else is cheap to recompute in the backward pass.
 
   Attributes:
-    inputs: of the blocks, and after them the output of the last, [L + 1, B, T, D].
+    inputs: the blocks' inputs, followed by the output of the last, [L + 1, B, T, D].
     scales: inverse RMS at both norms, float32 [L, 2, B, T, 1].
-    attention: what the kernels read and write.
-    hidden: of the MLP, before the activation, [L, B, T, 4D]; None where it's cheaper to compute again
-      than to lay out for the backward pass: on 256 × 256 matrix units.
+    attention: stacks that the kernels read and write.
+    hidden: the MLP's hidden units before the activation, [L, B, T, 4D]; None on 256 × 256 matrix
+      units, where recomputing them is cheaper than laying them out for the backward pass.
   """
 
   inputs: jax.Array
@@ -84,8 +79,8 @@ class _Kept(NamedTuple):
   hidden: jax.Array | None
 
 
-def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kept:
-  """Stacks for `_forward` to write; their contents are undefined."""
+def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Residuals:
+  """Allocates stacks for `_forward` to write; their contents are undefined."""
   n_layer, width = blocks["ln_1"]["g"].shape
   batch, length, _ = x.shape
 
@@ -95,14 +90,9 @@ def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kep
   heads = sharding.axis_share("heads", n_head)
   assert heads, "the kernel is not chosen where heads don't divide over the mesh"
   qkv = (3, batch, length, width)
-  lse = tpu.lse_shape(
-    qkv,
-    x.dtype,
-    n_head=heads,
-    head_dim=width // n_head,
-    causal=causal,
-  )
-  return _Kept(
+  lse = tpu.lse_shape(qkv, x.dtype, n_head=heads, head_dim=width // n_head, causal=causal)
+  hidden = (batch, length, blocks["mlp"]["fc"].shape[-1])
+  return _Residuals(
     inputs=stack(x.shape, layers.STREAM, depth=n_layer + 1),
     scales=stack((2, batch, length, 1), (None, *layers.STREAM), dtype=jnp.float32),
     attention=tpu.Stacks(
@@ -110,34 +100,30 @@ def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Kep
       out=stack(x.shape, layers.HEADS),
       lse=stack(lse, _LSE, dtype=jnp.float32),
     ),
-    hidden=None
-    if tpu.wide_matrix_unit()
-    else stack((batch, length, blocks["mlp"]["fc"].shape[-1]), layers.INNER),
+    hidden=None if tpu.wide_matrix_unit() else stack(hidden, layers.INNER),
   )
 
 
-def _on_each_device(kernel, settings):
-  n_head, causal, interpret = settings
-  n_head = sharding.axis_share("heads", n_head)
-  return functools.partial(kernel, n_head=n_head, causal=causal, interpret=interpret)
+def _kernel(layer_function, n_head: int, causal: bool, interpret: bool):
+  local = sharding.axis_share("heads", n_head)
+  return functools.partial(layer_function, n_head=local, causal=causal, interpret=interpret)
 
 
-def _forward(settings, blocks, x):
-  n_head, causal, _ = settings
-  kernel = _on_each_device(tpu.forward_layer, settings)
+def _forward(blocks, x, n_head, causal, interpret):
+  kernel = _kernel(tpu.forward_layer, n_head, causal, interpret)
   attend = sharding.per_device(
-    lambda at, *parts: kernel(at, tpu.Stacks(*parts)), ((), *_STACKS), _STACKS[1:]
+    lambda layer, *stacks: kernel(layer, tpu.Stacks(*stacks)), ((), *_STACKS), _STACKS[1:]
   )
 
   def body(carry, scanned):
-    x, kept = carry
+    x, residuals = carry
     layer, block = scanned
     scale_1 = layers.inverse_rms(x)
     qkv = sharded_einsum(
       layers.TO_QKV, layers.scaled_norm(x, scale_1, block["ln_1"]["g"]), block["attn"]["qkv"]
     )
-    qkv_stack = _put(kept.attention.qkv, qkv, layer)
-    out, lse = attend(layer, qkv_stack, *kept.attention[1:])
+    qkv_stack = _put(residuals.attention.qkv, qkv, layer)
+    out, lse = attend(layer, qkv_stack, *residuals.attention[1:])
     middle = x + sharded_einsum(layers.FROM_HEADS, _get(out, layer), block["attn"]["proj"])
     scale_2 = layers.inverse_rms(middle)
     hidden = sharded_einsum(
@@ -145,26 +131,26 @@ def _forward(settings, blocks, x):
     )
     x = middle + sharded_einsum(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
     x = constrain(x, *layers.STREAM)
-    kept = _Kept(
-      inputs=_put(kept.inputs, x, layer + 1),
-      scales=_put(kept.scales, jnp.stack([scale_1, scale_2]), layer),
+    residuals = _Residuals(
+      inputs=_put(residuals.inputs, x, layer + 1),
+      scales=_put(residuals.scales, jnp.stack([scale_1, scale_2]), layer),
       attention=tpu.Stacks(qkv_stack, out, lse),
-      hidden=None if kept.hidden is None else _put(kept.hidden, hidden, layer),
+      hidden=None if residuals.hidden is None else _put(residuals.hidden, hidden, layer),
     )
-    return (x, kept), None
+    return (x, residuals), None
 
-  kept = _empty_stacks(blocks, x, n_head, causal)
-  kept = kept._replace(inputs=_put(kept.inputs, x, 0))
+  residuals = _empty_stacks(blocks, x, n_head, causal)
+  residuals = residuals._replace(inputs=_put(residuals.inputs, x, 0))
   n_layer = len(blocks["ln_1"]["g"])
-  (x, kept), _ = jax.lax.scan(body, (x, kept), (jnp.arange(n_layer), blocks))
-  return x, (blocks, kept)
+  (x, residuals), _ = jax.lax.scan(body, (x, residuals), (jnp.arange(n_layer), blocks))
+  return x, (blocks, residuals)
 
 
-def _backward(settings, residuals, dx):
-  blocks, kept = residuals
-  kernel = _on_each_device(tpu.backward_layer, settings)
-  of_attention = sharding.per_device(
-    lambda at, dout, *parts: kernel(at, tpu.Stacks(*parts), dout),
+def _backward(n_head, causal, interpret, blocks_and_residuals, dx):
+  blocks, residuals = blocks_and_residuals
+  kernel = _kernel(tpu.backward_layer, n_head, causal, interpret)
+  attention_gradient = sharding.per_device(
+    lambda layer, dout, *stacks: kernel(layer, tpu.Stacks(*stacks), dout),
     ((), layers.HEADS, *_STACKS),
     layers.QKV,
   )
@@ -172,17 +158,16 @@ def _backward(settings, residuals, dx):
   def body(dx, scanned):
     layer, block = scanned
     gain_1, gain_2 = block["ln_1"]["g"], block["ln_2"]["g"]
-    x, out = _get(kept.inputs, layer), _get(kept.attention.out, layer)
-    middle = x + sharded_einsum(
-      layers.FROM_HEADS, out, block["attn"]["proj"]
-    )  # cheaper than to keep
-    scale_1, scale_2 = _get(kept.scales, layer)
+    x, out = _get(residuals.inputs, layer), _get(residuals.attention.out, layer)
+    # Recomputing it is cheaper than keeping it.
+    middle = x + sharded_einsum(layers.FROM_HEADS, out, block["attn"]["proj"])
+    scale_1, scale_2 = _get(residuals.scales, layer)
 
     normed = layers.scaled_norm(middle, scale_2, gain_2)
-    if kept.hidden is None:
+    if residuals.hidden is None:
       hidden = sharded_einsum(layers.TO_INNER, normed, block["mlp"]["fc"])
     else:
-      hidden = _get(kept.hidden, layer)
+      hidden = _get(residuals.hidden, layer)
     activated, pull = jax.vjp(layers.activation, hidden)
     dactivated, dproj = sharded_einsum_gradients(
       layers.FROM_INNER, activated, block["mlp"]["proj"], dx
@@ -193,7 +178,7 @@ def _backward(settings, residuals, dx):
     dx = (dx + dmiddle).astype(x.dtype)
 
     dout, dattn_proj = sharded_einsum_gradients(layers.FROM_HEADS, out, block["attn"]["proj"], dx)
-    dqkv = of_attention(layer, dout, *kept.attention)
+    dqkv = attention_gradient(layer, dout, *residuals.attention)
     normed = layers.scaled_norm(x, scale_1, gain_1)
     dnormed, dqkv_weight = sharded_einsum_gradients(
       layers.TO_QKV, normed, block["attn"]["qkv"], dqkv
@@ -213,7 +198,7 @@ def _backward(settings, residuals, dx):
   return gradients, dx
 
 
-_run.defvjp(_forward, _backward)
+run.defvjp(_forward, _backward)
 
 
 def _put(stack: jax.Array, value: jax.Array, at: jax.Array | int) -> jax.Array:

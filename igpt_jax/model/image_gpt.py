@@ -2,10 +2,10 @@
 
 Pre-norm blocks with scale-only RMS norms, x·sigmoid(1.702x), no biases, learned absolute positions
 in raster order, an untied output table. A causal model shifts its input by a learned start vector
-and predicts every pixel; the other one (BERT) sees the pixels that a mask leaves.
+and predicts every pixel; a BERT model sees the pixels that a mask leaves visible.
 
 The layers are stacked on axis 0 and scanned, so that compilation doesn't grow with depth.
-Parameters carry logical axis names (`axes`); `parallel.sharding` says where those live.
+Parameters carry logical axis names (`axes`); `parallel.sharding` maps those to the mesh.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
 from igpt_jax.errors import UserError
@@ -43,18 +43,18 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ImageGPTConfig:
-  """Everything that decides the computation. Parameters are float32 whatever `dtype` is.
+  """Configuration of a model. Parameters are float32 whatever `dtype` is.
 
   Attributes:
     n_layer, n_head, n_embd: depth, heads, width.
     n_vocab: palette size; also the number of output classes per pixel.
     n_positions: pixels of an image, height × width.
     causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
-    dtype: of activations and matmuls, "float32" or "bfloat16".
-    remat: what the backward pass recomputes: "none" keeps all activations, "names" keeps the
+    dtype: dtype of activations and matmuls, "float32" or "bfloat16".
+    remat: policy of what the backward pass recomputes: "none" keeps all activations, "names" keeps the
       matmuls' and the attention's outputs, "offload" keeps those in the host's memory, "full" keeps
       one vector per block and position.
-    attention: an implementation named in `model.attention`.
+    attention: one of `attention.dispatch.IMPLEMENTATIONS`.
   """
 
   n_layer: int
@@ -96,8 +96,8 @@ class ImageGPTConfig:
 class Preset:
   """Shape of a published model and its learning rates (paper, section 3.3 and appendix).
 
-  `remat` is the fastest that lets the paper's batch be trained on 16 chips of the smallest memory (XL:
-  on 256), by compiled programs; on a CPU it is the fastest of all.
+  `remat` is the fastest policy with which the paper's batch fits on 16 chips of the smallest memory
+  (XL: on 256), according to compiled programs; on a CPU it is the fastest of all.
   """
 
   n_layer: int
@@ -110,8 +110,8 @@ class Preset:
 
 # XL's number of heads isn't published. 24 heads of 128 fill the 128 lanes of a TPU's matrix unit
 # and of a GPU's fused attention, where S, M, L's own head sizes (64, 128, 96) don't all do.
-# BERT learning rates for S, M, L are from the paper's appendix; XL was never trained with it, and
-# takes the autoregressive one.
+# BERT learning rates for S, M, L are from the paper's appendix; XL was never trained as BERT and
+# takes the autoregressive rate.
 PRESETS = {
   "s": Preset(24, 512, 8, 3e-3, 1e-2, "names"),
   "m": Preset(36, 1024, 8, 3e-3, 3e-3, "names"),
@@ -191,7 +191,7 @@ class Block(nnx.Module):
     return self.finish(x_BxTxD, heads), qkv
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
-    """The rest of the block, once the heads' outputs are known; both are [B, T, …]."""
+    """Applies the rest of the block to its input x and the heads' outputs, both [B, T, D]."""
     x = x + self.attn.project_out(heads)
     return x + self.mlp(self.ln_2(x))
 
@@ -200,7 +200,7 @@ Collect = Callable[[Block, jax.Array, jax.Array], Any]  # (block, its input, its
 
 
 class ImageGPT(nnx.Module):
-  """Tokens [B, T] -> logits [B, T, n_vocab]: a distribution over the palette at each position.
+  """Model of tokens [B, T] -> logits [B, T, n_vocab]: a distribution over the palette at each position.
 
   Initial values are the released code's: wte N(0, .02), wpe N(0, .01), sos N(0, .02), q, k, v
   N(0, 1/sqrt(D)), attention's output N(0, 1/sqrt(D·layers)), both MLP matrices N(0, .02), output
@@ -220,7 +220,7 @@ class ImageGPT(nnx.Module):
     self.wtet = nnx.Param(jnp.zeros((config.n_vocab, width), jnp.float32), axes=("vocab", "embed"))
 
   def __call__(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
-    """Logits in float32; position t's distribution is over tokens[:, t].
+    """Returns float32 logits; position t's distribution is over tokens[:, t].
 
     Args:
       tokens_BxT: palette indices in raster order, T ≤ n_positions. Causal: logits at t depend on
@@ -232,12 +232,12 @@ class ImageGPT(nnx.Module):
     return self.logits(final)
 
   def embed(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
-    """Token and position embeddings [B, T, D]; shifted right by the start vector if causal."""
+    """Returns token plus position embeddings [B, T, D], shifted right by the start vector if causal."""
     dtype = jnp.dtype(self.config.dtype)
     batch, length = tokens_BxT.shape
-    # Rows are looked up and copied in float32, then cast: the other way round their gradients, sums
-    # over all pixels of a batch, would be made in bfloat16, and stall after a few hundred summands.
-    # Tables are small: gathered whole, or the partitioner would move activations in their stead.
+    # Rows are looked up in float32, then cast: the other way round their gradients, sums over all
+    # pixels of a batch, would be summed in bfloat16 and stall after a few hundred summands.
+    # The tables are small, so gather them whole: otherwise the partitioner moves the activations.
     x = gather_weight(self.wte[...], "vocab", "embed")[tokens_BxT].astype(dtype)
     x = constrain(x, *layers.STREAM)
     if self.config.causal:
@@ -256,23 +256,18 @@ class ImageGPT(nnx.Module):
 
     Args:
       x_BxTxD: embeddings.
-      collect: called in each block; what it returns comes back stacked over layers.
+      collect: called in each block; its results are stacked over layers.
 
     Returns:
-      The final norm's output [B, T, D], and what was collected ([L, ...] leaves, or None).
+      The final norm's output [B, T, D], and the collected results ([L, ...] leaves, or None).
     """
-
     config = self.config
     qkv = jax.ShapeDtypeStruct((3, *x_BxTxD.shape), x_BxTxD.dtype)
     kernel = config.attention if config.attention != "auto" else choose(qkv, config.n_head)
     if collect is None and config.remat == "names" and kernel.startswith("tpu"):
-      x_BxTxD = fused_stack.run(
-        nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param)),
-        x_BxTxD,
-        n_head=config.n_head,
-        causal=config.causal,
-        interpret=kernel == "tpu_interpret",
-      )
+      blocks = nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param))
+      interpret = kernel == "tpu_interpret"
+      x_BxTxD = fused_stack.run(blocks, x_BxTxD, config.n_head, config.causal, interpret)
       return self.ln_f(x_BxTxD), None
 
     def body(x, block):
@@ -286,13 +281,13 @@ class ImageGPT(nnx.Module):
     return self.ln_f(x_BxTxD), collected
 
   def logits(self, final: jax.Array) -> jax.Array:
-    """[B, T, D] -> float32 [B, T, n_vocab]."""
+    """Maps the final norm's output [B, T, D] to float32 logits [B, T, n_vocab]."""
     return sharded_einsum(_TO_LOGITS, final, self.wtet[...])
 
   def features(
     self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None, grid: int = 1
   ) -> jax.Array:
-    """The probe's features f^l = mean over positions of n^l, float32 [n_layer + 1, B, grid² D].
+    """Returns the probe's features f^l = mean over positions of n^l, float32 [n_layer + 1, B, grid² D].
 
     n^l is the norm applied to block l's input, and the final norm's output for l = n_layer
     (paper, section 2.3 and 3.4).
@@ -300,10 +295,11 @@ class ImageGPT(nnx.Module):
     Args:
       tokens_BxT: whole square images.
       keep_BxT: as in `__call__`.
-      grid: a mean for each of grid × grid blocks of pixels, one after the other.
+      grid: the means are taken over grid × grid blocks of pixels and concatenated.
     """
     batch, length = tokens_BxT.shape
-    blocks = (batch, grid, math.isqrt(length) // grid, grid, math.isqrt(length) // grid, -1)
+    side = math.isqrt(length) // grid  # of a block of pixels
+    blocks = (batch, grid, side, grid, side, -1)
 
     def pool(n):
       return n.astype(jnp.float32).reshape(blocks).mean((2, 4)).reshape(batch, -1)
@@ -315,20 +311,17 @@ class ImageGPT(nnx.Module):
 
 
 def init_params(config: ImageGPTConfig, key: jax.Array) -> Params:
-  """Fresh parameters: a nested dict of float32 arrays, layers stacked on axis 0 under "blocks"."""
+  """Returns random parameters: a nested dict of float32 arrays, layers stacked on axis 0 of "blocks"."""
   return nnx.to_pure_dict(nnx.state(ImageGPT(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
 @functools.lru_cache(maxsize=32)
 def _abstract(config: ImageGPTConfig):
-  def make():
-    return ImageGPT(config, rngs=nnx.Rngs(0))
-
-  return nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+  return nnx.split(nnx.eval_shape(lambda: ImageGPT(config, rngs=nnx.Rngs(0))), nnx.Param, ...)
 
 
 def bind(config: ImageGPTConfig, params: Params) -> ImageGPT:
-  """The model with these parameters (arrays or tracers)."""
+  """Returns the model with these parameters (arrays or tracers)."""
   graphdef, abstract, rest = _abstract(config)
   state = jax.tree.map(lambda leaf: leaf, abstract)
   nnx.replace_by_pure_dict(state, params)
@@ -336,7 +329,7 @@ def bind(config: ImageGPTConfig, params: Params) -> ImageGPT:
 
 
 def param_axes(config: ImageGPTConfig) -> Params:
-  """Logical axis names of every parameter, in the structure of `init_params`' dict."""
+  """Returns the logical axis names of every parameter, in the structure of `init_params`' dict."""
   _, abstract, _ = _abstract(config)
 
   def names(path, variable):
@@ -344,22 +337,16 @@ def param_axes(config: ImageGPTConfig) -> Params:
     return stacked + variable.get_metadata()["axes"]
 
   flat = {path: names(path, variable) for path, variable in nnx.to_flat_state(abstract)}
-  tree: Params = {}
-  for path, axes in flat.items():
-    node = tree
-    for name in path[:-1]:
-      node = node.setdefault(str(name), {})
-    node[str(path[-1])] = axes
-  return tree
+  return traverse_util.unflatten_dict(flat)
 
 
 def abstract_params(config: ImageGPTConfig) -> Params:
-  """Shapes and dtypes of the parameters, without making them."""
+  """Returns the shapes and dtypes of the parameters without allocating them."""
   return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
 def compute_dtypes(config: ImageGPTConfig) -> Params:
-  """The dtype in which each parameter is multiplied: the config's; of norms' gains float32."""
+  """Returns the dtype in which each parameter is multiplied: the config's; float32 for norms' gains."""
 
   def dtype_of(path, leaf):
     return leaf.dtype if path[-1].key == "g" else jnp.dtype(config.dtype)
@@ -368,11 +355,11 @@ def compute_dtypes(config: ImageGPTConfig) -> Params:
 
 
 def to_compute_dtypes(config: ImageGPTConfig, params: Params) -> Params:
-  """Parameters for where nothing is trained: in bfloat16 half the memory, and the same results.
+  """Casts parameters for inference: with bfloat16 half the memory, and the same results.
 
   Args:
-    config: of the model.
-    params: float32 arrays. Those that change are deleted, one after the other.
+    config: the model's.
+    params: float32 arrays. Each one that is cast is deleted.
   """
 
   def convert(leaf, dtype):

@@ -1,4 +1,4 @@
-"""What the blocks are made of: the four products with their logical axes, the norm, the activation."""
+"""Primitives of a block: the four einsums with their logical axes, the norm, the activation."""
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,15 @@ def activation(hidden: jax.Array) -> jax.Array:
 
 def inverse_rms(x: jax.Array, axis: int = -1) -> jax.Array:
   """rsqrt(mean(x²) + 1e-5) over channels, float32 [..., 1]."""
-  return jax.lax.rsqrt(
-    jnp.mean(jnp.square(x.astype(jnp.float32)), axis=axis, keepdims=True) + NORM_EPSILON
-  )
+  squares = jnp.square(x.astype(jnp.float32))
+  return jax.lax.rsqrt(jnp.mean(squares, axis=axis, keepdims=True) + NORM_EPSILON)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, axis: int = -1) -> jax.Array:
-  """x · rsqrt(mean(x²) + 1e-5) · gain, in float32; in x's dtype. `axis` is that of the channels."""
+  """x · rsqrt(mean(x²) + 1e-5) · gain, computed in float32, returned in x's dtype; channels on `axis`."""
   return scaled_norm(x, inverse_rms(x, axis), gain)
 
 
 def scaled_norm(x: jax.Array, scale: jax.Array, gain: jax.Array) -> jax.Array:
-  """`rms_norm` of an x whose inverse RMS `scale` is known."""
+  """`rms_norm` of x with a precomputed inverse RMS `scale`."""
   return (x.astype(jnp.float32) * scale * gain).astype(x.dtype)

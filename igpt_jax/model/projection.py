@@ -1,4 +1,4 @@
-"""A matrix product of activations and a weight whose parts live on several devices."""
+"""Einsums of activations with a weight that is sharded over devices."""
 
 import dataclasses
 import functools
@@ -14,12 +14,12 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Einsum:
-  """An einsum of activations and a weight.
+  """Einsum of activations and a weight.
 
   Attributes:
     formula: such as "btd,de->bte".
-    x_axes, weight_axes, out_axes: logical axes, of `parallel.sharding.RULES`.
-    dtype: of the result; None: the activations'.
+    x_axes, weight_axes, out_axes: logical axes (`parallel.sharding.RULES`).
+    dtype: the result's; None: that of the activations.
   """
 
   formula: str
@@ -30,10 +30,10 @@ class Einsum:
 
 
 def sharded_einsum(product: Einsum, x: jax.Array, weight: jax.Array) -> jax.Array:
-  """The product, its factors in the activations' dtype and summed in float32.
+  """Returns the einsum, its factors in the activations' dtype and summed in float32.
 
-  Forward and backward gather the weight's parts anew, and its gradient is summed and scattered in
-  one; the gathered weight is never kept.
+  Forward and backward both gather the weight's parts, so the gathered weight is never kept; its
+  gradient is summed and scattered in one operation.
   """
   return _sharded_einsum(product, x, weight)
 
@@ -52,29 +52,28 @@ def _forward(product, x, weight):
 def sharded_einsum_gradients(
   product: Einsum, x: jax.Array, weight: jax.Array, dout: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients with respect to x and weight, from that of the result."""
+  """Returns the gradients of x and the weight, from the result's gradient `dout`."""
   dout = dout.astype(x.dtype)
   x_axes, weight_axes, out_axes = product.x_axes, product.weight_axes, product.out_axes
   of_x, of_weight, of_out = product.formula.replace("->", ",").split(",")
   whole = gather_weight(weight.astype(x.dtype), *weight_axes)
   dx = constrain(jnp.einsum(f"{of_out},{of_weight}->{of_x}", dout, whole), *x_axes)
-  dweight = sum_of_batch(
-    functools.partial(_outer, of_x, of_out, of_weight), (x_axes, out_axes), weight_axes
-  )(x, dout)
+  outer = functools.partial(_outer, of_x, of_out, of_weight)
+  dweight = sum_of_batch(outer, (x_axes, out_axes), weight_axes)(x, dout)
   return dx, dweight.astype(weight.dtype)
 
 
 def _outer(of_x: str, of_out: str, of_weight: str, x: jax.Array, dout: jax.Array) -> jax.Array:
-  """Σ x dout over images and positions, float32: it has yet to be summed over devices.
+  """Σ x dout over images and positions, float32; yet to be summed over devices.
 
-  XLA on a CPU turns one factor round by a slow copy, the first one that it is given; where that is
-  much the larger, the product's turned instead (and kept from being turned back).
+  XLA on a CPU transposes the first factor by a slow copy. Where x is the larger one, the factors are
+  swapped and the result is transposed instead (the barrier keeps XLA from undoing that).
   """
   if hardware.platform() != "cpu" or x.size <= dout.size:
     return jnp.einsum(f"{of_x},{of_out}->{of_weight}", x, dout, preferred_element_type="float32")
   formula = f"{of_out},{of_x}->{of_weight[::-1]}"
-  turned = jnp.einsum(formula, dout, x, preferred_element_type="float32")
-  return jax.lax.optimization_barrier(turned).T
+  transposed = jnp.einsum(formula, dout, x, preferred_element_type="float32")
+  return jax.lax.optimization_barrier(transposed).T
 
 
 def _backward(product, residuals, dout):

@@ -1,5 +1,6 @@
-"""Public peaks of the accelerators we know: what a step's speed is divided by."""
+"""Facts about the devices: kind, published peaks, memory, cores."""
 
+import contextlib
 import dataclasses
 import os
 from typing import TypeAlias
@@ -9,18 +10,18 @@ from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
 
-# jax makes it a variable, which says no type.
+# jax declares it as a variable, which type checkers don't take.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device as JAX counts them.
+  """Published figures of one device, as JAX counts them.
 
   Attributes:
     name: short name.
-    peak_flops: dense bfloat16 matmul peak, FLOP/s (vendor's figure).
-    hbm_bytes: memory a program can use, bytes.
+    peak_flops: the vendor's dense bfloat16 matmul peak, FLOP/s.
+    hbm_bytes: memory that programs can use, bytes.
   """
 
   name: str
@@ -30,7 +31,7 @@ class Chip:
 
 _GIB = 2.0**30
 
-# device_kind as JAX reports it -> chip. TPU memory is what the compiler lets a program use.
+# device_kind as JAX reports it -> chip. A TPU's memory is what the compiler lets a program use.
 CHIPS = {
   "TPU v4": Chip("v4", 275e12, 31.75 * _GIB),
   "TPU v5 lite": Chip("v5e", 197e12, 15.75 * _GIB),
@@ -48,22 +49,22 @@ CHIPS = {
 
 
 def target():
-  """The kind of device that the program being traced is for; it has a platform and a device_kind.
+  """Returns the device that the program being traced is for, with a platform and a device_kind.
 
-  The mesh in force tells, also one of devices that aren't here (ahead-of-time compilation); then
-  this machine's own devices.
+  It is the current mesh's, whose devices needn't be here (ahead-of-time compilation); without a mesh
+  this machine's.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.devices()[0] if device is None else device
 
 
 def platform() -> str:
-  """The platform of `target`: "cpu", "gpu" or "tpu"."""
+  """Returns the platform of `target`: "cpu", "gpu" or "tpu"."""
   return target().platform
 
 
 def cuda_capability() -> tuple[int, int] | None:
-  """Compute capability of the NVIDIA GPU that programs are for, (9, 0) of an H100; None: there is none."""
+  """Compute capability of the NVIDIA GPU that programs are for, (9, 0) for an H100; None without one."""
   device = jax.local_devices()[0]
   if platform() != "gpu" or "cuda" not in device.client.platform_version:
     return None
@@ -72,7 +73,7 @@ def cuda_capability() -> tuple[int, int] | None:
 
 
 def check_platform() -> None:
-  """Asks for the devices that JAX_PLATFORMS names; a CPU's wait for `split_cpu`.
+  """Initialises the devices that JAX_PLATFORMS names, other than a CPU's, which `split_cpu` may change.
 
   Raises:
     UserError: there are none, or jax has no such platform.
@@ -82,7 +83,7 @@ def check_platform() -> None:
     return
   try:
     jax.devices()
-  except (RuntimeError, AssertionError) as error:  # of a plugin that isn't installed jax asserts
+  except (RuntimeError, AssertionError) as error:  # an assertion if the plugin isn't installed
     why = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0][:300]
     raise UserError(
       f"JAX_PLATFORMS: {wanted}: {why or 'no such devices'}; expected cpu, or tpu or cuda with its "
@@ -99,26 +100,24 @@ def usable_cores() -> int:
 
 
 def split_cpu(n_devices: int) -> None:
-  """Makes a CPU count as so many devices, where no device was asked for yet; nothing on accelerators.
+  """Makes a CPU count as n devices, unless devices are in use; no effect on accelerators.
 
-  XLA's threads share the work of an operation, of which sampling has many small ones; devices each
-  go through the whole program for their own images.
+  XLA's threads share the work of one operation, and sampling has many small ones; devices instead
+  run the whole program, each on its own images.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-    return  # the user has said how many
-  try:
+    return  # the user has set their number
+  with contextlib.suppress(RuntimeError):  # devices are in use: they stay as they are
     jax.config.update("jax_num_cpu_devices", n_devices)
-  except RuntimeError:  # devices are in use: they stay as they are
-    return
 
 
 def chip_of(device: Device) -> Chip | None:
-  """The chip behind a device, or None when its peak isn't known (a CPU, a new accelerator)."""
+  """Returns a device's chip, or None if its figures aren't known (a CPU, a new accelerator)."""
   return CHIPS.get(device.device_kind)
 
 
 def memory_bytes(device: Device) -> float | None:
-  """Memory that programs can use of a device; of a CPU, its share of the machine's. None: not known."""
+  """Bytes of a device that programs can use; a CPU's share of the machine's; None if unknown."""
   if device.platform == "cpu":
     if "SC_PHYS_PAGES" not in os.sysconf_names:
       return None
@@ -130,29 +129,16 @@ def memory_bytes(device: Device) -> float | None:
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-  """FLOP/s of all devices of a mesh together, or None when it isn't known."""
+  """Peak FLOP/s of all devices of a mesh together, or None if unknown."""
   chip = chip_of(mesh.devices.flat[0])
   return None if chip is None else chip.peak_flops * mesh.size
 
 
 def describe_devices(mesh: Mesh) -> str:
-  """How many of what, and the mesh over them: "8 TPU v5 lite (data 2 × fsdp 4 × tensor 1)"."""
+  """Number and kind of the devices, and the mesh: "8 TPU v5 lite (data 2 × fsdp 4 × tensor 1)"."""
   return f"{mesh.size} {mesh.devices.flat[0].device_kind} ({describe_mesh(mesh)})"
 
 
 def describe_mesh(mesh: Mesh) -> str:
-  """Its axes and their sizes: "data 2 × fsdp 4 × tensor 1"."""
+  """The mesh's axes and their sizes: "data 2 × fsdp 4 × tensor 1"."""
   return " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-
-
-def model_flops_per_image(
-  *, n_layer: int, n_embd: int, n_vocab: int, n_positions: int, causal: bool
-) -> float:
-  """FLOPs of one image's training step, forward and backward, nothing recomputed.
-
-  6 per matmul parameter and token, and attention's 12·T·d per layer and token (scores and values,
-  forward and backward), halved when causal: what a kernel that skips the masked half must do.
-  """
-  matmul_parameters = n_layer * 12 * n_embd**2 + n_vocab * n_embd
-  attention = n_layer * 12 * n_positions * n_embd * (0.5 if causal else 1.0)
-  return n_positions * (6 * matmul_parameters + attention)

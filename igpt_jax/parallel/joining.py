@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and how one of them ends."""
+"""Start and end of a run's several processes: how they find each other, and leave."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import jax
 from igpt_jax import watchdog
 from igpt_jax.errors import UserError
 
-# Of several processes one may have long work of its own at the end (fitting probes) ...
+# At the end one process may have long work of its own (fitting probes) ...
 _WAIT_FOR_OTHERS_SECONDS = 7 * 86_400
 # ... but when one fails, all of them usually do, for the same reason and at the same time.
 _WAIT_FOR_OTHERS_TO_FAIL_SECONDS = 10
@@ -20,43 +20,45 @@ _LOST = (
   "another host was probably lost (killed, stopped, or cut off for config.host_seconds: {}) or never came{}; "
   "the lines above say more; the same command on all hosts goes on from the newest checkpoint"
 )
-# How a backend's error reads when the other end of a connection is gone.
+# Words of a backend's error when the other end of a connection is gone.
 _OF_OTHERS = re.compile(r"gloo|nccl|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 
 def lost(host_seconds: int, or_else: str = "") -> str:
-  """What to tell when another process doesn't answer any more."""
+  """Returns the message for when another process no longer answers."""
   return _LOST.format(host_seconds, or_else)
 
 
 def is_of_others(error: Exception) -> bool:
-  """Whether an error says that the other end of a connection is gone."""
+  """Returns True if an error means that the other end of a connection is gone."""
   return bool(_OF_OTHERS.search(str(error)))
 
 
 def join(host_seconds: int, trains: bool) -> None:
-  """Finds the other processes: TPU pods, GKE and SLURM are recognised, else JAX_COORDINATOR_ADDRESS,
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are.
+  """Connects this process with the others.
+
+  TPU pods, GKE and SLURM are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID are read.
 
   Args:
-    host_seconds: of silence, after which another one counts as lost.
-    trains: whether this is a job that answers SIGTERM by saving.
+    host_seconds: seconds of silence after which another process counts as lost.
+    trains: True for a job that answers SIGTERM by saving.
 
   Raises:
-    UserError: they can't be found.
+    UserError: no cluster was recognised.
   """
-  # It takes SIGTERM over. Training answers that by saving; other jobs are to end by it.
+  # The service handles SIGTERM. Training answers that by saving; other jobs must end by it.
   jax.config.update("jax_enable_preemption_service", trains)
   environment = os.environ
-  known: dict[str, Any] = {}
+  settings: dict[str, Any] = {}
   if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_PROCESS_ID" in environment:
-    known = {
+    settings = {
       "num_processes": int(environment["JAX_NUM_PROCESSES"]),
       "process_id": int(environment["JAX_PROCESS_ID"]),
     }
   try:
     jax.distributed.initialize(
-      **known,
+      **settings,
       heartbeat_timeout_seconds=host_seconds,
       shutdown_timeout_seconds=_WAIT_FOR_OTHERS_SECONDS,
     )
@@ -69,10 +71,11 @@ def join(host_seconds: int, trains: bool) -> None:
 
 
 def leave(status: int) -> NoReturn:
-  """Ends one of several processes after an error, with a status of its own.
+  """Ends one of several processes after an error, with its own exit status.
 
-  The interpreter's end would wait for the others, and they may be waiting for this one. So it waits
-  just so long that all can say why they end; who is still at work then loses this one's heartbeat.
+  The interpreter's normal exit would wait for the others, which may be waiting for this one. This
+  waits just long enough for all of them to report their error; those still running after that notice
+  by the missing heartbeat.
   """
   farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
   farewell.start()

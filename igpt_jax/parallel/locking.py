@@ -1,5 +1,4 @@
-"""Advisory locks on files, which end with the process that holds them: the kernel lets go, however that
-process ends."""
+"""Advisory locks on files; the kernel releases them, however the process that holds them ends."""
 
 import contextlib
 import errno
@@ -13,20 +12,20 @@ from typing import TextIO
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
 
-# Errors of file systems that have no such locks: some networks', buckets' mostly.
+# Errors of file systems without such locks: some network file systems, most mounted buckets.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
-_files: set[TextIO] = set()  # that hold a lock now
+_files: set[TextIO] = set()  # open files on which this process holds a lock
 
 
 @contextlib.contextmanager
 def locked(path: str, what: str, fix: str) -> Iterator[None]:
-  """Holds the lock on a file, in which the holder is named; where there are no locks, that is said.
+  """Holds the lock on a file, and writes the holder into it; without lock support it warns instead.
 
   Args:
-    path: of the file; made if need be.
-    what: name and value of the setting that is to be held, for messages.
-    fix: another way than to wait for the holder or to end it.
+    path: the file, created if need be.
+    what: name and value of the setting that the lock protects, for messages.
+    fix: an alternative to waiting for the holder or ending it, for messages.
 
   Raises:
     OSError: the file can't be opened.
@@ -58,7 +57,7 @@ def locked(path: str, what: str, fix: str) -> Iterator[None]:
 
 
 def _let_go_in_child() -> None:
-  """Workers that are forked would share the locks, and may outlive this process."""
+  """Releases the locks in forked workers, which would share them and may outlive this process."""
   while _files:
     _files.pop().close()
 

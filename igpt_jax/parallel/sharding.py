@@ -1,7 +1,7 @@
-"""Where arrays live: the mesh, and the one table from logical axes to mesh axes.
+"""The mesh, and the one table from logical axes to mesh axes.
 
-Only this module names mesh axes. Everything else says what an axis *means* ("embed", "batch") and
-asks here where it goes. Axis types are Auto: the partitioner propagates, and we pin what matters.
+Only this module names mesh axes. Other modules name what an axis *means* ("embed", "batch") and get
+its placement here. Axis types are Auto: the partitioner propagates, and we pin what matters.
 """
 
 import math
@@ -16,9 +16,9 @@ from igpt_jax.errors import UserError
 
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. A matrix is split over fsdp by its rows (whatever its product sums over),
-# so that what each device keeps of its gradient lies in one piece; and over tensor by its heads or
-# hidden units. Activations are split over both batch axes. What isn't here is replicated.
+# Logical axis -> mesh axes. A matrix is split over fsdp by its rows (the axis its product sums over),
+# so that a device's part of its gradient is contiguous; and over tensor by its heads or hidden units.
+# Activations are split over both batch axes.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
   # parameters
   "layers": None,  # scanned over
@@ -26,7 +26,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "embed": "fsdp",  # n_embd: rows of the matrices that read the residual stream, columns of tables
   "heads": "tensor",  # n_head * head_dim
   "mlp": "tensor",  # 4 * n_embd
-  "heads_rows": ("tensor", "fsdp"),  # the same, as rows of the matrices that write to the stream
+  "heads_rows": ("tensor", "fsdp"),  # as rows of the matrices that write to the stream
   "mlp_rows": ("tensor", "fsdp"),
   "vocab": None,  # 512 rows: too few to split
   "position": None,
@@ -37,7 +37,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "channels": None,  # n_embd of an activation
 }
 
-# What a parameter's axis is called when it has been gathered over fsdp.
+# A parameter's axis -> its name after it has been gathered over fsdp.
 _WHOLE = {"embed": "channels", "heads_rows": "heads", "mlp_rows": "mlp"}
 
 
@@ -53,17 +53,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
-  said = f"mesh (data, fsdp, tensor) = ({data}, {fsdp}, {tensor})"
+  name = f"mesh (data, fsdp, tensor) = ({data}, {fsdp}, {tensor})"
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise UserError(f"{said}: sizes must be positive, with at most one -1; fix: config.mesh")
+    raise UserError(f"{name}: sizes must be positive, with at most one -1; fix: config.mesh")
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if free and len(devices) % fixed == 0:
     sizes[free[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices):
     nearest = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
     raise UserError(
-      f"{said} doesn't multiply to the {len(devices)} devices of this run; expected sizes that "
+      f"{name} doesn't multiply to the {len(devices)} devices of this run; expected sizes that "
       f"divide {len(devices)} ({', '.join(map(str, nearest))}); fix: config.mesh, or leave one "
       "axis at -1"
     )
@@ -73,7 +73,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
     try:
       grid = mesh_utils.create_device_mesh(shape, devices=devices)
-    except NotImplementedError:  # sizes that aren't products of the slice's own
+    except NotImplementedError:  # sizes that aren't products of the slice's dimensions
       grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
   else:
     grid = np.asarray(devices).reshape(shape)
@@ -81,7 +81,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-  """The PartitionSpec of an array whose axes mean `logical` (None: replicated)."""
+  """Returns the PartitionSpec of an array with these logical axes (None: replicated)."""
   entries = [None if axis is None else RULES[axis] for axis in logical]
   used = [a for entry in entries if entry for a in ([entry] if isinstance(entry, str) else entry)]
   if len(used) != len(set(used)):
@@ -98,7 +98,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-  """Pins an intermediate to the table, when there is a mesh around (`jax.set_mesh`) to pin it to."""
+  """Pins an intermediate array to its place on the current mesh (`jax.set_mesh`), if there is one."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
@@ -106,14 +106,10 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
-  """A weight whole over fsdp, for use now.
+  """Returns a weight with logical axes `axes`, gathered over fsdp.
 
-  Said of each layer's weight inside the scan, in the dtype it is used in: fully sharded data
-  parallelism. Left unsaid, the partitioner moves the activations instead, which are larger.
-
-  Args:
-    weight: with logical axes `axes`.
-    axes: of RULES.
+  Used on every layer's weight inside the scan, in its compute dtype, this is fully sharded data
+  parallelism. Without it the partitioner moves the activations instead, which are larger.
   """
   return constrain(constrain(weight, *axes), *(_WHOLE.get(axis, axis) for axis in axes))
 
@@ -121,17 +117,15 @@ def gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
 def sum_of_batch(
   function: Callable, in_axes: Sequence[Sequence[str | None]], weight_axes: Sequence[str]
 ) -> Callable:
-  """`function` of each device's share of activations, summed over the batch's devices.
+  """Returns `function` of each device's share of activations, summed over the batch's devices.
 
-  What a gradient of a weight is. The sum is scattered over fsdp as it is made (reduce-scatter), so
-  that each device ends with the part that it keeps; left to the partitioner, it is whole on every
-  device first.
+  A gradient of a weight is such a sum. It is scattered over fsdp as it is computed (reduce-scatter),
+  so that a device only gets its own part; the partitioner would first make it whole on every device.
 
   Args:
-    function: of arrays with logical axes `in_axes`, to an array with `weight_axes`, all of them whole
-      but what is split over tensor.
-    in_axes: of each argument.
-    weight_axes: of the result.
+    function: maps activations to an array with `weight_axes`, whole but for what is split over tensor.
+    in_axes: logical axes of the arguments.
+    weight_axes: logical axes of the result.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -143,7 +137,7 @@ def sum_of_batch(
     total = function(*shares)
     for axis in reversed(batch_axes):
       if axis == "fsdp" and scattered:
-        # The TPU's compiler scatters along the first axis, and sums the whole along another.
+        # The TPU's compiler scatters along the first axis; along another it sums the whole array.
         rows_first = jnp.moveaxis(total, scattered[0], 0)
         kept = jax.lax.psum_scatter(rows_first, axis, scatter_dimension=0, tiled=True)
         total = jnp.moveaxis(kept, 0, scattered[0])
@@ -155,19 +149,19 @@ def sum_of_batch(
 
 
 def axis_parts(mesh: Mesh | AbstractMesh, logical: str) -> int:
-  """How many parts an axis is split into."""
+  """Number of parts that an axis is split into on a mesh."""
   entry = RULES[logical] or ()
   return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry))
 
 
 def parts_around(logical: str) -> int:
-  """How many parts the mesh around, if there is one, splits an axis into."""
+  """Number of parts that the current mesh splits an axis into; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else axis_parts(mesh, logical)
 
 
 def axis_share(logical: str, size: int) -> int | None:
-  """A device's share of an axis of `size` under the mesh around; None if it doesn't divide."""
+  """A device's share of an axis of `size` under the current mesh; None if it doesn't divide."""
   parts = parts_around(logical)
   return size // parts if size % parts == 0 else None
 
@@ -175,12 +169,12 @@ def axis_share(logical: str, size: int) -> int | None:
 def per_device(
   function: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence
 ) -> Callable:
-  """`function` of arrays, called with each device's own parts of them (shard_map).
+  """Returns `function` mapped over the devices of the current mesh (shard_map).
 
   Args:
-    function: what a device does.
-    in_axes: logical axes of each argument.
-    out_axes: of the result; of a tuple's, one after the other.
+    function: computes a device's part of the result from its parts of the arguments.
+    in_axes: logical axes of every argument.
+    out_axes: logical axes of the result, or a sequence of those for a tuple.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -196,17 +190,17 @@ def per_device(
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """How many parts a batch is split into."""
+  """Number of parts that a batch is split into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def weight_shards(mesh: Mesh) -> int:
-  """How many parts a weight is split into."""
+  """Number of parts that a weight is split into."""
   return mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
 def round_up_batch(mesh: Mesh, n: int) -> int:
-  """The smallest batch that holds n images and divides over the mesh."""
+  """Returns the smallest batch size of at least n that divides over the mesh."""
   shards = batch_shards(mesh)
   return -(-n // shards) * shards
 
@@ -214,10 +208,10 @@ def round_up_batch(mesh: Mesh, n: int) -> int:
 def batch_size_per_shard(
   mesh: Mesh, batch_size: int, what: str = "train.batch_size", accumulate: int = 1
 ) -> int:
-  """Images per data shard and accumulated part.
+  """Returns the number of images per data shard and accumulated part.
 
   Raises:
-    UserError: the batch isn't divisible by the batch axes of the mesh, times its parts.
+    UserError: the batch isn't divisible by the batch axes of the mesh times its parts.
   """
   parts = batch_shards(mesh) * accumulate
   if batch_size % parts:
@@ -255,7 +249,7 @@ def check_model_fits(mesh: Mesh, *, n_head: int, n_embd: int) -> None:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process' rows of a batch [B/hosts, ...] -> global arrays [B, ...], split over the batch axes."""
+  """Maps this process' rows of a batch [B/hosts, ...] to global arrays [B, ...] over the batch axes."""
   target = sharding(mesh, "batch")
   return {
     name: jax.make_array_from_process_local_data(target, rows) for name, rows in batch.items()
@@ -263,24 +257,24 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def put_global(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """Rows [B, ...] that every process holds whole -> one global array, split over the batch axes."""
+  """Maps rows [B, ...] that every process holds to one global array over the batch axes."""
   target = sharding(mesh, "batch")
   return jax.make_array_from_callback(rows.shape, target, lambda index: rows[index])
 
 
 def input_share(mesh: Mesh) -> tuple[int, int]:
-  """Which share of every batch this process reads, and how many shares there are.
+  """Returns the share of every batch that this process reads, and the number of shares.
 
-  As many as processes; fewer where one copy of the model spans several (`mesh.tensor` beyond a
-  host): those hold the same rows, and read the same.
+  There are as many shares as processes, or fewer where one copy of the model spans several processes
+  (`mesh.tensor` beyond a host): those hold and read the same rows.
 
   Raises:
-    UserError: processes hold rows that overlap in part.
+    UserError: the rows of two processes overlap in part.
   """
   shards = batch_shards(mesh)
-  places = sharding(mesh, "batch").devices_indices_map((shards,))
-  held: dict[int, set[int]] = {}
-  for device, (rows,) in places.items():
+  indices = sharding(mesh, "batch").devices_indices_map((shards,))
+  held: dict[int, set[int]] = {}  # process -> rows
+  for device, (rows,) in indices.items():
     held.setdefault(device.process_index, set()).add(rows.start or 0)
   shares = sorted({tuple(sorted(rows)) for rows in held.values()})
   if sum(map(len, shares)) != shards or len({len(share) for share in shares}) > 1:

@@ -1,10 +1,9 @@
-"""What a Pallas kernel costs on a TPU, from the scheduled code that the compiler dumps.
+"""Cost of a Pallas kernel on a TPU, from the scheduled code that the compiler dumps.
 
-A kernel's custom call carries no estimate. Its code is a list of VLIW bundles, one a cycle when
-nothing stalls: counted here, each as often as it runs.
+A kernel's custom call carries no estimate. Its code is a list of VLIW bundles, one per cycle when
+nothing stalls; this module counts every bundle as often as it runs.
 """
 
-import collections
 import dataclasses
 import glob
 import os
@@ -15,18 +14,18 @@ from collections.abc import Callable
 from igpt_jax.model.attention import tpu
 from igpt_jax.prediction.hlo import Operation, dims_of
 
-# Rows of bfloat16 per instruction of a matrix unit, and units a core, where they are 128 × 128.
+# Rows of bfloat16 per matrix-unit instruction, and units per core, where those are 128 × 128.
 _MATMUL_ROWS, _MATRIX_UNITS = 16, 4
 
 
 @dataclasses.dataclass
 class Code:
-  """A kernel's bundles: how deep in loops each is, and in which guarded region, if any.
+  """A kernel's bundles; every list has one entry per bundle.
 
   Attributes:
-    depth: 1 is the body of the grid's loop.
-    region: number of the conditional that a bundle is in.
-    matmuls: instructions of the matrix units in it.
+    depth: depth in loops; 1 is the body of the grid's loop.
+    region: number of the guarded region (conditional) that it is in, if any.
+    matmuls: number of matrix-unit instructions in it.
   """
 
   depth: list[int]
@@ -34,15 +33,15 @@ class Code:
   matmuls: list[int]
 
   def weighted(self, weight: Callable[[int, int | None], float]) -> tuple[float, float]:
-    """Bundles and matrix-unit instructions, each as often as `weight` of its place says."""
+    """Returns the sums of bundles and of matrix-unit instructions, weighted by weight(depth, region)."""
     weights = [weight(d, r) for d, r in zip(self.depth, self.region, strict=True)]
     return sum(weights), sum(w * m for w, m in zip(weights, self.matmuls, strict=True))
 
 
 def read(path: str) -> Code:
-  """The bundles in the grid's loop; what surrounds it runs once.
+  """Reads the bundles of a dumped kernel.
 
-  A guarded region is what a conditional jump skips straight to the next fallthrough mark.
+  A guarded region extends from a conditional jump to the next fallthrough mark.
   """
   code, open_at, regions = Code([], [], []), None, 0
   with open(path, encoding="utf-8") as lines:
@@ -64,9 +63,9 @@ def read(path: str) -> Code:
 
 
 class Dump:
-  """The folder that the compiler writes scheduled code to, for as long as the process lives.
+  """Temporary folder that the compiler writes scheduled code to, while the process lives.
 
-  libtpu reads its flags once, when it is loaded: make this before.
+  libtpu reads its flags once, when it is loaded: create this before.
   """
 
   def __init__(self):
@@ -84,10 +83,10 @@ class Dump:
       os.remove(path)
 
   def kernel(self, name: str) -> Code:
-    """The code of a kernel that was compiled since the folder was cleared.
+    """Returns the code of a kernel that was compiled since the folder was cleared.
 
-    Equal kernels are compiled once, under the name of one of them: a kernel's own code, or that of
-    one which is called the same but for its number.
+    Equal kernels are compiled once, under the name of one of them. So without code of its own, a
+    kernel has that of one whose name differs in the number alone.
 
     Raises:
       FileNotFoundError: there is none.
@@ -103,17 +102,17 @@ class Dump:
 def attention_cycles(
   dump: Dump, *, head_dim: int, causal: bool, narrow: bool
 ) -> Callable[[Operation], float]:
-  """Cycles of this project's attention kernels, for `schedule.predict`.
+  """Returns the function for `schedule.predict` from an attention kernel of this project to its cycles.
 
   Args:
-    dump: with what the program left.
-    head_dim, causal: of the model.
-    narrow: the chip's matrix units are 128 × 128; their instructions then bound a kernel from below,
-      as bundles don't count a full queue.
+    dump: the folder with the compiled program's kernels.
+    head_dim, causal: the model's.
+    narrow: True if the chip's matrix units are 128 × 128; their instructions then bound a kernel from
+      below, as bundles don't show a full queue.
   """
-  counted: dict[str, float] = collections.defaultdict(float)
+  counted: dict[str, float] = {}
 
-  def of(operation: Operation) -> float:
+  def cycles(operation: Operation) -> float:
     backward = "backward" in operation.name
     dtype, dims = dims_of(operation.shape)
     batch, length, width = dims[-3:]
@@ -128,11 +127,11 @@ def attention_cycles(
       counted[operation.name] = max(bundles, least)
     return steps * counted[operation.name]
 
-  return of
+  return cycles
 
 
 def turns(plan: tpu.Plan, depth: int) -> int:
-  """How often code at a depth runs in one step of the grid of a fused attention kernel."""
+  """Number of runs of code at this depth in one grid step of a fused attention kernel."""
   n = plan.spans
   pairs = n * (n - 1) // 2 if plan.causal else n * n
   return {1: 1, 2: n, 3: pairs}[depth]

@@ -1,4 +1,4 @@
-"""Compiles a training or a sampling step for a slice and reads off what it needs and costs."""
+"""Forecasts of a training step or of sampling, compiled for a slice: memory and seconds."""
 
 import dataclasses
 import functools
@@ -27,9 +27,9 @@ class Memory:
     arguments: the state and the batch; the state is updated in place.
     temporaries: activations, gathered weights, gradients on their way.
     code: the program itself.
-    outputs: that don't lie where an argument was.
-    hbm: that a program may use.
-    needed: all of them; where compiling failed for want of memory, what the compiler said it needs.
+    outputs: results that don't reuse an argument's memory.
+    hbm: the memory that a program may use.
+    needed: the sum of the first four; if compiling ran out of memory, the need that the compiler reports.
     largest: (bytes, shape, origin) of the largest arrays the program makes.
   """
 
@@ -48,12 +48,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """A program on a slice.
+  """Forecast of a program on a slice.
 
   Attributes:
-    memory: of a device.
-    prediction: of one run; None if it doesn't fit.
-    compile_seconds: on this machine.
+    memory: memory of one device.
+    prediction: the time of one run; None if it doesn't fit.
+    compile_seconds: seconds of compiling on this machine.
   """
 
   memory: Memory
@@ -63,12 +63,12 @@ class Forecast:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """What is trained, and how.
+  """Training run to forecast.
 
   Attributes:
-    model, objective, optimizer: of the run.
+    model, objective, optimizer: the run's.
     batch_size: global.
-    accumulate: parts that a batch is worked through in.
+    accumulate: number of parts that a batch is split into.
   """
 
   model: ImageGPTConfig
@@ -79,27 +79,21 @@ class Training:
 
 
 def training_step(training: Training, topology: Topology, mesh: Mesh) -> Forecast:
-  """The full step: forward, backward, update; state and batch sharded over the mesh."""
+  """Forecasts the full step: forward, backward, update; state and batch sharded over the mesh."""
   model = training.model
   tx = optimizer.make_optimizer(training.optimizer)
-  train_step = step.make_train_step(
-    model,
-    training.objective,
-    tx,
-    optimizer.make_schedule(training.optimizer),
-    training.accumulate,
-  )
+  schedule = optimizer.make_schedule(training.optimizer)
+  train_step = step.make_train_step(model, training.objective, tx, schedule, training.accumulate)
   abstract = state.abstract_state(model, tx)
   shardings = state.state_shardings(model, tx, mesh)
   tokens = jax.ShapeDtypeStruct(
     (training.batch_size, model.n_positions), jnp.uint16, sharding=sharding.sharding(mesh, "batch")
   )
-  return _forecast(
-    lambda: compilation.compile_step(train_step, abstract, shardings, {"tokens": tokens}),
-    model,
-    topology,
-    mesh,
-  )
+
+  def compile_it() -> compilation.CompiledStep:
+    return compilation.compile_step(train_step, abstract, shardings, {"tokens": tokens})
+
+  return _forecast(compile_it, model, topology, mesh)
 
 
 def sampling(
@@ -110,13 +104,10 @@ def sampling(
   mesh: Mesh,
   cache_dtype: str = "",
 ) -> Forecast:
-  """Drawing whole images from nothing, pixel by pixel; `cache_dtype` as of `decoding.begin`."""
+  """Forecasts the drawing of whole images, pixel by pixel; `cache_dtype` as in `autoregressive.begin`."""
   lower = sampling_program(model, settings, n_images, mesh, cache_dtype)
-
-  def compiled():
-    return compilation.timed(lambda: lower().compile())
-
-  return _forecast(compiled, model, topology, mesh)
+  compile_it = functools.partial(compilation.timed, lambda: lower().compile())
+  return _forecast(compile_it, model, topology, mesh)
 
 
 def sampling_program(
@@ -126,7 +117,7 @@ def sampling_program(
   mesh: Mesh,
   cache_dtype: str = "",
 ) -> Callable[[], jax.stages.Lowered]:
-  """What lowers the program that `sampling` is about, to be called under the mesh."""
+  """Returns a function that lowers the program of `sampling`; call it under the mesh."""
   params = jax.tree.map(
     lambda leaf, dtype, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
     abstract_params(model),
@@ -134,14 +125,14 @@ def sampling_program(
     state.param_shardings(model, mesh),
   )
   batch = sharding.round_up_batch(mesh, n_images)
-  given = jax.ShapeDtypeStruct((batch, 0), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
+  prompt = jax.ShapeDtypeStruct((batch, 0), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
   keys = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
   draw = jax.jit(
     functools.partial(autoregressive.complete, model, sampling=settings, cache_dtype=cache_dtype),
     out_shardings=sharding.replicated(mesh),
   )
-  return functools.partial(draw.lower, params, given, keys)
+  return functools.partial(draw.lower, params, prompt, keys)
 
 
 def _forecast(compile_it, model: ImageGPTConfig, topology: Topology, mesh: Mesh) -> Forecast:
@@ -155,34 +146,29 @@ def _forecast(compile_it, model: ImageGPTConfig, topology: Topology, mesh: Mesh)
       if memory is None:
         raise
       return Forecast(memory, None, 0.0)
-    program = hlo.parse(compiled.executable.as_text())
+    program, generation = hlo.parse(compiled.executable.as_text()), topology.generation
     cycles = bundles.attention_cycles(
-      topology.dump,
-      head_dim=model.head_dim,
-      causal=model.causal,
-      narrow=topology.generation.narrow,
+      topology.dump, head_dim=model.head_dim, causal=model.causal, narrow=generation.narrow
     )
+    links = topology.links(list(mesh.devices.flat))
     prediction = schedule.predict(
-      program,
-      clock=topology.generation.clock,
-      links=topology.links(list(mesh.devices.flat)),
-      kernel_cycles=cycles,
+      program, clock=generation.clock, links=links, kernel_cycles=cycles
     )
   return Forecast(_memory(compiled.executable, program, hbm), prediction, compiled.seconds)
 
 
 def _memory(executable: Any, program: hlo.Program, hbm: int) -> Memory:
-  found = executable.memory_analysis()
-  outputs = max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+  sizes = executable.memory_analysis()
+  outputs = max(sizes.output_size_in_bytes - sizes.alias_size_in_bytes, 0)
   parts = (
-    found.argument_size_in_bytes, found.temp_size_in_bytes, found.generated_code_size_in_bytes, outputs,
+    sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes, outputs,
   )  # fmt: skip
   return Memory(*parts, hbm, sum(parts), largest_arrays(program))
 
 
 def largest_arrays(program: hlo.Program, n: int = 8) -> list[tuple[int, str, str]]:
-  """The largest arrays in HBM that operations make, one of each shape and origin."""
-  found: dict[tuple[str, str], int] = {}
+  """Returns the largest arrays in HBM that operations make, one for each shape and origin."""
+  sizes: dict[tuple[str, str], int] = {}
   skipped = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "conditional")
 
   def visit(computation: str) -> None:
@@ -193,10 +179,10 @@ def largest_arrays(program: hlo.Program, n: int = 8) -> list[tuple[int, str, str
       if operation.opcode in skipped or operation.shape.startswith("(") or in_vmem:
         continue
       shape = re.sub(r"\{.*", "", operation.shape)
-      found[shape, schedule.origin(operation)] = operation.bytes
+      sizes[shape, schedule.origin(operation)] = operation.bytes
 
   visit(program.entry)
-  ordered = sorted(found.items(), key=lambda item: -item[1])[:n]
+  ordered = sorted(sizes.items(), key=lambda item: -item[1])[:n]
   return [(size, shape, origin) for (shape, origin), size in ordered]
 
 
@@ -204,8 +190,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _refused(message: str, hbm: int) -> Memory | None:
-  """What the compiler says when a program doesn't fit, or None if it says something else."""
-  # Before it schedules a program, from its sizes alone; or at the end.
+  """Reads the compiler's error that a program doesn't fit; None if it is another error."""
+  # It says so before it schedules a program, from its sizes alone, or at the end.
   needed = re.search(
     r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM", message
   ) or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)

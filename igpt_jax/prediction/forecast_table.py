@@ -1,6 +1,6 @@
-"""One table of all that has been compiled into a workdir: which model fits where, at what speed.
+"""Table of the forecasts in a workdir: which model fits on which slice, at what speed.
 
-`compile` adds a row each time it runs; another run of the same model, resolution and slice replaces it.
+Job compile adds a row when it runs, or replaces that of the same model, resolution and slice.
 """
 
 import json
@@ -19,10 +19,10 @@ _HEAD = (
 
 
 def add(workdir: str, values: dict[str, Any]) -> None:
-  """Puts the figures of compile.json into scale.json and scale.md.
+  """Adds the values of compile.json to scale.json and scale.md.
 
   Raises:
-    UserError: scale.json is there and isn't what this writes.
+    UserError: scale.json is damaged.
   """
   path = os.path.join(workdir, "scale.json")
   rows: dict[str, Any] = {}
@@ -38,14 +38,11 @@ def add(workdir: str, values: dict[str, Any]) -> None:
 
 
 def name_of(model: dict[str, Any], objective: str) -> str:
-  """Such as "iGPT-L 48²"."""
-  shape = tuple(model[field] for field in ("n_layer", "n_embd", "n_head"))
-  named = [
-    size.upper()
-    for size, preset in PRESETS.items()
-    if (preset.n_layer, preset.n_embd, preset.n_head) == shape
-  ]
-  name = f"iGPT-{named[0]}" if named else f"{shape[0]} layers of {shape[1]}"
+  """Returns a model's name, such as "iGPT-L 48²"."""
+  name = f"{model['n_layer']} layers of {model['n_embd']}"
+  for size, preset in PRESETS.items():
+    if all(getattr(preset, field) == model[field] for field in ("n_layer", "n_embd", "n_head")):
+      name = f"iGPT-{size.upper()}"
   bert = " BERT" if objective == "masked" else ""
   return f"{name}{bert} {round(model['n_positions'] ** 0.5)}²"
 

@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: computations, operations in the order they are scheduled, sizes."""
+"""Parser of a compiled program's text: computations, operations in scheduled order, sizes."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ class Operation:
   """One line of a computation.
 
   Attributes:
-    name: without the percent sign.
-    shape: its type as printed, of a tuple all of it.
+    name: its name without the percent sign.
+    shape: its type as printed.
     opcode: "fusion", "while", "all-gather", "custom-call", …
-    operands: names.
+    operands: names of its operands.
     attributes: the rest of the line.
   """
 
@@ -36,35 +36,36 @@ class Operation:
 
   @functools.cached_property
   def bytes(self) -> int:
-    """Bytes of the result; of a tuple, those of all its arrays."""
+    """Bytes of the result; the sum over a tuple's arrays."""
     return size_of(self.shape)
 
   @functools.cached_property
   def called(self) -> dict[str, list[str]]:
-    """Computations that this one runs, by the role they have."""
-    found: dict[str, list[str]] = {}
+    """Names of the computations that this one runs, by their role."""
+    called: dict[str, list[str]] = {}
     for role, several, one in _CALLED.findall(self.attributes):
       names = [name.strip().lstrip("%") for name in several.split(",")] if several else [one]
-      found.setdefault(role, []).extend(names)
-    return found
+      called.setdefault(role, []).extend(names)
+    return called
+
+  def _attribute(self, pattern: str) -> str:
+    match = re.search(pattern, self.attributes)
+    return match[1] if match else ""
 
   @functools.cached_property
   def cycles(self) -> int:
-    """The compiler's estimate of the cycles it takes, 0 where there is none."""
-    found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-    return int(found[1]) if found else 0
+    """The compiler's estimate of the cycles it takes; 0 if there is none."""
+    return int(self._attribute(r'"estimated_cycles":"(\d+)"') or 0)
 
   @property
   def target(self) -> str:
-    """The target of a custom call; "" of other operations."""
-    found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-    return found[1] if found else ""
+    """The target of a custom call; "" for other operations."""
+    return self._attribute(r'custom_call_target="([^"]*)"')
 
   @property
   def origin(self) -> str:
     """The JAX operation that it came from, as the tracer named it."""
-    found = re.search(r'op_name="([^"]*)"', self.attributes)
-    return found[1] if found else ""
+    return self._attribute(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +74,16 @@ class Program:
 
   Attributes:
     computations: name -> operations, in scheduled order.
-    entry: the name of the one that runs.
+    entry: name of the entry computation.
   """
 
   computations: dict[str, list[Operation]]
   entry: str
 
   def trips(self, loop: Operation) -> int:
-    """How often a while loop of `lax.scan` turns: to the constant that its condition compares with.
+    """Number of iterations of a `lax.scan` loop: up to the constant that its condition compares with.
 
-    From zero, unless the compiler has taken turns out of the loop and begins after them.
+    They count from zero, unless the compiler has peeled the first ones off the loop.
 
     Raises:
       ValueError: its condition has no constant.
@@ -95,13 +96,13 @@ class Program:
     return max(constants) - self._begin(loop, inside)
 
   def _begin(self, loop: Operation, condition: list[Operation]) -> int:
-    """The counter of a loop before its first turn; zero where that isn't a constant."""
+    """A loop's counter before its first iteration; zero if that isn't a constant."""
     read = [o.attributes for o in condition if o.opcode == "get-tuple-element"]
     counter = re.search(r"index=(\d+)", read[0]) if len(read) == 1 else None
-    given = self._named.get(loop.operands[0])
-    if counter is None or given is None or given.opcode != "tuple":
+    carry = self._named.get(loop.operands[0])
+    if counter is None or carry is None or carry.opcode != "tuple":
       return 0
-    value = self._named.get(given.operands[int(counter[1])])
+    value = self._named.get(carry.operands[int(counter[1])])
     while value is not None and value.opcode in ("copy", "bitcast", "convert"):
       value = self._named.get(value.operands[0])
     return (_constant(value) or 0) if value is not None else 0
@@ -121,22 +122,21 @@ class Program:
 
 def _constant(operation: Operation) -> int | None:
   """The value of an integer constant."""
-  found = re.match(r"(-?\d+)\)", operation.attributes) if operation.opcode == "constant" else None
-  return int(found[1]) if found else None
+  match = re.match(r"(-?\d+)\)", operation.attributes) if operation.opcode == "constant" else None
+  return int(match[1]) if match else None
 
 
 def size_of(shape: str) -> int:
-  """Bytes of the arrays in a printed shape."""
-  return round(
-    sum(
-      _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
-      for dtype, dims in _ARRAY.findall(shape)
-    )
-  )
+  """Returns the bytes of all arrays in a printed shape."""
+
+  def array_bytes(dtype: str, dims: str) -> float:
+    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+
+  return round(sum(array_bytes(*array) for array in _ARRAY.findall(shape)))
 
 
 def dims_of(shape: str) -> tuple[str, tuple[int, ...]]:
-  """Dtype (as numpy calls it) and dimensions of the first array in a printed shape."""
+  """Returns the dtype (numpy's name) and dimensions of the first array in a printed shape."""
   dtype, dims = _ARRAY.findall(shape)[0]
   names = {"bf16": "bfloat16", "f32": "float32", "f16": "float16", "s32": "int32"}
   return names.get(dtype) or dtype, tuple(int(n) for n in dims.split(",") if n)
@@ -184,7 +184,7 @@ def _operation(line: str) -> Operation | None:
 
 
 def _closing(text: str) -> int:
-  """Where the parenthesis that `text` begins with has been closed."""
+  """The index after the parenthesis that closes the one at the start of `text`."""
   depth = 0
   for at, character in enumerate(text):
     depth += (character == "(") - (character == ")")

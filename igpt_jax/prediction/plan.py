@@ -1,7 +1,7 @@
-"""Looks for the mesh, batch and remat that train fastest on a slice, by compiling the likely ones.
+"""Search for the mesh, batch and remat that train fastest on a slice.
 
 Candidates are ordered by arithmetic (FLOPs, bytes of state and activations), which costs nothing; the
-best of them are compiled, and the compiler's word counts.
+best of them are compiled, and the compiler's figures decide.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from igpt_jax.training.compilation import flops_per_image
 
 COMPILED = 4  # candidates that are compiled
 _BATCHES_TRIED = 3
-LARGEST_BATCH = 4  # times the config's; what a chip needs one image for is considered in any case
+LARGEST_BATCH = 4  # times the config's; one image per device is considered in any case
 _TENSOR = (1, 2, 4)
 
-# Bytes kept per layer, position and channel of bfloat16, as compiled programs have it; and FLOPs
+# Bytes kept per layer, position and channel of bfloat16, measured on compiled programs; and FLOPs
 # recomputed, as a share of the step's.
 _KEPT = {"none": 72.0, "names": 19.0, "full": 2.2}
 _AGAIN = {"none": 0.0, "names": 0.03, "full": 0.3}
-_WORKING = 60.0  # bytes per position and channel of the layer that is worked on
+_WORKING = 60.0  # bytes per position and channel of the layer that is being computed
 _STATE = 18  # bytes per parameter: itself, two moments, a gradient (float32), a bfloat16 copy
-_WEIGHTS_SHARE = 0.7  # of a device's memory, where images are drawn
-_CACHE_SHARE = 0.9  # and of weights and cache together
-_EFFICIENCY = 0.7  # of the matrix units' peak
+_WEIGHTS_SHARE = 0.7  # largest share of a device's memory for weights when sampling
+_CACHE_SHARE = 0.9  # and for weights and cache together
+_EFFICIENCY = 0.7  # share of the matrix units' peak that a step reaches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled(Candidate):
-  """One way to train, and what the compiler made of it."""
+  """One way to train, and its forecast."""
 
   forecast: Forecast
 
   @property
   def images_per_second(self) -> float:
-    """Predicted; 0 where it isn't known, or the step doesn't fit."""
+    """Predicted images per second; 0 if unknown or if the step doesn't fit."""
     predicted = self.forecast.prediction
     if not predicted or not self.forecast.memory.fits:
       return 0.0
@@ -61,15 +61,15 @@ class Compiled(Candidate):
 def search(
   training: Training, topology: Topology, report: Callable[[str], None]
 ) -> tuple[Compiled, list[Compiled]]:
-  """The fastest of the compiled candidates that fit, and all that were compiled.
+  """Returns the fastest of the compiled candidates that fit, and all that were compiled.
 
   Args:
-    training: what is to be trained; its batch is the smallest considered.
-    topology: to train on.
-    report: told of every candidate.
+    training: the run; its batch is the smallest considered.
+    topology: the slice to train on.
+    report: called with a line on every candidate.
 
   Raises:
-    UserError: nothing fits; with the least memory seen.
+    UserError: nothing fits; it says the least memory that was needed.
   """
   ordered = sorted(candidates(training, topology), key=lambda c: estimate(c, topology))
   report(f"plan: {len(ordered)} candidates on {topology.name}, compiling up to {COMPILED}")
@@ -82,8 +82,8 @@ def search(
     report(line(tried[-1], topology))
     ordered.remove(left[0])
 
-  # What a batch per device does to the compiler's use of fast memory no arithmetic tells: the most
-  # promising of each batch first, then more of the best batch.
+  # Arithmetic doesn't show how a batch per device affects the compiler's use of fast memory: so first
+  # compile the most promising candidate of every batch, then more of the best batch.
   for batch in sorted({candidate.training.batch_size for candidate in ordered})[:_BATCHES_TRIED]:
     compile_first([c for c in ordered if c.training.batch_size == batch])
   while ordered and len(tried) < COMPILED:
@@ -101,18 +101,17 @@ def search(
 
 
 def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
-  """All that divide evenly and whose memory, by arithmetic, fits."""
+  """Yields the candidates that divide evenly and fit according to arithmetic."""
   devices = list(topology.devices)
   n = len(devices)
   for tensor, remat in itertools.product(_TENSOR, _KEPT):
     if n % tensor:
       continue
-    for batch, fsdp in itertools.product(
-      _batches(training.batch_size, n // tensor),
-      (size for size in range(1, n // tensor + 1) if (n // tensor) % size == 0),
-    ):
+    shards = n // tensor
+    fsdp_sizes = [size for size in range(1, shards + 1) if shards % size == 0]
+    for batch, fsdp in itertools.product(_batches(training.batch_size, shards), fsdp_sizes):
       model = dataclasses.replace(training.model, remat=remat)
-      mesh = sharding.make_mesh(n // tensor // fsdp, fsdp, tensor, devices=devices)
+      mesh = sharding.make_mesh(shards // fsdp, fsdp, tensor, devices=devices)
       try:
         sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
       except UserError:
@@ -125,12 +124,12 @@ def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
 def _batches(smallest: int, shards: int) -> list[int]:
   """Multiples of the shards by powers of two, from the config's batch up."""
   largest = max(LARGEST_BATCH * smallest, shards)
-  found = [shards * 2**power for power in range(12)]
-  return [batch for batch in found if smallest <= batch <= largest]
+  multiples = [shards * 2**power for power in range(12)]
+  return [batch for batch in multiples if smallest <= batch <= largest]
 
 
 def memory(training: Training, mesh: Mesh) -> float:
-  """Bytes a device, by arithmetic: within about a fifth of what the compiler finds."""
+  """Bytes per device, by arithmetic: within about a fifth of the compiler's figure."""
   model = training.model
   per_device = sharding.batch_size_per_shard(
     mesh, training.batch_size, accumulate=training.accumulate
@@ -147,7 +146,7 @@ def state_bytes(model: ImageGPTConfig, mesh: Mesh) -> float:
 
 
 def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
-  """Seconds an image, by arithmetic, to order candidates by; the smaller batch first of equals."""
+  """Key to order candidates by: seconds per image, by arithmetic; of equals the smaller batch."""
   training, mesh = candidate.training, candidate.mesh
   model = training.model
   everyone = tuple(range(mesh.size))
@@ -157,11 +156,11 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
 
   flops = flops_per_image(model) * training.batch_size / mesh.size * (1 + _AGAIN[model.remat])
   if model.remat == "none":
-    flops *= 1.3  # what is kept is written and read, which costs more than a little recomputing
+    flops *= 1.3  # writing and reading all activations costs more than a little recomputing
   seconds = flops / topology.chip.peak_flops / _EFFICIENCY
-  # The gradients' sum isn't hidden. Over all of a slice the compiler sums them whole on every chip,
-  # over a part it scatters them. Rows that don't fill the tiles of memory aren't gathered behind the
-  # arithmetic either, but by an all-reduce.
+  # Nothing hides the sum of gradients. Over all of a slice the compiler sums them whole on every chip,
+  # over a part it scatters them. Rows that don't fill the tiles of memory are gathered by an
+  # all-reduce, which nothing hides either.
   sums = 1.0 if sharding.weight_shards(mesh) // tensor in (1, mesh.size) else 0.6
   if model.n_embd // sharding.weight_shards(mesh) % 32:
     sums = 3.0
@@ -178,75 +177,70 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
 def sampling_mesh(
   model: ImageGPTConfig, topology: Topology, n_images: int = 0, cache_dtype: str = ""
 ) -> Mesh:
-  """Weights whole on as few devices as hold them: drawing reads all of them for every pixel.
+  """Returns the mesh for sampling: weights split over as few devices as hold them.
+
+  Every pixel reads all weights.
 
   Args:
-    model: to sample from.
-    topology: of the devices.
-    n_images, cache_dtype: what the cache must have room for, spread over all devices.
+    model: the model to sample from.
+    topology: the slice.
+    n_images, cache_dtype: size of the cache, which is spread over all devices.
   """
   n, hbm = len(topology.devices), topology.chip.hbm_bytes
   held = 4 * count_params(model)  # bfloat16, and each layer taken out of the stack
   item = jnp.dtype(cache_dtype or model.dtype).itemsize
   cache = 2 * model.n_layer * model.n_positions * model.n_embd * item * n_images / n
   possible = [t for t in range(1, n + 1) if n % t == 0 and model.n_head % t == 0]
-  fitting = [
-    tensor
-    for tensor in possible
-    if held / tensor < min(_WEIGHTS_SHARE * hbm, _CACHE_SHARE * hbm - cache)
-  ]
+  most = min(_WEIGHTS_SHARE * hbm, _CACHE_SHARE * hbm - cache)
+  fitting = [tensor for tensor in possible if held / tensor < most]
   tensor = fitting[0] if fitting else possible[-1]
   return sharding.make_mesh(n // tensor, 1, tensor, devices=list(topology.devices))
 
 
 def row(candidate: Compiled) -> dict:
-  """The candidate as compile.json has it."""
-  found = candidate.forecast
+  """Returns the candidate's entry in compile.json."""
+  forecast = candidate.forecast
   values = {
     "mesh": dict(candidate.mesh.shape),
     "batch_size": candidate.training.batch_size,
     "remat": candidate.training.model.remat,
-    "fits": found.memory.fits,
-    "bytes_per_device": found.memory.needed,
+    "fits": forecast.memory.fits,
+    "bytes_per_device": forecast.memory.needed,
   }
-  if found.prediction is not None:
-    values["step_seconds"] = found.prediction.seconds
+  if forecast.prediction is not None:
+    values["step_seconds"] = forecast.prediction.seconds
     values["images_per_second"] = candidate.images_per_second
   return values
 
 
 def line(candidate: Compiled, topology: Topology) -> str:
-  found, training = candidate.forecast, candidate.training
+  """Returns the candidate's line of the report."""
+  forecast, training = candidate.forecast, candidate.training
   text = (
     f"  {hardware.describe_mesh(candidate.mesh)}, batch {training.batch_size}, remat {training.model.remat}: "
-    f"{found.memory.needed / 2**30:.1f} GiB"
+    f"{forecast.memory.needed / 2**30:.1f} GiB"
   )
-  if not found.memory.fits or found.prediction is None:
+  if not forecast.memory.fits or forecast.prediction is None:
     return f"{text}, doesn't fit"
-  mfu = (
-    flops_per_image(training.model)
-    * candidate.images_per_second
-    / (topology.chip.peak_flops * candidate.mesh.size)
-  )
-  return f"{text}, {1e3 * found.prediction.seconds:.1f} ms, MFU {mfu:.1%}"
+  peak = topology.chip.peak_flops * candidate.mesh.size
+  mfu = flops_per_image(training.model) * candidate.images_per_second / peak
+  return f"{text}, {1e3 * forecast.prediction.seconds:.1f} ms, MFU {mfu:.1%}"
 
 
 def remedies(training: Training, mesh: Mesh) -> list[str]:
-  """What would make a step that doesn't fit smaller, what costs least first."""
+  """Returns fixes for a step that doesn't fit, the cheapest first."""
   model = training.model
-  found = []
+  fixes = []
   if model.remat != "full":
-    found.append(f"--config.model.remat={'names' if model.remat == 'none' else 'full'}")
+    fixes.append(f"--config.model.remat={'names' if model.remat == 'none' else 'full'}")
   weights = sharding.weight_shards(mesh)
   if weights < mesh.size and model.n_embd % mesh.size == 0:
     held = state_bytes(model, mesh) / 2**30
-    found.append(
+    fixes.append(
       f"--config.mesh.data=1 --config.mesh.fsdp=-1 (the state takes about {held:.1f} GiB a device "
       f"now, {held * weights / mesh.size:.1f} then)"
     )
   shards = sharding.batch_shards(mesh)
   if training.batch_size // shards // training.accumulate > 1:
-    found.append(f"--config.train.accumulate={2 * training.accumulate}")
-  found.append("a larger slice")
-  found.append("--config.compile.plan=True, which looks for what fits")
-  return found
+    fixes.append(f"--config.train.accumulate={2 * training.accumulate}")
+  return [*fixes, "a larger slice", "--config.compile.plan=True, which looks for what fits"]

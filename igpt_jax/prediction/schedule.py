@@ -1,17 +1,18 @@
-"""Predicts how many seconds a compiled TPU program takes.
+"""Prediction of the seconds that a compiled TPU program takes.
 
-The program is scheduled: its operations run one after the other, in the order of its text. Each takes
-the cycles that the compiler estimated for it, loops as often as they turn. A collective occupies the
-links for its bytes over their bandwidth; one that is begun and awaited apart is hidden as far as
-there is other work in between; so is what goes to the host's memory and comes back. Prefetches between
-HBM and VMEM count nothing: they are taken to be hidden. Kernels carry no estimate; theirs is handed in.
+The program is scheduled: its operations run one after the other, in the order of its text. An operation
+takes the cycles that the compiler estimated, times the iterations of its loops. A collective occupies
+the links for its bytes over their bandwidth; an asynchronous one is hidden as far as there is other
+work before it is awaited, and so are copies to and from the host's memory. Prefetches between HBM and
+VMEM are taken to be hidden. Kernels carry no estimate; the caller provides it.
 
-Compared across versions of one program this is good to a few percent. As a reading of a chip's clock
-it isn't: expect 25-30% either way, and it knows nothing of input, launch overhead or stragglers.
+Between versions of one program this is good to a few percent. The absolute time is only good to 25-30%
+either way; it includes no input, launch overhead or stragglers.
 """
 
 import collections
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 
@@ -29,12 +30,12 @@ KernelCycles = Callable[[Operation], float]
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-  """What a chip's interconnect moves.
+  """A slice's interconnect.
 
   Attributes:
-    bandwidth: bytes a second and direction, of one link.
-    coordinates: of each device, in the order of the mesh.
-    wrapped: dimensions of the topology that are rings; the others are lines.
+    bandwidth: bytes a second and direction of one link.
+    coordinates: coordinates of the devices, in the order of the mesh.
+    wrapped: for every dimension of the topology, True if it is a ring, else a line.
   """
 
   bandwidth: float
@@ -42,35 +43,31 @@ class Links:
   wrapped: tuple[bool, ...]
 
   def seconds(self, kind: str, bytes_whole: float, group: tuple[int, ...]) -> float:
-    """One collective over a group of devices.
+    """Seconds of one collective over a group of devices.
 
     Args:
       kind: one of COLLECTIVES.
-      bytes_whole: of the gathered, reduced or permuted array.
+      bytes_whole: bytes of the whole array that is gathered, reduced or permuted.
       group: devices, as indices into `coordinates`.
     """
-    n = len(group)
-    if n < 2 or not bytes_whole:
+    if len(group) < 2 or not bytes_whole:
       return 0.0
     spots = [self.coordinates[device] for device in group]
     spans = [len({spot[axis] for spot in spots}) for axis in range(len(self.wrapped))]
-    # A ring has both of its directions for every byte; of a line's, half of them idle on average.
-    directions = sum(
-      (2 if wrapped and span > 2 else 1)
-      for span, wrapped in zip(spans, self.wrapped, strict=True)
-      if span > 1
-    )
+    # A ring uses both directions for every byte; on a line half of them idle on average.
+    dimensions = zip(spans, self.wrapped, strict=True)
+    directions = sum(2 if wrapped and n > 2 else 1 for n, wrapped in dimensions if n > 1)
     speed = self.bandwidth * max(directions, 1)
     hops = sum(span - 1 for span in spans)
     if kind == "collective-permute":
       return bytes_whole / self.bandwidth + _LATENCY
     times = 2 if kind == "all-reduce" else 1
-    return times * (bytes_whole * (n - 1) / n / speed + hops * _LATENCY)
+    return times * (bytes_whole * (len(group) - 1) / len(group) / speed + hops * _LATENCY)
 
 
 @dataclasses.dataclass
 class Collective:
-  """All of a kind: how many run in a step, and their bytes per device."""
+  """All collectives of a kind: how many run in a step, their bytes per device and their seconds."""
 
   count: int = 0
   bytes: float = 0.0
@@ -79,15 +76,15 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """A step, in seconds unless said otherwise.
+  """Predicted times of a step, in seconds.
 
   Attributes:
-    seconds: all of it.
-    compute: of operations that the compiler gave an estimate, and of kernels.
-    kernels: the kernels' share of `compute`.
-    exposed: waiting for collectives that nothing hides.
-    collectives: by kind.
-    by_origin: seconds of compute by what they were traced from, largest first.
+    seconds: the whole step.
+    compute: operations with an estimate of the compiler, and kernels.
+    kernels: the kernels' part of `compute`.
+    exposed: waiting for collectives and host transfers that nothing hides.
+    collectives: totals by kind.
+    by_origin: seconds of compute by the JAX operation that they come from, largest first.
   """
 
   seconds: float
@@ -99,7 +96,7 @@ class Prediction:
 
 
 class _Timeline:
-  """Walks a program once, in order, with a clock for the core and one for the links."""
+  """Walk through a program in order, with clocks for the core, the links and host transfers."""
 
   def __init__(self, program: Program, clock: float, links: Links, kernel_cycles: KernelCycles):
     self.program, self.clock, self.links, self.kernel_cycles = program, clock, links, kernel_cycles
@@ -121,16 +118,15 @@ class _Timeline:
       trips = self.program.trips(operation)
       began = self.now
       self.run(body, times * trips)
-      # One turn was walked; the others take as long.
+      # One iteration was walked; the others take as long.
       extra = (self.now - began) * (trips - 1)
       self.now += extra
       self.links_free += extra
       self.host_free += extra
       return
     if opcode in ("call", "conditional"):
-      for names in operation.called.values():
-        for name in names:
-          self.run(name, times)
+      for name in itertools.chain.from_iterable(operation.called.values()):
+        self.run(name, times)
       return
     if opcode.removesuffix("-start") in COLLECTIVES:
       done = self._transfer(operation, opcode.removesuffix("-start"), times)
@@ -142,7 +138,7 @@ class _Timeline:
     if opcode.removesuffix("-done") in COLLECTIVES:
       self._wait(arrival[operation.operands[0]], times)
       return
-    if opcode in ("call-start", "async-start"):  # by a SparseCore
+    if opcode in ("call-start", "async-start"):  # runs on a SparseCore
       collective = self._within(operation)
       if collective is not None:
         arrival[operation.name] = self._transfer(collective, collective.opcode, times)
@@ -164,7 +160,7 @@ class _Timeline:
       elif "AsyncCollectiveDone" in targets:
         self._wait(arrival.pop(_channel(collective), 0.0), times)
       elif _channel(collective) not in self.begun_apart:
-        # Summed, and of the sum a device takes its own part: no more is sent than that needs.
+        # Of the sum a device only takes its own part, so no more than that is sent.
         kind = collective.opcode
         if kind == "all-reduce" and any(o.opcode == "dynamic-slice" for o in inner):
           kind = "reduce-scatter"
@@ -182,18 +178,15 @@ class _Timeline:
       arrival[_channel(started)] = self._transfer(started, started.opcode, times)
 
   def _within(self, operation: Operation) -> Operation | None:
-    """The collective in what an operation calls, if there is one."""
-    for names in operation.called.values():
-      for name in names:
-        for inner in self.program.computations[name]:
-          if inner.opcode in COLLECTIVES:
-            return inner
-    return None
+    """The first collective in the computations that an operation calls, if any."""
+    called = itertools.chain.from_iterable(operation.called.values())
+    inner = (o for name in called for o in self.program.computations[name])
+    return next((o for o in inner if o.opcode in COLLECTIVES), None)
 
   def _transfer(
     self, operation: Operation, kind: str, times: int, whole: float | None = None
   ) -> float:
-    """Puts a collective on the links; returns when it will have arrived."""
+    """Puts a collective on the links; returns the time at which it ends."""
     whole = _bytes_whole(operation, kind) if whole is None else whole
     group = replica_group(operation.attributes, len(self.links.coordinates))
     seconds = self.links.seconds(kind, whole, group)
@@ -205,7 +198,7 @@ class _Timeline:
     return self.links_free
 
   def _to_or_from_host(self, operation: Operation) -> float:
-    """Moves an array between the chip and the memory of its host (memory space 5)."""
+    """Starts a copy between the chip and its host's memory (space 5); returns the time at which it ends."""
     moved = max(size_of(array) for array in _arrays(operation.shape) if "S(5)" not in array)
     self.host_free = max(self.now, self.host_free) + moved / _HOST_BANDWIDTH
     return self.host_free
@@ -219,13 +212,13 @@ class _Timeline:
 def predict(
   program: Program, *, clock: float, links: Links, kernel_cycles: KernelCycles
 ) -> Prediction:
-  """The time of one run of a program.
+  """Predicts the time of one run of a program.
 
   Args:
     program: a compiled, scheduled module for TPUs.
     clock: cycles a second.
-    links: of the topology it was compiled for.
-    kernel_cycles: of a Pallas kernel (a custom call).
+    links: the interconnect of the topology that it was compiled for.
+    kernel_cycles: returns the cycles of a Pallas kernel (a custom call).
   """
   timeline = _Timeline(program, clock, links, kernel_cycles)
   timeline.run(program.entry)
@@ -241,7 +234,7 @@ def predict(
 
 
 def replica_group(attributes: str, n_devices: int) -> tuple[int, ...]:
-  """The first group of devices that a collective runs in."""
+  """Returns the first group of devices that a collective runs in, from its attributes."""
   named = re.search(
     r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\S+\s*)?\{([^}]*)\}", attributes
   )
@@ -275,24 +268,21 @@ def replica_group(attributes: str, n_devices: int) -> tuple[int, ...]:
 
 
 def _bytes_whole(operation: Operation, kind: str) -> float:
-  """Bytes of the whole array: what was gathered, or what is to be scattered."""
+  """Bytes of the whole array: after a gather, or before a scatter."""
   shape = operation.shape
   if operation.opcode.endswith("-start") and shape.startswith("("):
     return float(max(size_of(array) for array in _arrays(shape)))
-  result = float(size_of(shape))
-  if kind == "reduce-scatter":
-    group = replica_group(operation.attributes, 1)
-    return result * max(len(group), 1)
-  return result
+  parts = len(replica_group(operation.attributes, 1)) if kind == "reduce-scatter" else 1
+  return float(size_of(shape)) * max(parts, 1)
 
 
 def _arrays(shape: str) -> list[str]:
-  """Those of a tuple's type, with their layouts."""
+  """The array types, with layouts, in a tuple's type."""
   return re.findall(r"\b[a-z][a-z0-9]*\[[0-9,]*\](?:\{[^}]*\})?", shape)
 
 
 def _begun_apart(program: Program) -> set[str]:
-  """Channels of collectives that one fusion begins and another ends; those in between repeat them."""
+  """Channels of collectives that one fusion starts and another ends; fusions in between repeat them."""
   return {
     _channel(operation)
     for inner in program.computations.values()
@@ -303,12 +293,12 @@ def _begun_apart(program: Program) -> set[str]:
 
 
 def _channel(operation: Operation) -> str:
-  found = re.search(r"channel_id=(\d+)", operation.attributes)
-  return f"channel {found[1]}" if found else operation.name
+  match = re.search(r"channel_id=(\d+)", operation.attributes)
+  return f"channel {match[1]}" if match else operation.name
 
 
 def origin(operation: Operation) -> str:
-  """Where in the program's source an operation comes from, without the tracer's wrapping."""
+  """Returns the JAX operation that an operation comes from, without the tracer's wrapping."""
   if operation.target == "tpu_custom_call":
     return operation.name.split(".")[0]
   return re.sub(r"(closed_call|checkpoint|while|body|jit\(train_step\))/", "", operation.origin)

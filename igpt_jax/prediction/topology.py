@@ -1,4 +1,4 @@
-"""TPU slices that needn't be here: their devices, as the TPU's own compiler describes them."""
+"""TPU slices that needn't be here, as the TPU's compiler describes their devices."""
 
 import dataclasses
 import difflib
@@ -18,13 +18,13 @@ from igpt_jax.prediction.schedule import Links
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A kind of TPU, as public documents have it.
+  """A generation of TPUs; figures from public documents.
 
   Attributes:
     clock: cycles a second of its cores.
-    link_bandwidth: bytes a second and direction, of one link between chips.
-    ring: chips in a dimension from which on it wraps around.
-    narrow: its matrix units are 128 × 128.
+    link_bandwidth: bytes a second and direction of one link between chips.
+    ring: the least number of chips in a dimension that wraps around.
+    narrow: True if its matrix units are 128 × 128.
     slices: shapes that are rented out, small to large.
   """
 
@@ -54,10 +54,10 @@ class Topology:
 
   Attributes:
     name: such as "v5p:4x4x4".
-    generation: of its chips.
-    devices: as JAX counts them: one a chip, of tpu7x two.
-    chip: what is known of a device.
-    dump: where the compiler leaves its kernels' code.
+    generation: the generation of its chips.
+    devices: JAX' devices: one per chip, two on tpu7x.
+    chip: the figures of a device.
+    dump: the folder that the compiler leaves its kernels' code in.
   """
 
   name: str
@@ -71,7 +71,7 @@ class Topology:
     return len({tuple(device.coords) for device in self.devices})
 
   def links(self, devices) -> Links:
-    """The interconnect, for collectives that count devices in the order given."""
+    """The interconnect, for collectives that number `devices` in this order."""
     shape = [int(n) for n in self.name.partition(":")[2].split("x")]
     wrapped = tuple(n >= self.generation.ring for n in shape) + (False,) * (4 - len(shape))
     spots = tuple(
@@ -84,7 +84,7 @@ def check_name(name: str) -> None:
   """Checks a topology's name without loading anything.
 
   Raises:
-    UserError: with the nearest names that there are.
+    UserError: there is no such topology; it names the nearest.
   """
   kind, _, shape = name.partition(":")
   if kind not in GENERATIONS:
@@ -110,7 +110,7 @@ def _chips(shape: str) -> int:
 
 @functools.cache
 def _prepare_compiler() -> Dump:
-  """Settings that libtpu reads when it is loaded, once in a process."""
+  """Makes the settings that libtpu reads when it is loaded, once in a process."""
   dump = Dump()
   settings = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -120,8 +120,8 @@ def _prepare_compiler() -> Dump:
   }
   for key, value in settings.items():
     os.environ.setdefault(key, value)
-  given = os.environ.get("LIBTPU_INIT_ARGS", "")
-  os.environ["LIBTPU_INIT_ARGS"] = f"{given} {dump.flags}".strip()
+  flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+  os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {dump.flags}".strip()
   jax.config.update("jax_platforms", "cpu")
   return dump
 
@@ -146,7 +146,7 @@ def open_topology(name: str) -> Topology:
   from jax.experimental import topologies
 
   kind = name.partition(":")[0]
-  # A v4 chip's two cores are one device, as they are where a v4 is rented.
+  # A v4 chip's two cores are one device, as on rented v4 slices.
   options = {"chip_config_name": "megacore"} if kind == "v4" else {}
   devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
   chip = hardware.chip_of(devices[0])

@@ -196,7 +196,7 @@ class Completer:
     """Returns the program from a least-recently-used cache."""
     key = shape, per_image, n_pixels, sampling
     if key not in self._programs:
-      options = {"samples_per_picture": per_image, "cache_dtype": self._cache_dtype}
+      options = {"samples_per_image": per_image, "cache_dtype": self._cache_dtype}
       begin = functools.partial(autoregressive.begin, self.trained.config, **options)
       self._programs[key] = _Program(jax.jit(begin), {})
       if len(self._programs) > _PROGRAMS:

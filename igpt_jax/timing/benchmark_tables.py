@@ -1,4 +1,4 @@
-"""What the benchmark job found, for a person to read: a heading, a table, notes."""
+"""The benchmark job's results as Markdown: a heading, a table, notes."""
 
 from typing import Any
 
@@ -7,58 +7,52 @@ from igpt_jax.reporting.tables import markdown_table
 Values = dict[str, Any]
 
 
-def heading(found: Values) -> str:
-  here, model = found["machine"], found["model"]
-  return "\n".join(
-    [
-      f"{here['mesh']}; {here['processor']}, {here['cores']} cores, hosts: {here['hosts']}",
-      ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-      f"{found['objective']}: {model['n_layer']} layers, {model['n_head']} heads, width "
-      f"{model['n_embd']}, {found['parameters']:,} parameters, {model['n_positions']} positions of "
-      f"{model['n_vocab']} colours, {model['dtype']}, remat {model['remat']}",
-      *([found["note"]] if found["note"] else []),
-    ]
-  )
+def heading(results: Values) -> str:
+  """Returns lines on the machine, the versions and the model."""
+  machine, model = results["machine"], results["model"]
+  lines = [
+    f"{machine['mesh']}; {machine['processor']}, {machine['cores']} cores, hosts: {machine['hosts']}",
+    ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+    f"{results['objective']}: {model['n_layer']} layers, {model['n_head']} heads, width "
+    f"{model['n_embd']}, {results['parameters']:,} parameters, {model['n_positions']} positions of "
+    f"{model['n_vocab']} colours, {model['dtype']}, remat {model['remat']}",
+  ]
+  return "\n".join(filter(None, [*lines, results["note"]]))
 
 
-def as_markdown(found: Values) -> str:
-  parts = [part for part in _ROWS if part in found]
+def as_markdown(results: Values) -> str:
+  """Returns the whole report."""
+  parts = [part for part in _ROWS if part in results]
   rows = [
     (what, _seconds(t["seconds"]), f"{_seconds(t['fastest'])} to {_seconds(t['slowest'])}", meaning)
     for part in parts
-    for what, t, meaning in _ROWS[part](found[part])
+    for what, t, meaning in _ROWS[part](results[part])
   ]
   table = markdown_table("lrll", ("what", "median", "fastest to slowest", "that is"), rows)
-  lines = ["# Benchmark", "", *(f"- {line}" for line in heading(found).split("\n")), "", table]
-  lines += [note for part in parts for note in _NOTES[part](found[part])]
-  lines += [f"- {part}: skipped: {reason}" for part, reason in found["skipped"].items()]
+  lines = ["# Benchmark", "", *(f"- {line}" for line in heading(results).split("\n")), "", table]
+  lines += [note for part in parts for note in _NOTES[part](results[part])]
+  lines += [f"- {part}: skipped: {reason}" for part, reason in results["skipped"].items()]
   return "\n".join(lines) + "\n"
 
 
 def _training_rows(part: Values):
   mfu = "" if part["mfu"] is None else f", {part['mfu']:.1%} of the public peak (MFU)"
-  yield (
-    f"training step, batch {part['batch_size']}",
-    part["step"],
+  speed = (
     f"{part['images_per_second']:,.2f} images/s, {part['tokens_per_second']:,.0f} tokens/s, "
-    f"{part['tflops_per_second']:,.3f} TFLOP/s{mfu}, {part['share_of_matmul']:.1%} of the matmul below",
+    f"{part['tflops_per_second']:,.3f} TFLOP/s{mfu}, {part['share_of_matmul']:.1%} of the matmul below"
   )
-  yield (
-    "large matmul, every device",
-    part["matmul"],
-    f"{part['matmul_tflops_per_second']:,.3f} TFLOP/s",
-  )
+  yield f"training step, batch {part['batch_size']}", part["step"], speed
+  speed = f"{part['matmul_tflops_per_second']:,.3f} TFLOP/s"
+  yield "large matmul, every device", part["matmul"], speed
 
 
 def _training_notes(part: Values):
   memory = part["memory_per_device"]
   if memory is not None:
-    # What is donated is an argument and an output.
-    held = memory["argument"] + memory["output"] - memory["alias"]
-    yield (
-      f"- training: {held / 2**30:.2f} GiB held and {memory['temp'] / 2**30:.2f} GiB to work in per "
-      "device, as compiled"
-    )
+    # Donated buffers are arguments and outputs: count them once.
+    held = (memory["argument"] + memory["output"] - memory["alias"]) / 2**30
+    temporary = f"{memory['temp'] / 2**30:.2f} GiB to work in"
+    yield f"- training: {held:.2f} GiB held and {temporary} per device, as compiled"
   if part["peak_bytes_per_device"] is not None:
     yield f"- training: at most {part['peak_bytes_per_device'] / 2**30:.2f} GiB in use on a device"
 
@@ -67,12 +61,8 @@ def _attention_rows(part: Values):
   for row in part["rows"]:
     chosen = " (auto)" if row["implementation"] == part["auto"] else ""
     for name, what in (("forward", "forward"), ("forward_and_backward", "forward and backward")):
-      speed = row[f"{name}_tflops_per_second"]
-      yield (
-        f"attention, {row['implementation']}{chosen}, {what}",
-        row[name],
-        f"{speed:,.3f} TFLOP/s",
-      )
+      speed = f"{row[f'{name}_tflops_per_second']:,.3f} TFLOP/s"
+      yield f"attention, {row['implementation']}{chosen}, {what}", row[name], speed
 
 
 def _attention_notes(part: Values):
@@ -85,22 +75,16 @@ def _attention_notes(part: Values):
 
 
 def _sampling_rows(part: Values):
-  yield (
-    f"sampling {part['samples']} images",
-    part["all_samples"],
-    f"{part['samples_per_second']:,.3f} images/s, {part['tokens_per_second']:,.0f} tokens/s",
-  )
+  speed = f"{part['samples_per_second']:,.3f} images/s, {part['tokens_per_second']:,.0f} tokens/s"
+  yield f"sampling {part['samples']} images", part["all_samples"], speed
 
 
 def _input_rows(part: Values):
   for row in part["stages"]:
     speed = f"{row['per_core_second']:,.0f} images per core-second"
     yield f"input, {row['stage']}, CPU time", row["cpu"], speed
-  yield (
-    f"input, whole ({part['pipeline']}), workers: {part['workers']}",
-    part["picture"],
-    f"{part['pictures_per_second']:,.0f} images/s on a host",
-  )
+  speed = f"{part['pictures_per_second']:,.0f} images/s on a host"
+  yield f"input, whole ({part['pipeline']}), workers: {part['workers']}", part["picture"], speed
   per_core = part["images_per_core_second"]
   yield "input, whole, CPU time", part["picture_cpu"], f"{per_core:,.0f} images per core-second"
 
@@ -112,6 +96,7 @@ def _input_notes(part: Values):
     yield f"- input: {part['times_training']:,.2f} times as fast as training on this machine: {enough}"
 
 
+# Part of the results -> its rows (what, timing, meaning), and its notes.
 _ROWS = {
   "training": _training_rows,
   "attention": _attention_rows,

@@ -1,7 +1,7 @@
-"""What a training step, attention alone and sampling cost on the devices that are here.
+"""Timings of a training step, of attention alone and of sampling on the devices that are here.
 
-Measurements only, each beside what it can be compared with, all of them taking turns: whatever else
-the machine does then hits every side. Calls are timed until their results are there.
+Every measurement has one to compare it with, and both take turns, so that whatever else the machine
+does affects both. Calls are timed until their results are ready.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from igpt_jax.model.image_gpt import ImageGPTConfig, init_params
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.training import compilation, state, step
 
-_GROUP_SECONDS = 0.2  # a shorter call is repeated until a timing takes about this long
-_GROUP_CALLS = 100  # but at most so often
+_GROUP_SECONDS = 0.2  # shorter calls are repeated until a timing takes about this long
+_GROUP_CALLS = 100  # most repetitions
 _SCORES_BYTES = (
   2**30
-)  # of float32 scores, in attention alone: plain attention keeps several of them
+)  # most float32 scores in attention alone; plain attention keeps several copies
 
 Call = Callable[[], Any]
 Ticker = Callable[[int], None]
@@ -46,16 +46,17 @@ class Timing:
 
 
 def timing(seconds: list[float], calls: int = 1) -> Timing:
+  """Returns the statistics of seconds per call."""
   return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), calls)
 
 
 def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[str, Timing]:
-  """Times what each side returns to be there; the sides take turns, after a warm-up.
+  """Times several sides, which take turns after a warm-up, until their results are ready.
 
   Args:
     sides: functions that start some work and return its arrays.
-    repeats: timings of each.
-    tick: told how many rounds are done.
+    repeats: number of timings per side.
+    tick: called with the number of rounds done.
   """
   calls: dict[str, int] = {}
   taken: dict[str, list[float]] = {}
@@ -63,7 +64,7 @@ def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[st
     jax.block_until_ready(call())
     once = _timed(call, 1)
     calls[name] = hosts.from_main(min(max(math.ceil(_GROUP_SECONDS / once), 1), _GROUP_CALLS))
-    taken[name] = [once] if calls[name] == 1 else []  # a long call is not made for nothing
+    taken[name] = [once] if calls[name] == 1 else []  # a long call already counts
   for done in range(1, repeats + 1):
     for name, call in sides.items():
       if len(taken[name]) < done:
@@ -73,7 +74,7 @@ def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[st
 
 
 def _timed(call: Call, times: int) -> float:
-  # Virtual CPU devices that get several programs at once can wait for each other for ever.
+  # Virtual CPU devices that are sent several programs at once can deadlock.
   one_by_one = jax.default_backend() == "cpu"
   began, result = time.perf_counter(), None
   for _ in range(times):
@@ -91,8 +92,8 @@ class Training:
   Attributes:
     compiled: the step.
     step, matmul: seconds.
-    matmul_flops: of one matmul call, all devices together.
-    peak_bytes: most memory in use so far of a device of this process; None where it isn't told.
+    matmul_flops: FLOPs of one matmul call, all devices together.
+    peak_bytes: most memory in use so far on a device of this process; None if unknown.
   """
 
   compiled: compilation.CompiledStep
@@ -113,30 +114,28 @@ def measure_training(
   say: Callable[[str], None],
   tick: Ticker,
 ) -> Training:
-  """The step as pretraining compiles and runs it, on random tokens."""
+  """Measures the step as pretraining compiles and runs it, on random tokens."""
   shape = (batch_size, config.n_positions)
   tokens = np.random.default_rng(0).integers(config.n_vocab, size=shape, dtype=np.uint16)
   batch = {"tokens": sharding.put_global(tokens, mesh)}
-  held = [state.make_state(config, optimizer, 0, mesh)]
-  compiled = compilation.compile_step(
-    train_step,
-    state.abstract_state(config, optimizer),
-    state.state_shardings(config, optimizer, mesh),
-    batch,
-  )
+  train_state = state.make_state(config, optimizer, 0, mesh)
+  abstract = state.abstract_state(config, optimizer)
+  shardings = state.state_shardings(config, optimizer, mesh)
+  compiled = compilation.compile_step(train_step, abstract, shardings, batch)
   say(f"training: compiled in {compiled.seconds:.0f} s; {compiled.memory}")
 
   def run_step() -> step.Metrics:
-    held[0], metrics = compiled(held[0], batch)
+    nonlocal train_state
+    train_state, metrics = compiled(train_state, batch)
     return metrics
 
   matmul, flops = large_matmul(config.dtype, mesh)
-  found = take_turns({"step": run_step, "matmul": matmul}, repeats, tick)
-  return Training(compiled, found["step"], found["matmul"], flops, peak_bytes(mesh))
+  timings = take_turns({"step": run_step, "matmul": matmul}, repeats, tick)
+  return Training(compiled, timings["step"], timings["matmul"], flops, peak_bytes(mesh))
 
 
 def large_matmul(dtype: str, mesh: Mesh) -> tuple[Call, float]:
-  """A square matmul on each device at the same time, and the FLOPs of all of them."""
+  """Returns a call of a square matmul on every device at once, and the FLOPs of all of them."""
   side = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
   target = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   shape = (mesh.size, side, side)
@@ -147,23 +146,24 @@ def large_matmul(dtype: str, mesh: Mesh) -> tuple[Call, float]:
 
 
 def peak_bytes(mesh: Mesh) -> int | None:
-  local = [each for each in mesh.devices.flat if each.process_index == jax.process_index()]
-  told = [(each.memory_stats() or {}).get("peak_bytes_in_use") for each in local]
-  return max((each for each in told if each is not None), default=None)
+  """Most memory in use so far on a device of this process; None if unknown."""
+  local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in local]
+  return max((peak for peak in peaks if peak is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionAlone:
-  """Attention on one device, without the rest of the model.
+  """Timings of attention on one device, without the rest of the model.
 
   Attributes:
-    images, n_head: a device's share of the model's batch (less where scores wouldn't fit) and heads.
-    auto: what model.attention's "auto" takes here.
+    images, n_head: a device's share of the batch (less where scores wouldn't fit) and of the heads.
+    auto: the implementation that model.attention "auto" stands for here.
     forward, both: seconds of the forward pass, and of forward and backward, by implementation.
-    not_run: the implementations that don't run here, and why.
+    not_run: implementations that don't run here -> reason.
   """
 
-  pictures: int
+  images: int
   n_head: int
   auto: str
   forward: dict[str, Timing]
@@ -174,13 +174,13 @@ class AttentionAlone:
 def measure_attention(
   config: ImageGPTConfig, mesh: Mesh, *, batch_size: int, repeats: int, tick: Ticker
 ) -> AttentionAlone:
-  """Every implementation of ours that runs here, at the shape that a device of the mesh sees."""
+  """Measures plain and fused attention at the shape that a device of the mesh sees."""
   with jax.set_mesh(mesh):
     n_head = sharding.axis_share("heads", config.n_head) or config.n_head
-    pictures = sharding.axis_share("batch", batch_size) or batch_size
+    n_images = sharding.axis_share("batch", batch_size) or batch_size
   length, causal = config.n_positions, config.causal
-  pictures = max(1, min(pictures, _SCORES_BYTES // (4 * n_head * length**2)))
-  shape = (3, pictures, length, n_head * config.head_dim)
+  n_images = max(1, min(n_images, _SCORES_BYTES // (4 * n_head * length**2)))
+  shape = (3, n_images, length, n_head * config.head_dim)
   qkv = jax.random.normal(jax.random.key(0), shape, jnp.dtype(config.dtype))
   dout = jax.random.normal(jax.random.key(1), shape[1:], qkv.dtype)
 
@@ -194,26 +194,23 @@ def measure_attention(
     function = functools.partial(
       attention_lib.attention, n_head=n_head, causal=causal, implementation=name
     )
-    runs = {
-      "forward": functools.partial(jax.jit(function), qkv),
-      "both": functools.partial(
-        jax.jit(functools.partial(forward_and_backward, function)), qkv, dout
-      ),
-    }
+    run_forward = functools.partial(jax.jit(function), qkv)
+    with_gradient = functools.partial(forward_and_backward, function)
+    run_both = functools.partial(jax.jit(with_gradient), qkv, dout)
     try:
-      for run in runs.values():
-        jax.block_until_ready(run())
-    except Exception as error:  # whatever a library or a compiler says against this shape: told
+      jax.block_until_ready(run_forward())
+      jax.block_until_ready(run_both())
+    except Exception as error:  # a library or a compiler may refuse the shape: report why
       not_run[name] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
       continue
-    forward[f"{name} forward"], both[f"{name} both"] = runs["forward"], runs["both"]
-  found = take_turns(forward | both, repeats, tick)
+    forward[f"{name} forward"], both[f"{name} both"] = run_forward, run_both
+  timings = take_turns(forward | both, repeats, tick)
 
-  def of(sides):
-    return {name.rpartition(" ")[0]: found[name] for name in sides}
+  def timed(sides: Mapping[str, Call]) -> dict[str, Timing]:
+    return {side.rpartition(" ")[0]: timings[side] for side in sides}
 
   auto = attention_lib.choose(qkv, n_head)
-  return AttentionAlone(pictures, n_head, auto, of(forward), of(both), not_run)
+  return AttentionAlone(n_images, n_head, auto, timed(forward), timed(both), not_run)
 
 
 def measure_sampling(
@@ -225,21 +222,21 @@ def measure_sampling(
   repeats: int,
   tick: Ticker,
 ) -> tuple[Timing, int]:
-  """Unconditional images from random weights: seconds for all of them, and how many there were.
+  """Measures unconditional sampling from random weights.
 
-  As many as divide over the mesh, at least `samples`.
+  Returns:
+    Seconds of all images, and their number: the least from `samples` on that divides over the mesh.
   """
   n = sharding.round_up_batch(mesh, samples)
   shardings = state.param_shardings(config, mesh)
   with jax.set_mesh(mesh):
-    params = jax.jit(functools.partial(init_params, config), out_shardings=shardings)(
-      jax.random.key(0)
-    )
-    given = sharding.put_global(np.zeros((n, 0), np.int32), mesh)
+    make = jax.jit(functools.partial(init_params, config), out_shardings=shardings)
+    params = make(jax.random.key(0))
+    prompt = sharding.put_global(np.zeros((n, 0), np.int32), mesh)
     keys = jax.random.split(jax.random.key(1), n)
     compiled = jax.jit(
       functools.partial(autoregressive.complete, config, sampling=sampling),
       out_shardings=sharding.replicated(mesh),
     )
-    sides = {"samples": lambda: compiled(params, given, keys)}
+    sides = {"samples": lambda: compiled(params, prompt, keys)}
     return take_turns(sides, repeats, tick)["samples"], n

@@ -1,4 +1,4 @@
-"""What the way from stored bytes to tokens costs on this machine, stage by stage.
+"""Cost of the input pipeline on this machine, from stored bytes to tokens, stage by stage.
 
 CPU time, not wall-clock, so that a busy machine misleads less.
 """
@@ -21,28 +21,20 @@ from igpt_jax.data import palette as palette_lib
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """CPU milliseconds per image, and the images per second that one core does at that."""
+  """CPU milliseconds per image of a stage."""
 
   stage: str
   cpu_ms: float
 
-  @property
-  def images_per_core_second(self) -> float:
-    return 1e3 / self.cpu_ms
-
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-  """A whole pipeline: `workers` processes, CPU time of all of them together, and wall-clock."""
+  """CPU milliseconds per image, all processes together, and speed of a pipeline of `workers` processes."""
 
   pipeline: str
   workers: int
   cpu_ms: float
-  pictures_per_second: float
-
-  @property
-  def images_per_core_second(self) -> float:
-    return 1e3 / self.cpu_ms
+  images_per_second: float
 
 
 def stages(
@@ -53,22 +45,22 @@ def stages(
   n_images: int = 200,
   repeats: int = 3,
 ) -> list[Cost]:
-  """Each stage by itself on the first images of a split, the best of `repeats` passes."""
+  """Measures every stage by itself on the first images of a split, the best of `repeats` passes."""
   records = [split[i] for i in range(min(n_images, len(split)))]
   decode = own_images.read if split.is_folder else image_decoding.decode
-  pictures = [decode(r["image"], r["id"]) for r in records]
+  images = [decode(r["image"], r["id"]) for r in records]
   rng = np.random.default_rng(0)
   make = transforms.train_transform(config.augment, config.resolution, config.resample)
   evaluate = transforms.eval_transform(config.augment, config.resolution)
-  ready = [make(picture, rng) for picture in pictures]
-  for picture in ready:
-    palette.encode(picture)  # fills the table, once per run
+  ready = [make(image, rng) for image in images]
+  for image in ready:
+    palette.encode(image)  # fills its table of colours, which happens once per run
   measured: list[tuple[str, Callable, Sequence]] = [
     ("read", split.__getitem__, range(len(records))),
     ("decode", lambda r: decode(r["image"], r["id"]), records),
-    ("decode with Pillow", lambda r: _decode_pillow(r["image"], r["id"]), records),
-    (f"augment ({config.augment}, {config.resample})", lambda x: make(x, rng), pictures),
-    ("evaluate", evaluate, pictures),
+    ("decode with Pillow", lambda r: _decode_pillow(r["image"]), records),
+    (f"augment ({config.augment}, {config.resample})", lambda x: make(x, rng), images),
+    ("evaluate", evaluate, images),
     ("encode", palette.encode, ready),
   ]
   return [Cost(name, _best(function, items, repeats)) for name, function, items in measured]
@@ -82,18 +74,18 @@ def throughput(
   batch_size: int = 128,
   n_batches: int = 20,
 ) -> Throughput:
-  """The whole training pipeline, bytes to batches of tokens, with start-up left out.
+  """Measures the whole training pipeline, bytes to batches of tokens, without its start-up.
 
   Args:
     split: images, or tokens.
-    config: its `workers`, `threads` and `resample` are what is compared; nothing is cached.
-    palette: of the tokens; None where the split has tokens already.
+    config: settings of the pipeline; nothing is cached, whatever it says.
+    palette: the palette of the tokens; None where the split has tokens already.
     batch_size: global.
-    n_batches: that are timed.
+    n_batches: number of batches that are timed.
   """
   name = "tokens" if split.is_tokens else f"{config.augment}, {config.resample}"
   config = dataclasses.replace(config, cache_mb=0)
-  # The table of colours is filled once per run, not per image. (Each worker fills its own.)
+  # The table of colours is filled once per run, not per image. (Every worker fills its own.)
   if palette is not None:
     palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
   with pipeline.train_batches(split, config, palette, batch_size=batch_size, seed=0) as batches:
@@ -107,7 +99,7 @@ def throughput(
   return Throughput(name, config.workers, 1e3 * cpu / n, n / wall)
 
 
-def _decode_pillow(data: bytes, record_id: str) -> np.ndarray:
+def _decode_pillow(data: bytes) -> np.ndarray:
   return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -125,7 +117,7 @@ def _cpu_seconds() -> float:
   """CPU time of this process, its threads and its living worker processes."""
   total = time.process_time()
   for child in multiprocessing.active_children():
-    with open(f"/proc/{child.pid}/stat") as file:  # Linux's, where such machines are
+    with open(f"/proc/{child.pid}/stat") as file:  # Linux only, as are the machines to train on
       fields = file.read().rpartition(")")[2].split()
     total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
   return total

@@ -1,15 +1,15 @@
-"""What counts as bad numbers in training, and what is to be done about them."""
+"""The error that ends a training run whose numbers went bad."""
 
 from igpt_jax.errors import UserError
 
 
 class BadNumbers(UserError):
-  """Training goes wrong, and the config says that it isn't to go on so.
+  """Bad numbers in training with which the settings don't let it continue.
 
   Attributes:
-    step: where this was seen.
-    since: the last step at which all was well, as far as is known.
-    back: whether the config says to go back.
+    step: the step at which they were noticed.
+    since: the last step known to be good.
+    back: True if the settings ask for a rollback.
   """
 
   def __init__(self, message: str, step: int, since: int, back: bool):

@@ -1,4 +1,4 @@
-"""The training step compiled ahead of its first use, and what it must compute."""
+"""The training step compiled ahead of its first use, and its model FLOPs."""
 
 import dataclasses
 import time
@@ -8,17 +8,16 @@ from typing import Any
 import jax
 
 from igpt_jax.model.image_gpt import ImageGPTConfig
-from igpt_jax.parallel import hardware
 from igpt_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-  """A step for one shape of batch: a second one can't slip in, it would be refused.
+  """Step that is compiled for one shape of batch, and refuses any other.
 
   Attributes:
-    executable: jax's compiled program.
-    seconds: that compiling took.
+    executable: jax' compiled program.
+    seconds: time that compiling took.
   """
 
   executable: jax.stages.Compiled
@@ -29,7 +28,7 @@ class CompiledStep:
 
   @property
   def memory(self) -> str:
-    """What it needs of each device, in words."""
+    """The memory that it needs on every device, in words."""
     analysis = self.executable.memory_analysis()
     if analysis is None:
       return "memory unknown"
@@ -40,7 +39,7 @@ class CompiledStep:
 
   @property
   def needed_bytes(self) -> int:
-    """Bytes of memory that the program needs of each device; 0 if unknown."""
+    """Bytes of memory that the program needs on every device; 0 if unknown."""
     analysis = self.executable.memory_analysis()
     if analysis is None:
       return 0
@@ -54,14 +53,14 @@ def compile_step(
   batch: Any,
   options: dict[str, Any] | None = None,
 ) -> CompiledStep:
-  """Compiles for exactly this state and batch, the state donated and left where it lies.
+  """Compiles a step for exactly this state and batch; it donates the state and keeps its shardings.
 
   Args:
-    train_step: of `step.make_train_step`.
+    train_step: a function (state, batch) -> (state, metrics).
     abstract: shapes of the state.
-    shardings: of its leaves.
+    shardings: those of its leaves.
     batch: arrays, or shapes with shardings.
-    options: of XLA's compiler, beyond its own defaults.
+    options: those of XLA's compiler that differ from its defaults.
   """
   jitted = jax.jit(
     train_step,
@@ -73,18 +72,18 @@ def compile_step(
 
 
 def timed(compile_it: Callable[[], jax.stages.Compiled]) -> CompiledStep:
-  """Compiles, with the time that took."""
+  """Compiles by calling `compile_it`, and takes the time of that."""
   began = time.monotonic()
   executable = compile_it()
   return CompiledStep(executable, time.monotonic() - began)
 
 
 def flops_per_image(config: ImageGPTConfig) -> float:
-  """Model FLOPs of one image's training step, forward and backward, nothing recomputed."""
-  return hardware.model_flops_per_image(
-    n_layer=config.n_layer,
-    n_embd=config.n_embd,
-    n_vocab=config.n_vocab,
-    n_positions=config.n_positions,
-    causal=config.causal,
-  )
+  """Model FLOPs of one image's training step, forward and backward, nothing recomputed.
+
+  6 per matmul parameter and token, and attention's 12·T·d per layer and token (scores and values,
+  forward and backward), halved when causal: what a kernel that skips the masked half must do.
+  """
+  matmul_parameters = config.n_layer * 12 * config.n_embd**2 + config.n_vocab * config.n_embd
+  attention = config.n_layer * 12 * config.n_positions * config.n_embd
+  return config.n_positions * (6 * matmul_parameters + attention * (0.5 if config.causal else 1.0))

@@ -1,4 +1,4 @@
-"""Likelihood of a stream of batches: masked sums on the device, one transfer at the end."""
+"""Likelihood of a stream of batches: masked sums on the device, and one transfer at the end."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,18 +12,19 @@ from igpt_jax.model.image_gpt import ImageGPTConfig, Params
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import Objective
 from igpt_jax.training.state import param_shardings
-from igpt_jax.training.step import make_eval_step
+from igpt_jax.training.step import Metrics, make_eval_step
 
-EVAL_SEED = 0  # of an image's first mask (BERT); those after it count up: the same in every run
+EVAL_SEED = 0  # seed of an image's first mask (BERT); its further masks count up from it
 
 
 class Result(NamedTuple):
-  """The likelihood of some images.
+  """Likelihood of some images.
 
   Attributes:
-    nats_per_token: mean over what was predicted; nan: nothing was.
-    images: how many there were.
-    predicted: what the mean is over: each image once; BERT: an image's masks that hide something.
+    nats_per_token: mean over the predictions; nan if there are none.
+    images: number of images.
+    predicted: number of predictions that the mean is over: one per image; with BERT one per mask that
+      hides something.
   """
 
   nats_per_token: float
@@ -31,26 +32,36 @@ class Result(NamedTuple):
   predicted: int
 
 
+def sum_metrics(computed: Iterable[Metrics]) -> dict[str, float]:
+  """Sums metrics that are dispatched one after the other; {} if there are none.
+
+  The host runs ahead of the devices by one batch, no more.
+  """
+  dispatched: list[Metrics] = []
+  for metrics in computed:
+    dispatched.append(metrics)
+    if len(dispatched) >= 2:
+      jax.block_until_ready(dispatched[-2])
+  fetched = jax.device_get(dispatched)
+  names = fetched[0] if fetched else ()
+  return {name: sum(float(metrics[name]) for metrics in fetched) for name in names}
+
+
 class LikelihoodEvaluator:
-  """Mean nats per token of images under a model; compiled once, for one batch shape.
+  """Evaluator of images' mean nats per token under a model; compiled once for each batch shape.
 
   Args:
-    config: the model.
-    objective: what is measured.
-    mesh: where parameters and batches lie.
+    config: the model's.
+    objective: the loss to evaluate.
+    mesh: the mesh of parameters and batches.
   """
 
   def __init__(self, config: ImageGPTConfig, objective: Objective, mesh: Mesh):
     self._mesh = mesh
-    self._step = jax.jit(
-      make_eval_step(config, objective),
-      in_shardings=(
-        param_shardings(config, mesh),
-        sharding.sharding(mesh, "batch"),
-        sharding.replicated(mesh),
-      ),
-      out_shardings=sharding.replicated(mesh),
-    )
+    everywhere = sharding.replicated(mesh)
+    shardings = param_shardings(config, mesh), sharding.sharding(mesh, "batch"), everywhere
+    eval_step = make_eval_step(config, objective)
+    self._step = jax.jit(eval_step, in_shardings=shardings, out_shardings=everywhere)
 
   def __call__(
     self,
@@ -60,38 +71,36 @@ class LikelihoodEvaluator:
     masks: int = 1,
     report: Callable[[int], None] | None = None,
   ) -> Result:
-    """Evaluates every image once; under several masks, once under each.
+    """Evaluates every image, once under each of its masks.
 
     Args:
       params: the parameters, on the mesh.
-      batches: this host's rows: `tokens`, `mask` (which rows count) and `index` (of the image).
-      masks: that the objective draws of each image, if it draws any.
-      report: called with the number of batches done, now and then.
+      batches: this host's rows: `tokens`, `mask` (which rows count) and `index` (the image's).
+      masks: number of masks that the objective draws per image, if it draws any.
+      report: called with the number of batches done.
     """
-    sums = []
     everywhere = sharding.replicated(self._mesh)
-    with jax.set_mesh(self._mesh):
+
+    def computed() -> Iterator[Metrics]:
       keys = [jax.device_put(jax.random.key(EVAL_SEED + n), everywhere) for n in range(masks)]
       for done, batch in enumerate(batches, 1):
-        wanted = {name: batch[name] for name in ("tokens", "mask", "index")}
-        rows = sharding.put_batch(wanted, self._mesh)
+        fields = {name: batch[name] for name in ("tokens", "mask", "index")}
+        rows = sharding.put_batch(fields, self._mesh)
         for key in keys:
-          sums.append(self._step(params, rows, key))
-          if len(sums) >= 2:
-            jax.block_until_ready(sums[-2])  # so that the host runs ahead by one, no more
+          yield self._step(params, rows, key)
         if report is not None:
           report(done)
-    fetched = jax.device_get(sums)
-    nats, images, predicted = (
-      sum(float(each[name]) for each in fetched) for name in ("nats", "images", "predicted")
-    )
-    if not images:
+
+    with jax.set_mesh(self._mesh):
+      totals = sum_metrics(computed())
+    if not totals.get("images"):
       raise ValueError("no images to evaluate")
-    return Result(mean_nats(nats, predicted), round(images / masks), round(predicted))
+    nats = mean_nats(totals["nats"], totals["predicted"])
+    return Result(nats, round(totals["images"] / masks), round(totals["predicted"]))
 
 
 def mean_nats(nats: float, predicted: float) -> float:
-  """Nats per token, the mean over what was predicted; nan: nothing was, for no mask hid a pixel."""
+  """Mean nats per token over the predictions; nan if there are none, as no mask hid a pixel."""
   return nats / predicted if predicted else math.nan
 
 
@@ -110,10 +119,7 @@ def unigram_nats(train_counts: np.ndarray, test_counts: np.ndarray) -> float:
 def counting(
   batches: Iterable[Mapping[str, np.ndarray]], counts_TxV: np.ndarray
 ) -> Iterator[Mapping[str, np.ndarray]]:
-  """Passes batches on, adding to `counts_TxV` how often each token occurs at each position.
-
-  Rows masked out don't count.
-  """
+  """Passes batches on, and adds every position's token counts to `counts_TxV`; masked rows don't count."""
   n_positions, n_vocab = counts_TxV.shape
   positions = np.arange(n_positions)
   for batch in batches:
@@ -128,7 +134,7 @@ def counting(
 def count_tokens(
   batches: Iterable[Mapping[str, np.ndarray]], n_vocab: int, n_positions: int
 ) -> np.ndarray:
-  """How often each token occurs at each position, int64 [T, V]; rows masked out don't count."""
+  """Counts every position's tokens, int64 [T, V]; masked rows don't count."""
   counts = np.zeros((n_positions, n_vocab), np.int64)
   for _ in counting(batches, counts):
     pass

@@ -5,7 +5,7 @@ as in the released code. It is the leaf `state.HEAD` of the parameters.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,13 @@ from jax.sharding import Mesh
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 from igpt_jax.parallel import sharding
-from igpt_jax.training.evaluation import EVAL_SEED, mean_nats
+from igpt_jax.training.evaluation import EVAL_SEED, mean_nats, sum_metrics
 from igpt_jax.training.objectives import draw_visible, has_counted, per_image, token_nll
 from igpt_jax.training.state import HEAD, TrainState, head_sharding, param_shardings
 from igpt_jax.training.step import Batch, Metrics, update
+
+# (logits [..., C], labels [...]) -> nats of the labels [...].
+class_nll = optax.softmax_cross_entropy_with_integer_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,11 @@ class JointLoss:
   """generative · L_gen + classification · L_clf.
 
   Attributes:
-    layer: whose features the head reads, 0 to n_layer: the norm applied to that block's input, and
-      for n_layer the final norm's output.
+    layer: layer whose features the head reads, 0 to n_layer: the norm applied to that block's input,
+      and for n_layer the final norm's output.
     generative, classification: weights; the paper's are 1 and 1. Without a generative weight the
       logits over the palette aren't computed.
-    mask_probability: of a BERT model, whose inputs stay masked.
+    mask_probability: BERT only: the share of pixels that are masked, in fine-tuning too.
   """
 
   layer: int
@@ -41,7 +44,7 @@ class JointLoss:
 
 
 def model_params(params: Params) -> Params:
-  """The model's alone, without the head."""
+  """Returns the model's parameters without the head."""
   return {name: leaf for name, leaf in params.items() if name != HEAD}
 
 
@@ -54,18 +57,18 @@ def forward(
   layer: int,
   generative: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Both heads of one pass.
+  """Runs both heads in one pass.
 
   Args:
-    config: the model.
-    params: its parameters, and the head.
+    config: the model's.
+    params: the model's parameters and the head.
     tokens_BxT: images.
-    keep_BxT: BERT: which pixels are visible.
-    layer: whose features the head reads.
-    generative: whether to compute the second result.
+    keep_BxT: BERT: True where a pixel is visible.
+    layer: layer whose features the head reads.
+    generative: False skips the second result.
 
   Returns:
-    Logits over classes, float32 [B, n_classes]; nats per token of each image [B] (0 where nothing
+    Logits over classes, float32 [B, n_classes]; every image's nats per token [B] (0 where nothing
     is masked), or None.
   """
 
@@ -73,7 +76,7 @@ def forward(
     return jnp.mean(n.astype(jnp.float32), axis=1)
 
   model = bind(config, model_params(params))
-  # Collecting goes the slower way through the blocks: only for those that read one of them.
+  # Collecting takes a slower way through the blocks, so do it only for a layer within them.
   middle = layer < config.n_layer
   final, pooled = model.hidden(
     model.embed(tokens_BxT, keep_BxT),
@@ -88,15 +91,10 @@ def forward(
 
 
 def _predicted(tokens_BxT: jax.Array, keep_BxT: jax.Array | None) -> jax.Array:
-  """Which tokens the generative loss is of, float32 [B, T] of 0 and 1."""
+  """1 where the generative loss counts a token, else 0; float32 [B, T]."""
   if keep_BxT is None:
     return jnp.ones(tokens_BxT.shape, jnp.float32)
   return 1.0 - keep_BxT.astype(jnp.float32)
-
-
-def class_nll(logits_BxC: jax.Array, labels_B: jax.Array) -> jax.Array:
-  """Nats of each image's label [B]."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BxC, labels_B)
 
 
 def joint_loss(
@@ -107,8 +105,10 @@ def joint_loss(
   labels_B: jax.Array,
   keep_BxT: jax.Array | None,
 ) -> tuple[jax.Array, Metrics]:
-  """The weighted sum, and its parts: `classification_loss`, `accuracy`, and `generative_loss` if it
-  has a weight: the mean over the images of which something is masked, 0 if there are none."""
+  """Returns the weighted loss, and its parts `classification_loss`, `accuracy` and `generative_loss`.
+
+  The last only if it has a weight: the mean over the images that have a predicted token, 0 if none do.
+  """
   class_logits, generative = forward(
     config, params, tokens_BxT, keep_BxT, layer=loss.layer, generative=loss.generative > 0
   )
@@ -126,7 +126,7 @@ def joint_loss(
 
 
 def _visible(config: ImageGPTConfig, keys_B: jax.Array, mask_probability: float):
-  """What the model may see of each image; None: all of it, what it predicts is what follows."""
+  """The pixels that a BERT model sees, bool [B, T]; None for an autoregressive one, which sees all."""
   return None if config.causal else draw_visible(keys_B, config.n_positions, mask_probability)
 
 
@@ -158,7 +158,7 @@ def make_finetune_step(
 
 
 def vote(logits_KxBxC: jax.Array) -> jax.Array:
-  """The class that most of the K say, [B]; among equals the one with the largest mean logit."""
+  """The majority class of K predictions [B]; of equally frequent ones, that of the largest mean logit."""
   n_classes = logits_KxBxC.shape[-1]
   votes_BxC = jax.nn.one_hot(jnp.argmax(logits_KxBxC, axis=-1), n_classes).sum(0)
   leading = votes_BxC == votes_BxC.max(-1, keepdims=True)
@@ -170,11 +170,11 @@ class Scores:
   """Scores of a classifier and its model on some images.
 
   Attributes:
-    images: how many.
-    accuracy: of the majority of a BERT model's masks; of the one pass of another model.
-    accuracy_of_mean: of the mean of logits over the masks; else the same as `accuracy`.
+    images: number of images.
+    accuracy: that of the single pass; BERT: of the majority vote over the masks.
+    accuracy_of_mean: that of the mean logits over the masks; without masks equal to `accuracy`.
     classification_loss: nats per image, mean over masks.
-    nats_per_token: generative, mean over the masks that hide something; nan: none does.
+    nats_per_token: generative, mean over the masks that hide something; nan if none does.
   """
 
   images: int
@@ -185,15 +185,15 @@ class Scores:
 
 
 class Classifier:
-  """Scores of images under a model with a head; compiled once for each batch shape.
+  """Scorer of images under a model with a head; compiled once for each batch shape.
 
   Args:
-    config: the model.
-    mesh: where parameters and batches lie.
-    layer: whose features the head reads.
+    config: the model's.
+    mesh: the mesh of parameters and batches.
+    layer: layer whose features the head reads.
     mask_probability: BERT only.
-    masks: BERT: how many are drawn per image, each by `evaluation`'s seed of its number and by the
-      image's index, as job evaluate draws them.
+    masks: BERT: number of masks per image. They depend on `evaluation.EVAL_SEED` and the image's
+      index, and are those that job evaluate draws.
   """
 
   def __init__(
@@ -222,9 +222,9 @@ class Classifier:
       seeds = jnp.arange(EVAL_SEED, EVAL_SEED + draws)
       logits_KxBxC, nats_KxB, predicted_KxB = jax.lax.map(once, seeds)
       labels, counted = batch["label"], batch["mask"].astype(jnp.float32)
-      # A row that doesn't count may have no label: it is given one, so that nothing isn't a number.
+      # Masked rows have label -1: clamp it so that the loss stays finite.
       label_nats_KxB = jax.vmap(class_nll, (0, None))(logits_KxBxC, jnp.maximum(labels, 0))
-      per_picture = {
+      by_image = {
         "images": jnp.ones_like(counted),
         "accuracy": vote(logits_KxBxC) == labels,
         "accuracy_of_mean": jnp.argmax(logits_KxBxC.mean(0), axis=-1) == labels,
@@ -232,16 +232,11 @@ class Classifier:
         "nats": nats_KxB.sum(0),
         "predicted": predicted_KxB.sum(0),
       }
-      return {name: jnp.sum(each * counted) for name, each in per_picture.items()}
+      return {name: jnp.sum(values * counted) for name, values in by_image.items()}
 
-    self._score = jax.jit(
-      score,
-      in_shardings=(
-        {**param_shardings(config, mesh), HEAD: head_sharding(mesh)},
-        sharding.sharding(mesh, "batch"),
-      ),
-      out_shardings=sharding.replicated(mesh),
-    )
+    params = {**param_shardings(config, mesh), HEAD: head_sharding(mesh)}
+    shardings = params, sharding.sharding(mesh, "batch")
+    self._score = jax.jit(score, in_shardings=shardings, out_shardings=sharding.replicated(mesh))
 
   def __call__(
     self,
@@ -249,25 +244,26 @@ class Classifier:
     batches: Iterable[Mapping[str, np.ndarray]],
     report: Callable[[int], None] | None = None,
   ) -> Scores:
-    """Args:
-    params: the model's and the head, on the mesh.
-    batches: this host's rows: `tokens`, `label`, `mask` (which rows count), `index`.
-    report: called with the number of batches done.
+    """Scores images.
+
+    Args:
+      params: the model's parameters and the head, on the mesh.
+      batches: this host's rows: `tokens`, `label`, `mask` (which rows count), `index`.
+      report: called with the number of batches done.
     """
-    sums = []
-    with jax.set_mesh(self._mesh):
-      for batch in batches:
-        wanted = {name: batch[name] for name in ("tokens", "label", "mask", "index")}
-        sums.append(self._score(params, sharding.put_batch(wanted, self._mesh)))
-        if len(sums) >= 2:
-          jax.block_until_ready(sums[-2])  # so that the host runs ahead by one batch, no more
+
+    def computed() -> Iterator[Metrics]:
+      for done, batch in enumerate(batches, 1):
+        fields = {name: batch[name] for name in ("tokens", "label", "mask", "index")}
+        yield self._score(params, sharding.put_batch(fields, self._mesh))
         if report is not None:
-          report(len(sums))
-    fetched = jax.device_get(sums)
-    images = sum(float(each.pop("images")) for each in fetched)
+          report(done)
+
+    with jax.set_mesh(self._mesh):
+      totals = sum_metrics(computed())
+    images = totals.pop("images", 0)
     if not images:
       raise ValueError("no images to classify")
-    totals = {name: sum(float(each[name]) for each in fetched) for name in fetched[0]}
     return Scores(
       images=round(images),
       nats_per_token=mean_nats(totals.pop("nats"), totals.pop("predicted")),
@@ -276,7 +272,11 @@ class Classifier:
 
 
 def check_layer(layer: int, n_layer: int, head: int | None) -> int:
-  """The layer that the head reads; `head`: the one that it has been reading, if it isn't new."""
+  """Returns the layer that the head reads; `head` is the one that a trained head reads, if any.
+
+  Raises:
+    UserError: there is no such layer, or the trained head reads another.
+  """
   if not -1 <= layer <= n_layer:
     raise UserError(
       f"finetune.layer: {layer}; expected 0 to the model's n_layer {n_layer}, or -1 for the last"

@@ -1,8 +1,8 @@
-"""What a model is trained to do: maps a batch of tokens to negative log-likelihoods.
+"""Training objectives: functions from a batch of tokens to negative log-likelihoods.
 
-An objective is a function (model, tokens_BxT, keys_B) -> (nll_BxT, weight_BxT): nats per token and
-which tokens count. There is one PRNG key per image, so that what is drawn for an image doesn't
-depend on the batch it sits in. `per_image` reduces the losses as the released code does.
+An objective is a function (model, tokens_BxT, keys_B) -> (nll_BxT, weight_BxT): nats per token, and
+which tokens count. There is one PRNG key per image, so that an image's mask doesn't depend on the
+batch it is in. `per_image` reduces the losses as the released code does.
 """
 
 from collections.abc import Callable
@@ -26,20 +26,20 @@ def token_nll(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
 
 
 def autoregressive(model: ImageGPT, tokens_BxT: jax.Array, keys_B: jax.Array):
-  """Every pixel from those before it, the first one from the start vector (paper, section 2.1)."""
+  """Predicts every pixel from those before it, the first from the start vector (paper, section 2.1)."""
   del keys_B  # nothing is drawn
   nll = token_nll(model(tokens_BxT), tokens_BxT)
   return nll, jnp.ones_like(nll)
 
 
 def draw_visible(keys_B: jax.Array, length: int, mask_probability: float) -> jax.Array:
-  """Which pixels a mask leaves visible, bool [B, length]; each is masked with `mask_probability`."""
+  """Draws the pixels that stay visible, bool [B, length]; each is masked with `mask_probability`."""
   uniform_BxT = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
   return uniform_BxT > mask_probability
 
 
 def masked(mask_probability: float) -> Objective:
-  """BERT: masked pixels from the visible ones; a pixel is masked with `mask_probability`.
+  """Returns BERT's objective: to predict masked pixels from the visible ones.
 
   The released code zeroes the token embedding of a masked pixel before adding its position; there
   is no mask token and no 80/10/10 (src/model.py).
@@ -54,10 +54,10 @@ def masked(mask_probability: float) -> Objective:
 
 
 def make_objective(name: str, mask_probability: float = 0.15) -> Objective:
-  """The objective called `name` ("autoregressive" or "masked").
+  """Returns the objective called `name`, one of OBJECTIVES.
 
   Raises:
-    UserError: no such objective, or a probability outside (0, 1).
+    UserError: there is no such objective, or the probability lies outside (0, 1).
   """
   if name == "autoregressive":
     return autoregressive
@@ -69,15 +69,14 @@ def make_objective(name: str, mask_probability: float = 0.15) -> Objective:
 
 
 def per_image(nll_BxT: jax.Array, weight_BxT: jax.Array) -> jax.Array:
-  """Nats per counted token of each image [B]; 0 where none is counted: no mean is over those."""
+  """Every image's nats per counted token [B]; 0 where none counts (means leave such images out)."""
   counted = jnp.sum(weight_BxT, axis=-1)
   return jnp.sum(nll_BxT * weight_BxT, axis=-1) / jnp.maximum(counted, 1.0)
 
 
 def has_counted(weight_BxT: jax.Array) -> jax.Array:
-  """Which images have a counted token, float32 [B] of 0 and 1: those that a mean is over.
+  """1 where an image has a counted token, and so belongs in a mean, else 0; float32 [B].
 
-  A BERT mask may hide no pixel of an image, which then says nothing of the model. (The released code
-  divides 0 by 0 there.)
+  A BERT mask may hide no pixel of an image. (The released code divides 0 by 0 there.)
   """
   return jnp.any(weight_BxT > 0, axis=-1).astype(jnp.float32)

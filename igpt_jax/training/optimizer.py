@@ -17,11 +17,11 @@ class OptimizerConfig:
   Attributes:
     learning_rate: peak.
     steps: length of the whole schedule, warm-up included.
-    warmup_steps: linear from 0; the paper takes one epoch.
+    warmup_steps: length of a linear warm-up from 0; the paper takes one epoch.
     schedule: "cosine" (to 0 at `steps`) or "constant" after the warm-up.
     b1, b2, eps: Adam's.
     weight_decay: decoupled, on matrices only; 0 in the paper.
-    clip_norm: global gradient norm to clip to; 0 doesn't clip.
+    clip_norm: global gradient norm to clip to; 0 for no clipping.
   """
 
   learning_rate: float
@@ -54,13 +54,11 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-  """Step -> learning rate."""
+  """Returns the function from step to learning rate."""
   after = max(config.steps - config.warmup_steps, 1)
-  main = (
-    optax.cosine_decay_schedule(config.learning_rate, after)
-    if config.schedule == "cosine"
-    else optax.constant_schedule(config.learning_rate)
-  )
+  main = optax.constant_schedule(config.learning_rate)
+  if config.schedule == "cosine":
+    main = optax.cosine_decay_schedule(config.learning_rate, after)
   if not config.warmup_steps:
     return main
   warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
@@ -71,7 +69,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
   if config.weight_decay:
-    # Gains, and everything else that isn't a matrix per layer, is left alone.
+    # Gains, and everything else that isn't a matrix per layer, don't decay.
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
   parts.append(optax.scale_by_learning_rate(make_schedule(config)))
   return optax.chain(*parts)

@@ -1,4 +1,4 @@
-"""A trace of some training steps by jax.profiler, to see what the device does in them."""
+"""Traces of training steps by jax.profiler, which show what the devices do in them."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,27 +9,27 @@ from igpt_jax.config.fields import ProfileConfig
 
 
 class Profiler:
-  """Traces the window's steps; nothing where it has none. A context manager, so that a trace is whole.
+  """Profiler of a window of steps, if it has any; leaving its context ends a trace that is going on.
 
   Args:
-    window: of steps.
-    folder: where the trace goes.
-    say: how it is told where that is.
+    window: the steps to trace.
+    folder: the folder to write the trace to.
+    say: called with a message on where the trace is.
   """
 
   def __init__(self, window: ProfileConfig, folder: str, say: Callable[[str], None]):
     self._window, self._folder, self._say = window, folder, say
-    self._first: int | None = None  # of the steps traced; None: no trace is going on
+    self._first: int | None = None  # the trace's first step; None: no trace is going on
     self._next = 0
-    self._left = bool(window.steps)
+    self._pending = bool(window.steps)
 
   @property
   def tracing(self) -> bool:
     return self._first is not None
 
   def due(self, step: int) -> bool:
-    """Whether `turn` is to be called before this step, with nothing left to compute."""
-    if not self._left or step < self._window.start:
+    """True if `turn` must be called before this step, with nothing left to compute."""
+    if not self._pending or step < self._window.start:
       return False
     return self._first is None or step >= self._window.start + self._window.steps
 
@@ -42,15 +42,15 @@ class Profiler:
       self.close()
 
   def named(self, step: int) -> contextlib.AbstractContextManager:
-    """Names this step in the trace, while one is taken."""
+    """Returns a context that names this step in the trace, if one is going on."""
     if self._first is None:
       return contextlib.nullcontext()
     self._next = step + 1
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
   def close(self) -> None:
-    """Ends the trace, if one is going on, and all of them."""
-    self._left = False
+    """Ends the trace, if one is going on; no other one begins."""
+    self._pending = False
     if self._first is None:
       return
     first, self._first = self._first, None

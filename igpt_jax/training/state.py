@@ -1,4 +1,4 @@
-"""The training state: one plain pytree, and where each leaf of it lives."""
+"""The training state, a plain pytree, and the shardings of its leaves."""
 
 import dataclasses
 from typing import Any
@@ -11,21 +11,21 @@ from jax.sharding import Mesh, NamedSharding
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params, param_axes
 from igpt_jax.parallel import sharding
 
-HEAD = "clf"  # a classifier's weights, among the parameters of a state that has one
+HEAD = "clf"  # name of a classifier's weights among the parameters
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """What a step reads and writes.
+  """State that a step reads and writes.
 
   Attributes:
     step: int32 [], steps made so far.
-    params: nested dict of float32 arrays: the model's, and in fine-tuning the head's: HEAD,
+    params: nested dict of float32 arrays: the model's, and in fine-tuning the head HEAD
       [n_classes, n_embd].
     opt_state: optax' state.
     rng: uint32 [2], key data; step k draws from fold_in(rng, k) and the state never changes it.
-    skipped: int32 [2], steps whose update was left out since it wasn't finite: in a row up to now, and
+    skipped: int32 [2], steps whose update was skipped as it wasn't finite: in a row up to now, and
       in all.
   """
 
@@ -39,13 +39,13 @@ class TrainState:
 def init_state(
   config: ImageGPTConfig, optimizer: optax.GradientTransformation, seed: int, n_classes: int = 0
 ) -> TrainState:
-  """A fresh state; call it under `jax.jit` with the shardings of `state_shardings`.
+  """Returns an initial state; call it under `jax.jit` with the shardings of `state_shardings`.
 
   Args:
-    config: the model.
-    optimizer: what updates it.
-    seed: of the parameters, and of what the steps draw.
-    n_classes: of a head, which is zero; 0: no head.
+    config: the model's.
+    optimizer: optax' transformation.
+    seed: seed of the parameters, and of what the steps draw.
+    n_classes: classes of a head, which is zero; 0: no head.
   """
   params_key, rng = jax.random.split(jax.random.key(seed))
   params = init_params(config, params_key)
@@ -63,28 +63,24 @@ def init_state(
 def abstract_state(
   config: ImageGPTConfig, optimizer: optax.GradientTransformation, n_classes: int = 0
 ) -> TrainState:
-  """Shapes and dtypes of the state, without making it."""
+  """Returns shapes and dtypes of the state without allocating it."""
   return jax.eval_shape(lambda: init_state(config, optimizer, 0, n_classes))
 
 
 def state_shardings(
   config: ImageGPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, n_classes: int = 0
 ) -> TrainState:
-  """A NamedSharding for every leaf: moments lie where their parameter lies, scalars everywhere.
+  """Returns a NamedSharding for every leaf: moments lie with their parameter, scalars everywhere.
 
-  Left to itself jit returns replicated Adam moments, and recompiles in step 2.
+  Without them jit returns replicated Adam moments, and recompiles in step 2.
   """
   params = param_shardings(config, mesh)
   if n_classes:
     params[HEAD] = head_sharding(mesh)
   everywhere: Any = sharding.replicated(mesh)
-  abstract = abstract_state(config, optimizer, n_classes)
+  opt_state = abstract_state(config, optimizer, n_classes).opt_state
   moments = optax.tree.map_params(
-    optimizer,
-    lambda _, target: target,
-    abstract.opt_state,
-    params,
-    transform_non_params=lambda _: everywhere,
+    optimizer, lambda _, param: param, opt_state, params, transform_non_params=lambda _: everywhere
   )
   return TrainState(
     step=everywhere, params=params, opt_state=moments, rng=everywhere, skipped=everywhere
@@ -112,22 +108,24 @@ def make_state(
   params: Params | None = None,
   n_classes: int = 0,
 ) -> TrainState:
-  """A fresh state, made in place on the mesh: no device ever holds more than its share.
+  """Returns an initial state, made in place on the mesh: no device ever holds more than its share.
 
   Args:
-    params: to begin with, on the mesh already, with or without a head; None: random ones.
-    n_classes: of a head, which is zero if `params` has none; 0: no head.
+    config, optimizer, seed: as for `init_state`.
+    mesh: the mesh of the state.
+    params: initial parameters, on the mesh already, with or without a head; None: random ones.
+    n_classes: classes of a head, which is zero if `params` has none; 0: no head.
   """
-  given = params or {}
+  loaded = params or {}
 
-  def fresh() -> TrainState:
-    state = init_state(config, optimizer, seed, n_classes)
-    missing = {name: leaf for name, leaf in state.params.items() if name not in given}
+  def without_loaded(state: TrainState) -> TrainState:
+    missing = {name: leaf for name, leaf in state.params.items() if name not in loaded}
     return dataclasses.replace(state, params=missing)
 
-  shardings = state_shardings(config, optimizer, mesh, n_classes)
-  missing = {name: target for name, target in shardings.params.items() if name not in given}
-  shardings = dataclasses.replace(shardings, params=missing)
+  def make() -> TrainState:
+    return without_loaded(init_state(config, optimizer, seed, n_classes))
+
+  shardings = without_loaded(state_shardings(config, optimizer, mesh, n_classes))
   with jax.set_mesh(mesh):
-    state = jax.jit(fresh, out_shardings=shardings)()
-  return dataclasses.replace(state, params={**state.params, **given})
+    state = jax.jit(make, out_shardings=shardings)()
+  return dataclasses.replace(state, params={**state.params, **loaded})

@@ -1,4 +1,4 @@
-"""One update, one evaluation: pure functions of (state, batch)."""
+"""The training step and the evaluation step: pure functions of (state, batch)."""
 
 from collections.abc import Callable, Mapping
 
@@ -25,18 +25,18 @@ def make_train_step(
   """Builds train_step(state, batch) -> (state, metrics).
 
   `batch["tokens"]` is [B, T], any integer type. The metrics are float32 scalars of the state the
-  step started from: `loss` in nats per token, the mean over the images of which something is
-  predicted, and those of `update`. Where nothing is predicted in the whole batch (BERT masks may hide
-  nothing), loss and gradient are 0, and the optimizer goes on by its moments. The batch is worked
-  through in `accumulate` parts, one after the other, whose gradients are added: activations of
-  one part are in memory at a time. Each device's images are spread evenly over the parts.
+  step started from: `loss` in nats per token, the mean over the images that have a predicted token,
+  and those of `update`. If nothing is predicted in the whole batch (BERT masks may hide nothing), loss
+  and gradient are 0, and the optimizer continues on its moments. The batch is split into `accumulate`
+  parts, one after the other, whose gradients are added: only one part's activations are in memory at
+  a time. Every device's images are spread evenly over the parts.
   """
 
   def loss_and_grads(params: Params, tokens, keys):
     batch_size = tokens.shape[0]
 
     def of_part(params: Params, tokens, keys):
-      """What the part adds to the mean over the batch, were all of it counted; how many are."""
+      """The part's share of the mean over the batch, as if every image counted; images that do."""
       nll, weight = objective(bind(config, params), tokens, keys)
       return jnp.sum(per_image(nll, weight)) / batch_size, jnp.sum(has_counted(weight))
 
@@ -56,7 +56,7 @@ def make_train_step(
       zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params)
       parts = in_parts(tokens), in_parts(keys)
       ((loss, counted), grads), _ = jax.lax.scan(add_part, zeros, parts)
-    # By the count of the whole batch: parts, and devices, may have counted unequal numbers.
+    # Scale by the count of the whole batch: parts and devices may have unequal counts.
     scale = batch_size / jnp.maximum(counted, 1.0)
     return jax.tree.map(lambda leaf: leaf * scale, (loss, grads))
 
@@ -77,17 +77,20 @@ def update(
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
-  """The state after a step with these gradients, and what it tells.
+  """Updates the state with these gradients.
 
-  Where the loss or a gradient isn't finite, parameters and moments stay as they were, which is decided
+  If the loss or a gradient isn't finite, parameters and moments stay as they were; that is decided
   and counted on the device.
 
   Args:
-    metrics: float32 scalars; `loss` is one.
+    state: the state before the step.
+    grads: gradients of its parameters.
+    metrics: float32 scalars, among them `loss`.
+    optimizer, schedule: optax'; the schedule is for the metrics alone.
 
   Returns:
-    The state; `metrics` with `grad_norm`, `learning_rate`, `skipped_updates` (of the whole run) and
-    `skipped_in_row` (up to this step).
+    The new state; `metrics` with `grad_norm`, `learning_rate`, `skipped_updates` (in the whole run)
+    and `skipped_in_row` (up to this step).
   """
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -100,21 +103,17 @@ def update(
   in_row, in_all = state.skipped
   skipped = jnp.stack([jnp.where(finite, 0, in_row + 1), in_all + ~finite])
   new_state = TrainState(
-    step=state.step + 1,
-    params=params,
-    opt_state=opt_state,
-    rng=state.rng,
-    skipped=skipped,
+    step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng, skipped=skipped
   )
   # The optimizer counts its updates alone.
   rate = jnp.asarray(schedule(state.step - in_all), jnp.float32)
-  told = {
+  return new_state, {
+    **metrics,
     "grad_norm": norm,
     "learning_rate": rate,
     "skipped_updates": skipped[1].astype(jnp.float32),
     "skipped_in_row": skipped[0].astype(jnp.float32),
   }
-  return new_state, {**metrics, **told}
 
 
 def make_eval_step(
@@ -122,9 +121,9 @@ def make_eval_step(
 ) -> Callable[[Params, Batch, jax.Array], Metrics]:
   """Builds eval_step(params, batch, key) -> sums over the images that `batch["mask"]` counts.
 
-  Returns `nats` (sum of each image's nats per token), `images` (how many) and `predicted` (those
-  that have a predicted token, which `nats` is of), float32 scalars.
-  What is drawn for an image (BERT's mask) depends on `key` and on its `batch["index"]` alone.
+  The sums are float32 scalars: `nats` (of the images' nats per token), `images` (their number) and
+  `predicted` (the number of those with a predicted token, which alone count in `nats`).
+  An image's mask (BERT) depends on `key` and on its `batch["index"]` alone.
   """
 
   def eval_step(params: Params, batch: Batch, key: jax.Array) -> Metrics:

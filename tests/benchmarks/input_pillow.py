@@ -56,7 +56,7 @@ def main() -> None:
   for _ in range(options.repeats):  # taking turns
     for name, (records, settings) in {"pipeline": (split, config), "Pillow": pillow}.items():
       cost = throughput(records, settings, palette)
-      print(f"{name}: {cost.cpu_ms:.3f} CPU ms an image, {cost.pictures_per_second:,.0f} images/s")
+      print(f"{name}: {cost.cpu_ms:.3f} CPU ms an image, {cost.images_per_second:,.0f} images/s")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Attention in blocks, plain JAX: for CPUs, where whole matrices of scores cost more than arithmetic.
 
-A few heads at a time, a block of queries after the other: a block's scores fit in the cache, what
-lies above the diagonal is mostly never computed, and the backward pass makes the scores anew instead
-of keeping them. Scores are laid out [keys, queries]: so are the matmuls' operands as the CPU wants
-them, and both of softmax's reductions run along whole vectors.
+It takes a few heads at a time and one block of queries after the other: a block's scores fit in the
+cache, most of what lies above the diagonal is never computed, and the backward pass recomputes the
+scores. Scores are laid out [keys, queries]: that suits the CPU's matmuls, and both of softmax's
+reductions run along whole vectors.
 
 Nothing here depends on a backend; accelerators have better kernels.
 """
@@ -20,7 +20,8 @@ _BLOCK = 128  # queries
 _GROUP = 4  # heads at a time, of any image: enough to keep several cores busy
 
 
-def blocked_attention(qkv_3xBxTxE: jax.Array, *, n_head: int, causal: bool) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def blocked_attention(qkv_3xBxTxE: jax.Array, n_head: int, causal: bool) -> jax.Array:
   """softmax(q kᵀ / sqrt(head_dim)) v, per head; scores and softmax in float32.
 
   Local to one device: under a mesh, call it inside `jax.shard_map` with batch and heads split.
@@ -33,15 +34,10 @@ def blocked_attention(qkv_3xBxTxE: jax.Array, *, n_head: int, causal: bool) -> j
   Returns:
     [B, T, E] in the input's dtype; differentiable once.
   """
-  return _attention(n_head, causal, qkv_3xBxTxE)
+  return _forward(qkv_3xBxTxE, n_head, causal)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(n_head: int, causal: bool, qkv: jax.Array) -> jax.Array:
-  return _forward(qkv, n_head, causal)[0]
-
-
-def _attention_fwd(n_head: int, causal: bool, qkv: jax.Array):
+def _attention_fwd(qkv: jax.Array, n_head: int, causal: bool):
   out, lse = _forward(qkv, n_head, causal)
   out, lse = checkpoint_name(out, OUTPUT_NAME), checkpoint_name(lse, LSE_NAME)
   return out, (qkv, out, lse)
@@ -57,14 +53,14 @@ def _attention_bwd(n_head: int, causal: bool, residuals, dout_BxTxE: jax.Array):
   gradients = _over_groups(
     functools.partial(_backward_of_group, causal=causal), (q, k, v, dout, lse, delta)
   )
-  return (jnp.stack([_merge(each, batch, n_head) for each in gradients]),)
+  return (jnp.stack([_merge(gradient, batch, n_head) for gradient in gradients]),)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+blocked_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _forward(qkv: jax.Array, n_head: int, causal: bool) -> tuple[jax.Array, jax.Array]:
-  """The output [B, T, E], and log-sum-exp of each query's scores, float32 [groups, G, 1, T]."""
+  """Returns the output [B, T, E] and the log-sum-exp of every query's scores, float32 [groups, G, 1, T]."""
   q, k, v = (_split(x, n_head) for x in qkv)
   out, lse = _over_groups(functools.partial(_forward_of_group, causal=causal), (q, k, v))
   return _merge(out, qkv.shape[1], n_head), lse
@@ -75,7 +71,7 @@ def _over_groups(function, groups):
 
 
 def _split(x_BxTxE: jax.Array, n_head: int) -> jax.Array:
-  """-> [groups, G, T, K]: the heads of all images, as many at a time as divide them evenly."""
+  """-> [groups, G, T, K]: all images' heads in groups of at most _GROUP that divide them evenly."""
   batch, length, width = x_BxTxE.shape
   group = next(n for n in range(_GROUP, 0, -1) if batch * n_head % n == 0)
   heads = x_BxTxE.reshape(batch, length, n_head, width // n_head).swapaxes(1, 2)
@@ -97,7 +93,7 @@ def _flip(x: jax.Array) -> jax.Array:
 
 
 def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
-  """(queries, keys that some of them see) of every block."""
+  """Pairs (queries, keys that some of them see), one for every block."""
   starts = range(0, length, _BLOCK)
   queries = [slice(start, min(start + _BLOCK, length)) for start in starts]
   return [(block, slice(0, block.stop if causal else length)) for block in queries]
@@ -114,7 +110,7 @@ def _scores(k: jax.Array, q_flipped: jax.Array, queries: slice, keys: slice, cau
 
 
 def _forward_of_group(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool):
-  """[G, T, K] each -> output [G, T, K], log-sum-exp [G, 1, T]."""
+  """Maps q, k, v [G, T, K] to the output [G, T, K] and the log-sum-exp [G, 1, T]."""
   q_flipped, v_flipped = _flip(q), _flip(v)
   outs, lses = [], []
   for queries, keys in _blocks(q.shape[1], causal):
@@ -128,7 +124,7 @@ def _forward_of_group(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool)
 
 
 def _backward_of_group(q, k, v, dout, lse, delta, *, causal: bool):
-  """Gradients of q, k and v, [G, T, K]; `delta` is the sum of output · its gradient, [G, 1, T]."""
+  """Gradients of q, k and v, [G, T, K]; `delta` is the sum of output · dout, [G, 1, T]."""
   dtype, scale = q.dtype, q.shape[-1] ** -0.5
   q_flipped, k_flipped, dout_flipped = _flip(q), _flip(k), _flip(dout)
   dqs = []
@@ -146,6 +142,6 @@ def _backward_of_group(q, k, v, dout, lse, delta, *, causal: bool):
 
 
 def _add_first(total: jax.Array, part: jax.Array) -> jax.Array:
-  """Adds to the first positions. (`at[].add` is a scatter, at which XLA 0.11.2 crashes in shard_map.)"""
+  """Adds to the first positions. (`at[].add` is a scatter, on which XLA 0.11.2 crashes in shard_map.)"""
   added = total[:, : part.shape[1]] + part
   return jax.lax.dynamic_update_slice_in_dim(total, added, 0, axis=1)

@@ -1,8 +1,7 @@
-"""Attention over a whole sequence: one function, several implementations of it.
+"""Attention over a whole sequence: one function with several implementations.
 
-The layout is the one the qkv matmul writes, [3, batch, length, n_head * head_dim]; an
-implementation finds its heads in there, and the result comes back as [batch, length, n_head *
-head_dim], ready for the output projection.
+Their input has the layout that the qkv matmul writes, [3, batch, length, n_head * head_dim], and
+their output the one that the output projection reads, [batch, length, n_head * head_dim].
 """
 
 import functools
@@ -21,7 +20,7 @@ IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret")
 # On a CPU, blocks win from two of them up; one block is plain attention.
 _BLOCKED_ABOVE = 128
 
-# What a remat policy may keep, so that the backward pass needn't run attention again.
+# Names that a remat policy may save, so that the backward pass needn't run attention again.
 SAVED_NAMES = (tpu.OUTPUT_NAME, tpu.LSE_NAME)
 
 
@@ -40,7 +39,7 @@ def attention(
     [B, T, E] in the dtype of `qkv_3xBxTxE`.
 
   Raises:
-    UserError: "tpu", "blocked" or "cudnn" was asked for, and doesn't take these shapes, or isn't here.
+    UserError: the implementation doesn't support these shapes, or its device isn't here.
   """
   if implementation == "auto":
     implementation = choose(qkv_3xBxTxE, n_head)
@@ -52,19 +51,17 @@ def attention(
     return _per_device(qkv_3xBxTxE, n_head, causal, implementation)
   _, batch, length, width = qkv_3xBxTxE.shape
   q, k, v = qkv_3xBxTxE.reshape(3, batch, length, n_head, width // n_head)
-  out_BxTxHxK = jax.nn.dot_product_attention(
-    q, k, v, is_causal=causal, implementation="cudnn" if implementation == "cudnn" else "xla"
-  )
+  library = "cudnn" if implementation == "cudnn" else "xla"
+  out_BxTxHxK = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=library)
   return checkpoint_name(out_BxTxHxK.reshape(batch, length, width), tpu.OUTPUT_NAME)
 
 
 def choose(qkv_3xBxTxE: jax.Array | jax.ShapeDtypeStruct, n_head: int) -> str:
-  """What "auto" stands for on this backend, for this shape under the mesh around."""
+  """Returns what "auto" stands for on this backend, for this shape under the current mesh."""
   backend = hardware.platform()
-  if backend == "tpu" and _unsupported(qkv_3xBxTxE, n_head, "tpu") is None:
-    return "tpu"
-  if backend == "gpu" and _unsupported(qkv_3xBxTxE, n_head, "cudnn") is None:
-    return "cudnn"
+  fused = {"tpu": "tpu", "gpu": "cudnn"}.get(backend)
+  if fused and _unsupported(qkv_3xBxTxE, n_head, fused) is None:
+    return fused
   if backend == "cpu" and qkv_3xBxTxE.shape[2] > _BLOCKED_ABOVE:
     # A lone image doesn't divide over a mesh; plain attention needn't divide it.
     divides = sharding.axis_share("batch", qkv_3xBxTxE.shape[1]) is not None
@@ -76,7 +73,7 @@ def choose(qkv_3xBxTxE: jax.Array | jax.ShapeDtypeStruct, n_head: int) -> str:
 def _unsupported(
   qkv: jax.Array | jax.ShapeDtypeStruct, n_head: int, implementation: str
 ) -> str | None:
-  """Why a device can't run it on its own share of these heads, or None."""
+  """The reason why a device can't run it on its share of these heads, or None."""
   head_dim = qkv.shape[-1] // n_head
   if implementation == "cudnn":
     return _cudnn_unsupported(head_dim, qkv.dtype)
@@ -89,10 +86,10 @@ def _unsupported(
 
 
 def _cudnn_unsupported(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
-  """Why cuDNN's attention doesn't take heads of this size, or None.
+  """The reason why cuDNN's attention doesn't take heads of this size, or None.
 
-  As jax has it (check_is_flash_attention of jax/_src/cudnn/fused_attention_stablehlo.py): without a
-  bias, sequences may be of any length. What jax doesn't check: cuDNN has it from Ampere on.
+  The rules are jax' (check_is_flash_attention of jax/_src/cudnn/fused_attention_stablehlo.py), where
+  sequences without a bias may have any length; and one jax doesn't check: it needs Ampere or newer.
   """
   capability = hardware.cuda_capability()
   if capability is None:
@@ -108,13 +105,12 @@ def _cudnn_unsupported(head_dim: int, dtype: jax.typing.DTypeLike) -> str | None
 
 
 def _per_device(qkv: jax.Array, n_head: int, causal: bool, implementation: str) -> jax.Array:
-  """Attention of each device's own images and heads: kernels and loops over heads know no meshes."""
-  heads = {"n_head": sharding.axis_share("heads", n_head), "causal": causal}
-  if implementation == "blocked":
-    function = functools.partial(blocked.blocked_attention, **heads)
-  else:
+  """Runs attention on each device's own images and heads: the implementations know no meshes."""
+  function = blocked.blocked_attention
+  if implementation != "blocked":
     interpret = implementation == "tpu_interpret"
-    function = functools.partial(tpu.fused_attention, interpret=interpret, **heads)
-  return sharding.per_device(
-    function, [("qkv", "batch", "length", "heads")], ("batch", "length", "heads")
-  )(qkv)
+    function = functools.partial(tpu.fused_attention, interpret=interpret)
+  local = sharding.axis_share("heads", n_head)
+  function = functools.partial(function, n_head=local, causal=causal)
+  heads = ("batch", "length", "heads")
+  return sharding.per_device(function, [("qkv", *heads)], heads)(qkv)

@@ -1,8 +1,8 @@
 """Fused attention for TPUs, forward and backward, made for pixels: short rows, no masks but one.
 
 Reads queries, keys and values where the qkv matmul wrote them and writes outputs where the output
-projection reads them, so no transpose or padding surrounds the kernel. `tpu_bodies` has
-what happens inside; this module has the shapes that it takes, how it is cut, and its gradient.
+projection reads them, so no transpose or padding surrounds the kernel. `tpu_bodies` has the kernels'
+bodies; this module has the supported shapes, how the work is cut, and the gradient.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ def _group(n_head: int, head_dim: int) -> int | None:
 
 
 def _span(length: int, heads: int, dtype) -> int | None:
-  """Positions worked through as straight code: all of them, or the most that divide the length."""
+  """Positions that are unrolled into straight code: all, or the most that divide the length."""
   half = dtype.itemsize == 2
-  code = _SPAN_CODE if half else _SPAN_CODE // 4  # an exact float32 matmul is six of bfloat16
+  code = _SPAN_CODE if half else _SPAN_CODE // 4  # an exact float32 matmul takes six bfloat16 ones
   straight = _ONE_SPAN if half else code // heads
   if length <= straight:
     return length
@@ -47,7 +47,7 @@ def _span(length: int, heads: int, dtype) -> int | None:
 
 
 def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
-  """Why `fused_attention` doesn't take these shapes (local to one device), or None if it does."""
+  """The reason why `fused_attention` doesn't take these shapes (local to one device), or None."""
   if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
     return f"dtype {jnp.dtype(dtype).name}: expected bfloat16 or float32"
   if head_dim not in HEAD_DIMS:
@@ -75,9 +75,9 @@ def supports(n_head: int, head_dim: int, length: int, dtype) -> str | None:
 
 
 def wide_matrix_unit() -> bool:
-  """Whether this is for a TPU with 256 × 256 matrix units (v6e on), not 128 × 128.
+  """True if programs are for a TPU with 256 × 256 matrix units (v6e on), not 128 × 128.
 
-  It decides speed alone, never the result.
+  Affects speed alone, never the result.
   """
   kind = hardware.target().device_kind
   return kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4", "TPU v5"))
@@ -86,7 +86,7 @@ def wide_matrix_unit() -> bool:
 def make_plan(
   n_head: int, head_dim: int, length: int, dtype, *, causal: bool, backward: bool, wide: bool
 ) -> Plan:
-  """How the kernel goes about these shapes; `wide` as in `wide_matrix_unit`.
+  """Returns the kernel's plan for these shapes; `wide` as in `wide_matrix_unit`.
 
   Raises:
     ValueError: `supports` refuses them.
@@ -151,8 +151,8 @@ def fused_attention(
 
   Everything is local to one device: under a mesh, call it inside `jax.shard_map` (check_vma=False)
   with batch and heads split and n_head this device's. Matmuls take the input's dtype and sum in
-  float32; scores and softmax are float32. A rematerialisation policy that saves the names
-  OUTPUT_NAME and LSE_NAME (and qkv) spares the backward pass the forward kernel.
+  float32; scores and softmax are float32. With a remat policy that saves the names OUTPUT_NAME and
+  LSE_NAME (and qkv), the backward pass doesn't run the forward kernel again.
 
   Args:
     qkv_3xBxTxE: queries, keys and values in bfloat16 or float32, E = n_head * head_dim.
@@ -180,14 +180,14 @@ def _plans(qkv: jax.Array, n_head: int, causal: bool, interpret: bool) -> _Plans
 def forward_layer(
   layer: jax.Array, stacks: Stacks, *, n_head: int, causal: bool, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention of one layer of `stacks.qkv`; returns stacks.out and stacks.lse with it written there.
+  """Computes one layer's attention from `stacks.qkv`; returns stacks.out and .lse, updated in place.
 
-  Like `backward_layer` it spares the copies between stacks and operands that a scan over layers makes
-  otherwise. Local to one device; not differentiable.
+  Like `backward_layer`, it avoids the copies between stacks and operands that a scan over layers
+  makes otherwise. Local to one device; not differentiable.
 
   Args:
     layer: int32 [].
-    stacks: of all layers.
+    stacks: the residuals of all layers.
     n_head, causal, interpret: as for `fused_attention`.
   """
   plan = _plans(stacks.qkv, n_head, causal, interpret).forward
@@ -203,7 +203,7 @@ def backward_layer(
   causal: bool,
   interpret: bool = False,
 ) -> jax.Array:
-  """The gradient of one layer's qkv [3, B, T, E] from that of its output [B, T, E]."""
+  """Returns the gradient of one layer's qkv [3, B, T, E] from that of its output [B, T, E]."""
   plan = _plans(stacks.qkv, n_head, causal, interpret).backward
   return calls.backward(*stacks, dout, plan, interpret, layer)
 
@@ -211,9 +211,9 @@ def backward_layer(
 def lse_shape(
   qkv_shape: tuple[int, ...], dtype, *, n_head: int, head_dim: int, causal: bool
 ) -> tuple[int, ...]:
-  """Shape of a layer of `Stacks.lse` for qkv [3, B, T, E].
+  """Shape of one layer of `Stacks.lse` for qkv [3, B, T, E].
 
-  `n_head` is a device's; B and E may be those of all devices together.
+  `n_head` is that of one device; B and E may be those of all devices together.
   """
   _, batch, length, width = qkv_shape
   plan = make_plan(

@@ -10,7 +10,7 @@ Three choices carry the speed:
   reduction, and everything that leaves a matmul leaves it as [head_dim, position]: a head of 64 is
   64 rows to stream through the matrix unit and not half-empty vectors of 128 lanes, and a head is a
   slice of rows, whatever its alignment to lanes was.
-- The scores of a tile are asked for `lag` tiles before they are used, so that the softmax of one
+- The scores of a tile are started `lag` tiles before they are used, so that the softmax of one
   tile runs beside the matmuls of the next; the compiler doesn't reorder that far by itself.
 - scale × log2(e) is folded into the queries, so that the softmax is exp2 alone.
 """
@@ -237,7 +237,7 @@ def backward_body(
     add(dqt_ref, (q_span, rows, slice(q0, q1)), fresh_query, dq_t)
 
   def visit(q_span: Index, k_span: Index, on_diagonal: bool):
-    """Adds what a span of queries and a span of keys give each other."""
+    """Adds the gradients between a span of queries and a span of keys."""
     tiles = list(plan.tiles(on_diagonal))
     alone = plan.spans == 1
     last_q = {(t.q1 - 1) // plan.tile: t for t in tiles}  # a later tile replaces an earlier one
@@ -245,7 +245,7 @@ def backward_body(
     written = set()
 
     def fresh(name, head, start, stop):
-      """Whether the accumulator of these positions holds nothing yet."""
+      """True if the accumulator of these positions holds nothing yet."""
       cells = {(name, head, at) for at in range(start, stop, plan.diagonal)}
       seen = cells & written
       assert not seen or seen == cells, "a tile meets an accumulator that is half written"

@@ -1,6 +1,6 @@
-"""The Pallas calls of the fused TPU attention kernels: what they are given, and what they keep in VMEM.
+"""The Pallas calls of the fused TPU attention kernels: their operands, and their use of VMEM.
 
-`tpu_bodies` has what happens inside, `tpu` what is asked for.
+`tpu_bodies` has the kernels' bodies, `tpu` the public functions.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _VMEM_MARGIN = 4 * 2**20  # for what the compiler spills besides tiles of scores
 
 
 def _spec(shape: tuple, index: Callable, layered: bool, buffers: int = 2) -> pl.BlockSpec:
-  """A block of an array, or of one layer of a stack of them, which one a prefetched scalar says."""
+  """A block of an array, or of one layer (a prefetched scalar) of a stack of arrays."""
   mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
   if layered:
     return pl.BlockSpec((None, *shape), lambda b, g, layer: (layer[0], *index(b, g)), **mode)
@@ -31,7 +31,7 @@ def _spec(shape: tuple, index: Callable, layered: bool, buffers: int = 2) -> pl.
 
 
 def _block(rows: int | None, plan: Plan, buffers: int, layered: bool = False) -> pl.BlockSpec:
-  """All positions of one head group, of [batch, length, width] or of three of those."""
+  """All positions of one head group, of [batch, length, width] or of `rows` such arrays."""
   shape = (1, plan.length, plan.width)
   if rows:
     return _spec((rows, *shape), lambda b, g: (0, b, 0, g), layered, buffers)
@@ -45,11 +45,11 @@ def _lse_block(plan: Plan, layered: bool = False) -> pl.BlockSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What a kernel keeps in VMEM.
+  """A kernel's use of VMEM.
 
   Attributes:
     scratch: shapes and dtypes, in the order that its body takes them.
-    streamed: bytes of the blocks that come and go.
+    streamed: bytes of the blocks that are copied in and out.
     held: bytes of scores between a tile's start and its finish.
   """
 
@@ -77,7 +77,7 @@ class Memory:
     return [pltpu.VMEM(shape, dtype) for shape, dtype in self.scratch]
 
   def buffers_and_bytes(self) -> tuple[int, int]:
-    """Copies of each streamed block (two hide its transfers), and VMEM in all."""
+    """Buffers per streamed block (two hide its transfers), and total bytes of VMEM."""
     sizes = [math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in self.scratch]
     for buffers in (2, 1):
       needed = buffers * self.streamed + sum(sizes) + self.held + _VMEM_MARGIN
@@ -87,7 +87,7 @@ class Memory:
 
 
 class Stacks(NamedTuple):
-  """What the backward pass needs of all layers, local to one device.
+  """Residuals of all layers for the backward pass, local to one device.
 
   Attributes:
     qkv: [layers, 3, B, T, E].
@@ -103,9 +103,9 @@ class Stacks(NamedTuple):
 def _settings(
   plan: Plan, memory: Memory, qkv: jax.Array, layer: jax.Array | None, in_specs, out_specs, products
 ) -> dict:
-  """What both kernels tell Pallas; a layer's number goes ahead, for the blocks' addresses.
+  """Arguments of `pallas_call` that both kernels share; `layer` is prefetched for the block addresses.
 
-  `products` is how many matrix products each score takes part in.
+  `products` is the number of matrix products that every score takes part in.
   """
   *_, batch, length, width = qkv.shape
   groups = width // plan.width
@@ -131,16 +131,12 @@ def _settings(
 
 
 def _forward_of_layer(plan, layer_ref, qkv_ref, out_stack_ref, lse_stack_ref, *refs):
-  del (
-    layer_ref,
-    out_stack_ref,
-    lse_stack_ref,
-  )  # the blocks' addresses have it; they are written only
+  del layer_ref, out_stack_ref, lse_stack_ref  # for the blocks' addresses; the stacks aren't read
   forward_body(plan, qkv_ref, *refs)
 
 
 def _backward_of_layer(plan, layer_ref, *refs):
-  del layer_ref
+  del layer_ref  # for the blocks' addresses
   backward_body(plan, *refs)
 
 
@@ -151,9 +147,9 @@ def forward(
   layer: jax.Array | None = None,
   stacks: Stacks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Outputs [B, T, E] and the rows' log2-sum-exp2 [B, groups, spans, heads of a group, span].
+  """Returns outputs [B, T, E] and log2-sum-exp2 [B, groups, spans, heads of a group, span].
 
-  Given stacks, reads `layer` of stacks.qkv, writes it into the other two in place, and returns those.
+  With stacks, it reads `layer` of stacks.qkv, and writes into the other two in place and returns them.
   """
   *_, batch, length, width = qkv.shape
   layered = layer is not None
@@ -169,7 +165,7 @@ def forward(
   out_specs = [_block(None, plan, buffers, layered), _lse_block(plan, layered)]
   if layer is not None and stacks is not None:
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks[1:]]
-    in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2  # where the outputs go: not read
+    in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2  # aliased with the outputs, not read
     operands = [layer.reshape(1), *stacks]
     aliases = {2: 0, 3: 1}
     body = functools.partial(_forward_of_layer, plan)
@@ -196,7 +192,7 @@ def backward(
   interpret: bool,
   layer: jax.Array | None = None,
 ) -> jax.Array:
-  """The gradient of qkv [3, B, T, E]; with a layer, qkv, out and lse are stacks."""
+  """Returns the gradient of qkv [3, B, T, E]; with a layer, qkv, out and lse are stacks."""
   *_, batch, length, width = qkv.shape
   layered = layer is not None
   dtype = qkv.dtype
@@ -206,9 +202,7 @@ def backward(
     # Blocks are streamed from HBM behind the arithmetic. Operands that XLA places in VMEM instead
     # gain nothing, and the compiler orders accesses to them less freely: 4% slower.
     qkv, out, dout = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (qkv, out, dout))
-  body = functools.partial(backward_body, plan)
-  if layered:
-    body = functools.partial(_backward_of_layer, plan)
+  body = functools.partial(_backward_of_layer if layered else backward_body, plan)
   in_specs = [
     _block(3, plan, buffers, layered),
     _block(None, plan, buffers, layered),

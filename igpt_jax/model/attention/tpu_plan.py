@@ -1,8 +1,8 @@
-"""How the fused TPU attention kernels cut their work: plan, tiles, and a group's heads in VMEM.
+"""Plan, tiles and heads in VMEM of the fused TPU attention kernels, shared by forward and backward.
 
 A group is the fewest heads whose width is whole 128-lane vectors. All of its queries, keys and
 values lie in VMEM, as the qkv matmul wrote them, and `tpu_bodies` works through square
-tiles of the score matrix. Here is what forward and backward share.
+tiles of the score matrix.
 """
 
 import collections
@@ -35,10 +35,10 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything static about a kernel.
+  """Static configuration of a kernel.
 
   Attributes:
-    head_dim, heads: of one group; width = head_dim * heads.
+    head_dim, heads: size and number of the heads of one group; width = head_dim * heads.
     length, span: positions, and those of one span; span divides length.
     causal: position t sees 0..t.
     tile: rows and columns of a tile of scores.
@@ -114,7 +114,7 @@ class Plan:
 
 
 def matmul(a: jax.Array, b: jax.Array, dimension_numbers) -> jax.Array:
-  # float32 operands mean that exactness was asked for; the matrix unit's default is one bf16 pass.
+  # float32 operands ask for exact products; the matrix unit's default is one bfloat16 pass.
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jax.lax.dot_general(
     a, b, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
@@ -131,7 +131,7 @@ def mask(scores_KxQ: jax.Array, k0: int, q0: int) -> jax.Array:
 def pipelined(
   work: Iterable[Any], start: Callable[[Any], Any], finish: Callable[[Any, Any], None], lag: int
 ):
-  """start(w) for each w, and finish(w, what start gave) once `lag` more have been started."""
+  """Calls start(item) on every item, and finish(item, its result) once `lag` more have been started."""
   pending = collections.deque()
   for item in work:
     pending.append((item, start(item)))
@@ -142,7 +142,7 @@ def pipelined(
 
 
 class Heads:
-  """The group's arrays in the forms that the matmuls take them in.
+  """A group's arrays, in the forms that the matmuls take.
 
   Natural arrays are [..., position, width] references; transposed ones [span, width, position in
   span] scratch, filled block by block when first needed.
@@ -162,7 +162,7 @@ class Heads:
     return pl.ds(first + start, stop - start)
 
   def once(self, name: str, start: int, stop: int, fill: Callable[[int, int], None]):
-    """Calls fill for the blocks that cover start..stop and haven't been filled."""
+    """Calls `fill` on the blocks that cover start..stop and haven't been filled."""
     if self.plan.spans > 1:
       return  # filled for all spans before the loops over them
     for b0, b1 in self.plan.blocks():
@@ -178,13 +178,13 @@ class Heads:
         ref[n, at, :] = qkv_ref[which, 0, at, self.plan.rows(head)]
 
   def operand(self, qkv_ref, which: int, head: int, at) -> jax.Array:
-    """Keys (1) or values (2) of a head [position, lanes], as `padded` and `only` have queries."""
+    """Keys (1) or values (2) of a head [position, lanes], with the lanes that `padded` and `only` give queries."""
     if head in self.plan.copied:
       return self._copies[which][self.plan.copied.index(head), at, :]
     return qkv_ref[which, 0, at, self.plan.window(head)]
 
   def own(self, ref_at: Callable[[slice], jax.Array], head: int) -> jax.Array:
-    """A head's lanes of queries or their like, where other heads' lanes count as zero."""
+    """A head's lanes of queries (or an array like them), other heads' lanes zeroed."""
     if head in self.plan.copied:
       return ref_at(self.plan.rows(head))
     return self.only(head, ref_at(self.plan.window(head)))
@@ -199,7 +199,7 @@ class Heads:
     return jnp.where((lane >= rows.start) & (lane < rows.stop), x, jnp.zeros_like(x))
 
   def padded(self, head: int, x: jax.Array) -> jax.Array:
-    """x [head_dim, position] with zero rows around it, as `window` has lanes."""
+    """x [head_dim, position] with zero rows around it, to match the lanes of `window`."""
     if head in self.plan.copied:
       return x
     window, rows = self.plan.window(head), self.plan.rows(head)

@@ -1,4 +1,4 @@
-"""Attention of one query per sample over the positions before it, as `cache` keeps them."""
+"""Attention of one query per sample over the cached positions before it."""
 
 import itertools
 
@@ -10,20 +10,20 @@ from igpt_jax.parallel.sharding import parts_around
 
 
 def attend(
-  q_NxHxK: jax.Array, given: KeysValues, done: KeysValues, block: KeysValues, last: jax.Array
+  q_NxHxK: jax.Array, prompt: KeysValues, done: KeysValues, block: KeysValues, last: jax.Array
 ) -> jax.Array:
-  """Attention of one query per sample, float32 [N, H, K].
+  """Returns the attention of one query per sample, float32 [N, H, K].
 
   Args:
     q_NxHxK: queries.
-    given: of B images, N / B samples of each.
-    done: of the samples' positions before the block.
-    block: of the positions from there on, up to and with `last`; what comes after isn't looked at.
-    last: index into the block.
+    prompt: keys and values of B prompts, which N / B samples share.
+    done: those of the samples' positions before the block.
+    block: those of the positions from there on; what comes after `last` is masked.
+    last: index into the block of the newest position.
   """
   dtype = q_NxHxK.dtype
   q_NxHxK = q_NxHxK.astype(jnp.float32) * q_NxHxK.shape[-1] ** -0.5
-  parts = [part for part in (given, done, block) if part.length]
+  parts = [part for part in (prompt, done, block) if part.length]
   scores = [_scores(q_NxHxK, part, dtype) for part in parts]
   scores[-1] = jnp.where(jnp.arange(block.length) <= last, scores[-1], -jnp.inf)
   ends = list(itertools.accumulate(part.length for part in parts[:-1]))
@@ -35,7 +35,7 @@ def attend(
 
 
 def _scores(q_NxHxK: jax.Array, kv: KeysValues, dtype) -> jax.Array:
-  """q k, float32 [N, H, T], of B images' keys; int8 ones of rows are multiplied as `dtype`."""
+  """q k, float32 [N, H, T], of B images' keys; int8 keys in rows are cast to `dtype`."""
   if kv.in_rows:
     k = _grouped(_floats(kv.k, dtype))
     q = _by_group(_in_places(q_NxHxK), len(k)).astype(k.dtype)
@@ -46,13 +46,13 @@ def _scores(q_NxHxK: jax.Array, kv: KeysValues, dtype) -> jax.Array:
   if n_images < len(q_NxHxK):
     scores = _by_sample(jnp.einsum("bhsk,bhkt->bhst", _by_image(q_NxHxK, n_images), k))
   else:
-    # A product of one row reads keys faster as a plain sum, and int8 ones in place.
+    # For a product of one row, a plain sum reads keys faster, and int8 ones in place.
     scores = jnp.sum(q_NxHxK[..., None] * k, axis=2)
   return scores if kv.k_scale is None else _scaled(scores, kv.k_scale)
 
 
 def _mix(weights_NxHxT: jax.Array, kv: KeysValues, dtype) -> jax.Array:
-  """Weighted values, float32 [N, H, K]; as `_scores`."""
+  """Weighted sum of the values, float32 [N, H, K]; the counterpart of `_scores`."""
   if kv.v_scale is not None:
     scale = kv.v_scale.swapaxes(1, 2) if kv.in_rows else kv.v_scale
     weights_NxHxT = _scaled(weights_NxHxT, scale)
@@ -69,12 +69,12 @@ def _mix(weights_NxHxT: jax.Array, kv: KeysValues, dtype) -> jax.Array:
 
 
 def _scaled(x_NxHxT: jax.Array, scale_BxHxT: jax.Array) -> jax.Array:
-  by_picture = x_NxHxT.reshape(len(scale_BxHxT), -1, *x_NxHxT.shape[1:])
-  return (by_picture * scale_BxHxT[:, None]).reshape(x_NxHxT.shape)
+  by_image = x_NxHxT.reshape(len(scale_BxHxT), -1, *x_NxHxT.shape[1:])
+  return (by_image * scale_BxHxT[:, None]).reshape(x_NxHxT.shape)
 
 
 def _by_image(x_NxHxA: jax.Array, n_images: int) -> jax.Array:
-  """[B, H, samples of an image, A]: what they share is read once for all of them."""
+  """-> [B, H, samples of an image, A], so that an image's keys are read once for all its samples."""
   return x_NxHxA.reshape(n_images, -1, *x_NxHxA.shape[1:]).swapaxes(1, 2)
 
 
@@ -83,11 +83,11 @@ def _by_sample(x_BxHxSxA: jax.Array) -> jax.Array:
   return x_BxSxHxA.reshape(-1, *x_BxSxHxA.shape[2:])
 
 
-# Rows hold all heads side by side. Taken apart, each head and sample would be a product of one row,
-# which accelerators have no units for: they'd turn all keys to float32 first. So each head is a row
-# as wide as all of them, zero outside its own channels, and an image's samples and heads are the
-# rows of one product that reads keys as they lie; the zeros cost less than the reading. Heads split
-# over devices are as many groups, [B, G, M = S H / G, E / G], which don't meet.
+# Rows hold all heads side by side. Taken apart, every head and sample would be a product of one row,
+# which accelerators have no units for: they'd cast all keys to float32 first. So a head's query is a
+# row as wide as all heads, zero outside its own channels, and an image's samples and heads are the
+# rows of one product that reads the keys in place; the zeros cost less than the reading. Heads that
+# are split over devices form as many separate groups, [B, G, M = S H / G, E / G].
 
 
 def _floats(x: jax.Array, dtype) -> jax.Array:
@@ -95,12 +95,12 @@ def _floats(x: jax.Array, dtype) -> jax.Array:
 
 
 def _grouped(rows_BxTxE: jax.Array) -> jax.Array:
-  """[B, T, G, E / G]."""
+  """-> [B, T, G, E / G]."""
   return rows_BxTxE.reshape(*rows_BxTxE.shape[:2], parts_around("heads"), -1)
 
 
 def _by_group(x_NxHxA: jax.Array, n_images: int) -> jax.Array:
-  """[B, G, M, A]."""
+  """-> [B, G, M, A]."""
   n, n_head, last = x_NxHxA.shape
   n_groups = parts_around("heads")
   x = x_NxHxA.reshape(n_images, n // n_images, n_groups, n_head // n_groups, last)
@@ -108,19 +108,19 @@ def _by_group(x_NxHxA: jax.Array, n_images: int) -> jax.Array:
 
 
 def _by_head(x_BxGxMxA: jax.Array, n_head: int) -> jax.Array:
-  """[N, H, A]: `_by_group`'s way back."""
+  """-> [N, H, A]: the inverse of `_by_group`."""
   n_images, n_groups, _, last = x_BxGxMxA.shape
   x = x_BxGxMxA.reshape(n_images, n_groups, -1, n_head // n_groups, last)
   return x.swapaxes(1, 2).reshape(-1, n_head, last)
 
 
 def _places(n_head: int, head_dim: int) -> jax.Array:
-  """1 at a head's own channels, else 0, [h, E / G] of the h heads of a group."""
+  """One-hot map of the h heads of a group to their own channels, [h, E / G]."""
   return jnp.repeat(jnp.eye(n_head // parts_around("heads")), head_dim, axis=1)
 
 
 def _in_places(x_NxHxK: jax.Array) -> jax.Array:
-  """Each head's channels where its group's rows have them, [N, H, E / G]."""
+  """-> [N, H, E / G]: every head's channels at their place in its group's rows, zeros elsewhere."""
   n, n_head, head_dim = x_NxHxK.shape
   places = _places(n_head, head_dim)
   wide = x_NxHxK.reshape(n, -1, 1, places.shape[1]) * places
@@ -128,7 +128,7 @@ def _in_places(x_NxHxK: jax.Array) -> jax.Array:
 
 
 def _from_places(x_NxHxE: jax.Array) -> jax.Array:
-  """Each head's own channels, [N, H, K]: what others say of them is left out."""
+  """-> [N, H, K]: every head's own channels; cross-head products are discarded."""
   n, n_head, _ = x_NxHxE.shape
   width = x_NxHxE.shape[2] * parts_around("heads")
   places = _places(n_head, width // n_head)

@@ -1,8 +1,8 @@
-"""Sampling: prefill of the given pixels in one pass, then a cached loop in one compiled program.
+"""Sampling: one pass over the prompt (prefill), then a cached loop in one compiled program.
 
 The released sampler recomputes the whole image for every pixel; here each layer keeps its keys
 and values, and a new pixel costs one position. `begin` and `extend` are the parts of `complete`, for
-whoever shows images as they grow.
+callers that show images as they grow.
 """
 
 import functools
@@ -26,8 +26,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-# PartialSamples positions that a loop writes into; those before it are read only. Shorter ones read less of
-# what isn't filled yet, and more of them take longer to compile.
+# Positions of the block that a loop writes into; those before it are only read. Shorter blocks read
+# less of what isn't filled yet, but more blocks take longer to compile.
 _BLOCK = 128
 _MAX_BLOCKS = {"cpu": 8}
 _MAX_BLOCKS_ELSEWHERE = 2
@@ -39,9 +39,9 @@ class Progress(NamedTuple):
   Attributes:
     tokens: int32 [N, n_positions]; 0 where nothing is drawn yet.
     nll: float32 [N, n_positions], as in `Samples`; 0 where nothing is drawn yet.
-    position: int32, the next pixel to draw; n_positions when all are.
+    position: int32, the next pixel to draw; n_positions when all are drawn.
     keys: a PRNG key per sample, [N].
-    caches: of every layer.
+    caches: one per layer.
   """
 
   tokens: jax.Array
@@ -54,56 +54,55 @@ class Progress(NamedTuple):
 def begin(
   config: ImageGPTConfig,
   params: Params,
-  given_BxP: jax.Array,
+  prompt_BxP: jax.Array,
   keys: jax.Array,
   *,
-  samples_per_picture: int = 1,
+  samples_per_image: int = 1,
   cache_dtype: str = "",
 ) -> Progress:
-  """Reads the given pixels; nothing is drawn yet.
+  """Reads the prompt and draws nothing yet.
 
   Args:
     config, params: a causal model.
-    given_BxP: the first P pixels of B images in raster order; P may be 0 (unconditional).
-    keys: PRNG keys, one per sample [B * samples_per_picture]: a sample is the same whatever batch
+    prompt_BxP: the first P pixels of B images in raster order; P may be 0 (unconditional).
+    keys: PRNG keys, one per sample [B * samples_per_image]: a sample doesn't depend on the batch that
       it is drawn in.
-    samples_per_picture: completions of each image; they share its part of the caches.
-    cache_dtype: of keys and values, "float32", "bfloat16" or "int8" (scaled by the largest number of
+    samples_per_image: completions of every image; they share its part of the caches.
+    cache_dtype: dtype of the cache, "float32", "bfloat16" or "int8" (scaled by the largest number of
       each position and head); "": the compute dtype.
 
   Returns:
-    Progress of N = B * samples_per_picture images, an image's own ones side by side.
+    Progress of N = B * samples_per_image images, those of one prompt side by side.
 
   Raises:
-    UserError: the model isn't causal, or there's no such cache.
+    UserError: the model isn't causal, or the cache's dtype isn't supported.
   """
   if not config.causal:
     raise UserError(
       "checkpoint: a BERT model has no left-to-right distribution to sample; expected an "
       "autoregressive one"
     )
-  if cache_dtype and cache_dtype not in cache_lib.CACHE_DTYPES:
-    raise UserError(
-      f"cache_dtype: {cache_dtype!r}; expected one of {', '.join(cache_lib.CACHE_DTYPES)}"
-    )
-  n_images, n_given = given_BxP.shape
-  room = config.n_positions - n_given
-  if room < 0:
-    raise ValueError(f"{n_given} pixels given to a model of {config.n_positions}")
+  dtypes = cache_lib.CACHE_DTYPES
+  if cache_dtype and cache_dtype not in dtypes:
+    raise UserError(f"cache_dtype: {cache_dtype!r}; expected one of {', '.join(dtypes)}")
+  n_images, n_prompt = prompt_BxP.shape
+  n_left = config.n_positions - n_prompt
+  if n_left < 0:
+    raise ValueError(f"{n_prompt} pixels given to a model of {config.n_positions}")
   dtype = cache_dtype or config.dtype
   model = bind(config, params)
-  given_BxP = given_BxP.astype(jnp.int32)
-  given = cache_lib.room(model, n_images, 0, dtype)
-  if n_given and room:
-    given = cache_lib.prefill(model, given_BxP, dtype)
-  drawn = cache_lib.room(model, n_images * samples_per_picture, room, dtype)
-  tokens = jnp.pad(jnp.repeat(given_BxP, samples_per_picture, axis=0), ((0, 0), (0, room)))
+  prompt_BxP = prompt_BxP.astype(jnp.int32)
+  prompt = cache_lib.empty_cache(model, n_images, 0, dtype)
+  if n_prompt and n_left:
+    prompt = cache_lib.prefill(model, prompt_BxP, dtype)
+  drawn = cache_lib.empty_cache(model, n_images * samples_per_image, n_left, dtype)
+  tokens = jnp.pad(jnp.repeat(prompt_BxP, samples_per_image, axis=0), ((0, 0), (0, n_left)))
   return Progress(
     tokens,
     nll=jnp.zeros(tokens.shape, jnp.float32),
-    position=n_given,
+    position=n_prompt,
     keys=keys,
-    caches=[Cache(*parts) for parts in zip(given, drawn, strict=True)],
+    caches=[Cache(*parts) for parts in zip(prompt, drawn, strict=True)],
   )
 
 
@@ -119,17 +118,18 @@ def extend(
 
   Args:
     config, params: the model that `progress` was begun with.
-    progress: so far.
-    n_pixels: known when traced; `progress.position` needn't be, so that one program serves every
-      row of an image.
-    sampling: how to draw.
+    progress: the images so far.
+    n_pixels: static; `progress.position` may be traced, so that one program serves every row of an
+      image.
+    sampling: temperature and truncation.
   """
   tables, weights = lay_out(bind(config, params))
-  room = progress.caches[0].drawn.length
-  n_given = config.n_positions - room
+  n_left = progress.caches[0].drawn.length
+  n_prompt = config.n_positions - n_left
   position = progress.position
-  known = isinstance(position, int)
-  end = (min if known else jnp.minimum)(position + n_pixels, config.n_positions)
+  static = isinstance(position, int)
+  maximum, minimum = (max, min) if static else (jnp.maximum, jnp.minimum)
+  end = minimum(position + n_pixels, config.n_positions)
 
   def draw_one(before, position, carry):
     tokens, nll, blocks = carry
@@ -146,61 +146,51 @@ def extend(
     """Positions first..last-1, which lie within the block of drawn positions start..stop-1."""
     tokens, nll, drawn = carry
     before = [
-      (cache.given, take(kv, 0, start)) for cache, kv in zip(progress.caches, drawn, strict=True)
+      (cache.prompt, take(kv, 0, start)) for cache, kv in zip(progress.caches, drawn, strict=True)
     ]
     blocks = [take(kv, start, stop) for kv in drawn]
     tokens, nll, blocks = jax.lax.fori_loop(
       first, last, functools.partial(draw_one, before), (tokens, nll, blocks)
     )
-    return tokens, nll, [put(*each, start) for each in zip(drawn, blocks, strict=True)]
+    return tokens, nll, [put(kv, new, start) for kv, new in zip(drawn, blocks, strict=True)]
 
   carry = progress.tokens, progress.nll, [cache.drawn for cache in progress.caches]
   most = _MAX_BLOCKS.get(hardware.platform(), _MAX_BLOCKS_ELSEWHERE)
-  block = _BLOCK * -(-room // (_BLOCK * most))
-  for start in range(0, room, block):
-    stop = min(start + block, room)
-    if known:
-      first, last = max(position, n_given + start), min(end, n_given + stop)
-      if first < last:
-        carry = draw_block(start, stop, first, last, carry)
-    else:
-      first, last = jnp.maximum(position, n_given + start), jnp.minimum(end, n_given + stop)
-      once = functools.partial(draw_block, start, stop, first, last)
+  block = _BLOCK * -(-n_left // (_BLOCK * most))
+  for start in range(0, n_left, block):
+    stop = min(start + block, n_left)
+    first, last = maximum(position, n_prompt + start), minimum(end, n_prompt + stop)
+    once = functools.partial(draw_block, start, stop, first, last)
+    if not static:
       # A loop of one turn or none, not a branch: it leaves the caches where they are.
-      carry = jax.lax.fori_loop(
-        0, (first < last).astype(jnp.int32), lambda _, c, once=once: once(c), carry
-      )
+      turns = jnp.asarray(first < last, jnp.int32)
+      carry = jax.lax.fori_loop(0, turns, lambda _, c, once=once: once(c), carry)
+    elif first < last:
+      carry = once(carry)
   tokens, nll, drawn = carry
-  caches = [Cache(cache.given, kv) for cache, kv in zip(progress.caches, drawn, strict=True)]
+  caches = [Cache(cache.prompt, kv) for cache, kv in zip(progress.caches, drawn, strict=True)]
   return Progress(tokens, nll, end, progress.keys, caches)
 
 
 def complete(
   config: ImageGPTConfig,
   params: Params,
-  given_BxP: jax.Array,
+  prompt_BxP: jax.Array,
   keys_B: jax.Array,
   *,
   sampling: SamplingConfig,
-  samples_per_picture: int = 1,
+  samples_per_image: int = 1,
   cache_dtype: str = "",
 ) -> Samples:
-  """Draws all the pixels that come after the given ones in raster order.
-
-  Arguments are those of `begin` and `extend`.
+  """Draws all pixels after the prompt in raster order; arguments are those of `begin` and `extend`.
 
   Returns:
-    Samples of B * samples_per_picture images, an image's own ones side by side.
+    Samples of B * samples_per_image images, those of one prompt side by side.
   """
   progress = begin(
-    config,
-    params,
-    given_BxP,
-    keys_B,
-    samples_per_picture=samples_per_picture,
-    cache_dtype=cache_dtype,
+    config, params, prompt_BxP, keys_B, samples_per_image=samples_per_image, cache_dtype=cache_dtype
   )
-  n_left = config.n_positions - given_BxP.shape[1]
+  n_left = config.n_positions - prompt_BxP.shape[1]
   if n_left:
     progress = extend(config, params, progress, n_left, sampling=sampling)
   return Samples(progress.tokens, progress.nll)

@@ -1,9 +1,8 @@
-"""Keys and values of the positions before: how they are kept, in which parts, and their dtypes.
+"""Cache of keys and values: its layout, parts and dtypes.
 
-A layer's cache has two parts: that of the given pixels, once per image however many samples
-continue it, and that of the drawn ones, once per sample. A loop over positions writes into a short
-block of the latter alone and reads the positions before it as they are: nothing is sliced or masked
-in the loop but that block.
+A layer's cache has two parts: the prompt's, once per image however many samples continue it, and the
+drawn positions', once per sample. A loop over positions writes into a short block of the latter and
+reads the positions before it unchanged: only that block is sliced and masked in the loop.
 """
 
 from collections.abc import Callable
@@ -22,14 +21,14 @@ CACHE_DTYPES = ("float32", "bfloat16", "int8")
 class KeysValues(NamedTuple):
   """Keys and values of some positions of one layer.
 
-  XLA on a CPU reads them fastest with what a sum goes over outside: positions innermost of keys,
-  channels innermost of values. An accelerator takes whole rows, one per position.
+  XLA on a CPU reads them fastest where the axis that is summed over isn't innermost: keys end in
+  positions, values in channels. An accelerator takes whole rows, one per position.
 
   Attributes:
     k: [N, n_head, head_dim, T], or rows [N, T, n_head * head_dim].
     v: [N, n_head, T, head_dim], or rows [N, T, n_head * head_dim].
-    k_scale, v_scale: what int8 keys and values are multiplied by, float32 [N, n_head, T], or rows
-      [N, T, n_head]; else None.
+    k_scale, v_scale: factors of int8 keys and values, float32 [N, n_head, T], or rows [N, T, n_head];
+      None with other dtypes.
   """
 
   k: jax.Array
@@ -47,44 +46,43 @@ class KeysValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """One layer's: of B images' given positions, and of N samples' others, filled from the left."""
+  """Keys and values of one layer: of B prompts, and of N samples after those, filled from the left."""
 
-  given: KeysValues
+  prompt: KeysValues
   drawn: KeysValues
 
 
 def keeps_rows() -> bool:
-  """Whether `KeysValues` are rows on the platform that is compiled for."""
+  """True if `KeysValues` are rows on the platform that programs are compiled for."""
   return hardware.platform() != "cpu"
 
 
-def _each(function: Callable, *parts: KeysValues) -> KeysValues:
-  """`function` of the axis of positions and of each field that there is."""
+def _map_fields(function: Callable, *parts: KeysValues) -> KeysValues:
+  """Maps function(axis of positions, *arrays) over the fields that aren't None."""
   axes = (1, 1, 1, 1) if parts[0].in_rows else (3, 2, 2, 2)
   fields = zip(axes, *parts, strict=True)
-  mapped: Any = (None if of[0] is None else function(axis, *of) for axis, *of in fields)
+  mapped: Any = (None if xs[0] is None else function(axis, *xs) for axis, *xs in fields)
   return KeysValues(*mapped)
 
 
 def _pin(kv: KeysValues) -> KeysValues:
   axes = ("batch", "length", "heads") if kv.in_rows else ("batch", "heads", None, None)
-  return _each(lambda _, x: constrain(x, *axes[: x.ndim]), kv)
+  return jax.tree.map(lambda x: constrain(x, *axes[: x.ndim]), kv)
 
 
 def take(kv: KeysValues, start: int, end: int) -> KeysValues:
-  """Positions start..end-1."""
-  return _each(lambda axis, x: jax.lax.slice_in_dim(x, start, end, axis=axis), kv)
+  """Returns positions start..end-1."""
+  return _map_fields(lambda axis, x: jax.lax.slice_in_dim(x, start, end, axis=axis), kv)
 
 
 def put(kv: KeysValues, part: KeysValues, at: jax.Array | int) -> KeysValues:
-  """`kv` with `part` written from position `at` on."""
-  return _each(
-    lambda axis, x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=axis), kv, part
-  )
+  """Returns `kv` with `part` written from position `at` on."""
+  update = jax.lax.dynamic_update_slice_in_dim
+  return _map_fields(lambda axis, x, new: update(x, new, at, axis=axis), kv, part)
 
 
 def store(k_NxTxHxK: jax.Array, v_NxTxHxK: jax.Array, dtype: str) -> KeysValues:
-  """Keys and values as they are kept; int8: scaled by the largest of each position and head."""
+  """Lays out keys and values for the cache; int8: scaled by the largest of every position and head."""
   k, v, scales = k_NxTxHxK, v_NxTxHxK, []
   if dtype == "int8":
     (k, k_scale), (v, v_scale) = _to_int8(k), _to_int8(v)
@@ -103,25 +101,25 @@ def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.round(x / scale).astype(jnp.int8), jnp.squeeze(scale, -1)
 
 
-def prefill(model: ImageGPT, given_BxP: jax.Array, dtype: str) -> list[KeysValues]:
-  """Keys and values of positions 0..P-1, of every layer, in one pass over the given pixels.
+def prefill(model: ImageGPT, prompt_BxP: jax.Array, dtype: str) -> list[KeysValues]:
+  """Returns every layer's keys and values of positions 0..P-1, from one pass over the prompt.
 
-  Position 0 is the start vector's, so that the last given pixel is still to be fed.
+  Position 0 is the start vector's, so the last pixel of the prompt is still to be fed.
   """
   config = model.config
-  shape = (*given_BxP.shape, config.n_head, config.head_dim)
+  shape = (*prompt_BxP.shape, config.n_head, config.head_dim)
 
   def keep(_, x, qkv_3xBxTxE):
     return store(qkv_3xBxTxE[1].reshape(shape), qkv_3xBxTxE[2].reshape(shape), dtype)
 
-  _, stacked = model.hidden(model.embed(given_BxP), collect=keep)
+  _, stacked = model.hidden(model.embed(prompt_BxP), collect=keep)
   return [_pin(jax.tree.map(lambda x, at=layer: x[at], stacked)) for layer in range(config.n_layer)]
 
 
-def room(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
-  """An empty cache for every layer."""
+def empty_cache(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
+  """Returns zeroed keys and values of n samples and `length` positions, for every layer."""
   config = model.config
-  nothing = jax.ShapeDtypeStruct((n, length, config.n_head, config.head_dim), config.dtype)
-  abstract = jax.eval_shape(lambda k, v: store(k, v, dtype), nothing, nothing)
-  empty = [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)]
-  return [_pin(kv) for kv in empty * config.n_layer]
+  like = jax.ShapeDtypeStruct((n, length, config.n_head, config.head_dim), config.dtype)
+  abstract = jax.eval_shape(lambda k, v: store(k, v, dtype), like, like)
+  empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+  return [_pin(empty) for _ in range(config.n_layer)]

@@ -1,4 +1,4 @@
-"""One position at a time: the weights laid out for it, and the model's layers as it goes through them."""
+"""Decoding of one position: the weights laid out for it, and one pass through the model's layers."""
 
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ from igpt_jax.parallel.sharding import constrain, gather_weight
 
 
 class Weights(NamedTuple):
-  """Weights of one layer, in the compute dtype, whole over the batch's devices.
+  """Weights of one layer, in the compute dtype, gathered over the batch's devices.
 
-  On a CPU matrices are [out, in]: with a column per sample, a matrix is the product's left side, and
-  read once, as it lies. Accelerators take them as they are kept, [in, out], and a row per sample.
+  On a CPU matrices are [out, in]: with a column per sample, a matrix is the product's left factor and
+  is read once, in order. Accelerators take them as they are stored, [in, out], and a row per sample.
   """
 
   gain_1: jax.Array
@@ -28,7 +28,7 @@ class Weights(NamedTuple):
 
 
 class Tables(NamedTuple):
-  """What comes before and after the layers, likewise."""
+  """Weights before and after the layers, likewise."""
 
   wte: jax.Array
   wpe: jax.Array
@@ -38,18 +38,18 @@ class Tables(NamedTuple):
 
 
 def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
-  """Casts, gathers, turns and takes apart the weights: once, before a loop over positions."""
+  """Casts, gathers, transposes and unstacks the weights: once, before a loop over positions."""
   dtype = jnp.dtype(model.config.dtype)
 
   def whole(parameter, axes, layer=...):
     return gather_weight(parameter[...][layer].astype(dtype), *axes)
 
-  def turned(parameter, product, layer):
+  def matrix(parameter, product, layer):
     weight = whole(parameter, product.weight_axes, layer)
     return weight if keeps_rows() else weight.swapaxes(-1, -2)
 
   def qkv(layer):
-    weight = turned(blocks.attn.qkv, layers.TO_QKV, layer)
+    weight = matrix(blocks.attn.qkv, layers.TO_QKV, layer)
     return weight.swapaxes(0, 1) if keeps_rows() else weight
 
   blocks = model.blocks
@@ -57,10 +57,10 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     Weights(
       gain_1=blocks.ln_1.g[...][layer],
       qkv=qkv(layer),
-      attn_proj=turned(blocks.attn.proj, layers.FROM_HEADS, layer),
+      attn_proj=matrix(blocks.attn.proj, layers.FROM_HEADS, layer),
       gain_2=blocks.ln_2.g[...][layer],
-      fc=turned(blocks.mlp.fc, layers.TO_INNER, layer),
-      mlp_proj=turned(blocks.mlp.proj, layers.FROM_INNER, layer),
+      fc=matrix(blocks.mlp.fc, layers.TO_INNER, layer),
+      mlp_proj=matrix(blocks.mlp.proj, layers.FROM_INNER, layer),
     )
     for layer in range(model.config.n_layer)
   ]
@@ -73,7 +73,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
   )
   if keeps_rows():
     return tables, per_layer
-  # Else XLA on a CPU leaves out the cast, and reads float32 at every position.
+  # Without the barrier XLA on a CPU omits the cast and reads float32 at every position.
   return jax.lax.optimization_barrier((tables, per_layer))
 
 
@@ -86,26 +86,26 @@ def decode_step(
   position: jax.Array,
   n_head: int,
 ) -> tuple[list[KeysValues], jax.Array]:
-  """Feeds the pixel before `position`, and returns the logits of the pixel there, [N, n_vocab].
+  """Feeds the pixel before `position`; returns the blocks with it, and the logits there [N, n_vocab].
 
   Args:
-    tables, weights: as laid out.
-    before: of every layer: what is given, and what was drawn before the block.
-    blocks: of every layer: the positions after that, filled before `position`, which is in it.
-    token_N: the pixels before `position`; at position 0 the start vector stands for them.
-    position: of the pixel to predict; not a given one.
-    n_head: of the model.
+    tables, weights: from `lay_out`.
+    before: every layer's prompt, and positions drawn before the block.
+    blocks: every layer's positions after those, filled before `position`, which is one of them.
+    token_N: the pixels before `position`; at position 0 the start vector replaces them.
+    position: that of the pixel to predict, beyond the prompt.
+    n_head: the model's.
   """
   embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
   stream = _stream(_from_rows(embedded + tables.wpe[position]))
   n = len(token_N)
   updated = []
-  for layer, (given, done), block in zip(weights, before, blocks, strict=True):
+  for layer, (prompt, done), block in zip(weights, before, blocks, strict=True):
     qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
     q, k, v = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
-    at = position - given.length - done.length
+    at = position - prompt.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
-    heads_NxHxK = attend(q, given, done, block, at).astype(stream.dtype)
+    heads_NxHxK = attend(q, prompt, done, block, at).astype(stream.dtype)
     stream = _dot(_from_rows(heads_NxHxK.reshape(n, -1)), layer.attn_proj) + stream
     hidden = layers.activation(_dot(_norm(stream, layer.gain_2), layer.fc))
     stream = _stream(_dot(hidden, layer.mlp_proj) + stream)
@@ -115,8 +115,6 @@ def decode_step(
 
 
 # The residual stream of one position is [D, N] on a CPU, and [N, D] elsewhere (see `Weights`).
-
-
 def _stream(x: jax.Array) -> jax.Array:
   axes = ("batch", "channels")
   return constrain(x, *(axes if keeps_rows() else axes[::-1]))
@@ -132,8 +130,8 @@ def _qkv(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _dot(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
   if keeps_rows():
     return jnp.matmul(x, weight, preferred_element_type=dtype)
-  # XLA on a CPU has products of bfloat16 with float32 sums, and makes float32's of all others; also
-  # where x was turned round, as a sum is whose first term was: the stream is added last.
+  # XLA on a CPU has products of bfloat16 with float32 sums, and casts all others to float32; also
+  # those of a transposed x, such as a sum whose first term was transposed: so add the stream last.
   return jnp.matmul(weight, x, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
 
 
@@ -142,10 +140,10 @@ def _from_rows(rows: jax.Array) -> jax.Array:
 
 
 def _to_rows(x: jax.Array) -> jax.Array:
-  """Columns turned; by themselves, where XLA would turn the product before them, to a slower one."""
+  """Transposes columns; the barrier keeps XLA from transposing the product before, which is slower."""
   return x if keeps_rows() else jax.lax.optimization_barrier(x).T
 
 
 def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-  """The model's RMS norm, over channels that lie as `keeps_rows` says."""
+  """The model's RMS norm over the channels of a residual stream."""
   return layers.rms_norm(x, gain) if keeps_rows() else layers.rms_norm(x, gain[:, None], axis=0)

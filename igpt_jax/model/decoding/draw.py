@@ -1,4 +1,4 @@
-"""How a colour is drawn from the model's logits: temperature, top-k, top-p, and a key per sample."""
+"""Drawing of colours from the model's logits: temperature, top-k, top-p, and a key per sample."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,21 +8,21 @@ import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
 
-# Below it logits divided by a temperature overflow float32, and a probability rounds to 0.
+# Logits divided by a smaller temperature overflow float32, and a smaller probability rounds to 0.
 _LEAST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How the next pixel is drawn. The paper samples at temperature 1 with no tricks.
+  """Settings of the draw of a pixel. The paper samples at temperature 1 without truncation.
 
   Attributes:
-    temperature: divides the logits, at least 1e-6; or 0, which takes the likeliest colour.
+    temperature: divides the logits, at least 1e-6; 0 takes the likeliest colour.
     top_k: keep the k likeliest colours; 0 keeps all.
     top_p: keep the fewest likeliest colours whose probabilities reach p, at least 1e-6; 1 keeps all.
 
   Raises:
-    UserError: a number outside of these.
+    UserError: a value is out of bounds.
   """
 
   temperature: float = 1.0
@@ -44,12 +44,12 @@ class SamplingConfig:
 
 
 class Samples(NamedTuple):
-  """What was drawn.
+  """Images that were drawn.
 
   Attributes:
-    tokens: int32 [B, n_positions], the given pixels included.
+    tokens: int32 [B, n_positions], the prompt included.
     nll: float32 [B, n_positions], nats per token under the model itself (temperature 1, no
-      truncation); 0 at the given pixels.
+      truncation); 0 in the prompt.
   """
 
   tokens: jax.Array
@@ -57,7 +57,7 @@ class Samples(NamedTuple):
 
 
 def filter_logits(logits_BxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
-  """Logits after temperature, then top-k, then top-p; what is cut is -inf. Temperature > 0.
+  """Applies temperature (above 0), then top-k, then top-p; truncated logits are -inf.
 
   Equally likely colours at the edge of top-k are all kept.
   """
@@ -78,7 +78,7 @@ def filter_logits(logits_BxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
 def draw(
   logits: jax.Array, keys_B: jax.Array, turn: jax.Array, sampling: SamplingConfig
 ) -> jax.Array:
-  """Tokens by logits [B, ..., V], int32 [B, ...]; row i's depend on keys_B[i] and the turn alone."""
+  """Draws tokens, int32 [B, ...], by logits [B, ..., V]; row i depends on keys_B[i] and `turn` alone."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -89,6 +89,6 @@ def draw(
 
 
 def nats_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """-log p(token) under the logits [..., V] as they are, float32 [...]."""
+  """-log p(token) under untruncated logits [..., V], float32 [...]."""
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -1,8 +1,8 @@
 """Filling any region of an image with a BERT model, by iterative unmasking.
 
-As MaskGIT does (Chang et al. 2022, section 3.2): predict every unknown pixel, keep those that the
-model is surest of, and look again. A BERT model gives no likelihood of a whole image; one pixel at
-a time, the pixels' own nats add up to that of this image in this order.
+The method is MaskGIT's (Chang et al. 2022, section 3.2): predict every unknown pixel, keep the most
+confident predictions, and repeat. A BERT model gives no likelihood of a whole image; filled one pixel
+at a time, the pixels' nats add up to the image's likelihood in this order.
 """
 
 import jax
@@ -23,24 +23,24 @@ def fill(
   steps: int,
   sampling: SamplingConfig,
 ) -> Samples:
-  """Draws the pixels that aren't known, in `steps` passes at most.
+  """Draws the unknown pixels in at most `steps` passes.
 
-  After pass i of n, cos(π/2 · i/n) of an image's unknown pixels are left. Each pass settles at least
-  one; with as many steps as unknown pixels, or more, one at a time.
+  After pass i of n, cos(π/2 · i/n) of an image's unknown pixels are left. Every pass settles at least
+  one; with as many steps as unknown pixels or more, exactly one.
 
   Args:
     config, params: a BERT model.
-    tokens_BxT: whole images; what isn't known may be anything.
-    known_BxT: True where a pixel is given. Each image may have a region of its own, of any form.
-    keys_B: PRNG keys: an image is filled the same way whatever batch it is in.
+    tokens_BxT: whole images; values of unknown pixels are ignored.
+    known_BxT: True where a pixel is known. The region may have any form and differ between images.
+    keys_B: PRNG keys, one per image: an image doesn't depend on its batch.
     steps: passes over the image.
-    sampling: how a pixel's colour is drawn.
+    sampling: temperature and truncation.
 
   Returns:
-    Samples; nll is of each pixel when it was settled, given what was settled in earlier passes.
+    Samples; a pixel's nll is under the pass that settled it, conditioned on the passes before.
 
   Raises:
-    UserError: the model is causal, or there are no steps.
+    UserError: the model is causal, or `steps` isn't positive.
   """
   if config.causal:
     raise UserError(
@@ -60,18 +60,13 @@ def fill(
     logits = model(tokens, settled)
     proposed = draw(logits, keys_B, done, sampling)
     nats = nats_of(logits, proposed)
-    # The surest first, the earlier of two as sure, and what is settled last.
+    # The most confident first, in raster order where equal, and settled pixels last.
     order = jnp.argsort(jnp.where(settled, jnp.inf, nats), axis=1, stable=True)
     rank = jnp.argsort(order, axis=1)
     unknown = jnp.sum(~settled, axis=1)
     left = jnp.minimum(_left(n_unknown_B, done, steps), unknown - 1)
     new = ~settled & (rank < (unknown - left)[:, None])
-    return (
-      done,
-      jnp.where(new, proposed, tokens),
-      settled | new,
-      jnp.where(new, nats, nll),
-    )
+    return (done, jnp.where(new, proposed, tokens), settled | new, jnp.where(new, nats, nll))
 
   start = (
     jnp.int32(0),
@@ -86,8 +81,8 @@ def fill(
 
 
 def _left(n_unknown_B: jax.Array, done: jax.Array, steps: int) -> jax.Array:
-  """How many of an image's unknown pixels stay so after some passes."""
-  # Rounded down; but what is a whole number stays one in float32.
+  """Number of an image's unknown pixels that are left after `done` passes."""
+  # Rounded down; the margin keeps what is a whole number from falling below it in float32.
   by_cosine = (n_unknown_B * jnp.cos(jnp.pi / 2 * done / steps) + 1e-3).astype(jnp.int32)
   left = jnp.where(n_unknown_B <= steps, n_unknown_B - done, by_cosine)
   return jnp.where(done == steps, 0, left)
