@@ -1,7 +1,7 @@
-"""What a notebook shows of the jobs: a run as it trains, one's own images, what jobs leave.
+"""Jobs in a notebook: runs them, and shows their output, curves and images.
 
-Jobs run as a terminal would run them, in processes of their own: an accelerator belongs to one process
-at a time, and the notebook's own touches none. Nothing is computed here.
+Jobs run in processes of their own, as from a terminal: an accelerator belongs to one process at a time,
+and the notebook's process uses none.
 """
 
 import base64
@@ -23,17 +23,17 @@ from igpt_jax.data.sources import DataConfig, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.reporting import curves, figures
 
-_LINES = 20  # of what a job prints, that are shown
-_ENLARGED = 16  # times, of the digit that is the example
+_LINES = 20  # last lines of a job's output that are shown
+_ENLARGED = 16  # scale of the example digit
 
 
 class Job:
-  """A job that runs; its lines are gathered."""
+  """A job in a process of its own; `lines` are the last lines of its output."""
 
   def __init__(self, arguments: Sequence[str], **environment: str):
     """Starts `python -m igpt_jax.main` with these arguments."""
     self.lines: collections.deque[str] = collections.deque(maxlen=_LINES)
-    # Stopping a cell interrupts all its processes; these are told by `stop`, and inherit deafness.
+    # Interrupting a cell signals all processes; jobs inherit SIG_IGN, and `stop` ends them.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
       self.process = subprocess.Popen(
@@ -57,14 +57,14 @@ class Job:
     return self.process.poll() is None
 
   def stop(self) -> None:
-    """Asks it to end, as training does by saving; waits for that."""
+    """Terminates the job, on which training saves, and waits for its end."""
     if self.runs:
       self.process.send_signal(signal.SIGTERM)
     self.process.wait()
     self._reader.join()
 
   def check(self) -> None:
-    """Waits for its end. Raises UserError, with what it said, where it failed."""
+    """Waits for the job's end. Raises UserError, with its last lines, if it failed."""
     status = self.process.wait()
     self._reader.join()
     if status:
@@ -72,11 +72,11 @@ class Job:
 
 
 class Run:
-  """One config in one workdir, from training to completions.
+  """Jobs of one config in one workdir.
 
   Args:
     config: a file of configs/.
-    workdir: where everything goes; what is there is gone on from.
+    workdir: folder of the run, which is resumed if it exists.
     overrides: "--config.FIELD=VALUE", …
   """
 
@@ -85,15 +85,15 @@ class Run:
     self._arguments = [f"--config={config}", f"--workdir={workdir}", *overrides]
 
   def train(self, seconds: float = 3.0) -> None:
-    """Trains, and shows its curves and completions as they come; interrupted, it saves and ends.
+    """Trains, and shows curves and completions meanwhile. When interrupted it saves and returns.
 
-    Completions are drawn on the CPU, of every checkpoint. The same call goes on where it stopped.
+    Completions of every checkpoint are drawn on the CPU. The same call resumes training.
 
     Args:
-      seconds: between two looks.
+      seconds: time between two updates.
 
     Raises:
-      UserError: what the job said, where it failed.
+      UserError: a job failed; with its last lines.
     """
     screen = _Screen()
     training = Job([*self._arguments, "--config.job=pretrain"])
@@ -101,15 +101,8 @@ class Run:
     try:
       while training.runs or self._left_to_draw():
         if (drawing is None or not drawing.runs) and self._left_to_draw():
-          drawing = Job(
-            [
-              *self._arguments,
-              "--config.job=sample",
-              "--config.watch=True",
-              "--config.watch_seconds=1",
-            ],
-            JAX_PLATFORMS="cpu",
-          )
+          watching = ["--config.job=sample", "--config.watch=True", "--config.watch_seconds=1"]
+          drawing = Job([*self._arguments, *watching], JAX_PLATFORMS="cpu")
         self._show_training(screen, training)
         time.sleep(seconds)
         for job in (training, drawing):
@@ -125,7 +118,7 @@ class Run:
     self._show_training(screen, training)
 
   def _left_to_draw(self) -> bool:
-    """Whether there are checkpoints whose completions aren't there."""
+    """True if completions of some checkpoint are missing."""
     steps = checkpoint.whole_steps(str(self.workdir))
     return not all((self.workdir / "sample" / str(s) / "sample.json").exists() for s in steps)
 
@@ -134,19 +127,17 @@ class Run:
     curve = self.workdir / "live.png"
     if curves.draw_curve(str(self.workdir), str(curve)):
       shown.append(_image(curve))
-    drawn = sorted(
-      self.workdir.glob("sample/*/sample.json"), key=lambda path: int(path.parent.name)
-    )
+    drawn = [path.parent for path in self.workdir.glob("sample/*/sample.json")]
     if drawn:
-      step = drawn[-1].parent
+      step = max(drawn, key=lambda folder: int(folder.name))
       shown += [_text([f"completions at step {step.name}"]), _image(step / "completions.png")]
     screen.show(shown)
 
   def job(self, name: str, *overrides: str) -> None:
-    """Runs a job of this config and shows what it prints.
+    """Runs a job of this config and shows its output.
 
     Raises:
-      UserError: what it said, where it failed.
+      UserError: the job failed; with its last lines.
     """
     screen, job = _Screen(), Job([*self._arguments, f"--config.job={name}", *overrides])
     try:
@@ -159,12 +150,12 @@ class Run:
       screen.show([_text(job.lines)])
 
   def show(self, *names: str) -> None:
-    """Shows files that jobs have left in the workdir: images, or text. Names may be globs."""
+    """Shows images and text files in the workdir. Names may be globs."""
     for name in names:
-      found = sorted(self.workdir.glob(name))
-      if not found:
+      paths = sorted(self.workdir.glob(name))
+      if not paths:
         raise UserError(f"{self.workdir / name}: no such file; fix: run the job that writes it")
-      for path in found:
+      for path in paths:
         if path.suffix in (".png", ".gif"):
           _Screen().show([_text([str(path)]), _image(path)])
         else:
@@ -180,27 +171,26 @@ def complete(
   n: int = 8,
   overrides: Iterable[str] = (),
 ) -> None:
-  """Completes images with a checkpoint, and shows the grids and the pixels appearing.
+  """Completes images with a checkpoint, and shows grids and animations.
 
   Args:
-    checkpoint_path: of any format.
+    checkpoint_path: a checkpoint of any format.
     images: a file, a glob or a folder.
-    workdir: where the results go; another one for other settings.
+    workdir: folder of the results; other settings need another one.
     keep: share of the rows that is given.
-    n: samples of each image.
+    n: samples per image.
     overrides: "--config.FIELD=VALUE", …
   """
-  given = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
-  run = Run("configs/complete.py", workdir, [*given, *overrides])
+  inputs = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
+  run = Run("configs/complete.py", workdir, [*inputs, *overrides])
   run.job("complete", f"--config.complete.keep={keep}", f"--config.complete.n={n}")
   run.show("**/grid.png", "**/appearing.gif")
 
 
 def own_images_folder(folder: str = "my") -> str:
-  """Asks for images where the notebook is Colab's; the folder that they are in.
+  """Returns a folder of images, after an upload if the notebook is Colab's.
 
-  Elsewhere, those that lie in the folder; a photograph that comes with scikit-learn, and a digit of its
-  set of them, where there are none.
+  If the folder has no images, scikit-learn's photograph and one of its digits are written to it.
   """
   os.makedirs(folder, exist_ok=True)
   try:
@@ -225,7 +215,7 @@ def _write_examples(folder: str) -> None:
 
 
 def _display():
-  """IPython.display. Raises UserError outside of notebooks."""
+  """Imports IPython.display. Raises UserError without IPython."""
   try:
     from IPython import display
   except ImportError:
@@ -237,13 +227,13 @@ def _display():
 
 
 class _Screen:
-  """A place below a cell; what is shown there takes the place of what was."""
+  """An output below a cell, which every `show` replaces."""
 
   def __init__(self):
     self._display, self._handle = _display(), None
 
   def show(self, parts: Iterable[str]) -> None:
-    """HTML, one part below the other."""
+    """Shows parts of HTML, one below the other."""
     shown = self._display.HTML("".join(parts))
     if self._handle is None:
       self._handle = self._display.display(shown, display_id=True)

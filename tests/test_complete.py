@@ -207,7 +207,7 @@ def test_images_are_found_by_their_contents_at_any_depth(tmp_path, capsys):
   assert [f.name for f in prompt_files.find(str(my / "notes.txt"))] == [
     "notes"
   ]  # who names it, means it
-  with pytest.raises(UserError, match=r"holds no pictures.*left out 1 file: .*e\.heic \(HEIC"):
+  with pytest.raises(UserError, match=r"holds no images.*left out 1 file: .*e\.heic \(HEIC"):
     prompt_files.find(str(my / "cats" / "*.heic"))
 
 
@@ -285,7 +285,7 @@ def test_an_interrupted_run_goes_on_with_the_rest(trained, photos, tmp_path, mon
     if len(drawn) == 3:
       raise KeyboardInterrupt
     draw(completer, batch, numbers, *rest)
-    drawn.append((batch[0].picture.name, numbers))
+    drawn.append((batch[0].image.name, numbers))
 
   monkeypatch.setattr(complete, "_draw", interrupted)
   with pytest.raises(KeyboardInterrupt):

@@ -1,8 +1,7 @@
 """python -m igpt_jax.demo --checkpoint=runs/cifar10_16 --port=7860
 
-Serves a page on which an image is dropped or taken and its lower part completed, row by row. It
-binds to this machine alone unless --host says otherwise; what people upload is kept in memory while it
-is worked on, and nowhere else.
+Serves a page that completes the lower part of an image, row by row. It binds to this machine alone
+unless --host is given; uploads are kept in memory while they are processed, and nowhere else.
 """
 
 import argparse
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     serve.check_installed()
     sock = serve.bind(options.host, options.port)
     served = models.Models(options.checkpoint, options.palette)
-    served.completer(0)  # what can't be read is told now
+    served.completer(0)  # errors of reading it are raised before serving
     serve.run(served, limits, sock)
     return 0
   except UserError as error:

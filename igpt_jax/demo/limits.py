@@ -1,4 +1,4 @@
-"""How much one person may ask for, and how many may wait; and the line that they wait in."""
+"""Limits of a request, and the queue of requests."""
 
 import asyncio
 import dataclasses
@@ -10,22 +10,13 @@ from igpt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What the server puts up with.
+  """Limits of the server and of each request."""
 
-  Attributes:
-    samples: of one image.
-    upload_bytes: of one image's file. (How many pixels it may unfold to, and
-      into how much memory, data/own_images.py says.)
-    upload_seconds: that sending it may take.
-    waiting: requests that wait for the one that is served.
-    seconds: of drawing for one request, from its first row on: not of compiling before it.
-  """
-
-  samples: int = 8
-  upload_bytes: int = 10 * 2**20
-  upload_seconds: float = 60.0
-  waiting: int = 8
-  seconds: float = 120.0
+  samples: int = 8  # per image
+  upload_bytes: int = 10 * 2**20  # file size; data/own_images.py limits the decoded image
+  upload_seconds: float = 60.0  # duration of an upload
+  waiting: int = 8  # requests waiting besides the one that is served
+  seconds: float = 120.0  # drawing time of a request from its first row on, without compilation
 
   def __post_init__(self):
     for name, least in (("samples", 1), ("upload_bytes", 1), ("waiting", 0), ("seconds", 0.001)):
@@ -35,14 +26,14 @@ class Limits:
 
 
 class Full(Exception):
-  """The line is as long as it may be."""
+  """The queue has no free place."""
 
 
 class Line:
-  """Those who are served, one at a time, in order. Of one event loop.
+  """Queue of requests, served one at a time. Belongs to one event loop.
 
-  A place is taken before an image is sent, so that nobody sends one for nothing; the order is that
-  in which images have arrived, so that nobody waits for a slow connection.
+  A place is taken before the upload, so that no upload is in vain; requests are served in the order in
+  which uploads end, so that none waits for a slow connection.
   """
 
   def __init__(self, waiting: int):
@@ -52,7 +43,7 @@ class Line:
     self._moved = asyncio.Event()
 
   def take_place(self) -> None:
-    """Raises Full where there is none; otherwise `give_back_place` has to follow."""
+    """Takes a place, to be returned by `give_back_place`. Raises Full if there is none."""
     if self._places >= self._most:
       raise Full
     self._places += 1
@@ -61,21 +52,21 @@ class Line:
     self._places -= 1
 
   async def turn(self, me: object) -> AsyncIterator[int]:
-    """Queues up; yields how many are before me whenever that changes, 0 last. Then `leave`."""
+    """Queues up; yields the number of requests ahead whenever it changes, 0 last. Then call `leave`."""
     self._queue.append(me)
-    told = None
+    last = None
     while True:
       ahead = self._queue.index(me)
-      if ahead != told:
+      if ahead != last:
         yield ahead
-        told = ahead
+        last = ahead
       if ahead == 0:
         return
       moved = self._moved
       await moved.wait()
 
   def leave(self, me: object) -> None:
-    """Ends my turn, or my waiting for it."""
+    """Leaves the queue, whether served or not."""
     if me in self._queue:
       self._queue.remove(me)
       self._moved.set()

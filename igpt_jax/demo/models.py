@@ -1,4 +1,4 @@
-"""The checkpoints that a page offers. Their weights are read when they are first asked for."""
+"""The checkpoints that the page offers. Weights are read on first use."""
 
 import dataclasses
 import os
@@ -15,29 +15,26 @@ from igpt_jax.model.image_gpt import count_params
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.workspace import devices
 
-_SAMPLES = 4  # that the page asks for, if one doesn't say
+_SAMPLES = 4  # the page's default
 
 
 @dataclasses.dataclass
 class _Offered:
   name: str
-  found: checkpoint.CheckpointInfo
+  info: checkpoint.CheckpointInfo
   completer: completer_lib.Completer | None = None
 
 
 class Models:
-  """What there is to choose from, by number.
-
-  One thread at a time may ask for a completer.
-  """
+  """The offered models, by index. `completer` isn't thread-safe."""
 
   def __init__(self, paths: Sequence[str], palette_path: str = "", mesh: Mesh | None = None):
-    """Opens the checkpoints, but for their weights.
+    """Opens the checkpoints without reading their weights.
 
     Args:
-      paths: of checkpoints of any format.
-      palette_path: of those that carry no palette.
-      mesh: where they go; None: all of this machine's devices.
+      paths: checkpoints of any format.
+      palette_path: palette for checkpoints that carry none.
+      mesh: mesh to put the weights on; None: all of this machine's devices.
 
     Raises:
       UserError: one can't be read, can't complete images, or has no palette.
@@ -48,37 +45,37 @@ class Models:
     for path in paths:
       if not path:
         raise UserError("--checkpoint: empty; expected a workdir, or one checkpoint in it")
-      found = completer_lib.describe(dataclasses.replace(self._settings, checkpoint=path), "")
-      self._offered.append(_Offered(_name_of(found), found))
-    largest = max((each.found.config for each in self._offered), key=count_params)
+      info = completer_lib.describe(dataclasses.replace(self._settings, checkpoint=path), "")
+      self._offered.append(_Offered(_name_of(info), info))
+    largest = max((offered.info.config for offered in self._offered), key=count_params)
     self._mesh = mesh or devices.sampling_mesh(self._settings, largest, _SAMPLES)
 
   def __len__(self) -> int:
     return len(self._offered)
 
   def describe(self) -> list[dict[str, Any]]:
-    """The models as the page shows them; their paths stay here."""
+    """Returns the models as the page shows them, without their paths."""
     return [
       {
-        "name": each.name,
-        "resolution": each.found.run["resolution"],
-        "parameters": count_params(each.found.config),
-        "step": each.found.step,
+        "name": offered.name,
+        "resolution": offered.info.run["resolution"],
+        "parameters": count_params(offered.info.config),
+        "step": offered.info.step,
       }
-      for each in self._offered
+      for offered in self._offered
     ]
 
   def completer(self, index: int) -> completer_lib.Completer:
-    """The model of that number, its weights read."""
+    """Returns the model at an index, after reading its weights on first use."""
     offered = self._offered[index]
     if offered.completer is None:
-      offered.completer = completer_lib.Completer(offered.found, self._settings, self._mesh)
+      offered.completer = completer_lib.Completer(offered.info, self._settings, self._mesh)
     return offered.completer
 
 
-def _name_of(found: checkpoint.CheckpointInfo) -> str:
-  """The run's name; that of its folder."""
-  parts = os.path.normpath(found.path).split(os.sep)
+def _name_of(info: checkpoint.CheckpointInfo) -> str:
+  """Returns the name of the run's folder."""
+  parts = os.path.normpath(info.path).split(os.sep)
   if len(parts) > 2 and parts[-2] == checkpoint.FOLDER:
     return parts[-3]
-  return parts[-2] if found.format == "openai" and len(parts) > 1 else parts[-1]
+  return parts[-2] if info.format == "openai" and len(parts) > 1 else parts[-1]

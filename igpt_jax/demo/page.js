@@ -1,15 +1,15 @@
 "use strict";
-// The page: shows what is hidden, sends the picture, paints rows as they come. serve.py says what the
-// lines mean.
+// The page: shows what is hidden, sends the image, paints rows as they arrive. serve.py documents the
+// lines of the response.
 
 const at = (id) => document.getElementById(id);
 const GREY = [200, 200, 200];
-const SAVED_SIDE = 256; // of a picture that is downloaded, at least
+const SAVED_SIDE = 256; // smallest side of a downloaded image
 
-let about = null; // what GET /models said
+let about = null; // response of GET /models
 let chosen = null; // the file
 let square = null; // its centre, as far as the browser can show it
-let stopper = null; // of the request under way
+let stopper = null; // AbortController of the current request
 
 function tell(message) {
   at("error").textContent = message;
@@ -177,17 +177,17 @@ function receiver(n) {
     given(event) {
       ({ resolution, rows_given: given } = event);
       at("results").replaceChildren();
-      const picture = pixelsOf(event.picture);
-      const shown = picture.slice();
+      const original = pixelsOf(event.picture);
+      const shown = original.slice();
       for (let i = given * resolution * 3; i < shown.length; i++) shown[i] = GREY[i % 3];
       samples = Array.from({ length: n }, (_, i) => addFigure(resolution, `sample ${i + 1}`, `completion-${i + 1}.png`));
       for (const { canvas } of samples) paint(canvas, shown, 0);
-      paint(addFigure(resolution, "original", "original.png").canvas, picture, 0);
+      paint(addFigure(resolution, "original", "original.png").canvas, original, 0);
     },
     rows(event) {
-      const pixels = pixelsOf(event.pixels), each = pixels.length / n;
-      samples.forEach(({ canvas }, i) => paint(canvas, pixels.subarray(i * each, (i + 1) * each), event.first));
-      const done = event.first + each / 3 / resolution;
+      const pixels = pixelsOf(event.pixels), length = pixels.length / n;
+      samples.forEach(({ canvas }, i) => paint(canvas, pixels.subarray(i * length, (i + 1) * length), event.first));
+      const done = event.first + length / 3 / resolution;
       at("progress").value = (done - given) / (resolution - given);
       at("status").textContent = `Row ${done} of ${resolution}.`;
     },
@@ -230,21 +230,21 @@ async function complete() {
   at("download").hidden = true;
   at("progress").hidden = false;
   at("progress").value = 0;
-  at("status").textContent = "Sending the picture.";
+  at("status").textContent = "Sending the image.";
   if (innerWidth < 768) at("made").scrollIntoView({ behavior: "smooth" });
   let last = "";
   try {
     const response = await fetch(`/complete?${query}`, { method: "POST", body: chosen, signal: stopper.signal });
     if (!response.ok) {
-      const said = await response.json().catch(() => ({ message: `The server answered ${response.status}.` }));
-      throw new Error(said.message);
+      const answer = await response.json().catch(() => ({ message: `The server answered ${response.status}.` }));
+      throw new Error(answer.message);
     }
     const receive = receiver(n);
     for await (const event of linesOf(response)) {
       last = event.event;
       receive[last](event);
     }
-    if (last !== "done") throw new Error("The connection ended before the picture was whole.");
+    if (last !== "done") throw new Error("The connection ended before the image was complete.");
   } catch (error) {
     const stopped = error.name === "AbortError";
     at("status").textContent = stopped ? "Stopped." : "Not completed.";

@@ -5,11 +5,11 @@
   POST /complete?model=0&keep=0.5&n=4&temperature=1&seed=0     an image's bytes in; lines out:
     {"event": "waiting", "ahead": 2}
     {"event": "preparing"}
-    {"event": "given", "resolution": R, "rows_given": 8, "image": base64 of uint8 [R, R, 3]}
+    {"event": "given", "resolution": R, "rows_given": 8, "picture": base64 of uint8 [R, R, 3]}
     {"event": "rows", "first": 8, "pixels": base64 of uint8 [n, rows, R, 3]}   … until the last row
     {"event": "done", "nats_per_token": [n numbers]}      or {"event": "error", "message": "…"}
 
-One thread draws; requests wait in line for it. Who leaves the page leaves the line.
+One thread draws; requests queue for it. Leaving the page leaves the queue.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-  """A request that isn't served, with the status and what to tell the person."""
+  """A request that isn't served, with its HTTP status and a message for the person."""
 
   def __init__(self, status: int, message: str):
     super().__init__(message)
@@ -64,13 +64,13 @@ class Refused(Exception):
 
 
 def check_installed() -> None:
-  """Raises UserError where the extra isn't there."""
+  """Raises UserError if the extra `demo` isn't installed."""
   if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
     raise UserError("the page needs starlette and uvicorn; fix: pip install 'igpt_jax[demo]'")
 
 
 def bind(host: str, port: int) -> socket.socket:
-  """A socket there, before anything that takes long.
+  """Binds a socket, before anything that takes long.
 
   Raises:
     UserError: the address is in use, or isn't this machine's.
@@ -90,7 +90,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(models: Models, limits: Limits, sock: socket.socket) -> None:
-  """Serves until it is interrupted."""
+  """Serves until interrupted."""
   import uvicorn
 
   host, port = sock.getsockname()[:2]
@@ -114,10 +114,9 @@ def make_app(models: Models, limits: Limits, hosts: tuple[str, ...] = ("*",)):
   """The ASGI application.
 
   Args:
-    models: to offer.
-    limits: of each request.
-    hosts: names that it may be called by. Of a server on loopback those are few: other sites could
-      have their own name point here.
+    models: the models to offer.
+    limits: limits of each request.
+    hosts: allowed Host headers. On loopback only its own names, against DNS rebinding.
   """
   from starlette.applications import Starlette
   from starlette.middleware import Middleware
@@ -158,7 +157,7 @@ def make_app(models: Models, limits: Limits, hosts: tuple[str, ...] = ("*",)):
 
 
 class _Service:
-  """Requests in, events out."""
+  """Turns requests into streams of events."""
 
   def __init__(self, models: Models, limits: Limits):
     self._models, self._limits = models, limits
@@ -177,15 +176,15 @@ class _Service:
     }
 
   async def accept(self, request) -> AsyncIterator[bytes]:
-    """Checks a request and receives its image; what it gives back is streamed.
+    """Checks a request and receives its image; returns the lines of the response.
 
     Raises:
-      Refused: something about it isn't as it must be, or the line is full.
+      Refused: the request is invalid, or the queue is full.
     """
     origin = request.headers.get("origin")
     if origin and urlsplit(origin).netloc != request.headers.get("host"):
       raise Refused(403, "another site's page may not ask for completions")
-    wish = _CompletionRequest(request.query_params, len(self._models), self._limits.samples)
+    wanted = _CompletionRequest(request.query_params, len(self._models), self._limits.samples)
     try:
       self._line.take_place()
     except Full:
@@ -197,8 +196,8 @@ class _Service:
     except BaseException:
       self._line.give_back_place()
       raise
-    lines = self._lines(wish, data)
-    # Begun here: from now on it gives the place back, also where the answer is never sent.
+    lines = self._lines(wanted, data)
+    # Started here, so that it gives the place back even if the response is never sent.
     return _with_first(await anext(lines), lines)
 
   async def _receive(self, request) -> bytes:
@@ -219,14 +218,14 @@ class _Service:
       raise Refused(400, "no image came along; choose one first")
     return bytes(data)
 
-  async def _lines(self, wish: "_CompletionRequest", data: bytes) -> AsyncIterator[bytes]:
-    """The events as lines; whatever happens, the last one is "done" or "error"."""
+  async def _lines(self, wanted: "_CompletionRequest", data: bytes) -> AsyncIterator[bytes]:
+    """Yields events as lines; the last one is always "done" or "error"."""
     me = object()
     try:
       async for ahead in self._line.turn(me):
         if ahead:
           yield _line(event="waiting", ahead=ahead)
-      async with contextlib.aclosing(self._events(wish, data)) as events:
+      async with contextlib.aclosing(self._events(wanted, data)) as events:
         async for event in events:
           yield _line(**event)
     except (Refused, UserError, BadRecord) as error:
@@ -239,18 +238,18 @@ class _Service:
       self._line.give_back_place()
 
   async def _events(
-    self, wish: "_CompletionRequest", data: bytes
+    self, wanted: "_CompletionRequest", data: bytes
   ) -> AsyncGenerator[dict[str, Any], None]:
     yield {"event": "preparing"}
-    completer = await self._call(self._models.completer, wish.model)
+    completer = await self._call(self._models.completer, wanted.model)
     reader = completer.reader
-    picture: InputImage = await self._call(reader.read, data, "this file")
+    image: InputImage = await self._call(reader.read, data, "this file")
     side = reader.resolution
-    rows = prompt_rows(wish.keep, side)
-    whole = reader.paint(picture.tokens[None])
+    rows = prompt_rows(wanted.keep, side)
+    whole = reader.paint(image.tokens[None])
     yield {"event": "given", "resolution": side, "rows_given": rows, "picture": _base64(whole)}
     growing = completer.draw(
-      [picture], range(wish.n), rows, wish.sampling, seed=wish.seed, rows_at_a_time=1
+      [image], range(wanted.n), rows, wanted.sampling, seed=wanted.seed, rows_at_a_time=1
     )
     first, deadline = rows, math.inf
     try:
@@ -263,7 +262,7 @@ class _Service:
           deadline = time.monotonic() + self._limits.seconds
         if until == side:
           nats = drawn.nll[:, rows * side :].mean(1)
-          yield {"event": "done", "nats_per_token": [round(float(each), 4) for each in nats]}
+          yield {"event": "done", "nats_per_token": [round(float(value), 4) for value in nats]}
         elif time.monotonic() > deadline:
           raise Refused(
             503,
@@ -271,17 +270,17 @@ class _Service:
             "a smaller model, are faster",
           )
     finally:
-      # In the thread that may still be at work in it.
+      # In the worker, which may still be running the generator.
       with contextlib.suppress(RuntimeError):  # the server is ending
         self._worker.submit(growing.close)
 
   async def _call(self, function, *args):
-    """Calls it in the one thread that works."""
+    """Calls a function in the worker thread."""
     return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
 
 class _CompletionRequest:
-  """What a person asks for. Raises Refused for what can't be."""
+  """Parameters of a completion. Raises Refused if one is invalid."""
 
   def __init__(self, query, n_models: int, most_samples: int):
     def number(name: str, kind, least, most):
@@ -304,14 +303,14 @@ class _CompletionRequest:
       SamplingConfig(temperature)
     except UserError as error:
       raise Refused(400, str(error)) from None
-    # A program is compiled for each: tenths are fine enough, but 0 is another way of drawing.
+    # Rounded, as each temperature compiles a program; only 0 itself is greedy.
     self.sampling = SamplingConfig(max(round(temperature, 1), 0.1) if temperature else 0.0)
 
 
 async def _with_first(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
   yield first
-  async for each in rest:
-    yield each
+  async for line in rest:
+    yield line
 
 
 def _base64(array) -> str:

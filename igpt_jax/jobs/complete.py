@@ -1,17 +1,17 @@
-"""Completes a person's own images, or draws from nothing.
+"""Completes a person's own images, or draws unconditional samples.
 
 OUT is the workdir, or complete/ in it where it holds checkpoints:
 
-  OUT/[CLASS/]grid.png              a row each: what is given, samples …, the original
-  OUT/[CLASS/]PICTURE/0000.png …    the samples
-  OUT/[CLASS/]PICTURE/appearing.gif their pixels appearing (not of a BERT model's)
-  OUT/[CLASS/]PICTURE/complete.json seeds, nats per token
-  OUT/[CLASS/]PICTURE/0000.npz …    tokens and nats of a batch's samples
-  OUT/settings.json                 what decides the samples: model by checksum, how they are drawn
-  OUT/complete.json                 the same, and all of it in brief
+  OUT/[CLASS/]grid.png              a row per image: prompt, samples …, original
+  OUT/[CLASS/]IMAGE/0000.png …    the samples
+  OUT/[CLASS/]IMAGE/appearing.gif their pixels appearing (not of a BERT model's)
+  OUT/[CLASS/]IMAGE/complete.json seeds, nats per token
+  OUT/[CLASS/]IMAGE/0000.npz …    tokens and nats of a batch's samples
+  OUT/settings.json                 what determines the samples: the model's checksum, how they are drawn
+  OUT/complete.json                 the same, and a summary of all images
 
-What a batch has drawn is on disk before the next begins, and isn't drawn again: a batch's file says
-by a digest which settings, and which image, it is of.
+Each batch is written before the next is drawn, and isn't drawn again: its file holds digests of the
+settings and of the image.
 """
 
 import collections
@@ -41,34 +41,27 @@ from igpt_jax.sampling.prompt_files import File
 from igpt_jax.workspace import devices, memory, provenance
 from igpt_jax.workspace import workdir as workdir_lib
 
-_GRID_ROWS = 64  # images, and
-_GRID_SAMPLES = 16  # samples of each, that grids show; all are in files of their own
-_GRID_DRAWN = 256  # samples from nothing
+_GRID_ROWS = 64  # images in a grid
+_GRID_SAMPLES = 16  # samples of each in a grid
+_GRID_DRAWN = 256  # unconditional samples in a grid
 _SETTINGS = "settings.json"
-# What an archive that isn't whole, or isn't one of these, raises when it is read.
+# Errors of reading an archive that is damaged or isn't one of ours.
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(eq=False)
 class Target:
-  """One image and where its samples go.
+  """An image to complete, and its samples."""
 
-  Attributes:
-    file: that it was read from; None: samples are drawn from nothing.
-    image: as the model sees it.
-    folder: of its results.
-    settings: digest of what decides its samples, but for the image.
-    samples: number -> (tokens [T], nats [T]), those there are.
-  """
-
-  file: File | None
-  picture: InputImage
-  folder: str
-  settings: str
+  file: File | None  # None: unconditional samples
+  image: InputImage
+  folder: str  # folder of its results
+  settings: str  # digest of everything but the image that determines its samples
+  # number -> (tokens [T], nats [T])
   samples: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
   def read(self) -> None:
-    """Finds what was drawn before for this very image with these settings."""
+    """Reads samples that were drawn before for this image with these settings."""
     if not os.path.isdir(self.folder):
       return
     for name in sorted(os.listdir(self.folder)):
@@ -83,18 +76,16 @@ class Target:
         continue  # drawn again
 
   def _is_of(self, part: Mapping[str, np.ndarray]) -> bool:
-    of_picture = int(part["identity"]) == self.picture.identity
-    return of_picture and str(part["settings"]) == self.settings
+    same_image = int(part["identity"]) == self.image.identity
+    return same_image and str(part["settings"]) == self.settings
 
   def add(self, numbers: list[int], tokens: np.ndarray, nll: np.ndarray) -> None:
-    """Keeps samples, on disk too."""
-    with (
-      files.replacing(os.path.join(self.folder, f"{numbers[0]:04d}.npz")) as partial,
-      open(partial, "wb") as file,
-    ):
+    """Adds samples, and writes them to disk."""
+    path = os.path.join(self.folder, f"{numbers[0]:04d}.npz")
+    with files.replacing(path) as partial, open(partial, "wb") as file:
       np.savez(
         file,
-        identity=np.uint32(self.picture.identity),
+        identity=np.uint32(self.image.identity),
         settings=np.asarray(self.settings),
         numbers=np.asarray(numbers),
         tokens=tokens.astype(np.uint16),
@@ -106,23 +97,23 @@ class Target:
 def run(settings: Settings, workdir: str) -> None:
   """Completes `images`, or draws `n` images, with `checkpoint`."""
   devices.use_cores(settings)
-  found = completer_lib.describe(settings, workdir, bert=True)
-  known = filler.known_pixels(settings, found)
+  info = completer_lib.describe(settings, workdir, bert=True)
+  known = filler.known_pixels(settings, info)
   n, images = settings.complete.n, settings.complete.images
   chosen = prompt_files.find(images) if images else []
-  mesh = devices.sampling_mesh(settings, found.config, n)
-  if found.config.causal:
-    memory.check_cache(found.config, settings.sample.batch_size, settings.sample.cache, mesh)
+  mesh = devices.sampling_mesh(settings, info.config, n)
+  if info.config.causal:
+    memory.check_cache(info.config, settings.sample.batch_size, settings.sample.cache, mesh)
   in_run = checkpoint.latest_step(workdir) is not None
   out = os.path.join(workdir, "complete") if in_run else workdir
-  recipe = _recipe(settings, found, known)
+  recipe = _recipe(settings, info, known)
   _check_same(recipe, out)
   workdir_lib.open_workdir(out)
-  reader = Reader(found)
+  reader = Reader(info)
   targets, unreadable = _targets(chosen, reader, out, files.digest(recipe))
   for target in targets:
     target.read()
-  # No one draws before all have seen what is there
+  # No process draws before all have read the samples on disk.
   hosts.wait_for_all("complete")
   if hosts.is_main():
     summary.write_json(os.path.join(out, _SETTINGS), recipe)
@@ -133,9 +124,9 @@ def run(settings: Settings, workdir: str) -> None:
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
-    causal = found.config.causal
-    completer = Completer(found, settings, mesh) if causal else Filler(found, settings, mesh, known)
-    # A list: what is missing changes as samples come in, and only where they are written.
+    causal = info.config.causal
+    completer = Completer(info, settings, mesh) if causal else Filler(info, settings, mesh, known)
+    # A list, made before drawing: only the main process's targets get the samples that are drawn.
     batches = list(_batches(to_do, n, settings.sample.batch_size))
     clock = progress.Countdown("batches", len(batches), say)
     for done, (batch, numbers) in enumerate(batches, 1):
@@ -149,31 +140,31 @@ def run(settings: Settings, workdir: str) -> None:
   for target in targets:
     if not _is_finished(target, recipe):
       _finish(target, reader, recipe, settings)
-  values = {"checkpoint": found.path, "step": found.step}
+  values = {"checkpoint": info.path, "step": info.step}
   values |= _write_grids(targets, reader, recipe, out, settings)
   if unreadable:
     values["unreadable"] = unreadable
   summary.write_json(os.path.join(out, "complete.json"), values)
-  for each in unreadable:
-    say(f"left out: {each}")
+  for message in unreadable:
+    say(f"left out: {message}")
   say(f"mean {values['nats_per_token']:.4f} nats/token; wrote {out}")
 
 
 def _recipe(
-  settings: Settings, found: checkpoint.CheckpointInfo, known: np.ndarray
+  settings: Settings, info: checkpoint.CheckpointInfo, known: np.ndarray
 ) -> dict[str, Any]:
-  """All that decides what an image's samples are."""
+  """Everything but the image that determines its samples."""
   sampling, complete = choices.sampling_config(settings), settings.complete
-  resolution = found.run["resolution"]
+  resolution = info.run["resolution"]
   return {
-    **provenance.of_checkpoint(found),
+    **provenance.of_checkpoint(info),
     "resolution": resolution,
     "dtype": choices.compute_dtype(settings),
     "cache": settings.sample.cache,
     "rows_given": prompt_rows(complete.keep, resolution) if complete.images else 0,
-    # Pixels that are given, a row of 0 and 1 each: of images, if there are any.
+    # Given pixels as rows of 0 and 1; none for unconditional samples.
     "known": ["".join(str(int(pixel)) for pixel in row) for row in known & bool(complete.images)],
-    **({} if found.config.causal else {"passes": complete.passes}),
+    **({} if info.config.causal else {"passes": complete.passes}),
     "n": complete.n,
     "seed": settings.seed,
     "scale": settings.sample.scale or figures.default_scale(resolution),
@@ -182,9 +173,9 @@ def _recipe(
 
 
 def _check_same(recipe: dict[str, Any], out: str) -> None:
-  """Raises UserError where `out` holds what was drawn in another way, or by another model."""
+  """Raises UserError if `out` holds samples drawn in another way, or by another model."""
   try:
-    theirs = files.read_json(os.path.join(out, _SETTINGS))
+    stored = files.read_json(os.path.join(out, _SETTINGS))
   except FileNotFoundError:
     return
   except (OSError, ValueError) as error:
@@ -192,16 +183,16 @@ def _check_same(recipe: dict[str, Any], out: str) -> None:
       f"workdir: {out}/{_SETTINGS} is damaged ({error}); fix: another --workdir"
     ) from None
   what = f"{out} holds samples that were drawn in another way, or by another model"
-  files.check_same("workdir", what, theirs, recipe, f"another --workdir, or remove {out}")
+  files.check_same("workdir", what, stored, recipe, f"another --workdir, or remove {out}")
 
 
 def _targets(
   chosen: list[File], reader: Reader, out: str, recipe: str
 ) -> tuple[list[Target], list[str]]:
-  """What to complete, and what can't be read, in words.
+  """Reads the images; returns them, and messages about those that can't be read.
 
   Raises:
-    UserError: nothing can be read.
+    UserError: none can be read.
   """
   if not chosen:
     return [Target(None, NOTHING, os.path.join(out, NOTHING.name), recipe)], []
@@ -209,21 +200,20 @@ def _targets(
   for file in chosen:
     try:
       with open(file.path, "rb") as stream:
-        picture = reader.read(stream.read(), file.path)
+        image = reader.read(stream.read(), file.path)
     except OSError as error:
       unreadable.append(f"{file.path}: {error.strerror}")
     except BadRecord as error:
       unreadable.append(str(error))
     else:
-      targets.append(Target(file, picture, os.path.join(out, file.group, file.name), recipe))
+      targets.append(Target(file, image, os.path.join(out, file.group, file.name), recipe))
   if not targets:
+    reasons = "\n  ".join(unreadable[:5])
     raise UserError(
-      "config.complete.images: none can be read:\n  "
-      + "\n  ".join(unreadable[:5])
-      + "\nexpected JPEG, PNG, …"
+      f"config.complete.images: none can be read:\n  {reasons}\nexpected JPEG, PNG, …"
     )
-  for each in unreadable:
-    say(f"unreadable, left out: {each}")
+  for message in unreadable:
+    say(f"unreadable, left out: {message}")
   return targets, unreadable
 
 
@@ -234,9 +224,9 @@ def _missing(target: Target, n: int) -> list[int]:
 def _batches(
   targets: list[Target], n: int, batch_size: int
 ) -> Iterator[tuple[list[Target], list[int]]]:
-  """Images and the numbers of their samples, all batches of one shape.
+  """Yields images and numbers of their samples, all batches of one shape.
 
-  Where n isn't a multiple, the last numbers are beyond it; they are drawn for the shape's sake.
+  For that the last numbers may exceed n, and a group's last image may be repeated.
   """
   pieces = -(-n // batch_size)
   size = -(-n // pieces)
@@ -250,15 +240,11 @@ def _batches(
 
 
 def _draw(
-  completer: Completer | Filler,
-  batch: list[Target],
-  numbers: list[int],
-  recipe,
-  settings: Settings,
+  completer: Completer | Filler, batch: list[Target], numbers: list[int], recipe, settings: Settings
 ) -> None:
   """Draws a batch and writes it to disk."""
   *_, drawn = completer.draw(
-    [target.picture for target in batch],
+    [target.image for target in batch],
     numbers,
     recipe["rows_given"],
     choices.sampling_config(settings),
@@ -269,21 +255,21 @@ def _draw(
   kept = [number for number in numbers if number < settings.complete.n]
   for i, target in enumerate(batch):
     if target in batch[:i]:
-      break  # the last one again, which filled the batch up
+      break  # the last one repeated, which pads the batch
     rows = slice(i * len(numbers), i * len(numbers) + len(kept))
     scale = recipe["scale"]
     os.makedirs(target.folder, exist_ok=True)
     for number, painted in zip(kept, completer.reader.paint(drawn.tokens[rows]), strict=True):
       path = os.path.join(target.folder, f"{number:04d}.png")
       figures.save_png(path, figures.grid([[painted]], scale=scale, gap=0))
-    # Last: from now on they aren't drawn again.
+    # Last, since samples in the archive aren't drawn again.
     target.add(kept, drawn.tokens[rows], drawn.nll[rows])
 
 
 def _rows(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
-  """The first n samples' tokens [n, T] and nats [n, T]."""
-  of_numbers = [target.samples[number] for number in range(n)]
-  return np.stack([tokens for tokens, _ in of_numbers]), np.stack([nll for _, nll in of_numbers])
+  """Returns the first n samples' tokens [n, T] and nats [n, T]."""
+  tokens, nll = zip(*(target.samples[number] for number in range(n)), strict=True)
+  return np.stack(tokens), np.stack(nll)
 
 
 def _is_finished(target: Target, recipe: dict[str, Any]) -> bool:
@@ -291,30 +277,29 @@ def _is_finished(target: Target, recipe: dict[str, Any]) -> bool:
     kept = files.read_json(os.path.join(target.folder, "complete.json"))
   except (OSError, ValueError):
     return False
-  mine = {"picture_identity": target.picture.identity, "settings": recipe}
-  return not files.differing(kept, mine)
+  ours = {"picture_identity": target.image.identity, "settings": recipe}
+  return not files.differing(kept, ours)
 
 
 def _finish(target: Target, reader: Reader, recipe: dict[str, Any], settings: Settings) -> None:
-  """The animation and the JSON of an image whose samples are all there; the JSON comes last."""
+  """Writes the animation, then the JSON, of an image whose samples are all drawn."""
   tokens, nll = _rows(target, settings.complete.n)
-  if "passes" not in recipe:  # else pixels don't appear one after the other
+  if "passes" not in recipe:  # a BERT model doesn't draw in raster order
     n_given = recipe["rows_given"] * recipe["resolution"]
-    shown = reader.paint(tokens[:_GRID_SAMPLES])
-    scale = recipe["scale"]
-    frames = figures.appearing(list(shown), n_given, columns=4, scale=scale)
+    images = list(reader.paint(tokens[:_GRID_SAMPLES]))
+    frames = figures.appearing(images, n_given, columns=4, scale=recipe["scale"])
     figures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
   nats = nll[:, ~_known(recipe).reshape(-1)].mean(1)
   values = {
     "picture": target.file.path if target.file else None,
-    "picture_identity": target.picture.identity,
+    "picture_identity": target.image.identity,
     "settings": recipe,
     "nats_per_token": float(nats.mean()),
     "samples": [
       {
         "file": f"{number:04d}.png",
-        # jax.random.key(seed), with these two folded in.
-        "seed": [recipe["seed"], target.picture.identity, number],
+        # jax.random.key(seed), with identity and number folded in.
+        "seed": [recipe["seed"], target.image.identity, number],
         "nats_per_token": round(float(nats[number]), 5),
       }
       for number in range(settings.complete.n)
@@ -324,39 +309,40 @@ def _finish(target: Target, reader: Reader, recipe: dict[str, Any], settings: Se
 
 
 def _known(recipe: dict[str, Any]) -> np.ndarray:
-  """bool [H, W]."""
+  """Returns the mask of given pixels, bool [H, W]."""
   return np.array([[pixel == "1" for pixel in row] for row in recipe["known"]])
 
 
 def _write_grids(
   targets: list[Target], reader: Reader, recipe: dict[str, Any], out: str, settings: Settings
 ) -> dict[str, Any]:
-  """A grid for each class, and what complete.json says."""
+  """Writes a grid for each class; returns the content of complete.json."""
   groups = collections.defaultdict(list)
   for target in targets:
     groups[target.file.group if target.file else ""].append(target)
-  known, briefly = _known(recipe), {}
-  scale = recipe["scale"]
+  known, nats_of = _known(recipe), {}
   for group, members in groups.items():
     rows: list[list[np.ndarray]] = []
     for target in members:
       tokens, nll = _rows(target, settings.complete.n)
       nats = float(nll[:, ~known.reshape(-1)].mean())
-      briefly[os.path.relpath(target.folder, out)] = nats
+      nats_of[os.path.relpath(target.folder, out)] = nats
       if target.file is None:
         painted = list(reader.paint(tokens[:_GRID_DRAWN]))
         columns = math.ceil(math.sqrt(2 * len(painted)))
         rows = [painted[start : start + columns] for start in range(0, len(painted), columns)]
       elif len(rows) < _GRID_ROWS:
-        original = reader.paint(target.picture.tokens[None])[0]
+        original = reader.paint(target.image.tokens[None])[0]
         drawn = list(reader.paint(tokens[:_GRID_SAMPLES]))
         rows.append([figures.hide(original, known), *drawn, original])
-    figures.save_png(os.path.join(out, group, "grid.png"), figures.grid(rows, scale=scale))
+    figures.save_png(
+      os.path.join(out, group, "grid.png"), figures.grid(rows, scale=recipe["scale"])
+    )
     if len(members) > _GRID_ROWS:
       say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} images")
   return {
     "settings": recipe,
-    "pictures": len(briefly) if known.any() else 0,
-    "nats_per_token": float(np.mean(list(briefly.values()))),
-    "each_nats_per_token": {name: round(nats, 5) for name, nats in briefly.items()},
+    "pictures": len(nats_of) if known.any() else 0,
+    "nats_per_token": float(np.mean(list(nats_of.values()))),
+    "each_nats_per_token": {name: round(nats, 5) for name, nats in nats_of.items()},
   }

@@ -1,8 +1,8 @@
-"""What the features are worth with few labels: 1, 4, 25, … per class, five random subsets each.
+"""Linear probe with few labels: 1, 4, 25, … per class, five random subsets of each size.
 
-Writes lowdata.json, lowdata.md and lowdata.png (accuracy against labels per class). Classifiers see the
-subset's labels alone; layer and strength of the regularisation are chosen on the validation part, which
-the paper doesn't speak of; test is looked at with everything chosen.
+Writes lowdata.json, lowdata.md and lowdata.png (accuracy against labels per class). Classifiers are
+fitted to the subset's labels alone; layer and strength of the regularisation are chosen on validation,
+which the paper doesn't specify; test is evaluated after all choices.
 """
 
 import dataclasses
@@ -26,25 +26,22 @@ _OURS = "best layer"
 
 
 def run(settings: Settings, workdir: str) -> None:
-  """Fits to few labels of the configured data, on features of `checkpoint` (or the workdir's newest)."""
+  """Fits to few labels, on features of `checkpoint` (or the workdir's newest)."""
   workdir_lib.open_workdir(workdir)
   source = sets_lib.open_source(settings, workdir)
   sets = sets_lib.extract(settings, workdir, source)
   if not hosts.is_main():
     return
   labels = sets[0].parts()[0][1]
-  # Every set of features is fitted to the same subsets; all are drawn before anything is fitted.
+  # All sets of features are fitted to the same subsets, drawn before anything is fitted.
   subsets = {n: draw(settings, labels, n) for n in settings.lowdata.labels_per_class}
   clock = progress.Countdown("few labels", len(sets), say)
   results: dict[str, dict[int, FewLabelsResult]] = {}
-  for done, each in enumerate(sets, 1):
-    parts = each.parts()
-    results[each.name] = {
+  for done, features in enumerate(sets, 1):
+    parts = features.parts()
+    results[features.name] = {
       n: linear.few_labels(
-        *parts,
-        drawn,
-        n_classes=source.n_classes,
-        max_iterations=settings.probe.max_iterations,
+        *parts, drawn, n_classes=source.n_classes, max_iterations=settings.probe.max_iterations
       )
       for n, drawn in subsets.items()
     }
@@ -74,15 +71,15 @@ def run(settings: Settings, workdir: str) -> None:
   summary.write_json(os.path.join(workdir, "lowdata.json"), values)
   text = table(chosen, results)
   summary.write_text(os.path.join(workdir, "lowdata.md"), text)
+  curves, spread = {}, {}
+  for label, of in chosen.items():
+    best = [results[name][n] for n, name in of.items()]
+    curves[label] = (list(of), [result.test_accuracy for result in best])
+    spread[label] = [result.test_std for result in best]
   figures.plot(
     os.path.join(workdir, "lowdata.png"),
-    {
-      label: (list(of), [results[name][n].test_accuracy for n, name in of.items()])
-      for label, of in chosen.items()
-    },
-    spread={
-      label: [results[name][n].test_std for n, name in of.items()] for label, of in chosen.items()
-    },
+    curves,
+    spread=spread,
     title=f"Few labels: mean and deviation of {settings.lowdata.trials} random subsets",
     x_label="labels per class",
     y_label="test accuracy",
@@ -94,7 +91,7 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def draw(settings: Settings, labels: np.ndarray, per_class: int) -> list[np.ndarray]:
-  """The subsets of one size; those of another size don't change them."""
+  """Draws the subsets of one size, independently of other sizes."""
   rng = np.random.default_rng((settings.seed, per_class))
   try:
     return [linear.balanced_subset(labels, per_class, rng) for _ in range(settings.lowdata.trials)]
@@ -107,13 +104,11 @@ def draw(settings: Settings, labels: np.ndarray, per_class: int) -> list[np.ndar
 def choose(
   sets: list[FeatureSet], results: dict[str, dict[int, FewLabelsResult]]
 ) -> dict[str, dict[int, str]]:
-  """The set with the best validation accuracy for every curve and number of labels, the first such."""
+  """Returns the set with the best validation accuracy, for every curve and number of labels."""
+  titles = {"layer": _OURS, sets_lib.RANDOM: "random weights, best layer"}
   curves: dict[str, list[str]] = {_OURS: []}
-  for each in sets:
-    curve = _OURS if each.kind == "layer" else each.name
-    if each.kind == sets_lib.RANDOM:
-      curve = "random weights, best layer"
-    curves.setdefault(curve, []).append(each.name)
+  for features in sets:
+    curves.setdefault(titles.get(features.kind, features.name), []).append(features.name)
   return {
     curve: {
       n: max(names, key=lambda name: results[name][n].validation_accuracy)
@@ -124,22 +119,22 @@ def choose(
 
 
 def verdict(chosen, results) -> str:
-  """Who wins at each number of labels, whoever it is."""
-  said = []
+  """One line: the best curve at each number of labels."""
+  winners = []
   for n in chosen[_OURS]:
     accuracy = {curve: results[of[n]][n].test_accuracy for curve, of in chosen.items()}
     best = max(accuracy, key=accuracy.__getitem__)
-    said.append(f"{n}: {best} {accuracy[best]:.2%}")
-  return "best with so many labels per class: " + "; ".join(said)
+    winners.append(f"{n}: {best} {accuracy[best]:.2%}")
+  return "best with so many labels per class: " + "; ".join(winners)
 
 
 def table(chosen, results) -> str:
-  """Markdown: a row per number of labels, a column per curve."""
+  """Markdown table with a row per number of labels, and a column per curve."""
 
   def cell(n: int, name: str) -> str:
-    found = results[name][n]
+    result = results[name][n]
     which = f" ({name.removeprefix('random weights, ')})" if "layer" in name else ""
-    return f"{found.test_accuracy:.2%} ± {found.test_std:.2%}{which}"
+    return f"{result.test_accuracy:.2%} ± {result.test_std:.2%}{which}"
 
   rows = [(n, *(cell(n, of[n]) for of in chosen.values())) for n in chosen[_OURS]]
   return markdown_table("r" + "l" * len(chosen), ("labels per class", *chosen), rows)

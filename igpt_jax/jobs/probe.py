@@ -1,7 +1,7 @@
-"""What the features are worth: a linear classifier at every layer, beside the baselines.
+"""Linear probe: fits a classifier to the features of every layer and to baselines.
 
 Writes probe.json, probe.md (the table) and probe.png (accuracy against layer, the paper's figure 2).
-The layer is chosen on validation; test is looked at once per row, with everything chosen. With
+The layer is chosen on validation; test is evaluated once per row, after all choices. With
 `watch`, every checkpoint of a run is probed, and two more images compare them (probing/probe_tables.py).
 """
 
@@ -39,7 +39,7 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
-  """All but the checkpoint that decides probe.json."""
+  """Everything that determines probe.json, except the checkpoint."""
   return {
     "data": provenance.of_data(settings.data, sets_lib.SPLITS),
     **provenance.of_settings(
@@ -50,7 +50,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 
 def check(settings: Settings) -> None:
-  """Raises UserError for settings that can't be."""
+  """Raises UserError for settings that contradict each other."""
   if settings.watch and settings.features.cache:
     raise UserError(
       f"config.features.cache: {settings.features.cache} is for one checkpoint; config.watch probes several; "
@@ -59,7 +59,7 @@ def check(settings: Settings) -> None:
 
 
 def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
-  """One checkpoint; features are kept in `workdir`, results go to `out`."""
+  """Probes one checkpoint; features are stored in `workdir`, results go to `out`."""
   source = sets_lib.open_source(settings, workdir, mesh)
   features_folder = sets_lib.folder_of(settings, workdir, source)
   own_features = not os.path.exists(features_folder)
@@ -97,7 +97,7 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
   probe_tables.draw(os.path.join(out, "probe.png"), values)
   summary.write_json(os.path.join(out, "probe.json"), values)
   summary.write_summary(out)
-  # One checkpoint's features after the other's would fill the disk.
+  # Every checkpoint's features together would fill the disk.
   if settings.watch and own_features:
     shutil.rmtree(features_folder, ignore_errors=True)
   say(text.rstrip())
@@ -105,7 +105,7 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
 
 
 def validation_loss(settings: Settings, source: Source) -> float:
-  """Nats per token of the checkpoint on the probe's validation images."""
+  """Evaluates the checkpoint's nats per token on the probe's validation images."""
   trained = source.trained
   objective = make_objective(trained.run["objective"], trained.run["mask_probability"])
   split = source.splits["validation"]
@@ -121,9 +121,9 @@ def validation_loss(settings: Settings, source: Source) -> float:
 
 
 def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str, Any]]:
-  """Logistic regression on every set of features: rows of the table, as JSON."""
-  known = _Baselines(settings, workdir, source)
-  rows = known.rows()
+  """Fits logistic regression to every set of features; returns rows of the table, as JSON."""
+  baselines = _Baselines(settings, workdir, source)
+  rows = baselines.rows()
   if rows:
     say("baselines: fitted before, for this data and architecture")
     source = dataclasses.replace(source, baselines=())
@@ -134,44 +134,42 @@ def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str,
     return []
   clock = progress.Countdown("probes", len(sets), say)
 
-  def fit(each: FeatureSet) -> dict[str, Any]:
+  def fit(features: FeatureSet) -> dict[str, Any]:
     result = linear.probe(
-      *each.parts(),
+      *features.parts(),
       n_classes=source.n_classes,
       max_iterations=settings.probe.max_iterations,
       mesh=devices.own_mesh(source.mesh),
     )
-    return {
-      "name": each.name, "kind": each.kind, "layer": each.layer, **dataclasses.asdict(result)
-    }  # fmt: skip
+    names = {"name": features.name, "kind": features.kind, "layer": features.layer}
+    return {**names, **dataclasses.asdict(result)}
 
-  for done, each in enumerate(sets, 1):
-    rows.append(fit(each))
+  for done, features in enumerate(sets, 1):
+    rows.append(fit(features))
     clock.tick(done)
   if source.baselines:
-    known.keep([row for row in rows if row["kind"] in sets_lib.BASELINES])
+    baselines.keep([row for row in rows if row["kind"] in sets_lib.BASELINES])
   if settings.probe.around_best:
-    layers = around(
-      probe_tables.best_of(rows)["layer"], source.features.layers, settings.probe.around_best
-    )
+    best = probe_tables.best_of(rows)["layer"]
+    layers = around(best, source.features.layers, settings.probe.around_best)
     rows.append(fit(sets_lib.side_by_side(sets, layers)))
   return rows
 
 
 def around(best: int, layers: tuple[int, ...], count: int) -> tuple[int, ...]:
-  """`count` of the layers, next to each other, with the best as near the middle as there are layers."""
+  """Returns `count` consecutive layers with the best as near their middle as possible."""
   count = min(count, len(layers))
   first = min(max(layers.index(best) - count // 2, 0), len(layers) - count)
   return layers[first : first + count]
 
 
 class _Baselines:
-  """Baselines' rows, kept for the run's other checkpoints: they don't depend on its parameters."""
+  """Stored rows of the baselines, which are the same for all checkpoints of a run."""
 
   def __init__(self, settings: Settings, workdir: str, source: Source):
     of_model = dataclasses.asdict(source.trained.config)
     self._depends_on = {
-      # Random weights are those of a seed: the architecture decides them.
+      # Random weights have a fixed seed, so that the architecture determines them.
       "model": {k: v for k, v in of_model.items() if k not in ("attention", "remat")},
       "features_of": {
         name: sets_lib.identity_of(settings, source, name, "") for name in source.splits
@@ -184,7 +182,7 @@ class _Baselines:
     self._path = os.path.join(workdir, "probe", "baselines.json")
 
   def rows(self) -> list[dict[str, Any]]:
-    """Those that were kept, if they are these; []: they are to be fitted."""
+    """Reads the stored rows; [] if there are none for these settings."""
     try:
       kept = files.read_json(self._path)
     except FileNotFoundError:

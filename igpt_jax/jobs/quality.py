@@ -1,8 +1,8 @@
-"""How good samples and completions are: their likelihood, and their Fréchet distance to held-out images.
+"""Quality of samples and completions: likelihood, and Fréchet distance to held-out images.
 
 Writes quality.json and quality.md. Features are those of the model's own middle layer, of another
-checkpoint's, or of a network in ONNX format (Inception, say). As many training images, which are as
-real as test's, say what distance is left when nothing is wrong.
+checkpoint, or of a network in ONNX format (Inception, say). The distance of as many training images
+shows what real images reach.
 """
 
 import os
@@ -31,7 +31,7 @@ from igpt_jax.sampling import frechet
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, prompt_rows
 from igpt_jax.workspace import devices, provenance, watch, weights
 
-# uint8 [N, H, W, 3] -> features [N, D], of at most _PER_PASS images.
+# Function of at most _PER_PASS images: uint8 [N, H, W, 3] -> features [N, D].
 Network = Callable[[np.ndarray], np.ndarray]
 _PER_PASS = 128
 
@@ -42,7 +42,7 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
-  """All but the checkpoint that decides quality.json."""
+  """Everything that determines quality.json, except the checkpoint."""
   path, network = settings.quality.network, "its own"
   if file := onnx_file(settings):
     network = files.digest_of_file(file)
@@ -59,25 +59,24 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 
 def quality(settings: Settings, workdir: str, out: str) -> None:
-  """One checkpoint; results go to `out`."""
-  found = completer_lib.describe(settings, workdir)
-  weights.check_resolution(settings, found)
+  """Measures one checkpoint; results go to `out`."""
+  info = completer_lib.describe(settings, workdir)
+  weights.check_resolution(settings, info)
   mesh = devices.mesh_of(settings)
-  data_config = settings.data
-  splits = {name: open_split(data_config, name) for name in ("train", "test")}
+  splits = {name: open_split(settings.data, name) for name in ("train", "test")}
   for split in splits.values():
     _check_enough(split.fingerprint, len(split))
   n = min(settings.quality.images, *map(len, splits.values()))
-  other = describe_network(settings, found)
-  completer = Completer(found, settings, mesh)
+  other = describe_network(settings, info)
+  completer = Completer(info, settings, mesh)
   palette, resolution = completer.reader.palette, completer.reader.resolution
-  network, called = open_network(settings, completer, other, mesh)
+  network, network_name = open_network(settings, completer, other, mesh)
 
   def real(name: str) -> np.ndarray:
-    """Tokens [N, T] of images spread over the split."""
+    """Returns tokens [N, T] of random images of the split."""
     order = np.random.default_rng(settings.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
-    images = np.concatenate(list(pipeline.image_stream(chosen, data_config, augment=False)))
+    images = np.concatenate(list(pipeline.image_stream(chosen, settings.data, augment=False)))
     _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
     return palette.encode(images).reshape(len(images), -1).astype(np.int32)
 
@@ -86,10 +85,10 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
   rows_given = prompt_rows(settings.sample.keep, resolution)
   held_out = [InputImage(str(i), tokens) for i, tokens in enumerate(test)]
   say(f"quality: {n:,} samples and {n:,} completions beside {splits['test'].fingerprint}")
-  nothing, each_its_own = [NOTHING] * n, np.arange(n)
-  samples, of_samples = gather(settings, completer, nothing, each_its_own, 0, "samples")
+  nothing, numbers = [NOTHING] * n, np.arange(n)
+  samples, of_samples = gather(settings, completer, nothing, numbers, 0, "samples")
   completed, of_completions = gather(
-    settings, completer, held_out, 0 * each_its_own, rows_given, "completions"
+    settings, completer, held_out, 0 * numbers, rows_given, "completions"
   )
 
   def moments(tokens: np.ndarray) -> frechet.Moments:
@@ -103,10 +102,10 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     return frechet.distance(moments(tokens), reference)
 
   values = {
-    "checkpoint": found.path,
-    "step": found.step,
-    "parameters": weights.checksum_of(found),
-    "network": called,
+    "checkpoint": info.path,
+    "step": info.step,
+    "parameters": weights.checksum_of(info),
+    "network": network_name,
     "pictures": n,
     "data": {name: split.fingerprint for name, split in splits.items()},
     "seed": settings.seed,
@@ -117,7 +116,7 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     "samples_nats_per_token": float(of_samples.mean()),
     "completions_nats_per_token": float(of_completions[:, rows_given * resolution :].mean()),
   }
-  # Only now: the network runs on the devices of all processes.
+  # Not before: the network runs on the devices of all processes.
   if not hosts.is_main():
     return
   summary.write_text(os.path.join(out, "quality.md"), table(values))
@@ -126,32 +125,32 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
   say(table(values).rstrip())
 
 
-def _check_enough(of: str, n: int) -> None:
-  """Raises UserError where images have no covariance."""
+def _check_enough(name: str, n: int) -> None:
+  """Raises UserError for fewer than 2 images, which have no covariance."""
   if n < 2:
-    raise UserError(f"data: {of}: {n}; a Fréchet distance needs 2 or more; fix: more images")
+    raise UserError(f"data: {name}: {n}; a Fréchet distance needs 2 or more; fix: more images")
 
 
 def gather(
   settings: Settings,
   completer: Completer,
-  pictures: list[InputImage],
+  images: list[InputImage],
   numbers: np.ndarray,
   rows_given: int,
   what: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens and nats [N, T] of a sample of each image, `sample.batch_size` at a time.
+  """Draws one sample per image, `sample.batch_size` at a time; returns tokens and nats [N, T].
 
-  `numbers` [N] are those of the samples.
+  `numbers` [N] are the numbers of the samples.
   """
-  n, size = len(pictures), min(settings.sample.batch_size, len(pictures))
+  n, size = len(images), min(settings.sample.batch_size, len(images))
   clock = progress.Countdown(what, n, say)
   parts = []
   for first in range(0, n, size):
     # The last batch is as large as the others, so that one program draws them all.
     at = np.minimum(np.arange(first, first + size), n - 1)
     (drawn,) = completer.draw(
-      [pictures[i] for i in at], numbers[at, None], rows_given, choices.sampling_config(settings),
+      [images[i] for i in at], numbers[at, None], rows_given, choices.sampling_config(settings),
       seed=settings.seed,
     )  # fmt: skip
     parts.append((drawn.tokens[: n - first], drawn.nll[: n - first]))
@@ -161,17 +160,17 @@ def gather(
 
 
 def describe_network(
-  settings: Settings, found: checkpoint.CheckpointInfo
+  settings: Settings, info: checkpoint.CheckpointInfo
 ) -> checkpoint.CheckpointInfo | None:
-  """The checkpoint whose features are compared; None for a network in ONNX format.
+  """Describes the checkpoint whose features are compared; None for a network in ONNX format.
 
   Raises:
-    UserError: it can't be read, or has no such layer, or is of another resolution.
+    UserError: it can't be read, has no such layer, or is of another resolution.
   """
   if onnx_file(settings):
     return None
   path = settings.quality.network
-  chosen = weights.describe(path, settings) if path else found
+  chosen = weights.describe(path, settings) if path else info
   weights.palette_of(chosen)
   weights.check_resolution(settings, chosen)
   n_layer, layer = chosen.config.n_layer, settings.quality.layer
@@ -183,10 +182,10 @@ def describe_network(
 
 
 def onnx_file(settings: Settings) -> str:
-  """The network's file in ONNX format; "" where it is a checkpoint.
+  """Returns the path of the network in ONNX format; "" if the network is a checkpoint.
 
   Raises:
-    UserError: it isn't there.
+    UserError: there is no such file.
   """
   path = settings.quality.network
   if not path.endswith(".onnx"):
@@ -201,19 +200,19 @@ def onnx_file(settings: Settings) -> str:
 def open_network(
   settings: Settings, completer: Completer, other: checkpoint.CheckpointInfo | None, mesh: Mesh
 ) -> tuple[Network, str]:
-  """The features to compare by, and what to call them."""
+  """Returns the network whose features are compared, and its name."""
   if other is None:
     return onnx_network(onnx_file(settings)), settings.quality.network
   layer = settings.quality.layer if settings.quality.layer >= 0 else other.config.n_layer // 2
   own = other.path == completer.trained.path
   params = completer.trained.params if own else weights.read(other, mesh, say)
   palette = Palette(np.asarray(other.palette), name=f"palette of {other.path}")
-  extract = jax.jit(
-    lambda params, tokens: pooled_features(
-      other.config, FeatureConfig((layer,)), params, tokens, np.zeros(len(tokens), np.int32)
-    )[0],
-    out_shardings=sharding.replicated(mesh),
-  )
+
+  def features_of(params, tokens):
+    index = np.zeros(len(tokens), np.int32)  # unused without masks
+    return pooled_features(other.config, FeatureConfig((layer,)), params, tokens, index)[0]
+
+  extract = jax.jit(features_of, out_shardings=sharding.replicated(mesh))
   per_pass = sharding.round_up_batch(mesh, _PER_PASS)
 
   def network(images: np.ndarray) -> np.ndarray:
@@ -227,9 +226,9 @@ def open_network(
 
 
 def onnx_network(path: str) -> Network:
-  """A network of one's own: float32 [N, 3, H, W] in [-1, 1] to features [N, …].
+  """Opens a network in ONNX format: float32 [N, 3, H, W] in [-1, 1] -> features [N, …].
 
-  Images are scaled to the size that it asks for; a network that asks for none gets them as they are.
+  Images are scaled to its input size, if that is fixed.
   """
   try:
     import onnxruntime
@@ -239,7 +238,7 @@ def onnx_network(path: str) -> Network:
     ) from None
   try:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-  except Exception as error:  # of onnxruntime's own kinds
+  except Exception as error:  # onnxruntime's exceptions have no common base class
     raise UserError(
       f"config.quality.network: {path} can't be read ({str(error)[:200]!a}); expected a network in ONNX format"
     ) from None
@@ -263,7 +262,7 @@ def onnx_network(path: str) -> Network:
 
 
 def table(values: dict) -> str:
-  """Markdown."""
+  """Markdown table of the distances and likelihoods."""
 
   def row(name: str, key: str) -> tuple[str, str, str]:
     nats = values.get(f"{key}_nats_per_token")

@@ -1,7 +1,7 @@
-"""Draws images: unconditional ones, and the lower half of held-out ones.
+"""Draws unconditional samples, and completions of held-out images.
 
-Writes samples.png (a grid), completions.png (rows of: what is given, completions …, the original)
-and sample.json (settings, seeds, and how likely the model finds what it drew).
+Writes samples.png (a grid), completions.png (rows of: prompt, completions …, original) and sample.json
+(settings, seed, and the samples' nats per token under the model).
 """
 
 import math
@@ -29,7 +29,7 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
-  """All but the checkpoint that decides sample.json and its images."""
+  """Everything that determines sample.json and its images, except the checkpoint."""
   return {
     "data": provenance.of_data(settings.data, ["test"]),
     **provenance.of_settings(settings, ["sample", "seed"], without=["sample.batch_size"]),
@@ -37,29 +37,28 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 
 def sample(settings: Settings, workdir: str, out: str) -> None:
-  """One checkpoint; images go to `out`."""
+  """Samples from one checkpoint; images go to `out`."""
   sampling = choices.sampling_config(settings)
-  found = completer_lib.describe(settings, workdir)
-  weights.check_resolution(settings, found)
-  say(f"checkpoint: {found.path}")
-  n_samples, per_picture = settings.sample.samples, settings.sample.per_image
-  mesh = devices.sampling_mesh(
-    settings, found.config, math.gcd(n_samples, settings.sample.completions)
-  )
-  completer = Completer(found, settings, mesh)
-  together = max(n_samples, settings.sample.completions * per_picture)
+  info = completer_lib.describe(settings, workdir)
+  weights.check_resolution(settings, info)
+  say(f"checkpoint: {info.path}")
+  n_samples, per_image = settings.sample.samples, settings.sample.per_image
+  n_completions = settings.sample.completions
+  mesh = devices.sampling_mesh(settings, info.config, math.gcd(n_samples, n_completions))
+  completer = Completer(info, settings, mesh)
+  together = max(n_samples, n_completions * per_image)
   memory.check_cache(completer.trained.config, together, settings.sample.cache, mesh)
   paint, resolution = completer.reader.paint, completer.reader.resolution
   rows_given = prompt_rows(settings.sample.keep, resolution)
   scale = settings.sample.scale or figures.default_scale(resolution)
-  # Before anything is drawn: the test images may not be there.
+  # Before anything is drawn, since the test images may be missing.
   given, source = held_out(settings, completer.reader.palette)
 
-  def draw(pictures: list[InputImage], numbers: np.ndarray, rows_given: int) -> PartialSamples:
-    (drawn,) = completer.draw(pictures, numbers, rows_given, sampling, seed=settings.seed)
+  def draw(images: list[InputImage], numbers: np.ndarray, rows_given: int) -> PartialSamples:
+    (drawn,) = completer.draw(images, numbers, rows_given, sampling, seed=settings.seed)
     return drawn
 
-  # Two streams of keys; a sample's number in its own is the same whatever is drawn beside it.
+  # Samples and completions have streams of their own, so that neither's keys depend on the other's number.
   say(f"sampling {n_samples} images of {resolution}×{resolution}")
   samples = draw([InputImage("", NOTHING.tokens, stream=0)], np.arange(n_samples), 0)
   columns = math.ceil(math.sqrt(2 * n_samples))
@@ -67,24 +66,24 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   grid = [painted[start : start + columns] for start in range(0, len(painted), columns)]
 
   say(f"completing {len(given)} images of {source}, {rows_given} of {resolution} rows given")
-  numbers = np.arange(len(given) * per_picture).reshape(-1, per_picture)
+  numbers = np.arange(len(given) * per_image).reshape(-1, per_image)
   completions = draw([InputImage("", tokens, stream=1) for tokens in given], numbers, rows_given)
   known = np.arange(resolution)[:, None] < rows_given
   drawn = np.split(paint(completions.tokens), len(given))
   rows = [
-    [figures.hide(original, known), *of_it, original]
-    for original, of_it in zip(paint(given), drawn, strict=True)
+    [figures.hide(original, known), *completed, original]
+    for original, completed in zip(paint(given), drawn, strict=True)
   ]
 
   if not hosts.is_main():
     return
   figures.save_png(os.path.join(out, "samples.png"), figures.grid(grid, scale=scale))
   figures.save_png(os.path.join(out, "completions.png"), figures.grid(rows, scale=scale))
-  completed = completions.nll[:, rows_given * resolution :]
+  completed_nll = completions.nll[:, rows_given * resolution :]
   values = {
-    "checkpoint": found.path,
-    "step": found.step,
-    "parameters": weights.checksum_of(found),
+    "checkpoint": info.path,
+    "step": info.step,
+    "parameters": weights.checksum_of(info),
     "seed": settings.seed,
     "temperature": sampling.temperature,
     "top_k": sampling.top_k,
@@ -92,9 +91,9 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
     "rows_given": rows_given,
     "completed_from": source,
     "samples_nats_per_token": float(samples.nll.mean()),
-    "completions_nats_per_token": float(completed.mean()),
+    "completions_nats_per_token": float(completed_nll.mean()),
     "each_sample_nats_per_token": [round(float(nats), 4) for nats in samples.nll.mean(1)],
-    "each_completion_nats_per_token": [round(float(nats), 4) for nats in completed.mean(1)],
+    "each_completion_nats_per_token": [round(float(nats), 4) for nats in completed_nll.mean(1)],
     "pictures": "samples.png, completions.png",
   }
   summary.write_json(os.path.join(out, "sample.json"), values)
@@ -103,10 +102,10 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
 
 
 def held_out(settings: Settings, palette: Palette) -> tuple[np.ndarray, str]:
-  """Tokens [N, T] of images of the test split, and which split it is."""
-  data_config = settings.data
-  split = open_split(data_config, "test")
-  wanted = min(settings.sample.completions, len(split))
-  # Spread over the split: neighbours are often alike.
-  order = np.random.default_rng(settings.seed).permutation(len(split))[:wanted]
-  return streams.tokens_of(split.select(np.sort(order)), data_config, palette), split.fingerprint
+  """Returns tokens [N, T] of images of the test split, and the split's fingerprint."""
+  split = open_split(settings.data, "test")
+  # Random images, since neighbours are often alike.
+  order = np.random.default_rng(settings.seed).permutation(len(split))[
+    : settings.sample.completions
+  ]
+  return streams.tokens_of(split.select(np.sort(order)), settings.data, palette), split.fingerprint

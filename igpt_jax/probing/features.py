@@ -1,4 +1,4 @@
-"""A split's probe features: f^l of all wanted layers, in one forward pass."""
+"""Probe features f^l of a split's images: all layers asked for in one forward pass."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,14 +19,14 @@ _MASK_SEED = 0  # an image's masks are the same in every run
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
-  """What is computed of an image.
+  """Features to compute for each image.
 
   Attributes:
-    layers: of 0 (what enters the first block) to n_layer (the final norm's output), ascending.
-    grid: means are taken over each of grid × grid blocks of pixels, and put side by side.
-    masks: BERT: the mean over that many masked inputs; 0: nothing is masked. (A linear classifier's
+    layers: ascending, from 0 (the first block's input) to n_layer (the final norm's output).
+    grid: pixels are averaged within each of grid × grid blocks; the means are concatenated.
+    masks: masked inputs of a BERT model to average over; 0: nothing is masked. (A linear classifier's
       mean of logits over masks is its logits of the mean features.)
-    mask_probability: of a pixel.
+    mask_probability: probability that a pixel is masked.
   """
 
   layers: tuple[int, ...]
@@ -43,11 +43,10 @@ def feature_config(
   masks: int = 0,
   mask_probability: float = 0.15,
 ) -> FeatureConfig:
-  """The features asked for of a model; () stands for all layers.
+  """Checks the features asked of a model; layers=() stands for all layers.
 
   Raises:
-    UserError: a layer that it doesn't have, a grid that doesn't divide its images, masks for a
-      model that takes none.
+    UserError: the model has no such layer or takes no masks, or the grid doesn't divide its images.
   """
   for layer in layers:
     if not isinstance(layer, int) or not 0 <= layer <= model.n_layer:
@@ -92,29 +91,22 @@ def pooled_features(
 
 @dataclasses.dataclass(frozen=True)
 class FeatureRows:
-  """Some images, on every process, in the order of their index.
+  """Images with their features, the same on every process, in the order of their index."""
 
-  Attributes:
-    index: int32 [n], their place in the split.
-    features: float32 [layers, n, width].
-    images: uint8 [n, H, W, 3].
-    labels: int32 [n].
-  """
-
-  index: np.ndarray
-  features: np.ndarray
-  images: np.ndarray
-  labels: np.ndarray
+  index: np.ndarray  # int32 [n], place in the split
+  features: np.ndarray  # float32 [layers, n, width]
+  images: np.ndarray  # uint8 [n, H, W, 3]
+  labels: np.ndarray  # int32 [n]
 
 
 class FeatureExtractor:
-  """Features of a stream of images; compiled once, for one batch shape."""
+  """Computes the features of a stream of images; compiled once, for one batch shape."""
 
   def __init__(self, model: ImageGPTConfig, config: FeatureConfig, mesh: Mesh):
     self._mesh = mesh
 
     def extract(params: Params, batch):
-      # The rest goes along: only so are all rows in one order, whatever host read them.
+      # The batch passes through too, so that its rows keep the order of the features' rows.
       return pooled_features(model, config, params, batch["tokens"], batch["index"]), batch
 
     self._extract = jax.jit(
@@ -126,22 +118,22 @@ class FeatureExtractor:
   def __call__(
     self, params: Params, batches: Iterable[Mapping[str, np.ndarray]]
   ) -> Iterator[FeatureRows]:
-    """Each batch's images that `mask` counts; the device is at the next batch meanwhile.
+    """Yields each batch's rows that `mask` counts, while the device computes the next batch.
 
     Args:
       params: the parameters, on the mesh.
       batches: this host's rows: `tokens`, `image`, `label`, `mask`, `index`.
     """
-    before = None
+    previous = None
     with jax.set_mesh(self._mesh):
       for batch in batches:
-        wanted = {name: batch[name] for name in ("tokens", "image", "label", "mask", "index")}
-        begun = self._extract(params, sharding.put_batch(wanted, self._mesh))
-        if before is not None:
-          yield _rows(before)
-        before = begun
-    if before is not None:
-      yield _rows(before)
+        fields = {name: batch[name] for name in ("tokens", "image", "label", "mask", "index")}
+        current = self._extract(params, sharding.put_batch(fields, self._mesh))
+        if previous is not None:
+          yield _rows(previous)
+        previous = current
+    if previous is not None:
+      yield _rows(previous)
 
 
 def _rows(extracted) -> FeatureRows:

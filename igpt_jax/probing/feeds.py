@@ -1,8 +1,8 @@
-"""What SGD probes are fed with: features stored on disk, or images, whose features are made in the step.
+"""Inputs of the SGD probe: features stored on disk, or images whose features the step computes.
 
-Both know: `groups`, the widths of the features; `frozen`, arrays on the mesh that the step needs; `fields`
-of a batch; `extract`, (frozen, batch) -> features; `training`, the endless shuffled stream; and
-`rows_of`, a split once, in order.
+Both feeds have `groups`, the widths of the features; `frozen`, arrays on the mesh that the step needs;
+`fields` of a batch; `extract`, (frozen, batch) -> features; `training`, the endless shuffled stream;
+and `rows_of`, one pass over a split in order.
 """
 
 from collections.abc import Iterator
@@ -25,77 +25,68 @@ LAYERS = "layer"
 _PCA_IMAGES = 20_000
 
 
-def open_feed(settings: Settings, workdir: str, source: Source) -> "Stored | Pictures":
-  """Opens the feed that `config.probe.cached` asks for."""
-  return (Stored if settings.probe.cached else Pictures)(settings, workdir, source)
+def open_feed(settings: Settings, workdir: str, source: Source) -> "StoredFeed | ImageFeed":
+  """Returns the feed that `config.probe.cached` selects."""
+  return (StoredFeed if settings.probe.cached else ImageFeed)(settings, workdir, source)
 
 
 def groups_of(settings: Settings, source: Source) -> Groups:
-  """Widths of the features that classifiers are trained on; nothing is computed for it."""
+  """Shapes (sets, width) of the features that classifiers are trained on; computes no feature."""
   pixels = settings.data.resolution**2 * 3
   n_embd = source.trained.config.n_embd
   layers = (len(source.features.layers), source.features.grid**2 * n_embd)
-  every = {RANDOM: layers, PIXELS: (1, pixels), PCA: (1, min(n_embd, pixels))}
-  return {LAYERS: layers, **{name: every[name] for name in source.baselines}}
+  baselines = {RANDOM: layers, PIXELS: (1, pixels), PCA: (1, min(n_embd, pixels))}
+  return {LAYERS: layers, **{name: baselines[name] for name in source.baselines}}
 
 
-def _of_pixels(groups: Groups, frozen: dict, images: jax.Array) -> Features:
-  """The baselines that are made of pixels, [1, B, W] each."""
+def _pixel_features(groups: Groups, frozen: dict, images: jax.Array) -> Features:
+  """Features of the baselines made of pixels, each [1, B, W]."""
   pixels = images.reshape(len(images), -1).astype(jnp.float32) / 127.5 - 1
-  found = {PIXELS: pixels[None]} if PIXELS in groups else {}
+  features = {PIXELS: pixels[None]} if PIXELS in groups else {}
   if PCA in groups:
     axes = frozen[PCA]
-    found[PCA] = ((pixels - axes["mean"]) @ axes["components"].T)[None]
-  return found
+    features[PCA] = ((pixels - axes["mean"]) @ axes["components"].T)[None]
+  return features
 
 
 def _axes(source: Source, images: np.ndarray) -> dict:
-  """Principal axes of training images, on the mesh."""
-  fitted = sets.fit_pca(images, source.trained.config.n_embd)
-  arrays = {"mean": fitted.mean_, "components": fitted.components_}
-  everywhere = sharding.replicated(source.mesh)
-  return {k: jax.device_put(np.asarray(v, np.float32), everywhere) for k, v in arrays.items()}
+  """Principal axes of training images, replicated over the mesh."""
+  pca = sets.fit_pca(images, source.trained.config.n_embd)
+  mean, components = (np.asarray(array, np.float32) for array in (pca.mean_, pca.components_))
+  axes = {"mean": mean, "components": components}
+  return jax.device_put(axes, sharding.replicated(source.mesh))
 
 
-class Stored:
-  """Features are computed once, for all processes to read."""
+class StoredFeed:
+  """Features computed once and stored, for all processes to read."""
 
   def __init__(self, settings: Settings, workdir: str, source: Source):
     self._settings, self._source = settings, source
     self._stores = sets.compute(settings, workdir, source)
     self.groups = groups_of(settings, source)
-    self.fields = (
-      "label",
-      *self._stores,
-      *(("image",) if {PIXELS, PCA} & set(self.groups) else ()),
-    )
-    labels = self._of(LAYERS, "train").labels()
-    self._train = np.flatnonzero(labels >= 0)
+    with_images = bool({PIXELS, PCA} & set(self.groups))
+    self.fields = ("label", *self._stores, *(["image"] if with_images else []))
+    train = self._stores[LAYERS]["train"]
+    self._train = np.flatnonzero(train.labels() >= 0)
     self.frozen = {}
     if PCA in self.groups:
-      images = self._of(LAYERS, "train").images()
-      self.frozen[PCA] = _axes(source, images[self._train[:_PCA_IMAGES]])
-
-  def _of(self, group: str, split: str):
-    return self._stores[group][split]
+      self.frozen[PCA] = _axes(source, train.images()[self._train[:_PCA_IMAGES]])
 
   def extract(self, frozen: dict, batch) -> Features:
-    found = {name: jnp.swapaxes(batch[name], 0, 1) for name in self._stores}
+    features = {name: jnp.swapaxes(batch[name], 0, 1) for name in self._stores}
     if "image" in batch:
-      found.update(_of_pixels(self.groups, frozen, batch["image"]))
-    return found
+      features.update(_pixel_features(self.groups, frozen, batch["image"]))
+    return features
 
   def _read(self, split: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-    stores = {name: each[split] for name, each in self._stores.items()}
-    store, layers = stores[LAYERS], self._source.features.layers
     watchdog.beat("computing")
     batch = {
-      name: np.stack([each.layer(layer)[rows] for layer in layers], axis=1)
-      for name, each in stores.items()
+      name: np.stack([stores[split].layer(n)[rows] for n in self._source.features.layers], axis=1)
+      for name, stores in self._stores.items()
     }
-    batch["label"] = store.labels()[rows]
+    batch["label"] = self._stores[LAYERS][split].labels()[rows]
     if "image" in self.fields:
-      batch["image"] = store.images()[rows]
+      batch["image"] = self._stores[LAYERS][split].images()[rows]
     return batch
 
   def training(self, start_step: int) -> "_Shuffled":
@@ -105,7 +96,7 @@ class Stored:
     size = self._settings.probe.batch_size
     share, shares = sharding.input_share(self._source.mesh)
     local = size // shares
-    total = len(self._of(LAYERS, split).labels())
+    total = len(self._stores[LAYERS][split].labels())
     for first in range(0, total, size):
       rows = np.arange(first + share * local, first + (share + 1) * local)
       inside = rows < total
@@ -114,17 +105,17 @@ class Stored:
 
 
 class _Shuffled:
-  """Every image once an epoch, in the order of `pipeline.train_batches`, and used like that."""
+  """Stored features in the order and with the interface of `pipeline.train_batches`."""
 
-  def __init__(self, feed: Stored, start_step: int):
+  def __init__(self, feed: StoredFeed, start_step: int):
     self._feed, self._step = feed, start_step
     self._size = feed._settings.probe.batch_size
     self._order = order.train_order(len(feed._train), feed._settings.seed)
     self._share = sharding.input_share(feed._source.mesh)
-    self.wait_seconds = 0.0  # reading is the work itself: nothing runs ahead
+    self.wait_seconds = 0.0  # nothing is read ahead, so there is nothing to wait for
 
   def place(self) -> dict[str, str]:
-    """The newest batch's place, as `pipeline.Batches.place` says it."""
+    """The newest batch's place in the data, as of `pipeline.Batches.place`."""
     first = max(self._step - 1, 0) * self._size
     return order.place_in(self._order, self._feed._settings.seed, first, self._size)
 
@@ -147,8 +138,8 @@ class _Shuffled:
     pass
 
 
-class Pictures:
-  """Each image goes through the model whenever a classifier sees it; nothing is stored."""
+class ImageFeed:
+  """Images that go through the model whenever classifiers see them; nothing is stored."""
 
   def __init__(self, settings: Settings, workdir: str, source: Source):
     del workdir
@@ -157,32 +148,32 @@ class Pictures:
     self._palette = weights.palette_of(source.trained)
     self.groups = groups_of(settings, source)
     self._with_images = bool({PIXELS, PCA} & set(self.groups))
-    self.fields = ("label", "tokens", "index", *(("image",) if self._with_images else ()))
+    self.fields = ("label", "tokens", "index", *(["image"] if self._with_images else []))
     self._split = source.splits["train"].select(np.arange(source.rows("train")))
     self.frozen = {LAYERS: source.trained.params}
     if RANDOM in self.groups:
       self.frozen[RANDOM] = source.random_params
     if PCA in self.groups:
-      self.frozen[PCA] = _axes(source, self._some_images())
+      self.frozen[PCA] = _axes(source, self._pca_images())
 
-  def _some_images(self) -> np.ndarray:
-    found, wanted = [], min(_PCA_IMAGES, len(self._split))
+  def _pca_images(self) -> np.ndarray:
+    chunks, n_images = [], min(_PCA_IMAGES, len(self._split))
     for images in pipeline.image_stream(self._split, self._data, augment=False):
-      found.append(images)
-      if sum(map(len, found)) >= wanted:
+      chunks.append(images)
+      if sum(map(len, chunks)) >= n_images:
         break
-    return np.concatenate(found)[:wanted]
+    return np.concatenate(chunks)[:n_images]
 
   def extract(self, frozen: dict, batch) -> Features:
     model, config = self._source.trained.config, self._source.features
-    found = {
+    features = {
       name: pooled_features(model, config, frozen[name], batch["tokens"], batch["index"])
       for name in (LAYERS, RANDOM)
       if name in frozen
     }
     if "image" in batch:
-      found.update(_of_pixels(self.groups, frozen, batch["image"]))
-    return found
+      features.update(_pixel_features(self.groups, frozen, batch["image"]))
+    return features
 
   def training(self, start_step: int) -> pipeline.Batches:
     share, shares = sharding.input_share(self._source.mesh)

@@ -1,7 +1,7 @@
-"""L-BFGS for many convex problems side by side, each with steps of its own, in one loop on the device.
+"""L-BFGS for many convex problems at once, each with its own step size, in one loop on the device.
 
-Every turn evaluates all problems once. Each takes the step, or halves it and tries again next turn;
-those that are done stay where they are.
+Every turn evaluates all problems once. A problem accepts its step, or halves it and tries again in the
+next turn; problems that are done stay as they are.
 """
 
 from collections.abc import Callable
@@ -12,30 +12,30 @@ import jax.numpy as jnp
 
 MEMORY = 10  # pairs kept, as scipy's
 NOISE = 1e-6  # relative error of a value
-# Stops no earlier than when the quadratic model promises less than this, relative to the value: in
-# directions of little variance a small gradient alone says little.
+# A problem goes on while the quadratic model promises a larger decrease, relative to the value: in
+# directions of little variance a small gradient alone doesn't mean convergence.
 PROMISE = 1e-6
 _SMALLEST_STEP = 2.0**-24
-_PATIENCE = 30  # steps that lower neither the value nor the gradient, before it's float32's end
+_PATIENCE = 30  # steps that lower neither value nor gradient: the limit of float32 is reached
 
 
 class State(NamedTuple):
-  """State of all problems [M, S]; W stands for their matrices [M, S, K, R]."""
+  """State of all problems, [M, S] unless noted; W stands for their matrices, [M, S, K, R]."""
 
   w: jax.Array  # W
   value: jax.Array
   gradient: jax.Array  # W
   direction: jax.Array  # W
-  slope: jax.Array  # of the value along the direction
+  slope: jax.Array  # derivative of the value along the direction
   step: jax.Array
-  moves: jax.Array  # [MEMORY, *W]: of w
-  changes: jax.Array  # [MEMORY, *W]: of the gradient
-  curvatures: jax.Array  # [MEMORY, M, S]: their inner products, inverse; 0 where there is no pair
-  factor: jax.Array  # of the preconditioner
+  moves: jax.Array  # [MEMORY, *W]: differences of w
+  changes: jax.Array  # [MEMORY, *W]: differences of the gradient
+  curvatures: jax.Array  # [MEMORY, M, S]: 1 / inner product of each pair; 0 where there is no pair
+  factor: jax.Array  # scale of the preconditioner
   turn: jax.Array  # evaluations so far
   iterations: jax.Array
-  calmest: jax.Array  # the gradient's smallest size so far
-  stale: jax.Array  # steps since one got anywhere
+  calmest: jax.Array  # smallest gradient size so far
+  stale: jax.Array  # steps without progress
   done: jax.Array
 
 
@@ -51,17 +51,17 @@ def minimise(value_and_gradient: Callable, shape, largest: Callable, max_iterati
   """Minimises convex functions of matrices, side by side, from zero.
 
   Args:
-    value_and_gradient: of W, to values [M, S], gradients W, and a preconditioner that broadcasts to W:
-      about the inverse of the Hessian's diagonal.
-    shape: of W: [M, S, K, R].
-    largest: size of gradients W, [M, S], which the tolerance is for.
-    max_iterations: steps.
-    tolerance: a problem is done where its gradient is no larger, and L-BFGS's quadratic model promises
-      no more than `PROMISE` of its value.
+    value_and_gradient: function of W that returns values [M, S], gradients W and a preconditioner that
+      broadcasts to W: about the inverse of the Hessian's diagonal.
+    shape: shape of W, [M, S, K, R].
+    largest: function of gradients W that returns their sizes [M, S], compared with the tolerance.
+    max_iterations: number of steps at most.
+    tolerance: a problem is done where its gradient is no larger and L-BFGS's quadratic model promises
+      a decrease of no more than `PROMISE` of its value.
 
   Returns:
-    The last state. A problem whose gradient is larger than the tolerance has come to the end of its
-    iterations, or of float32.
+    The last state. A problem whose gradient is larger than the tolerance has reached `max_iterations`
+    or the limit of float32.
   """
   w = jnp.zeros(shape, jnp.float32)
   value, gradient, inverse = value_and_gradient(w)
@@ -82,7 +82,7 @@ def minimise(value_and_gradient: Callable, shape, largest: Callable, max_iterati
     move = _spread(old.step) * old.direction
     value, gradient, inverse = value_and_gradient(old.w + move)
     falls = value <= old.value + 1e-4 * old.step * old.slope
-    # Where values differ by less than they are known to, slopes tell (Hager and Zhang 2005, the
+    # Where values differ by less than their rounding error, slopes decide (Hager and Zhang 2005, the
     # approximate Wolfe condition).
     slope = _dot(gradient, old.direction)
     level = (value <= old.value * (1 + NOISE)) & (slope <= -0.8 * old.slope)
@@ -91,7 +91,7 @@ def minimise(value_and_gradient: Callable, shape, largest: Callable, max_iterati
     change = gradient - old.gradient
     bend = _dot(move, change)
     usable = accepted & (bend > 0)
-    # A pair of all problems goes to one place, even where some have none: they forget a little.
+    # All problems share one slot per turn; those without a usable pair lose their oldest one.
     at = old.turn % MEMORY
     moves = old.moves.at[at].set(jnp.where(_spread(usable), move, 0))
     changes = old.changes.at[at].set(jnp.where(_spread(usable), change, 0))

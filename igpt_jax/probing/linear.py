@@ -1,7 +1,7 @@
 """Linear classifiers on frozen features, as the paper fits them to small data sets.
 
 The strength of the regularisation, which the paper doesn't state, is chosen on the validation
-part; the classifier is then fitted again with that part folded back in, and tested once.
+split; the classifier is then fitted again to train and validation together, and tested once.
 """
 
 import dataclasses
@@ -20,19 +20,12 @@ Labelled = tuple[np.ndarray, np.ndarray]  # features [N, D], labels [N]
 
 @dataclasses.dataclass(frozen=True)
 class ProbeResult:
-  """One feature set, probed.
+  """Accuracies of the probe of one feature set."""
 
-  Attributes:
-    strength: the inverse regularisation chosen.
-    validation_accuracy: of the classifier fitted to train, at that strength.
-    test_accuracy: of the one fitted to train and validation.
-    converged: whether L-BFGS got there within its iterations in that last fit.
-  """
-
-  strength: float
-  validation_accuracy: float
-  test_accuracy: float
-  converged: bool
+  strength: float  # inverse regularisation strength, chosen on validation
+  validation_accuracy: float  # fitted to train at that strength
+  test_accuracy: float  # fitted to train and validation
+  converged: bool  # True if the last fit converged within max_iterations
 
 
 def probe(
@@ -45,9 +38,9 @@ def probe(
   max_iterations: int = 1_000,
   mesh: Mesh | None = None,
 ) -> ProbeResult:
-  """Chooses the strength on validation, refits with it folded in, tests once.
+  """Chooses the strength on validation, refits to train and validation, and tests once.
 
-  Under a mesh the images are split over it.
+  The rows are sharded over the mesh, if one is given.
   """
   settings = {"n_classes": n_classes, "max_iterations": max_iterations, "mesh": mesh}
   scores = logistic.fit(*train, strengths, **settings).accuracy(*validation)
@@ -61,10 +54,10 @@ def probe(
 
 
 def balanced_subset(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
-  """Indices of `per_class` random examples of each class, in a random order.
+  """Draws indices of `per_class` random examples of each class, in a random order.
 
   Raises:
-    ValueError: a class has fewer.
+    ValueError: a class has fewer examples.
   """
   chosen = []
   for label in np.unique(labels):
@@ -77,18 +70,12 @@ def balanced_subset(labels: np.ndarray, per_class: int, rng: np.random.Generator
 
 @dataclasses.dataclass(frozen=True)
 class FewLabelsResult:
-  """Mean over random subsets of the labels.
+  """Accuracies over random subsets of the labels."""
 
-  Attributes:
-    strength: chosen by the mean validation accuracy over the subsets.
-    validation_accuracy: that mean.
-    test_accuracy, test_std: mean and standard deviation (of a sample) over the subsets.
-  """
-
-  strength: float
-  validation_accuracy: float
-  test_accuracy: float
-  test_std: float
+  strength: float  # chosen by the mean validation accuracy
+  validation_accuracy: float  # mean over the subsets
+  test_accuracy: float  # mean over the subsets
+  test_std: float  # sample standard deviation over the subsets
 
 
 def few_labels(
@@ -101,13 +88,9 @@ def few_labels(
   strengths: Sequence[float] = STRENGTHS,
   max_iterations: int = 1_000,
 ) -> FewLabelsResult:
-  """Fits to each subset of train alone, all at once; the strength is one for all subsets."""
+  """Fits to each subset of train alone, all at once; one strength is chosen for all subsets."""
   fitted = logistic.fit(
-    *train,
-    strengths,
-    n_classes=n_classes,
-    max_iterations=max_iterations,
-    rows=np.stack(subsets),
+    *train, strengths, n_classes=n_classes, max_iterations=max_iterations, rows=np.stack(subsets)
   )
   on_validation_MxS = fitted.accuracy(*validation)
   best = int(np.argmax(on_validation_MxS.mean(0)))

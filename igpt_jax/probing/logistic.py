@@ -1,12 +1,10 @@
 """Multinomial logistic regression at several strengths at once: scikit-learn's problem, in JAX.
 
-What StandardScaler and LogisticRegression(C) solve: features scaled to mean 0 and variance 1 over the
-rows fitted, and C · Σ loss + ½ ‖W‖² minimised, with a free bias. Here one pass over the features
-serves all strengths, and the features are turned to their principal axes first. That leaves the
-problem as it is, but makes its Hessian nearly diagonal, and so L-BFGS needs tens of steps instead of
+Solves what StandardScaler and LogisticRegression(C) solve: features scaled to mean 0 and variance 1 over
+the rows fitted, and C · Σ loss + ½ ‖W‖² minimised, with an unpenalised bias. Here one pass over the
+features serves all strengths, and the features are rotated to their principal axes first. That doesn't
+change the problem, but makes its Hessian nearly diagonal, so that L-BFGS needs tens of steps instead of
 hundreds. One program serves all layers of a shape.
-
-Rows of features and shapes go in here, nothing of where they came from or what is chosen by them.
 """
 
 import dataclasses
@@ -22,13 +20,13 @@ from jax.sharding import Mesh
 from igpt_jax.parallel import sharding
 from igpt_jax.probing import lbfgs
 
-# Widest Gram matrix to take apart: beyond it that costs more than the iterations it saves.
+# Widest Gram matrix to decompose: beyond it that costs more than the iterations it saves.
 WIDEST_ROTATION = 6_144
 CHUNK = 4_096  # rows at a time, on the host
-# Rows whose losses are summed by themselves, and how many rows make that worth it: one long sum in
-# float32 would be off by more than the line search decides by.
+# From _MANY_ROWS rows on, losses are summed in blocks of _BLOCK: the rounding error of one long float32
+# sum would exceed the differences that the line search compares.
 _BLOCK, _MANY_ROWS = 64, 4_096
-_LEAST_SPREAD = 1e-8  # of a row's odds
+_LEAST_SPREAD = 1e-8  # lower bound of the mean variance of a class's indicator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +34,13 @@ class Fit:
   """Classifiers of S strengths; with M subsets of rows, every array has a leading M.
 
   Attributes:
-    mean, scale: [D], of the rows fitted; scale is 1 where a feature is constant.
-    weights: [S, K, D], of standardised features; 0 for a class that no row fitted has.
+    mean, scale: [D], those of the rows fitted; scale is 1 where a feature is constant.
+    weights: [S, K, D], for standardised features; 0 for a class that no row fitted has.
     bias: [S, K]; -inf for a class that no row fitted has.
     objective: [S], C · Σ loss + ½ ‖W‖² as scikit-learn counts it, which for two classes penalises
       the one vector W[1] - W[0].
     iterations: int [S], steps taken.
-    converged: bool [S], whether the largest component of the gradient of objective / (C · N) is
+    converged: bool [S], True if the largest component of the gradient of objective / (C · N) is
       within the tolerance.
   """
 
@@ -72,15 +70,9 @@ class Fit:
     lead, (strengths, classes, width) = self.weights.shape[:-3], self.weights.shape[-3:]
     if features.ndim != 2 or features.shape[1] != width:
       raise ValueError(f"features of shape {features.shape}; expected [N, {width}]")
-    subsets = [
-      (mean, scale, weights.reshape(-1, width).T)
-      for mean, scale, weights in zip(
-        self.mean.reshape(-1, width),
-        self.scale.reshape(-1, width),
-        self.weights.reshape(-1, strengths * classes, width),
-        strict=True,
-      )
-    ]
+    weights = self.weights.reshape(-1, strengths * classes, width).swapaxes(1, 2)
+    moments = self.mean.reshape(-1, width), self.scale.reshape(-1, width)
+    subsets = list(zip(*moments, weights, strict=True))
     for start in range(0, max(len(features), 1), CHUNK):
       rows = features[start : start + CHUNK]
       if not np.all(np.isfinite(rows)):
@@ -108,10 +100,10 @@ def fit(
   Args:
     features: [N, D], whole on every process.
     labels: int [N].
-    strengths: [S], inverse: scikit-learn's C.
+    strengths: [S], inverse regularisation strengths, scikit-learn's C.
     n_classes: K. Classes that no row has get no probability, as if they didn't exist.
-    max_iterations: steps of L-BFGS.
-    tolerance: scikit-learn's tol, of the gradient's largest component.
+    max_iterations: L-BFGS steps at most.
+    tolerance: scikit-learn's tol, compared with the gradient's largest component.
     mesh: splits the rows over its batch axes; None: the default device.
     rows: int [M, n], subsets of one size to fit instead, all at once.
 
@@ -124,8 +116,7 @@ def fit(
   if strengths_S.ndim != 1 or not len(strengths_S) or not np.all(strengths_S > 0):
     raise ValueError(f"strengths: {strengths_S.tolist()}; expected one or more above 0")
   if rows is None:
-    subsets = [slice(None)]
-    n = len(features)
+    subsets, n = [slice(None)], len(features)
   else:
     subsets = np.asarray(rows)
     if subsets.ndim != 2 or not np.issubdtype(subsets.dtype, np.integer) or not subsets.size:
@@ -144,10 +135,10 @@ def fit(
     except FloatingPointError:
       raise _not_finite(features, np.arange(len(features))[subset]) from None
     y[:n] = labels[subset]
-    y[n:] = y[0]  # a class that exists, for its loss to be finite before it counts for nothing
-  mean, scale = (np.stack(each) for each in zip(*moments, strict=True))
+    y[n:] = y[0]  # an existing class, so that the masked rows' loss is finite
+  mean, scale = map(np.stack, zip(*moments, strict=True))
   present_MxK = np.stack([np.bincount(y, minlength=n_classes) > 0 for y in y_MxN])
-  # Two classes as softmax: the halves ±w/2 of scikit-learn's w have half its square.
+  # With two classes softmax splits scikit-learn's w into ±w/2, whose squares sum to half of w's.
   twice = np.where(present_MxK.sum(1) == 2, 2.0, 1.0)
   penalty_MxS = (twice[:, None] / (strengths_S * n)).astype(np.float32)
   mask_N = (np.arange(padded) < n).astype(np.float32)
@@ -164,18 +155,10 @@ def fit(
     with jax.set_mesh(mesh):
       solved = program(*(_put(values, mesh, axes) for values, axes in inputs))
   weights, bias, value, iterations, converged = jax.device_get(solved)
-  found = Fit(
-    mean=mean,
-    scale=scale,
-    weights=weights,
-    bias=np.where(present_MxK[:, None], bias, -np.inf).astype(np.float32),
-    objective=value.astype(np.float64) * strengths_S * n,
-    iterations=iterations,
-    converged=converged,
-  )
-  if rows is not None:
-    return found
-  return Fit(*(getattr(found, field.name)[0] for field in dataclasses.fields(Fit)))
+  bias = np.where(present_MxK[:, None], bias, -np.inf).astype(np.float32)
+  objective = value.astype(np.float64) * strengths_S * n
+  arrays = (mean, scale, weights, bias, objective, iterations, converged)
+  return Fit(*arrays) if rows is not None else Fit(*(array[0] for array in arrays))
 
 
 def _checked(features, labels, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,10 +193,10 @@ def _put(values: np.ndarray, mesh: Mesh, axes: tuple) -> jax.Array:
 
 
 def standardise(features: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Writes features [N, D] to `out`, with mean 0 and variance 1, as StandardScaler does it.
+  """Writes features [N, D] to `out`, scaled to mean 0 and variance 1 like StandardScaler's.
 
   Returns:
-    Mean and scale [D], float64. A feature that is constant but for rounding has scale 1.
+    Mean and scale [D], float64. A feature that is constant up to rounding has scale 1.
 
   Raises:
     FloatingPointError: a feature isn't finite.
@@ -234,7 +217,7 @@ def standardise(features: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.n
 
 @functools.cache
 def compiled_solver(mesh: Mesh | None, widest_rotation: int):
-  """The jitted program of a mesh: it compiles once for each shape."""
+  """Returns the jitted solver for a mesh; it compiles once per shape."""
   solve = functools.partial(_solve, widest_rotation)
   if mesh is None:
     return jax.jit(solve)
@@ -251,24 +234,20 @@ def _solve(
     x_MxRxN = sharding.constrain(jnp.concatenate([x_MxRxN, ones], 1), None, None, "batch")
     n = mask_N.sum()
     if basis_MxDxR is None:
-      # All axes weigh the same; the first step has to be short enough for the heaviest direction.
+      # No axis is known to vary less than another; the bound keeps the first step short enough.
       variance_MxR = jnp.full(x_MxRxN.shape[:2], x_MxNxD.shape[-1], jnp.float32)
     else:
       variance_MxR = jnp.square(x_MxRxN).sum(-1) / n
-    # The bias is free.
+    # The bias, the last row, isn't penalised.
     penalty_MxSxR = penalty_MxS[..., None] * jnp.append(jnp.ones(x_MxRxN.shape[1] - 1), 0.0)
 
     value_and_gradient = functools.partial(
       _value_and_gradient, x_MxRxN, y_MxN, mask_N / n, present_MxK, penalty_MxSxR, variance_MxR
     )
-    state = lbfgs.minimise(
-      value_and_gradient,
-      (*penalty_MxS.shape, present_MxK.shape[1], x_MxRxN.shape[1]),
-      functools.partial(_largest, rotated=basis_MxDxR is not None),
-      max_iterations,
-      tolerance,
-    )
-    converged = _largest(state.gradient, basis_MxDxR is not None) <= tolerance
+    largest = functools.partial(_largest, rotated=basis_MxDxR is not None)
+    shape = (*penalty_MxS.shape, present_MxK.shape[1], x_MxRxN.shape[1])
+    state = lbfgs.minimise(value_and_gradient, shape, largest, max_iterations, tolerance)
+    converged = largest(state.gradient) <= tolerance
     weights, bias = state.w[..., :-1], state.w[..., -1]
     if basis_MxDxR is not None:
       weights = jnp.einsum("mskr,mdr->mskd", weights, basis_MxDxR)
@@ -276,10 +255,10 @@ def _solve(
 
 
 def _principal_axes(x_MxNxD, widest: int):
-  """Rows in principal axes [M, R, N], and those axes [M, D, R]: orthonormal, R = min(N, D).
+  """Returns rows in principal axes [M, R, N], and those orthonormal axes [M, D, R], R = min(N, D).
 
-  Nothing is lost: rows lie in the span of the axes, and so do the weights that the penalty likes
-  best. Too wide for that: the rows as they are, and None.
+  The solution is unchanged: rows lie in the span of the axes, and so do the weights of least penalty.
+  Where min(N, D) > `widest` the rows are returned as they are, and None.
   """
   n, width = x_MxNxD.shape[1:]
   if min(n, width) > widest:
@@ -288,7 +267,7 @@ def _principal_axes(x_MxNxD, widest: int):
     gram = jnp.einsum("mnd,mne->mde", x_MxNxD, x_MxNxD)
     axes = jnp.linalg.eigh(gram)[1]
     return jnp.einsum("mdr,mnd->mrn", axes, x_MxNxD), axes
-  # Axes from the Gram matrix of the rows would be far from orthogonal where there's little variance.
+  # Axes from the rows' Gram matrix would be far from orthogonal in directions of little variance.
   few_rows = sharding.constrain(x_MxNxD, None, None, None)
   span, coordinates_MxRxN = jnp.linalg.qr(jnp.swapaxes(few_rows, 1, 2))
   gram = jnp.einsum("mrn,mqn->mrq", coordinates_MxRxN, coordinates_MxRxN)
@@ -297,9 +276,9 @@ def _principal_axes(x_MxNxD, widest: int):
 
 
 def _largest(gradient, rotated: bool):
-  """Largest component of the gradients [M, S, K, R] in standardised features, or a bound: [M, S].
+  """Largest component of the gradients [M, S, K, R], in standardised features: [M, S].
 
-  No component before a rotation is larger than the class's whole gradient is long.
+  After a rotation an upper bound: the norm of a class's gradient.
   """
   sizes = jnp.linalg.norm(gradient, axis=-1) if rotated else jnp.abs(gradient).max(-1)
   return sizes.max(-1)
@@ -308,11 +287,12 @@ def _largest(gradient, rotated: bool):
 def _value_and_gradient(x_MxRxN, y_MxN, share_N, present_MxK, penalty_MxSxR, variance_MxR, w):
   """Mean loss + penalty [M, S], its gradient like w [M, S, K, R], and a preconditioner.
 
-  The preconditioner [M, S, 1, R] is the inverse of the Hessian's diagonal, as if rows spread out along
-  an axis whatever their odds. It is one for all classes, so that their weights keep adding up to 0.
+  The preconditioner [M, S, 1, R] approximates the inverse of the Hessian's diagonal, as if a row's
+  probabilities didn't depend on its features. All classes share it, so that their weights keep summing
+  to 0.
 
-  Written so that a row that is told well keeps its digits: the rest of the classes are summed, not
-  taken from 1. N is the last axis, to be read in one piece by what works on K.
+  Rows that are classified with certainty keep their precision: the other classes' odds are summed, not
+  subtracted from 1. N is the last axis, so that reductions over K read contiguous memory.
   """
   z_MxSxKxN = jnp.einsum("mskr,mrn->mskn", w, x_MxRxN)
   z_MxSxKxN += jnp.where(present_MxK, 0.0, -jnp.inf)[:, None, :, None]
@@ -338,5 +318,5 @@ def _sum_rows(values):
   n = values.shape[-1]
   if n >= _MANY_ROWS and n % _BLOCK == 0:
     blocks = values.reshape(*values.shape[:-1], n // _BLOCK, _BLOCK).sum(-1)
-    values = jax.lax.optimization_barrier(blocks)  # or the compiler makes one sum of both
+    values = jax.lax.optimization_barrier(blocks)  # else XLA merges both sums into one
   return values.sum(-1)

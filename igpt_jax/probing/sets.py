@@ -1,7 +1,7 @@
-"""The features that probes work on: every split's, of the trained model and of the baselines.
+"""Feature sets that probes are fitted to: those of the trained model and of the baselines.
 
-They are computed in one streamed pass per split and kept on disk (store.py), so that
-an interrupted job goes on, and another job finds them.
+They are computed in one streamed pass per split and kept on disk (store.py), so that an interrupted
+job resumes and other jobs reuse them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params
+from igpt_jax.model.image_gpt import Params, init_params
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.probing.features import FeatureConfig, FeatureExtractor, feature_config
@@ -39,37 +39,22 @@ Parts = tuple[Labelled, Labelled, Labelled]  # train, validation, test
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSet:
-  """One row of a table: features that a classifier is fitted to.
+  """Features that a classifier is fitted to: one row of the table."""
 
-  Attributes:
-    name: for a person.
-    kind: "layer", "layers" (several, side by side) or a baseline.
-    layer: whose, or None.
-    parts: reads them, (features float32 [n, D], labels [n]) of each split.
-  """
-
-  name: str
-  kind: str
+  name: str  # shown in the table
+  kind: str  # "layer", "layers" (several, concatenated) or a baseline
   layer: int | None
-  parts: Callable[[], Parts]
+  parts: Callable[[], Parts]  # reads (features float32 [n, D], labels [n]) of each split
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What probes need to know of a job's model and data, everything checked.
+  """Model and data of a probe, checked against each other."""
 
-  Attributes:
-    trained: the model, its parameters on the mesh.
-    splits: of the data, by name.
-    limits: how many of their first images count; 0: all.
-    features: what is computed.
-    baselines: those to compare with.
-  """
-
-  trained: checkpoint.LoadedModel
+  trained: checkpoint.LoadedModel  # its parameters are on the mesh
   mesh: Mesh
   splits: dict[str, Split]
-  limits: dict[str, int]
+  limits: dict[str, int]  # images used of each split, its first ones; 0: all
   features: FeatureConfig
   baselines: tuple[str, ...]
 
@@ -87,12 +72,11 @@ class Source:
 
   @functools.cached_property
   def random_params(self) -> Params:
-    """Fresh parameters of the same architecture, as training begins with them."""
+    """Initial parameters of the same architecture."""
+    model = self.trained.config
+    init = functools.partial(init_params, model)
     with jax.set_mesh(self.mesh):
-      return jax.jit(
-        functools.partial(init_params, self.trained.config),
-        out_shardings=param_shardings(self.trained.config, self.mesh),
-      )(jax.random.key(0))
+      return jax.jit(init, out_shardings=param_shardings(model, self.mesh))(jax.random.key(0))
 
   @functools.cached_property
   def random_checksum(self) -> str:
@@ -101,77 +85,67 @@ class Source:
 
 
 def open_source(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Source:
-  """Opens data and checkpoint.
+  """Opens data and checkpoint, and checks both before the weights are read.
 
   Raises:
-    UserError: before the weights are read: no labels, a layer out of range, another resolution, …
+    UserError: no labels, a layer out of range, another resolution, …
   """
   mesh = mesh or devices.mesh_of(settings)
   sharding.batch_size_per_shard(mesh, settings.features.batch_size, "features.batch_size")
-  data_config = settings.data
-  splits = {name: open_split(data_config, name) for name in SPLITS}
+  splits = {name: open_split(settings.data, name) for name in SPLITS}
   sources.check_labels(splits)
   trained = weights.load_model(
     settings,
     workdir,
     mesh,
     needs_palette=True,
-    check=lambda found: features_asked_for(settings, found),
+    check=lambda info: features_asked_for(settings, info),
   )
-  return Source(
-    trained=trained,
-    mesh=mesh,
-    splits=splits,
-    limits={
-      "train": settings.features.images,
-      "validation": settings.features.eval_images,
-      "test": settings.features.eval_images,
-    },
-    features=features_asked_for(settings, trained),
-    baselines=tuple(settings.features.baselines),
-  )
+  limits = dict.fromkeys(SPLITS, settings.features.eval_images) | {
+    "train": settings.features.images
+  }
+  features = features_asked_for(settings, trained)
+  return Source(trained, mesh, splits, limits, features, tuple(settings.features.baselines))
 
 
-def features_asked_for(settings: Settings, found: checkpoint.CheckpointInfo) -> FeatureConfig:
+def features_asked_for(settings: Settings, info: checkpoint.CheckpointInfo) -> FeatureConfig:
   return feature_config(
-    found.config,
+    info.config,
     layers=tuple(settings.features.layers),
     grid=settings.features.grid,
     masks=settings.features.masks,
-    mask_probability=found.run["mask_probability"],
+    mask_probability=info.run["mask_probability"],
   )
 
 
-Stores = dict[str, FeatureStore]  # of each split
+Stores = dict[str, FeatureStore]  # by split
 
 
 def compute(settings: Settings, workdir: str, source: Source) -> dict[str, Stores]:
-  """Computes what isn't on disk yet: of the trained model ("layer"), and of the random one if asked for.
+  """Computes what isn't on disk yet: features of the trained model ("layer") and of RANDOM if asked for.
 
-  Every process takes part; the main one writes, and a workdir is one that all of them see.
+  Collective: every process must call it. The main one writes; all of them read the same workdir.
   """
-  trained = source.trained
   folder = folder_of(settings, workdir, source)
-  found = {"layer": _stores(settings, source, folder, trained.params, source.checksum)}
+  stores = {"layer": _stores(settings, source, folder, source.trained.params, source.checksum)}
   if RANDOM in source.baselines:
     folder = os.path.join(workdir, "features", f"random-{source.random_checksum[:8]}")
-    found[RANDOM] = _stores(
+    stores[RANDOM] = _stores(
       settings, source, folder, source.random_params, source.random_checksum, "random weights, "
     )
-  return found
+  return stores
 
 
 def extract(settings: Settings, workdir: str, source: Source) -> list[FeatureSet]:
-  """The sets, on disk from now on: baselines, then layers."""
+  """Computes the features that aren't on disk yet; returns the sets: baselines, then layers."""
   stores = compute(settings, workdir, source)
-  of_model, n_embd = stores["layer"], source.trained.config.n_embd
   sets = []
   if PIXELS in source.baselines:
-    sets.append(FeatureSet("raw pixels", PIXELS, None, lambda: _parts(of_model, pixels)))
+    sets.append(FeatureSet("raw pixels", PIXELS, None, lambda: _parts(stores["layer"], pixels)))
   if PCA in source.baselines:
-    sets.append(_pca_set(of_model, n_embd))
+    sets.append(_pca_set(stores["layer"], source.trained.config.n_embd))
   return sets + [
-    _layer_set("random weights, layer" if kind == RANDOM else kind, kind, stores[kind], layer)
+    _layer_set(kind, stores[kind], layer)
     for kind in (RANDOM, "layer")
     if kind in stores
     for layer in source.features.layers
@@ -179,19 +153,19 @@ def extract(settings: Settings, workdir: str, source: Source) -> list[FeatureSet
 
 
 def folder_of(settings: Settings, workdir: str, source: Source) -> str:
-  """Where the trained model's features are kept."""
+  """Folder of the trained model's features."""
   if settings.features.cache:
     return os.path.abspath(os.path.expanduser(settings.features.cache))
   return os.path.join(workdir, "features", f"{source.trained.step}-{source.checksum[:8]}")
 
 
 def side_by_side(sets: Sequence[FeatureSet], layers: Sequence[int]) -> FeatureSet:
-  """Several layers' features as one set (paper, section 4.3: five for iGPT-XL).
+  """Concatenates several layers' features (paper, section 4.3: five for iGPT-XL).
 
   Raises:
-    UserError: a layer that wasn't computed.
+    UserError: a layer wasn't computed.
   """
-  by_layer = {each.layer: each for each in sets if each.kind == "layer"}
+  by_layer = {feature_set.layer: feature_set for feature_set in sets if feature_set.kind == "layer"}
   for layer in layers:
     if layer not in by_layer:
       raise UserError(
@@ -199,9 +173,10 @@ def side_by_side(sets: Sequence[FeatureSet], layers: Sequence[int]) -> FeatureSe
       )
 
   def parts() -> Parts:
-    each = [by_layer[layer].parts() for layer in layers]
+    by_split = zip(*(by_layer[layer].parts() for layer in layers), strict=True)
     train, validation, test = (
-      (np.concatenate([of[i][0] for of in each], axis=1), each[0][i][1]) for i in range(len(SPLITS))
+      (np.concatenate([features for features, _ in parts], axis=1), parts[0][1])
+      for parts in by_split
     )
     return train, validation, test
 
@@ -209,20 +184,20 @@ def side_by_side(sets: Sequence[FeatureSet], layers: Sequence[int]) -> FeatureSe
 
 
 def pixels(store: FeatureStore, keep: np.ndarray) -> np.ndarray:
-  """Colours in [-1, 1], float32 [n, H·W·3]."""
-  return _colours(store.images()[keep])
+  """Flat images in [-1, 1], float32 [n, H·W·3]."""
+  return _flat(store.images()[keep])
 
 
-def _colours(images: np.ndarray) -> np.ndarray:
+def _flat(images: np.ndarray) -> np.ndarray:
   return images.reshape(len(images), -1).astype(np.float32) / np.float32(127.5) - 1
 
 
 def fit_pca(images: np.ndarray, components: int):
-  """scikit-learn's PCA of images uint8 [N, H, W, 3]: as many components as the model is wide."""
+  """Fits scikit-learn's PCA to images uint8 [N, H, W, 3]."""
   from sklearn.decomposition import PCA as SklearnPCA
 
-  found = _colours(images)
-  return SklearnPCA(min(components, *found.shape), random_state=0).fit(found)
+  flat = _flat(images)
+  return SklearnPCA(min(components, *flat.shape), random_state=0).fit(flat)
 
 
 def _pca_set(stores: Stores, components: int) -> FeatureSet:
@@ -234,41 +209,38 @@ def _pca_set(stores: Stores, components: int) -> FeatureSet:
     return fit_pca(train.images()[np.flatnonzero(train.labels() >= 0)[:50_000]], components)
 
   width = min(components, int(np.prod(stores["train"].images().shape[1:])))
-  return FeatureSet(
-    f"PCA of pixels, {width}",
-    PCA,
-    None,
-    lambda: _parts(stores, lambda store, keep: fitted().transform(pixels(store, keep))),
-  )
+
+  def read(store: FeatureStore, keep: np.ndarray) -> np.ndarray:
+    return fitted().transform(pixels(store, keep))
+
+  return FeatureSet(f"PCA of pixels, {width}", PCA, None, lambda: _parts(stores, read))
 
 
-def _layer_set(name: str, kind: str, stores: Stores, layer: int) -> FeatureSet:
+def _layer_set(kind: str, stores: Stores, layer: int) -> FeatureSet:
+  name = f"random weights, layer {layer}" if kind == RANDOM else f"layer {layer}"
   return FeatureSet(
-    f"{name} {layer}",
-    kind,
-    layer,
-    lambda: _parts(stores, lambda store, keep: store.layer(layer)[keep]),
+    name, kind, layer, lambda: _parts(stores, lambda store, keep: store.layer(layer)[keep])
   )
 
 
 def _parts(stores: Stores, read) -> Parts:
-  found = []
+  parts = []
   for name in SPLITS:
     labels = stores[name].labels()
     keep = np.flatnonzero(labels >= 0)
-    found.append((read(stores[name], keep), labels[keep]))
-  return tuple(found)
+    parts.append((read(stores[name], keep), labels[keep]))
+  return tuple(parts)
 
 
 def _stores(
   settings: Settings, source: Source, folder: str, params: Params, digest: str, whose: str = ""
 ) -> Stores:
-  """Every split's features of these parameters; computes what is missing."""
+  """Opens every split's features under these parameters; computes those that are missing."""
   extractor = FeatureExtractor(source.trained.config, source.features, source.mesh)
   stores = {}
   for name in SPLITS:
     computed_from = identity_of(settings, source, name, digest)
-    # Another checkpoint's features in a folder of the user's own are refused, not put beside these.
+    # Not labelled by checkpoint: in a folder of the user's own another checkpoint's features are refused.
     label = files.digest({**computed_from, "checkpoint": ""})[:8]
     stores[name] = FeatureStore(
       os.path.join(folder, f"{name}-{label}"),
@@ -282,12 +254,11 @@ def _stores(
 
 
 def identity_of(settings: Settings, source: Source, name: str, digest: str) -> dict[str, Any]:
-  """All that decides a split's features under the parameters of this checksum; JSON.
+  """Everything that determines a split's features under the parameters with checksum `digest`; JSON.
 
-  Not how many there are: the first rows of more are the rows of fewer.
+  The number of rows is left out: a longer store begins with the rows of a shorter one.
   """
-  model: ImageGPTConfig = source.trained.config
-  masks = source.features.masks
+  model, masks = source.trained.config, source.features.masks
   return {
     "checkpoint": digest,
     "data": source.splits[name].fingerprint,
@@ -313,9 +284,8 @@ def _fill(
 ) -> None:
   batch_size, total = settings.features.batch_size, source.rows(name)
   layers = source.features.layers
-  # Every process makes the same passes, as the main one's disk says.
-  first = store.rows_done(layers) // batch_size if store.missing(layers) else -1
-  first = hosts.from_main(first)
+  # Every process makes the passes that the main one's disk calls for.
+  first = hosts.from_main(store.rows_done(layers) // batch_size if store.missing(layers) else -1)
   if first < 0:
     say(f"features: {whose}{name}, found in {store.folder}")
     return

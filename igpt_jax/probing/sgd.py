@@ -1,9 +1,9 @@
 """Linear classifiers by SGD, as the paper fits them to ImageNet: all layers and all learning rates at once.
 
-Momentum 0.9, a cosine to zero, nothing scaled, nothing decayed, no augmentation (paper, section 3.4 and
-appendix); which learning rate is best, validation says. Features come in groups of one width: the
-trained model's layers, and baselines. Each classifier's loss and gradient are its own: one that
-diverges spoils no other.
+Momentum 0.9, a cosine schedule to zero, no feature scaling, no weight decay, no augmentation (paper,
+section 3.4 and appendix); learning rates are compared on validation. Features come in groups of one
+width: the trained model's layers, and baselines. Classifiers share no loss and no gradient: one that
+diverges doesn't affect the others.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _MOMENTUM = 0.9
 
 
 def make_optimizer(learning_rates: Sequence[float], steps: int) -> optax.GradientTransformation:
-  """SGD whose leaves' first axis is the learning rates'."""
+  """SGD with momentum; the first axis of every leaf has one learning rate per entry."""
 
   def scaled(updates, params):
     del params
@@ -41,7 +41,7 @@ def make_optimizer(learning_rates: Sequence[float], steps: int) -> optax.Gradien
 
 
 def init_probes(groups: Groups, n_rates: int, n_classes: int) -> dict:
-  """Zeros: weights [R, F, W, K] and bias [R, F, K] of every group."""
+  """Zero weights [R, F, W, K] and biases [R, F, K] for every group."""
   return {
     name: {
       "weights": jnp.zeros((n_rates, sets, width, n_classes), jnp.float32),
@@ -58,63 +58,55 @@ def make_state(
   n_classes: int,
   frozen: dict,
 ) -> TrainState:
-  """A fresh state: `params` holds "probes", which are trained, and "frozen", which goes along."""
+  """Initial state; `params` holds "probes", which are trained, and "frozen", which aren't."""
   probes = init_probes(groups, n_rates, n_classes)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params={"probes": probes, "frozen": frozen},
     opt_state=optimizer.init(probes),
-    rng=jax.random.key_data(jax.random.key(0)),  # nothing is drawn
-    skipped=jnp.zeros(2, jnp.int32),  # rates that are too large are expected
+    rng=jax.random.key_data(jax.random.key(0)),  # unused
+    skipped=jnp.zeros(2, jnp.int32),  # stays 0: the larger rates may diverge
   )
 
 
 def state_shardings(
   abstract: TrainState, groups: Groups, mesh: Mesh, frozen_shardings: dict
 ) -> TrainState:
-  """Classifiers are split by the width of their features, where that divides; the rest is everywhere."""
+  """Shards classifiers by the width of their features where that divides evenly; replicates the rest."""
   everywhere: Any = sharding.replicated(mesh)
   parts = sharding.axis_parts(mesh, "embed")
 
-  def place(path, leaf):
-    del path
+  def place(leaf):
     splits = leaf.ndim == 4 and leaf.shape[2] % parts == 0
     return sharding.sharding(mesh, None, None, "embed", None) if splits else everywhere
 
-  placed = jax.tree_util.tree_map_with_path(place, (abstract.params["probes"], abstract.opt_state))
-  return TrainState(
-    step=everywhere,
-    params={"probes": placed[0], "frozen": frozen_shardings},
-    opt_state=placed[1],
-    rng=everywhere,
-    skipped=everywhere,
-  )
+  probes, opt_state = jax.tree.map(place, (abstract.params["probes"], abstract.opt_state))
+  params = {"probes": probes, "frozen": frozen_shardings}
+  return TrainState(everywhere, params, opt_state, rng=everywhere, skipped=everywhere)
 
 
 def logits_of(probes: dict, features: Features) -> dict[str, jax.Array]:
-  """Every classifier's logits, float32 [R, F, B, K] a group."""
+  """Logits of all classifiers, float32 [R, F, B, K] for every group."""
   return {
-    name: jnp.einsum("fbw,rfwk->rfbk", features[name], each["weights"]) + each["bias"][:, :, None]
-    for name, each in probes.items()
+    name: jnp.einsum("fbw,rfwk->rfbk", features[name], probe["weights"]) + probe["bias"][:, :, None]
+    for name, probe in probes.items()
   }
 
 
 def make_train_step(extract: Extract, optimizer: optax.GradientTransformation):
   """Builds train_step(state, batch) -> (state, metrics); the batch has `label`, int32 [B].
 
-  Metrics are those of the best of all classifiers on the batch: `probe_loss` in nats, `accuracy`.
+  Metrics are those of the best classifier on the batch: `probe_loss` in nats, `accuracy`.
   """
 
   def loss_fn(probes, features, labels_B):
-    logits = logits_of(probes, features)
-    losses, accuracies = {}, {}
-    for name, each_RxFxBxK in logits.items():
-      rows = optax.softmax_cross_entropy_with_integer_labels(
-        each_RxFxBxK, jnp.broadcast_to(labels_B, each_RxFxBxK.shape[:-1])
-      )
-      losses[name] = rows.mean(-1)
-      accuracies[name] = (each_RxFxBxK.argmax(-1) == labels_B).mean(-1)
-    return sum(each.sum() for each in losses.values()), (losses, accuracies)
+    losses, accuracies = [], []
+    for logits_RxFxBxK in logits_of(probes, features).values():
+      labels_RxFxB = jnp.broadcast_to(labels_B, logits_RxFxBxK.shape[:-1])
+      nats = optax.softmax_cross_entropy_with_integer_labels(logits_RxFxBxK, labels_RxFxB)
+      losses.append(nats.mean(-1))
+      accuracies.append((logits_RxFxBxK.argmax(-1) == labels_B).mean(-1))
+    return sum(loss.sum() for loss in losses), (losses, accuracies)
 
   def train_step(state: TrainState, batch):
     frozen = state.params["frozen"]
@@ -123,8 +115,8 @@ def make_train_step(extract: Extract, optimizer: optax.GradientTransformation):
     grads, (losses, accuracies) = jax.grad(loss_fn, has_aux=True)(probes, features, batch["label"])
     updates, opt_state = optimizer.update(grads, state.opt_state, probes)
     metrics = {
-      "probe_loss": jnp.min(jnp.stack([jnp.nanmin(each) for each in losses.values()])),
-      "accuracy": jnp.max(jnp.stack([each.max() for each in accuracies.values()])),
+      "probe_loss": jnp.min(jnp.stack([jnp.nanmin(loss) for loss in losses])),
+      "accuracy": jnp.max(jnp.stack([accuracy.max() for accuracy in accuracies])),
     }
     probes = optax.apply_updates(probes, updates)
     params = {"probes": probes, "frozen": frozen}
@@ -135,18 +127,16 @@ def make_train_step(extract: Extract, optimizer: optax.GradientTransformation):
 
 
 def make_eval_step(extract: Extract):
-  """Builds eval_step(params, batch) -> (correct [R, F] of every group, images counted).
+  """Builds eval_step(params, batch) -> (correct [R, F] for every group, images counted).
 
-  The batch has `label` and `mask`: which rows count.
+  The batch has `label`, and `mask`, True for rows that count.
   """
 
   def eval_step(params: dict, batch):
-    logits = logits_of(params["probes"], extract(params["frozen"], batch))
-    counted = batch["mask"]
     correct = {
-      name: jnp.sum((each.argmax(-1) == batch["label"]) & counted, axis=-1)
-      for name, each in logits.items()
+      name: jnp.sum((logits.argmax(-1) == batch["label"]) & batch["mask"], axis=-1)
+      for name, logits in logits_of(params["probes"], extract(params["frozen"], batch)).items()
     }
-    return correct, jnp.sum(counted)
+    return correct, jnp.sum(batch["mask"])
 
   return eval_step

@@ -1,7 +1,7 @@
-"""The probe at ImageNet's size: classifiers trained by SGD in one step, from images or stored features.
+"""The probe for large data sets: all classifiers are trained at once by SGD, on images or stored features.
 
-Its state is checkpointed in OUT/probe_sgd, so that the same command goes on; validation accuracy goes
-to metrics.jsonl there. Learning rates are chosen on validation, for each layer; test is looked at once.
+Its state is checkpointed in OUT/probe_sgd, so that the same command resumes; validation accuracy goes
+to metrics.jsonl there. Learning rates are chosen on validation, per layer; test is evaluated once.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _SHOWN = (
 
 
 def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
-  """Trains all classifiers; rows of the table, as JSON."""
+  """Trains all classifiers; returns the rows of the table, as JSON."""
   if settings.probe.concatenate or settings.probe.around_best:
     raise UserError(
       "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
@@ -50,10 +50,11 @@ def _run(
   settings: Settings, workdir: str, folder: str, source: Source, training: TrainingRun
 ) -> list[dict[str, Any]]:
   mesh = source.mesh
-  sharding.batch_size_per_shard(mesh, settings.probe.batch_size, "probe.batch_size")
+  batch_size = settings.probe.batch_size
+  sharding.batch_size_per_shard(mesh, batch_size, "probe.batch_size")
   rates = tuple(float(rate) for rate in settings.probe.learning_rates)
   groups = feeds.groups_of(settings, source)
-  said = {
+  identity = {
     "features_of": sets.identity_of(settings, source, "train", source.checksum),
     "random_weights": source.random_checksum if RANDOM in source.baselines else None,
     "images": source.rows("train"),
@@ -62,20 +63,17 @@ def _run(
     "steps": settings.probe.steps,
     "layers": list(source.features.layers),
   }
-  order = DataOrder(
-    folder, source.splits["train"], batch_size=settings.probe.batch_size, seed=settings.seed
-  )
+  order = DataOrder(folder, source.splits["train"], batch_size=batch_size, seed=settings.seed)
 
   def check(at: int, run: dict[str, Any]) -> None:
+    what = f"{folder} holds another probe, begun before"
     fix = "its settings, another --workdir, or remove that folder"
-    files.check_same(
-      "probe", f"{folder} holds another probe, begun before", run["probe"], said, fix
-    )
+    files.check_same("probe", what, run["probe"], identity, fix)
     order.check(at, run)
 
-  begun = training.checkpoints.latest()
-  if begun is not None:  # before features are computed
-    check(begun, training.checkpoints.read_run(begun))
+  latest = training.checkpoints.latest()
+  if latest is not None:  # before features are computed
+    check(latest, training.checkpoints.read_run(latest))
   feed = feeds.open_feed(settings, workdir, source)
   optimizer = sgd.make_optimizer(rates, settings.probe.steps)
 
@@ -89,13 +87,10 @@ def _run(
     whole = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
   saved = training.resume_or(lambda: _probes(whole), _probes(abstract), _probes(shardings), check)
 
-  evaluate_step = jax.jit(
-    sgd.make_eval_step(feed.extract),
-    out_shardings=sharding.replicated(mesh),
-  )
+  evaluate_step = jax.jit(sgd.make_eval_step(feed.extract), out_shardings=sharding.replicated(mesh))
 
   def accuracies(params, split: str) -> dict[str, np.ndarray]:
-    """Accuracies of every classifier, [R, F] a group."""
+    """Accuracies of all classifiers, [R, F] for every group."""
     total: Any = None
     images = 0
     with jax.set_mesh(mesh):
@@ -103,22 +98,21 @@ def _run(
         correct, counted = jax.device_get(evaluate_step(params, sharding.put_batch(batch, mesh)))
         total = correct if total is None else jax.tree.map(np.add, total, correct)
         images += int(counted)
-    return {name: each / images for name, each in total.items()}
+    return {name: correct / images for name, correct in total.items()}
 
-  def evaluate(at: TrainState) -> dict[str, float]:
-    found = accuracies(at.params, "validation")
-    return {"validation_accuracy": float(found[LAYERS].max())}
+  def evaluate(state: TrainState) -> dict[str, float]:
+    return {"validation_accuracy": float(accuracies(state.params, "validation")[LAYERS].max())}
 
   began = time.monotonic()
   work = Work(
     train_step=sgd.make_train_step(feed.extract, optimizer),
     batches=feed.training,
     fields=feed.fields,
-    batch_size=settings.probe.batch_size,
+    batch_size=batch_size,
     log_every=settings.train.log_every,
     eval_every=settings.probe.eval_every,
     save_every=settings.probe.eval_every,
-    describe=lambda step: {"data": order.position(step), "probe": said},
+    describe=lambda step: {"data": order.position(step), "probe": identity},
     evaluate=evaluate,
     kept=_probes,
     shown=_SHOWN,
@@ -133,35 +127,30 @@ def _run(
   params = outcome.state.params
   validation, test = accuracies(params, "validation"), accuracies(params, "test")
   return [
-    row for name in groups for row in _rows(name, source, rates, validation[name], test[name])
+    row for kind in groups for row in _rows(kind, source, rates, validation[kind], test[kind])
   ]
 
 
-def _rows(name: str, source: Source, rates, validation_RxF, test_RxF) -> list[dict[str, Any]]:
-  layered = name in (LAYERS, RANDOM)
-  rows = []
-  for f in range(validation_RxF.shape[1]):
-    best = int(np.argmax(validation_RxF[:, f]))
-    layer = source.features.layers[f] if layered else None
-    called = {
-      LAYERS: f"layer {layer}", RANDOM: f"random weights, layer {layer}", PIXELS: "raw pixels",
-      PCA: "PCA of pixels",
-    }[name]  # fmt: skip
-    rows.append(
-      {
-        "name": called,
-        "kind": name,
-        "layer": layer,
-        "learning_rate": rates[best],
-        "validation_accuracy": float(validation_RxF[best, f]),
-        "test_accuracy": float(test_RxF[best, f]),
-      }
-    )
-  return rows
+def _rows(kind: str, source: Source, rates, validation_RxF, test_RxF) -> list[dict[str, Any]]:
+  title = {
+    LAYERS: "layer {}", RANDOM: "random weights, layer {}", PIXELS: "raw pixels", PCA: "PCA of pixels"
+  }[kind]  # fmt: skip
+  layers = source.features.layers if kind in (LAYERS, RANDOM) else (None,)
+  return [
+    {
+      "name": title.format(layer),
+      "kind": kind,
+      "layer": layer,
+      "learning_rate": rates[best],
+      "validation_accuracy": float(validation_RxF[best, f]),
+      "test_accuracy": float(test_RxF[best, f]),
+    }
+    for f, (layer, best) in enumerate(zip(layers, validation_RxF.argmax(0), strict=True))
+  ]
 
 
 def _probes(state: TrainState) -> TrainState:
-  """What is saved: what the step doesn't change is left out."""
+  """The state to save: without "frozen", which training doesn't change."""
   return dataclasses.replace(state, params={"probes": state.params["probes"]})
 
 

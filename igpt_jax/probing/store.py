@@ -1,4 +1,4 @@
-"""Features on disk: one folder for a split under one model, resumable, refused if it's another's.
+"""Features on disk: a folder per split and model; resumable, and refused if made from anything else.
 
 FOLDER/
   identity.json   what they were computed from: parameters' checksum, data, resolution, …
@@ -7,8 +7,8 @@ FOLDER/
   images.npy      uint8 [N, H, W, 3], what the model was shown, before the palette
   labels.npy      int32 [N], -1 where an image couldn't be read
 
-Whoever asks for fewer rows than are there gets the first of them; whoever asks for more has the arrays
-lengthened, and only the rows that are missing computed.
+A store opened for fewer rows than it holds returns the first of them; opened for more, its arrays are
+extended and only the missing rows computed.
 """
 
 import os
@@ -28,14 +28,14 @@ _SECONDS_BETWEEN_SAVES = 20.0
 
 
 class FeatureStore:
-  """One split's features. Opens a folder that has begun, or begins it when there is one to write.
+  """One split's features. Opens the folder if it exists; `begin` creates it.
 
   Args:
-    folder: where they are.
-    identity: what they are computed from, JSON.
-    rows: images wanted, the split's first.
-    width: of one layer's features.
-    side: of the images, in pixels.
+    folder: the folder of the arrays.
+    identity: everything the features are computed from, JSON.
+    rows: number of images, the split's first ones.
+    width: width of one layer's features.
+    side: height and width of the images, in pixels.
 
   Raises:
     UserError: the folder holds features of something else, or is damaged.
@@ -55,18 +55,18 @@ class FeatureStore:
       self._progress = _read_progress(os.path.join(folder, "progress.json"))
 
   def missing(self, layers: Sequence[int]) -> tuple[int, ...]:
-    """Those of the layers that aren't whole."""
+    """Returns the layers that aren't complete."""
     return tuple(layer for layer in layers if self._progress.get(str(layer), 0) < self._rows)
 
   def rows_done(self, layers: Sequence[int]) -> int:
-    """How many of the first rows all of these layers have."""
+    """Number of first rows that all of these layers have."""
     return min(self._rows, *(self._progress.get(str(layer), 0) for layer in layers))
 
   def begin(self, layers: Sequence[int]) -> "Writing":
-    """Makes room for these layers, or opens what there is of them and lengthens it.
+    """Creates the arrays of these layers, or extends them where they are too short.
 
     Raises:
-      UserError: the disk has no room.
+      UserError: the disk is full or can't be written to.
     """
     short = [name for name in self._names(layers) if self._stored_rows(name) < self._rows]
     needed = sum(int(np.prod(self._shape(name))) * self._dtype(name).itemsize for name in short)
@@ -90,14 +90,14 @@ class FeatureStore:
     return Writing(self, layers)
 
   def layer(self, layer: int) -> np.ndarray:
-    """[N, width], mapped from disk; rows that couldn't be read are zeros."""
+    """Features [N, width], mapped from disk; zeros where the image couldn't be read."""
     return self._open(f"layer-{layer:02d}", "r")
 
   def images(self) -> np.ndarray:
     return self._open("images", "r")
 
   def labels(self) -> np.ndarray:
-    """int32 [N], in memory; -1 where the image couldn't be read."""
+    """Labels int32 [N], in memory; -1 where the image couldn't be read."""
     return np.array(self._open("labels", "r"))
 
   def _names(self, layers: Sequence[int]) -> list[str]:
@@ -116,25 +116,25 @@ class FeatureStore:
     return len(self._load(name, "r")) if os.path.exists(self._path(name)) else 0
 
   def _lengthen(self, name: str) -> None:
-    """Makes an array of all rows wanted, which begins with those that are there."""
-    before = self._stored_rows(name)
+    """Writes an array of all rows that begins with those stored."""
+    stored = self._stored_rows(name)
     with files.replacing(self._path(name)) as partial:
       array = np.lib.format.open_memmap(partial, "w+", self._dtype(name), self._shape(name))
-      if before:
-        array[:before] = self._load(name, "r")
+      if stored:
+        array[:stored] = self._load(name, "r")
       if name == "labels":
-        array[before:] = -1
+        array[stored:] = -1
       array.flush()
 
   def _open(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
-    """The rows wanted, [rows, …], mapped from disk."""
+    """The first `rows` rows, mapped from disk."""
     array = self._load(name, mode)
     if len(array) < self._rows:
       raise self._misshapen(name, array)
     return cast(np.memmap, array[: self._rows])
 
   def _load(self, name: str, mode: Literal["r", "r+"]) -> np.memmap:
-    """All rows that there is room for."""
+    """All rows on disk."""
     path = self._path(name)
     try:
       array = np.load(path, mmap_mode=mode, allow_pickle=False)
@@ -142,10 +142,9 @@ class FeatureStore:
       raise UserError(
         f"features: {path} can't be read ({error}); fix: remove {self.folder}"
       ) from None
-    wanted = self._shape(name)
-    if (
-      array.ndim != len(wanted) or array.shape[1:] != wanted[1:] or array.dtype != self._dtype(name)
-    ):
+    # Of a scalar, shape[1:] would equal that of [N].
+    row_shape, dtype = self._shape(name)[1:], self._dtype(name)
+    if not array.ndim or array.shape[1:] != row_shape or array.dtype != dtype:
       raise self._misshapen(name, array)
     return array
 
@@ -159,23 +158,22 @@ class FeatureStore:
     summary.write_json(os.path.join(self.folder, name), values)
 
   def _done(self, layers: Sequence[int], rows: int) -> None:
-    # One that was further already has lost nothing.
+    # max: a layer computed further before keeps its rows.
     for layer in map(str, layers):
       self._progress[layer] = max(rows, self._progress.get(layer, 0))
     self._write("progress.json", self._progress)
 
 
 class Writing:
-  """Rows on their way to disk, in the split's order. What `progress.json` counts has been synced."""
+  """Writer of a store's rows, in the split's order. Rows counted in `progress.json` are flushed first."""
 
   def __init__(self, store: FeatureStore, layers: Sequence[int]):
-    self._store = store
-    self._layers = tuple(layers)
+    self._store, self._layers = store, tuple(layers)
     self._arrays = [store._open(name, "r+") for name in store._names(layers)]
     self._saved = time.monotonic()
 
   def add(self, rows: FeatureRows, done: int) -> None:
-    """Writes a batch; `done` is how many of the split's first rows are there with it."""
+    """Writes a batch, with which the split's first `done` rows are complete."""
     labels, images, *layers = self._arrays
     labels[rows.index], images[rows.index] = rows.labels, rows.images
     for array, features in zip(layers, rows.features, strict=True):

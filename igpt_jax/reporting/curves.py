@@ -1,4 +1,4 @@
-"""The curve of a run's losses."""
+"""Plot of a run's losses."""
 
 import os
 
@@ -6,7 +6,7 @@ from igpt_jax.reporting import figures, metrics
 
 
 def draw_curve(workdir: str, path: str) -> bool:
-  """Draws a run's losses so far into a PNG; False where there are none yet."""
+  """Plots a run's losses so far into a PNG; returns False if there are none yet."""
   records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
   curves = {}
   for name, label in (("loss", "training"), ("validation_loss", "validation")):
@@ -15,11 +15,6 @@ def draw_curve(workdir: str, path: str) -> bool:
       curves[label] = tuple(zip(*points, strict=True))
   if not curves:
     return False
-  figures.plot(
-    path,
-    curves,
-    title=os.path.basename(os.path.abspath(workdir)),
-    x_label="step",
-    y_label="nats per token",
-  )
+  title = os.path.basename(os.path.abspath(workdir))
+  figures.plot(path, curves, title=title, x_label="step", y_label="nats per token")
   return True

@@ -1,4 +1,4 @@
-"""Images for people: grids of samples, and curves."""
+"""Figures: grids of images, animations and plots."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,11 +7,11 @@ from PIL import Image
 
 from igpt_jax.files import replacing
 
-HIDDEN = 200  # the grey of pixels that aren't there
+HIDDEN = 200  # grey of hidden pixels
 
 
 def default_scale(resolution: int) -> int:
-  """Image pixels per model pixel, so that a thumb-nail is about 96 pixels wide."""
+  """Scale at which an image is about 96 pixels wide."""
   return max(1, round(96 / resolution))
 
 
@@ -20,7 +20,7 @@ def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> n
 
   Args:
     rows: lists of uint8 [H, W, 3], all of one size; shorter rows end in background.
-    scale: side of the square that a pixel becomes.
+    scale: side of the square that each pixel becomes.
     gap: background pixels between images and around them.
 
   Returns:
@@ -28,54 +28,53 @@ def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> n
   """
   height, width = (side * scale for side in rows[0][0].shape[:2])
   columns = max(len(row) for row in rows)
-  canvas = np.full(
-    (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8
-  )
+  shape = (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3)
+  canvas = np.full(shape, 255, np.uint8)
   for r, row in enumerate(rows):
-    for c, picture in enumerate(row):
+    for c, image in enumerate(row):
       top, left = gap + r * (height + gap), gap + c * (width + gap)
-      enlarged = np.repeat(np.repeat(picture, scale, axis=0), scale, axis=1)
+      enlarged = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
       canvas[top : top + height, left : left + width] = enlarged
   return canvas
 
 
-def hide(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
-  """The image with all that isn't known greyed out; `known` broadcasts to [H, W]."""
-  return np.where(known[..., None], picture, np.uint8(HIDDEN))
+def hide(image: np.ndarray, known: np.ndarray) -> np.ndarray:
+  """Greys out unknown pixels; `known` broadcasts to [H, W]."""
+  return np.where(known[..., None], image, np.uint8(HIDDEN))
 
 
-def save_png(path: str, picture: np.ndarray) -> None:
+def save_png(path: str, image: np.ndarray) -> None:
   with replacing(path) as partial:
-    Image.fromarray(picture).save(partial, format="PNG")
+    Image.fromarray(image).save(partial, format="PNG")
 
 
 def appearing(
-  pictures: Sequence[np.ndarray], n_given: int, *, columns: int, scale: int, frames: int = 48
+  images: Sequence[np.ndarray], n_given: int, *, columns: int, scale: int, frames: int = 48
 ) -> list[np.ndarray]:
-  """Frames of images whose pixels appear one after the other, in raster order.
+  """Returns frames of a grid of images whose pixels appear in raster order.
 
   Args:
-    images: uint8 [H, W, 3], whole.
-    n_given: pixels that are there from the beginning.
-    columns: of the grid that they are laid out in.
-    scale: side of the square that a pixel becomes.
-    frames: at most, beside the first one.
+    images: complete images, uint8 [H, W, 3].
+    n_given: pixels shown from the first frame on.
+    columns: columns of the grid.
+    scale: side of the square that each pixel becomes.
+    frames: number of frames at most, besides the first one.
   """
-  n_pixels = pictures[0].shape[0] * pictures[0].shape[1]
+  n_pixels = images[0].shape[0] * images[0].shape[1]
   step = max(1, -(-(n_pixels - n_given) // frames))
   laid_out = []
   for shown in [*range(n_given, n_pixels, step), n_pixels]:
-    partial = [each.copy() for each in pictures]
-    for each in partial:
-      each.reshape(n_pixels, 3)[shown:] = HIDDEN
+    partial = [image.copy() for image in images]
+    for image in partial:
+      image.reshape(n_pixels, 3)[shown:] = HIDDEN
     rows = [partial[start : start + columns] for start in range(0, len(partial), columns)]
     laid_out.append(grid(rows, scale=scale))
   return laid_out
 
 
 def save_gif(path: str, frames: Sequence[np.ndarray], *, milliseconds: int = 80) -> None:
-  """An animation that repeats; its last frame stays for two seconds."""
-  # One palette for all frames, or colours would flicker: of the last one, beside the first one's grey.
+  """Saves a looping animation whose last frame stays for two seconds."""
+  # One palette for all frames, so that colours don't flicker: that of the first and last frames.
   both = Image.fromarray(np.concatenate([frames[0], frames[-1]]))
   palette = both.quantize(256, dither=Image.Dither.NONE)
   images = [
@@ -105,15 +104,15 @@ def plot(
   """Draws curves, and dashed horizontal levels, into a PNG.
 
   Args:
-    path: of the PNG.
+    path: path of the PNG.
     curves: name -> (xs, ys).
-    title, x_label, y_label: what is written on it.
+    title, x_label, y_label: texts of the figure.
     levels: name -> y.
-    spread: of a curve's points, half the length of a bar at each.
-    whole_steps: x counts few things (layers): a marker on each, ticks at whole numbers alone.
-    markers: on each point.
-    reverse_x: falls to the right.
-    x_ticks: the only ones, on a logarithmic axis.
+    spread: name of a curve -> half the length of the error bar at each point.
+    whole_steps: True if x is a small integer (a layer): markers on points, ticks at integers only.
+    markers: True for markers on points.
+    reverse_x: True if x decreases to the right.
+    x_ticks: all ticks of a logarithmic x axis; (): the axis is linear.
   """
   import matplotlib
 

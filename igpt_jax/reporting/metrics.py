@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked; progress lines."""
+"""Writers of metrics: metrics.jsonl always, TensorBoard and Weights & Biases if configured."""
 
 import contextlib
 import json
@@ -11,10 +11,10 @@ from igpt_jax.files import replacing, sync
 
 
 class JsonlWriter:
-  """Appends one JSON object a line. A record's "step" never occurs twice for one kind of record.
+  """Appends records to a JSON Lines file.
 
-  Resuming at a step drops the records after it: they are computed again, to the same values. Where the
-  disk is full a record waits for the next one, or for `sync`, which says so.
+  Resuming at a step drops the records after it: they are computed again, to the same values. If the disk
+  is full, records are kept in memory until the next write, or `sync`, which raises.
   """
 
   def __init__(self, path: str, resume_step: int):
@@ -33,7 +33,7 @@ class JsonlWriter:
       self._append()
 
   def _append(self) -> None:
-    """Whole lines, or nothing."""
+    """Writes all waiting lines, or none."""
     end, left = self._file.seek(0, os.SEEK_END), self._waiting
     try:
       while left:
@@ -44,10 +44,10 @@ class JsonlWriter:
     self._waiting = b""
 
   def sync(self) -> None:
-    """What was written is on the disk, as far as the file system keeps such a promise.
+    """Flushes all records to the disk.
 
     Raises:
-      OSError: it can't be; it still waits.
+      OSError: they can't be written; they are kept in memory.
     """
     self._append()
     sync(self.path)
@@ -58,7 +58,7 @@ class JsonlWriter:
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
-  """The records of a metrics file, [] where there is none; a line that a crash cut short is left out."""
+  """Reads a metrics file; [] if there is none. A line that a crash cut short is left out."""
   records = []
   if not os.path.exists(path):
     return records
@@ -70,7 +70,7 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
 
 
 def newest(path: str) -> dict[str, Any]:
-  """The newest value of every metric in a metrics file."""
+  """Returns the newest value of every metric in a metrics file."""
   values = {name: value for record in read_jsonl(path) for name, value in record.items()}
   return {name: value for name, value in values.items() if name != "step"}
 
@@ -83,7 +83,7 @@ def _belongs_before(line: str, step: int) -> bool:
 
 
 class TensorBoardWriter:
-  """Scalars as TensorBoard events, through tensorboardX."""
+  """Writes scalars as TensorBoard events, through tensorboardX."""
 
   def __init__(self, workdir: str, resume_step: int):
     try:
@@ -107,7 +107,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-  """Scalars to Weights & Biases; the run is named by the workdir and resumed with it."""
+  """Writes metrics to Weights & Biases; the run is named after the workdir and resumed with it."""
 
   def __init__(self, workdir: str, config: Mapping[str, Any], project: str):
     try:
@@ -141,7 +141,7 @@ class WandbWriter:
 
 
 class Writers:
-  """All the writers of a run; on processes other than 0 there are none."""
+  """All writers of a run; empty on processes other than 0."""
 
   def __init__(self, writers: list[Any]):
     self._writers = writers
@@ -151,7 +151,7 @@ class Writers:
       writer.write(step, values)
 
   def sync(self) -> None:
-    """What goes on with a checkpoint is on the disk: metrics.jsonl."""
+    """Flushes metrics.jsonl, which a resumed run goes on with, to the disk."""
     for writer in self._writers:
       if isinstance(writer, JsonlWriter):
         writer.sync()

@@ -5,20 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class Progress:
-  """Speed, share of the peak, and time left; one line for a person at every log.
+  """Measures speed, MFU and remaining time, and formats the progress line of a log.
 
   Args:
-    total_steps: of the run.
+    total_steps: steps of the run.
     images_per_step: global batch size.
-    flops_per_image: model FLOPs of a training step (nothing recomputed).
-    peak_flops: of all devices together, or None where it isn't known: then no MFU is shown.
-    shown: the metrics that a line tells, in order, and how.
+    flops_per_image: model FLOPs of a training step, without recomputation.
+    peak_flops: FLOP/s of all devices together; None if unknown: then there is no MFU.
+    shown: metrics of the line, in order, with their formats.
   """
 
-  PRETRAINING = (
-    ("loss", "loss {:.4f} nats/token"),
-    ("validation_loss", "validation {:.4f}"),
-  )
+  PRETRAINING = (("loss", "loss {:.4f} nats/token"), ("validation_loss", "validation {:.4f}"))
+  _SPEED = (
+    ("images_per_second", "{:,.0f} images/s"), ("mfu", "MFU {:.1%}"), ("data_wait", "data wait {:.0%}")
+  )  # fmt: skip
 
   def __init__(
     self,
@@ -29,23 +29,19 @@ class Progress:
     shown: Sequence[tuple[str, str]] = PRETRAINING,
   ):
     self.shown = tuple(shown)
-    self.total_steps = total_steps
-    self.images_per_step = images_per_step
-    self.flops_per_image = flops_per_image
-    self.peak_flops = peak_flops
+    self.total_steps, self.images_per_step = total_steps, images_per_step
+    self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
     self._since: tuple[float, int] | None = None
-    self._paused = 0.0
-    self._seconds = 0.0
-    self._waited = 0.0
+    self._paused = self._seconds = self._waited = 0.0
 
   def start(self, step: int, waited: float = 0.0) -> None:
-    """Begins to measure, at `step`: call it once compiled. `waited`: seconds for data, so far."""
+    """Starts measuring at `step`, after compilation. `waited`: seconds spent waiting for data so far."""
     self._since = (time.monotonic(), step)
     self._paused = 0.0
     self._waited = waited
 
   def pause(self, seconds: float) -> None:
-    """Takes out time that wasn't training (evaluation, waiting for a checkpoint)."""
+    """Excludes time that wasn't training (evaluation, waiting for a checkpoint)."""
     self._paused += seconds
 
   def measure(self, step: int) -> dict[str, float]:
@@ -72,43 +68,37 @@ class Progress:
   def line(self, step: int, values: Mapping[str, float]) -> str:
     width = len(str(self.total_steps))
     parts = [f"step {step:>{width}}/{self.total_steps}"]
-    parts += [form.format(values[name]) for name, form in self.shown if name in values]
-    if "images_per_second" in values:
-      parts.append(f"{values['images_per_second']:,.0f} images/s")
-    if "mfu" in values:
-      parts.append(f"MFU {values['mfu']:.1%}")
-    if "data_wait" in values:
-      parts.append(f"data wait {values['data_wait']:.0%}")
+    shown = (*self.shown, *self._SPEED)
+    parts += [form.format(values[name]) for name, form in shown if name in values]
     if "eta_seconds" in values:
       parts.append(f"ETA {format_seconds(values['eta_seconds'])}")
     return "  ".join(parts)
 
 
 class Countdown:
-  """Lines about a job of known length, one every few seconds or tenth of its time: done/total, speed, ETA."""
+  """Prints progress of work of known length (done/total, speed, ETA), less often the longer it takes."""
 
   def __init__(self, what: str, total: int, say: Callable[[str], None], every: float = 5.0):
     self._what, self._total, self._say, self._every = what, total, say, every
-    self._began = self._told = time.monotonic()
+    self._began = self._last = time.monotonic()
 
   def batches(self, batch_size: int) -> Callable[[int], None]:
-    """A ticker that is told how many batches are done, not how many of the whole."""
+    """Returns a `tick` that counts batches."""
     return lambda n: self.tick(n * batch_size)
 
   def tick(self, done: int) -> None:
     now = time.monotonic()
-    # The longer it takes, the less often it has something to say.
     pause = max(self._every, 0.1 * (now - self._began))
-    if now - self._told < pause or not 0 < done < self._total:
+    if now - self._last < pause or not 0 < done < self._total:
       return
-    self._told = now
+    self._last = now
     speed = done / (now - self._began)
     left = format_seconds((self._total - done) / speed)
     self._say(f"{self._what}: {done:,}/{self._total:,}  {speed:,.1f}/s  ETA {left}")
 
 
 def format_seconds(seconds: float) -> str:
-  """3723 -> 1:02:03; days in front when there are any."""
+  """Formats 3723 as 1:02:03, with days in front if there are any."""
   days, rest = divmod(round(seconds), 86_400)
   hours, rest = divmod(rest, 3_600)
   clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,4 +1,4 @@
-"""What a job leaves for a person: JSON of its numbers, and one summary of all of them.
+"""Results of jobs: JSON files of numbers, and one summary of all of them.
 
 Every write is atomic: a reader sees the old file or the new one.
 """
@@ -19,7 +19,7 @@ _FINETUNING = {
   "start_nats_per_token": "{:.4f} before",
 }
 
-# file a job writes -> heading, and the numbers to show: key -> how to print it
+# file that a job writes -> (heading, {key: format} of the values to show)
 _SECTIONS = {
   "training.json": (
     "Pretraining",
@@ -47,11 +47,7 @@ _SECTIONS = {
   ),
   "probe.json": (
     "Linear probe",
-    {
-      "best_layer": "best layer {}",
-      "test_accuracy": "test accuracy {:.2%}",
-      "verdict": "{}",
-    },
+    {"best_layer": "best layer {}", "test_accuracy": "test accuracy {:.2%}", "verdict": "{}"},
   ),
   "lowdata.json": ("Few labels", {"verdict": "{}"}),
   "finetune/finetune.json": ("Fine-tuning", _FINETUNING),
@@ -86,9 +82,9 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 
 
 def write_summary(workdir: str) -> str:
-  """Gathers what the jobs wrote into summary.md, and returns its text.
+  """Writes all jobs' results to summary.md, and returns its text.
 
-  Where the results aren't all of one checkpoint, the newest, each line says whose they are.
+  If the results aren't all of the newest checkpoint, each line names its checkpoint.
   """
   kept: dict[str, dict[str, Any]] = {}
   texts: dict[str, str] = {}
@@ -115,7 +111,7 @@ def _numbers(values: Mapping[str, Any], shown: Mapping[str, str]) -> str:
 
 
 def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-  """Name of a result -> its checkpoint, in words; {} where all are of the newest."""
+  """Maps files to the checkpoints of their results, in words; {} if all are of the newest."""
   of_checkpoint = {
     name: (values.get(f"{start}step"), values.get(f"{start}parameters"))
     for name, values in kept.items()
@@ -125,13 +121,10 @@ def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
   steps = {step for step, _ in of_checkpoint.values()}
   if "training.json" in kept:
     steps.add(kept["training.json"].get("step"))
-  if (
-    len(steps - {None}) <= 1 and len({parameters for _, parameters in of_checkpoint.values()}) <= 1
-  ):
+  digests = {parameters for _, parameters in of_checkpoint.values()}
+  if len(steps - {None}) <= 1 and len(digests) <= 1:
     return {}
   return {
-    name: " ("
-    + (f"step {step}, parameters {parameters[:8]}" if parameters else "an older version's")
-    + ")"
+    name: f" (step {step}, parameters {parameters[:8]})" if parameters else " (an older version's)"
     for name, (step, parameters) in of_checkpoint.items()
   }

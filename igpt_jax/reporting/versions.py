@@ -9,8 +9,8 @@ from igpt_jax import __version__
 
 def versions() -> dict[str, str]:
   """Versions of the packages that a measurement depends on."""
-  found = {"igpt_jax": __version__, "python": platform.python_version()}
+  installed = {"igpt_jax": __version__, "python": platform.python_version()}
   for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[package] = importlib.metadata.version(package)
-  return found
+      installed[package] = importlib.metadata.version(package)
+  return installed

@@ -1,7 +1,7 @@
-"""Completing a person's own images: from files of any format to pixels, row by row.
+"""Completion of images after their upper rows: from files of any format to pixels, row by row.
 
-What job `complete` and the page share. A model reads pixels in raster order, so what is given is
-always the upper rows: it can't condition on a lower or a left part.
+Used by job `complete` and the page. An autoregressive model reads pixels in raster order, so the prompt
+is always the upper rows: it can't condition on a lower or a left part.
 """
 
 import collections
@@ -25,26 +25,20 @@ from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.workspace import weights
 
-_PROGRAMS = 24  # compiled ones that are kept: one for a shape and a way of drawing
+_PROGRAMS = 24  # compiled programs that are kept; there is one per shape and SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class InputImage:
-  """A person's image as the model sees it.
-
-  Attributes:
-    name: what to call it.
-    tokens: int32 [n_positions]; [0] where there is no image, for unconditional samples.
-    stream: taken for its identity, if not None.
-  """
+  """An image as tokens of the model."""
 
   name: str
-  tokens: np.ndarray
-  stream: int | None = None
+  tokens: np.ndarray  # int32 [n_positions]; [0] for unconditional samples
+  stream: int | None = None  # used as identity, if not None
 
   @property
   def identity(self) -> int:
-    """32 bits of what is in it, whatever it is called: with a seed, where its samples begin."""
+    """32-bit digest of the tokens; with the seed it determines the image's samples."""
     if self.stream is not None:
       return self.stream
     digest = hashlib.sha256(self.tokens.astype("<i4").tobytes()).digest()
@@ -55,98 +49,92 @@ NOTHING = InputImage("unconditional", np.zeros(0, np.int32))
 
 
 class PartialSamples(NamedTuple):
-  """Completions up to a pixel, an image's own ones side by side.
+  """Samples drawn up to some pixel; those of one image are consecutive."""
 
-  Attributes:
-    tokens: int32 [N, n_positions]; 0 from `position` on.
-    nll: float32 [N, n_positions], nats per token under the model itself; 0 at given pixels.
-    position: how many pixels are there.
-  """
-
-  tokens: np.ndarray
-  nll: np.ndarray
-  position: int
+  tokens: np.ndarray  # int32 [N, n_positions]; 0 from `position` on
+  nll: np.ndarray  # float32 [N, n_positions], nats per token under the model; 0 at given pixels
+  position: int  # number of pixels drawn or given
 
 
 class _Program(NamedTuple):
-  """The two steps of drawing, compiled on first use for one shape and one way of drawing."""
+  """The two steps of drawing, compiled on first use for one shape and SamplingConfig."""
 
   begin: jax.stages.Wrapped
-  extend: dict  # holds the second step once the first has said where its result lies
+  extend: dict  # "step": added once the sharding of the first step's result is known
 
 
 def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpoint.CheckpointInfo:
-  """The checkpoint to complete with; its weights are not read yet.
+  """Describes the checkpoint to complete with, without reading its weights.
 
   Raises:
     UserError: there is none, it has no palette, or it is a BERT model and `bert` isn't set.
   """
-  found = weights.of_job(settings, workdir)
-  weights.palette_of(found)
-  if not found.config.causal and not bert:
+  info = weights.of_job(settings, workdir)
+  weights.palette_of(info)
+  if not info.config.causal and not bert:
     raise UserError(
-      f"checkpoint: {found.path} is a BERT model, which has no left-to-right distribution to draw "
+      f"checkpoint: {info.path} is a BERT model, which has no left-to-right distribution to draw "
       "from; fix: a checkpoint of objective=autoregressive"
     )
-  return found
+  return info
 
 
 class Reader:
-  """Turns files into what a model sees, and tokens into what people see; needs no weights.
+  """Converts files to a model's tokens, and tokens to images; needs no weights.
 
   Attributes:
-    resolution: side of the model's images.
-    palette: its colours.
+    resolution: height and width of the model's images.
+    palette: the model's palette.
   """
 
-  def __init__(self, found: checkpoint.CheckpointInfo):
-    self.resolution: int = found.run["resolution"]
-    self.palette = weights.palette_of(found)
-    data_config = found.run.get("config", {}).get("data", {})
-    # What isn't ours was trained on the paper's crops.
+  def __init__(self, info: checkpoint.CheckpointInfo):
+    self.resolution: int = info.run["resolution"]
+    self.palette = weights.palette_of(info)
+    data_config = info.run.get("config", {}).get("data", {})
+    # Checkpoints without a config are released ones, trained on the paper's crops.
     augment = data_config.get("augment", "paper")
     if augment == "paper" and self.resolution > transforms.PAPER_CROP:
       augment = "none"
     self._transform = transforms.eval_transform(augment, self.resolution)
 
   def read(self, data: bytes, name: str) -> InputImage:
-    """An image as the model sees it, from a file of any format.
+    """Converts the content of a file of any image format to tokens.
 
     Raises:
-      BadRecord: it isn't one that can be read.
+      BadRecord: it isn't an image that can be read.
     """
     square = self.square(data, name)
     return InputImage(name, self.palette.encode(square).reshape(-1).astype(np.int32))
 
   def square(self, data: bytes, name: str) -> np.ndarray:
-    """The centre square of an image, upright, scaled as in evaluation: uint8 [R, R, 3], sRGB.
+    """Returns the centre square of an image, upright, scaled as in evaluation: uint8 [R, R, 3], sRGB.
 
     Raises:
-      BadRecord: it isn't one that can be read.
+      BadRecord: it isn't an image that can be read.
     """
     return self._transform(own_images.read(data, name))
 
   def paint(self, tokens_BxT: np.ndarray) -> np.ndarray:
-    """Tokens as uint8 [B, H, W, 3]."""
+    """Converts tokens to images uint8 [B, H, W, 3]."""
     return self.palette.decode(tokens_BxT).reshape(-1, self.resolution, self.resolution, 3)
 
 
 class Completer:
-  """One model, and the programs that draw with it.
+  """Draws completions with an autoregressive model.
 
-  A sample is decided by the seed, what is in the image, how much of it is given and the sample's
-  own number alone: not by the batch it is drawn in, nor by the image's name.
+  A sample is determined by the seed, the image's tokens, the number of given rows and the sample's
+  number: not by the batch it is drawn in, nor by the image's name.
 
   Attributes:
     trained: the model.
-    reader: of images for it.
+    reader: converts images to its tokens and back.
   """
 
-  def __init__(self, found: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh):
-    """Reads the weights of what `describe` found onto the mesh."""
-    sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = weights.read_to_draw(settings, found, mesh)
-    self.reader = Reader(found)
+  def __init__(self, info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh):
+    """Reads the weights of a checkpoint that `describe` returned onto the mesh."""
+    sharding.check_model_fits(mesh, n_head=info.config.n_head, n_embd=info.config.n_embd)
+    self.trained = weights.read_to_draw(settings, info, mesh)
+    self.reader = Reader(info)
     self._mesh = mesh
     self._cache_dtype = settings.sample.cache
     self._programs: collections.OrderedDict[tuple, _Program] = collections.OrderedDict()
@@ -154,7 +142,7 @@ class Completer:
 
   def draw(
     self,
-    pictures: Sequence[InputImage],
+    images: Sequence[InputImage],
     numbers: ArrayLike,
     rows_given: int,
     sampling: SamplingConfig,
@@ -162,67 +150,56 @@ class Completer:
     seed: int,
     rows_at_a_time: int = 0,
   ) -> Iterator[PartialSamples]:
-    """Samples of every image, as they grow; the last ones are whole.
+    """Yields samples of all images as rows are drawn; the last result has all rows.
 
     Args:
-      images: to complete.
-      numbers: of the samples of each, 0 and up: [n], or other ones for every image, [images, n].
-      rows_given: upper rows of each that are kept; 0: none.
-      sampling: how to draw.
-      seed: of everything drawn.
-      rows_at_a_time: rows between two results; 0: all of them in one.
+      images: the images to complete.
+      numbers: numbers of each image's samples, 0 and up: [n], or others for each image, [images, n].
+      rows_given: upper rows of each image that are kept; 0: none.
+      sampling: temperature, top-k and top-p.
+      seed: seed of all samples.
+      rows_at_a_time: rows between two results; 0: one result with all rows.
     """
     n_given, n_positions = rows_given * self.reader.resolution, self.trained.config.n_positions
     n_pixels = rows_at_a_time * self.reader.resolution or n_positions - n_given
     n = np.shape(numbers)[-1]
-    per_picture, given = self._lay_out(pictures, n, n_given)
-    keys = sample_keys(pictures, numbers, len(given) * per_picture, seed)
-    program = self._program(given.shape, per_picture, n_pixels, sampling)
+    per_image, given = self._lay_out(images, n, n_given)
+    keys = sample_keys(images, numbers, len(given) * per_image, seed)
+    program = self._program(given.shape, per_image, n_pixels, sampling)
     with jax.set_mesh(self._mesh):
       progress = program.begin(self.trained.params, sharding.put_global(given, self._mesh), keys)
     del keys
-    wanted = len(pictures) * n
+    wanted = len(images) * n
     for position in range(n_given, n_positions, n_pixels):
       with jax.set_mesh(self._mesh):
         progress = self._extend(program, progress, n_pixels, sampling)
-        # Copies: the next step is given the arrays to write into.
+        # Copies, since these buffers are donated to the next step.
         tokens, nll = jax.device_get(self._fetch(progress.tokens, progress.nll))
       end = min(position + n_pixels, n_positions)
       yield PartialSamples(np.array(tokens[:wanted]), np.array(nll[:wanted]), end)
 
-  def _lay_out(self, pictures, n: int, n_given: int) -> tuple[int, np.ndarray]:
-    """Samples that share an image's prefill, and given pixels [B, P].
+  def _lay_out(self, images, n: int, n_given: int) -> tuple[int, np.ndarray]:
+    """Returns the number of samples that share an image's prefill, and the prompts [B, P].
 
-    Where there are fewer images than devices, some are read more than once.
+    Where there are fewer images than devices, some prompts are repeated.
     """
     shards = sharding.batch_shards(self._mesh)
-    shared = max(
-      (
-        size
-        for size in range(1, n + 1)
-        if n % size == 0 and len(pictures) * (n // size) % shards == 0
-      ),
-      default=1,
-    )
-    given = np.stack([picture.tokens[:n_given] for picture in pictures]).astype(np.int32)
+    divisors = [size for size in range(1, n + 1) if n % size == 0]
+    fitting = [size for size in divisors if len(images) * (n // size) % shards == 0]
+    shared = max(fitting, default=1)
+    given = np.stack([image.tokens[:n_given] for image in images]).astype(np.int32)
     given = np.repeat(given, n // shared, axis=0)
     padded = sharding.round_up_batch(self._mesh, len(given))
     return shared, np.pad(given, ((0, padded - len(given)), (0, 0)))
 
-  def _program(self, shape, per_picture: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
-    """The newest few are kept; the rest make room."""
-    key = shape, per_picture, n_pixels, sampling
+  def _program(self, shape, per_image: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
+    """Returns the program from a least-recently-used cache."""
+    key = shape, per_image, n_pixels, sampling
     if key not in self._programs:
-      begin = jax.jit(
-        functools.partial(
-          autoregressive.begin,
-          self.trained.config,
-          samples_per_image=per_picture,
-          cache_dtype=self._cache_dtype,
-        )
-      )
-      self._programs[key] = _Program(begin, {})
-      while len(self._programs) > _PROGRAMS:
+      options = {"samples_per_image": per_image, "cache_dtype": self._cache_dtype}
+      begin = functools.partial(autoregressive.begin, self.trained.config, **options)
+      self._programs[key] = _Program(jax.jit(begin), {})
+      if len(self._programs) > _PROGRAMS:
         self._programs.popitem(last=False)
     self._programs.move_to_end(key)
     return self._programs[key]
@@ -234,33 +211,31 @@ class Completer:
       def extend(params, progress):
         return autoregressive.extend(config, params, progress, n_pixels, sampling=sampling)
 
-      # It goes round: what comes out lies where it came in, and one program serves all rows.
+      # Results keep the inputs' sharding, so that one program serves all rows.
       where = jax.tree.map(lambda leaf: leaf.sharding, progress)
       program.extend["step"] = jax.jit(extend, donate_argnums=1, out_shardings=where)
     return program.extend["step"](self.trained.params, progress)
 
 
 def sample_keys(
-  pictures: Sequence[InputImage], numbers: ArrayLike, padded: int, seed: int
+  images: Sequence[InputImage], numbers: ArrayLike, padded: int, seed: int
 ) -> jax.Array:
-  """A PRNG key for each sample, decided by seed, image and number; `padded` in all."""
-  identities = np.asarray([[picture.identity] for picture in pictures], np.uint32)
+  """PRNG keys [padded]: one per sample, determined by seed, image and the sample's number."""
+  identities = np.asarray([[image.identity] for image in images], np.uint32)
   pairs = np.broadcast_arrays(identities, np.asarray(numbers, np.uint32))
-  of_samples = np.stack(pairs, -1).reshape(-1, 2)
-  of_samples = np.pad(of_samples, ((0, padded - len(of_samples)), (0, 0)))
-  return _keys(jax.random.key(seed), of_samples)
+  pairs_Nx2 = np.stack(pairs, -1).reshape(-1, 2)
+  pairs_Nx2 = np.pad(pairs_Nx2, ((0, padded - len(pairs_Nx2)), (0, 0)))
+  return _keys(jax.random.key(seed), *pairs_Nx2.T)
 
 
 @jax.jit
-def _keys(base: jax.Array, of_samples_Nx2: jax.Array) -> jax.Array:
-  """A PRNG key for each (image's identity, sample's number), [N]."""
-
-  def one(pair):
-    return jax.random.fold_in(jax.random.fold_in(base, pair[0]), pair[1])
-
-  return jax.vmap(one)(of_samples_Nx2)
+def _keys(base: jax.Array, identities_N: jax.Array, numbers_N: jax.Array) -> jax.Array:
+  fold_in = jax.vmap(jax.random.fold_in)
+  return fold_in(
+    jax.vmap(lambda identity: jax.random.fold_in(base, identity))(identities_N), numbers_N
+  )
 
 
 def prompt_rows(keep: float, resolution: int) -> int:
-  """Rows that are given, at least one and not all."""
+  """Number of given rows for a share `keep`: at least one, and not all."""
   return min(max(round(keep * resolution), 1), resolution - 1)

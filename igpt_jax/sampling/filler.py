@@ -1,7 +1,7 @@
-"""Filling any region of an image, by a BERT model: what job `complete` does where rows above aren't given.
+"""Filling of any region of an image by a BERT model, for job `complete`.
 
 A model that reads in raster order can't condition on what lies below or to the right. A BERT model can:
-it unmasks the region in passes, the pixels that it is surest of first.
+it unmasks the region in passes, most confident pixels first.
 """
 
 import functools
@@ -27,17 +27,17 @@ from igpt_jax.workspace import weights
 REGIONS = ("lower", "upper", "left", "right", "centre")
 
 
-def known_pixels(settings: Settings, found: checkpoint.CheckpointInfo) -> np.ndarray:
-  """What is given of each image: bool [H, W], as `config.complete.hide` and `keep` say.
+def known_pixels(settings: Settings, info: checkpoint.CheckpointInfo) -> np.ndarray:
+  """Mask of given pixels, bool [H, W], from `config.complete.hide` and `keep`.
 
   Raises:
     UserError: an unknown region, a mask that can't be read or hides nothing or all, or a region that
       the model can't condition on.
   """
-  hide, side = settings.complete.hide, found.run["resolution"]
-  if found.config.causal and hide != "lower":
+  hide, side = settings.complete.hide, info.run["resolution"]
+  if info.config.causal and hide != "lower":
     raise UserError(
-      f"config.complete.hide: {hide}; the checkpoint {found.path} draws pixels from those before them in raster "
+      f"config.complete.hide: {hide}; the checkpoint {info.path} draws pixels from those before them in raster "
       "order, and can't condition on what lies below or to the right; expected lower; fix: "
       "--config.complete.hide=lower, or a BERT checkpoint (objective=masked)"
     )
@@ -52,17 +52,17 @@ def known_pixels(settings: Settings, found: checkpoint.CheckpointInfo) -> np.nda
   elif hide == "right":
     known[:, given:] = False
   elif hide == "centre":
-    # As large a share as elsewhere is hidden.
+    # The hidden share is 1 - keep, as in the other regions.
     width = min(max(round(side * (1 - settings.complete.keep) ** 0.5), 1), side - 1)
     first = (side - width) // 2
     known[first : first + width, first : first + width] = False
   else:
-    known = _mask(hide, Reader(found))
+    known = _mask(hide, Reader(info))
   return known
 
 
 def _mask(path: str, reader: Reader) -> np.ndarray:
-  """bool [R, R]: True where an image is dark, of the square that `reader` takes of other images, too."""
+  """Reads a mask from an image: bool [R, R], True where its centre square is dark."""
   path = os.path.expanduser(path)
   if not os.path.isfile(path):
     raise UserError(
@@ -87,19 +87,19 @@ def _mask(path: str, reader: Reader) -> np.ndarray:
 
 
 class Filler:
-  """One BERT model, with `Completer`'s manner of drawing.
+  """Draws completions with a BERT model, with `Completer`'s interface.
 
   Attributes:
     trained: the model.
-    reader: of images for it.
+    reader: converts images to its tokens and back.
   """
 
   def __init__(
-    self, found: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
+    self, info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
   ):
-    sharding.check_model_fits(mesh, n_head=found.config.n_head, n_embd=found.config.n_embd)
-    self.trained = weights.read_to_draw(settings, found, mesh)
-    self.reader = Reader(found)
+    sharding.check_model_fits(mesh, n_head=info.config.n_head, n_embd=info.config.n_embd)
+    self.trained = weights.read_to_draw(settings, info, mesh)
+    self.reader = Reader(info)
     self._mesh = mesh
     self._known_T = known_HxW.reshape(-1)
     self._fill = jax.jit(
@@ -110,36 +110,28 @@ class Filler:
 
   def draw(
     self,
-    pictures: Sequence[InputImage],
+    images: Sequence[InputImage],
     numbers: Sequence[int],
     rows_given: int,
     sampling: SamplingConfig,
     *,
     seed: int,
   ) -> Iterator[PartialSamples]:
-    """Whole samples of every image, an image's own ones side by side; one result.
-
-    `rows_given` is of no matter where there is an image; without one, nothing is given.
-    """
-    del rows_given
+    """Yields one result with complete samples; those of one image are consecutive."""
+    del rows_given  # the mask decides; without an image nothing is given
     n_positions = self.trained.config.n_positions
-    wanted = len(pictures) * len(numbers)
+    wanted = len(images) * len(numbers)
     padded = sharding.round_up_batch(self._mesh, wanted)
     tokens = np.zeros((padded, n_positions), np.int32)
     known = np.zeros((padded, n_positions), bool)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
       rows = slice(i * len(numbers), (i + 1) * len(numbers))
-      if len(picture.tokens):
-        tokens[rows], known[rows] = picture.tokens, self._known_T
-    known[wanted:] = True  # nothing to do for what fills the batch up
-    keys = completer.sample_keys(pictures, numbers, padded, seed)
+      if len(image.tokens):
+        tokens[rows], known[rows] = image.tokens, self._known_T
+    known[wanted:] = True  # padding: nothing to draw
+    keys = completer.sample_keys(images, numbers, padded, seed)
     with jax.set_mesh(self._mesh):
-      filled = self._fill(
-        self.trained.params,
-        sharding.put_global(tokens, self._mesh),
-        sharding.put_global(known, self._mesh),
-        keys,
-        sampling=sampling,
-      )
+      inputs = [sharding.put_global(array, self._mesh) for array in (tokens, known)]
+      filled = self._fill(self.trained.params, *inputs, keys, sampling=sampling)
       drawn, nll = jax.device_get((filled.tokens, filled.nll))
     yield PartialSamples(np.array(drawn[:wanted]), np.array(nll[:wanted]), n_positions)

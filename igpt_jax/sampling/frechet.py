@@ -1,7 +1,7 @@
-"""Fréchet distance between two sets of features, as the quality of generated images is told.
+"""Fréchet distance between two sets of features, a measure of the quality of generated images.
 
-Heusel et al. 2017 take Inception's features; the distance itself knows no network. It falls with the
-number of images: only distances over equally many, of one network, can be compared.
+Heusel et al. 2017 take Inception's features; any network's will do. The distance falls with the number
+of images: only distances over equally many images, by one network, can be compared.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ class Moments:
 
 
 def moments(features_NxD: np.ndarray) -> Moments:
-  """Raises ValueError for fewer than two rows, or numbers that aren't finite."""
+  """Computes the moments. Raises ValueError for fewer than two rows, or numbers that aren't finite."""
   features = np.asarray(features_NxD, np.float64)
   if features.ndim != 2 or len(features) < 2:
     raise ValueError(f"features of shape {features.shape}; expected [N, D], N at least 2")

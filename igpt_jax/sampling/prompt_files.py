@@ -1,4 +1,4 @@
-"""Which files a person means by `config.complete.images`: one, a glob, or a folder with or without classes."""
+"""Files named by `config.complete.images`: one, a glob, or a folder with or without classes."""
 
 import collections
 import glob
@@ -11,7 +11,7 @@ from igpt_jax.data import image_files
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
 
-# What job `complete` writes beside the folders of its images, whole or not yet.
+# Files that job `complete` writes beside its images' folders, and their unfinished versions.
 _RESERVED = frozenset(
   name + partial
   for name in ("grid.png", "complete.json", "settings.json")
@@ -20,85 +20,79 @@ _RESERVED = frozenset(
 
 
 class File(NamedTuple):
-  """One image to read.
-
-  Attributes:
-    path: of the file.
-    group: name of its class; "" where there are none.
-    name: what its results are called; no two of a group share one.
-  """
+  """An image file to read."""
 
   path: str
-  group: str
-  name: str
+  group: str  # name of its class; "" where there are none
+  name: str  # name of its results, unique within the group
 
 
 def find(images: str) -> list[File]:
-  """Files in order of their names, class after class.
+  """Lists the files in order of their names, class by class.
 
   Args:
     images: a file; a glob ("my/*.jpg", quoted, so that the shell leaves it alone; ** is any depth);
       or a folder, of images or of folders of images: then each of those is a class.
 
   Raises:
-    UserError: there are none.
+    UserError: there are no images.
   """
   path = os.path.expanduser(images)
   if os.path.isfile(path):
     return _named([(path, "")])
   if os.path.isdir(path):
-    found, left_out = _in_folder(path)
+    paths, left_out = _in_folder(path)
   else:
-    found, left_out = _matching(path)
-    if not found and not left_out:
+    paths, left_out = _matching(path)
+    if not paths and not left_out:
       raise UserError(
         f"config.complete.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
         "glob in quotes, such as 'my/*.jpg'"
       )
   others = f"left out {image_files.in_words(left_out)}" if left_out else ""
-  if not found:
+  if not paths:
     raise UserError(
       f"config.complete.images: {images} holds no images; expected *.jpg or CLASS/*.jpg in it"
       + (f"; {others}" if others else "")
     )
   if others:
     say(f"config.complete.images: {others}")
-  return _named(found)
+  return _named(paths)
 
 
 def _in_folder(root: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
-  """Its own images, then those of its folders, at any depth below; what is left out, and why."""
+  """Returns a folder's images, then those of its folders at any depth; and what is left out, and why."""
   try:
     folders, images, left_out = image_files.scan(root)
   except OSError as error:
     raise UserError(
       f"config.complete.images: {root}: {error.strerror}; expected a folder that can be read"
     ) from None
-  found = [(os.path.join(root, name), "") for name in images]
+  paths = [(os.path.join(root, name), "") for name in images]
   for folder in folders:
     images, others = image_files.find(os.path.join(root, folder))
-    found += [(os.path.join(root, folder, name), folder) for name in images]
+    paths += [(os.path.join(root, folder, name), folder) for name in images]
     left_out |= {os.path.join(folder, name): why for name, why in others.items()}
-  return found, left_out
+  return paths, left_out
 
 
 def _matching(pattern: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
-  """The images that a glob names; what is left out, and why."""
-  found, left_out = [], {}
+  """Returns the images that a glob matches; and what is left out, and why."""
+  paths, left_out = [], {}
   for path in sorted(glob.glob(pattern, recursive=True)):
     if os.path.isfile(path) and not image_files.is_leftover(os.path.basename(path)):
       why = image_files.why_not(path)
       if why is None:
-        found.append((path, ""))
+        paths.append((path, ""))
       else:
         left_out[path] = why
-  return found, left_out
+  return paths, left_out
 
 
-def _named(found: list[tuple[str, str]]) -> list[File]:
-  """Gives files names that differ: a file's own, its whole name, or that with a number.
+def _named(paths: list[tuple[str, str]]) -> list[File]:
+  """Gives the results unique names: the file's stem, its whole name, or that with a number.
 
-  They differ from what else lies beside them, too: the job's own files, and folders of classes.
+  The names also differ from the job's own files and from the folders of classes.
   """
   taken = collections.defaultdict(lambda: set(_RESERVED))
 
@@ -108,9 +102,9 @@ def _named(found: list[tuple[str, str]]) -> list[File]:
     taken[folder].add(_plain(name))
     return name
 
-  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in found)}
+  groups = {name: name and first_free("", name) for name in dict.fromkeys(g for _, g in paths)}
   files = []
-  for path, group in found:
+  for path, group in paths:
     base = os.path.basename(path)
     name = first_free(groups[group], os.path.splitext(base)[0], base)
     files.append(File(path, groups[group], name))
@@ -118,5 +112,5 @@ def _named(found: list[tuple[str, str]]) -> list[File]:
 
 
 def _plain(name: str) -> str:
-  """One for all names that some disk doesn't tell apart: Cat and cat, é in one character or two."""
+  """Normalises names that some file systems treat as equal: Cat and cat, é as one or two characters."""
   return unicodedata.normalize("NFC", name).casefold()
