@@ -4,16 +4,16 @@
 #   bash tests/benchmarks/scale.sh runs/scale
 #
 # Needs the tpu extra and no TPU; PYTHON is the interpreter. A row takes one to two minutes of two cores. Meshes and
-# batches are those that `--config.plan=True` preferred, or their neighbours.
+# batches are those that `--config.compile.plan=True` preferred, or their neighbours.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 workdir=${1:?a directory for the table}
-pictures=128000000 # the paper's number, whatever the batch
+images=128000000 # the paper's number, whatever the batch
 
 row() { # config topology data fsdp batch remat
   "${PYTHON:-python}" -m igpt_jax.main --config="configs/$1.py" --workdir="$workdir" --config.job=compile \
-    --config.topology="$2" --config.mesh.data="$3" --config.mesh.fsdp="$4" --config.train.batch_size="$5" \
-    --config.train.steps=$((pictures / $5)) --config.train.warmup_steps=0 --config.model.remat="$6" \
+    --config.compile.topology="$2" --config.mesh.data="$3" --config.mesh.fsdp="$4" --config.train.batch_size="$5" \
+    --config.train.steps=$((images / $5)) --config.train.warmup_steps=0 --config.model.remat="$6" \
     --config.sample.samples=0
 }
 
