@@ -1,4 +1,4 @@
-"""Foreign checkpoints: OpenAI's and Hugging Face's weights to our parameters, and back.
+"""Foreign checkpoints: converts OpenAI's and Hugging Face's weights to our parameters and back.
 
-`formats` is the door: `detect`, `open_foreign`, `load`, `save`.
+The entry points are in `formats`: `detect`, `open_foreign`, `load`, `save`.
 """

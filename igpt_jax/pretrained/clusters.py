@@ -1,7 +1,7 @@
 """Palettes that come with foreign checkpoints: float32 [k, 3] RGB centres in [-1, 1].
 
 The release's `kmeans_centers.npy` and Hugging Face's `preprocessor_config.json` hold the same
-numbers: a colour c in 0..255 is c / 127.5 - 1. Only those two files' formats may enter here.
+numbers: a colour c in 0..255 is stored as c / 127.5 - 1. Only these two file formats belong here.
 """
 
 import json
@@ -21,10 +21,10 @@ _MAX_JSON_BYTES = 16 << 20
 
 
 def read_json(path: str) -> dict[str, Any]:
-  """A JSON object of bounded size.
+  """Reads a JSON object of at most 16 MiB.
 
   Raises:
-    UserError: not a regular file, too large, or not an object.
+    UserError: the file isn't regular, can't be read, is too large, or isn't a JSON object.
   """
   try:
     status = os.stat(path)
@@ -47,7 +47,7 @@ def read_clusters(path: str | os.PathLike[str]) -> np.ndarray:
   """Reads `kmeans_centers.npy` or `preprocessor_config.json`: float32 [k, 3] in [-1, 1].
 
   Raises:
-    UserError: not such a file, or its numbers aren't colours.
+    UserError: the file has another format, or its values aren't colours.
   """
   path = os.fspath(path)
   if path.endswith(".json"):
@@ -61,7 +61,7 @@ def read_clusters(path: str | os.PathLike[str]) -> np.ndarray:
           "colours are scaled to [-1, 1]"
         )
     try:
-      with np.errstate(over="ignore"):  # an infinity is no colour, and refused below
+      with np.errstate(over="ignore"):  # overflow gives inf, refused below
         clusters = np.asarray(config["clusters"], dtype=np.float32)
     except (ValueError, TypeError, OverflowError) as error:
       raise UserError(
@@ -84,7 +84,7 @@ def _read_npy(path: str) -> np.ndarray:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise UserError(f"palette: {path}; expected a regular file")
     with open(path, "rb") as file:
-      # The header alone first: it can't make numpy allocate more than a palette has.
+      # Check the header first, so that a false one can't make numpy allocate a huge array.
       header = np.lib.format
       reader = {(1, 0): header.read_array_header_1_0, (2, 0): header.read_array_header_2_0}
       shape, _, dtype = reader[header.read_magic(file)](file)
@@ -96,17 +96,19 @@ def _read_npy(path: str) -> np.ndarray:
     raise UserError(f"palette: {path}: {error.strerror or error}; expected a .npy file") from error
   except UserError:
     raise
-  except Exception as error:  # numpy hands on whatever the header's Python literal raises
+  except (
+    Exception
+  ) as error:  # numpy evaluates the header as a Python literal, which can raise anything
     raise UserError(
       f"palette: {path}: {str(error)[:200]!a}; expected a .npy file of [k, 3] numbers"
     ) from error
 
 
 def find_clusters(directory: str, n_vocab: int) -> tuple[np.ndarray | None, str]:
-  """The palette lying in a checkpoint's directory, if any, and its path.
+  """Returns the palette in a checkpoint's directory and its path, or (None, "").
 
   Raises:
-    UserError: there is one, but it is damaged or has another number of colours than the model.
+    UserError: the palette is damaged, or its number of colours isn't `n_vocab`.
   """
   for name in (NPY_NAME, JSON_NAME):
     path = os.path.join(directory, name)

@@ -1,6 +1,6 @@
-"""One door to every foreign checkpoint: which format a path holds, and reading and writing it.
+"""Entry points for foreign checkpoints: detects a path's format, reads it and writes it.
 
-Only the choice between formats may enter here. Our own checkpoints are recognised, but opened by
+Only the choice between formats belongs here. Our own checkpoints are recognised, but opened by
 `igpt_jax.checkpoint`.
 """
 
@@ -26,15 +26,15 @@ _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdb
 
 
 def detect(path: str | os.PathLike[str]) -> str:
-  """ "openai", "huggingface" or "orbax".
+  """Returns the format of a checkpoint: "openai", "huggingface" or "orbax".
 
   Args:
-    path: a TensorFlow checkpoint's prefix, one of its files, or the directory it is alone in; a
-      Hugging Face model directory or its config.json; a directory Orbax wrote, or a run's workdir
-      of such.
+    path: a TensorFlow checkpoint's prefix, one of its files, or a directory with just that
+      checkpoint; a Hugging Face model directory or its config.json; a directory that Orbax wrote,
+      or a run's workdir.
 
   Raises:
-    UserError: nothing is there, or nothing known.
+    UserError: the path doesn't exist, or its format is unknown.
   """
   path = files.local("checkpoint", os.fspath(path))
   if _bundle_prefix(path):
@@ -51,7 +51,7 @@ def detect(path: str | os.PathLike[str]) -> str:
   if names & set(_ORBAX_FILES) or any(_holds_orbax(os.path.join(path, name)) for name in names):
     return "orbax"
   if "config.json" in names:
-    # A workdir without a checkpoint yet holds the settings of its run under the same name.
+    # A workdir that has no checkpoint yet keeps its run's settings in a file of the same name.
     return (
       "orbax" if "job" in palettes.read_json(os.path.join(path, "config.json")) else "huggingface"
     )
@@ -63,7 +63,7 @@ def detect(path: str | os.PathLike[str]) -> str:
 
 
 def _holds_orbax(path: str) -> bool:
-  """Whether it is one step's directory, or a directory of such."""
+  """True for the directory of one step, or a directory of such directories."""
   if not os.path.isdir(path):
     return False
   names = os.listdir(path)
@@ -73,25 +73,26 @@ def _holds_orbax(path: str) -> bool:
 
 
 def _bundle_prefix(path: str) -> str | None:
-  """The TensorFlow checkpoint a path means, if any; a directory must hold just one."""
+  """Returns the TensorFlow checkpoint prefix of `path`, or None; a directory may hold just one."""
   prefix = _BUNDLE_FILE.sub("", path)
   if os.path.exists(prefix + ".index"):
     return prefix
   if not os.path.isdir(path):
     return None
-  found = sorted(name for name in os.listdir(path) if name.endswith(".index"))
-  if len(found) > 1:
+  indices = sorted(name for name in os.listdir(path) if name.endswith(".index"))
+  if len(indices) > 1:
     raise UserError(
-      f"checkpoint: {path} holds {len(found)}: {', '.join(found[:5])}; fix: name one, without .index"
+      f"checkpoint: {path} holds {len(indices)}: {', '.join(indices[:5])}; "
+      "fix: name one, without .index"
     )
-  return os.path.join(path, found[0].removesuffix(".index")) if found else None
+  return os.path.join(path, indices[0].removesuffix(".index")) if indices else None
 
 
 def open_foreign(path: str | os.PathLike[str]) -> Foreign:
-  """Opens an OpenAI or Hugging Face checkpoint and checks everything but the weights' bytes.
+  """Opens an OpenAI or Hugging Face checkpoint and checks all of it except the weights' values.
 
   Raises:
-    UserError: not such a checkpoint, damaged, or of a model that ours isn't.
+    UserError: the path is no such checkpoint, is damaged, or holds another model than Image GPT.
   """
   path = os.fspath(path)
   kind = detect(path)
@@ -104,7 +105,7 @@ def open_foreign(path: str | os.PathLike[str]) -> Foreign:
       os.path.dirname(path) or "." if os.path.isfile(path) else path
     )
   prefix = _bundle_prefix(path)
-  assert prefix is not None, "`detect` has found it"
+  assert prefix is not None, "`detect` returned openai, so a prefix exists"
   foreign = openai.open_checkpoint(prefix)
   try:
     clusters, palette_path = palettes.find_clusters(
@@ -121,7 +122,7 @@ def open_foreign(path: str | os.PathLike[str]) -> Foreign:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A foreign checkpoint's content; see `leaves.Foreign` for config, clusters and notes."""
+  """Content of a foreign checkpoint; `leaves.Foreign` describes config, clusters and notes."""
 
   config: ImageGPTConfig
   params: dict[str, Any]
@@ -136,13 +137,13 @@ def load(
   dtype: Any = None,
   report: Report | None = None,
 ) -> Loaded:
-  """Reads a foreign checkpoint, one leaf in this host's memory at a time if `place` moves it on.
+  """Reads a foreign checkpoint; the host holds one leaf at a time if `place` moves it to a device.
 
   Args:
     path: as for `detect`.
-    place: (path in our tree, array) -> what goes into the tree, e.g. the array on its devices.
-    dtype: of the arrays; None keeps the checkpoint's.
-    report: called with lines of progress and the notes.
+    place: maps (path in our tree, array) to the tree's leaf, e.g. the array on its devices.
+    dtype: dtype of the arrays; None keeps the checkpoint's.
+    report: called with every note and a progress line for every leaf.
   """
   with open_foreign(path) as foreign:
     if report:
@@ -166,14 +167,14 @@ def save(
   """Writes parameters as "openai" (path: prefix) or "huggingface" (path: directory).
 
   Args:
-    clusters: palette, float32 [n_vocab, 3] in [-1, 1]: goes into kmeans_centers.npy beside the
-      prefix, or into preprocessor_config.json.
-    num_shards: OpenAI's data files. Hugging Face's are cut at 2 GB.
-    fetch: brings one leaf to this host as a numpy array.
-    report: called with one line for each leaf.
+    clusters: palette, float32 [n_vocab, 3] in [-1, 1], written to kmeans_centers.npy beside the
+      prefix, or to preprocessor_config.json.
+    num_shards: number of OpenAI's data files. Hugging Face's files are split at 2 GB.
+    fetch: copies one leaf to this host as a numpy array.
+    report: called with one line for every leaf.
 
   Raises:
-    UserError: something is there already, or the format can't hold this model.
+    UserError: the target exists, or the format can't hold this model.
   """
   if format == "huggingface":
     huggingface.write_directory(path, config, params, clusters=clusters, fetch=fetch, report=report)
@@ -183,7 +184,7 @@ def save(
     if clusters is not None and os.path.exists(palette):
       raise UserError(f"palette to write: {palette} exists; fix: name another target directory")
     with contextlib.ExitStack() as undo:
-      # First: a checkpoint that is there has its colours.
+      # The palette goes first, so that a complete checkpoint always has its palette.
       if clusters is not None:
         try:
           with files.replacing(palette) as partial, open(partial, "wb") as file:

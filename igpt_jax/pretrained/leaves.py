@@ -1,8 +1,8 @@
-"""What every foreign checkpoint has in common: its tensors' places in our parameters.
+"""Mapping between foreign checkpoints' tensors and our parameters, common to all formats.
 
-A format describes itself as a table of `Leaf`, one for each array of our parameter tree, saying
-which foreign tensors make it up and how. Reading and writing both follow that table, so a
-checkpoint that goes out is one that comes back. No file format may enter here.
+A format is a table of `Leaf`, one per array of our parameter tree, which lists the foreign tensors
+it is made of and the conversions. Reading and writing share the table, so a checkpoint that we
+write is one that we can read. File formats don't belong here.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from igpt_jax.model.image_gpt import ImageGPTConfig
 
 Path = tuple[str, ...]
 Report = Callable[[str], None]
-Spec = tuple[tuple[int, ...], np.dtype | None]  # shape, dtype (None: not one numpy has)
+Spec = tuple[tuple[int, ...], np.dtype | None]  # shape, dtype (None if unsupported)
 WEIGHT_DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 
 
@@ -33,8 +33,8 @@ def _same(array: np.ndarray) -> np.ndarray:
 class Part:
   """One foreign tensor's share of a leaf: leaf[index] = to_ours(tensor), and back.
 
-  `to_theirs` gets leaf[index]; it is None where a tensor is made of several leaves, which the
-  format then writes itself.
+  `to_theirs` gets leaf[index]. It is None for a tensor made of several leaves, which the format
+  writes itself.
   """
 
   name: str
@@ -54,7 +54,7 @@ class Leaf:
 
 
 class Source(Protocol):
-  """An opened checkpoint: what it holds, and its tensors one by one."""
+  """An opened checkpoint: shapes and dtypes of its tensors, and a reader of one tensor."""
 
   @property
   def specs(self) -> Mapping[str, Spec]: ...
@@ -66,17 +66,17 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-  """A foreign checkpoint, opened and checked, its weights not read yet. Close it, or use `with`.
+  """A foreign checkpoint, opened and checked, its weights not yet read. Close it, or use `with`.
 
   Attributes:
     format: "openai" or "huggingface".
-    path: where it is.
-    config: the model's shape and objective as the checkpoint has them; what a checkpoint doesn't
-      say (dtype of computation, remat, attention) has its default.
+    path: the checkpoint's prefix or directory.
+    config: the checkpoint's model and objective; fields that checkpoints don't store (dtype of
+      computation, remat, attention) have their defaults.
     table: every leaf of our parameters.
     source: the file reader.
-    clusters: the palette found beside the weights, float32 [n_vocab, 3] in [-1, 1], or None.
-    notes: what a person should know: tensors left out, a tied head.
+    clusters: the palette beside the weights, float32 [n_vocab, 3] in [-1, 1], or None.
+    notes: lines for the user, about skipped tensors, a tied head and the palette's file.
   """
 
   format: str
@@ -97,7 +97,7 @@ class Foreign:
     self.source.close()
 
   def dtype_of(self, leaf: Leaf) -> np.dtype:
-    """The dtype its tensors have; float32 where they differ."""
+    """Returns the dtype of the leaf's tensors; float32 if they differ."""
     dtypes = {self.source.specs[part.name][1] for part in leaf.parts}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     return np.dtype(np.float32) if dtype is None else dtype
@@ -105,14 +105,14 @@ class Foreign:
   def stream(
     self, *, dtype: Any = None, report: Report | None = None
   ) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields (path in our tree, array), each array read when asked for and then forgotten.
+    """Yields (path in our tree, array), reading every array on demand and keeping none.
 
-    The largest leaf comes first: whoever copies each leaf to its device before asking for the next
-    then never holds a large leaf twice while all the others are there.
+    The largest leaf comes first: a caller that copies every leaf to its device before taking the
+    next then never holds two copies of a large leaf while all the others are in memory.
 
     Args:
-      dtype: of the arrays; None keeps the checkpoint's.
-      report: called with one line for each leaf, before it is read.
+      dtype: dtype of the arrays; None keeps the checkpoint's.
+      report: called with one line for every leaf before it is read, and one at the end.
     """
     dtype = None if dtype is None else np.dtype(dtype)
 
@@ -145,11 +145,11 @@ class Foreign:
     dtype: Any = None,
     report: Report | None = None,
   ) -> dict[str, Any]:
-    """All parameters as our nested dict.
+    """Reads all parameters into our nested dict.
 
     Args:
-      place: called with each leaf's path and array; its result goes into the tree, so that a leaf
-        can be put onto its devices before the next is read. None keeps numpy arrays.
+      place: maps a leaf's path and array to the tree's leaf, so that a leaf can be moved to its
+        devices before the next is read. None keeps numpy arrays.
       dtype, report: as for `stream`.
     """
     if place is None:
@@ -167,10 +167,10 @@ class Foreign:
 
 
 def placer(shardings: Mapping[str, Any]) -> Callable[[Path, np.ndarray], jax.Array]:
-  """A `place` for `Foreign.load`: puts each leaf onto its devices, on one host or several.
+  """Returns a `place` for `Foreign.load` that puts a leaf onto its devices, on any number of hosts.
 
   Args:
-    shardings: a `jax.sharding.Sharding` for every leaf, in our nested dict.
+    shardings: our nested dict with a `jax.sharding.Sharding` for every leaf.
   """
 
   def place(path: Path, array: np.ndarray) -> jax.Array:
@@ -179,8 +179,8 @@ def placer(shardings: Mapping[str, Any]) -> Callable[[Path, np.ndarray], jax.Arr
       sharding = sharding[key]
     placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     placed.block_until_ready()
-    # JAX lets go of the host's array only when it is next called: now, not after the next leaf is
-    # read into memory beside it.
+    # JAX frees the host's array only at its next call. Make one now, since otherwise the next leaf
+    # is read into memory beside this one.
     jax.device_put(0)
     return placed
 
@@ -188,7 +188,7 @@ def placer(shardings: Mapping[str, Any]) -> Callable[[Path, np.ndarray], jax.Arr
 
 
 def check_memory(size: int, what: str) -> None:
-  """Refuses what this machine can't hold; a sparse file can claim any size at no cost."""
+  """Raises UserError if `size` bytes exceed this machine's memory; a sparse file can claim any size."""
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if size > memory:
     raise UserError(
@@ -198,7 +198,7 @@ def check_memory(size: int, what: str) -> None:
 
 
 def check_specs(table: tuple[Leaf, ...], specs: Mapping[str, Spec], where: str) -> None:
-  """Raises UserError naming every tensor that is missing, misshaped or not of a float type."""
+  """Raises UserError listing tensors that are missing, misshaped or not of a float type."""
   problems = {}
   for leaf in table:
     for part in leaf.parts:
@@ -218,13 +218,13 @@ def check_specs(table: tuple[Leaf, ...], specs: Mapping[str, Spec], where: str) 
 
 
 def shown(value: Any) -> str:
-  """A value out of a file as one short printable piece of a message."""
+  """Returns a file's value as short printable text for a message."""
   text = value if isinstance(value, str) and value.isprintable() and value else ascii(value)
   return text if len(text) <= 100 else text[:100] + "…"
 
 
 def listing(names: Iterable[str]) -> str:
-  """The first few names, and how many more there are."""
+  """Returns the first five names and the number of the others as text."""
   names = list(names)
   more = f" and {len(names) - 5} more" if len(names) > 5 else ""
   return "; ".join(map(shown, names[:5])) + more
@@ -237,16 +237,16 @@ def foreign_tensors(
   fetch: Callable[[Any], np.ndarray] = np.asarray,
   report: Report | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields every foreign tensor (name, array), one leaf on the host at a time.
+  """Yields (name, array) of every foreign tensor, with one leaf on the host at a time.
 
   Args:
-    table: as for reading; parts without `to_theirs` are left to the format.
+    table: the format's leaves; parts without `to_theirs` are skipped.
     params: our nested dict; leaves may be numpy or jax arrays.
-    fetch: brings one leaf to this host as a numpy array.
-    report: called with one line for each leaf.
+    fetch: copies one leaf to this host as a numpy array.
+    report: called with one line for every leaf.
 
   Raises:
-    UserError: a leaf is missing or has another shape than the configuration says.
+    UserError: a leaf is missing, or its shape isn't the table's.
   """
   for i, leaf in enumerate(table):
     parts = [(part, part.to_theirs) for part in leaf.parts if part.to_theirs]
@@ -261,7 +261,7 @@ def foreign_tensors(
 
 
 def lookup(params: Mapping[str, Any], leaf: Leaf) -> Any:
-  """The leaf's array in our tree, its shape checked."""
+  """Returns the leaf's array in our tree; raises UserError if it is missing or misshaped."""
   node: Any = params
   for key in leaf.path:
     if not isinstance(node, Mapping) or key not in node:
