@@ -128,7 +128,7 @@ def test_a_file_arrives_whole_and_is_kept(server, tmp_path):
   assert "3.0 of 3.0 MB" in lines[-1]
   fetch(server, tmp_path, lines=lines)
   assert len(server.requests) == 1
-  assert "is there" in lines[-1]
+  assert "already exists" in lines[-1]
 
 
 def test_a_cut_connection_is_resumed(server, tmp_path):
@@ -143,7 +143,7 @@ def test_a_cut_connection_is_resumed(server, tmp_path):
 def test_a_stopped_download_goes_on_next_time(server, tmp_path):
   server.files["a/b.bin"] = CONTENT
   server.cut_after = [100_000] * 5
-  with pytest.raises(UserError, match=r"cut off .* 5 times.*goes on where it stopped"):
+  with pytest.raises(UserError, match=r"cut off .* 5 times.*resumes where it stopped"):
     fetch(server, tmp_path)
   assert not (tmp_path / "b.bin").exists()
   fetch(server, tmp_path)

@@ -146,7 +146,7 @@ def test_index_and_files_must_agree(tmp_path):
   index = tmp_path / "hf" / "model.safetensors.index.json"
   weight_map = json.loads(index.read_text())["weight_map"]
   edit_json(index, weight_map=weight_map | {"transformer.extra": weight_map["lm_head.weight"]})
-  with pytest.raises(UserError, match=r"transformer.extra .* found in None"):
+  with pytest.raises(UserError, match=r"transformer.extra .* stored in None"):
     formats.load(tmp_path / "hf")
   os.remove(tmp_path / "hf" / weight_map["lm_head.weight"])
   with pytest.raises(UserError, match="No such file"):

@@ -1,12 +1,12 @@
-"""Hugging Face's Image GPT: a directory with config.json and safetensors, both ways.
+"""Reads and writes Hugging Face's Image GPT: a directory with config.json and safetensors.
 
-Only the naming and layout of transformers' ImageGPTForCausalImageModeling may enter here; neither
-torch nor transformers is needed, except that torch itself must open an old pytorch_model.bin.
+Only the naming and layout of transformers' ImageGPTForCausalImageModeling belong here. Neither
+torch nor transformers is needed, except torch to open an old pytorch_model.bin.
 
-Its differences from the released model: the start vector is row `n_vocab` of the input table (513
-rows in, 512 out), q, k and v are one [D, 3D] matrix, and there are biases. The released weights
-leave those at zero; a fine-tuned model's non-zero ones have no place in ours and are refused by
-name, since without them it would compute something else.
+Differences from the released model: the start vector is row `n_vocab` of the input table (513 rows
+in, 512 out), q, k and v are one [D, 3D] matrix, and there are biases. The released weights' biases
+are zero. Our model has none, so a fine-tuned model's non-zero biases are refused by name: without
+them the output would differ.
 
 transformers 4.57 divides attention logits by the integer part of sqrt(head_dim), and so computes
 another model than the released one for M (head_dim 128) and L (96); 5.23 doesn't.
@@ -47,10 +47,10 @@ _BIAS = re.compile(
   r"^transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias$"
 )
 _LAYER = re.compile(r"^transformer\.h\.(\d{1,9})\.")
-# Causal masks that older transformers stored.
+# Causal masks that older versions of transformers stored.
 _BUFFER = re.compile(r"^transformer\.h\.\d+\.attn\.(bias|masked_bias)$")
 
-# What the model computes under these is what ours computes; under other values it isn't.
+# Our model computes the same as transformers' only with these values.
 _REQUIRED = {
   "model_type": "imagegpt",
   "activation_function": "quick_gelu",
@@ -62,10 +62,11 @@ _REQUIRED = {
 
 
 def table(config: ImageGPTConfig, *, tied: bool = False) -> tuple[Leaf, ...]:
-  """The tensors of ImageGPTForCausalImageModeling, by leaf of our parameters.
+  """Returns our parameters' leaves in terms of ImageGPTForCausalImageModeling's tensors.
 
   Args:
-    tied: the output table is the input table's first `n_vocab` rows.
+    config: the model.
+    tied: True if the output table is the input table's first `n_vocab` rows.
   """
   layers, width, vocab = config.n_layer, config.n_embd, config.n_vocab
 
@@ -107,11 +108,11 @@ def table(config: ImageGPTConfig, *, tied: bool = False) -> tuple[Leaf, ...]:
 def open_directory(directory: str | os.PathLike[str]) -> Foreign:
   """Opens a model directory and checks its configuration and every tensor's name and shape.
 
-  The weights are model.safetensors, or the files of model.safetensors.index.json, or, if neither is
-  there, pytorch_model.bin through torch's loader of weights only.
+  The weights are model.safetensors, else the files of model.safetensors.index.json, else
+  pytorch_model.bin, which torch opens with `weights_only`.
 
   Raises:
-    UserError: damaged files, a model ours doesn't compute, or tensors that aren't an Image GPT's.
+    UserError: files are damaged, or the configuration or the tensors aren't our Image GPT's.
   """
   directory = os.fspath(directory)
   config_path = os.path.join(directory, "config.json")
@@ -119,7 +120,7 @@ def open_directory(directory: str | os.PathLike[str]) -> Foreign:
   config = _model_config(fields, config_path)
   source = _open_weights(directory)
   try:
-    # Before the table is made: its length is what config.json claims.
+    # Check the depth first: the table is as long as config.json claims, however large that is.
     depth = len({match[1] for match in map(_LAYER.match, source.specs) if match})
     if depth != config.n_layer:
       raise UserError(
@@ -143,24 +144,22 @@ def open_directory(directory: str | os.PathLike[str]) -> Foreign:
 
 
 def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:
-  for name, wanted in _REQUIRED.items():
-    # What an older or trimmed config.json leaves out has transformers' default, which is `wanted`.
-    if fields.get(name, wanted) != wanted:
-      raise UserError(f"config.json: {name} {shown(fields[name])} in {path}; expected {wanted!r}")
+  for name, required in _REQUIRED.items():
+    # A field that an old or trimmed config.json omits has transformers' default, the required value.
+    if fields.get(name, required) != required:
+      raise UserError(f"config.json: {name} {shown(fields[name])} in {path}; expected {required!r}")
   numbers = {}
   for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
     value = fields.get(name)
-    most = 1 << (24 if name in ("n_positions", "vocab_size") else 16)
-    if type(value) is not int or not 1 <= value <= most:
-      raise UserError(f"config.json: {name} {shown(value)} in {path}; expected 1 to {most}")
+    limit = 1 << (24 if name in ("n_positions", "vocab_size") else 16)
+    if type(value) is not int or not 1 <= value <= limit:
+      raise UserError(f"config.json: {name} {shown(value)} in {path}; expected 1 to {limit}")
     numbers[name] = value
   inner = fields.get("n_inner")
   if inner not in (None, 4 * numbers["n_embd"]):
     raise UserError(f"config.json: n_inner {shown(inner)} in {path}; expected 4 × n_embd")
   if numbers["vocab_size"] < 2:
-    raise UserError(
-      f"config.json: vocab_size 1 in {path}; expected the palette's size and one more"
-    )
+    raise UserError(f"config.json: vocab_size 1 in {path}; expected the palette's size + 1")
   return ImageGPTConfig(
     n_layer=numbers["n_layer"],
     n_head=numbers["n_head"],
@@ -172,13 +171,13 @@ def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:
 
 
 def _open_weights(directory: str):
-  def here(name: str) -> str:
+  def path_of(name: str) -> str:
     return os.path.join(directory, name)
 
-  if os.path.exists(here("model.safetensors")):
+  if os.path.exists(path_of("model.safetensors")):
     return open_safetensors(directory, ["model.safetensors"])
-  if os.path.exists(here("model.safetensors.index.json")):
-    index_path = here("model.safetensors.index.json")
+  if os.path.exists(path_of("model.safetensors.index.json")):
+    index_path = path_of("model.safetensors.index.json")
     weight_map = palettes.read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
       raise UserError(f"weights: {index_path} has no weight_map; expected tensor names and files")
@@ -188,8 +187,8 @@ def _open_weights(directory: str):
           f"weights: {shown(name)} in {index_path}; expected a .safetensors file's bare name"
         )
     return open_safetensors(directory, sorted(set(weight_map.values())), weight_map)
-  if os.path.exists(here("pytorch_model.bin")):
-    return TorchSource(here("pytorch_model.bin"))
+  if os.path.exists(path_of("pytorch_model.bin")):
+    return TorchSource(path_of("pytorch_model.bin"))
   raise UserError(
     f"weights: {directory} has neither model.safetensors nor model.safetensors.index.json nor "
     "pytorch_model.bin; fix: download the model's weights too"
@@ -197,7 +196,7 @@ def _open_weights(directory: str):
 
 
 def _is_tied(fields: Mapping[str, Any], source, config: ImageGPTConfig, directory: str) -> bool:
-  """Whether the output table is the input table's."""
+  """True if the output table is the input table's; raises UserError if config.json contradicts it."""
   if not fields.get("tie_word_embeddings", False):
     if _HEAD not in source.specs and _WTE in source.specs:
       raise UserError(
@@ -219,7 +218,7 @@ def _is_tied(fields: Mapping[str, Any], source, config: ImageGPTConfig, director
 
 
 def _check_extra(leaves: tuple[Leaf, ...], source, directory: str) -> Iterator[str]:
-  """Yields notes on what is left out, after refusing what would change the output."""
+  """Yields notes on skipped tensors; raises UserError for those that change the output."""
   used = {part.name for leaf in leaves for part in leaf.parts} | {_HEAD}
   extra = [name for name in source.specs if name not in used]
   biases = [name for name in extra if _BIAS.match(name)]
@@ -227,16 +226,16 @@ def _check_extra(leaves: tuple[Leaf, ...], source, directory: str) -> Iterator[s
   if nonzero:
     raise UserError(
       f"biases: {listing(nonzero)} in {directory} aren't zero; expected a model without biases, as "
-      "the released ones are; fix: a model fine-tuned with biases can't be carried over"
+      "the released ones are; fix: a model fine-tuned with biases can't be converted"
     )
-  left = [name for name in extra if name not in biases and not _BUFFER.match(name)]
-  unknown = [name for name in left if name.startswith("transformer.")]
+  skipped = [name for name in extra if name not in biases and not _BUFFER.match(name)]
+  unknown = [name for name in skipped if name.startswith("transformer.")]
   if unknown:
     raise UserError(
       f"weights: {listing(unknown)} in {directory}; expected only an Image GPT's tensors"
     )
-  if left:
-    yield f"left out, not weights of the generative model: {listing(left)}"
+  if skipped:
+    yield f"left out, not weights of the generative model: {listing(skipped)}"
 
 
 def write_directory(
@@ -249,18 +248,18 @@ def write_directory(
   fetch: Callable[[Any], np.ndarray] = np.asarray,
   report: Report | None = None,
 ) -> None:
-  """Writes a directory that ImageGPTForCausalImageModeling.from_pretrained loads, or nothing.
+  """Writes, all or nothing, a directory that ImageGPTForCausalImageModeling.from_pretrained loads.
 
   Args:
-    directory: the target; nothing may be there.
+    directory: the target; must not exist.
     config, params: our model and its parameters.
     clusters: palette, float32 [n_vocab, 3] in [-1, 1], for preprocessor_config.json.
-    max_shard_bytes: of one file; a larger model gets several and an index. At most about one file
-      and one leaf are in memory beside `params`.
+    max_shard_bytes: size limit of one file; a larger model gets several files and an index. About
+      one file and one leaf are in memory beside `params`.
     fetch, report: as for `leaves.foreign_tensors`.
 
   Raises:
-    UserError: the target exists, the model is BERT, or parameters don't fit `config`.
+    UserError: the target exists, the model is BERT, or `params` don't fit `config`.
   """
   directory = os.fspath(directory).rstrip("/")
   if not config.causal:
@@ -294,7 +293,7 @@ def write_directory(
 
 
 def _planned(leaves, config: ImageGPTConfig, params) -> Iterator[tuple[str, int]]:
-  """(name, bytes) of what `_their_tensors` yields, in its order, without reading anything."""
+  """Yields (name, bytes) of `_their_tensors`' tensors in the same order, without reading them."""
   for leaf in leaves:
     itemsize = np.dtype(lookup(params, leaf).dtype).itemsize
     for part in leaf.parts:

@@ -1,9 +1,9 @@
-"""LevelDB's table format, read and written: the container of a checkpoint's index.
+"""Reads and writes LevelDB's table format, the container of a checkpoint's index.
 
 LevelDB bindings open a database directory, not one bare table, so this follows the description in
-LevelDB's table_format.md. Nothing but the container may enter here. Input is untrusted: bounds are
-checked before anything is sliced, every block's CRC-32C is checked, and what doesn't fit raises
-`Malformed` for the caller to say of which file.
+LevelDB's table_format.md. Only the container belongs here. Input is untrusted: bounds are checked
+before slicing, every block's CRC-32C is checked, and violations raise `Malformed`, to which the
+caller adds the file's name.
 """
 
 import struct
@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 import google_crc32c
 
-MAX_KEY_BYTES = 512  # keys share prefixes: unbounded, a small file could decode into a large one
-BLOCK_BYTES = 262144  # TensorFlow's
+MAX_KEY_BYTES = (
+  512  # keys share prefixes: without a limit, a small file could decode into a large one
+)
+BLOCK_BYTES = 262144  # TensorFlow's block size
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
 _TRAILER_BYTES = 5  # compression type and masked CRC-32C after every block
@@ -20,16 +22,16 @@ _RESTART_INTERVAL = 16
 
 
 class Malformed(Exception):
-  """Bytes that aren't what the format says."""
+  """Bytes that violate the format."""
 
 
 def mask_crc(crc: int) -> int:
-  """LevelDB stores CRCs rotated and offset, so that a CRC of data holding CRCs stays meaningful."""
+  """Rotates and offsets a CRC as LevelDB stores it, so that data with CRCs can be checksummed too."""
   return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-  """The unsigned varint at `at`, and where it ends."""
+  """Returns the unsigned varint at position `at` and the position after it."""
   value = 0
   for shift in range(0, 70, 7):
     if at >= len(data):
@@ -45,6 +47,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def varint(value: int) -> bytes:
+  """Encodes an unsigned integer as a varint."""
   out = bytearray()
   while value >= 0x80:
     out.append(value & 0x7F | 0x80)
@@ -66,7 +69,7 @@ def _read_block(table: bytes, offset: int, size: int) -> bytes:
 
 
 def _block_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-  """Keys and values of a block, in order: each key is a shared prefix of the last, and a rest."""
+  """Yields a block's keys and values; a key is stored as a prefix of the last one and a suffix."""
   if len(block) < 4:
     raise Malformed("a block is too short")
   (restarts,) = struct.unpack_from("<I", block, len(block) - 4)
@@ -89,7 +92,7 @@ def _block_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def table_entries(table: bytes) -> Iterator[tuple[bytes, bytes]]:
-  """Every (key, value) of a LevelDB table, keys strictly increasing."""
+  """Yields every (key, value) of a LevelDB table; keys are strictly increasing."""
   if len(table) < _FOOTER_BYTES:
     raise Malformed(f"it has {len(table)} bytes, fewer than a footer")
   footer = table[-_FOOTER_BYTES:]
@@ -135,7 +138,7 @@ def _pack_block(entries: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def pack_table(entries: list[tuple[bytes, bytes]], block_bytes: int) -> bytes:
-  """The LevelDB table of sorted entries, byte for byte as TensorFlow's for a single block."""
+  """Encodes sorted entries as a LevelDB table; one of a single block equals TensorFlow's bytes."""
   out = bytearray()
 
   def add(block_entries) -> bytes:
@@ -150,7 +153,7 @@ def pack_table(entries: list[tuple[bytes, bytes]], block_bytes: int) -> bytes:
     size += len(key) + len(value)
     is_last = i + 1 == len(entries)
     if size >= block_bytes or is_last:
-      # Any key from this one up to the next block's first will do; the last is LevelDB's shortest.
+      # Any key from this one up to the next block's first is valid; LevelDB shortens the last one.
       short = key[:1] and key[0] < 0xFF
       separator = bytes([key[0] + 1]) if is_last and short else key
       index.append((separator, add(group)))

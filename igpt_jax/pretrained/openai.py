@@ -1,6 +1,6 @@
-"""OpenAI's released checkpoints: the variables of openai/image-gpt's src/model.py.
+"""Reads and writes OpenAI's checkpoints: the variables of openai/image-gpt's src/model.py.
 
-Only the naming and layout of those variables may enter here; `tensor_bundle` knows the files.
+Only the naming and layout of those variables belong here; `tensor_bundle` handles the files.
 Autoregressive checkpoints have `model/sos`, BERT ones don't. There are no biases anywhere. A q, k
 or v projection is stored as [head, head_dim, D] and contracted over its last axis.
 """
@@ -25,8 +25,8 @@ from igpt_jax.pretrained.leaves import (
 )
 from igpt_jax.pretrained.tensor_bundle import Bundle, write_bundle
 
-# Adam's moments as TensorFlow names them, and the classification head of src/model.py, which
-# src/run.py leaves out when it saves and others may not.
+# TensorFlow's names of Adam's moments, and the classification head of src/model.py. src/run.py
+# doesn't save the head, but other programs may.
 _KNOWN_EXTRA = re.compile(r"(^|/)(clf/.*|.*/(Adam|Adam_1|ExponentialMovingAverage|Momentum))$")
 _LAYER = re.compile(r"^model/h(0|[1-9]\d{0,8})/")
 
@@ -36,7 +36,7 @@ def _reshape(*shape: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def table(config: ImageGPTConfig) -> tuple[Leaf, ...]:
-  """The variables of a checkpoint of this model, by leaf of our parameters."""
+  """Returns our parameters' leaves in terms of the checkpoint's variables."""
   layers, width = config.n_layer, config.n_embd
   square = (width, width)
   per_head = (config.n_head, config.head_dim, width)
@@ -94,7 +94,7 @@ def open_checkpoint(prefix: str | os.PathLike[str]) -> Foreign:
   """Opens `PREFIX.index` and its data files, and checks every name and shape.
 
   Raises:
-    UserError: damaged files, or variables that aren't an Image GPT's, each named.
+    UserError: files are damaged, or variables, listed by name, aren't an Image GPT's.
   """
   prefix = os.fspath(prefix)
   bundle = Bundle(prefix)
@@ -111,14 +111,14 @@ def open_checkpoint(prefix: str | os.PathLike[str]) -> Foreign:
 
 
 def _infer_config(specs: Mapping[str, Any], prefix: str) -> ImageGPTConfig:
-  """The model's shape, from the variables'; `check_specs` then compares all of them with it."""
+  """Infers the model from a few variables' shapes; `check_specs` then checks all of them."""
   shapes = {}
   for name, rank in (("wte", 2), ("wpe", 2), ("h0/attn/q_proj", 3)):
     shape = specs.get(f"model/{name}", ((), None))[0]
     if len(shape) != rank or 0 in shape:
-      found = list(shape) if f"model/{name}" in specs else "nothing"
+      actual = list(shape) if f"model/{name}" in specs else "nothing"
       raise UserError(
-        f"checkpoint variable: model/{name} in {prefix}: {found}; expected an array of {rank} "
+        f"checkpoint variable: model/{name} in {prefix}: {actual}; expected an array of {rank} "
         "dimensions; fix: this isn't an Image GPT of openai/image-gpt"
       )
     shapes[name] = shape
@@ -130,10 +130,10 @@ def _infer_config(specs: Mapping[str, Any], prefix: str) -> ImageGPTConfig:
       "[n_vocab, n_embd]"
     )
   layers = {int(match[1]) for match in map(_LAYER.match, specs) if match}
-  absent = next(i for i in range(len(layers) + 1) if i not in layers)
-  if absent != len(layers):
+  missing = next(i for i in range(len(layers) + 1) if i not in layers)
+  if missing != len(layers):
     raise UserError(
-      f"checkpoint variables: {prefix} has none of model/h{absent}; expected it before later layers"
+      f"checkpoint variables: {prefix} has none of model/h{missing}; expected it before later layers"
     )
   return ImageGPTConfig(
     n_layer=len(layers),
@@ -146,14 +146,14 @@ def _infer_config(specs: Mapping[str, Any], prefix: str) -> ImageGPTConfig:
 
 
 def _check_extra(leaves: tuple[Leaf, ...], specs: Mapping[str, Any], prefix: str):
-  """Notes on what is left out; a variable of the model that we don't know would change its output."""
+  """Returns notes on skipped variables; raises UserError for unknown ones, which change the output."""
   used = {part.name for leaf in leaves for part in leaf.parts}
   extra = [name for name in specs if name not in used]
   unknown = [name for name in extra if name.startswith("model/") and not _KNOWN_EXTRA.search(name)]
   if unknown:
     raise UserError(
       f"checkpoint variables: {listing(unknown)} in {prefix}; expected only those of "
-      "openai/image-gpt's model, which this one would compute differently without"
+      "openai/image-gpt's model: ignoring others would change the output"
     )
   if extra:
     return (f"left out, not weights of the generative model: {listing(extra)}",)
@@ -172,9 +172,9 @@ def write_checkpoint(
   """Writes `PREFIX.index` and data files that openai/image-gpt's src/run.py restores.
 
   Args:
-    prefix: for example `out/model.ckpt-1000000`; nothing may be there.
+    prefix: for example `out/model.ckpt-1000000`; its files must not exist.
     config, params: our model and its parameters.
-    num_shards: data files.
+    num_shards: number of data files.
     fetch, report: as for `leaves.foreign_tensors`.
   """
   leaves = table(config)

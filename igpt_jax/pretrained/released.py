@@ -1,8 +1,8 @@
-"""The release's files, fetched: checkpoints, palette, and ImageNet and CIFAR-10 as tokens.
+"""Downloads the release's files: checkpoints, palette, and ImageNet and CIFAR-10 as tokens.
 
-Which files there are is what openai/image-gpt's download.py names. No hashes were published: a
-server's Content-MD5 is checked where it sends one, and every tensor has a CRC that the import
-checks. Downloads go on where they stopped. Only fetching may enter here.
+The files are those that openai/image-gpt's download.py names. No hashes were published: the
+server's Content-MD5 is checked if it sends one, and the import checks every tensor's CRC.
+Interrupted downloads resume. Only downloading belongs here.
 """
 
 import base64
@@ -41,15 +41,15 @@ _NETWORK_ERRORS = (
 
 
 def checkpoint_files(model: str, step: int = 1000000, *, bert: bool = False) -> list[str]:
-  """Paths of one checkpoint's files below BASE_URL, its palette's included.
+  """Returns the paths below BASE_URL of one checkpoint's files and its palette.
 
   Args:
     model: "s", "m" or "l".
     step: one of STEPS.
-    bert: the model trained with the BERT objective instead of the autoregressive one.
+    bert: True for the model trained with the BERT objective, False for the autoregressive one.
 
   Raises:
-    UserError: no such checkpoint was released.
+    UserError: the checkpoint wasn't released.
   """
   if model not in MODELS:
     raise UserError(f"model: {model!r}; expected one of {', '.join(MODELS)}: XL was not released")
@@ -62,11 +62,14 @@ def checkpoint_files(model: str, step: int = 1000000, *, bert: bool = False) -> 
 
 
 def dataset_files(name: str, splits: Sequence[str] = ("te",)) -> list[str]:
-  """Paths of a data set's tokens (X) and labels (Y) at 32×32 below BASE_URL.
+  """Returns the paths below BASE_URL of a data set's tokens (X) and labels (Y) at 32×32.
 
   Args:
     name: one of DATASETS.
-    splits: of "tr", "va", "te"; images are centre crops, made for evaluation.
+    splits: any of "tr", "va", "te"; images are centre crops, made for evaluation.
+
+  Raises:
+    UserError: the data set or a split is unknown.
   """
   if name not in DATASETS:
     raise UserError(f"data set: {name!r}; expected one of {', '.join(DATASETS)}")
@@ -83,22 +86,22 @@ def download(
   base_url: str = BASE_URL,
   report: Report | None = None,
 ) -> list[str]:
-  """Fetches files into one directory, under their last names; those already there are kept.
+  """Downloads files into one directory under their base names; existing files are kept.
 
-  A file appears under its name when it is whole. Stopped or cut off, the next call goes on from
-  what `NAME.part` holds, if the server still has the same file.
+  A file gets its name when it is complete. After an interruption the next call resumes from
+  `NAME.part`, if the server still has the same file.
 
   Args:
     files: paths below `base_url`.
-    directory: made if need be.
-    report: called with a line at least every ten seconds.
+    directory: created if missing.
+    report: called with a progress line about every ten seconds and at the end of every file.
 
   Returns:
-    The files' paths.
+    The local paths, in the order of `files`.
 
   Raises:
-    UserError: the server refuses, can't be reached after several tries, or sends damaged data; the
-      disk has no room.
+    UserError: the server refuses the request, can't be reached or keeps sending damaged data, or
+      the disk is full.
   """
   directory = os.fspath(directory)
   try:
@@ -110,37 +113,37 @@ def download(
   targets = []
   for i, file in enumerate(files):
     target = os.path.join(directory, os.path.basename(file))
-    said = f"{os.path.basename(file)} ({i + 1} of {len(files)})"
+    label = f"{os.path.basename(file)} ({i + 1} of {len(files)})"
     if os.path.exists(target):
       if report:
-        report(f"{said} is there")
+        report(f"{label} already exists")
     else:
-      _fetch_whole(f"{base_url.rstrip('/')}/{file}", target, said, report or (lambda line: None))
+      _fetch_whole(f"{base_url.rstrip('/')}/{file}", target, label, report or (lambda line: None))
     targets.append(target)
   return targets
 
 
 class _Interrupted(Exception):
-  """The connection failed in a way that another try may mend."""
+  """A failure that another try may fix."""
 
 
-def _fetch_whole(url: str, target: str, said: str, report: Report) -> None:
+def _fetch_whole(url: str, target: str, label: str, report: Report) -> None:
   for attempt in range(1, _TRIES + 1):
     try:
-      _fetch(url, target, said, report)
+      _fetch(url, target, label, report)
       return
     except _Interrupted as error:
       if attempt == _TRIES:
         raise UserError(
-          f"download: {url}: {error}, {_TRIES} times; fix: check the network and run this again, it "
-          "goes on where it stopped"
+          f"download: {url}: {error}, {_TRIES} times; fix: check the network and run this again; it "
+          "resumes where it stopped"
         ) from error
-      report(f"{said}: {error}; trying again")
+      report(f"{label}: {error}; trying again")
       time.sleep(2 ** (attempt - 1))
 
 
-def _fetch(url: str, target: str, said: str, report: Report) -> None:
-  """One try: appends to `target`.part what is missing, and renames it when whole and right."""
+def _fetch(url: str, target: str, label: str, report: Report) -> None:
+  """Tries once: appends the missing bytes to `target`.part, and renames it once complete and checked."""
   part, tag_path = target + ".part", target + ".part.etag"
   start, tag = 0, ""
   with contextlib.suppress(FileNotFoundError):
@@ -149,32 +152,32 @@ def _fetch(url: str, target: str, said: str, report: Report) -> None:
     start = os.path.getsize(part) if tag else 0
   request = urllib.request.Request(url)
   if start:
-    # If-Range: a file that changed on the server is sent whole instead of spliced.
+    # With If-Range the server sends the whole file if it has changed, so that versions don't mix.
     request.add_header("Range", f"bytes={start}-")
     request.add_header("If-Range", tag)
   try:
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
       start, total = _agreed_range(response, start)
-      if start and response.headers.get("ETag") != tag:  # a server that doesn't know If-Range
+      if start and response.headers.get("ETag") != tag:  # the server ignores If-Range
         _remove(part, tag_path)
         raise _Interrupted("the file has changed on the server")
       free = shutil.disk_usage(os.path.dirname(part) or ".").free
       if total - start > free:
         raise UserError(
-          f"download: {url} needs {total - start} bytes more, {part} has room for {free}; "
+          f"download: {url} needs {total - start} bytes more; the disk of {part} has {free} free; "
           "fix: free some, or name another directory"
         )
       digest = _digest_of(part, start)
       with open(part, "r+b" if start else "wb") as file:
         file.seek(start)
         file.truncate()
-        with open(tag_path, "w", encoding="utf-8") as note:
-          note.write(response.headers.get("ETag", ""))
-        _copy(response, file, digest, start, total, said, report)
+        with open(tag_path, "w", encoding="utf-8") as tag_file:
+          tag_file.write(response.headers.get("ETag", ""))
+        _copy(response, file, digest, start, total, label, report)
       expected = response.headers.get("Content-MD5")
   except urllib.error.HTTPError as error:
     error.close()
-    if error.code == 416:  # what we hold is not a beginning of what they have
+    if error.code == 416:  # .part is longer than the server's file
       _remove(part, tag_path)
       raise _Interrupted("the partial file doesn't fit the server's") from error
     if error.code in (408, 429) or error.code >= 500:
@@ -191,24 +194,24 @@ def _fetch(url: str, target: str, said: str, report: Report) -> None:
     ) from error
   if expected and base64.b64encode(digest.digest()).decode() != expected.strip():
     _remove(part, tag_path)
-    raise _Interrupted("what arrived doesn't match the server's MD5")
+    raise _Interrupted("the download doesn't match the server's MD5")
   os.rename(part, target)
   _remove(tag_path)
 
 
 def _agreed_range(response, start: int) -> tuple[int, int]:
-  """Where the server's answer begins, and the whole file's size."""
+  """Returns the first byte of the server's answer and the size of the whole file."""
   length = response.headers.get("Content-Length")
   if length is None or not length.isdigit():
     raise _Interrupted("the server doesn't say how long the file is")
   if response.status != 206:
     return 0, int(length)
-  found = re.fullmatch(
+  match = re.fullmatch(
     r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip()
   )
-  if not found or int(found[1]) != start or int(found[3]) != start + int(length):
-    raise _Interrupted("the server answers with another range than was asked for")
-  return start, int(found[3])
+  if not match or int(match[1]) != start or int(match[3]) != start + int(length):
+    raise _Interrupted("the server answers with another range than requested")
+  return start, int(match[3])
 
 
 def _digest_of(part: str, size: int):
@@ -220,8 +223,8 @@ def _digest_of(part: str, size: int):
   return digest
 
 
-def _copy(response, file, digest, done: int, total: int, said: str, report: Report) -> None:
-  first, began, told = done, time.monotonic(), 0.0
+def _copy(response, file, digest, done: int, total: int, label: str, report: Report) -> None:
+  first, began, last_report = done, time.monotonic(), 0.0
   while done < total:
     chunk = response.read(min(_CHUNK_BYTES, total - done))
     if not chunk:
@@ -230,10 +233,10 @@ def _copy(response, file, digest, done: int, total: int, said: str, report: Repo
     digest.update(chunk)
     done += len(chunk)
     now = time.monotonic()
-    if now - told > 10 or done == total:
-      told = now
+    if now - last_report > 10 or done == total:
+      last_report = now
       rate = (done - first) / max(now - began, 1e-9)
-      report(f"{said}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s")
+      report(f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s")
 
 
 def _remove(*paths: str) -> None:

@@ -1,12 +1,12 @@
-"""TensorFlow's V2 checkpoint files ("tensor bundles"), read and written without TensorFlow.
+"""Reads and writes TensorFlow's V2 checkpoint files ("tensor bundles") without TensorFlow.
 
 A bundle `PREFIX` is one `PREFIX.index`, a LevelDB table from variable name to (dtype, shape, shard,
 offset, size, CRC), and `PREFIX.data-00000-of-0000N`, the bytes. TensorFlow's tensor_bundle.proto
 describes it. No library but TensorFlow reads it (tensorstore has no driver for it).
 
-Only the format may enter this module: which variables a model has is `openai`'s business. A file is
-untrusted: every length is compared with what is there before anything is allocated, every block and
-tensor has its CRC-32C checked, and whatever doesn't fit is a UserError that names file and place.
+Only the file format belongs here; `openai` lists a model's variables. Files are untrusted: every
+length is compared with the file's size before memory is allocated, every block's and tensor's
+CRC-32C is checked, and violations raise a UserError that names the file and the place.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from igpt_jax.pretrained.leveldb_table import (
   varint,
 )
 
-# tensorflow/core/framework/types.proto. Anything else in a checkpoint is listed, but not read.
+# From tensorflow/core/framework/types.proto. Variables of other types are listed, but not read.
 _DTYPES = {
   1: np.dtype(np.float32),
   2: np.dtype(np.float64),
@@ -46,7 +46,7 @@ _DTYPES = {
 }
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
-# An L-size model's index has 389 entries in 15 kB.
+# Generous limits: an L-size model's index has 389 entries in 15 kB.
 _MAX_INDEX_BYTES = 4 << 20
 _MAX_ENTRIES = 100_000
 _MAX_SHARDS = 512
@@ -56,7 +56,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One variable: `dtype` is None where this module doesn't read its type (strings, slices)."""
+  """One variable; `dtype` is None if this module can't read it (strings, slices)."""
 
   dtype: np.dtype | None
   shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Entry:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-  """(field number, value) of each field of one message; fixed-width ones as unsigned integers."""
+  """Yields (field number, value) of a message; fixed-width values are unsigned integers."""
   at = 0
   while at < len(data):
     tag, at = read_varint(data, at)
@@ -95,7 +95,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _message(data: bytes, scalars: dict[int, str], messages: dict[int, str]) -> dict:
-  """Named fields of a message; those of `messages` as lists of bytes, the scalars' last one."""
+  """Returns a message's fields by name: the last value of a scalar, a list of bytes of a message."""
   out: dict = {name: 0 for name in scalars.values()} | {name: [] for name in messages.values()}
   for number, value in _fields(data):
     name = scalars.get(number) or messages.get(number)
@@ -111,7 +111,7 @@ def _message(data: bytes, scalars: dict[int, str], messages: dict[int, str]) -> 
 
 
 def _parse_header(data: bytes) -> int:
-  """The number of shards."""
+  """Returns the number of shards."""
   header = _message(data, {1: "num_shards", 2: "endianness"}, {3: "version"})
   if header["endianness"]:
     raise Malformed("it is big-endian")
@@ -150,11 +150,12 @@ def _parse_entry(data: bytes) -> Entry:
 
 
 def data_path(prefix: str, shard: int, num_shards: int) -> str:
+  """Returns the path of one data file."""
   return f"{prefix}.data-{shard:05d}-of-{num_shards:05d}"
 
 
 def _open_regular(path: str) -> BinaryIO:
-  """Opens a regular file; a pipe or device in its place would block or never end."""
+  """Opens a file that must be regular, since a pipe or device could block or never end."""
   try:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
   except OSError as error:
@@ -169,7 +170,7 @@ def _open_regular(path: str) -> BinaryIO:
 
 
 class Bundle:
-  """A tensor bundle, opened: the index is read and checked, tensors are read when asked for.
+  """An opened tensor bundle: the index is read and checked at once, tensors on demand.
 
   Use as a context manager. `entries` maps each variable's name to its `Entry`.
 
@@ -236,9 +237,9 @@ class Bundle:
       self._files.append(_open_regular(self._paths[-1]))
 
   def _check_extents(self) -> None:
-    """No entry may reach outside its shard, overlap another, or declare a shape it has no bytes for.
+    """Raises UserError for entries that exceed their shard, overlap, or differ in size from their shape.
 
-    Together these bound what reading everything can allocate by the size of the data files.
+    Together these checks bound the memory of reading all variables by the size of the data files.
     """
     sizes = [os.fstat(file.fileno()).st_size for file in self._files]
     spans = []
@@ -268,10 +269,10 @@ class Bundle:
         )
 
   def read(self, name: str) -> np.ndarray:
-    """One variable's value, its CRC checked. The array owns its memory.
+    """Reads one variable and checks its CRC. The array owns its memory.
 
     Raises:
-      UserError: the dtype isn't one of a weight, the file is short, or the CRC doesn't match.
+      UserError: the dtype is unsupported, the file is too short, or the CRC doesn't match.
     """
     entry = self.entries[name]
     if entry.dtype is None:
@@ -286,7 +287,7 @@ class Bundle:
     file.seek(entry.offset)
     done, crc = 0, 0
     while done < entry.size:
-      # google_crc32c takes nothing but bytes; in chunks, no second copy of a tensor exists.
+      # google_crc32c accepts only bytes; chunks avoid a second copy of the tensor.
       chunk = file.read(min(_CHUNK_BYTES, entry.size - done))
       if not chunk:
         raise UserError(
@@ -310,14 +311,14 @@ def write_bundle(
   num_shards: int = 1,
   block_bytes: int = BLOCK_BYTES,
 ) -> None:
-  """Writes a bundle that TensorFlow restores; complete or not at all.
+  """Writes, all or nothing, a bundle that TensorFlow can restore.
 
   Args:
-    prefix: path without `.index`; nothing may be there yet.
-    tensors: (name, array) in any order; taken one at a time, so that a generator over a large
+    prefix: path without `.index`; its files must not exist.
+    tensors: (name, array) in any order; consumed one at a time, so that a generator over a large
       model never holds more than one.
-    num_shards: data files; each tensor goes to the one that is least full.
-    block_bytes: of the index's LevelDB blocks, as TensorFlow has them.
+    num_shards: number of data files; a tensor goes to the smallest one so far.
+    block_bytes: size of the index's LevelDB blocks; the default is TensorFlow's.
 
   Raises:
     UserError: the target exists, its directory doesn't, or a name or dtype can't be stored.

@@ -1,7 +1,7 @@
-"""Safetensors files and torch's old pickles, as sources of named arrays.
+"""Reads named arrays from safetensors files and torch's old pickles.
 
-Only file formats may enter here; `huggingface` knows what the tensors mean. Files are untrusted:
-the safetensors library checks that offsets tile the file, and torch only ever loads weights.
+Only file formats belong here; `huggingface` interprets the tensors. Files are untrusted: the
+safetensors library checks that offsets tile the file, and torch loads with `weights_only`.
 """
 
 import os
@@ -27,7 +27,7 @@ _MAX_NAME = 512
 
 
 class _SafetensorsSource:
-  """Tensors of one or several safetensors files, read with pread: nothing stays mapped."""
+  """Tensors of one or more safetensors files, read with pread so that nothing stays mapped."""
 
   def __init__(self, directory: str):
     self._directory = directory
@@ -76,7 +76,7 @@ def _damaged(path: str, error: Exception) -> UserError:
 
 
 def _check_header(path: str) -> None:
-  """Bounds what the library's JSON parser is given."""
+  """Raises UserError if the header is too large for the library's JSON parser, or missing."""
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise UserError(f"weights: {path}; expected a regular file")
@@ -94,7 +94,7 @@ def _check_header(path: str) -> None:
 def open_safetensors(
   directory: str, files: Sequence[str], weight_map: Mapping[str, str] | None = None
 ) -> _SafetensorsSource:
-  """Opens files of one directory; a `weight_map` must say of each tensor which file it is in.
+  """Opens files of one directory; a `weight_map` must map every tensor's name to its file.
 
   Raises:
     UserError: a file is missing or damaged, or the map and the files disagree.
@@ -107,10 +107,10 @@ def open_safetensors(
       source.add(file)
     if weight_map is not None:
       for name in sorted(set(weight_map) | set(source.specs)):
-        listed, found = weight_map.get(name), source.file_of(name)
-        if listed != found:
+        listed, stored = weight_map.get(name), source.file_of(name)
+        if listed != stored:
           raise UserError(
-            f"weights: {shown(name)} of {directory} is listed in {listed}, but found in {found}; "
+            f"weights: {shown(name)} of {directory} is listed in {listed}, but stored in {stored}; "
             "fix: bring the index and all files of one model together"
           )
   except BaseException:
@@ -120,7 +120,7 @@ def open_safetensors(
 
 
 class TorchSource:
-  """pytorch_model.bin, through torch's loader that builds tensors and nothing else."""
+  """Tensors of pytorch_model.bin, which torch opens with `weights_only`."""
 
   def __init__(self, path: str):
     try:
@@ -138,9 +138,9 @@ class TorchSource:
     try:
       try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-      except (RuntimeError, ValueError):  # files older than torch 1.6 can't be mapped
+      except (RuntimeError, ValueError):  # files from before torch 1.6 can't be mapped
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler hands on whatever a damaged file makes it raise
+    except Exception as error:  # unpickling a damaged file can raise anything
       raise UserError(
         f"weights: {path}: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
         "; expected torch weights; fix: copy or download it again"
@@ -162,8 +162,8 @@ class TorchSource:
         raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
       if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise UserError(f"weights: {name} in {path}; expected a dense tensor")
-      # Strides of zero, or one storage shared by many, would let a few bytes stand for any size;
-      # a tied table may be there twice.
+      # With zero strides or shared storage, a few bytes could declare tensors of any size. Twice the
+      # file's size is allowed, since a tied table may be listed twice.
       declared += tensor.numel() * tensor.element_size()
       if declared > 2 * size or not tensor.is_contiguous():
         raise UserError(
