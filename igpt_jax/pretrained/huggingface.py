@@ -145,7 +145,7 @@ def open_directory(directory: str | os.PathLike[str]) -> Foreign:
 
 def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:
   for name, required in _REQUIRED.items():
-    # A field that an old or trimmed config.json omits has transformers' default, the required value.
+    # Fields that an old or trimmed config.json omits have transformers' defaults: those required.
     if fields.get(name, required) != required:
       raise UserError(f"config.json: {name} {shown(fields[name])} in {path}; expected {required!r}")
   numbers = {}
@@ -196,7 +196,7 @@ def _open_weights(directory: str):
 
 
 def _is_tied(fields: Mapping[str, Any], source, config: ImageGPTConfig, directory: str) -> bool:
-  """True if the output table is the input table's; raises UserError if config.json contradicts it."""
+  """True if the output and input tables are tied; raises UserError if config.json is wrong."""
   if not fields.get("tie_word_embeddings", False):
     if _HEAD not in source.specs and _WTE in source.specs:
       raise UserError(

@@ -188,7 +188,7 @@ def placer(shardings: Mapping[str, Any]) -> Callable[[Path, np.ndarray], jax.Arr
 
 
 def check_memory(size: int, what: str) -> None:
-  """Raises UserError if `size` bytes exceed this machine's memory; a sparse file can claim any size."""
+  """Raises UserError if `size` bytes exceed the memory; a sparse file can claim any size."""
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if size > memory:
     raise UserError(

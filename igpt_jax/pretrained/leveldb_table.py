@@ -11,9 +11,7 @@ from collections.abc import Iterator
 
 import google_crc32c
 
-MAX_KEY_BYTES = (
-  512  # keys share prefixes: without a limit, a small file could decode into a large one
-)
+MAX_KEY_BYTES = 512  # keys share prefixes, so a small file could decode into a large one
 BLOCK_BYTES = 262144  # TensorFlow's block size
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
@@ -26,7 +24,7 @@ class Malformed(Exception):
 
 
 def mask_crc(crc: int) -> int:
-  """Rotates and offsets a CRC as LevelDB stores it, so that data with CRCs can be checksummed too."""
+  """Rotates and offsets a CRC as LevelDB stores it: data may itself hold CRCs."""
   return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -146,7 +146,7 @@ def _infer_config(specs: Mapping[str, Any], prefix: str) -> ImageGPTConfig:
 
 
 def _check_extra(leaves: tuple[Leaf, ...], specs: Mapping[str, Any], prefix: str):
-  """Returns notes on skipped variables; raises UserError for unknown ones, which change the output."""
+  """Returns notes on skipped variables; raises UserError for those that change the output."""
   used = {part.name for leaf in leaves for part in leaf.parts}
   extra = [name for name in specs if name not in used]
   unknown = [name for name in extra if name.startswith("model/") and not _KNOWN_EXTRA.search(name)]

@@ -135,15 +135,15 @@ def _fetch_whole(url: str, target: str, label: str, report: Report) -> None:
     except _Interrupted as error:
       if attempt == _TRIES:
         raise UserError(
-          f"download: {url}: {error}, {_TRIES} times; fix: check the network and run this again; it "
-          "resumes where it stopped"
+          f"download: {url}: {error}, {_TRIES} times; fix: check the network and run this again; "
+          "it resumes where it stopped"
         ) from error
       report(f"{label}: {error}; trying again")
       time.sleep(2 ** (attempt - 1))
 
 
 def _fetch(url: str, target: str, label: str, report: Report) -> None:
-  """Tries once: appends the missing bytes to `target`.part, and renames it once complete and checked."""
+  """Tries once: appends the missing bytes to `target`.part, checks it and renames it."""
   part, tag_path = target + ".part", target + ".part.etag"
   start, tag = 0, ""
   with contextlib.suppress(FileNotFoundError):
@@ -177,7 +177,7 @@ def _fetch(url: str, target: str, label: str, report: Report) -> None:
       expected = response.headers.get("Content-MD5")
   except urllib.error.HTTPError as error:
     error.close()
-    if error.code == 416:  # .part is longer than the server's file
+    if error.code == 416:  # .part isn't shorter than the server's file
       _remove(part, tag_path)
       raise _Interrupted("the partial file doesn't fit the server's") from error
     if error.code in (408, 429) or error.code >= 500:

@@ -95,7 +95,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _message(data: bytes, scalars: dict[int, str], messages: dict[int, str]) -> dict:
-  """Returns a message's fields by name: the last value of a scalar, a list of bytes of a message."""
+  """Returns fields by name: a scalar's last value, a list of bytes for the submessages."""
   out: dict = {name: 0 for name in scalars.values()} | {name: [] for name in messages.values()}
   for number, value in _fields(data):
     name = scalars.get(number) or messages.get(number)
@@ -237,7 +237,7 @@ class Bundle:
       self._files.append(_open_regular(self._paths[-1]))
 
   def _check_extents(self) -> None:
-    """Raises UserError for entries that exceed their shard, overlap, or differ in size from their shape.
+    """Raises UserError for entries that exceed their shard, overlap, or don't fit their shape.
 
     Together these checks bound the memory of reading all variables by the size of the data files.
     """

@@ -162,8 +162,8 @@ class TorchSource:
         raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
       if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise UserError(f"weights: {name} in {path}; expected a dense tensor")
-      # With zero strides or shared storage, a few bytes could declare tensors of any size. Twice the
-      # file's size is allowed, since a tied table may be listed twice.
+      # With zero strides or shared storage, a few bytes could declare tensors of any size. The
+      # limit is twice the file's size, since a tied table may be listed twice.
       declared += tensor.numel() * tensor.element_size()
       if declared > 2 * size or not tensor.is_contiguous():
         raise UserError(
