@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import sys
 
 import pytest
 from test_end_to_end import tiny
@@ -126,3 +127,19 @@ def test_a_run_that_goes_on_again_has_not_ended(ended, tmp_path, monkeypatch, re
   assert watch._training_has_ended(str(workdir))
   for name in ("step", "loss", "validation_loss", "grad_norm"):
     assert training(workdir)[name] == training(ended)[name], name
+
+
+def test_an_error_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+  """Nothing stays replaced or open for the next run in the process."""
+  hook, closed = sys.unraisablehook, []
+
+  def failing(*args):
+    assert sys.unraisablehook is not hook
+    raise RuntimeError("out of memory")
+
+  close = metrics.Writers.close
+  monkeypatch.setattr(loop, "run", failing)
+  monkeypatch.setattr(metrics.Writers, "close", lambda self: (close(self), closed.append(self)))
+  with pytest.raises(RuntimeError, match="out of memory"):
+    on_one_device(pretrain, tiny(), str(tmp_path))
+  assert sys.unraisablehook is hook and len(closed) == 1

@@ -342,6 +342,10 @@ class Checkpoints:
     """
     self.wait()
     self._checkpointer.close()
+    self.let_go()
+
+  def let_go(self) -> None:
+    """Undoes what this changed of the process, waiting for nothing; to be called once nothing is saved any more."""
     self._until_closed.close()
 
 

@@ -46,9 +46,8 @@ def run(
     optimizer_config = choices.finetuning_optimizer_config(tuning.settings)
     schedule = optimizer.make_schedule(optimizer_config)
     tx = optimizer.make_optimizer(optimizer_config)
-    run.claim(
-      tuning.settings, tuning.palette
-    )  # only now: a UserError above must leave it unclaimed
+    # Only now: a UserError above must leave the folder unclaimed.
+    run.claim(tuning.settings, tuning.palette)
 
     rate = optimizer_config.learning_rate
     devices = hardware.describe_devices(run.mesh)
@@ -160,6 +159,7 @@ class FineTuning:
 
   def begin(self, tx: optax.GradientTransformation) -> state.TrainState:
     """Makes the initial state, and scores its parameters on test."""
+    self.best = Best()
     start, mesh = self._start, self._run.mesh
     made = state.make_state(
       self.model, tx, self.settings.seed, mesh, start.params(mesh), len(self.classes)

@@ -188,7 +188,7 @@ def run(
     instruments: saving, logging, timing and checking.
 
   Raises:
-    BadNumbers: raised by the guard; checkpoints under way are complete, and the writers closed.
+    BadNumbers: raised by the guard; checkpoints under way are complete.
   """
   save_state, writers = instruments.save, instruments.writers
   clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal()
@@ -238,7 +238,7 @@ def run(
     clock.saved(at_step)
 
   compiled = None
-  with _settled(save_state, writers), stop, batches, profiler, jax.set_mesh(mesh):
+  with _settled(save_state), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
         if evaluation_due():
@@ -288,11 +288,10 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
 
 
 @contextlib.contextmanager
-def _settled(save: saving.Saver, writers: metrics.Writers) -> Iterator[None]:
-  """Completes checkpoints under way, and closes the writers, before the run goes back."""
+def _settled(save: saving.Saver) -> Iterator[None]:
+  """Completes checkpoints under way before the run goes back."""
   try:
     yield
   except BadNumbers:
     save.settle()
-    writers.close()
     raise

@@ -40,7 +40,8 @@ class Outcome:
   Attributes:
     step: its newest checkpoint's.
     stopped_by: the signal that stopped it; None: it has made all its steps.
-    losses: the newest `loss` and, if images are held out, `validation_loss`, in nats per token.
+    losses: on the main process the newest `loss` and, if images are held out, `validation_loss`, in
+      nats per token; {} on others.
     workdir: the folder of checkpoints, metrics and results.
   """
 

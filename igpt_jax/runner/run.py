@@ -19,6 +19,7 @@ from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.config.fields import Settings, as_json
 from igpt_jax.config.run_fields import ProfileConfig
 from igpt_jax.data.palette import Palette
+from igpt_jax.errors import SaveFailed
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import hardware, hosts
 from igpt_jax.parallel.hosts import say
@@ -47,12 +48,13 @@ class TrainingRun:
     checkpoints: arguments of `Checkpoints`; those of `settings.train` otherwise.
 
   Attributes:
-    mesh: the mesh of state and batches.
+    mesh: the mesh of state and batches, once the run is entered.
     settings: as given; from `claim` on with all choices made.
     first_step: the step of the state that `resume_or` returned.
     spent: the clock's `goodput.Clock.end`, after `train`.
   """
 
+  mesh: Mesh
   first_step: int
   spent: dict[str, Any]
 
@@ -68,7 +70,7 @@ class TrainingRun:
     **checkpoints: Any,
   ):
     self.settings, self._folder, self._steps, self._kind = settings, folder, steps, kind
-    self._given, self.mesh = settings, mesh or devices.mesh_of(settings)
+    self._given, self._given_mesh = settings, mesh
     self._began: float | None = time.monotonic() if began is None else began
     self._kept = checkpoints
     self._palette: Palette | None = None
@@ -80,11 +82,15 @@ class TrainingRun:
       held.enter_context(lock.held(self._folder))
       if self._kind is not None:
         workdir_lib.check(self._given, self._folder, self._kind)
+      self.mesh = self._given_mesh or devices.mesh_of(self._given)
       self._held = held.pop_all()
     return self
 
-  def __exit__(self, *error) -> None:
-    self._held.__exit__(*error)
+  def __exit__(self, kind: type[BaseException] | None, *error) -> None:
+    # After a save that failed, orbax' follow-up errors may still come: they stay ignored.
+    if kind is not None and not issubclass(kind, SaveFailed) and "checkpoints" in self.__dict__:
+      self.checkpoints.let_go()
+    self._held.__exit__(kind, *error)
 
   def claim(self, settled: Settings, palette: Palette | None) -> None:
     """Writes settings and palette into the folder, which makes it this run's."""
@@ -159,20 +165,20 @@ class TrainingRun:
     writers = self._writers()
     window = settings.profile if hosts.is_main() else ProfileConfig()
     peak = hardware.peak_flops(self.mesh) if work.flops else None
-    outcome = loop.run(
-      work,
-      state,
-      self.mesh,
-      self._steps,
-      loop.Instruments(
-        save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
-        writers=writers,
-        progress=Progress(self._steps, work.batch_size, work.flops, peak, work.shown),
-        clock=self._clock,
-        profiler=Profiler(window, os.path.join(self._folder, "profile"), say),
-        guard=guard.Guard(settings.guard, self._folder),
-      ),
+    instruments = loop.Instruments(
+      save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
+      writers=writers,
+      progress=Progress(self._steps, work.batch_size, work.flops, peak, work.shown),
+      clock=self._clock,
+      profiler=Profiler(window, os.path.join(self._folder, "profile"), say),
+      guard=guard.Guard(settings.guard, self._folder),
     )
+    try:
+      outcome = loop.run(work, state, self.mesh, self._steps, instruments)
+    except Exception:
+      with contextlib.suppress(OSError):  # the error that ends the run is the one to report
+        writers.close()
+      raise
     checkpoints.close()
     writers.close()
     self.spent = self._clock.end(outcome.step, outcome.stopped_by is None)
