@@ -1,4 +1,4 @@
-"""A number that tells one set of arrays from another, the same on every mesh and host."""
+"""Checksums of parameter trees, the same on every mesh and host."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ def checksum_on_host(tree: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Summed:
-  """What `checksum` needs of an array that isn't kept: its shape, and the sum over its numbers."""
+  """Summary of an array that isn't kept, for `checksum_of_summed`: its shape, and the sum over its numbers."""
 
   shape: tuple[int, ...]
   total: int
@@ -48,7 +48,7 @@ def checksum_of_summed(tree: Any) -> str:
 
 
 def _is_here(leaf: Any) -> bool:
-  """Whether it lies in this process' own memory: numpy is quick there, and compiles nothing."""
+  """Returns True if the leaf lies in this process' memory, where numpy is fast and compiles nothing."""
   if not isinstance(leaf, jax.Array):
     return True
   return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())

@@ -53,7 +53,7 @@ def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str,
 
 
 def of_items(items: Mapping[str, Any]) -> dict[str, str]:
-  """Checksum of each item, computed where its arrays lie."""
+  """Computes the checksum of every item, on the devices that hold its arrays."""
   return {name: checksum(item) for name, item in items.items()}
 
 

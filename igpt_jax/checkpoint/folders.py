@@ -1,7 +1,7 @@
-"""Where checkpoints lie, and which of them count: names and marks, none of their contents.
+"""Paths of checkpoints, and which of them are complete, by names and marker files alone.
 
-A checkpoint counts from when its last file is there. What a stopped copy or a killed run left behind
-doesn't; nor does what was set aside, which has another name.
+A checkpoint is complete once its last file exists. Leftovers of an interrupted copy or a killed run
+are not; checkpoints that were set aside have another name.
 """
 
 import os
@@ -15,7 +15,7 @@ _LAST_FILE = "commit_success.txt"  # what orbax writes when all else is there
 
 
 def is_finished(folder: str) -> bool:
-  """Whether its writer came to the end."""
+  """Returns True if the folder's writer has finished."""
   return os.path.exists(os.path.join(folder, _LAST_FILE))
 
 
@@ -29,7 +29,7 @@ def folder_of_steps(path: str) -> str:
 
 
 def numbered(folder: str) -> list[int]:
-  """What has a step's name in a folder of steps, whole or not, ascending."""
+  """Lists the steps in a folder of checkpoints, complete or not, ascending."""
   if not os.path.isdir(folder):
     return []
   return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
@@ -70,7 +70,7 @@ def find(path: str) -> tuple[str, int]:
 
 
 def advice(folder: str) -> str:
-  """What to do where a checkpoint can't be used; names the whole ones beside it."""
+  """Advises on what to use instead of a checkpoint, naming the complete ones beside it."""
   beside, name = os.path.split(folder)
   steps = [str(n) for n in whole_steps(beside)] if os.path.basename(beside) == FOLDER else []
   among = ", ".join(step for step in steps if step != name)

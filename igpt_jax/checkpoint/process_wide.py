@@ -32,7 +32,7 @@ def _ignoring_followup_errors() -> Iterator[None]:
   before, logger = sys.unraisablehook, logging.getLogger("absl")
 
   def is_told(record: logging.LogRecord) -> bool:
-    # What orbax logs with a traceback, it raises, and that is told in a line.
+    # orbax also raises what it logs with a traceback; the error is reported in one line.
     of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
     return not (record.exc_info and of_orbax)
 
@@ -51,5 +51,5 @@ def _ignoring_followup_errors() -> Iterator[None]:
       sys.unraisablehook = before
 
 
-# For as long as something may be written: what orbax says of a save that fails comes from its threads.
+# Needed for as long as something may be written: orbax reports failed saves from its own threads.
 ignore_followup_errors = ProcessWide(_ignoring_followup_errors)

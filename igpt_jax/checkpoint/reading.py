@@ -1,6 +1,6 @@
-"""What any job reads of a checkpoint: what it says of itself, its parameters, its head.
+"""Reading of checkpoints by any job: their description, parameters and head.
 
-Whatever is read is compared with the checksum that was saved with it.
+Everything that is read is compared with the checksum that was saved with it.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def _alone() -> Iterator[None]:
 
 
 def describe(path: str) -> CheckpointInfo:
-  """What a checkpoint of this program says about itself, and its palette.
+  """Reads a checkpoint's description of itself, and its palette; no parameters.
 
   Args:
     path: a workdir, or one checkpoint in it.
@@ -243,7 +243,7 @@ def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> LoadedMode
 
 
 def with_params(found: CheckpointInfo, params: Params, **model_overrides: Any) -> LoadedModel:
-  """What was described, now with its parameters; `model_overrides` as for `load_pretrained`."""
+  """Adds parameters to a description; `model_overrides` as for `load_pretrained`."""
   fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
   fields["config"] = dataclasses.replace(found.config, **model_overrides)
   return LoadedModel(**fields, params=params)

@@ -1,4 +1,4 @@
-"""What a run writes and goes on from: its checkpoints, the newest good one, what is set aside.
+"""Checkpoints of a training run: saving, resuming from the newest good one, setting damaged ones aside.
 
 What is promised, and what isn't: a checkpoint gets its name when all of it is written, and older ones
 are deleted only then, so that a killed run loses none. Its files are told to go to the disk (fsync)
@@ -39,7 +39,7 @@ _SKIPPED = "skipped"  # of a state; it travels in the run, for older checkpoints
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  """A state as it is stored: model and head apart, so that the model is found alone."""
+  """Splits a state into stored items; model and head apart, so that the model can be read alone."""
   items = {
     "params": {name: leaf for name, leaf in state.params.items() if name != HEAD},
     "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
@@ -51,7 +51,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-  """What a run goes on from.
+  """A checkpoint that a run resumes from.
 
   Attributes:
     step: of the checkpoint.
@@ -65,7 +65,7 @@ class Resumed:
 
 
 def _sync_unnamed(folder: str) -> None:
-  """What was written of a checkpoint goes to the disk before it gets its name."""
+  """Flushes a checkpoint's files to the disk before the checkpoint gets its name."""
   for name in os.listdir(folder):
     if ".orbax-checkpoint-tmp" in name:
       for parent, _, files in os.walk(os.path.join(folder, name)):
@@ -125,7 +125,7 @@ class Checkpoints:
 
   def _open(self) -> ocp.training.Checkpointer:
     context, folder = ocp.Context(), self._folder
-    # In the background, a folder that can't be made is told only after a wait.
+    # Created in the background, a folder's failure would surface only after a wait.
     context.asynchronous.create_directories_asynchronously = False
     if self._patience and jax.process_count() > 1:
       context.asynchronous.timeout_secs = max(math.ceil(self._patience), 10)
@@ -305,7 +305,7 @@ class Checkpoints:
     )
 
   def failed(self) -> bool:
-    """Whether what was begun has failed already; doesn't wait. Several processes: only `wait` tells."""
+    """Non-blocking: True if the last save is known to have failed. With several processes only `wait` knows."""
     if not self._begun or jax.process_count() > 1 or self._checkpointer.is_saving_in_progress():
       return False
     with contextlib.suppress(*SAVE_ERRORS):
@@ -322,7 +322,7 @@ class Checkpoints:
       try:
         self._checkpointer.wait()
       except SAVE_ERRORS as error:
-        self._error = error  # orbax tells it only once
+        self._error = error  # orbax raises it only once
         # What follows from it comes at any time until the process ends.
         self._until_closed.pop_all()
     if self._error is not None:
@@ -350,7 +350,7 @@ class Checkpoints:
 
 
 def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
-  """What `read` returns on every process, or why it can't, twice: a network may fail once."""
+  """Returns `read()` of every process, or its error after two attempts: a network may fail once."""
   error = ""
   for attempt in range(_READS):
     time.sleep(_PAUSE_SECONDS if attempt else 0)

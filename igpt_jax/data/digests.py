@@ -33,7 +33,7 @@ _TICK_NS = 2 * 10**9
 
 
 def of_files(paths: Sequence[str], kept_as: str, verify: bool = False) -> list[str]:
-  """The digest of each file's contents, 32 hexadecimal digits, or UNREADABLE.
+  """Computes digests of files' contents: 32 hexadecimal digits each, or UNREADABLE.
 
   Args:
     paths: of the files.
@@ -127,7 +127,7 @@ def _state(file: str | int, path: str | None = None) -> _State | None:
 
 
 class _Reader:
-  """Reads files, and says how far it has come where that takes long."""
+  """Reads files, with progress lines where that takes long."""
 
   def __init__(self, name: str, total: int):
     self._clock = Countdown(

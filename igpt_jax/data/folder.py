@@ -17,7 +17,7 @@ from igpt_jax.files import printable
 from igpt_jax.reporting.progress import Countdown
 
 _LOG = logging.getLogger(__name__)
-_told: set[str] = set()  # what was left out: a folder is opened for each of its splits
+_told: set[str] = set()  # reports already printed: a folder is opened once for each of its splits
 
 
 class FolderRecords:

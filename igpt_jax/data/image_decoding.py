@@ -14,11 +14,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-# What Pillow warns of in files that it reads all the same would be said once for each of a million.
+# Pillow's warnings about files that it can read would be printed for every one of a million images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # The largest image of ImageNet has about 61 million pixels, a camera's 108 or so. What promises more
-# than this is refused before memory is spent on it; own_images.py says how much memory that bounds.
+# than this is refused before memory is spent on it; own_images.py has the memory that this bounds.
 MAX_PIXELS = 2**27
 # A byte of JPEG holds at most this many pixels: one bit for each block of an even colour.
 _MAX_PIXELS_PER_JPEG_BYTE = 512
@@ -115,13 +115,13 @@ def naming(record_id: str):
   except BadRecord:
     raise
   except Exception as error:  # damaged bytes make Pillow's many decoders raise many kinds
-    # Pillow names the buffer it was given.
+    # Pillow's message names a buffer's address.
     reason = " ".join(re.sub(r" file <[^>]*>", "", str(error)).split()) or type(error).__name__
     raise BadRecord(f"{record_id}: unreadable image ({reason})") from error
 
 
 def plain_frame(data: bytes) -> int | None:
-  """Where the frame header of a whole, sequential, Huffman-coded JPEG begins; None for any other."""
+  """Returns the offset of the frame header of a complete, sequential, Huffman-coded JPEG; None for any other."""
   if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9", -64) < 0:
     return None
   place = 2

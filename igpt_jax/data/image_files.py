@@ -1,7 +1,7 @@
-"""Which files below a folder are images, at any depth, and why the others aren't.
+"""Image files below a folder, at any depth, and the reasons why others aren't images.
 
-A suffix says so, or else the first bytes of the file. Nothing is left out without a reason, but what
-programs leave behind for themselves.
+The suffix decides, or else the first bytes of a file. Every file that is left out has a reason, except
+programs' own leftovers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def canonical(name: str) -> str:
 
 
 def is_leftover(name: str) -> bool:
-  """Whether a name is one that programs give to files and folders of their own."""
+  """Returns True if programs give this name to files and folders of their own."""
   return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
@@ -112,7 +112,7 @@ def find(folder: str) -> tuple[list[str], dict[str, str]]:
 
 
 def why_not(path: str) -> str | None:
-  """Why a file isn't read as an image, as of several; None: it is one, or says so by its suffix."""
+  """Returns the reason why a file isn't read as an image, in the plural; None: it is one, or has an image's suffix."""
   suffix = os.path.splitext(path)[1].lower()
   if suffix in IMAGE_SUFFIXES:
     return None
@@ -135,7 +135,7 @@ def why_not(path: str) -> str | None:
 
 
 def _brands(start: bytes) -> list[bytes]:
-  """What a file in the container that AVIF, HEIC and films share calls itself, first of all; none: it isn't one."""
+  """Lists the brands of a file in the container that AVIF, HEIC and films share, the major one first; [] for other files."""
   if start[4:8] != b"ftyp":
     return []
   end = min(int.from_bytes(start[:4], "big"), len(start))  # a header may promise 4 GiB of them
@@ -143,7 +143,7 @@ def _brands(start: bytes) -> list[bytes]:
 
 
 def is_heic(start: bytes) -> bool:
-  """Whether a file of which this is the start is HEIC, for which Pillow needs a plugin."""
+  """Returns True if a file that starts like this is HEIC, for which Pillow needs a plugin."""
   brands = _brands(start[:_START])
   return bool(brands) and (brands[0] == b"mif1" or any(brand in _HEIC_BRANDS for brand in brands))
 
@@ -162,7 +162,7 @@ def _why_not_ftyp(start: bytes) -> str | None:
 
 
 def in_words(left_out: Mapping[str, str]) -> str:
-  """What was left out, and why: "3 files: a.txt and 1 more (no image that can be read), …"."""
+  """Summarises the files left out, with the reasons: "3 files: a.txt and 1 more (no image that can be read), …"."""
   by_reason: dict[str, list[str]] = {}
   for name, why in left_out.items():
     by_reason.setdefault(why, []).append(name)

@@ -44,7 +44,7 @@ def place_in(
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """Which share of which order one host reads; attributes as for `pipeline.train_batches`."""
+  """One host's share of a training order; attributes as for `pipeline.train_batches`."""
 
   order: grain.MapDataset[int]
   seed: int

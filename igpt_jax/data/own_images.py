@@ -81,9 +81,9 @@ def read(data: bytes, name: str = "image") -> np.ndarray:
 
 
 def as_stored(data: bytes) -> bool:
-  """Whether a file is a JPEG whose pixels need no turn and no conversion.
+  """Returns True if a file is a JPEG whose pixels need neither rotation nor conversion.
 
-  Of such a one `transforms` may decode only what a crop needs.
+  `transforms` may decode such a file only as far as a crop needs.
   """
   if data[:2] != b"\xff\xd8":
     return False
@@ -97,7 +97,7 @@ def as_stored(data: bytes) -> bool:
         and _conversion(image.mode, image.info) is None
       )
   except image_decoding.BadRecord:
-    return False  # `read` says what is wrong with it
+    return False  # `read` raises the error
 
 
 def _open(data: bytes, name: str) -> Image.Image:

@@ -14,7 +14,7 @@ import numpy as np
 
 from igpt_jax import errors, files
 
-MAX_SIZE = 65535  # tokens are uint16, and the table below has no room for one more
+MAX_SIZE = 65535  # tokens are uint16, and the table below stores token + 1
 _CUBE = 16  # side of the cubes in which the table of nearest centres is filled
 
 
@@ -55,7 +55,7 @@ class Palette:
     self._new_table()
     levels = 127.5 * (self.centers.astype(np.float64) + 1)
     self._levels = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-    # float32 holds u / 127.5 - 1 to 1e-5 of a level, so that whole levels are told apart safely.
+    # float32 holds u / 127.5 - 1 to 1e-5 of a level, so whole levels can't be confused.
     self.is_uint8 = bool(np.abs(levels - np.rint(levels)).max() < 1e-4)
 
   @classmethod
@@ -79,12 +79,12 @@ class Palette:
 
   @classmethod
   def given(cls, path: str) -> Palette:
-    """What `palette.path` names: a .npy file, or by "default" the one that comes with the project."""
+    """Loads the palette that `palette.path` names: a .npy file, or "default" for the project's own."""
     return cls.default() if path == "default" else cls.load(files.local("palette.path", path))
 
   @classmethod
   def default(cls) -> Palette:
-    """The 512 colours that come with the project; assets/README.md says how they were made."""
+    """Loads the project's 512 colours; assets/README.md has their origin."""
     return cls.load(pathlib.Path(__file__).parent / "assets" / "palette512.npy")
 
   def save(self, path: str | os.PathLike[str]) -> None:
@@ -117,7 +117,7 @@ class Palette:
     found = self._table.take(codes)
     if not found.all():
       with self._filling:
-        found = self._table.take(codes)  # what another thread has filled meanwhile
+        found = self._table.take(codes)  # another thread may have filled it meanwhile
         self._fill(codes[found == 0])
       found = self._table.take(codes)
     return (found - np.uint16(1)).reshape(images.shape[:-1])

@@ -24,7 +24,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, orders the colours
 
 
 class ColorHistogram:
-  """How often each of the 2²⁴ colours occurs. 128 MB, whatever the number of images."""
+  """Counts of all 2²⁴ colours: 128 MB, whatever the number of images."""
 
   def __init__(self):
     self.n_pixels = 0
@@ -55,7 +55,7 @@ class ColorHistogram:
 
 @dataclasses.dataclass(frozen=True)
 class PaletteError:
-  """What a palette loses. `mse` is per channel, in levels² of 0..255; `psnr` in dB."""
+  """Error of encoding with a palette. `mse` is per channel, in levels² of 0..255; `psnr` in dB."""
 
   mse: float
   psnr: float

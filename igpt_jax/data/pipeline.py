@@ -28,7 +28,7 @@ from igpt_jax.data.loader import Loader, tolerance
 
 
 def position(split: sources.Split, *, batch_size: int, seed: int, step: int) -> dict[str, Any]:
-  """What a checkpoint stores of the data: JSON, the same on every host and for any host count."""
+  """Returns the data position that a checkpoint stores: JSON, the same on every host and for any number of hosts."""
   return {
     "next_index": step * batch_size,
     "batch_size": batch_size,
@@ -125,7 +125,7 @@ class Batches:
     return batch
 
   def place(self) -> dict[str, str]:
-    """Where in which training stream the newest batch is, in words that all hosts have in common."""
+    """Describes the newest batch's place in the training stream, in words that are the same on all hosts."""
     if self._stream is None or self._newest is None:
       raise ValueError("place: no batch of a training stream was read yet")
     return {"data": self._split.fingerprint, **self._stream.place(self._taken - 1, self._newest)}

@@ -79,7 +79,7 @@ class Split:
 
   @property
   def is_tokens(self) -> bool:
-    """Whether records are tokens already, which need neither decoding nor a palette."""
+    """True if records are tokens, which need neither decoding nor a palette."""
     return isinstance(self.records, TokenRecords)
 
   @property
@@ -89,7 +89,7 @@ class Split:
 
   @property
   def is_folder(self) -> bool:
-    """Whether records are a person's files, which `own_images` reads; TFDS's are decoded as stored."""
+    """True if records are a person's files, which `own_images` reads; those of TFDS are decoded as stored."""
     return isinstance(self.records, FolderRecords)
 
   def __repr__(self):
@@ -132,7 +132,7 @@ def open_split(config: DataConfig, split: str) -> Split:
 
 
 def has_validation(config: DataConfig) -> bool:
-  """Whether something is held out of training, to choose by."""
+  """Returns True if validation images are held out of training."""
   return bool(config.validation or _own_validation(config))
 
 

@@ -36,13 +36,13 @@ _READ_WHOLE_BYTES = 2**30
 
 
 def resolve_data_dir(data_dir: str) -> str:
-  """The folder of prepared data: as given, else $TFDS_DATA_DIR, else TFDS's own default."""
+  """Returns the folder of prepared data: `data_dir`, else $TFDS_DATA_DIR, else TFDS's own default."""
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return files.local("data.data_dir", data_dir)
 
 
 def prepare_command(name: str, data_dir: str) -> str:
-  """What a person types, once, to prepare a TFDS data set for reading in any order."""
+  """Returns the command that prepares a TFDS data set, once, for reading in any order."""
   return (
     "bash launch/prepare_data.sh -- --config=configs/quickstart.py --workdir=runs/prepare "
     f"--config.data.name={name} --config.data.data_dir={resolve_data_dir(data_dir)}"
@@ -50,7 +50,7 @@ def prepare_command(name: str, data_dir: str) -> str:
 
 
 class TfdsRecords:
-  """One stored split. Opened anew in each process that it is sent to."""
+  """One stored split, reopened in every process that it is sent to."""
 
   def __init__(self, builder_dir: str, split: str, verify: bool = False):
     """`builder_dir` is .../NAME/[CONFIG/]VERSION; `split` a stored split; `verify` as in `DataConfig`."""
@@ -61,10 +61,10 @@ class TfdsRecords:
     self.identity = self._identity(split_info, verify)
 
   def _identity(self, split_info, verify: bool) -> str:
-    """What tells this split from another of its name: its records, where these are read in a moment.
+    """Returns what distinguishes this split from another of its name: its records, if they are read in a moment.
 
-    Of a large one it is what TFDS says of it: bytes and number of the records in each shard. Not the
-    shards' own bytes, which are others each time that the same records are written.
+    For a large split, the bytes and number of records in each shard, as TFDS records them. The shards'
+    own bytes differ each time that the same records are written.
     """
     shards = [os.path.abspath(path) for path in split_info.filepaths]
     try:
@@ -198,7 +198,7 @@ def open_records(
 
 
 def find(name: str, directory: str) -> str | None:
-  """The folder of a prepared data set, its newest version unless the name says which; or None."""
+  """Returns the folder of a prepared data set, in its newest version unless the name has one; or None."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import read_only_builder
 
