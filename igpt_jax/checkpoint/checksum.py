@@ -14,7 +14,7 @@ _PIECE = 1 << 22
 
 
 def checksum(tree: Any) -> str:
-  """16 hexadecimal digits of the names, shapes and bits of all leaves; exact, where they lie.
+  """Hashes names, shapes and bits of all leaves, on the devices that hold them: 16 hexadecimal digits.
 
   Against mistakes, not against forgery: of each leaf, hashes of its numbers and their places are summed
   modulo 2**32. Floats count as the float32 that they are or become without loss, integers modulo 2**32.

@@ -20,7 +20,7 @@ def is_finished(folder: str) -> bool:
 
 
 def is_whole(folder: str) -> bool:
-  """Orbax takes any folder with a number for a checkpoint, also one that was copied halfway."""
+  """Returns True if a checkpoint is complete. (Orbax takes any numbered folder for one, also half a copy.)"""
   return is_finished(folder) and ocp.is_orbax_checkpoint(folder)
 
 
@@ -36,13 +36,13 @@ def numbered(folder: str) -> list[int]:
 
 
 def whole_steps(workdir: str) -> list[int]:
-  """Steps of a workdir's whole checkpoints, ascending; makes and removes nothing there."""
+  """Steps of a workdir's complete checkpoints, ascending; changes nothing there."""
   folder = folder_of_steps(workdir)
   return [step for step in numbered(folder) if is_whole(os.path.join(folder, str(step)))]
 
 
 def latest_step(workdir: str) -> int | None:
-  """Step of the newest whole checkpoint in a workdir; makes and removes nothing there."""
+  """Step of the newest complete checkpoint in a workdir; changes nothing there."""
   return max(whole_steps(workdir), default=None)
 
 

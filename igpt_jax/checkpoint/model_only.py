@@ -1,4 +1,4 @@
-"""Writes a checkpoint of a model alone, without a training state: what was converted from elsewhere."""
+"""Writes a checkpoint of a model alone, without a training state, as for converted weights."""
 
 import logging
 import os

@@ -67,7 +67,7 @@ class LoadedModel(CheckpointInfo):
 
 @contextlib.contextmanager
 def quiet(level: int):
-  """Only what is of `level` or worse is heard of orbax' log."""
+  """Silences orbax' log below `level`."""
   logger = logging.getLogger("absl")
   before = logger.level
   logger.setLevel(level)
@@ -153,7 +153,7 @@ def describe(path: str) -> CheckpointInfo:
 
 
 def check_readable(folder: str) -> None:
-  """Reads what is small of a run's checkpoint, of whatever it is.
+  """Reads the small items of a checkpoint, whatever it holds.
 
   Raises:
     UserError: it is damaged.

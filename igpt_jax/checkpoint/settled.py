@@ -1,4 +1,4 @@
-"""Reads that are over when the first of them has failed.
+"""Concurrent reads that have all ended when the first failure is raised.
 
 Orbax reads arrays at the same time, in event loops that it makes for a call and closes with the first
 error. What is still under way then finds its loop closed, or fails unheard; either is told later, by

@@ -142,7 +142,7 @@ class Checkpoints:
     return self._folder
 
   def kept(self) -> str:
-    """Says which checkpoints are whole."""
+    """Describes the complete checkpoints in words."""
     steps = folders.whole_steps(self._folder)
     return f"whole ones: {', '.join(map(str, steps))}" if steps else "there is no whole one yet"
 
@@ -194,7 +194,7 @@ class Checkpoints:
     return None
 
   def _set_aside_unreadable(self) -> None:
-    """Takes the number from steps that aren't whole, so that a run can write them again.
+    """Renames incomplete steps, so that a run can write them again.
 
     Orbax takes any folder with a number for a checkpoint, and reads a little of each. What isn't
     finished and older than what is, was being deleted when a run was killed. All processes read the
@@ -330,12 +330,12 @@ class Checkpoints:
     self._begun = False
 
   def reopen(self) -> None:
-    """Goes on after an error: removes what was half written; what is whole stays."""
+    """Continues after an error: removes half-written checkpoints; complete ones stay."""
     self._checkpointer = self._open()
     self._begun, self._error = False, None
 
   def close(self) -> None:
-    """Waits, and lets go.
+    """Waits for the last save, and releases orbax' resources.
 
     Raises:
       SAVE_ERRORS: as `wait`.
@@ -345,7 +345,7 @@ class Checkpoints:
     self.let_go()
 
   def let_go(self) -> None:
-    """Undoes what this changed of the process, waiting for nothing; to be called once nothing is saved any more."""
+    """Undoes process-wide changes, without waiting; for when nothing is being saved any more."""
     self._until_closed.close()
 
 

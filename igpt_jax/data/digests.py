@@ -1,4 +1,4 @@
-"""Digests of files, by which data is known: their contents decide, not their names, times or places.
+"""Digests of files, which identify data by contents rather than by names, times or paths.
 
 Each digest is kept in the user's cache, with all that a rewritten file can't have in common with what
 it was (size, times, inode), so that a file is read once, not at every start. A cache that is damaged,
@@ -86,7 +86,7 @@ def combined(parts: Iterable[Sequence[str | int]]) -> str:
 
 
 def beat() -> None:
-  """Tells the watchdog that knowing the data, which may take long, goes on."""
+  """Tells the watchdog that computing digests, which may take long, makes progress."""
   watchdog.beat("reading data to know its contents")
 
 
@@ -107,7 +107,7 @@ def _in_threads(work: Callable[[str], Any], paths: Sequence[str], clock=None) ->
 
 
 class _State(NamedTuple):
-  """A file as it is now: its key, which nothing that is written later has, its size, its newest time."""
+  """State of a file: its key (a later write changes it), its size, its newest time."""
 
   key: str
   size: int
@@ -176,7 +176,7 @@ def _read_index(kept_as: str) -> dict[str, str]:
 
 
 def _write_index(kept_as: str, entries: dict[str, str], kept: dict[str, str]) -> None:
-  """Keeps entries, where they aren't those kept already; where they can't be kept they are read again."""
+  """Stores entries that changed; if they can't be stored, the files are read again next time."""
   if not entries or entries == kept:
     return
   path = _path_of_index(kept_as)

@@ -21,7 +21,7 @@ _told: set[str] = set()  # reports already printed: a folder is opened once for 
 
 
 class FolderRecords:
-  """Image files of one folder, in an order that is the same wherever it lies.
+  """Image files of one folder, in an order that doesn't depend on the folder's place.
 
   Attributes:
     class_names: names of the classes, label after label; none where images have no folders.
@@ -33,7 +33,7 @@ class FolderRecords:
   def __init__(
     self, root: pathlib.Path, class_names: Sequence[str] | None = None, verify: bool = False
   ):
-    """Lists the images and knows their contents.
+    """Lists the images and computes their digests.
 
     Args:
       root: of the split.

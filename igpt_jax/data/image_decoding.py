@@ -186,7 +186,7 @@ def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
 
 
 def check_size(height: int, width: int, record_id: str, jpeg_bytes: int | None = None) -> None:
-  """Refuses what no real image of that many bytes has, before memory or time is spent on it."""
+  """Refuses sizes that no real image of so many bytes has, before memory or time is spent."""
   limit = MAX_PIXELS
   if jpeg_bytes is not None:
     limit = min(limit, jpeg_bytes * _MAX_PIXELS_PER_JPEG_BYTE)

@@ -1,4 +1,4 @@
-"""One element of a batch: a record read, decoded, transformed and encoded; or what stands in for it."""
+"""One element of a batch: a record read, decoded, transformed and encoded; or its substitute."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Loader:
     return element
 
   def empty(self) -> dict[str, Any]:
-    """An element of the same shape, for the places that no record fills."""
+    """A padding element of the same shapes."""
     resolution = self._config.resolution
     element: dict[str, Any] = {"label": np.int32(-1)}
     if self._palette is not None or self._split.is_tokens:
@@ -88,7 +88,7 @@ class Loader:
     return element
 
   def train_element(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The record, or the next readable one; `index` and `n_bad` say how many were passed over."""
+    """The record, or the next readable one; `index` and `n_bad` count the damaged ones before it."""
     n, n_bad = len(self._split), 0
     # As many damaged records in a row exceed any tolerance, whatever else there is.
     for n_bad in range(tolerance(n, self._config) + 2):

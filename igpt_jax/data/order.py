@@ -21,7 +21,7 @@ _COMPARED = 256  # records of a batch that tell one order from another
 
 
 def train_order(n_records: int, seed: int):
-  """Endless: element i is the record that comes i-th in training, a new permutation every epoch.
+  """Endless order: element i is the i-th record of training; a new permutation every epoch.
 
   Raises:
     UserError: a seed that grain doesn't take.
@@ -36,7 +36,7 @@ def train_order(n_records: int, seed: int):
 def place_in(
   order: grain.MapDataset[int] | Sequence[int], seed: int, first: int, size: int
 ) -> dict[str, str]:
-  """The batch of `size` records from `first` on, in words that tell it from any other."""
+  """Describes the batch of `size` records from `first` on, unlike any other."""
   drawn = [order[i] for i in range(first, first + min(size, _COMPARED))]
   checksum = zlib.crc32(np.asarray(drawn, np.int32).tobytes())
   return {"order": f"records {first} to {first + size - 1} by seed {seed}, checksum {checksum:08x}"}

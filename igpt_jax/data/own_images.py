@@ -117,7 +117,7 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-  """EXIF's number, 1 to 8; 1 where there is none."""
+  """The EXIF orientation, 1 to 8; 1 if there is none."""
   try:
     return image.getexif().get(_EXIF_ORIENTATION, 1)
   except Exception:  # Pillow raises many kinds over a damaged note: the image is read without
@@ -203,7 +203,7 @@ def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform]
 
 @functools.lru_cache(maxsize=16)
 def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-  """The `_conversion` of a profile (None: of L*a*b*). A damaged one is as good as none."""
+  """The `_conversion` of a profile (None: of L*a*b*). A damaged profile counts as none."""
   try:
     source: Any = ImageCms.createProfile("LAB")
     if profile is not None:

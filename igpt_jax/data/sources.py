@@ -272,7 +272,7 @@ def subset(split: Split, images: int, seed: int) -> Split:
 
 
 def check_labels(splits: Mapping[str, Split]) -> None:
-  """Raises UserError when there is nothing to classify, or not the same everywhere."""
+  """Raises UserError unless all splits have the same classes, two or more."""
   train = splits["train"]
   for split in splits.values():
     if split.n_classes < 2:
