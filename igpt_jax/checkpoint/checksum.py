@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of a leaf, numbers that `checksum_on_host` works on at a time.
+# Numbers of a leaf that `checksum_on_host` processes at a time.
 _PIECE = 1 << 22
 
 
@@ -57,11 +57,11 @@ def _is_here(leaf: Any) -> bool:
 def _told(tree: Any, sums_of: Callable[[list], Sequence[Any]]) -> str:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   sums = sums_of([leaf for _, leaf in leaves])
-  said = [
+  parts = [
     f"{jax.tree_util.keystr(path)} {leaf.shape} {int(total)}"
     for (path, leaf), total in zip(leaves, sums, strict=True)
   ]
-  return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 @jax.jit

@@ -27,31 +27,31 @@ def _sparing_memory() -> ocp.Context:
   return context
 
 
-def save_params(workdir: str, params: Params, found: CheckpointInfo) -> str:
+def save_params(workdir: str, params: Params, info: CheckpointInfo) -> str:
   """Writes a workdir with one checkpoint without a training state, whole or not at all.
 
   Args:
     workdir: to make; nothing may be there.
     params: numpy arrays, of any float type.
-    found: what the checkpoint says about itself; its path and format are left out.
+    info: what the checkpoint says about itself; its path and format are left out.
 
   Returns:
     The checkpoint's folder.
   """
   workdir = os.path.abspath(workdir)
   items: dict[str, Any] = {"params": params}
-  if found.palette is not None:
-    items["palette"] = {"centers": np.asarray(found.palette, np.float32)}
-  # Where its folder can't be made orbax would leave threads waiting; it warns that there is no OCDBT to
-  # merge.
+  if info.palette is not None:
+    items["palette"] = {"centers": np.asarray(info.palette, np.float32)}
+  # If its folder can't be made, orbax would leave threads waiting; it also warns that there is no OCDBT
+  # to merge.
   with (
     files.new_folder(workdir, "checkpoint to write") as part,
     _sparing_memory(),
     reading.quiet(logging.ERROR),
   ):
     ocp.save_checkpointables(
-      os.path.join(part, FOLDER, str(found.step)),
+      os.path.join(part, FOLDER, str(info.step)),
       items,
-      custom_metadata=file_sums.with_sums(found.run, file_sums.of_items(items)),
+      custom_metadata=file_sums.with_sums(info.run, file_sums.of_items(items)),
     )
-  return os.path.join(workdir, FOLDER, str(found.step))
+  return os.path.join(workdir, FOLDER, str(info.step))

@@ -37,7 +37,7 @@ def _ignoring_followup_errors() -> Iterator[None]:
     return not (record.exc_info and of_orbax)
 
   def hook(unraisable) -> None:
-    # Of other writes, still under way when one has failed: they find orbax' event loop closed.
+    # Other writes that were under way when one failed find orbax' event loop closed.
     if str(unraisable.exc_value) != "Event loop is closed":
       before(unraisable)
 

@@ -85,7 +85,7 @@ def reading(folder: str):
       yield
   except UserError:
     raise
-  except Exception as error:  # of damaged files come errors of every kind
+  except Exception as error:  # damaged files raise errors of every kind
     first: BaseException = error
     while cause := first.__cause__ or first.__context__:
       first = cause
@@ -134,21 +134,21 @@ def describe(path: str) -> CheckpointInfo:
   """
   folder, step = folders.find(path)
   with reading(folder), _alone():
-    found = ocp.checkpointables_metadata(folder)
-    run, sums_of_items = file_sums.without_sums(folder, found.custom_metadata)
+    stored = ocp.checkpointables_metadata(folder)
+    run, sums_of_items = file_sums.without_sums(folder, stored.custom_metadata)
     if "model" not in run:
       raise UserError(
         f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model; "
         f"fix: {folders.advice(folder)}"
       )
-    _check_names(sums_of_items, found.metadata)
+    _check_names(sums_of_items, stored.metadata)
     config = ImageGPTConfig(**run["model"])
     palette = None
-    if "palette" in found.metadata:
+    if "palette" in stored.metadata:
       item = ocp.load_checkpointables(folder, {"palette": None})["palette"]
       file_sums.check(folder, sums_of_items, {"palette": item})
       palette = np.asarray(item["centers"])
-    classes = tuple(run["classes"]) if "head" in found.metadata else ()
+    classes = tuple(run["classes"]) if "head" in stored.metadata else ()
   return CheckpointInfo(folder, step, config, palette, run, classes=classes, sums=sums_of_items)
 
 
@@ -159,16 +159,16 @@ def check_readable(folder: str) -> None:
     UserError: it is damaged.
   """
   with reading(folder), _alone():
-    found = ocp.checkpointables_metadata(folder)
-    _, sums_of_items = file_sums.without_sums(folder, found.custom_metadata)
-    _check_names(sums_of_items, found.metadata)
-    if "palette" in found.metadata:
+    stored = ocp.checkpointables_metadata(folder)
+    _, sums_of_items = file_sums.without_sums(folder, stored.custom_metadata)
+    _check_names(sums_of_items, stored.metadata)
+    if "palette" in stored.metadata:
       file_sums.check(folder, sums_of_items, ocp.load_checkpointables(folder, {"palette": None}))
     file_sums.check_metrics(folder, sums_of_items)
 
 
-def _check_names(expected: Mapping[str, str], found: Mapping[str, Any]) -> None:
-  for name in expected.keys() - found.keys() - {file_sums.METRICS}:
+def _check_names(expected: Mapping[str, str], stored: Mapping[str, Any]) -> None:
+  for name in expected.keys() - stored.keys() - {file_sums.METRICS}:
     raise LookupError(f"{name} isn't there")
 
 
@@ -201,32 +201,32 @@ def none_is_good(folder: str, why: Mapping[int, str]) -> UserError:
   )
 
 
-def load_params(found: CheckpointInfo, mesh: Mesh) -> Params:
+def load_params(info: CheckpointInfo, mesh: Mesh) -> Params:
   """The parameters on the mesh, float32, whatever mesh wrote them."""
-  target = with_shardings(abstract_params(found.config), param_shardings(found.config, mesh))
-  with reading(found.path):
-    return _load(found, {"params": target})["params"]
+  target = with_shardings(abstract_params(info.config), param_shardings(info.config, mesh))
+  with reading(info.path):
+    return _load(info, {"params": target})["params"]
 
 
-def load_head(found: CheckpointInfo, mesh: Mesh) -> jax.Array:
+def load_head(info: CheckpointInfo, mesh: Mesh) -> jax.Array:
   """A head's weights on the mesh, float32 [n_classes, n_embd]; only where there are `classes`."""
-  shape = len(found.classes), found.config.n_embd
+  shape = len(info.classes), info.config.n_embd
   target = jax.ShapeDtypeStruct(shape, np.float32, sharding=head_sharding(mesh))
-  with reading(found.path):
-    return _load(found, {"head": {HEAD: target}})["head"][HEAD]
+  with reading(info.path):
+    return _load(info, {"head": {HEAD: target}})["head"][HEAD]
 
 
-def load_host_params(found: CheckpointInfo) -> Params:
+def load_host_params(info: CheckpointInfo) -> Params:
   """The parameters as numpy arrays of the stored dtype; no device is touched."""
-  with reading(found.path), _alone():
-    stored = ocp.checkpointables_metadata(found.path).metadata["params"]
+  with reading(info.path), _alone():
+    stored = ocp.checkpointables_metadata(info.path).metadata["params"]
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
-    return _load(found, {"params": target})["params"]
+    return _load(info, {"params": target})["params"]
 
 
-def _load(found: CheckpointInfo, target: dict[str, Any]) -> dict[str, Any]:
-  items = ocp.load_checkpointables(found.path, target)
-  file_sums.check(found.path, found.sums, items)
+def _load(info: CheckpointInfo, target: dict[str, Any]) -> dict[str, Any]:
+  items = ocp.load_checkpointables(info.path, target)
+  file_sums.check(info.path, info.sums, items)
   return items
 
 
@@ -238,12 +238,12 @@ def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> LoadedMode
     mesh: where the parameters go; any shape, whatever mesh wrote them.
     **model_overrides: fields of ImageGPTConfig that don't change the parameters (dtype, …).
   """
-  found = describe(path)
-  return with_params(found, load_params(found, mesh), **model_overrides)
+  info = describe(path)
+  return with_params(info, load_params(info, mesh), **model_overrides)
 
 
-def with_params(found: CheckpointInfo, params: Params, **model_overrides: Any) -> LoadedModel:
+def with_params(info: CheckpointInfo, params: Params, **model_overrides: Any) -> LoadedModel:
   """Adds parameters to a description; `model_overrides` as for `load_pretrained`."""
-  fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-  fields["config"] = dataclasses.replace(found.config, **model_overrides)
+  fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
+  fields["config"] = dataclasses.replace(info.config, **model_overrides)
   return LoadedModel(**fields, params=params)

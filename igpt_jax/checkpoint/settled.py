@@ -45,7 +45,7 @@ class _Settling(asyncio.AbstractEventLoop):  # a mixin: `super()` is a real loop
   async def _settle(self) -> None:
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
       await asyncio.gather(*others, return_exceptions=True)
-    await asyncio.sleep(0)  # what has just ended is looked at once more
+    await asyncio.sleep(0)  # let tasks that have just ended be collected
 
 
 class _Loop(_Settling, asyncio.SelectorEventLoop):
@@ -73,5 +73,5 @@ def _settling() -> Iterator[None]:
       module.new_event_loop = original
 
 
-# In its blocks new event loops, of all threads, leave nothing under way.
+# Within its blocks new event loops, in all threads, leave no task running.
 settled = ProcessWide(_settling)

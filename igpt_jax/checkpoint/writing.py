@@ -29,13 +29,15 @@ from igpt_jax.files import sync
 from igpt_jax.parallel import hosts
 from igpt_jax.training.state import HEAD, TrainState
 
-# What orbax and what it writes by raise where a disk or a bucket fails.
+# Raised by orbax and its storage layers when a disk or a bucket fails.
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
 # How often a checkpoint is read before it is set aside, and the seconds between.
 _READS, _PAUSE_SECONDS = 2, 1
 
-_SKIPPED = "skipped"  # of a state; it travels in the run, for older checkpoints haven't any
+_SKIPPED = (
+  "skipped"  # a field of the state that is stored in the run, since older checkpoints lack it
+)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class Checkpoints:
     if keep_best:
       preserve.append(
         policies.BestN(
-          # Anything that compares will do.
+          # Any comparable value will do.
           get_metric_fn=cast(Any, lambda scores: (scores[keep_best], -scores["step"])),
           n=1,
           keep_checkpoints_without_metrics=False,
@@ -153,7 +155,7 @@ class Checkpoints:
 
   def scores(self) -> dict[int, float | None]:
     """The score of `keep_best` by step, of whole checkpoints and the one being written; None: it has none."""
-    stored = {each.step: each.metrics for each in self._checkpointer.checkpoints}
+    stored = {checkpoint.step: checkpoint.metrics for checkpoint in self._checkpointer.checkpoints}
     return {step: cast(dict, scores or {}).get(self._score) for step, scores in stored.items()}
 
   def resume(
@@ -174,7 +176,7 @@ class Checkpoints:
       UserError: there are checkpoints, and none is good; they stay as they are.
     """
     why: dict[int, str] = {}
-    for step in reversed([each.step for each in self._checkpointer.checkpoints]):
+    for step in reversed([checkpoint.step for checkpoint in self._checkpointer.checkpoints]):
       run, error = _read_again(functools.partial(self.read_run, step))
       if error:
         why[step] = error
@@ -265,7 +267,7 @@ class Checkpoints:
     self._checkpointer.save_checkpointables_async(
       step,
       items,
-      force=True,  # also before one that is there
+      force=True,  # also if the step comes before an existing one
       custom_metadata=file_sums.with_sums(
         run, file_sums.of_items(items) | file_sums.of_metrics(metrics)
       ),
@@ -323,7 +325,7 @@ class Checkpoints:
         self._checkpointer.wait()
       except SAVE_ERRORS as error:
         self._error = error  # orbax raises it only once
-        # What follows from it comes at any time until the process ends.
+        # Its follow-up errors may come at any time until the process ends.
         self._until_closed.pop_all()
     if self._error is not None:
       raise self._error
@@ -355,11 +357,11 @@ def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
   for attempt in range(_READS):
     time.sleep(_PAUSE_SECONDS if attempt else 0)
     try:
-      found, error = read(), ""
+      value, error = read(), ""
     except NewerFormat:
-      raise  # on every process; what it is of is whole, and not to be set aside
+      raise  # on every process; the checkpoint itself is complete, so it isn't set aside
     except UserError as caught:
-      found, error = None, str(caught)
+      value, error = None, str(caught)
     if not hosts.on_any(bool(error)):
-      return found, ""
+      return value, ""
   return None, error or "another process can't read it"

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 from igpt_jax import watchdog
 from igpt_jax.reporting.progress import Countdown
 
-UNREADABLE = "unreadable"  # in the place of a digest
+UNREADABLE = "unreadable"  # stands in place of a digest
 
 _LOG = logging.getLogger(__name__)
-_THREADS = 16  # mostly waiting: for the disk, or for another machine's
-_TOGETHER = 64  # files that a thread takes at a time
+_THREADS = 16  # they mostly wait for a disk or a network
+_TOGETHER = 64  # files per task
 _BLOCK = 2**20  # bytes that are read at a time
-# A file that was written this shortly before it was read may be written once more without its times
-# telling: a file system's clock ticks as seldom as every two seconds (FAT).
+# A file written this shortly before it was read may be written again without a change of its times: a
+# file system's clock may tick only every two seconds (FAT).
 _TICK_NS = 2 * 10**9
 
 
@@ -46,14 +46,14 @@ def of_files(paths: Sequence[str], kept_as: str, verify: bool = False) -> list[s
   states = _in_threads(_state, paths, clock)
   new = [i for i, state in enumerate(states) if state and state.key not in known]
   entries = {state.key: known[state.key] for state in states if state and state.key in known}
-  found = [entries.get(state.key) if state else None for state in states]
+  digests = [entries.get(state.key) if state else None for state in states]
   reader = _Reader(kept_as, sum(states[i].size for i in new))
   for i, (key, digest) in zip(new, _in_threads(reader, [paths[i] for i in new]), strict=True):
-    found[i] = digest
+    digests[i] = digest
     if key is not None:
       entries[key] = digest
   _write_index(kept_as, entries, kept)
-  return [digest or UNREADABLE for digest in found]
+  return [digest or UNREADABLE for digest in digests]
 
 
 def of_reading(
@@ -183,7 +183,7 @@ def _write_index(kept_as: str, entries: dict[str, str], kept: dict[str, str]) ->
   body = "".join(f"{key} {digest}\n" for key, digest in entries.items()).encode()
   with contextlib.suppress(OSError):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    # A name of its own: several processes may be at it, and the last one's stays.
+    # A unique name: several processes may write the index, and the last one wins.
     handle, partial = tempfile.mkstemp(dir=os.path.dirname(path))
     try:
       with open(handle, "wb") as file:

@@ -19,10 +19,10 @@ IMAGE_SUFFIXES = frozenset(
   ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .tga".split()
 )
 
-# These are TIFF, and what is read first in them is a thumbnail.
+# Raw formats: TIFF files whose first image is a thumbnail.
 _RAW_SUFFIXES = frozenset(".dng .nef .cr2 .arw .orf .pef .rw2 .srw".split())
 
-# What archives, systems and servers leave in folders; so are all names that begin with a dot.
+# Leftovers of archives, systems and servers; names that begin with a dot are leftovers, too.
 _LEFTOVERS = frozenset(
   {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found",
@@ -30,7 +30,7 @@ _LEFTOVERS = frozenset(
   }
 )  # fmt: skip
 
-_START = 64  # bytes of a file that tell what it is
+_START = 64  # bytes of a file that its format is recognised by
 
 # First bytes of formats that Pillow reads.
 _STARTS = (

@@ -59,15 +59,15 @@ class Loader:
     else:
       record = split[index]
       data, label = record["image"], np.int32(record["label"])
-      room = self._config.cache_mb * 2**20 // len(split)  # for each decoded image
+      bytes_per_image = self._config.cache_mb * 2**20 // len(split)  # for each decoded image
       is_file = split.is_folder
-      in_part = self._from_encoded and len(data) > room
+      in_part = self._from_encoded and len(data) > bytes_per_image
       if in_part and (not is_file or own_images.as_stored(data)):
         image = transforms.paper_train_encoded(data, rng, self._config.resolution, record["id"])
       else:
         decode = own_images.read if is_file else image_decoding.decode
         image = decode(data, record["id"])
-        if image.nbytes <= room:
+        if image.nbytes <= bytes_per_image:
           self._cache[index] = image, label
         image = self._transform(image, rng)
     element: dict[str, Any] = {"label": label}

@@ -14,10 +14,10 @@ from igpt_jax import errors
 if TYPE_CHECKING:
   import grain
 
-# Random generators take 32 bits: of a longer seed some would heed the end alone.
+# Random generators take 32 bits; some would use only the low bits of a longer seed.
 MAX_SEED = 2**32 - 1
 
-_COMPARED = 256  # records of a batch that tell one order from another
+_COMPARED = 256  # records of a batch that orders are compared by
 
 
 def train_order(n_records: int, seed: int):
@@ -61,5 +61,5 @@ class Stream:
     first = (self.start_step + batch) * rows * self.process_count
     mine = first + self.process_index * rows
     right = read.tolist() == [self.order[i] for i in range(mine, mine + rows)]
-    said = "in that order" if right else f"in another: {read[:4].tolist()} …"
-    return {**place_in(self.order, self.seed, first, rows * self.process_count), "read": said}
+    order = "in that order" if right else f"in another: {read[:4].tolist()} …"
+    return {**place_in(self.order, self.seed, first, rows * self.process_count), "read": order}

@@ -114,13 +114,13 @@ class Palette:
     if images.dtype != np.uint8 or images.shape[-1:] != (3,):
       raise ValueError(f"expected uint8 [..., 3], got {images.dtype} {images.shape}")
     codes = color_codes(images)
-    found = self._table.take(codes)
-    if not found.all():
+    tokens = self._table.take(codes)
+    if not tokens.all():
       with self._filling:
-        found = self._table.take(codes)  # another thread may have filled it meanwhile
-        self._fill(codes[found == 0])
-      found = self._table.take(codes)
-    return (found - np.uint16(1)).reshape(images.shape[:-1])
+        tokens = self._table.take(codes)  # another thread may have filled it meanwhile
+        self._fill(codes[tokens == 0])
+      tokens = self._table.take(codes)
+    return (tokens - np.uint16(1)).reshape(images.shape[:-1])
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
     """Integer [...] in 0..k-1 to uint8 [..., 3]: rint(127.5 (c + 1)), as the original does."""

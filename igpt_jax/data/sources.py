@@ -168,11 +168,15 @@ def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRec
   names = [name for name in (TEST_FOLDERS if stored == "test" else (stored,)) if name != held_out]
   folder = next((root / name for name in names if (root / name).is_dir()), None)
   if folder is None:
-    found = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None
     there = (
-      "no such folder" if found is None else f"holds folders {found}" if found else "no folders"
+      "no such folder"
+      if folders is None
+      else f"holds folders {folders}"
+      if folders
+      else "no folders"
     )
-    kind = errors.UserError if found is None else errors.NoSuchSplit
+    kind = errors.UserError if folders is None else errors.NoSuchSplit
     raise kind(f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg")
   train = root / "train"
   classes = class_folders(train) if stored != "train" and train.is_dir() else None
@@ -209,8 +213,8 @@ class TokenRecords:
       or rows.dtype.kind not in "iu"
       or not len(rows)
     ):
-      found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
-      raise errors.UserError(f"data.path {path}: {found}; expected integers [N, T], N at least 1")
+      stored = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
+      raise errors.UserError(f"data.path {path}: {stored}; expected integers [N, T], N at least 1")
     if rows.shape[1] != n_positions:
       raise errors.UserError(
         f"data.path {path}: {rows.shape[1]} tokens a row; expected resolution² = {n_positions}; "

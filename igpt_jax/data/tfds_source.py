@@ -31,7 +31,7 @@ _TEST_SPLIT = {"imagenet2012": ("validation",)}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-# Of a split's records that are read to know them by. More would be ImageNet, on every host.
+# Largest split whose records are read to identify it; larger ones, as ImageNet, would be read on every host.
 _READ_WHOLE_BYTES = 2**30
 
 
@@ -139,7 +139,7 @@ class TfdsRecords:
     name = f"{self._split}[{index}]"
     try:
       stored = self._source[index]
-    except RuntimeError as error:  # array_record's, of a damaged file
+    except RuntimeError as error:  # array_record raises it for a damaged file
       raise image_decoding.BadRecord(f"{self.name} {name}: {error}") from error
     features = self._parse(stored).features.feature
     if self._name:
@@ -188,13 +188,13 @@ def open_records(
   splits = tfds.builder_from_directory(builder_dir).info.splits
   tests = _TEST_SPLIT.get(name.split("/")[0].split(":")[0], ("test", "validation"))
   names = [n for n in (tests if stored == "test" else (stored,)) if n != held_out]
-  found = next((n for n in names if n in splits and splits[n].num_examples), None)
-  if found is None:
+  name_stored = next((n for n in names if n in splits and splits[n].num_examples), None)
+  if name_stored is None:
     raise errors.NoSuchSplit(
       f"data set {name}: has splits {', '.join(sorted(splits)) or 'none'}; expected {stored}"
       + (f" beside {held_out}, which data.validation_split holds out" if held_out else "")
     )
-  return TfdsRecords(builder_dir, found, verify)
+  return TfdsRecords(builder_dir, name_stored, verify)
 
 
 def find(name: str, directory: str) -> str | None:

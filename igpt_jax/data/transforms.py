@@ -21,7 +21,7 @@ from igpt_jax.data import image_decoding
 # The pipeline parallelises over images; OpenCV's own pool would only fight with it for the cores.
 cv2.setNumThreads(1)
 
-# Goes up whenever evaluation shows other pixels of the same file: what was computed of them is stale.
+# Increased whenever evaluation shows other pixels of the same file, which makes kept results stale.
 EVALUATION_VERSION = 2
 
 AUGMENTATIONS = ("none", "paper", "cifar", "shift")
