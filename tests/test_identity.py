@@ -342,7 +342,7 @@ def test_processes_may_race_to_keep(root, cache):
 
 
 def test_long_reading_is_told(root, caplog, monkeypatch):
-  monkeypatch.setattr(digests, "_BLOCK", 100_000)
+  monkeypatch.setattr(digests, "_BLOCK_BYTES", 100_000)
   (root / "train/cat/big.png").write_bytes(bytes(40_000_000))
   now = iter(range(10**6))  # a second between any two looks at the clock
   monkeypatch.setattr("igpt_jax.reporting.progress.time.monotonic", lambda: next(now))

@@ -1,8 +1,8 @@
 """Digests of files, which identify data by contents rather than by names, times or paths.
 
-Each digest is kept in the user's cache, with all that a rewritten file can't have in common with what
-it was (size, times, inode), so that a file is read once, not at every start. A cache that is damaged,
-lost or can't be written costs the time of reading again, nothing else.
+Digests are cached in the user's cache folder under a file's size, times and inode, which change when
+the file is rewritten, so that a file is read once, not at every start. If the cache is damaged, lost or
+not writable, files are read again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 from igpt_jax import watchdog
 from igpt_jax.reporting.progress import Countdown
 
-UNREADABLE = "unreadable"  # stands in place of a digest
+UNREADABLE = "unreadable"  # in place of the digest of a file that can't be read
 
 _LOG = logging.getLogger(__name__)
-_THREADS = 16  # they mostly wait for a disk or a network
-_TOGETHER = 64  # files per task
-_BLOCK = 2**20  # bytes that are read at a time
-# A file written this shortly before it was read may be written again without a change of its times: a
-# file system's clock may tick only every two seconds (FAT).
+_THREADS = 16  # mostly waiting for a disk or a network
+_FILES_PER_TASK = 64
+_BLOCK_BYTES = 2**20
+# A file system's clock may tick only every two seconds (FAT): a file read so soon after it was written
+# may be written again without a change of its times.
 _TICK_NS = 2 * 10**9
 
 
@@ -36,9 +36,9 @@ def of_files(paths: Sequence[str], kept_as: str, verify: bool = False) -> list[s
   """Computes digests of files' contents: 32 hexadecimal digits each, or UNREADABLE.
 
   Args:
-    paths: of the files.
-    kept_as: names the set of files among the user's: each set has an index of its own.
-    verify: read every file, whatever the index says.
+    paths: the files.
+    kept_as: name of this set of files; each set has its own index in the cache.
+    verify: read every file, even if the index has its digest.
   """
   kept = _read_index(kept_as)
   known = {} if verify else kept
@@ -59,9 +59,9 @@ def of_files(paths: Sequence[str], kept_as: str, verify: bool = False) -> list[s
 def of_reading(
   read: Callable[[], str], paths: Sequence[str], kept_as: str, verify: bool = False
 ) -> str:
-  """The digest that `read` makes of what is in these files; kept until one of them changes.
+  """Returns the digest that `read` computes from these files, cached until one of them changes.
 
-  Arguments as of `of_files`.
+  The other arguments are those of `of_files`.
   """
   kept = _read_index(kept_as)
   began = time.time_ns()
@@ -77,7 +77,7 @@ def of_reading(
 
 
 def combined(parts: Iterable[Sequence[str | int]]) -> str:
-  """One digest of many, 16 hexadecimal digits. A part's fields, but for the last, hold no zero byte."""
+  """Combines many digests to one, 16 hexadecimal digits; only a part's last field may hold zero bytes."""
   whole = hashlib.sha256()
   for part in parts:
     line = "\0".join(str(field) for field in part) + "\n"
@@ -86,36 +86,34 @@ def combined(parts: Iterable[Sequence[str | int]]) -> str:
 
 
 def beat() -> None:
-  """Tells the watchdog that computing digests, which may take long, makes progress."""
+  """Reports to the watchdog that computing digests, which may take long, makes progress."""
   watchdog.beat("reading data to know its contents")
 
 
 def _in_threads(work: Callable[[str], Any], paths: Sequence[str], clock=None) -> list[Any]:
-  """`work` of every path, in their order."""
-  done: list[Any] = []
+  """Returns `work(path)` of every path, in the order of the paths."""
+  results: list[Any] = []
   pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
   try:
-    starts = range(0, len(paths), _TOGETHER)
-    for part in pool.map(lambda at: [work(path) for path in paths[at : at + _TOGETHER]], starts):
-      done += part
+    tasks = [paths[at : at + _FILES_PER_TASK] for at in range(0, len(paths), _FILES_PER_TASK)]
+    for part in pool.map(lambda task: [work(path) for path in task], tasks):
+      results += part
       beat()
       if clock is not None:
-        clock.tick(len(done))
+        clock.tick(len(results))
   finally:
     pool.shutdown(cancel_futures=True)
-  return done
+  return results
 
 
 class _State(NamedTuple):
-  """State of a file: its key (a later write changes it), its size, its newest time."""
-
-  key: str
-  size: int
-  written: int
+  key: str  # changes whenever the file is written
+  size: int  # bytes
+  written: int  # newest of the file's times, in ns
 
 
 def _state(file: str | int, path: str | None = None) -> _State | None:
-  """The state of a path, or of an open file and the path it was opened by; None: there is none."""
+  """Returns the state of a path, or of a descriptor that was opened by `path`; None if it has none."""
   try:
     status = os.stat(file)
   except OSError:
@@ -127,22 +125,21 @@ def _state(file: str | int, path: str | None = None) -> _State | None:
 
 
 class _Reader:
-  """Reads files, with progress lines where that takes long."""
+  """Reads files of `total` bytes in all, with progress lines if that takes long."""
 
   def __init__(self, name: str, total: int):
-    self._clock = Countdown(
-      f"{name}: megabytes read, to know it by its contents", total // 10**6, _LOG.warning
-    )
+    work = f"{name}: megabytes read, to know it by its contents"
+    self._clock = Countdown(work, total // 10**6, _LOG.warning)
     self._done, self._lock = 0, threading.Lock()
 
   def __call__(self, path: str) -> tuple[str | None, str | None]:
-    """The key to keep a file's digest by (None: it may be changing just now), and the digest."""
+    """Returns the key to cache a file's digest under (None if it may be changing), and the digest."""
     began = time.time_ns()
     whole = hashlib.sha256()
     try:
       with open(path, "rb", buffering=0) as file:
         before = _state(file.fileno(), path)
-        while block := file.read(_BLOCK):
+        while block := file.read(_BLOCK_BYTES):
           whole.update(block)
           with self._lock:
             self._done += len(block)
@@ -157,14 +154,14 @@ class _Reader:
 
 def _path_of_index(kept_as: str) -> str:
   cache = os.environ.get("XDG_CACHE_HOME", "")
-  if not os.path.isabs(cache):  # as its specification says
+  if not os.path.isabs(cache):  # the XDG specification says to ignore a relative path
     cache = os.path.expanduser("~/.cache")
   name = hashlib.sha256(os.fsencode(os.path.abspath(kept_as))).hexdigest()[:32]
   return os.path.join(cache, "igpt_jax", "digests", name)
 
 
 def _read_index(kept_as: str) -> dict[str, str]:
-  """Key -> digest; nothing where there is no index, or it isn't whole."""
+  """Returns the cached digests by their keys; none if there is no index or it is damaged."""
   try:
     with open(_path_of_index(kept_as), "rb") as file:
       checksum, _, body = file.read().partition(b"\n")
@@ -176,7 +173,7 @@ def _read_index(kept_as: str) -> dict[str, str]:
 
 
 def _write_index(kept_as: str, entries: dict[str, str], kept: dict[str, str]) -> None:
-  """Stores entries that changed; if they can't be stored, the files are read again next time."""
+  """Stores entries if they changed; if they can't be stored, the files are read again next time."""
   if not entries or entries == kept:
     return
   path = _path_of_index(kept_as)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -17,15 +18,15 @@ from igpt_jax.files import printable
 from igpt_jax.reporting.progress import Countdown
 
 _LOG = logging.getLogger(__name__)
-_told: set[str] = set()  # reports already printed: a folder is opened once for each of its splits
+_warn_once = functools.cache(_LOG.warning)  # a folder is opened once for each of its splits
 
 
 class FolderRecords:
-  """Image files of one folder, in an order that doesn't depend on the folder's place.
+  """Image files of one folder, in an order that doesn't depend on the folder's path.
 
   Attributes:
-    class_names: names of the classes, label after label; none where images have no folders.
-    name, identity, former_name: as of `sources.Records`; from names, labels and contents alone.
+    class_names: names of the classes in the order of labels; empty if images have no class folders.
+    name, identity, former_name: as in `sources.Records`; from names, labels and contents alone.
   """
 
   name = "folder"
@@ -36,12 +37,12 @@ class FolderRecords:
     """Lists the images and computes their digests.
 
     Args:
-      root: of the split.
-      class_names: fixes the order of labels, as `class_folders` gives them; default: the folder's own.
-      verify: read every file, also those that haven't changed since they were read.
+      root: the split's folder.
+      class_names: names in the order of labels, from `class_folders`; None: the folder's own.
+      verify: read every file, even if it hasn't changed since it was read.
 
     Raises:
-      UserError: no images, classes that aren't among `class_names`, images beside classes.
+      UserError: no images, a class that isn't in `class_names`, or images beside class folders.
     """
     self._root = os.fspath(root)
     folders, loose, left_out = _scan(root)
@@ -75,12 +76,12 @@ class FolderRecords:
         + (f"; left out {image_files.in_words(left_out)}" if left_out else "")
       )
     if left_out:
-      _tell(f"{printable(root)}: left out {image_files.in_words(left_out)}")
-    # A sorted folder is class after class; any stretch of this order is a mixture.
+      _warn_once(f"{printable(root)}: left out {image_files.in_words(left_out)}")
+    # Sorted by name, records would come class after class; shuffled, any stretch of them is a mixture.
     order = np.random.default_rng(0).permutation(len(files))
     self._files = [files[i] for i in order]
-    place = os.path.abspath(root)
-    contents = digests.of_files([os.path.join(place, name) for name, _ in files], place, verify)
+    path = os.path.abspath(root)
+    contents = digests.of_files([os.path.join(path, name) for name, _ in files], path, verify)
     self.identity = digests.combined(
       (image_files.canonical(name), label, content)
       for (name, label), content in zip(files, contents, strict=True)
@@ -102,16 +103,16 @@ class FolderRecords:
 
 
 def class_folders(root: pathlib.Path) -> list[str]:
-  """Names of the classes in the order of their labels.
+  """Returns the names of the classes in the order of their labels.
 
   Raises:
-    UserError: two folders have one name, or the root can't be read.
+    UserError: two folders have the same name, or the root can't be read.
   """
   return list(_scan(root)[0])
 
 
 def _scan(root: pathlib.Path) -> tuple[dict[str, str], list[str], dict[str, str]]:
-  """Class -> its folder; images beside these; what is left out, and why."""
+  """Returns the folder of every class, the images beside them, and the reason for every file left out."""
   try:
     folders, loose, left_out = image_files.scan(os.fspath(root))
   except OSError as error:
@@ -128,9 +129,3 @@ def _scan(root: pathlib.Path) -> tuple[dict[str, str], list[str], dict[str, str]
       )
     classes[name] = folder
   return classes, loose, left_out
-
-
-def _tell(message: str) -> None:
-  if message not in _told:
-    _told.add(message)
-    _LOG.warning(message)

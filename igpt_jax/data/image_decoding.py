@@ -1,6 +1,6 @@
 """Decodes the records of prepared data sets: from bytes to RGB pixels.
 
-`own_images` reads a person's files. Nothing here knows of data sets, batches or palettes.
+`own_images` reads users' own files. This module is independent of data sets, batches and palettes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from PIL import Image
 # Pillow's warnings about files that it can read would be printed for every one of a million images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# The largest image of ImageNet has about 61 million pixels, a camera's 108 or so. What promises more
-# than this is refused before memory is spent on it; own_images.py has the memory that this bounds.
+# The largest image of ImageNet has about 61 million pixels, a camera's about 108. A header that claims
+# more is refused before memory is allocated; own_images.MAX_MEMORY follows from this limit.
 MAX_PIXELS = 2**27
-# A byte of JPEG holds at most this many pixels: one bit for each block of an even colour.
+# A byte of JPEG holds at most this many pixels: one bit for each block of uniform colour.
 _MAX_PIXELS_PER_JPEG_BYTE = 512
 
 
@@ -29,16 +29,16 @@ class BadRecord(Exception):
 
 
 def decode(data: bytes | np.ndarray, record_id: str = "image") -> np.ndarray:
-  """Decodes one record of a prepared data set to RGB. (`own_images` reads a person's files.)
+  """Decodes one record of a prepared data set to RGB.
 
-  Follows what TensorFlow's `decode_image(channels=3)` gives, which is what TFDS shows: grey is
-  repeated, an alpha channel is dropped (not composited), of 16 bits the high byte stays, EXIF
-  rotation is ignored, CMYK is multiplied out, and the content decides, not the file's name.
+  Gives the same as TensorFlow's `decode_image(channels=3)`, which TFDS uses: grey is repeated, an alpha
+  channel is dropped (not composited), the high byte of 16 bits is kept, EXIF rotation is ignored, CMYK
+  is multiplied out, and the content decides on the format, not the file's name.
 
   Args:
     data: an encoded image (JPEG, PNG, or anything Pillow reads), or an already decoded uint8 array
       [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
-    record_id: what errors call it.
+    record_id: name of the record in errors.
 
   Returns:
     uint8 [H, W, 3].
@@ -63,12 +63,12 @@ def decode_jpeg(data: bytes, record_id: str, short_side: int = 0) -> np.ndarray 
 
   Args:
     data: the file.
-    record_id: what errors call it.
-    short_side: where both sides are longer, decode at the smallest scale at which they still are as
-      long as this (libjpeg scales before the pixels exist, by averaging); 0: decode all pixels.
+    record_id: name of the record in errors.
+    short_side: decode at the smallest scale at which both sides are still at least this long (libjpeg
+      averages while it decodes); 0: decode all pixels.
 
   Returns:
-    uint8 [H, W, 3]; None where Pillow is to judge.
+    uint8 [H, W, 3]; None if it must be decoded through Pillow.
 
   Raises:
     BadRecord: an implausible size.
@@ -80,15 +80,15 @@ def decode_jpeg(data: bytes, record_id: str, short_side: int = 0) -> np.ndarray 
       return None
     return simplejpeg.decode_jpeg(data, "RGB", min_height=short_side, min_width=short_side)
   except ValueError:
-    # Strict decoding also refuses harmless oddities such as stray bytes between segments, which
-    # real ImageNet files have; Pillow passes those and still refuses a truncated image.
+    # Strict decoding also refuses stray bytes between segments, which some ImageNet files have;
+    # Pillow accepts those and still refuses a truncated image.
     return None
 
 
 def open_image(data: bytes, record_id: str) -> Image.Image:
-  """Opens a file with Pillow: its header is read and its size checked, its pixels aren't there yet.
+  """Opens a file with Pillow: reads its header and checks its size, but decodes no pixels.
 
-  Call it within `naming`, for whatever Pillow raises.
+  Call it within `naming`, which converts Pillow's exceptions.
   """
   if not data:
     raise ValueError("the file is empty")
@@ -109,37 +109,37 @@ def open_image(data: bytes, record_id: str) -> Image.Image:
 
 @contextlib.contextmanager
 def naming(record_id: str):
-  """Turns whatever is raised within into a BadRecord of one line that names the record."""
+  """Converts any exception of the block to a BadRecord of one line that names the record."""
   try:
     yield
   except BadRecord:
     raise
   except Exception as error:  # damaged bytes make Pillow's many decoders raise many kinds
-    # Pillow's message names a buffer's address.
+    # Remove a buffer's address, which Pillow's message contains.
     reason = " ".join(re.sub(r" file <[^>]*>", "", str(error)).split()) or type(error).__name__
     raise BadRecord(f"{record_id}: unreadable image ({reason})") from error
 
 
 def plain_frame(data: bytes) -> int | None:
-  """Returns the offset of the frame header of a complete, sequential, Huffman-coded JPEG; None for any other."""
+  """Returns the offset of a JPEG's frame header; None unless it is complete, sequential and Huffman-coded."""
   if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9", -64) < 0:
     return None
-  place = 2
-  while place + 9 < len(data) and data[place] == 0xFF:
-    marker = data[place + 1]
+  at = 2
+  while at + 9 < len(data) and data[at] == 0xFF:
+    marker = data[at + 1]
     if marker in (0xC0, 0xC1):
-      return place if data[place + 9] in (1, 3) else None  # grey or three colours
+      return at if data[at + 9] in (1, 3) else None  # grey or three colours
     if marker == 0xDA or (0xC0 < marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC)):
       return None
-    place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
   return None
 
 
 def decode_top(data: bytes, frame: int, n_rows: int) -> np.ndarray | None:
-  """The first `n_rows` rows or more of the JPEG whose frame header is at `frame`, or None.
+  """Decodes at least the first `n_rows` rows of the JPEG whose frame header is at `frame`; None if it can't.
 
-  A header that promises fewer rows makes the decoder stop there; what follows is skipped unread. The
-  32 rows more are for the blocks that the last row lies in and that its chroma is interpolated from.
+  The header is changed to claim fewer rows, so that the decoder stops there. Up to 32 rows more are
+  decoded: the last row's blocks, and those from which its chroma is interpolated.
   """
   height = int.from_bytes(data[frame + 5 : frame + 7], "big")
   rows = (n_rows // 16 + 2) * 16
@@ -153,25 +153,23 @@ def decode_top(data: bytes, frame: int, n_rows: int) -> np.ndarray | None:
     return None
 
 
-def _pillow_to_rgb(picture: Image.Image) -> np.ndarray:
-  if picture.mode == "CMYK":
-    ink = np.asarray(picture).astype(np.uint16)
-    if picture.format in ("JPEG", "MPO") and "adobe" not in picture.info:
-      ink = (
-        255 - ink
-      )  # Pillow inverts every CMYK JPEG as Adobe's writers need; this one isn't theirs
-    light = 255 - ink
+def _pillow_to_rgb(image: Image.Image) -> np.ndarray:
+  if image.mode == "CMYK":
+    light = np.asarray(image).astype(np.uint16)
+    # Pillow inverts every CMYK JPEG, which is right only for those that Adobe's programs wrote.
+    if image.format not in ("JPEG", "MPO") or "adobe" in image.info:
+      light = 255 - light
     return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
-  if picture.mode.startswith("I"):
-    grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535) >> 8
+  if image.mode.startswith("I"):
+    grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
-  if picture.mode == "F":
+  if image.mode == "F":
     raise ValueError("floating point images have no agreed range")
-  if picture.mode == "LA":
-    picture = picture.getchannel("L")
-  elif picture.mode == "RGBA":
-    return np.ascontiguousarray(np.asarray(picture)[..., :3])
-  return np.array(picture.convert("RGB"))
+  if image.mode == "LA":
+    image = image.getchannel("L")
+  elif image.mode == "RGBA":
+    return np.ascontiguousarray(np.asarray(image)[..., :3])
+  return np.array(image.convert("RGB"))
 
 
 def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
@@ -186,7 +184,7 @@ def _array_to_rgb(array: np.ndarray, record_id: str) -> np.ndarray:
 
 
 def check_size(height: int, width: int, record_id: str, jpeg_bytes: int | None = None) -> None:
-  """Refuses sizes that no real image of so many bytes has, before memory or time is spent."""
+  """Raises BadRecord for a size that no real image of so many bytes has."""
   limit = MAX_PIXELS
   if jpeg_bytes is not None:
     limit = min(limit, jpeg_bytes * _MAX_PIXELS_PER_JPEG_BYTE)

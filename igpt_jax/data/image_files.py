@@ -1,7 +1,7 @@
-"""Image files below a folder, at any depth, and the reasons why others aren't images.
+"""Finds the image files below a folder, at any depth, with a reason for every file left out.
 
-The suffix decides, or else the first bytes of a file. Every file that is left out has a reason, except
-programs' own leftovers.
+A file is recognised by its suffix, or else by its first bytes. Programs' own leftovers are skipped
+without a reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset(
 # Raw formats: TIFF files whose first image is a thumbnail.
 _RAW_SUFFIXES = frozenset(".dng .nef .cr2 .arw .orf .pef .rw2 .srw".split())
 
-# Leftovers of archives, systems and servers; names that begin with a dot are leftovers, too.
+# Leftovers of archives, systems and servers, besides names that begin with a dot.
 _LEFTOVERS = frozenset(
   {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found",
@@ -30,7 +30,7 @@ _LEFTOVERS = frozenset(
   }
 )  # fmt: skip
 
-_START = 64  # bytes of a file that its format is recognised by
+_START = 64  # number of bytes by which a file's format is recognised
 
 # First bytes of formats that Pillow reads.
 _STARTS = (
@@ -41,11 +41,11 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 
 
 def canonical(name: str) -> str:
-  """A file's name by which it is compared and sorted: the same on every system that it is copied to.
+  """Returns a file's name in a form that is the same on every system that the file is copied to.
 
   Some systems write é as one character, others as two. Bytes that aren't UTF-8 stay, as surrogates.
   """
-  if name.isascii():  # as most of a million are
+  if name.isascii():  # the usual case, and fast
     return name
   return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
@@ -56,10 +56,10 @@ def is_leftover(name: str) -> bool:
 
 
 def scan(folder: str) -> tuple[list[str], list[str], dict[str, str]]:
-  """Names in one folder, sorted: folders, images, and what is left out, name -> why.
+  """Returns the names in one folder: folders and images, sorted, and the reasons for files left out.
 
   Raises:
-    OSError: it can't be read.
+    OSError: the folder can't be read.
   """
   folders, images, left_out = [], [], {}
   with os.scandir(folder) as entries:
@@ -69,50 +69,47 @@ def scan(folder: str) -> tuple[list[str], list[str], dict[str, str]]:
       try:
         if entry.is_dir():
           folders.append(entry.name)
-        elif entry.is_file():
-          why = why_not(entry.path)
-          if why is None:
-            images.append(entry.name)
-          else:
-            left_out[entry.name] = why
+        elif not entry.is_file():
+          exists = os.path.exists(entry.path)
+          left_out[entry.name] = "a pipe or a device" if exists else "a link to nothing"
+        elif reason := why_not(entry.path):
+          left_out[entry.name] = reason
         else:
-          left_out[entry.name] = (
-            "a pipe or a device" if os.path.exists(entry.path) else "a link to nothing"
-          )
+          images.append(entry.name)
       except OSError as error:
         left_out[entry.name] = str(error.strerror)
   return sorted(folders, key=_order), sorted(images, key=_order), left_out
 
 
 def find(folder: str) -> tuple[list[str], dict[str, str]]:
-  """Images in a folder and in all below it, as relative paths in order of these; what is left out.
+  """Returns the images in a folder and below it as sorted relative paths, and reasons for files left out.
 
-  Links to folders are followed, but not to one that is read already, or that this one lies in.
+  Links to folders are followed, except to those that are read already or contain this one.
   """
   above = {os.path.abspath(folder), os.path.realpath(folder)}
   above |= {str(parent) for path in tuple(above) for parent in pathlib.Path(path).parents}
-  read = {_place(path) for path in above}
+  read = {_inode(path) for path in above}
   images, left_out, waiting = [], {}, [""]
-  for below in waiting:  # which grows
+  for below in waiting:  # grows while it is iterated over
     try:
       folders, names, others = scan(os.path.join(folder, below))
     except OSError as error:
       left_out[below or "."] = str(error.strerror)
       continue
     images += [os.path.join(below, name) for name in names]
-    left_out |= {os.path.join(below, name): why for name, why in others.items()}
+    left_out |= {os.path.join(below, name): reason for name, reason in others.items()}
     for path in (os.path.join(below, name) for name in folders):
-      place = _place(os.path.join(folder, path))
-      if place in read:
+      inode = _inode(os.path.join(folder, path))
+      if inode in read:
         left_out[path] = "a link to a folder that is read already"
       else:
-        read.add(place)
+        read.add(inode)
         waiting.append(path)
   return sorted(images, key=_order), left_out
 
 
 def why_not(path: str) -> str | None:
-  """Returns the reason why a file isn't read as an image, in the plural; None: it is one, or has an image's suffix."""
+  """Returns the reason why a file isn't read as an image; None if it is one, or has an image's suffix."""
   suffix = os.path.splitext(path)[1].lower()
   if suffix in IMAGE_SUFFIXES:
     return None
@@ -135,10 +132,10 @@ def why_not(path: str) -> str | None:
 
 
 def _brands(start: bytes) -> list[bytes]:
-  """Lists the brands of a file in the container that AVIF, HEIC and films share, the major one first; [] for other files."""
+  """Returns the brands of an ISO media file (AVIF, HEIC, films), the major one first; [] for other files."""
   if start[4:8] != b"ftyp":
     return []
-  end = min(int.from_bytes(start[:4], "big"), len(start))  # a header may promise 4 GiB of them
+  end = min(int.from_bytes(start[:4], "big"), len(start))  # a header may claim 4 GiB of brands
   return [start[8:12], *(start[i : i + 4] for i in range(16, end, 4))]
 
 
@@ -162,14 +159,14 @@ def _why_not_ftyp(start: bytes) -> str | None:
 
 
 def in_words(left_out: Mapping[str, str]) -> str:
-  """Summarises the files left out, with the reasons: "3 files: a.txt and 1 more (no image that can be read), …"."""
+  """Summarises files left out: "3 files: a.txt and 1 more (no image that can be read), …"."""
   by_reason: dict[str, list[str]] = {}
-  for name, why in left_out.items():
-    by_reason.setdefault(why, []).append(name)
+  for name, reason in left_out.items():
+    by_reason.setdefault(reason, []).append(name)
   parts = []
-  for why, names in sorted(by_reason.items()):
+  for reason, names in sorted(by_reason.items()):
     others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-    parts.append(f"{printable(min(names, key=_order))}{others} ({why})")
+    parts.append(f"{printable(min(names, key=_order))}{others} ({reason})")
   return f"{len(left_out):,} file{'s' * (len(left_out) > 1)}: {', '.join(parts)}"
 
 
@@ -177,7 +174,7 @@ def _order(name: str) -> tuple[str, str]:
   return canonical(name), name
 
 
-def _place(path: str) -> tuple[int, int]:
+def _inode(path: str) -> tuple[int, int]:
   try:
     status = os.stat(path)
   except OSError:

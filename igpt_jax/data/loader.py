@@ -1,4 +1,4 @@
-"""One element of a batch: a record read, decoded, transformed and encoded; or its substitute."""
+"""Loads one element of a batch: reads, decodes, transforms and encodes a record, or its substitute."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from igpt_jax import watchdog
 from igpt_jax.data import image_decoding, own_images, sources, transforms
 
-_NOTHING_DRAWN = np.random.default_rng(0)  # evaluation takes a generator, and draws nothing
+_UNUSED_RNG = np.random.default_rng(0)  # `load` takes a generator, but evaluation draws nothing
 
 
 class Loader:
-  """Index of a record -> element of a batch. Sent to worker processes, so it holds no open thing."""
+  """Maps a record's index to an element of a batch. Picklable, for worker processes."""
 
   def __init__(self, split, config, palette, *, train: bool, images: bool):
     self._split = split
@@ -27,15 +27,13 @@ class Loader:
   def _set_up(self):
     config = self._config
     if self._train:
-      self._transform = transforms.train_transform(
-        config.augment, config.resolution, config.resample
-      )
-      # An image that is decoded anew each time need not be decoded whole.
-      self._from_encoded = config.augment == "paper" and config.resample == "fused"
+      make = transforms.train_transform
+      self._transform = make(config.augment, config.resolution, config.resample)
     else:
       evaluate = transforms.eval_transform(config.augment, config.resolution)
       self._transform = lambda image, rng: evaluate(image)
-      self._from_encoded = False
+    # Images that aren't cached are decoded every time, and then only as far as the crop needs.
+    self._from_encoded = self._train and (config.augment, config.resample) == ("paper", "fused")
 
   def __getstate__(self):
     state = {**self.__dict__, "_cache": {}}
@@ -48,7 +46,7 @@ class Loader:
     self._set_up()
 
   def load(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The element of one record. Raises BadRecord."""
+    """Returns the element of one record; raises BadRecord if it can't be read."""
     split = self._split
     if split.is_tokens:
       record = split[index]
@@ -59,13 +57,12 @@ class Loader:
     else:
       record = split[index]
       data, label = record["image"], np.int32(record["label"])
-      bytes_per_image = self._config.cache_mb * 2**20 // len(split)  # for each decoded image
-      is_file = split.is_folder
+      bytes_per_image = self._config.cache_mb * 2**20 // len(split)  # of the cache
       in_part = self._from_encoded and len(data) > bytes_per_image
-      if in_part and (not is_file or own_images.as_stored(data)):
+      if in_part and (not split.is_folder or own_images.as_stored(data)):
         image = transforms.paper_train_encoded(data, rng, self._config.resolution, record["id"])
       else:
-        decode = own_images.read if is_file else image_decoding.decode
+        decode = own_images.read if split.is_folder else image_decoding.decode
         image = decode(data, record["id"])
         if image.nbytes <= bytes_per_image:
           self._cache[index] = image, label
@@ -78,7 +75,7 @@ class Loader:
     return element
 
   def empty(self) -> dict[str, Any]:
-    """A padding element of the same shapes."""
+    """Returns a padding element of the same shapes, its label -1."""
     resolution = self._config.resolution
     element: dict[str, Any] = {"label": np.int32(-1)}
     if self._palette is not None or self._split.is_tokens:
@@ -88,9 +85,9 @@ class Loader:
     return element
 
   def train_element(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The record, or the next readable one; `index` and `n_bad` count the damaged ones before it."""
+    """Returns the first readable record from `index` on, and the number of damaged ones before it."""
     n, n_bad = len(self._split), 0
-    # As many damaged records in a row exceed any tolerance, whatever else there is.
+    # More damaged records in a row would exceed the tolerance, so give up after these.
     for n_bad in range(tolerance(n, self._config) + 2):
       try:
         element = self.load((index + n_bad) % n, rng)
@@ -102,18 +99,21 @@ class Loader:
     return {**element, "index": np.int32(index), "n_bad": np.int32(n_bad)}
 
   def eval_element(self, index: int) -> dict[str, Any]:
-    """The record with mask True; or, past the end or damaged, an empty one with mask False."""
-    element, good, n_bad = None, False, 0
-    if index < len(self._split):
+    """Returns the record with mask True; an empty one with mask False if damaged or past the end."""
+    element, inside, n_bad = None, index < len(self._split), 0
+    if inside:
       try:
-        element, good = self.load(index, _NOTHING_DRAWN), True
+        element = self.load(index, _UNUSED_RNG)
       except image_decoding.BadRecord:
         n_bad = 1
-    element = element or self.empty()
-    inside = index if index < len(self._split) else -1
-    return {**element, "index": np.int32(inside), "n_bad": np.int32(n_bad), "mask": np.bool_(good)}
+    return {
+      **(element or self.empty()),
+      "index": np.int32(index if inside else -1),
+      "n_bad": np.int32(n_bad),
+      "mask": np.bool_(element is not None),
+    }
 
 
 def tolerance(n_records: int, config: sources.DataConfig) -> int:
-  """Number of damaged records that a split of `n_records` may have; never all of them."""
+  """Returns the number of damaged records that a split of `n_records` may have; never all of them."""
   return min(int(n_records * config.max_bad), n_records - 1)

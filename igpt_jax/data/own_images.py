@@ -1,17 +1,16 @@
-"""A person's image file as upright pixels in sRGB, whatever wrote it.
+"""Reads users' own image files as an image viewer shows them: upright pixels in sRGB.
 
-The one door for a folder to train on, images to complete, masks and uploads. Prepared data sets don't
-pass it: `image_decoding.decode` reads their records as TFDS shows them, as the paper's were. What a viewer
-shows is what comes out:
+All images to train on from a folder, images to complete, masks and uploads are read here. Records of
+prepared data sets are not: `image_decoding.decode` reads them as TFDS does, as for the paper.
 
-  orientation    as EXIF, XMP or AVIF say, applied once (Pillow turns TIFF itself, and nothing else)
+  orientation    from EXIF, XMP or AVIF, applied once (Pillow itself turns only TIFF)
   transparency   over white
-  colour space   an embedded ICC profile is converted to sRGB; without one, sRGB is taken for granted
-  bit depth      of 16 bits the high byte; floating point from 0 to 1
+  colour space   converted to sRGB by an embedded ICC profile; without one, sRGB is assumed
+  bit depth      the high byte of 16 bits; floating point from 0 to 1
   animation      the first frame
 
-`transforms` then crops and resizes. An image may have MAX_PIXELS (134 million); more are refused from
-the header. Reading one takes less than MAX_MEMORY beside the file itself, whatever its format.
+`transforms` then crops and resizes. Images of more than MAX_PIXELS (134 million) are refused by their
+header. Reading an image of any format takes less than MAX_MEMORY beside the file itself.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from PIL import Image, ImageChops, ImageCms, TiffImagePlugin, UnidentifiedImageE
 
 from igpt_jax.data import image_decoding, image_files
 
-# Seen at MAX_PIXELS: 2.2 GiB of WebP, 1.4 of TIFF, 1.2 of AVIF and of PNG with alpha, 0.8 of a
-# progressive JPEG, 0.1 of another.
+# Measured at MAX_PIXELS, in GiB: WebP 2.2, TIFF 1.4, AVIF and PNG with alpha 1.2, progressive JPEG 0.8,
+# baseline JPEG 0.1.
 MAX_MEMORY = 5 * 2**29  # bytes, 2.5 GiB
 
 _EXIF_ORIENTATION = 0x0112
@@ -41,23 +40,22 @@ _TURNS = {
   7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
   8: lambda x: np.rot90(x, 1),
 }
-# An image of more pixels is averaged to a smaller one, a JPEG while it is decoded. Its shorter side is
-# at least this then: twice the largest resolution.
+# An image of more pixels is averaged to a smaller one (a JPEG while it is decoded), whose shorter side
+# is still at least twice the largest resolution.
 _LARGE = 2**26
 _LARGE_SHORT_SIDE = 2048
-# Levels by which sRGB profiles of different makers differ.
-_SAME_COLOURS = 2
+_SAME_COLOURS = 2  # levels by which sRGB profiles of different makers differ
 
 
 def read(data: bytes, name: str = "image") -> np.ndarray:
   """Reads a file of any raster format that Pillow knows.
 
   Args:
-    data: the file's bytes; they decide the format, not its name.
-    name: what errors call it.
+    data: the file's bytes, which decide on its format.
+    name: name of the image in errors.
 
   Returns:
-    uint8 [H, W, 3], sRGB, upright. More than 67 million pixels come at a smaller scale.
+    uint8 [H, W, 3], sRGB, upright. Images of more than 67 million pixels are scaled down.
 
   Raises:
     BadRecord: empty, truncated, unreadable, larger than MAX_PIXELS, or of values without an agreed
@@ -69,7 +67,7 @@ def read(data: bytes, name: str = "image") -> np.ndarray:
     jpeg = data[:2] == b"\xff\xd8"
     pixels = image_decoding.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
     if pixels is None:
-      image.load()  # before the orientation is asked for: TIFF's is gone then
+      image.load()  # before `_orientation`: for TIFF, Pillow applies and removes it here
       flat = _flat(image)
       if large:
         flat = flat.reduce(max(1, min(flat.size) // _LARGE_SHORT_SIDE))
@@ -101,7 +99,7 @@ def as_stored(data: bytes) -> bool:
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-  """Opens what `image_decoding.open_image` does; HEIC too, where pillow-heif is installed."""
+  """Opens a file as `image_decoding.open_image` does, and HEIC too if pillow-heif is installed."""
   if not image_files.is_heic(data):
     return image_decoding.open_image(data, name)
   if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
@@ -117,10 +115,10 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-  """The EXIF orientation, 1 to 8; 1 if there is none."""
+  """Returns the EXIF orientation, 1 to 8; 1 if there is none or the EXIF data are damaged."""
   try:
     return image.getexif().get(_EXIF_ORIENTATION, 1)
-  except Exception:  # Pillow raises many kinds over a damaged note: the image is read without
+  except Exception:  # Pillow raises errors of many kinds for damaged EXIF data
     return 1
 
 
@@ -128,14 +126,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-  """A loaded image with 8 bits a channel, no palette, no transparency: mode L, RGB, CMYK or LAB."""
+  """Converts a loaded image to 8 bits a channel without transparency: mode L, RGB, CMYK or LAB."""
   mode = image.mode
   if mode == "LAB":
     return image
   if mode == "CMYK":
-    # Pillow inverts every CMYK JPEG as Adobe's need; without Adobe's segment it is plain ink.
-    plain = image.format in ("JPEG", "MPO") and "adobe" not in image.info
-    return ImageChops.invert(image) if plain else image
+    # Pillow inverts every CMYK JPEG, which is right only for those that Adobe's programs wrote.
+    wrong = image.format in ("JPEG", "MPO") and "adobe" not in image.info
+    return ImageChops.invert(image) if wrong else image
   if mode == "F" or mode.startswith("I"):
     return Image.fromarray(_eight_bits(image))
   grey = mode in ("1", "L", "LA")
@@ -148,31 +146,30 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-  """The image in `mode`, without the copy that Pillow makes where nothing changes."""
+  """Converts an image to `mode`, without Pillow's copy if it has that mode already."""
   return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-  """Grey of 16 bits, or of floating point from 0 to 1, as uint8 [H, W].
+  """Converts grey of 16 bits, or of floating point from 0 to 1, to uint8 [H, W].
 
   Raises:
-    ValueError: other values: what would be white of 32 bits isn't agreed.
+    ValueError: other values, since the white of 32 bits isn't standardised.
   """
   values = np.asarray(image)
   white = 1 if image.mode == "F" else 65535
   least, most = values.min(), values.max()
-  if not (0 <= least and most <= white):  # NaN isn't, either
+  if not (0 <= least and most <= white):  # also true for NaN
     raise ValueError(f"values from {least:g} to {most:g}; expected 0 to {white:,}, which is white")
   if image.mode == "F":
     levels = values * np.float32(255)
     levels = np.rint(levels, out=levels).astype(np.uint8)
   else:
     levels = (values >> 8).astype(np.uint8)
-  if (
-    image.format == "TIFF"
-    and cast(TiffImagePlugin.TiffImageFile, image).tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
-  ):
-    levels = 255 - levels  # Pillow leaves that to us, of these modes alone
+  if image.format == "TIFF":
+    tags = cast(TiffImagePlugin.TiffImageFile, image).tag_v2
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+      levels = 255 - levels  # Pillow inverts other modes itself
   transparent = image.info.get("transparency")
   if transparent is not None:
     levels[values == transparent] = 255
@@ -183,7 +180,7 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
 
 
 def _in_srgb(image: Image.Image, info: dict) -> Image.Image:
-  """An image of mode L, RGB, CMYK or LAB in RGB, by its profile if it has one."""
+  """Converts an image of mode L, RGB, CMYK or LAB to sRGB, by its profile if it has one."""
   conversion = _conversion(image.mode, info)
   if conversion is None:
     return _converted(image, "RGB")
@@ -192,7 +189,7 @@ def _in_srgb(image: Image.Image, info: dict) -> Image.Image:
 
 
 def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-  """The mode in which an image's profile takes pixels, and how; None: they are sRGB as they are."""
+  """Returns the mode of an image's profile and the transform to sRGB; None if it is sRGB already."""
   if mode == "LAB":
     return _to_srgb(None)
   profile = info.get("icc_profile")
@@ -203,23 +200,18 @@ def _conversion(mode: str, info: dict) -> tuple[str, ImageCms.ImageCmsTransform]
 
 @functools.lru_cache(maxsize=16)
 def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-  """The `_conversion` of a profile (None: of L*a*b*). A damaged profile counts as none."""
+  """Returns the `_conversion` of a profile (None: of L*a*b*); a damaged profile counts as none."""
   try:
     source: Any = ImageCms.createProfile("LAB")
     if profile is not None:
       source = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}[source.xcolor_space.strip()]
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     if mode == "L":
-      flags |= ImageCms.Flags.NOOPTIMIZE  # its table has too few places for a steep curve
-    transform = ImageCms.buildTransform(
-      ImageCms.ImageCmsProfile(source),
-      ImageCms.createProfile("sRGB"),
-      mode,
-      "RGB",
-      ImageCms.Intent.RELATIVE_COLORIMETRIC,
-      flags,
-    )
+      flags |= ImageCms.Flags.NOOPTIMIZE  # the optimised table is too coarse for a steep curve
+    profiles = ImageCms.ImageCmsProfile(source), ImageCms.createProfile("sRGB")
+    transform = ImageCms.buildTransform(*profiles, mode, "RGB", intent, flags)
   except (OSError, KeyError, ImageCms.PyCMSError):
     return None
   if mode in ("L", "RGB"):
@@ -228,5 +220,5 @@ def _to_srgb(profile: bytes | None) -> tuple[str, ImageCms.ImageCmsTransform] | 
     samples = Image.fromarray(samples if mode == "RGB" else samples[..., 0])
     converted = np.asarray(ImageCms.applyTransform(samples, transform), np.int16)
     if np.abs(converted - np.asarray(samples.convert("RGB"))).max() <= _SAME_COLOURS:
-      return None  # sRGB itself: stored pixels stay what they are
+      return None  # the profile is sRGB itself, so that pixels stay as stored
   return mode, transform

@@ -1,6 +1,6 @@
-"""Colours to tokens and back: the 9-bit palette of the paper, section 3.2.
+"""Palettes: convert colours to tokens and back, as the paper's 9-bit palette (section 3.2).
 
-Holds the palette itself, on the host and on the device. Its fitting lives in `palette_fit`.
+`palette_fit` fits them.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import numpy as np
 
 from igpt_jax import errors, files
 
-MAX_SIZE = 65535  # tokens are uint16, and the table below stores token + 1
-_CUBE = 16  # side of the cubes in which the table of nearest centres is filled
+MAX_SIZE = 65535  # tokens are uint16, and the lookup table stores token + 1
+_CUBE = 16  # side of the cubes of colours by which the lookup table is filled
 
 
 class Palette:
   """k colours; an image's tokens are the indices of its pixels' nearest colours.
 
-  Nearest is exact: squared Euclidean distance, the lowest index wins ties. Where every centre is a
-  whole number of 0..255 it is computed in whole numbers, so that every backend agrees; otherwise in
-  float64, from the float32 centres as the original's kmeans_centers.npy holds them.
+  Nearest is by squared Euclidean distance, exactly; the lowest index wins ties. Distances are computed
+  in integers if all centres are whole levels of 0..255, otherwise in float64 from the float32 centres.
 
   Attributes:
     centers: float32 [k, 3], RGB in [-1, 1], the original's convention (x / 127.5 - 1).
-    fitted_to: fingerprint of the images that it was fitted to in this process; "": it was read.
+    is_uint8: True if all centres are whole levels of 0..255.
+    fitted_to: fingerprint of the images that it was fitted to in this process; "" if it was read.
   """
 
   fitted_to = ""
 
   def __init__(self, centers: Any, name: str = "palette"):
-    """Checks `centers`, [k, 3] in [-1, 1]; `name` is what errors call it."""
+    """Checks `centers`, float [k, 3] in [-1, 1]; `name` is the palette's name in errors."""
     try:
       array = np.asarray(centers)
     except ValueError as error:
@@ -45,7 +45,7 @@ class Palette:
       raise errors.UserError(f"{name}: dtype {array.dtype}; expected floats in [-1, 1]; {hint}")
     if not np.isfinite(array).all():
       raise errors.UserError(f"{name}: has NaN or infinite colours; expected [-1, 1]; {hint}")
-    # The published palettes touch ±1; a rounding error past it is no reason to refuse one.
+    # The published palettes touch ±1, so allow for a rounding error.
     if np.abs(array).max() > 1 + 1e-4:
       raise errors.UserError(
         f"{name}: colours from {array.min():.4g} to {array.max():.4g}; expected [-1, 1]; {hint}"
@@ -60,12 +60,12 @@ class Palette:
 
   @classmethod
   def from_uint8(cls, levels: np.ndarray) -> Palette:
-    """The palette of uint8 [k, 3] colours."""
+    """Returns the palette of uint8 [k, 3] colours."""
     return cls((np.asarray(levels, np.float64) / 127.5 - 1).astype(np.float32))
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> Palette:
-    """Reads a .npy file in the original's format; anything else is a UserError that names it."""
+    """Reads a .npy file in the original's format; raises UserError for anything else."""
     expected = "a .npy file of float [k, 3] colours in [-1, 1]"
     try:
       with open(path, "rb") as file:
@@ -101,14 +101,14 @@ class Palette:
 
   @property
   def colors(self) -> np.ndarray:
-    """uint8 [k, 3]: what `decode` paints, rint(127.5 (c + 1))."""
+    """The colours as `decode` returns them, rint(127.5 (c + 1)): uint8 [k, 3]."""
     return self._levels
 
   def encode(self, images: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] to uint16 [...], the index of the nearest colour.
+    """Maps uint8 [..., 3] to the indices of the nearest colours, uint16 [...].
 
-    A table of all 2²⁴ colours (32 MB), filled in cubes as their colours are first met: no start-up
-    cost, and a lookup per pixel from then on. Threads may share it.
+    Looks every pixel up in a table of all 2²⁴ colours (32 MB), which is filled cube by cube when a
+    colour is first seen. Threads may share it.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.shape[-1:] != (3,):
@@ -117,17 +117,17 @@ class Palette:
     tokens = self._table.take(codes)
     if not tokens.all():
       with self._filling:
-        tokens = self._table.take(codes)  # another thread may have filled it meanwhile
+        tokens = self._table.take(codes)  # another thread may have filled the cubes meanwhile
         self._fill(codes[tokens == 0])
       tokens = self._table.take(codes)
     return (tokens - np.uint16(1)).reshape(images.shape[:-1])
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
-    """Integer [...] in 0..k-1 to uint8 [..., 3]: rint(127.5 (c + 1)), as the original does."""
+    """Maps integer [...] in 0..k-1 to uint8 [..., 3]: rint(127.5 (c + 1)), as the original does."""
     return self._levels[np.asarray(tokens)]
 
   def _fill(self, codes: np.ndarray) -> None:
-    """Completes the table for every cube of colours that holds one of these codes."""
+    """Fills the table for every cube of colours that contains one of these codes."""
     cubes = np.zeros((16, 16, 16), bool)
     cubes[codes >> 20, (codes >> 12) & 15, (codes >> 4) & 15] = True
     table = self._table.reshape(256, 256, 256)
@@ -136,34 +136,31 @@ class Palette:
       table[blue : blue + _CUBE, green : green + _CUBE, red : red + _CUBE] = nearest + 1
 
   def _nearest_in_cube(self, corner: np.ndarray) -> np.ndarray:
-    """Nearest centre of the 16³ colours from `corner` (r, g, b) on: int [blue, green, red].
+    """Returns the nearest centres of the 16³ colours from `corner` (r, g, b) on, int [blue, green, red].
 
-    Only centres that may be nearest to some colour of the cube are compared: those no farther from
-    its nearest point than another centre is from all of its points.
+    Compares only centres that can be nearest to a colour of the cube: those no farther from its
+    nearest point than some centre is from all of its points.
     """
-    if self.is_uint8:
-      centers, side = self._levels.astype(np.int32), corner + np.arange(_CUBE)[:, None]
-    else:
-      centers, side = (
-        self.centers.astype(np.float64),
-        (corner + np.arange(_CUBE)[:, None]) / 127.5 - 1,
-      )
+    centers: np.ndarray = self._levels.astype(np.int32)
+    side = corner + np.arange(_CUBE)[:, None]
+    if not self.is_uint8:
+      centers, side = self.centers.astype(np.float64), side / 127.5 - 1
     inner = np.square(np.clip(centers, side[0], side[-1]) - centers).sum(-1)
     outer = np.square(np.maximum(abs(centers - side[0]), abs(centers - side[-1]))).sum(-1)
-    # The slack is far above float64's rounding here, and nothing to whole numbers.
+    # The slack exceeds float64's rounding errors, and makes no difference to integers.
     candidates = np.flatnonzero(inner <= outer.min() + 1e-9)
-    # Differences first, then squares: expanding the square would cancel digits and break ties anew.
+    # Square the differences: expanding the square would lose digits and change how ties are broken.
     red, green, blue = np.square(side[:, None] - centers[candidates]).transpose(2, 0, 1)
     distance = (red + green[:, None])[None] + blue[:, None, None]
     return candidates[distance.argmin(-1)]
 
   def _new_table(self) -> None:
-    # token + 1 of each colour, 0 where not yet asked for. Untouched pages of zeros cost nothing.
+    # token + 1 of every colour; 0 where it isn't computed yet. Untouched pages take no memory.
     self._table = np.zeros(2**24, np.uint16)
     self._filling = threading.Lock()
 
   def __getstate__(self):
-    # The table is a cache; a worker process fills its own.
+    # The table is a cache; every worker process fills its own.
     return {k: v for k, v in self.__dict__.items() if k not in ("_table", "_filling")}
 
   def __setstate__(self, state):
@@ -181,13 +178,13 @@ class Palette:
 
 
 def color_codes(images: np.ndarray) -> np.ndarray:
-  """uint8 [..., 3] to int32 [n]: r + 256 g + 65536 b of every pixel, flattened."""
+  """Maps uint8 [..., 3] to r + 256 g + 65536 b of every pixel, flattened to int32 [n]."""
   quads = np.zeros((images.size // 3, 4), np.uint8)
   quads[:, :3] = images.reshape(-1, 3)
   return quads.view("<u4").reshape(-1).astype(np.int32, copy=False)
 
 
 def codes_to_colors(codes: np.ndarray) -> np.ndarray:
-  """The inverse of `color_codes`: int [n] to uint8 [n, 3]."""
+  """Inverts `color_codes`: int [n] to uint8 [n, 3]."""
   codes = np.ascontiguousarray(codes, dtype="<u4")
   return codes.view(np.uint8).reshape(-1, 4)[:, :3]

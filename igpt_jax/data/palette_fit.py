@@ -1,7 +1,7 @@
 """Fits a palette to images: one pass into a colour histogram, then weighted k-means.
 
-Holds the histogram, the clustering around scikit-learn's, and the error of a palette. The cost of
-clustering does not depend on the number of pixels, so a data set of any size is read once and whole.
+The cost of clustering doesn't depend on the number of pixels, so that data sets of any size are read
+once and completely.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from igpt_jax import errors
 from igpt_jax.data import palette as palette_lib
 
-_FLUSH = 2**24  # pixels gathered before they are counted
-_COARSE_BITS = 5  # a channel, of the bins on which the centres are first placed
-_N_HEAVY = 2**17  # fine bins that are taken one by one
-_STEPS = 20  # of Lloyd, on coarse points and again on fine ones
-_LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, orders the colours for the eye
+_FLUSH = 2**24  # number of pixels that are collected before they are counted
+_COARSE_BITS = 5  # bits per channel of the bins on which the centres are first placed
+_N_HEAVY = 2**17  # number of fine bins that aren't pooled
+_STEPS = 20  # Lloyd steps, on coarse points and again on fine ones
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 class ColorHistogram:
-  """Counts of all 2²⁴ colours: 128 MB, whatever the number of images."""
+  """Counts of all 2²⁴ colours: 128 MB for any number of images."""
 
   def __init__(self):
     self.n_pixels = 0
@@ -33,7 +33,7 @@ class ColorHistogram:
     self._n_waiting = 0
 
   def add(self, images: np.ndarray) -> None:
-    """Counts the pixels of uint8 [..., 3]."""
+    """Counts the pixels of images, uint8 [..., 3]."""
     codes = palette_lib.color_codes(images)
     self._waiting.append(codes)
     self._n_waiting += codes.size
@@ -47,7 +47,7 @@ class ColorHistogram:
       self._waiting, self._n_waiting = [], 0
 
   def colors(self) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct colours, uint8 [n, 3], and their counts, int64 [n]."""
+    """Returns the distinct colours, uint8 [n, 3], and their counts, int64 [n]."""
     self._flush()
     codes = np.flatnonzero(self._counts)
     return palette_lib.codes_to_colors(codes), self._counts[codes]
@@ -63,26 +63,21 @@ class PaletteError:
 
 
 def palette_error(palette: palette_lib.Palette, images: Iterable[np.ndarray]) -> PaletteError:
-  """Mean squared error of encoding and decoding uint8 [..., 3] images."""
+  """Measures the error of encoding and decoding images, uint8 [..., 3]."""
   total, n_values = 0, 0
   for batch in images:
     difference = batch.astype(np.int32) - palette.decode(palette.encode(batch))
     total += int(np.square(difference, dtype=np.int64).sum())
     n_values += batch.size
   if not n_values:
-    raise errors.UserError(
-      "palette: no held-out images to measure its error on; expected one or more"
-    )
+    raise errors.UserError("palette: no held-out images to measure its error; expected one or more")
   mse = total / n_values
   psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
   return PaletteError(mse, psnr, n_values // 3)
 
 
 def fit_palette(
-  images: Iterable[np.ndarray] | ColorHistogram,
-  k: int = 512,
-  *,
-  seed: int = 0,
+  images: Iterable[np.ndarray] | ColorHistogram, k: int = 512, *, seed: int = 0
 ) -> palette_lib.Palette:
   """Clusters the colours of images.
 
@@ -90,13 +85,12 @@ def fit_palette(
   than k. Fit on images at the model's resolution: reduction narrows the distribution of colours.
 
   Args:
-    images: uint8 [..., 3] arrays, read once; or a histogram filled before.
+    images: uint8 [..., 3] arrays, read once; or their histogram.
     k: number of colours.
-    seed: of k-means++.
+    seed: seed of k-means++.
 
   Returns:
-    The palette, its colours ordered by luminance, in whole levels: their encoding is exact, for about
-    0.006 dB.
+    The palette, its colours ordered by luminance. Rounding them to whole levels costs about 0.006 dB.
   """
   if not 1 <= k <= palette_lib.MAX_SIZE:
     raise errors.UserError(f"palette size: {k}; expected 1 to {palette_lib.MAX_SIZE}")
@@ -117,22 +111,21 @@ def fit_palette(
 
 
 def _cluster(colors: np.ndarray, counts: np.ndarray, k: int, seed: int) -> np.ndarray:
-  """k-means++ and weighted Lloyd steps on coarse bins, then on fine ones: float [k, 3] in levels.
+  """Runs k-means++ and weighted Lloyd steps on coarse bins, then on fine ones: float [k, 3] in levels.
 
-  One thread: several would add up in an order of their own, and every host and every run must come
-  to the same palette.
+  Uses one thread: several would sum in varying order, but all hosts and runs must get the same palette.
   """
   import threadpoolctl
   from sklearn import cluster
 
   coarse, fine = _binned(colors, counts, _COARSE_BITS), _points(colors, counts)
-  if len(coarse[0]) < 4 * k:  # too few bins to place the centres among
+  if len(coarse[0]) < 4 * k:  # too few bins to choose the centres from
     coarse = fine
   with threadpoolctl.threadpool_limits(1):
     points, weights = coarse
     centers, _ = cluster.kmeans_plusplus(points, k, sample_weight=weights, random_state=seed)
     for points, weights in (coarse, fine):
-      # Of scikit-learn's arguments only the defaults' types are known.
+      # Typed Any: scikit-learn's annotations know only the defaults' types.
       options: dict[str, Any] = {"init": centers, "n_init": 1, "max_iter": _STEPS, "tol": 0}
       kmeans = cluster.KMeans(k, **options)
       centers = kmeans.fit(points, sample_weight=weights).cluster_centers_
@@ -140,10 +133,10 @@ def _cluster(colors: np.ndarray, counts: np.ndarray, k: int, seed: int) -> np.nd
 
 
 def _points(colors: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Few enough weighted points, near enough to the colours: float32 [n, 3] and pixels [n].
+  """Reduces colours to fewer weighted points: float32 [n, 3] and their numbers of pixels [n].
 
-  Where the pixels are many the bins are fine, elsewhere coarse: nearly the error of all colours (24.4
-  for 24.2 on CIFAR-10's 1.7 million) at a tenth of their cost.
+  Bins are fine where there are many pixels, elsewhere coarse: nearly the error of all colours (24.4
+  instead of 24.2 on CIFAR-10's 1.7 million) at a tenth of the cost.
   """
   if len(colors) <= _N_HEAVY:
     return colors.astype(np.float32), counts.astype(np.float64)
@@ -155,7 +148,7 @@ def _points(colors: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _binned(colors: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-  """Bins of 2^bits levels a channel: their mean colours, float32 [n, 3], and their pixels [n]."""
+  """Pools colours into 2^bits bins a channel: mean colours, float32 [n, 3], and numbers of pixels [n]."""
   bins = colors.astype(np.int32) >> (8 - bits)
   codes = (bins[:, 0] << 2 * bits) | (bins[:, 1] << bits) | bins[:, 2]
   n = 2 ** (3 * bits)
@@ -166,7 +159,7 @@ def _binned(colors: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.ndarr
 
 
 def _distinct(levels: np.ndarray, colors: np.ndarray, counts: np.ndarray) -> np.ndarray:
-  """Replaces centres that rounding made equal by the colours that cost most, so that k remain."""
+  """Replaces centres that rounding made equal by the colours of largest error, so that k remain."""
   k = len(levels)
   levels = np.unique(levels, axis=0)
   if len(levels) < k:
@@ -178,7 +171,7 @@ def _distinct(levels: np.ndarray, colors: np.ndarray, counts: np.ndarray) -> np.
 
 
 def _by_luminance(colors: np.ndarray) -> np.ndarray:
-  """Dark to bright; equal luminance by red, green, blue."""
+  """Sorts colours from dark to bright; those of equal luminance by red, green, blue."""
   values = colors.astype(np.float64)
   order = np.lexsort((values[:, 2], values[:, 1], values[:, 0], values @ _LUMINANCE))
   return colors[order]

@@ -1,9 +1,8 @@
-"""Batches: shuffled, augmented, shared among hosts, encoded; each a function of its step alone.
+"""Batches: shuffled, augmented, encoded, and divided among hosts.
 
-Holds the order of records, the tolerance of damaged ones, and everything of grain. The position in
-the stream is one integer, the step; no iterator has a state worth saving. A batch is a dict of numpy
-arrays with this host's rows of the global batch, host after host, so that the rows of all hosts put
-together are the same global batch however many hosts there are.
+A batch depends on its step alone, so that the position in the stream is one integer and no iterator's
+state needs saving. A batch is a dict of numpy arrays with this host's rows of the global batch; the
+rows of all hosts in order are the same global batch for any number of hosts.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from igpt_jax.data.loader import Loader, tolerance
 
 
 def position(split: sources.Split, *, batch_size: int, seed: int, step: int) -> dict[str, Any]:
-  """Returns the data position that a checkpoint stores: JSON, the same on every host and for any number of hosts."""
+  """Returns the data position that a checkpoint stores: JSON, the same for any number of hosts."""
   return {
     "next_index": step * batch_size,
     "batch_size": batch_size,
@@ -39,16 +38,15 @@ def position(split: sources.Split, *, batch_size: int, seed: int, step: int) -> 
 
 
 def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
-  """The step to go on from, if `saved` belongs to the stream that `current` describes.
+  """Returns the step to resume from, if `saved` is a position in the stream that `current` describes.
 
-  A checkpoint that holds the former fingerprint is told apart by that: it names no contents.
+  Older checkpoints, which lack `former_fingerprint`, hold that instead of a digest of the contents.
 
   Raises:
     UserError: another data set, split, seed or batch size; continuing would silently be another run.
   """
-  if (
-    "former_fingerprint" not in saved and saved.get("fingerprint") == current["former_fingerprint"]
-  ):
+  is_older = "former_fingerprint" not in saved
+  if is_older and saved.get("fingerprint") == current["former_fingerprint"]:
     logging.getLogger(__name__).warning(
       "the checkpoint knows its data by names alone (%s), from now on by contents: %s",
       saved["fingerprint"],
@@ -56,7 +54,7 @@ def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
     )
     saved = saved | {"fingerprint": current["fingerprint"]}
   fix = "restore that data or setting"
-  if str(saved.get("fingerprint")).startswith("folder:"):  # fewer files of a folder were read then
+  if str(saved.get("fingerprint")).startswith("folder:"):  # 0.1.0 read fewer files of a folder
     fix += " (images at any depth, and without a known suffix, count now)"
   names = {"fingerprint": "data set", "batch_size": "batch size", "seed": "data seed"}
   for key, name in names.items():
@@ -77,11 +75,11 @@ def check_position(saved: dict[str, Any], current: dict[str, Any]) -> int:
 
 
 class Batches:
-  """An iterator of batches that counts damaged records. Close it, or use it as a context manager.
+  """Iterator of batches that counts damaged records. Close it, or use it as a context manager.
 
   Attributes:
-    bad: id -> reason of every record so far that could not be read.
-    wait_seconds: time spent waiting in `next`, all in all: what the data cost the loop.
+    bad: the reason for every record so far that could not be read, by the record's name.
+    wait_seconds: total time spent waiting in `next`.
   """
 
   def __init__(
@@ -102,7 +100,7 @@ class Batches:
     self._bad_indices: set[int] = set()
     self.wait_seconds = 0.0
     self._taken = 0
-    # Also for those who forget: left to the interpreter's end, worker processes end noisily.
+    # In case it isn't closed: worker processes that the interpreter ends at exit print errors.
     self._close = weakref.finalize(self, _stop, self._running)
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -125,7 +123,7 @@ class Batches:
     return batch
 
   def place(self) -> dict[str, str]:
-    """Describes the newest batch's place in the training stream, in words that are the same on all hosts."""
+    """Describes the newest batch's place in the training stream, in the same words on all hosts."""
     if self._stream is None or self._newest is None:
       raise ValueError("place: no batch of a training stream was read yet")
     return {"data": self._split.fingerprint, **self._stream.place(self._taken - 1, self._newest)}
@@ -181,28 +179,27 @@ def train_batches(
   images: bool = False,
   augment: bool = True,
 ) -> Batches:
-  """The endless training stream, from `start_step` on.
+  """Returns the endless training stream from `start_step` on.
 
   Every epoch is a new permutation with new augmentations; batches straddle epochs, so no record is
   padded or dropped. The order depends on the seed and the data alone, not on hosts, workers or
   threads. A damaged record is replaced by the one after it.
 
   Args:
-    split: what to read.
-    config: how to make it ready.
-    palette: None gives images instead of tokens. Not used if the records are tokens.
-    batch_size: global, over all hosts.
-    seed: of order and augmentation.
-    start_step: number of global batches to skip; costs nothing.
-    process_index: this host.
-    process_count: number of hosts.
-    images: give the images too.
-    augment: False: images as evaluation sees them, in the order of training.
+    split: the split to read.
+    config: resolution, augmentation, and numbers of workers and threads.
+    palette: None for images instead of tokens. Ignored if the records are tokens.
+    batch_size: size of the global batch, over all hosts.
+    seed: seed of order and augmentation.
+    start_step: number of global batches to skip, at no cost.
+    process_index, process_count: number of this host, and of all hosts.
+    images: True to add the images to the tokens.
+    augment: False for images as in evaluation, but in the order of training.
 
   Yields:
     {"tokens": uint16 [B / hosts, T], "label": int32 [B / hosts], "index": int32 [B / hosts]} and,
-    without a palette or with `images`, "image": uint8 [B / hosts, R, R, 3]. `index` is the place in
-    the split, of the record that was drawn.
+    without a palette or with `images`, "image": uint8 [B / hosts, R, R, 3]. `index` is the drawn
+    record's index in the split.
 
   Raises:
     UserError: while iterating, more damaged records than config.max_bad allows.
@@ -227,25 +224,21 @@ def eval_batches(
   images: bool = False,
   start: int = 0,
 ) -> Batches:
-  """Every image of the split exactly once, in the split's order, without augmentation.
+  """Returns every image of the split exactly once, in the split's order, without augmentation.
 
-  All hosts give the same number of batches; the places that the last ones don't fill have mask
-  False, and so has a damaged record. Arguments and errors as in `train_batches`; `start` is the number
-  of global batches to leave out.
+  All hosts yield the same number of batches; rows past the end and damaged records have mask False.
+  Arguments and errors are those of `train_batches`; `start` is the number of global batches to skip.
 
   Yields:
-    As `train_batches`, and "mask": bool [B / hosts]. `index` is -1 where there is no record.
+    As `train_batches`, and "mask": bool [B / hosts]. `index` is -1 in rows past the end.
   """
   import grain
 
   rows = _rows_of_host(batch_size, process_count)
   loader = Loader(split, config, palette, train=False, images=images or palette is None)
   n_batches = -(-len(split) // batch_size)
-  dataset = (
-    grain.MapDataset.range(n_batches * batch_size)
-    .map(loader.eval_element)
-    .batch(rows, batch_fn=_stack)
-  )
+  indices = grain.MapDataset.range(n_batches * batch_size)
+  dataset = indices.map(loader.eval_element).batch(rows, batch_fn=_stack)
   dataset = dataset[start * process_count + process_index :: process_count]
   return Batches(_start(dataset, config), loader, split, config)
 
@@ -258,7 +251,7 @@ def image_stream(
   seed: int = 0,
   batch_size: int = 128,
 ) -> Iterator[np.ndarray]:
-  """One pass over the split's images as uint8 [n, R, R, 3], as training or as evaluation sees them."""
+  """Yields the split's images once, uint8 [n, R, R, 3], augmented in training order or as in evaluation."""
   if not augment:
     with eval_batches(split, config, None, batch_size=batch_size) as batches:
       for batch in batches:
@@ -286,7 +279,7 @@ def _rows_of_host(batch_size: int, process_count: int) -> int:
 
 
 def _start(dataset, config: sources.DataConfig):
-  """Threads or processes at work on a dataset whose elements are batches."""
+  """Starts threads or processes on a dataset whose elements are batches; returns its iterator."""
   import grain
 
   threads = config.threads or (1 if config.workers else max(1, min(8, (os.cpu_count() or 2) - 1)))
@@ -295,10 +288,10 @@ def _start(dataset, config: sources.DataConfig):
   if config.workers:
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # grain asks absl for its own flags; a plain script parsed none
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags, which a plain script doesn't parse
       flags.FLAGS.mark_as_parsed()
-    # Batches are small enough to be sent. Shared memory would be faster only for far larger ones, and
-    # what workers have made but nobody has taken at the end is reported as leaked.
+    # Send batches through pipes: shared memory is faster only for far larger ones, and batches that
+    # nobody has taken when it ends are reported as leaked.
     options = grain.experimental.DatasetOptions(min_shm_size=2**40)
     dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))

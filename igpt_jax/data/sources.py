@@ -1,8 +1,7 @@
 """Opens data sets by name: splits of records that can be read in any order.
 
-Holds the splits that every source shares, and the sources that
-need no library: folders of images (`folder`) and files of tokens. `tfds_source` reads everything else.
-Records are undecoded; order, augmentation and batches belong to `pipeline`.
+Folders of images (`folder`) and files of tokens need no library; `tfds_source` reads everything else.
+Records aren't decoded here; order, augmentation and batches belong to `pipeline`.
 """
 
 from __future__ import annotations
@@ -18,18 +17,17 @@ from igpt_jax import errors
 from igpt_jax.config.run_fields import DataConfig
 from igpt_jax.data import digests
 from igpt_jax.data.folder import FolderRecords, class_folders
-from igpt_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
-TEST_FOLDERS = ("test", "val", "validation")  # the first that is there is the test split
+TEST_FOLDERS = ("test", "val", "validation")  # the first that exists is the test split
 
 
 class Records(Protocol):
   """All records of one stored split. Picklable, for worker processes."""
 
-  name: str  # for a person: data set and version
-  identity: str  # a digest of contents and labels, the same wherever they lie
-  former_name: str  # what stood for both in a fingerprint of 0.1.0
+  name: str  # data set and version, for messages
+  identity: str  # digest of contents and labels, the same wherever they are stored
+  former_name: str  # what 0.1.0 put into a fingerprint in place of both
   class_names: tuple[str, ...]
 
   def __len__(self) -> int: ...
@@ -40,17 +38,17 @@ class Records(Protocol):
 class Split:
   """A random-access view of records.
 
-  `split[i]` is a dict of `label` (int, -1 if none), `id` (str, names the record to a person), and
+  `split[i]` is a dict of `label` (int, -1 if none), `id` (str, the record's name in messages), and
   either `image` (encoded bytes, or a uint8 array) or `tokens` (integer [T]).
 
   Attributes:
     name: train, validation or test.
     n_classes: number of labels, 0 if there are none.
     class_names: n_classes names.
-    indices: int32 [n], the places of the split's records among all that are stored.
-    fingerprint: names data set, split, number of records, and a digest of which they are and what is in
-      them: what checkpoints, features and results are known by. The same on every host.
-    former_fingerprint: what a checkpoint holds in its place that didn't know contents yet.
+    indices: int32 [n], indices of the split's records among all stored ones.
+    fingerprint: data set, split, number of records, and a digest of their indices and contents. It
+      identifies the data in checkpoints, features and results; the same on every host.
+    former_fingerprint: fingerprint in checkpoints of 0.1.0, without contents.
   """
 
   def __init__(self, records: Records, indices: np.ndarray, name: str):
@@ -74,7 +72,7 @@ class Split:
     return self.records[int(self.indices[index])]
 
   def select(self, indices: np.ndarray) -> Split:
-    """The records at these places of this split, in this order."""
+    """Returns a split of the records at these indices of this one, in this order."""
     return Split(self.records, self.indices[np.asarray(indices)], self.name)
 
   @property
@@ -84,12 +82,12 @@ class Split:
 
   @property
   def max_token(self) -> int:
-    """The largest token of all that are stored; -1 where records are images."""
+    """The largest token of all stored records; -1 if records are images."""
     return self.records.max_token if isinstance(self.records, TokenRecords) else -1
 
   @property
   def is_folder(self) -> bool:
-    """True if records are a person's files, which `own_images` reads; those of TFDS are decoded as stored."""
+    """True if records are a user's own files, which `own_images` reads."""
     return isinstance(self.records, FolderRecords)
 
   def __repr__(self):
@@ -99,25 +97,24 @@ class Split:
 def open_split(config: DataConfig, split: str) -> Split:
   """Opens one split of the configured data set.
 
-  Validation is the tail of one fixed permutation of train: the same images whatever the seed of
-  the run; or a stored split of its own (`validation_split`, or a folder of tokens' validation.npy).
-  Test is the stored test split, or the stored validation split where there is no test (ImageNet)
-  and nobody chooses by it; only evaluation opens it.
+  Validation is the tail of one fixed permutation of train, the same images for every seed; or a stored
+  split (`validation_split`, or validation.npy of a folder of tokens). Test is the stored test split; or
+  the stored validation split, if there is no test split (ImageNet) and validation is a share of train.
 
   Raises:
-    UserError: the data set isn't there; the message says how to get it.
-    NoSuchSplit: this split of it isn't, or nothing is held out.
+    UserError: the data set doesn't exist; the message explains how to get it.
+    NoSuchSplit: it has no such split, or nothing is held out.
   """
   if split not in SPLITS:
     raise errors.UserError(f"split: {split!r}; expected one of {', '.join(SPLITS)}")
-  own = _own_validation(config)
+  stored_validation = _stored_validation(config)
   if split == "validation" and not has_validation(config):
     raise errors.NoSuchSplit(
       "data.validation: 0 holds nothing out, and this job chooses by what is held out; fix: "
       "--config.data.validation=0.1, or data.validation_split"
     )
-  stored = own if own and split == "validation" else "test" if split == "test" else "train"
-  held_out = own if split == "test" else ""
+  stored = {"train": "train", "validation": stored_validation or "train", "test": "test"}[split]
+  held_out = stored_validation if split == "test" else ""
   if config.name == "folder":
     records = _folder_records(config, stored, held_out)
   elif config.name == "tokens":
@@ -128,16 +125,17 @@ def open_split(config: DataConfig, split: str) -> Split:
     records = tfds_source.open_records(
       config.name, config.data_dir, stored, held_out, config.verify
     )
-  return _view(records, 0 if own or split == "test" else config.validation, split)
+  share = 0 if stored_validation or split == "test" else config.validation
+  return _view(records, share, split)
 
 
 def has_validation(config: DataConfig) -> bool:
   """Returns True if validation images are held out of training."""
-  return bool(config.validation or _own_validation(config))
+  return bool(config.validation or _stored_validation(config))
 
 
-def _own_validation(config: DataConfig) -> str:
-  """The stored split that is held out; "": a share of train is."""
+def _stored_validation(config: DataConfig) -> str:
+  """Returns the stored split that is validation; "" if validation is a share of train."""
   if not config.validation_split and config.name == "tokens":
     path = pathlib.Path(config.path).expanduser()
     return "validation" if (path / "validation.npy").is_file() else ""
@@ -145,7 +143,7 @@ def _own_validation(config: DataConfig) -> str:
 
 
 def _view(records: Records, share: float, split: str) -> Split:
-  """The records that `split` names, where a share of them is validation; 0: all of them."""
+  """Returns the records of `split`, of which a share is validation; 0: all of them."""
   n = len(records)
   if not share:
     return Split(records, np.arange(n, dtype=np.int32), split)
@@ -169,15 +167,10 @@ def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRec
   folder = next((root / name for name in names if (root / name).is_dir()), None)
   if folder is None:
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None
-    there = (
-      "no such folder"
-      if folders is None
-      else f"holds folders {folders}"
-      if folders
-      else "no folders"
-    )
-    kind = errors.UserError if folders is None else errors.NoSuchSplit
-    raise kind(f"data.path {root}: {there}; expected {root / names[0]}/CLASS/*.jpg")
+    kind, why = errors.NoSuchSplit, f"holds folders {folders}" if folders else "no folders"
+    if folders is None:
+      kind, why = errors.UserError, "no such folder"
+    raise kind(f"data.path {root}: {why}; expected {root / names[0]}/CLASS/*.jpg")
   train = root / "train"
   classes = class_folders(train) if stored != "train" and train.is_dir() else None
   return FolderRecords(folder, classes, config.verify)
@@ -193,7 +186,7 @@ class TokenRecords:
   class_names: tuple[str, ...] = ()
 
   def __init__(self, path: pathlib.Path, n_positions: int, verify: bool = False):
-    """`n_positions` is the T that the model expects; `verify` as in `DataConfig`."""
+    """Opens `path`; `n_positions` is the model's T, and `verify` as in `DataConfig`."""
     self._path = path
     try:
       self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -207,28 +200,24 @@ class TokenRecords:
         f"data.path {path}: {error}; expected a .npy of integers [N, T]"
       ) from None
     rows = self._rows
-    if (
-      not isinstance(rows, np.ndarray)
-      or rows.ndim != 2
-      or rows.dtype.kind not in "iu"
-      or not len(rows)
-    ):
-      stored = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else "an archive"
+    is_array = isinstance(rows, np.ndarray)
+    if not (is_array and rows.ndim == 2 and rows.dtype.kind in "iu" and len(rows)):
+      stored = f"{rows.dtype} {list(rows.shape)}" if is_array else "an archive"
       raise errors.UserError(f"data.path {path}: {stored}; expected integers [N, T], N at least 1")
     if rows.shape[1] != n_positions:
       raise errors.UserError(
         f"data.path {path}: {rows.shape[1]} tokens a row; expected resolution² = {n_positions}; "
         "fix: data.resolution"
       )
-    self.min_token, self.max_token = int(rows.min()), int(rows.max())
-    if self.min_token < 0 or self.max_token > 65535:
+    min_token, self.max_token = int(rows.min()), int(rows.max())
+    if min_token < 0 or self.max_token > 65535:
       raise errors.UserError(
-        f"data.path {path}: tokens from {self.min_token} to {self.max_token}; expected 0 to 65535"
+        f"data.path {path}: tokens from {min_token} to {self.max_token}; expected 0 to 65535"
       )
     edges = np.ascontiguousarray(rows[[0, -1]]).tobytes()
     self.former_name = f"tokens:{hashlib.sha256(edges).hexdigest()[:12]}"
-    place = str(path.absolute())
-    self.identity = digests.combined([digests.of_files([place], place, verify)])
+    absolute = str(path.absolute())
+    self.identity = digests.combined([digests.of_files([absolute], absolute, verify)])
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -238,7 +227,7 @@ class TokenRecords:
     return {"tokens": tokens, "label": -1, "id": f"{self._path}[{index}]"}
 
   def __getstate__(self):
-    # A pickled map would carry the whole file.
+    # Pickling the memory map would copy the whole file.
     return {**self.__dict__, "_rows": None}
 
   def __setstate__(self, state):
@@ -247,29 +236,26 @@ class TokenRecords:
 
 def _token_records(config: DataConfig, stored: str, held_out: str) -> TokenRecords:
   path = pathlib.Path(config.path).expanduser()
-
-  def records_of(file: pathlib.Path) -> TokenRecords:
-    return TokenRecords(file, config.resolution**2, config.verify)
-
   if stored == held_out:
     raise errors.NoSuchSplit(
       f"data.validation_split: {held_out!r} is held out, which leaves no {stored} split; expected another"
     )
   if path.is_dir():
-    return records_of(path / f"{stored}.npy")
-  if stored != "test":
+    path = path / f"{stored}.npy"
+  elif stored != "test":
     raise errors.NoSuchSplit(
       f"data.path {path}: a file of tokens is a test split; expected a folder with {stored}.npy"
     )
-  return records_of(path)
+  return TokenRecords(path, config.resolution**2, config.verify)
 
 
 def some_of(names: tuple[str, ...]) -> str:
+  """Returns the first three names as text, with "…" for the others."""
   return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def subset(split: Split, images: int, seed: int) -> Split:
-  """A random choice of the split's images, drawn by `seed`, classes as they fall; 0: all."""
+  """Returns a random choice of the split's images, drawn by `seed`, not by class; 0: all of them."""
   if not images or images >= len(split):
     return split
   return split.select(np.sort(np.random.default_rng(seed).permutation(len(split))[:images]))
@@ -281,12 +267,12 @@ def check_labels(splits: Mapping[str, Split]) -> None:
   for split in splits.values():
     if split.n_classes < 2:
       few = f"one class alone, {split.class_names[0]}" if split.n_classes else "no labels"
-      raise UserError(
+      raise errors.UserError(
         f"data.name: {split.fingerprint} has {few}; a classifier needs at least two classes; "
         "fix: a labelled data set, or a folder with one sub-folder per class"
       )
     if split.class_names != train.class_names:
-      raise UserError(
+      raise errors.UserError(
         f"data: {split.fingerprint} has {split.n_classes} classes ({some_of(split.class_names)}), "
         f"{train.fingerprint} has {train.n_classes} ({some_of(train.class_names)}); expected the same"
       )

@@ -1,7 +1,6 @@
-"""Brings a TFDS data set, once, into the form that is read in any order without TensorFlow.
+"""Prepares a TFDS data set, once, in the format that is read in any order without TensorFlow.
 
-Holds the download, the generation and the instructions for archives that must be fetched by hand.
-The only module whose work may import TensorFlow, through the builders of TFDS.
+Only this module's work may import TensorFlow, through the builders of TFDS.
 """
 
 from __future__ import annotations
@@ -18,21 +17,20 @@ from igpt_jax import errors
 from igpt_jax.data import tfds_source
 from igpt_jax.parallel.locking import locked
 
-# What TFDS's builder reads, and would otherwise miss only after a while or in part.
+# Archives that must be fetched by hand. TFDS's builder would notice only later that one is missing.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 
 
 def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
   """Downloads and generates a data set as ArrayRecord, with TFDS's progress bars.
 
-  Call it again after an interruption: finished downloads are not repeated, a finished data set is
-  left alone, and of an unfinished generation nothing remains. Needs the `prepare` extra, but for
-  the data sets of our own.
+  After an interruption, call it again: finished downloads aren't repeated, a finished data set is left
+  alone, and an unfinished generation is removed. Needs the `prepare` extra, except for `digits`.
 
   Args:
     name: a TFDS name, or `digits`.
-    data_dir: where prepared data is kept; "" as in `DataConfig`.
-    manual_dir: where archives fetched by hand lie; default data_dir/downloads/manual.
+    data_dir: folder of prepared data; "" as in `DataConfig`.
+    manual_dir: folder of archives fetched by hand; default data_dir/downloads/manual.
 
   Returns:
     The folder of the prepared data set, .../NAME/[CONFIG/]VERSION.
@@ -79,7 +77,7 @@ def _generate(name: str, directory: str, manual: pathlib.Path) -> str:
   tfds.enable_progress_bar()
   try:
     builder.download_and_prepare(download_config=config)
-  except AssertionError as error:  # TFDS's way to say that manual_dir lacks something
+  except AssertionError as error:  # raised by TFDS if manual_dir lacks something
     raise errors.UserError(f"data set {name}: {error}; fix: put it into {manual}") from error
   except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
     raise errors.UserError(
@@ -100,7 +98,7 @@ def _check_archives(name: str, manual: pathlib.Path) -> None:
 
 
 def _remove_leftovers(final: pathlib.Path) -> None:
-  """Deletes what a killed generation left beside its place; call it under the lock."""
+  """Deletes what a killed generation left beside the folder `final`; call it under the lock."""
   if final.parent.is_dir():
     for folder in final.parent.glob("incomplete.*"):
       if folder.name.endswith(f"_{final.name}"):
@@ -109,7 +107,7 @@ def _remove_leftovers(final: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _lock(directory: str, name: str) -> Iterator[None]:
-  """One process at a time prepares a data set."""
+  """Lets only one process at a time prepare a data set."""
   path = pathlib.Path(directory) / f".{name.replace('/', '_').replace(':', '_')}.lock"
   with contextlib.ExitStack() as stack:
     try:

@@ -1,7 +1,6 @@
-"""Any TFDS image data set as records, read without TensorFlow.
+"""Reads the records of any prepared TFDS image data set without TensorFlow.
 
-Holds the lookup of prepared data, the choice of the image and label features, and the instructions
-for data that isn't there. Data sets of our own are made on first use.
+The project's own data sets (`datasets`) are prepared on first use.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from igpt_jax.reporting.progress import Countdown
 
 _LOG = logging.getLogger(__name__)
 
-# Data sets of our own: their builders need neither TensorFlow nor a network.
+# The project's own data sets, whose builders need neither TensorFlow nor a network.
 OWN = {"digits": "igpt_jax.data.datasets.digits"}
 
-# Where the stored test split has no labels, the literature tests on validation.
+# Data sets whose test split has no labels, so that the literature tests on validation.
 _TEST_SPLIT = {"imagenet2012": ("validation",)}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-# Largest split whose records are read to identify it; larger ones, as ImageNet, would be read on every host.
+# Largest split whose records are read to identify it, since every host reads them.
 _READ_WHOLE_BYTES = 2**30
 
 
@@ -50,10 +49,10 @@ def prepare_command(name: str, data_dir: str) -> str:
 
 
 class TfdsRecords:
-  """One stored split, reopened in every process that it is sent to."""
+  """Records of one stored split, which is opened anew in every process that unpickles them."""
 
   def __init__(self, builder_dir: str, split: str, verify: bool = False):
-    """`builder_dir` is .../NAME/[CONFIG/]VERSION; `split` a stored split; `verify` as in `DataConfig`."""
+    """Opens the stored split of `builder_dir`, .../NAME/[CONFIG/]VERSION; `verify` as in `DataConfig`."""
     self._builder_dir = builder_dir
     self._split = split
     split_info = self._open()
@@ -61,20 +60,19 @@ class TfdsRecords:
     self.identity = self._identity(split_info, verify)
 
   def _identity(self, split_info, verify: bool) -> str:
-    """Returns what distinguishes this split from another of its name: its records, if they are read in a moment.
+    """Returns a digest of the records, or of a large split's size and shard lengths in TFDS' metadata.
 
-    For a large split, the bytes and number of records in each shard, as TFDS records them. The shards'
-    own bytes differ each time that the same records are written.
+    The shards' bytes would be no identity: they differ every time that the same records are written.
     """
     shards = [os.path.abspath(path) for path in split_info.filepaths]
-    try:
-      for path in shards:
+    for path in shards:
+      try:
         os.stat(path)
-    except OSError as error:
-      raise errors.UserError(
-        f"data set {self.name}: {error.filename}: {error.strerror}; expected all shards of the split; "
-        "fix: remove its folder and prepare it again"
-      ) from None
+      except OSError as error:
+        raise errors.UserError(
+          f"data set {self.name}: {path}: {error.strerror}; expected all shards of the split; "
+          "fix: remove its folder and prepare it again"
+        ) from None
     if split_info.num_bytes <= _READ_WHOLE_BYTES:
       records = [digests.of_reading(self._read_all, shards, shards[0], verify)]
     else:
@@ -84,12 +82,14 @@ class TfdsRecords:
     return digests.combined([records, self.class_names])
 
   def _read_all(self) -> str:
-    """A digest of all images and labels. Of a PNG its pixels count, which compress to other bytes on
-    another machine: our own sets are made where they are used."""
+    """Returns a digest of all images and labels.
+
+    PNGs count by their pixels: the project's own sets are prepared where they are used, and the same
+    pixels may be compressed to other bytes on another machine.
+    """
     whole = hashlib.sha256()
-    clock = Countdown(
-      f"{self.name}: records read, to know them by their contents", len(self), _LOG.warning
-    )
+    work = f"{self.name}: records read, to know them by their contents"
+    clock = Countdown(work, len(self), _LOG.warning)
     for i in range(len(self)):
       try:
         record = self[i]
@@ -107,7 +107,7 @@ class TfdsRecords:
     return whole.hexdigest()
 
   def _open(self):
-    """Opens the split in this process; returns what TFDS knows of it."""
+    """Opens the split in this process; returns TFDS' metadata of it."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -116,7 +116,7 @@ class TfdsRecords:
     self.name = info.full_name
     self._image, self._label, self._name = choose_features(info)
     self.class_names = tuple(info.features[self._label].names) if self._label else ()
-    # TFDS's own deserialisation costs as much as the read; a record of the three features needs none.
+    # TFDS's deserialisation takes as long as reading, and `__getitem__` needs only three features.
     try:
       self._source = builder.as_data_source(
         split=self._split,
@@ -130,7 +130,7 @@ class TfdsRecords:
         + prepare_command(info.name, "DIR")
       ) from error
     self._parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
-    return builder.info.splits[self._split]
+    return info.splits[self._split]
 
   def __len__(self) -> int:
     return len(self._source)
@@ -162,18 +162,18 @@ class TfdsRecords:
 def open_records(
   name: str, data_dir: str, stored: str, held_out: str = "", verify: bool = False
 ) -> TfdsRecords:
-  """Opens a stored split; for `test` also ImageNet's validation, which is its test.
+  """Opens a stored split; for `test`, ImageNet's validation, which is its test.
 
   Args:
-    name: of the data set.
-    data_dir: where it is prepared.
+    name: name of the data set.
+    data_dir: folder of prepared data.
     stored: name of the split.
-    held_out: a stored split that isn't to be the test.
-    verify: read its files, also those that haven't changed since they were read.
+    held_out: a stored split that must not be used as test.
+    verify: read all records, even if the files haven't changed since they were read.
 
   Raises:
-    UserError: not prepared.
-    NoSuchSplit: prepared, without such a split.
+    UserError: the data set isn't prepared.
+    NoSuchSplit: it has no such split.
   """
   import tensorflow_datasets as tfds
 
@@ -198,7 +198,7 @@ def open_records(
 
 
 def find(name: str, directory: str) -> str | None:
-  """Returns the folder of a prepared data set, in its newest version unless the name has one; or None."""
+  """Returns the folder of a prepared data set, its newest version unless the name has one; or None."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import read_only_builder
 
@@ -210,7 +210,7 @@ def find(name: str, directory: str) -> str | None:
 
 
 def choose_features(info) -> tuple[str, str | None, str | None]:
-  """The names of the image, the label (or None) and the record's own name (or None)."""
+  """Returns the names of the features with the image, the label and the record's name; None: no such."""
   import tensorflow_datasets as tfds
 
   features = info.features
@@ -225,16 +225,14 @@ def choose_features(info) -> tuple[str, str | None, str | None]:
     )
   if label not in labels:
     label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
-  names = [
-    k for k, f in features.items() if k in ("file_name", "id") and isinstance(f, tfds.features.Text)
-  ]
-  return image, label, names[0] if names else None
+  texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
+  return image, label, next((k for k in texts if k in ("file_name", "id")), None)
 
 
 def make_own(name: str, directory: str) -> str:
-  """Prepares a data set of ours unless it is there; returns its .../NAME/VERSION folder.
+  """Prepares one of the project's own data sets if necessary; returns its .../NAME/VERSION folder.
 
-  Prepared beside its place and moved there in one step, so that processes may race.
+  It is prepared beside that folder and renamed to it, so that several processes may do so at once.
   """
   import tensorflow_datasets as tfds
 
@@ -251,7 +249,7 @@ def make_own(name: str, directory: str) -> str:
     ) from error
   try:
     builder = builder_class(data_dir=scratch, file_format="array_record")
-    # TFDS would announce the scratch folder on stdout, and draw bars for a second's work.
+    # TFDS would print the scratch folder, and draw progress bars for a second's work.
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare()

@@ -1,12 +1,12 @@
 """Resizes, crops and augments a decoded image to the square uint8 image that the model sees.
 
-Holds the paper's resizing and cropping (section 3.2), and CIFAR's augmentation. Pure functions of one
-image and, where random, of a generator that the caller seeds; nothing here knows of data sets, batches
-or palettes.
+The paper's resizing and cropping (section 3.2), and CIFAR's augmentation, as pure functions of one
+image and, if random, of a generator; independent of data sets, batches and palettes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import typing
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from PIL import Image
 from igpt_jax import errors
 from igpt_jax.data import image_decoding
 
-# The pipeline parallelises over images; OpenCV's own pool would only fight with it for the cores.
+# The pipeline parallelises over images; OpenCV's own threads would compete with it for the cores.
 cv2.setNumThreads(1)
 
-# Increased whenever evaluation shows other pixels of the same file, which makes kept results stale.
+# Increase whenever evaluation yields other pixels for the same file, so that kept results become stale.
 EVALUATION_VERSION = 2
 
 AUGMENTATIONS = ("none", "paper", "cifar", "shift")
@@ -34,9 +34,9 @@ PAPER_SHORT_SIDE = (256, 384)  # range of the random shorter side, both ends inc
 
 
 def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """uint8 [H, W, 3] to [height, width, 3]: mean over each target pixel's area.
+  """Resizes uint8 [H, W, 3] to [height, width, 3]: the mean over every target pixel's area.
 
-  An axis that must grow has no area to average, and is interpolated linearly.
+  Interpolates linearly if an axis grows.
   """
   if image.shape[:2] == (height, width):
     return image
@@ -46,24 +46,24 @@ def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize_box(image: np.ndarray, box: tuple[float, float, float, float], side: int) -> np.ndarray:
-  """Antialiased bilinear of a box (left, top, right, bottom) to side²: uint8 [side, side, 3].
+  """Resizes a box (left, top, right, bottom), antialiased bilinear, to uint8 [side, side, 3].
 
-  The triangle filter widens with the reduction, and reaches past the box as it would in a resize of
-  the whole image, whose pixels these are; memory and time are those of the box.
+  Gives the pixels that resizing the whole image would give (the filter reaches past the box), but with
+  the memory and time of the box.
   """
   left, top, right, bottom = box
   reach_x, reach_y = (math.ceil(length / side) + 1 for length in (right - left, bottom - top))
   x = max(0, math.floor(left) - reach_x)
   y = max(0, math.floor(top) - reach_y)
   part = image[y : math.ceil(bottom) + reach_y, x : math.ceil(right) + reach_x]
-  # A product of floats may end a hair past the image's edge.
+  # Rounding errors may put the box's end past the image's edge.
   box = left - x, top - y, min(right - x, part.shape[1]), min(bottom - y, part.shape[0])
   resized = Image.fromarray(part).resize((side, side), Image.Resampling.BILINEAR, box=box)
   return np.asarray(resized)
 
 
 def _scaled_to_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
-  """The size with the shorter side at `short_side` and the aspect ratio kept."""
+  """Returns the size with the shorter side scaled to `short_side`, in the same aspect ratio."""
   if height <= width:
     return short_side, max(short_side, round(width * short_side / height))
   return max(short_side, round(height * short_side / width)), short_side
@@ -78,7 +78,7 @@ class PaperCrop(typing.NamedTuple):
   left: int
 
   def source_box(self, height: int, width: int) -> tuple[int, int, int, int]:
-    """The crop as left, top, right, bottom in whole pixels of the height × width original."""
+    """Returns the crop as left, top, right, bottom in whole pixels of the height × width original."""
     scale_y, scale_x = height / self.height, width / self.width
     box_height = min(height, max(1, round(PAPER_CROP * scale_y)))
     box_width = min(width, max(1, round(PAPER_CROP * scale_x)))
@@ -88,7 +88,7 @@ class PaperCrop(typing.NamedTuple):
 
 
 def draw_paper_crop(rng: np.random.Generator, height: int, width: int) -> PaperCrop:
-  """Shorter side uniform in PAPER_SHORT_SIDE, position uniform over the valid ones."""
+  """Draws a crop: shorter side uniform in PAPER_SHORT_SIDE, position uniform over the valid ones."""
   short_side = int(rng.integers(PAPER_SHORT_SIDE[0], PAPER_SHORT_SIDE[1] + 1))
   new_height, new_width = _scaled_to_short_side(height, width, short_side)
   top = int(rng.integers(new_height - PAPER_CROP + 1))
@@ -97,10 +97,10 @@ def draw_paper_crop(rng: np.random.Generator, height: int, width: int) -> PaperC
 
 
 def crop_literal(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarray:
-  """The paper's words step by step: resize the image, crop 224², average to resolution².
+  """Follows the paper step by step: resizes the image, crops 224², averages to resolution².
 
-  The paper names no filter. Antialiased bilinear, then the mean over areas, are this project's choice.
-  What the crop leaves out isn't resized: of an image of 30,000×1 that would be gigabytes.
+  The paper names no filter; antialiased bilinear, then the mean over areas, are this project's choice.
+  Only the crop is resized: the whole of an image of 30,000×1 would take gigabytes.
   """
   scale_y, scale_x = image.shape[0] / crop.height, image.shape[1] / crop.width
   left, top = crop.left * scale_x, crop.top * scale_y
@@ -109,21 +109,21 @@ def crop_literal(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndar
 
 
 def crop_fused(image: np.ndarray, crop: PaperCrop, resolution: int) -> np.ndarray:
-  """The same crop in one step: a box of whole source pixels, averaged to resolution².
+  """Takes the same crop in one step: a box of whole source pixels, averaged to resolution².
 
-  The box moves by at most half a source pixel against `crop_literal`, and the blur of its first
-  resize is missing.
+  Compared with `crop_literal`, the box moves by at most half a source pixel, and there is no blur by a
+  first resize.
   """
   left, top, right, bottom = crop.source_box(*image.shape[:2])
   return resize_area(image[top:bottom, left:right], resolution, resolution)
 
 
 def fit(image: np.ndarray, resolution: int) -> np.ndarray:
-  """Shorter side to `resolution`, centre crop; an image of that size is returned as it is."""
+  """Scales the shorter side to `resolution` and crops the centre; an image of that size stays as it is."""
   height, width = image.shape[:2]
   if (height, width) == (resolution, resolution):
     return image
-  # Cropping first spares the resize of what would be thrown away; the box is centred to the pixel.
+  # Crop first, so that only the result is resized.
   side = min(height, width)
   top, left = (height - side) // 2, (width - side) // 2
   return resize_area(image[top : top + side, left : left + side], resolution, resolution)
@@ -135,7 +135,7 @@ def fit(image: np.ndarray, resolution: int) -> np.ndarray:
 def paper_eval(image: np.ndarray, resolution: int) -> np.ndarray:
   """Evaluation on ImageNet: shorter side 224, centre crop 224², down to resolution².
 
-  An image whose shorter side is the model's own is cropped alone: no resize, no blur.
+  An image whose shorter side is `resolution` already is only cropped.
   """
   if min(image.shape[:2]) == resolution:
     return fit(image, resolution)
@@ -154,9 +154,9 @@ def paper_train(
 
 
 def paper_train_encoded(
-  data: bytes | np.ndarray, rng: np.random.Generator, resolution: int, record_id: str = "picture"
+  data: bytes | np.ndarray, rng: np.random.Generator, resolution: int, record_id: str = "image"
 ) -> np.ndarray:
-  """`paper_train` of the decoded image, for less: a JPEG is decoded only down to the crop's end."""
+  """Returns `paper_train` of the decoded image, but decodes a JPEG only down to the crop's last row."""
   if not isinstance(data, bytes) or (frame := image_decoding.plain_frame(data)) is None:
     return paper_train(image_decoding.decode(data, record_id), rng, resolution)
   height, width = (int.from_bytes(data[i : i + 2], "big") for i in (frame + 5, frame + 7))
@@ -170,7 +170,7 @@ def paper_train_encoded(
 
 
 def cifar_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
-  """CIFAR fine-tuning: reflect-pad 4, random crop of the image or its mirror image."""
+  """Fine-tuning on CIFAR: reflect-pad by 4, random crop of the image or its mirror image."""
   image = fit(image, resolution)
   top, left = (int(x) for x in rng.integers(0, 9, size=2))
   mirrored = bool(rng.integers(2))
@@ -180,9 +180,9 @@ def cifar_train(image: np.ndarray, rng: np.random.Generator, resolution: int) ->
 
 
 def shift_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
-  """Every other image is moved by up to an eighth of its side; what comes in is black.
+  """Shifts half of the images by up to an eighth of their side, and fills with black.
 
-  Not the paper's: for small sets of drawings on black, where flips would change the meaning.
+  Not from the paper: for small sets of drawings on black, whose meaning flips would change.
   """
   image = fit(image, resolution)
   reach = max(1, resolution // 8)
@@ -195,23 +195,20 @@ def shift_train(image: np.ndarray, rng: np.random.Generator, resolution: int) ->
 def train_transform(
   augment: str, resolution: int, resample: str = "fused"
 ) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
-  """The training recipe of that name: (uint8 [H, W, 3], generator) -> uint8 [R, R, 3]."""
+  """Returns the training recipe of that name: (uint8 [H, W, 3], generator) -> uint8 [R, R, 3]."""
   check_recipe(augment, resolution, resample)
-  if augment == "paper":
-    return lambda image, rng: paper_train(image, rng, resolution, resample)
-  if augment == "cifar":
-    return lambda image, rng: cifar_train(image, rng, resolution)
-  if augment == "shift":
-    return lambda image, rng: shift_train(image, rng, resolution)
-  return lambda image, rng: fit(image, resolution)
+  return {
+    "paper": lambda image, rng: paper_train(image, rng, resolution, resample),
+    "cifar": lambda image, rng: cifar_train(image, rng, resolution),
+    "shift": lambda image, rng: shift_train(image, rng, resolution),
+    "none": lambda image, rng: fit(image, resolution),
+  }[augment]
 
 
 def eval_transform(augment: str, resolution: int) -> Callable[[np.ndarray], np.ndarray]:
-  """The evaluation that goes with a training recipe: uint8 [H, W, 3] -> uint8 [R, R, 3]."""
+  """Returns the evaluation for a training recipe: uint8 [H, W, 3] -> uint8 [R, R, 3]."""
   check_recipe(augment, resolution)
-  if augment == "paper":
-    return lambda image: paper_eval(image, resolution)
-  return lambda image: fit(image, resolution)
+  return functools.partial(paper_eval if augment == "paper" else fit, resolution=resolution)
 
 
 def check_recipe(augment: str, resolution: int, resample: str = "fused") -> None:

@@ -49,9 +49,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, digits, indices):
-    # The scans have the 17 levels 0..16; spread over 0..255 they are images like any other.
-    pictures = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    # The scans have the 17 levels 0..16; scale them to 0..255.
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     for index in indices:
       file = io.BytesIO()
-      Image.fromarray(pictures[index]).save(file, "png")
+      Image.fromarray(images[index]).save(file, "png")
       yield int(index), {"image": file.getvalue(), "label": int(digits.target[index])}
