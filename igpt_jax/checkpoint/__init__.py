@@ -1,17 +1,17 @@
-"""Checkpoints: the only room that imports orbax.
+"""Checkpoints: the only package that imports orbax.
 
-One checkpoint is everything a run needs to go on and everything another job needs to use it:
+A checkpoint holds everything that a run needs to resume and that another job needs to use it:
 
   WORKDIR/checkpoints/STEP/
     params     the model's parameters
-    head       a classifier's weights, where there is one
+    head       a classifier's weights, if there is one
     training   step, optimizer state, RNG
     palette    the colours, float32 [k, 3] in [-1, 1], so that a checkpoint alone can be sampled from
-    (metadata) the run as JSON: model, objective, config, data position, elapsed time; checksums of all
+    (metadata) the run as JSON: model, objective, config, data position, elapsed time; all checksums
 
-Writes are asynchronous and atomic: a step's folder appears when it is whole. An imported checkpoint
-has no `training`: every job can read it, but no run can go on from it. `reading` is for every job,
-`writing` for those that train, `model_only` for what is converted.
+Writes are asynchronous and atomic: a step's folder appears when it is complete. A converted checkpoint
+has no `training`: every job can read it, but no run can resume from it. `reading` is for every job,
+`writing` for jobs that train, `model_only` for converted weights.
 """
 
 from igpt_jax.checkpoint.folders import FOLDER, find, latest_step, path_of, whole_steps

@@ -1,7 +1,7 @@
-"""Checksums of all that a checkpoint holds: taken when it is saved, compared when it is read.
+"""Checksums of everything in a checkpoint: computed when it is saved, compared when it is read.
 
-Orbax stores none of the numbers, and a flipped bit in a file is another number. They travel among
-what a checkpoint says of its run; one that has none (older, or another program's) is read unchecked.
+Orbax stores no checksums of arrays, so it wouldn't notice a flipped bit. They are stored in the
+checkpoint's metadata; a checkpoint without them (older, or another program's) is read unchecked.
 """
 
 import json
@@ -16,21 +16,20 @@ from igpt_jax.errors import UserError
 
 _KEY = "checksums"
 _RUN = "run"
-METRICS = "metrics"  # orbax' name for scores, which it doesn't count among the items
+METRICS = "metrics"  # orbax' name for scores, which aren't among the items that it lists
 
 
 def with_sums(run: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
-  """The run as it is stored: with the format's number, the items' checksums, and one of itself."""
+  """Returns the run as stored: with the format's number, the items' checksums, and the run's own."""
   run = {**run, history.KEY: history.FORMAT}
   return {**run, _KEY: {**sums, _RUN: files.digest([run, sums])}}
 
 
 def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str, str]]:
-  """The run as it was given, its config with today's names, and the checksums of the items, {} where
-  there are none.
+  """Returns the run, its config with today's names, and the items' checksums, {} if there are none.
 
   Raises:
-    NewerFormat: this version doesn't know how to read it.
+    NewerFormat: a newer version wrote it.
     UserError: it isn't what was saved.
   """
   if not stored or not isinstance(stored, dict):
@@ -42,9 +41,7 @@ def without_sums(folder: str, stored: object) -> tuple[dict[str, Any], dict[str,
   run = dict(stored)
   sums = run.pop(_KEY, {})
   if sums:
-    if not isinstance(sums, dict):
-      raise _differs(folder, _RUN)
-    sums = dict(sums)
+    sums = dict(sums) if isinstance(sums, dict) else {}
     if sums.pop(_RUN, None) != files.digest([run, sums]):
       raise _differs(folder, _RUN)
   if "config" in run:
@@ -58,16 +55,16 @@ def of_items(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_metrics(metrics: Mapping[str, float] | None) -> dict[str, str]:
-  """Checksum of the scores by which Orbax keeps the best: {} where there are none."""
+  """Returns the checksum of the scores by which Orbax keeps the best; {} if there are none."""
   return {METRICS: files.digest(metrics)} if metrics else {}
 
 
 def check_metrics(folder: str, sums: Mapping[str, str]) -> None:
-  """Reads the scores as orbax will.
+  """Reads the scores as orbax will, and compares them with what was saved.
 
   Raises:
     OSError, ValueError: they can't be read.
-    UserError: they aren't what was saved.
+    UserError: they differ.
   """
   path = os.path.join(folder, METRICS, METRICS)
   if os.path.exists(path) or METRICS in sums:
@@ -78,11 +75,7 @@ def check_metrics(folder: str, sums: Mapping[str, str]) -> None:
 
 
 def check(folder: str, sums: Mapping[str, str], items: Mapping[str, Any]) -> None:
-  """Compares items that were read with what was saved.
-
-  Raises:
-    UserError: naming the first that differs.
-  """
+  """Raises UserError for the first item that differs from what was saved."""
   for name, item in items.items():
     if name in sums and checksum(item) != sums[name]:
       raise _differs(folder, name)

@@ -1,7 +1,7 @@
-"""Paths of checkpoints, and which of them are complete, by names and marker files alone.
+"""Finds checkpoints' folders, and which of them are complete, by names and marker files alone.
 
-A checkpoint is complete once its last file exists. Leftovers of an interrupted copy or a killed run
-are not; checkpoints that were set aside have another name.
+A checkpoint is complete when its last file exists, unlike what an interrupted copy or a killed run has
+left; checkpoints that were set aside have other names.
 """
 
 import os
@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from igpt_jax.errors import UserError
 
 FOLDER = "checkpoints"
-_LAST_FILE = "commit_success.txt"  # what orbax writes when all else is there
+_LAST_FILE = "commit_success.txt"  # orbax writes it last
 
 
 def is_finished(folder: str) -> bool:
@@ -20,7 +20,7 @@ def is_finished(folder: str) -> bool:
 
 
 def is_whole(folder: str) -> bool:
-  """Returns True if a checkpoint is complete. (Orbax takes any numbered folder for one, also half a copy.)"""
+  """Returns True if a checkpoint is complete. (Orbax itself accepts any numbered folder.)"""
   return is_finished(folder) and ocp.is_orbax_checkpoint(folder)
 
 
@@ -29,33 +29,33 @@ def folder_of_steps(path: str) -> str:
 
 
 def numbered(folder: str) -> list[int]:
-  """Lists the steps in a folder of checkpoints, complete or not, ascending."""
+  """Returns the steps in a folder of checkpoints, complete or not, ascending."""
   if not os.path.isdir(folder):
     return []
   return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
 
 
 def whole_steps(workdir: str) -> list[int]:
-  """Steps of a workdir's complete checkpoints, ascending; changes nothing there."""
+  """Returns the steps of a workdir's complete checkpoints, ascending; writes nothing."""
   folder = folder_of_steps(workdir)
   return [step for step in numbered(folder) if is_whole(os.path.join(folder, str(step)))]
 
 
 def latest_step(workdir: str) -> int | None:
-  """Step of the newest complete checkpoint in a workdir; changes nothing there."""
+  """Returns the step of a workdir's newest complete checkpoint, or None; writes nothing."""
   return max(whole_steps(workdir), default=None)
 
 
 def path_of(workdir: str, step: int) -> str:
-  """The folder of one checkpoint of a workdir."""
+  """Returns the folder of one checkpoint of a workdir."""
   return os.path.join(folder_of_steps(workdir), str(step))
 
 
 def find(path: str) -> tuple[str, int]:
-  """The folder of one checkpoint, and its step; `path` is a workdir or one checkpoint in it.
+  """Returns a checkpoint's folder and step; `path` is a workdir (its newest one) or one checkpoint.
 
   Raises:
-    UserError: there is none.
+    UserError: there is no complete checkpoint.
   """
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.basename(path).isdigit() and is_whole(path):
@@ -70,8 +70,8 @@ def find(path: str) -> tuple[str, int]:
 
 
 def advice(folder: str) -> str:
-  """Advises on what to use instead of a checkpoint, naming the complete ones beside it."""
+  """Returns advice on what to use instead of a checkpoint, with the complete ones beside it."""
   beside, name = os.path.split(folder)
   steps = [str(n) for n in whole_steps(beside)] if os.path.basename(beside) == FOLDER else []
-  among = ", ".join(step for step in steps if step != name)
-  return f"another step of the run{f' ({among})' if among else ''}, or copy it again"
+  others = ", ".join(step for step in steps if step != name)
+  return f"another step of the run{f' ({others})' if others else ''}, or copy it again"

@@ -1,4 +1,4 @@
-"""Writes a checkpoint of a model alone, without a training state, as for converted weights."""
+"""Writes checkpoints of a model without a training state, for converted weights."""
 
 import logging
 import os
@@ -15,10 +15,9 @@ from igpt_jax.model.image_gpt import Params
 
 
 def _sparing_memory() -> ocp.Context:
-  """Orbax' context for writing without a second copy in memory, in pieces that can be read singly.
+  """Returns an orbax context that writes without a second copy in memory, one file for every chunk.
 
-  Its default, OCDBT, gathers whatever is to be written in memory first; a file for every piece is
-  written as it comes. Reading makes no difference between the two.
+  Its default, OCDBT, first collects everything in memory. Reading is the same for both.
   """
   context = ocp.Context()
   context.array.saving.use_ocdbt = False
@@ -28,12 +27,12 @@ def _sparing_memory() -> ocp.Context:
 
 
 def save_params(workdir: str, params: Params, info: CheckpointInfo) -> str:
-  """Writes a workdir with one checkpoint without a training state, whole or not at all.
+  """Writes, all or nothing, a workdir with one checkpoint without a training state.
 
   Args:
-    workdir: to make; nothing may be there.
-    params: numpy arrays, of any float type.
-    info: what the checkpoint says about itself; its path and format are left out.
+    workdir: the folder to make; must not exist.
+    params: numpy arrays of any float type.
+    info: the checkpoint's description; its path and format are ignored.
 
   Returns:
     The checkpoint's folder.
@@ -42,16 +41,14 @@ def save_params(workdir: str, params: Params, info: CheckpointInfo) -> str:
   items: dict[str, Any] = {"params": params}
   if info.palette is not None:
     items["palette"] = {"centers": np.asarray(info.palette, np.float32)}
-  # If its folder can't be made, orbax would leave threads waiting; it also warns that there is no OCDBT
-  # to merge.
+  # Make the folder first: if orbax fails to, it leaves threads waiting. `quiet` is for its warning that
+  # there is no OCDBT to merge.
   with (
     files.new_folder(workdir, "checkpoint to write") as part,
     _sparing_memory(),
     reading.quiet(logging.ERROR),
   ):
-    ocp.save_checkpointables(
-      os.path.join(part, FOLDER, str(info.step)),
-      items,
-      custom_metadata=file_sums.with_sums(info.run, file_sums.of_items(items)),
-    )
+    run = file_sums.with_sums(info.run, file_sums.of_items(items))
+    path = os.path.join(part, FOLDER, str(info.step))
+    ocp.save_checkpointables(path, items, custom_metadata=run)
   return os.path.join(workdir, FOLDER, str(info.step))

@@ -1,4 +1,4 @@
-"""Changes to the whole process that orbax makes necessary, each undone when nobody needs it any more."""
+"""Changes to the whole process that orbax makes necessary, undone when they aren't needed any more."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 
 class ProcessWide(contextlib.AbstractContextManager):
-  """A change made for the first of the blocks that want it, in any thread, and undone after the last."""
+  """Change that the first `with` block in any thread makes, and the end of the last one undoes."""
 
   def __init__(self, change: Callable[[], contextlib.AbstractContextManager]):
     self._change, self._undo = change, contextlib.ExitStack()
@@ -31,25 +31,25 @@ class ProcessWide(contextlib.AbstractContextManager):
 def _ignoring_followup_errors() -> Iterator[None]:
   before, logger = sys.unraisablehook, logging.getLogger("absl")
 
-  def is_told(record: logging.LogRecord) -> bool:
-    # orbax also raises what it logs with a traceback; the error is reported in one line.
-    of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
-    return not (record.exc_info and of_orbax)
+  def is_wanted(record: logging.LogRecord) -> bool:
+    # Errors that orbax logs with a traceback it also raises, and they are reported in one line.
+    from_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+    return not (record.exc_info and from_orbax)
 
   def hook(unraisable) -> None:
-    # Other writes that were under way when one failed find orbax' event loop closed.
+    # After a failed write, concurrent ones raise this since orbax has closed its event loop.
     if str(unraisable.exc_value) != "Event loop is closed":
       before(unraisable)
 
-  logger.addFilter(is_told)
+  logger.addFilter(is_wanted)
   sys.unraisablehook = hook
   try:
     yield
   finally:
-    logger.removeFilter(is_told)
+    logger.removeFilter(is_wanted)
     if sys.unraisablehook is hook:
       sys.unraisablehook = before
 
 
-# Needed for as long as something may be written: orbax reports failed saves from its own threads.
+# Needed as long as something may be being written: orbax reports failed saves from its own threads.
 ignore_followup_errors = ProcessWide(_ignoring_followup_errors)

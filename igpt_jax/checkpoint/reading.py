@@ -1,6 +1,6 @@
-"""Reading of checkpoints by any job: their description, parameters and head.
+"""Reads checkpoints for any job: their description, parameters and head.
 
-Everything that is read is compared with the checksum that was saved with it.
+Everything read is compared with the checksum that was saved with it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint._src.futures import synchronization  # numbers operations; nothing public does
+from orbax.checkpoint._src.futures import synchronization  # no public API numbers operations
 
 from igpt_jax.checkpoint import file_sums, folders
 from igpt_jax.checkpoint.settled import settled
@@ -25,27 +25,28 @@ from igpt_jax.training.state import HEAD, head_sharding, param_shardings
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
-    abstract,
-    shardings,
-  )
+  """Returns `abstract` as ShapeDtypeStructs with these shardings."""
+
+  def placed(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(placed, abstract, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-  """A trained model of any origin, its parameters not read yet.
+  """Description of a trained model of any origin, without its parameters.
 
   Attributes:
-    path: where it is.
-    step: updates it was trained for; 0 if unknown.
-    config: its model.
-    palette: float32 [k, 3] in [-1, 1], or None if it was trained on bare tokens.
-    run: what is known of its training: "model", "objective", "mask_probability", "resolution", and
-      of a run of this program "config", "data", …
+    path: the checkpoint's folder or file prefix.
+    step: number of updates that it was trained for; 0 if unknown.
+    config: the model.
+    palette: float32 [k, 3] in [-1, 1]; None if it was trained on tokens without a palette.
+    run: its training: "model", "objective", "mask_probability", "resolution"; if this program trained
+      it, also "config", "data", …
     format: "orbax" for this program's own, or "openai", "huggingface".
-    classes: names of a head's classes; () where there is no head.
-    sums: checksums of its items, where it has any.
+    classes: names of a head's classes; () if there is no head.
+    sums: checksums of its items; {} if it has none.
   """
 
   path: str
@@ -60,7 +61,7 @@ class CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel(CheckpointInfo):
-  """A trained model as the jobs use it: `params` are on the mesh, float32, in place."""
+  """Trained model with `params` on the mesh, float32."""
 
   params: Params
 
@@ -79,13 +80,13 @@ def quiet(level: int):
 
 @contextlib.contextmanager
 def reading(folder: str):
-  """Makes one line of what orbax raises over damaged files, which it also logs with tracebacks."""
+  """Converts orbax' errors over damaged files to a UserError of one line, and silences its log."""
   try:
     with quiet(logging.CRITICAL), settled:
       yield
   except UserError:
     raise
-  except Exception as error:  # damaged files raise errors of every kind
+  except Exception as error:  # damaged files raise errors of many kinds
     first: BaseException = error
     while cause := first.__cause__ or first.__context__:
       first = cause
@@ -95,88 +96,82 @@ def reading(folder: str):
     ) from error
 
 
-_numbers_alone = itertools.count(10**9)
+_single_process_ids = itertools.count(10**9)
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-  """Lets a process read by itself: Orbax would have it wait for the others.
+  """Lets one process read without the others, for which Orbax would otherwise wait.
 
-  Orbax numbers the operations of a process, and processes meet by those numbers. What one reads alone
-  gets a number beside them, or it would wait forever at the next operation that all have in common.
-  Not while something is being written in the background, which asks for the number of its own.
+  Orbax numbers a process' operations, and processes synchronise by equal numbers. Reads of one process
+  take numbers from another range, or it would wait forever at the next common operation. Don't use it
+  during a write in the background, which asks for its own number.
   """
   if jax.process_count() == 1:
     yield
     return
-  context, this = ocp.Context(), jax.process_index()
-  context.multiprocessing.primary_host = this
-  context.multiprocessing.active_processes = {this}
-  context.multiprocessing.barrier_sync_key_prefix = f"igpt_jax_{this}"
-  numbers = synchronization.OperationIdGenerator
-  of_all = numbers._operation_id_counter, numbers._operation_id
-  numbers._operation_id_counter = _numbers_alone
+  context, process = ocp.Context(), jax.process_index()
+  context.multiprocessing.primary_host = process
+  context.multiprocessing.active_processes = {process}
+  context.multiprocessing.barrier_sync_key_prefix = f"igpt_jax_{process}"
+  ids = synchronization.OperationIdGenerator
+  before = ids._operation_id_counter, ids._operation_id
+  ids._operation_id_counter = _single_process_ids
   try:
     with context:
       yield
   finally:
-    numbers._operation_id_counter, numbers._operation_id = of_all
+    ids._operation_id_counter, ids._operation_id = before
 
 
 def describe(path: str) -> CheckpointInfo:
-  """Reads a checkpoint's description of itself, and its palette; no parameters.
+  """Reads the description and the palette of a checkpoint, but no parameters.
 
   Args:
-    path: a workdir, or one checkpoint in it.
+    path: a workdir (its newest checkpoint), or one checkpoint.
 
   Raises:
-    UserError: there is none, it is damaged, or another program's.
+    UserError: there is no checkpoint, or it is damaged or another program's.
   """
   folder, step = folders.find(path)
   with reading(folder), _alone():
-    stored = ocp.checkpointables_metadata(folder)
-    run, sums_of_items = file_sums.without_sums(folder, stored.custom_metadata)
+    run, sums, has_head, palette = _read_small_items(folder)
     if "model" not in run:
       raise UserError(
         f"checkpoint: {folder} was not written by igpt_jax: it doesn't name its model; "
         f"fix: {folders.advice(folder)}"
       )
-    _check_names(sums_of_items, stored.metadata)
     config = ImageGPTConfig(**run["model"])
-    palette = None
-    if "palette" in stored.metadata:
-      item = ocp.load_checkpointables(folder, {"palette": None})["palette"]
-      file_sums.check(folder, sums_of_items, {"palette": item})
-      palette = np.asarray(item["centers"])
-    classes = tuple(run["classes"]) if "head" in stored.metadata else ()
-  return CheckpointInfo(folder, step, config, palette, run, classes=classes, sums=sums_of_items)
+    classes = tuple(run["classes"]) if has_head else ()
+    palette = None if palette is None else np.asarray(palette["centers"])
+  return CheckpointInfo(folder, step, config, palette, run, classes=classes, sums=sums)
 
 
 def check_readable(folder: str) -> None:
-  """Reads the small items of a checkpoint, whatever it holds.
-
-  Raises:
-    UserError: it is damaged.
-  """
+  """Raises UserError if the metadata, the palette or the scores of a checkpoint are damaged."""
   with reading(folder), _alone():
-    stored = ocp.checkpointables_metadata(folder)
-    _, sums_of_items = file_sums.without_sums(folder, stored.custom_metadata)
-    _check_names(sums_of_items, stored.metadata)
-    if "palette" in stored.metadata:
-      file_sums.check(folder, sums_of_items, ocp.load_checkpointables(folder, {"palette": None}))
-    file_sums.check_metrics(folder, sums_of_items)
+    _, sums, _, _ = _read_small_items(folder)
+    file_sums.check_metrics(folder, sums)
 
 
-def _check_names(expected: Mapping[str, str], stored: Mapping[str, Any]) -> None:
-  for name in expected.keys() - stored.keys() - {file_sums.METRICS}:
+def _read_small_items(folder: str) -> tuple[dict[str, Any], dict[str, str], bool, Any]:
+  """Returns a checkpoint's run, its items' checksums, whether it has a head, and its palette's item."""
+  stored = ocp.checkpointables_metadata(folder)
+  run, sums = file_sums.without_sums(folder, stored.custom_metadata)
+  for name in sums.keys() - stored.metadata.keys() - {file_sums.METRICS}:
     raise LookupError(f"{name} isn't there")
+  items = {}
+  if "palette" in stored.metadata:
+    items = ocp.load_checkpointables(folder, {"palette": None})
+    file_sums.check(folder, sums, items)
+  return run, sums, "head" in stored.metadata, items.get("palette")
 
 
 def newest(workdir: str) -> CheckpointInfo | None:
-  """The newest checkpoint of a workdir that can be described; None: there is none at all.
+  """Describes the newest readable checkpoint of a workdir; returns None if there are no checkpoints.
 
   Raises:
-    UserError: there are checkpoints, and none of them can be.
+    UserError: there are checkpoints, but none is readable.
   """
   folder, why = folders.folder_of_steps(os.path.abspath(workdir)), {}
   for step in reversed(folders.numbered(folder)):
@@ -194,6 +189,7 @@ def newest(workdir: str) -> CheckpointInfo | None:
 
 
 def none_is_good(folder: str, why: Mapping[int, str]) -> UserError:
+  """Makes the error that no checkpoint is readable, with the reason for every step."""
   return UserError(
     f"checkpoint: none in {folder} can be gone on from:\n"
     + "\n".join(f"  {step}: {why[step]}" for step in sorted(why))
@@ -202,14 +198,14 @@ def none_is_good(folder: str, why: Mapping[int, str]) -> UserError:
 
 
 def load_params(info: CheckpointInfo, mesh: Mesh) -> Params:
-  """The parameters on the mesh, float32, whatever mesh wrote them."""
+  """Reads the parameters onto the mesh, float32; another mesh may have written them."""
   target = with_shardings(abstract_params(info.config), param_shardings(info.config, mesh))
   with reading(info.path):
     return _load(info, {"params": target})["params"]
 
 
 def load_head(info: CheckpointInfo, mesh: Mesh) -> jax.Array:
-  """A head's weights on the mesh, float32 [n_classes, n_embd]; only where there are `classes`."""
+  """Reads a head's weights onto the mesh, float32 [n_classes, n_embd]; there must be `classes`."""
   shape = len(info.classes), info.config.n_embd
   target = jax.ShapeDtypeStruct(shape, np.float32, sharding=head_sharding(mesh))
   with reading(info.path):
@@ -217,7 +213,7 @@ def load_head(info: CheckpointInfo, mesh: Mesh) -> jax.Array:
 
 
 def load_host_params(info: CheckpointInfo) -> Params:
-  """The parameters as numpy arrays of the stored dtype; no device is touched."""
+  """Reads the parameters as numpy arrays of the stored dtype, without devices."""
   with reading(info.path), _alone():
     stored = ocp.checkpointables_metadata(info.path).metadata["params"]
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
@@ -234,8 +230,8 @@ def load_pretrained(path: str, mesh: Mesh, **model_overrides: Any) -> LoadedMode
   """Reads a checkpoint's parameters (not its optimizer) onto the mesh.
 
   Args:
-    path: a workdir, or one checkpoint in it.
-    mesh: where the parameters go; any shape, whatever mesh wrote them.
+    path: a workdir (its newest checkpoint), or one checkpoint.
+    mesh: mesh of any shape; another one may have written the parameters.
     **model_overrides: fields of ImageGPTConfig that don't change the parameters (dtype, …).
   """
   info = describe(path)

@@ -1,8 +1,8 @@
-"""Concurrent reads that have all ended when the first failure is raised.
+"""Makes concurrent reads end before the first failure is raised.
 
-Orbax reads arrays at the same time, in event loops that it makes for a call and closes with the first
-error. What is still under way then finds its loop closed, or fails unheard; either is told later, by
-whichever thread or garbage collection comes upon it, in tracebacks of its own.
+Orbax reads arrays concurrently in an event loop that it makes for one call and closes at the first
+error. Reads that are still running then find their loop closed, or fail without anybody awaiting them;
+either prints a traceback later, in some thread or at garbage collection.
 """
 
 import asyncio
@@ -13,15 +13,15 @@ from typing import Any
 from igpt_jax.checkpoint.process_wide import ProcessWide
 
 try:
-  import uvloop  # of orbax' own requirements: for a loop within another one
+  import uvloop  # required by orbax, which uses it for a loop within another one
 except ImportError:  # on Windows
   uvloop = None
 
 
 class _Settling(asyncio.AbstractEventLoop):  # a mixin: `super()` is a real loop
-  """An event loop that, if its first task has failed, waits for the others before it closes.
+  """Event loop that, if its first task has failed, waits for the others before it closes.
 
-  They aren't cancelled: a read that is cancelled still calls back, into the closed loop.
+  They aren't cancelled, since a cancelled read would still call back into the closed loop.
   """
 
   _first: asyncio.Task | None = None
@@ -40,19 +40,19 @@ class _Settling(asyncio.AbstractEventLoop):  # a mixin: `super()` is a real loop
     first = self._first
     if first is None or not first.done() or first.cancelled():
       return False
-    return isinstance(first.exception(), Exception)  # Ctrl-C isn't, and doesn't want to wait
+    return isinstance(first.exception(), Exception)  # KeyboardInterrupt isn't one: don't wait then
 
   async def _settle(self) -> None:
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
       await asyncio.gather(*others, return_exceptions=True)
-    await asyncio.sleep(0)  # let tasks that have just ended be collected
+    await asyncio.sleep(0)  # so that tasks that have just ended are garbage collected
 
 
 class _Loop(_Settling, asyncio.SelectorEventLoop):
   pass
 
 
-# (module, what it makes loops by, what is in its place meanwhile)
+# (module, its `new_event_loop`, the replacement)
 _MAKERS: list[tuple[Any, Any, Any]] = [(asyncio, asyncio.new_event_loop, _Loop)]
 if uvloop is not None:
 
@@ -73,5 +73,5 @@ def _settling() -> Iterator[None]:
       module.new_event_loop = original
 
 
-# Within its blocks new event loops, in all threads, leave no task running.
+# In its blocks, new event loops of all threads leave no task running.
 settled = ProcessWide(_settling)

@@ -1,21 +1,19 @@
-"""Checkpoints of a training run: saving, resuming from the newest good one, setting damaged ones aside.
+"""Checkpoints of a training run: saves, resumes from the newest good one, sets damaged ones aside.
 
-What is promised, and what isn't: a checkpoint gets its name when all of it is written, and older ones
-are deleted only then, so that a killed run loses none. Its files are told to go to the disk (fsync)
-before that, as far as the file system keeps such a promise (buckets and networks may not); the name
-itself is not, so that a power cut may take the newest checkpoint away, or, on a file system without
-such a promise, leave a damaged one. That one is noticed, and the one before is used.
+A checkpoint gets its name when all of it is written, and older ones are deleted only after that, so
+that a killed run loses none. Its files are flushed to the disk (fsync) before, but not its name: after
+a power cut the newest checkpoint may be missing, or damaged on file systems where fsync guarantees
+nothing (buckets, some networks). The damage is detected, and the checkpoint before it is used.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -32,16 +30,15 @@ from igpt_jax.training.state import HEAD, TrainState
 # Raised by orbax and its storage layers when a disk or a bucket fails.
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
-# How often a checkpoint is read before it is set aside, and the seconds between.
+# Number of attempts to read a checkpoint before it is set aside, and the seconds between them.
 _READS, _PAUSE_SECONDS = 2, 1
 
-_SKIPPED = (
-  "skipped"  # a field of the state that is stored in the run, since older checkpoints lack it
-)
+# A field of the state that is stored in the run, since older checkpoints lack it.
+_SKIPPED = "skipped"
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  """Splits a state into stored items; model and head apart, so that the model can be read alone."""
+  """Splits a state into stored items; the head is its own, so that the model can be read alone."""
   items = {
     "params": {name: leaf for name, leaf in state.params.items() if name != HEAD},
     "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
@@ -51,15 +48,8 @@ def _items(state: TrainState) -> dict[str, Any]:
   return items
 
 
-@dataclasses.dataclass(frozen=True)
-class Resumed:
-  """A checkpoint that a run resumes from.
-
-  Attributes:
-    step: of the checkpoint.
-    run: as it was saved.
-    state: put where it was asked for.
-  """
+class Resumed(NamedTuple):
+  """Checkpoint that a run resumes from: its step, its run as saved, and its state on the devices."""
 
   step: int
   run: dict[str, Any]
@@ -71,24 +61,23 @@ def _sync_unnamed(folder: str) -> None:
   for name in os.listdir(folder):
     if ".orbax-checkpoint-tmp" in name:
       for parent, _, files in os.walk(os.path.join(folder, name)):
-        for each in (*files, ""):
-          sync(os.path.join(parent, each))
+        for file in (*files, ""):  # "" for the folder itself
+          sync(os.path.join(parent, file))
 
 
 class Checkpoints:
   """The checkpoints of one training run.
 
   Args:
-    workdir: of the run.
-    keep: how many of the newest to keep.
-    keep_every: keep those whose step is a multiple of this, too; 0: none.
-    keep_best: keep, too, the first of those whose score of this name is largest; "": by no score.
-    say: told what is set aside, and why.
-    patience: seconds that one of several processes waits for the others while a save is written; 0:
-      orbax' own 20 minutes.
+    workdir: the run's workdir.
+    keep: number of the newest checkpoints to keep.
+    keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
+    keep_best: also keep the first checkpoint with the largest score of this name; "": none.
+    say: called with a message about every checkpoint that is set aside.
+    patience: seconds that a process waits for the others during a save; 0: orbax' 20 minutes.
 
   Raises:
-    UserError: there are checkpoints, and none of them can be read.
+    UserError: there are checkpoints, but none is readable.
   """
 
   def __init__(
@@ -108,14 +97,12 @@ class Checkpoints:
     if keep_every:
       preserve.append(policies.EveryNSteps(keep_every))
     if keep_best:
-      preserve.append(
-        policies.BestN(
-          # Any comparable value will do.
-          get_metric_fn=cast(Any, lambda scores: (scores[keep_best], -scores["step"])),
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
+
+      def rank(scores) -> Any:  # orbax asks for a float, but takes any comparable value
+        return scores[keep_best], -scores["step"]
+
+      best = policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False)
+      preserve.append(best)
     self._preserve: Any = policies.AnyPreservationPolicy(preserve)
     self._score = keep_best
     self._begun = False
@@ -127,16 +114,13 @@ class Checkpoints:
 
   def _open(self) -> ocp.training.Checkpointer:
     context, folder = ocp.Context(), self._folder
-    # Created in the background, a folder's failure would surface only after a wait.
+    # If folders were created in the background, a failure would surface only after a wait.
     context.asynchronous.create_directories_asynchronously = False
     if self._patience and jax.process_count() > 1:
       context.asynchronous.timeout_secs = max(math.ceil(self._patience), 10)
     context.asynchronous.post_finalization_callback = lambda: _sync_unnamed(folder)
     return ocp.training.Checkpointer(
-      self._folder,
-      context=context,
-      preservation_policy=self._preserve,
-      cleanup_tmp_directories=True,
+      folder, context=context, preservation_policy=self._preserve, cleanup_tmp_directories=True
     )
 
   @property
@@ -144,17 +128,17 @@ class Checkpoints:
     return self._folder
 
   def kept(self) -> str:
-    """Describes the complete checkpoints in words."""
+    """Lists the complete checkpoints, for a message."""
     steps = folders.whole_steps(self._folder)
     return f"whole ones: {', '.join(map(str, steps))}" if steps else "there is no whole one yet"
 
   def latest(self) -> int | None:
-    """Step of the newest whole checkpoint."""
+    """Returns the step of the newest complete checkpoint, or None."""
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
 
   def scores(self) -> dict[int, float | None]:
-    """The score of `keep_best` by step, of whole checkpoints and the one being written; None: it has none."""
+    """Returns the score of `keep_best`, or None, of every step, including the one being written."""
     stored = {checkpoint.step: checkpoint.metrics for checkpoint in self._checkpointer.checkpoints}
     return {step: cast(dict, scores or {}).get(self._score) for step, scores in stored.items()}
 
@@ -164,16 +148,16 @@ class Checkpoints:
     shardings: TrainState,
     check: Callable[[int, dict[str, Any]], object] = lambda step, run: None,
   ) -> Resumed | None:
-    """The newest good checkpoint; None: there is none at all.
+    """Reads the newest good checkpoint; returns None if there are no checkpoints.
 
-    Those after it are damaged: they are told and set aside, for the run will write them again.
+    Those after it are damaged: they are reported and set aside, since the run will write them again.
 
     Args:
-      abstract, shardings: of the state, and where each leaf of it goes.
-      check: may refuse a checkpoint's step and run before its arrays are read.
+      abstract, shardings: the state's shapes and dtypes, and the sharding of every leaf.
+      check: called with step and run before the arrays are read; may raise to refuse a checkpoint.
 
     Raises:
-      UserError: there are checkpoints, and none is good; they stay as they are.
+      UserError: there are checkpoints, but none is good; they stay as they are.
     """
     why: dict[int, str] = {}
     for step in reversed([checkpoint.step for checkpoint in self._checkpointer.checkpoints]):
@@ -196,39 +180,34 @@ class Checkpoints:
     return None
 
   def _set_aside_unreadable(self) -> None:
-    """Renames incomplete steps, so that a run can write them again.
+    """Renames unfinished and damaged steps, so that a run can write them again.
 
-    Orbax takes any folder with a number for a checkpoint, and reads a little of each. What isn't
-    finished and older than what is, was being deleted when a run was killed. All processes read the
-    same, and know what is good; one of them acts.
+    Orbax takes any numbered folder for a checkpoint, and reads a part of every one. An unfinished step
+    before a finished one was being deleted when a run was killed. All processes read the same and come
+    to the same result; the main process acts on it.
     """
-    unfinished: dict[int, str] = {}
-    deleted: list[str] = []
-    damaged: dict[int, str] = {}
-    steps = folders.numbered(self._folder)
-    finished = {n for n in steps if folders.is_finished(os.path.join(self._folder, str(n)))}
-    for step in steps:
-      path = os.path.join(self._folder, str(step))
-      if step not in finished:
-        if step < max(finished, default=0):
-          deleted.append(path)
-          continue
-        unfinished[step] = "it was never finished, its last file isn't there"
-        continue
-      _, error = _read_again(functools.partial(reading.check_readable, path))
+    paths = {step: self._path_of(step) for step in folders.numbered(self._folder)}
+    finished = [step for step, path in paths.items() if folders.is_finished(path)]
+    newest, damaged = max(finished, default=0), {}
+    for step in finished:
+      _, error = _read_again(functools.partial(reading.check_readable, paths[step]))
       if error:
         damaged[step] = error
     if damaged and len(damaged) == len(finished):
       raise reading.none_is_good(self._folder, damaged)
     hosts.wait_for_all("checkpoints looked at")
-    for path in deleted if jax.process_index() == 0 else ():
-      shutil.rmtree(path, ignore_errors=True)
-    self._set_aside(unfinished, "unfinished")
+    unfinished = [step for step in paths if step not in finished]
+    if hosts.is_main():
+      for step in unfinished:
+        if step < newest:
+          shutil.rmtree(paths[step], ignore_errors=True)
+    why = "it was never finished, its last file isn't there"
+    self._set_aside({step: why for step in unfinished if step >= newest}, "unfinished")
     self._set_aside(damaged)
 
   def _set_aside(self, why: dict[int, str], suffix: str = "damaged") -> None:
-    for step in why if jax.process_index() == 0 else ():
-      source = os.path.join(self._folder, str(step))
+    for step in why if hosts.is_main() else ():
+      source = self._path_of(step)
       target = f"{source}.{suffix}"
       shutil.rmtree(target, ignore_errors=True)
       os.rename(source, target)
@@ -246,10 +225,10 @@ class Checkpoints:
     """Begins to write `state` under its step; the arrays are copied before this returns.
 
     Args:
-      state: with or without a head.
-      palette: the colours, if known.
-      run: of `CheckpointInfo`; "classes" names those of a head.
-      scores: of this step, for `keep_best`.
+      state: training state, with or without a head.
+      palette: float32 [k, 3], or None.
+      run: as in `CheckpointInfo`, with "classes" if there is a head.
+      scores: this step's scores, for `keep_best`.
 
     Raises:
       SAVE_ERRORS: it can't be written, or the one before wasn't; `reopen`, and try again.
@@ -264,41 +243,31 @@ class Checkpoints:
       items["palette"] = {"centers": np.asarray(palette, np.float32)}
     metrics = None if scores is None else {**scores, "step": step}
     self._begun = True
+    sums = file_sums.of_items(items) | file_sums.of_metrics(metrics)
+    stored_run = file_sums.with_sums(run, sums)
+    # `force`: also if the step comes before an existing one.
     self._checkpointer.save_checkpointables_async(
-      step,
-      items,
-      force=True,  # also if the step comes before an existing one
-      custom_metadata=file_sums.with_sums(
-        run, file_sums.of_items(items) | file_sums.of_metrics(metrics)
-      ),
-      metrics=metrics,
+      step, items, force=True, custom_metadata=stored_run, metrics=metrics
     )
 
   def read_run(self, step: int) -> dict[str, Any]:
-    """The run as it was saved at `step`."""
-    folder = os.path.join(self._folder, str(step))
-    with reading.reading(folder):
-      return file_sums.without_sums(
-        folder, self._checkpointer.checkpointables_metadata(step).custom_metadata
-      )[0]
+    """Reads the run that was saved at `step`."""
+    with reading.reading(self._path_of(step)):
+      return self._read_run_and_sums(step)[0]
 
   def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
-    """The state at `step`, each leaf put where `shardings` says, whatever mesh wrote it.
+    """Reads the state at `step` onto devices by `shardings`; another mesh may have written it.
 
     Raises:
       UserError: it can't be read, or isn't what was saved.
     """
-    folder = os.path.join(self._folder, str(step))
-    target = _items(reading.with_shardings(abstract, shardings))
+    folder, loaded = self._path_of(step), {}
     with reading.reading(folder):
-      stored = self._checkpointer.checkpointables_metadata(step).custom_metadata
-      # Orbax reads items one after the other, too, but leaves coroutines about when one of them fails.
-      loaded = {
-        name: self._checkpointer.load_checkpointables(step, {name: item})[name]
-        for name, item in target.items()
-      }
-    run, expected = file_sums.without_sums(folder, stored)
-    file_sums.check(folder, expected, loaded)
+      run, sums = self._read_run_and_sums(step)
+      # One item at a time: orbax doesn't await the others if one of several fails.
+      for name, item in _items(reading.with_shardings(abstract, shardings)).items():
+        loaded[name] = self._checkpointer.load_checkpointables(step, {name: item})[name]
+    file_sums.check(folder, sums, loaded)
     skipped = np.asarray(run.get(_SKIPPED, (0, 0)), np.int32)
     return TrainState(
       params=loaded["params"] | loaded.get("head", {}),
@@ -307,7 +276,7 @@ class Checkpoints:
     )
 
   def failed(self) -> bool:
-    """Non-blocking: True if the last save is known to have failed. With several processes only `wait` knows."""
+    """True if the last save is known to have failed; doesn't block. With several processes, use `wait`."""
     if not self._begun or jax.process_count() > 1 or self._checkpointer.is_saving_in_progress():
       return False
     with contextlib.suppress(*SAVE_ERRORS):
@@ -315,17 +284,17 @@ class Checkpoints:
     return self._error is not None
 
   def wait(self) -> None:
-    """Returns when everything that was begun is on disk.
+    """Waits until every save that was begun is on the disk.
 
     Raises:
-      SAVE_ERRORS: it isn't, and won't be; `reopen`, and save again.
+      SAVE_ERRORS: a save has failed; `reopen`, and save again.
     """
     if self._error is None:
       try:
         self._checkpointer.wait()
       except SAVE_ERRORS as error:
         self._error = error  # orbax raises it only once
-        # Its follow-up errors may come at any time until the process ends.
+        # Keep ignoring follow-up errors, which may come at any time until the process ends.
         self._until_closed.pop_all()
     if self._error is not None:
       raise self._error
@@ -337,29 +306,32 @@ class Checkpoints:
     self._begun, self._error = False, None
 
   def close(self) -> None:
-    """Waits for the last save, and releases orbax' resources.
-
-    Raises:
-      SAVE_ERRORS: as `wait`.
-    """
+    """Waits for the last save, and releases orbax' resources; raises SAVE_ERRORS as `wait`."""
     self.wait()
     self._checkpointer.close()
     self.let_go()
 
   def let_go(self) -> None:
-    """Undoes process-wide changes, without waiting; for when nothing is being saved any more."""
+    """Undoes process-wide changes, without waiting; call it when nothing is being saved any more."""
     self._until_closed.close()
+
+  def _path_of(self, step: int) -> str:
+    return os.path.join(self._folder, str(step))
+
+  def _read_run_and_sums(self, step: int) -> tuple[dict[str, Any], dict[str, str]]:
+    stored = self._checkpointer.checkpointables_metadata(step).custom_metadata
+    return file_sums.without_sums(self._path_of(step), stored)
 
 
 def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
-  """Returns `read()` of every process, or its error after two attempts: a network may fail once."""
+  """Returns `read()`, or the error if it has failed twice on some process. Collective."""
   error = ""
   for attempt in range(_READS):
     time.sleep(_PAUSE_SECONDS if attempt else 0)
     try:
       value, error = read(), ""
     except NewerFormat:
-      raise  # on every process; the checkpoint itself is complete, so it isn't set aside
+      raise  # on every process; the checkpoint isn't damaged, so don't set it aside
     except UserError as caught:
       value, error = None, str(caught)
     if not hosts.on_any(bool(error)):

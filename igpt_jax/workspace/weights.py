@@ -107,7 +107,7 @@ def checksum_of(info: CheckpointInfo) -> str:
     return info.sums["params"]
   if info.format == "orbax":  # written before checkpoints had checksums
     return checksum.checksum_on_host(checkpoint.load_host_params(info))
-  sums = formats.load(info.path, place=lambda path, leaf: checksum.summed(leaf), dtype=np.float32)
+  sums = formats.load(info.path, place=lambda path, leaf: checksum.Summed(leaf), dtype=np.float32)
   return checksum.checksum_of_summed(sums.params)
 
 
