@@ -57,8 +57,8 @@ def read_clusters(path: str | os.PathLike[str]) -> np.ndarray:
     for name in ("image_mean", "image_std"):
       if config.get(name) not in (None, [0.5, 0.5, 0.5]):
         raise UserError(
-          f"palette: {path}: {name} {str(config[name])[:100]!a}; expected 0.5 for every channel, as Image GPT's "
-          "colours are scaled to [-1, 1]"
+          f"palette: {path}: {name} {str(config[name])[:100]!a}; expected 0.5 for every channel, as "
+          "Image GPT's colours are scaled to [-1, 1]"
         )
     try:
       with np.errstate(over="ignore"):  # overflow gives inf, refused below
@@ -96,9 +96,7 @@ def _read_npy(path: str) -> np.ndarray:
     raise UserError(f"palette: {path}: {error.strerror or error}; expected a .npy file") from error
   except UserError:
     raise
-  except (
-    Exception
-  ) as error:  # numpy evaluates the header as a Python literal, which can raise anything
+  except Exception as error:  # numpy evaluates the header as a literal, which can raise anything
     raise UserError(
       f"palette: {path}: {str(error)[:200]!a}; expected a .npy file of [k, 3] numbers"
     ) from error
@@ -114,9 +112,7 @@ def find_clusters(directory: str, n_vocab: int) -> tuple[np.ndarray | None, str]
     path = os.path.join(directory, name)
     if os.path.exists(path):
       clusters = read_clusters(path)
-      if len(clusters) != n_vocab:
-        raise UserError(
-          f"palette: {path} has {len(clusters)} colours; expected the model's {n_vocab}"
-        )
+      if (k := len(clusters)) != n_vocab:
+        raise UserError(f"palette: {path} has {k} colours; expected the model's {n_vocab}")
       return clusters, path
   return None, ""

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,9 +52,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     return "orbax"
   if "config.json" in names:
     # A workdir that has no checkpoint yet keeps its run's settings in a file of the same name.
-    return (
-      "orbax" if "job" in palettes.read_json(os.path.join(path, "config.json")) else "huggingface"
-    )
+    config = palettes.read_json(os.path.join(path, "config.json"))
+    return "orbax" if "job" in config else "huggingface"
   raise UserError(
     f"checkpoint: {path} holds {', '.join(sorted(names)[:8]) or 'nothing'}; expected a TensorFlow "
     "checkpoint (model.ckpt-N.index and .data files), config.json with safetensors, or a checkpoint "
@@ -101,16 +100,14 @@ def open_foreign(path: str | os.PathLike[str]) -> Foreign:
       f"checkpoint: {path} is this program's own; expected OpenAI's or Hugging Face's"
     )
   if kind == "huggingface":
-    return huggingface.open_directory(
-      os.path.dirname(path) or "." if os.path.isfile(path) else path
-    )
+    is_file = os.path.isfile(path)
+    return huggingface.open_directory(os.path.dirname(path) or "." if is_file else path)
   prefix = _bundle_prefix(path)
   assert prefix is not None, "`detect` returned openai, so a prefix exists"
   foreign = openai.open_checkpoint(prefix)
+  directory = os.path.dirname(prefix) or "."
   try:
-    clusters, palette_path = palettes.find_clusters(
-      os.path.dirname(prefix) or ".", foreign.config.n_vocab
-    )
+    clusters, palette_path = palettes.find_clusters(directory, foreign.config.n_vocab)
   except BaseException:
     foreign.close()
     raise
@@ -120,8 +117,7 @@ def open_foreign(path: str | os.PathLike[str]) -> Foreign:
   return dataclasses.replace(foreign, clusters=clusters, notes=notes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
   """Content of a foreign checkpoint; `leaves.Foreign` describes config, clusters and notes."""
 
   config: ImageGPTConfig

@@ -43,12 +43,12 @@ from igpt_jax.pretrained.weight_files import TorchSource, open_safetensors
 _WTE = "transformer.wte.weight"
 _HEAD = "lm_head.weight"
 _BIASES = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 4, "mlp.c_proj": 1}  # × n_embd
-_BIAS = re.compile(
-  r"^transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias$"
-)
+_BIAS = re.compile(rf"^transformer\.h\.\d+\.({'|'.join(map(re.escape, _BIASES))})\.bias$")
 _LAYER = re.compile(r"^transformer\.h\.(\d{1,9})\.")
 # Causal masks that older versions of transformers stored.
 _BUFFER = re.compile(r"^transformer\.h\.\d+\.attn\.(bias|masked_bias)$")
+
+_SIZES = ("n_layer", "n_head", "n_embd", "n_positions")  # fields named like ours
 
 # Our model computes the same as transformers' only with these values.
 _REQUIRED = {
@@ -148,8 +148,8 @@ def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:
     # Fields that an old or trimmed config.json omits have transformers' defaults: those required.
     if fields.get(name, required) != required:
       raise UserError(f"config.json: {name} {shown(fields[name])} in {path}; expected {required!r}")
-  numbers = {}
-  for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+  numbers: dict[str, Any] = {}
+  for name in (*_SIZES, "vocab_size"):
     value = fields.get(name)
     limit = 1 << (24 if name in ("n_positions", "vocab_size") else 16)
     if type(value) is not int or not 1 <= value <= limit:
@@ -160,24 +160,15 @@ def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:
     raise UserError(f"config.json: n_inner {shown(inner)} in {path}; expected 4 × n_embd")
   if numbers["vocab_size"] < 2:
     raise UserError(f"config.json: vocab_size 1 in {path}; expected the palette's size + 1")
-  return ImageGPTConfig(
-    n_layer=numbers["n_layer"],
-    n_head=numbers["n_head"],
-    n_embd=numbers["n_embd"],
-    n_vocab=numbers["vocab_size"] - 1,
-    n_positions=numbers["n_positions"],
-    causal=True,
-  )
+  return ImageGPTConfig(n_vocab=numbers.pop("vocab_size") - 1, causal=True, **numbers)
 
 
 def _open_weights(directory: str):
-  def path_of(name: str) -> str:
-    return os.path.join(directory, name)
-
-  if os.path.exists(path_of("model.safetensors")):
+  names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+  whole_path, index_path, torch_path = (os.path.join(directory, name) for name in names)
+  if os.path.exists(whole_path):
     return open_safetensors(directory, ["model.safetensors"])
-  if os.path.exists(path_of("model.safetensors.index.json")):
-    index_path = path_of("model.safetensors.index.json")
+  if os.path.exists(index_path):
     weight_map = palettes.read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
       raise UserError(f"weights: {index_path} has no weight_map; expected tensor names and files")
@@ -187,8 +178,8 @@ def _open_weights(directory: str):
           f"weights: {shown(name)} in {index_path}; expected a .safetensors file's bare name"
         )
     return open_safetensors(directory, sorted(set(weight_map.values())), weight_map)
-  if os.path.exists(path_of("pytorch_model.bin")):
-    return TorchSource(path_of("pytorch_model.bin"))
+  if os.path.exists(torch_path):
+    return TorchSource(torch_path)
   raise UserError(
     f"weights: {directory} has neither model.safetensors nor model.safetensors.index.json nor "
     "pytorch_model.bin; fix: download the model's weights too"
@@ -268,15 +259,14 @@ def write_directory(
       "masks the future; fix: write a BERT model as format openai"
     )
   leaves = table(config)
-  sizes = {name: size for name, size in _planned(leaves, config, params)}
+  sizes = dict(_planned(leaves, config, params))
   shards = _plan_shards(sizes, max_shard_bytes)
   with files.new_folder(directory, "directory to write") as part:
     tensors = _their_tensors(leaves, config, params, fetch, report)
     weight_map = {}
-    for i, shard in enumerate(shards):
-      file = (
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else "model.safetensors"
-      )
+    for i, shard in enumerate(shards, 1):
+      number = f"-{i:05d}-of-{len(shards):05d}" if shards[1:] else ""
+      file = f"model{number}.safetensors"
       batch = dict(next(tensors) for _ in shard)
       save_file(batch, os.path.join(part, file), metadata={"format": "pt"})
       weight_map |= dict.fromkeys(batch, file)
@@ -287,9 +277,8 @@ def write_directory(
     dtype = np.dtype(lookup(params, leaves[0]).dtype).name
     _write_json(os.path.join(part, "config.json"), _config_fields(config, dtype))
     if clusters is not None:
-      _write_json(
-        os.path.join(part, palettes.JSON_NAME), _preprocessor_fields(config, np.asarray(clusters))
-      )
+      fields = _preprocessor_fields(config, np.asarray(clusters))
+      _write_json(os.path.join(part, palettes.JSON_NAME), fields)
 
 
 def _planned(leaves, config: ImageGPTConfig, params) -> Iterator[tuple[str, int]]:
@@ -335,12 +324,9 @@ def _config_fields(config: ImageGPTConfig, dtype: str) -> dict[str, Any]:
   return {
     "architectures": ["ImageGPTForCausalImageModeling"],
     **_REQUIRED,
+    **{name: getattr(config, name) for name in _SIZES},
     "dtype": dtype,
-    "n_layer": config.n_layer,
-    "n_head": config.n_head,
-    "n_embd": config.n_embd,
     "n_inner": None,
-    "n_positions": config.n_positions,
     "vocab_size": config.n_vocab + 1,
     "reorder_and_upcast_attn": False,
     "tie_word_embeddings": False,

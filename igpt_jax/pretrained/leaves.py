@@ -102,25 +102,35 @@ class Foreign:
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     return np.dtype(np.float32) if dtype is None else dtype
 
-  def stream(
-    self, *, dtype: Any = None, report: Report | None = None
-  ) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields (path in our tree, array), reading every array on demand and keeping none.
+  def load(
+    self,
+    *,
+    place: Callable[[Path, np.ndarray], Any] | None = None,
+    dtype: Any = None,
+    report: Report | None = None,
+  ) -> dict[str, Any]:
+    """Reads all parameters into our nested dict.
 
-    The largest leaf comes first: a caller that copies every leaf to its device before taking the
-    next then never holds two copies of a large leaf while all the others are in memory.
+    Reads the largest leaf first: if `place` copies every leaf to its devices, the host never holds two
+    copies of a large leaf while all the others are in memory.
 
     Args:
+      place: maps a leaf's path and array to the tree's leaf; called before the next leaf is read. None
+        keeps numpy arrays.
       dtype: dtype of the arrays; None keeps the checkpoint's.
       report: called with one line for every leaf before it is read, and one at the end.
     """
     dtype = None if dtype is None else np.dtype(dtype)
+    if place is None:
+      counts = (math.prod(leaf.shape) for leaf in self.table)
+      check_memory(sum(counts) * (dtype or self.dtype_of(self.table[0])).itemsize, self.path)
 
     def size(leaf: Leaf) -> int:
       return math.prod(leaf.shape) * (dtype or self.dtype_of(leaf)).itemsize
 
     total, largest = sum(map(size, self.table)), max(map(size, self.table))
     check_memory(largest, f"the largest array of {self.path}")
+    params: dict[str, Any] = {}
     done, start = 0, time.monotonic()
     for i, leaf in enumerate(sorted(self.table, key=size, reverse=True)):
       if report:
@@ -132,37 +142,14 @@ class Foreign:
       for part in leaf.parts:
         out[part.index] = part.to_ours(self.source.read(part.name))
       done += out.nbytes
-      yield leaf.path, out
+      node = params
+      for key in leaf.path[:-1]:
+        node = node.setdefault(key, {})
+      node[leaf.path[-1]] = out if place is None else place(leaf.path, out)
       del out
     if report:
       seconds = time.monotonic() - start
       report(f"read {done / 1e9:.2f} GB in {seconds:.1f} s from {self.path}")
-
-  def load(
-    self,
-    *,
-    place: Callable[[Path, np.ndarray], Any] | None = None,
-    dtype: Any = None,
-    report: Report | None = None,
-  ) -> dict[str, Any]:
-    """Reads all parameters into our nested dict.
-
-    Args:
-      place: maps a leaf's path and array to the tree's leaf, so that a leaf can be moved to its
-        devices before the next is read. None keeps numpy arrays.
-      dtype, report: as for `stream`.
-    """
-    if place is None:
-      counts = (math.prod(leaf.shape) for leaf in self.table)
-      itemsize = np.dtype(dtype or self.dtype_of(self.table[0])).itemsize
-      check_memory(sum(counts) * itemsize, self.path)
-    params: dict[str, Any] = {}
-    for path, array in self.stream(dtype=dtype, report=report):
-      node = params
-      for key in path[:-1]:
-        node = node.setdefault(key, {})
-      node[path[-1]] = array if place is None else place(path, array)
-      del array
     return params
 
 

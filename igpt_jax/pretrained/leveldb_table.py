@@ -122,10 +122,8 @@ def _pack_block(entries: list[tuple[bytes, bytes]]) -> bytes:
   for i, (key, value) in enumerate(entries):
     shared = 0
     if i % _RESTART_INTERVAL:
-      shared = next(
-        (at for at, (a, b) in enumerate(zip(last, key, strict=False)) if a != b),
-        min(len(last), len(key)),
-      )
+      pairs = enumerate(zip(last, key, strict=False))
+      shared = next((at for at, (a, b) in pairs if a != b), min(len(last), len(key)))
     elif i:
       restarts.append(len(out))
     out += varint(shared) + varint(len(key) - shared) + varint(len(value))

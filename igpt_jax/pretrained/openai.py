@@ -80,16 +80,6 @@ def table(config: ImageGPTConfig) -> tuple[Leaf, ...]:
   return tuple(leaves)
 
 
-class _Source:
-  """A bundle as `leaves.Source`."""
-
-  def __init__(self, bundle: Bundle):
-    self._bundle = bundle
-    self.specs = {name: (entry.shape, entry.dtype) for name, entry in bundle.entries.items()}
-    self.read = bundle.read
-    self.close = bundle.close
-
-
 def open_checkpoint(prefix: str | os.PathLike[str]) -> Foreign:
   """Opens `PREFIX.index` and its data files, and checks every name and shape.
 
@@ -99,15 +89,14 @@ def open_checkpoint(prefix: str | os.PathLike[str]) -> Foreign:
   prefix = os.fspath(prefix)
   bundle = Bundle(prefix)
   try:
-    source = _Source(bundle)
-    config = _infer_config(source.specs, prefix)
+    config = _infer_config(bundle.specs, prefix)
     leaves = table(config)
-    check_specs(leaves, source.specs, prefix)
-    notes = _check_extra(leaves, source.specs, prefix)
+    check_specs(leaves, bundle.specs, prefix)
+    notes = _check_extra(leaves, bundle.specs, prefix)
   except BaseException:
     bundle.close()
     raise
-  return Foreign("openai", prefix, config, leaves, source, notes=notes)
+  return Foreign("openai", prefix, config, leaves, bundle, notes=notes)
 
 
 def _infer_config(specs: Mapping[str, Any], prefix: str) -> ImageGPTConfig:
@@ -177,7 +166,5 @@ def write_checkpoint(
     num_shards: number of data files.
     fetch, report: as for `leaves.foreign_tensors`.
   """
-  leaves = table(config)
-  write_bundle(
-    prefix, foreign_tensors(leaves, params, fetch=fetch, report=report), num_shards=num_shards
-  )
+  tensors = foreign_tensors(table(config), params, fetch=fetch, report=report)
+  write_bundle(prefix, tensors, num_shards=num_shards)

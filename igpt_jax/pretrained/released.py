@@ -32,12 +32,8 @@ _TIMEOUT_S = 60
 _CHUNK_BYTES = 1 << 20
 
 _NETWORK_ERRORS = (
-  urllib.error.URLError,
-  http.client.HTTPException,
-  ConnectionError,
-  TimeoutError,
-  ssl.SSLError,
-)
+  urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError
+)  # fmt: skip
 
 
 def checkpoint_files(model: str, step: int = 1000000, *, bert: bool = False) -> list[str]:
@@ -110,16 +106,14 @@ def download(
     raise UserError(
       f"directory for downloads: {directory}: {error.strerror}; expected a place to write to"
     ) from error
-  targets = []
-  for i, file in enumerate(files):
-    target = os.path.join(directory, os.path.basename(file))
-    label = f"{os.path.basename(file)} ({i + 1} of {len(files)})"
+  report = report or (lambda line: None)
+  targets = [os.path.join(directory, os.path.basename(file)) for file in files]
+  for i, (file, target) in enumerate(zip(files, targets, strict=True), 1):
+    label = f"{os.path.basename(file)} ({i} of {len(files)})"
     if os.path.exists(target):
-      if report:
-        report(f"{label} already exists")
+      report(f"{label} already exists")
     else:
-      _fetch_whole(f"{base_url.rstrip('/')}/{file}", target, label, report or (lambda line: None))
-    targets.append(target)
+      _fetch_whole(f"{base_url.rstrip('/')}/{file}", target, label, report)
   return targets
 
 
@@ -206,9 +200,8 @@ def _agreed_range(response, start: int) -> tuple[int, int]:
     raise _Interrupted("the server doesn't say how long the file is")
   if response.status != 206:
     return 0, int(length)
-  match = re.fullmatch(
-    r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip()
-  )
+  content_range = response.headers.get("Content-Range", "").strip()
+  match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", content_range)
   if not match or int(match[1]) != start or int(match[3]) != start + int(length):
     raise _Interrupted("the server answers with another range than requested")
   return start, int(match[3])

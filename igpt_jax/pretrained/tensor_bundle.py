@@ -10,14 +10,13 @@ CRC-32C is checked, and violations raise a UserError that names the file and the
 """
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import google_crc32c
 import ml_dtypes
@@ -45,6 +44,7 @@ _DTYPES = {
   19: np.dtype(np.float16),
 }
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_DTYPE_NAMES = ", ".join(dtype.name for dtype in _DTYPE_CODES)
 
 # Generous limits: an L-size model's index has 389 entries in 15 kB.
 _MAX_INDEX_BYTES = 4 << 20
@@ -54,18 +54,16 @@ _MAX_RANK = 16
 _CHUNK_BYTES = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One variable; `dtype` is None if this module can't read it (strings, slices)."""
+class Entry(NamedTuple):
+  """One variable; `dtype` is None if this module can't read it, and `kind` says why."""
 
   dtype: np.dtype | None
+  kind: str
   shape: tuple[int, ...]
   shard: int
   offset: int
   size: int
   crc: int
-  type_code: int = 0
-  sliced: bool = False
 
 
 # --- protocol buffer wire format: the three messages of tensor_bundle.proto ---
@@ -134,16 +132,9 @@ def _parse_entry(data: bytes) -> Entry:
       if len(dims) > _MAX_RANK:
         raise Malformed(f"a shape has more than {_MAX_RANK} dimensions")
   dtype = None if entry["slices"] else _DTYPES.get(entry["dtype"])
-  return Entry(
-    dtype,
-    tuple(dims),
-    entry["shard"],
-    entry["offset"],
-    entry["size"],
-    entry["crc"],
-    type_code=entry["dtype"],
-    sliced=bool(entry["slices"]),
-  )
+  kind = "stored in slices" if entry["slices"] else f"of TensorFlow type {entry['dtype']}"
+  extent = (entry[name] for name in ("shard", "offset", "size", "crc"))
+  return Entry(dtype, kind, tuple(dims), *extent)
 
 
 # --- bundles ---
@@ -172,7 +163,8 @@ def _open_regular(path: str) -> BinaryIO:
 class Bundle:
   """An opened tensor bundle: the index is read and checked at once, tensors on demand.
 
-  Use as a context manager. `entries` maps each variable's name to its `Entry`.
+  Use as a context manager. `entries` maps every variable's name to its `Entry`; `specs` and `read` are
+  those of `leaves.Source`.
 
   Args:
     prefix: path without `.index`, for example `model.ckpt-1000000`.
@@ -189,6 +181,7 @@ class Bundle:
     try:
       self._read_index()
       self._check_extents()
+      self.specs = {name: (entry.shape, entry.dtype) for name, entry in self.entries.items()}
     except BaseException:
       self.close()
       raise
@@ -276,10 +269,9 @@ class Bundle:
     """
     entry = self.entries[name]
     if entry.dtype is None:
-      kind = "stored in slices" if entry.sliced else f"of TensorFlow type {entry.type_code}"
       raise UserError(
-        f"checkpoint variable: {name} in {self.prefix}.index is {kind}; "
-        f"expected a whole array of one of {', '.join(d.name for d in _DTYPE_CODES)}"
+        f"checkpoint variable: {name} in {self.prefix}.index is {entry.kind}; "
+        f"expected a whole array of one of {_DTYPE_NAMES}"
       )
     file = self._files[entry.shard]
     array = np.empty(entry.shape, entry.dtype)
@@ -341,13 +333,10 @@ def write_bundle(
         array = np.ascontiguousarray(array).reshape(np.shape(array))
         key = name.encode("utf-8")
         if not key or len(key) > MAX_KEY_BYTES or key in entries:
-          raise UserError(
-            f"variable name: {name!r}; expected a new one of 1 to {MAX_KEY_BYTES} bytes"
-          )
+          limit = f"1 to {MAX_KEY_BYTES} bytes"
+          raise UserError(f"variable name: {name!r}; expected a new one of {limit}")
         if array.dtype not in _DTYPE_CODES:
-          raise UserError(
-            f"dtype of {name}: {array.dtype.name}; expected one of {', '.join(d.name for d in _DTYPE_CODES)}"
-          )
+          raise UserError(f"dtype of {name}: {array.dtype.name}; expected one of {_DTYPE_NAMES}")
         shard = sizes.index(min(sizes))
         data, crc = array.reshape(-1).view(np.uint8).data, 0
         for at in range(0, array.nbytes, _CHUNK_BYTES):

@@ -14,13 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from igpt_jax.errors import UserError
-from igpt_jax.pretrained.leaves import Spec, shown
+from igpt_jax.pretrained.leaves import WEIGHT_DTYPES, Spec, shown
 
-_SAFETENSORS_DTYPES = {
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_SAFETENSORS_DTYPES = dict(zip(("F32", "F16", "BF16"), WEIGHT_DTYPES, strict=True))
 _MAX_HEADER_BYTES = 4 << 20  # an L-size model's has 60 kB
 _MAX_FILES = 512
 _MAX_NAME = 512
@@ -32,7 +28,7 @@ class _SafetensorsSource:
   def __init__(self, directory: str):
     self._directory = directory
     self._files: dict[str, safe_open] = {}
-    self._file_of: dict[str, str] = {}
+    self.file_of: dict[str, str] = {}  # by tensor
     self.specs: dict[str, Spec] = {}
 
   def add(self, file: str) -> None:
@@ -46,19 +42,16 @@ class _SafetensorsSource:
           raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
         if name in self.specs:
           raise UserError(
-            f"weights: {name} is in {path} and in {self._file_of[name]}; expected one of them"
+            f"weights: {name} is in {path} and in {self.file_of[name]}; expected one of them"
           )
         view = handle.get_slice(name)
         self.specs[name] = (tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(view.get_dtype()))
-        self._file_of[name] = file
+        self.file_of[name] = file
     except (SafetensorError, OSError, ValueError) as error:
       raise _damaged(path, error) from error
 
-  def file_of(self, name: str) -> str | None:
-    return self._file_of.get(name)
-
   def read(self, name: str) -> np.ndarray:
-    file = self._file_of[name]
+    file = self.file_of[name]
     try:
       return self._files[file].get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
@@ -107,7 +100,7 @@ def open_safetensors(
       source.add(file)
     if weight_map is not None:
       for name in sorted(set(weight_map) | set(source.specs)):
-        listed, stored = weight_map.get(name), source.file_of(name)
+        listed, stored = weight_map.get(name), source.file_of.get(name)
         if listed != stored:
           raise UserError(
             f"weights: {shown(name)} of {directory} is listed in {listed}, but stored in {stored}; "
@@ -149,11 +142,7 @@ class TorchSource:
       raise UserError(f"weights: {path}; expected a dictionary of tensors")
     self._state = {}
     self.specs: dict[str, Spec] = {}
-    dtypes = {
-      torch.float32: _SAFETENSORS_DTYPES["F32"],
-      torch.float16: _SAFETENSORS_DTYPES["F16"],
-      torch.bfloat16: _SAFETENSORS_DTYPES["BF16"],
-    }
+    dtypes = {getattr(torch, dtype.name): dtype for dtype in WEIGHT_DTYPES}
     declared = 0
     for name, tensor in state.items():
       if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
