@@ -188,7 +188,7 @@ def test_nothing_to_fit():
 
 def test_default_palette():
   palette = palette_lib.Palette.default()
-  assert palette == palette_lib.Palette.given("default")
+  assert palette == palette_lib.Palette.from_setting("default")
   assert palette.size == 512 and palette.is_uint8
   assert len(np.unique(palette.colors, axis=0)) == 512
   # Fine enough for natural colours: no colour between black and white is far from one of it.

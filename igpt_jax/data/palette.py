@@ -78,7 +78,7 @@ class Palette:
     return cls(array, name=f"palette {path}")
 
   @classmethod
-  def given(cls, path: str) -> Palette:
+  def from_setting(cls, path: str) -> Palette:
     """Loads the palette that `palette.path` names: a .npy file, or "default" for the project's own."""
     return cls.default() if path == "default" else cls.load(files.local("palette.path", path))
 

@@ -100,7 +100,7 @@ def model_of(settings: Settings) -> tuple[ImageGPTConfig, Settings]:
     return choices.model_config(settings, n_vocab=start.n_vocab), settings
   settings = choices.settle(settings)
   path = settings.palette.path
-  n_vocab = Palette.given(path).size if path else choices.palette_size(settings)
+  n_vocab = Palette.from_setting(path).size if path else choices.palette_size(settings)
   return choices.model_config(settings, n_vocab=n_vocab), settings
 
 
@@ -210,7 +210,7 @@ def of_input(settings: Settings, split: Split, trained: Values | None) -> Values
   palette = None
   if not split.is_tokens:
     # Speed doesn't depend on the colours.
-    palette = Palette.given(settings.palette.path or "default")
+    palette = Palette.from_setting(settings.palette.path or "default")
   hosts = jax.process_count()
   batch_size = max(settings.train.batch_size // hosts, 1)
   n_batches = max(10, math.ceil(settings.benchmark.images / batch_size))

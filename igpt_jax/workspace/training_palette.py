@@ -37,7 +37,7 @@ def training_palette(
   kept = os.path.join(workdir, PALETTE)
   wanted = settings.palette.size
   if settings.palette.path:
-    palette = Palette.given(settings.palette.path)
+    palette = Palette.from_setting(settings.palette.path)
     if wanted and palette.size != wanted:
       raise UserError(
         f"palette.path: {settings.palette.path} has {palette.size} colours, the model's palette.size is "

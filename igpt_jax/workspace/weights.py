@@ -69,7 +69,7 @@ def with_palette(info: CheckpointInfo, settings: Settings) -> CheckpointInfo:
 
 
 def _given_palette(info: CheckpointInfo, settings: Settings) -> Palette:
-  palette = Palette.given(settings.palette.path)
+  palette = Palette.from_setting(settings.palette.path)
   if palette.size != info.config.n_vocab:
     raise UserError(
       f"palette.path: {settings.palette.path} has {palette.size} colours; the checkpoint {info.path} "
