@@ -29,3 +29,9 @@ class HostsDiffer(UserError):
   """Hosts of one run have computed different numbers; the same command may succeed."""
 
   status = 1
+
+
+class Stopped(UserError):
+  """A signal stopped a part of a job, which has been saved; the same command goes on."""
+
+  status = 0

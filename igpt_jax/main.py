@@ -3,6 +3,11 @@
 Reads settings from flags and runs the job that they name. --help lists the jobs.
 """
 
+from igpt_jax import stopping
+
+if __name__ == "__main__":
+  stopping.listen()  # before the imports, which take a second
+
 import contextlib
 import importlib
 import os
@@ -117,8 +122,6 @@ def main(argv: list[str]) -> int:
     settings = read.settings_of(_CONFIG.value)
   except UserError as error:
     return _fail(error, error.status)
-  except KeyboardInterrupt:
-    return 130
   return _run(settings, _WORKDIR.value or own)
 
 
@@ -152,8 +155,6 @@ def _run(settings: Settings, workdir: str) -> int:
     return 0
   except UserError as error:
     status = _fail(error, error.status)
-  except KeyboardInterrupt:
-    status = 130
   except Exception as error:
     from igpt_jax.workspace import memory
 

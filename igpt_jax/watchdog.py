@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 STATUS = 124  # exit status of a hung process, as of `timeout`
 # Work that is done for the first time is compiled first, which shows no progress.
@@ -90,24 +91,36 @@ class Watchdog:
     return self._idle > (max(self._seconds, FIRST_SECONDS) if first else self._seconds)
 
   def _end(self, idle: float) -> None:
-    late = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (STATUS,))
-    late.daemon = True
-    late.start()
     where = f"{_phase}, {_doing}" if _doing else _phase
-    try:
-      sys.stdout.flush()
-      print(
-        f"igpt_jax: hung: in phase {where}: no progress for {idle:.0f} s (config.{self._field}: "
-        f"{self._seconds:g}); ending with status {STATUS}; the same command goes on from the newest "
-        "checkpoint; where every thread is:",
-        file=sys.stderr,
-        flush=True,
-      )
+    end(
+      STATUS,
+      f"igpt_jax: hung: in phase {where}: no progress for {idle:.0f} s (config.{self._field}: "
+      f"{self._seconds:g}); ending with status {STATUS}; the same command goes on from the newest "
+      "checkpoint; where every thread is:",
+      stacks=True,
+    )
+
+
+def end(status: int, message: str, stacks: bool = False) -> NoReturn:
+  """Ends this process and its workers at once, whatever other threads do.
+
+  Args:
+    status: the exit status.
+    message: printed to stderr before.
+    stacks: True to print the stacks of all threads, too.
+  """
+  late = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (status,))
+  late.daemon = True
+  late.start()
+  try:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    if stacks:
       faulthandler.dump_traceback(sys.stderr, all_threads=True)
-      _hush()
-    finally:
-      end_workers()  # only now: threads that wait for them would raise errors of their own
-      os._exit(STATUS)
+    _hush()
+  finally:
+    end_workers()  # only now: threads that wait for them would raise errors of their own
+    os._exit(status)
 
 
 def end_workers() -> None:
@@ -118,10 +131,12 @@ def end_workers() -> None:
 
 @functools.cache
 def end_with_parent() -> None:
-  """Ends this worker process when its parent ends, however that happens."""
+  """Ends this worker process when its parent ends, however that happens; Ctrl-C is the parent's to answer."""
   parent = multiprocessing.parent_process()
   if parent is None:
     return
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
   def wait() -> None:
     parent.join()

@@ -6,7 +6,7 @@
 #
 # A run that is told to stop (SIGTERM, Ctrl-C) saves a checkpoint and exits 0, as a finished one
 # does. Whoever restarts runs must tell the two apart, so after such a signal the status here is 143
-# whatever the run's own was. SIGUSR1 is handed on. PYTHON names the interpreter (default: python).
+# whatever the run's own was. Ctrl-C again ends it at once, unsaved. SIGUSR1 is handed on. PYTHON names the interpreter (default: python).
 # Relative paths are taken from the repository, wherever this is called from.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
@@ -39,7 +39,8 @@ hand_on() {
 trap 'stopped=1; hand_on TERM' TERM INT
 trap 'hand_on USR1' USR1
 
-"${command[@]}" &
+# A shell's background commands ignore Ctrl-C; the run is to hear it twice.
+(trap - INT && exec "${command[@]}") &
 child=$!
 # A signal that came before `child` was set has not been handed on.
 [ -z "$stopped" ] || hand_on TERM

@@ -61,7 +61,7 @@ def _serve() -> None:
   """Forks a process for each line, until there are no more."""
   from absl import app
 
-  from igpt_jax import main
+  from igpt_jax import main, stopping
   from igpt_jax.jobs import pretrain
 
   assert pretrain  # imported for the lives
@@ -84,6 +84,7 @@ def _serve() -> None:
       os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
       os.environ.update(life["env"])
       sys.argv = ["igpt_jax", *life["args"]]
+      stopping.listen()
       app.run(main.main, flags_parser=main._parse_flags)
     tell(pid=pid)
     threading.Thread(target=wait, args=(pid,)).start()

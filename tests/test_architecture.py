@@ -20,7 +20,15 @@ PACKAGE = ROOT / "igpt_jax"
 # Files and rooms from the ground up; of two that fit a file, the longer counts. What is on one floor
 # imports each other without a circle, and from lower floors whatever it needs.
 FLOORS = (
-  ("cpu_compiler.py", "errors.py", "files.py", "history.py", "watchdog.py", "config/"),
+  (
+    "cpu_compiler.py",
+    "errors.py",
+    "files.py",
+    "history.py",
+    "stopping.py",
+    "watchdog.py",
+    "config/",
+  ),
   ("parallel/",),
   ("model/", "data/", "reporting/"),
   ("training/", "pretrained/"),
@@ -64,7 +72,7 @@ FRAGMENTS = frozenset(
   "since so than that then through to under unless until upon when while with within without".split()
 )
 
-ERRORS = {"UserError", "NoSuchSplit", "NewerFormat", "SaveFailed", "HostsDiffer"}
+ERRORS = {"UserError", "NoSuchSplit", "NewerFormat", "SaveFailed", "HostsDiffer", "Stopped"}
 
 Sources = Mapping[str, str]
 

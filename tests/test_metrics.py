@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 
 from igpt_jax.errors import UserError
 from igpt_jax.reporting import metrics, progress
 from igpt_jax.reporting.metrics import JsonlWriter, Writers, read_jsonl
-from igpt_jax.reporting.progress import Countdown, Progress, format_seconds
+from igpt_jax.reporting.progress import Countdown, Progress, doing, format_seconds
 
 
 class Clock:
@@ -248,7 +249,54 @@ def test_countdown_speaks_now_and_then(clock):
   countdown.tick(200)  # too early again
   clock.now += 10.0
   countdown.tick(1_000)  # done: the caller says so
-  assert lines == ["evaluation: 120/1,000  20.0/s  ETA 0:00:44"]
+  assert lines == ["evaluation: 120/1,000  18.3/s  ETA 0:00:48"]
+
+
+def test_countdown_of_long_work_speaks_as_soon_as_its_speed_is_known(clock):
+  """Compiling, before the first batch is done, doesn't count; what comes after the work does."""
+  lines = []
+  countdown = Countdown("test", 1_000, lines.append, then=("baselines", 54.0))
+  clock.now += 2.0
+  for _ in countdown.over(["a", "b", "c"], 100):
+    clock.now += 1.0
+  assert lines == ["test: 200/1,000  100.0/s  ETA 0:01:02, baselines included"]
+
+
+def test_progress_speaks_by_time_and_counts_evaluations(clock):
+  progress = Progress(1_000, 8, 1e9, None, eval_every=400)
+  progress.start(0)
+  clock.now += 2.0
+  assert progress.due()  # the first step
+  assert progress.line(1, progress.speed(1)).endswith("ETA 0:33:18")
+  clock.now += 9.0
+  assert not progress.due()
+  clock.now += 1.0
+  assert progress.due()
+  progress.pause(100.0, evaluated=True)
+  clock.now += 100.0
+  measured = progress.measure(6)
+  assert measured["eta_seconds"] == pytest.approx(994 * 2)  # as recorded: training alone
+  assert progress.line(6, measured).endswith("ETA 0:38:08")  # and evaluations at 400, 800, 1,000
+  clock.now += 1_000.0
+  progress.line(7, {})
+  clock.now += 59.0
+  assert not progress.due()
+  clock.now += 1.0
+  assert progress.due()
+
+
+def test_long_work_tells_that_it_goes_on():
+  lines = []
+  with doing("a moment", lines.append, after=60.0):
+    pass
+  assert not lines
+  with doing("compiling", lines.append, after=0.01):
+    while not lines:
+      time.sleep(0.001)
+  assert lines[0] == "compiling …" and lines[1].startswith("compiling: 0.") and len(lines) == 2
+  with pytest.raises(KeyError), doing("failing", lines.append, after=0.0):
+    raise KeyError
+  assert not [line for line in lines if line.startswith("failing:")]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ BERT model's is the mean over `masks_counted`, the masks that hide at least one 
 import functools
 import math
 import os
+import time
 from typing import Any
 
 import jax
@@ -67,8 +68,10 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
   objective = make_objective(objective_name, trained.run["mask_probability"])
   likelihood = LikelihoodEvaluator(trained.config, objective, mesh)
   total = min(len(split), own.images or len(split))
-  clock = progress.Countdown(f"{own.split}: {total:,} images", total, say)
   masks = own.masks if objective_name == "masked" else 1
+  counting_seconds = _tell_cost(settings, total, train_split, stream)
+  then = ("baselines", counting_seconds) if counting_seconds else ("", 0.0)
+  clock = progress.Countdown(f"{own.split}: {total:,} images", total, say, then=then)
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   report = clock.batches(own.batch_size)
   with stream(split, own.images) as batches:
@@ -109,6 +112,26 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
   )
 
 
+def _tell_cost(settings: Settings, total: int, train_split: Split | None, stream) -> float:
+  """Says what will be evaluated and counted; returns about how many seconds the counting takes."""
+  own = settings.evaluate
+  if train_split is None:
+    say(f"evaluate: the model on {total:,} images of {own.split}")
+    return 0.0
+  counted = min(len(train_split), own.baseline_images or len(train_split))
+  say(
+    f"evaluate: the model on {total:,} images of {own.split}, then baselines counted on {counted:,} "
+    "images of train"
+  )
+  if counted <= own.batch_size:
+    return 0.0
+  began = time.monotonic()
+  with stream(train_split, own.batch_size) as batches:
+    for _ in batches:
+      pass
+  return (time.monotonic() - began) * counted / own.batch_size
+
+
 def _counted_on(data_config: DataConfig) -> Split | None:
   """Returns train, which unigrams are counted on; None if the data has no such split."""
   try:
@@ -129,8 +152,12 @@ def baselines(
   if train_split is None:
     train, source = test, "the evaluated tokens themselves"
   else:
-    with stream(train_split, settings.evaluate.baseline_images) as batches:
-      train = all_hosts(count_tokens(batches, n_vocab, n_positions), mesh)
+    own = settings.evaluate
+    n = min(len(train_split), own.baseline_images or len(train_split))
+    clock = progress.Countdown(f"baselines: {n:,} images of train", n, say)
+    with stream(train_split, own.baseline_images) as batches:
+      counted = count_tokens(clock.over(batches, own.batch_size), n_vocab, n_positions)
+    train = all_hosts(counted, mesh)
     source = f"{int(train[0].sum()):,} images of {train_split.fingerprint}"
   return {
     "uniform": math.log(n_vocab),

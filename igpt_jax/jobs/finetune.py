@@ -6,6 +6,7 @@ WORKDIR/finetune_scratch): checkpoints, metrics.jsonl, finetune.json and finetun
 command resumes from the newest checkpoint there, with the same numbers.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, joint, optimizer, state
 from igpt_jax.workspace import finetuning, memory, provenance, streams
 
+RESULT = "finetune.json"
 SCORE = "validation_accuracy"  # the best checkpoint is kept by it
 
 
@@ -59,6 +61,10 @@ def run(
       tuning.order.check,
       tuning.go_on,
     )
+    run.tell_length(optimizer_config)
+    if run.lengths and run.first_step < own.steps and hosts.is_main():
+      with contextlib.suppress(FileNotFoundError):  # the result of the old length
+        os.remove(os.path.join(folder, RESULT))
     outcome = run.train(
       train_state,
       Work(
@@ -145,17 +151,17 @@ class FineTuning:
   def batches(self, step: int) -> Batches:
     return self.order.batches(step, self._data, self.palette, self._run.mesh)
 
-  def score(self, params: Params, name: str, limit: int, tell: bool = False) -> joint.Scores:
-    """Scores parameters on the first `limit` images of a split (0: all), with a countdown if `tell`."""
+  def score(self, params: Params, name: str, limit: int) -> joint.Scores:
+    """Scores parameters on the first `limit` images of a split (0: all)."""
     split, mesh = self._splits[name], self._run.mesh
     total = min(limit or len(split), len(split))
     batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
     clock = progress.Countdown(f"{name}: {total:,} images", total, say)
     with streams.eval_stream(split, self._data, self.palette, mesh, batch_size, total) as stream:
-      return self._classifier(params, stream, clock.batches(batch_size) if tell else None)
+      return self._classifier(params, stream, clock.batches(batch_size))
 
   def score_on_test(self, params: Params) -> joint.Scores:
-    return self.score(params, "test", self.settings.evaluate.images, tell=True)
+    return self.score(params, "test", self.settings.evaluate.images)
 
   def begin(self, tx: optax.GradientTransformation) -> state.TrainState:
     """Makes the initial state, and scores its parameters on test."""
@@ -300,7 +306,7 @@ _SHOWN = (
 
 def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
   """Writes finetune.json, the curves and the summary."""
-  summary.write_json(os.path.join(folder, "finetune.json"), values)
+  summary.write_json(os.path.join(folder, RESULT), values)
   records = metrics.read_jsonl(os.path.join(folder, "metrics.jsonl"))
   curves = {}
   for name, label in (

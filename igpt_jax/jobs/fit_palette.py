@@ -15,7 +15,7 @@ from igpt_jax.data.sources import has_validation, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
-from igpt_jax.reporting import figures
+from igpt_jax.reporting import figures, progress
 from igpt_jax.workspace import training_palette
 from igpt_jax.workspace import workdir as workdir_lib
 
@@ -36,7 +36,8 @@ def run(settings: Settings, workdir: str) -> None:
     return
   palette = training_palette.fit_palette(settings, data_config, split)
   images = pipeline.image_stream(measured, data_config, augment=False)
-  error = palette_fit.palette_error(palette, images)
+  with progress.doing(f"palette: measuring its error on {measured.name} images", say):
+    error = palette_fit.palette_error(palette, images)
   if not hosts.is_main():
     return
   path = os.path.join(workdir, training_palette.PALETTE)

@@ -38,13 +38,14 @@ def run(settings: Settings, workdir: str) -> None:
   clock = progress.Countdown("few labels", len(sets), say)
   results: dict[str, dict[int, FewLabelsResult]] = {}
   for done, features in enumerate(sets, 1):
-    parts = features.parts()
-    results[features.name] = {
-      n: linear.few_labels(
-        *parts, drawn, n_classes=source.n_classes, max_iterations=settings.probe.max_iterations
-      )
-      for n, drawn in subsets.items()
-    }
+    with progress.doing(f"few labels: {features.name}", say, after=3.0):
+      parts = features.parts()
+      results[features.name] = {
+        n: linear.few_labels(
+          *parts, drawn, n_classes=source.n_classes, max_iterations=settings.probe.max_iterations
+        )
+        for n, drawn in subsets.items()
+      }
     clock.tick(done)
 
   chosen = choose(sets, results)

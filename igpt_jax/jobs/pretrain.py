@@ -14,7 +14,7 @@ from igpt_jax.runner.pretraining import pretrain
 def run(
   settings: Settings, workdir: str, mesh: Mesh | None = None, began: float | None = None
 ) -> None:
-  """Trains until `train.steps`, or until it is asked to stop (SIGTERM)."""
+  """Trains until `train.steps`, or until it is asked to stop (SIGTERM, Ctrl-C)."""
   outcome = pretrain(settings, workdir, mesh, began)
   if outcome.stopped_by:
     say(

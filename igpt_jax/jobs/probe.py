@@ -109,15 +109,19 @@ def validation_loss(settings: Settings, source: Source) -> float:
   trained = source.trained
   objective = make_objective(trained.run["objective"], trained.run["mask_probability"])
   split = source.splits["validation"]
+  batch_size = settings.features.batch_size
+  total = min(settings.train.eval_images or len(split), len(split))
+  clock = progress.Countdown(f"likelihood: {total:,} images of validation", total, say)
   with streams.eval_stream(
     split,
     settings.data,
     weights.palette_of(trained),
     source.mesh,
-    settings.features.batch_size,
-    min(settings.train.eval_images or len(split), len(split)),
+    batch_size,
+    total,
   ) as stream:
-    return LikelihoodEvaluator(trained.config, objective, source.mesh)(trained.params, stream)[0]
+    likelihood = LikelihoodEvaluator(trained.config, objective, source.mesh)
+    return likelihood(trained.params, stream, report=clock.batches(batch_size)).nats_per_token
 
 
 def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str, Any]]:
@@ -135,12 +139,13 @@ def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str,
   clock = progress.Countdown("probes", len(sets), say)
 
   def fit(features: FeatureSet) -> dict[str, Any]:
-    result = linear.probe(
-      *features.parts(),
-      n_classes=source.n_classes,
-      max_iterations=settings.probe.max_iterations,
-      mesh=devices.own_mesh(source.mesh),
-    )
+    with progress.doing(f"probe: {features.name}", say, after=3.0):
+      result = linear.probe(
+        *features.parts(),
+        n_classes=source.n_classes,
+        max_iterations=settings.probe.max_iterations,
+        mesh=devices.own_mesh(source.mesh),
+      )
     names = {"name": features.name, "kind": features.kind, "layer": features.layer}
     return {**names, **dataclasses.asdict(result)}
 

@@ -76,7 +76,8 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     """Returns tokens [N, T] of random images of the split."""
     order = np.random.default_rng(settings.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
-    images = np.concatenate(list(pipeline.image_stream(chosen, settings.data, augment=False)))
+    with progress.doing(f"quality: reading {n:,} images of {name}", say):
+      images = np.concatenate(list(pipeline.image_stream(chosen, settings.data, augment=False)))
     _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
     return palette.encode(images).reshape(len(images), -1).astype(np.int32)
 
@@ -96,10 +97,12 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     passes = [network(shown[i : i + _PER_PASS]) for i in range(0, len(shown), _PER_PASS)]
     return frechet.moments(np.concatenate(passes))
 
-  reference = moments(test)
+  with progress.doing("Fréchet statistics of test", say):
+    reference = moments(test)
 
-  def distance(tokens: np.ndarray) -> float:
-    return frechet.distance(moments(tokens), reference)
+  def distance(tokens: np.ndarray, name: str) -> float:
+    with progress.doing(f"Fréchet distance of {name} to test", say):
+      return frechet.distance(moments(tokens), reference)
 
   values = {
     "checkpoint": info.path,
@@ -110,9 +113,9 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     "data": {name: split.fingerprint for name, split in splits.items()},
     "seed": settings.seed,
     "rows_given": rows_given,
-    "samples_distance": distance(samples),
-    "completions_distance": distance(completed),
-    "train_distance": distance(train),
+    "samples_distance": distance(samples, "samples"),
+    "completions_distance": distance(completed, "completions"),
+    "train_distance": distance(train, "train"),
     "samples_nats_per_token": float(of_samples.mean()),
     "completions_nats_per_token": float(of_completions[:, rows_given * resolution :].mean()),
   }

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from igpt_jax import watchdog
+from igpt_jax import stopping, watchdog
 from igpt_jax.errors import UserError
 
 # At the end one process may have long work of its own (fitting probes) ...
@@ -47,7 +47,7 @@ def join(host_seconds: int, trains: bool) -> None:
   Raises:
     UserError: no cluster was recognised.
   """
-  # The service handles SIGTERM. Training answers that by saving; other jobs must end by it.
+  # The service agrees on a step to save at. It wants SIGTERM for that, and gets it while a loop trains.
   jax.config.update("jax_enable_preemption_service", trains)
   environment = os.environ
   settings: dict[str, Any] = {}
@@ -68,6 +68,8 @@ def join(host_seconds: int, trains: bool) -> None:
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; fix: set them, or leave "
       "--distributed out on one host"
     ) from None
+  if trains:
+    stopping.take_back()
 
 
 def leave(status: int) -> NoReturn:

@@ -14,7 +14,7 @@ import numpy as np
 
 from igpt_jax import files
 from igpt_jax.config.fields import Settings
-from igpt_jax.errors import UserError
+from igpt_jax.errors import Stopped, UserError
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.probing import feeds, sets, sgd
@@ -119,7 +119,7 @@ def _run(
   )
   outcome = training.train(_joined(saved, whole), work)
   if outcome.stopped_by:
-    raise UserError(
+    raise Stopped(
       f"probe: stopped by {outcome.stopped_by} at step {outcome.step} of the probe: saved; fix: the same "
       "command goes on from here"
     )

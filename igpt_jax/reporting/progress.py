@@ -1,7 +1,15 @@
-"""Progress lines of training, and countdowns of other long work."""
+"""Progress lines of training, and signs of life of other long work."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+# Seconds between two lines: a tenth of the time so far, within these.
+_SOONEST, _LATEST = 10.0, 60.0
 
 
 class Progress:
@@ -13,6 +21,7 @@ class Progress:
     flops_per_image: model FLOPs of a training step, without recomputation.
     peak_flops: FLOP/s of all devices together; None if unknown: then there is no MFU.
     shown: metrics of the line, in order, with their formats.
+    eval_every: steps between two evaluations, for the remaining time; 0: at the end only.
   """
 
   PRETRAINING = (("loss", "loss {:.4f} nats/token"), ("validation_loss", "validation {:.4f}"))
@@ -27,8 +36,12 @@ class Progress:
     flops_per_image: float,
     peak_flops: float | None,
     shown: Sequence[tuple[str, str]] = PRETRAINING,
+    eval_every: int = 0,
   ):
     self.shown = tuple(shown)
+    self._eval_every, self._evaluation_seconds = eval_every, 0.0
+    self._began = time.monotonic()
+    self._spoke: float | None = None
     self.total_steps, self.images_per_step = total_steps, images_per_step
     self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
     self._since: tuple[float, int] | None = None
@@ -40,19 +53,33 @@ class Progress:
     self._paused = 0.0
     self._waited = waited
 
-  def pause(self, seconds: float) -> None:
+  def pause(self, seconds: float, evaluated: bool = False) -> None:
     """Excludes time that wasn't training (evaluation, waiting for a checkpoint)."""
     self._paused += seconds
+    if evaluated:
+      self._evaluation_seconds = seconds
+
+  def due(self) -> bool:
+    """True if there was no line for a while: a few seconds at first, a minute later."""
+    if self._spoke is None:
+      return True
+    now = time.monotonic()
+    return now - self._spoke >= min(max(_SOONEST, 0.1 * (now - self._began)), _LATEST)
 
   def measure(self, step: int) -> dict[str, float]:
-    """images_per_second, mfu (if the peak is known) and eta_seconds since the last call."""
-    now = time.monotonic()
+    """Returns `speed` since the last call, and begins anew."""
+    values = self.speed(step)
+    if values:
+      self.start(step, self._waited)
+    return values
+
+  def speed(self, step: int) -> dict[str, float]:
+    """Returns images_per_second, mfu (if the peak is known) and eta_seconds, since the last `measure`."""
     if self._since is None or step <= self._since[1]:
       return {}
     began, first = self._since
-    self._seconds = max(now - began - self._paused, 1e-9)
+    self._seconds = max(time.monotonic() - began - self._paused, 1e-9)
     speed = (step - first) * self.images_per_step / self._seconds
-    self.start(step, self._waited)
     values = {"images_per_second": speed}
     if self.peak_flops:
       values["mfu"] = speed * self.flops_per_image / self.peak_flops
@@ -66,35 +93,109 @@ class Progress:
     return min(max(share, 0.0), 1.0)
 
   def line(self, step: int, values: Mapping[str, float]) -> str:
+    """Formats a step's line; its ETA includes evaluations, once one has been timed."""
+    self._spoke = time.monotonic()
     width = len(str(self.total_steps))
     parts = [f"step {step:>{width}}/{self.total_steps}"]
     shown = (*self.shown, *self._SPEED)
     parts += [form.format(values[name]) for name, form in shown if name in values]
     if "eta_seconds" in values:
-      parts.append(f"ETA {format_seconds(values['eta_seconds'])}")
+      eta = values["eta_seconds"] + self._evaluations_after(step) * self._evaluation_seconds
+      parts.append(f"ETA {format_seconds(eta)}")
     return "  ".join(parts)
+
+  def _evaluations_after(self, step: int) -> int:
+    every = self._eval_every or self.total_steps
+    return -(-self.total_steps // every) - step // every if step < self.total_steps else 0
+
+
+@contextlib.contextmanager
+def doing(what: str, say: Callable[[str], None], after: float = 1.0) -> Iterator[None]:
+  """Says what the block does, and every now and then that it still does, if it takes longer than `after`.
+
+  A thread says so: the block may be one call into native code.
+  """
+  began, ended, spoke = time.monotonic(), threading.Event(), threading.Event()
+
+  def passed() -> float:
+    return time.monotonic() - began
+
+  def tell() -> None:
+    if ended.wait(after):
+      return
+    spoke.set()
+    say(f"{what} …")
+    while not ended.wait(min(max(_SOONEST, 0.5 * passed()), _LATEST)):
+      say(f"{what} … {passed():.0f} s so far")
+
+  thread = threading.Thread(target=tell, name=what, daemon=True)
+  thread.start()
+  try:
+    yield
+    ended.set()
+    thread.join()
+    if spoke.is_set():
+      say(f"{what}: {passed():.1f} s")
+  finally:
+    ended.set()
 
 
 class Countdown:
-  """Prints progress of work of known length (done/total, speed, ETA), less often the longer it takes."""
+  """Prints progress of work of known length (done/total, speed, ETA), less often the longer it takes.
 
-  def __init__(self, what: str, total: int, say: Callable[[str], None], every: float = 5.0):
+  Args:
+    what: the work.
+    total: its length.
+    say: prints a line.
+    every: seconds between two lines, at least.
+    then: name of what comes after it, and the seconds that it will take, which the ETA includes.
+  """
+
+  def __init__(
+    self,
+    what: str,
+    total: int,
+    say: Callable[[str], None],
+    every: float = 5.0,
+    then: tuple[str, float] = ("", 0.0),
+  ):
     self._what, self._total, self._say, self._every = what, total, say, every
+    self._after, self._after_seconds = then
     self._began = self._last = time.monotonic()
+    self._first: tuple[float, int] | None = None
+    self._spoke = False
 
   def batches(self, batch_size: int) -> Callable[[int], None]:
     """Returns a `tick` that counts batches."""
     return lambda n: self.tick(n * batch_size)
 
+  def over(self, batches: Iterable[_T], batch_size: int) -> Iterator[_T]:
+    """Passes batches on, and counts those that have been used."""
+    for done, batch in enumerate(batches, 1):
+      yield batch
+      self.tick(done * batch_size)
+
   def tick(self, done: int) -> None:
+    """Prints a line if it is time for one, or as soon as the work is known to be long.
+
+    The first call comes when programs have been compiled: speed is measured from there on.
+    """
     now = time.monotonic()
-    pause = max(self._every, 0.1 * (now - self._began))
-    if now - self._last < pause or not 0 < done < self._total:
+    since, before = self._first or (self._began, 0)
+    self._first = self._first or (now, done)
+    if not before < done < self._total:
       return
-    self._last = now
-    speed = done / (now - self._began)
-    left = format_seconds((self._total - done) / speed)
-    self._say(f"{self._what}: {done:,}/{self._total:,}  {speed:,.1f}/s  ETA {left}")
+    speed = (done - before) / max(now - since, 1e-9)
+    left = (self._total - done) / speed + self._after_seconds
+    pause = max(self._every, 0.1 * (now - self._began))
+    long = before and not self._spoke and left > 2 * self._every
+    if now - self._last < pause and not long:
+      return
+    self._last, self._spoke = now, True
+    after = f", {self._after} included" if self._after else ""
+    self._say(
+      f"{self._what}: {done:,}/{self._total:,}  {speed:,.1f}/s  ETA {format_seconds(left)}{after}"
+    )
 
 
 def format_seconds(seconds: float) -> str:

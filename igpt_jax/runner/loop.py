@@ -1,29 +1,28 @@
 """The training loop of every job that trains.
 
-Every step: evaluate if due → save if due → next batch → step → metrics of the step before → stop if
-asked to. At the end: evaluate, save. The job supplies step, evaluation and what is saved; nothing here
-knows a model or a loss.
+Every step: evaluate if due → save if due → next batch → step → wait for the step before, and report it
+→ stop if asked to. At the end: evaluate, save. The job supplies step, evaluation and what is saved;
+nothing here knows a model or a loss.
 """
 
 import contextlib
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics
-from igpt_jax.reporting.progress import Progress
+from igpt_jax.reporting.progress import Progress, doing
 from igpt_jax.runner import goodput, saving
 from igpt_jax.runner.guard import Guard
+from igpt_jax.runner.stop_signal import StopSignal
 from igpt_jax.training import compilation
 from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.profiling import Profiler
@@ -117,12 +116,22 @@ class Instruments:
     self.tell(step, {**values, **measured})
     self.clock.note(step)
 
+  def settle(self, step: int, values: dict[str, jax.Array] | None) -> None:
+    """Waits for a dispatched step, and prints its line if there was none for a while; None: no step.
+
+    At most two steps are in flight, so that a run that is to stop has little to wait for.
+    """
+    jax.block_until_ready(values)
+    if values is not None and self.progress.due():
+      shown = {name: float(value) for name, value in jax.device_get(values).items()}
+      say(self.progress.line(step, shown | self.progress.speed(step)))
+
   def pause(self, function: Callable, phase: str) -> Any:
     """Calls `function`, excluded from the measured speed and counted as `phase`."""
     paused = time.monotonic()
     with self.clock.phase(phase):
       result = function()
-    self.progress.pause(time.monotonic() - paused)
+    self.progress.pause(time.monotonic() - paused, evaluated=phase == "evaluation")
     return result
 
 
@@ -141,38 +150,25 @@ class Outcome:
   stopped_by: str | None
 
 
-class StopSignal:
-  """Handler that turns SIGTERM into a request that the loop checks between two steps.
+class _Logged:
+  """The newest logged step, which is reported when the one after it has been dispatched."""
 
-  Several processes must stop at the same step: there jax' own handler takes the signal, and agrees on
-  a step with the others in the background. (If main hasn't enabled it, the signal ends the process.)
-  """
+  def __init__(self, instruments: Instruments, batches: Feed):
+    self._instruments, self._batches = instruments, batches
+    self._step: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
 
-  def __init__(self):
-    self.requested: str | None = None
-    self._previous: Any = None
+  def keep(self, step: int, values: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
+    self._step = step, values, batch
 
-  def asked(self, at_step: int) -> str | None:
-    """Returns the signal's name if the run is to stop before `at_step`; to be called at every step."""
-    serves = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]
-    agrees = jax.process_count() > 1 and serves
-    if agrees and multihost_utils.reached_preemption_sync_point(at_step):
-      self.requested = "SIGTERM"
-    return self.requested
-
-  def __enter__(self):
-    if jax.process_count() > 1:
-      return self
-    self._previous = signal.signal(signal.SIGTERM, self._ask)
-    return self
-
-  def _ask(self, number, frame) -> None:
-    del frame
-    self.requested = signal.Signals(number).name
-
-  def __exit__(self, *unused) -> None:
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
+  def report(self, state: Callable[[], TrainState]) -> None:
+    """Writes, prints and checks its metrics, once."""
+    if self._step is None:
+      return
+    step, computed, batch = self._step
+    self._step = None
+    values = {name: float(value) for name, value in jax.device_get(computed).items()}
+    self._instruments.tell_training(step, values, self._batches.wait_seconds)
+    self._instruments.guard.look(step, values, state, batch)
 
 
 def run(
@@ -191,24 +187,15 @@ def run(
     BadNumbers: raised by the guard; checkpoints under way are complete.
   """
   save_state, writers = instruments.save, instruments.writers
-  clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal()
+  clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal(save_state.newest)
   first_step = at_step = int(train_state.step)
   batches = work.batches(first_step)
   clock.reads(batches)
   clock.enter("step")
-  # Step, metrics and batch of the last logged step, not reported yet.
-  pending: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
+  logged = _Logged(instruments, batches)
 
   def flush() -> None:
-    """Reports the metrics of the step before."""
-    nonlocal pending
-    if pending is None:
-      return
-    of_step, values, of_batch = pending
-    values = {name: float(value) for name, value in jax.device_get(values).items()}
-    pending = None
-    instruments.tell_training(of_step, values, batches.wait_seconds)
-    instruments.guard.look(of_step, values, lambda: train_state, of_batch)
+    logged.report(lambda: train_state)
 
   def pause(function: Callable, phase: str) -> Any:
     """Calls `function` when the device is idle, excluded from the measured speed."""
@@ -237,7 +224,7 @@ def run(
     pause(agree_and_save, "checkpoint")
     clock.saved(at_step)
 
-  compiled = None
+  compiled = values = None
   with _settled(save_state), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
@@ -254,15 +241,18 @@ def run(
         agreement.check(at_step, batches.place)
         with clock.phase("compile"):
           compiled = _compiled(work.train_step, train_state, batch, mesh)
+        stop.begin()
         instruments.progress.start(first_step, batches.wait_seconds)
       if profiler.due(at_step):
         pause(functools.partial(profiler.turn, at_step), "profile")
+      before = values
       with profiler.named(at_step), jax.transfer_guard("disallow"):
         train_state, values = compiled(train_state, batch)
       at_step += 1
       flush()
+      instruments.settle(at_step - 1, before)
       if at_step % work.log_every == 0 or at_step == steps:
-        pending = at_step, values, read
+        logged.keep(at_step, values, read)
     flush()
     if profiler.tracing:
       pause(profiler.close, "profile")
@@ -281,8 +271,9 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
   """Compiles the step for these arrays' shardings; raises UserError if it doesn't fit the devices."""
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
   shardings = jax.tree.map(lambda x: x.sharding, train_state)
-  compiled = compilation.compile_step(train_step, abstract, shardings, batch)
-  say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+  with doing("compiling the training step", say):
+    compiled = compilation.compile_step(train_step, abstract, shardings, batch)
+  say(f"compiled in {compiled.seconds:.1f} s; {compiled.memory}")
   memory.check_step(compiled, mesh)
   return compiled
 

@@ -21,7 +21,7 @@ from igpt_jax.data.sources import Split, has_validation, open_split
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
 from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
-from igpt_jax.reporting import metrics, summary
+from igpt_jax.reporting import metrics, progress, summary
 from igpt_jax.reporting.curves import draw_curve
 from igpt_jax.runner.data_order import DataOrder
 from igpt_jax.runner.loop import Work
@@ -54,7 +54,7 @@ class Outcome:
 def pretrain(
   settings: Settings, workdir: str, mesh: Mesh | None = None, began: float | None = None
 ) -> Outcome:
-  """Trains until `train.steps`, or until it is asked to stop (SIGTERM).
+  """Trains until `train.steps`, or until it is asked to stop (SIGTERM, Ctrl-C).
 
   Args:
     settings: as given.
@@ -88,6 +88,7 @@ def pretrain(
       state.state_shardings(model, tx, mesh),
       order.check,
     )
+    run.tell_length(optimizer_config)
     if run.first_step < train.steps:
       _forget_result(workdir)
     devices = hardware.describe_devices(mesh)
@@ -140,8 +141,9 @@ def _evaluation(
   limit = min(train.eval_images or len(split), len(split))
 
   def evaluate(at: state.TrainState) -> dict[str, float]:
+    clock = progress.Countdown(f"validation: {limit:,} images", limit, say)
     with streams.eval_stream(split, settings.data, palette, mesh, batch_size, limit) as stream:
-      result = likelihood(at.params, stream)
+      result = likelihood(at.params, stream, report=clock.batches(batch_size))
     # With few images, BERT's masks may hide no pixel: then there is no loss.
     return {"validation_loss": result.nats_per_token} if result.predicted else {}
 

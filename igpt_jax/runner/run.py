@@ -28,6 +28,7 @@ from igpt_jax.reporting.progress import Progress
 from igpt_jax.runner import goodput, guard, loop, saving
 from igpt_jax.runner.loop import Outcome, Work
 from igpt_jax.training.bad_numbers import BadNumbers
+from igpt_jax.training.optimizer import OptimizerConfig, make_schedule
 from igpt_jax.training.profiling import Profiler
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import devices, lock, training_palette
@@ -51,6 +52,7 @@ class TrainingRun:
     mesh: the mesh of state and batches, once the run is entered.
     settings: as given; from `claim` on with all choices made.
     first_step: the step of the state that `resume_or` returned.
+    lengths: changes of the run's number of steps, "at" which step and from how many "steps".
     spent: the clock's `goodput.Clock.end`, after `train`.
   """
 
@@ -75,12 +77,14 @@ class TrainingRun:
     self._kept = checkpoints
     self._palette: Palette | None = None
     self._held = contextlib.ExitStack()
+    self.lengths: list[dict[str, int]] = []
 
   def __enter__(self) -> "TrainingRun":
     workdir_lib.open_workdir(self._folder)
     with contextlib.ExitStack() as held:
       held.enter_context(lock.held(self._folder))
       if self._kind is not None:
+        workdir_lib.forget_unbegun(self._given, self._folder, self._kind)
         workdir_lib.check(self._given, self._folder, self._kind)
       self.mesh = self._given_mesh or devices.mesh_of(self._given)
       self._held = held.pop_all()
@@ -132,9 +136,44 @@ class TrainingRun:
       state = resumed.state
       read(resumed.run)
       say(f"resuming at step {self.first_step} of {self._steps} from {self._folder}")
+      self._compare_length(resumed.run)
     self._clock = goodput.Clock(self._folder, self.first_step, self._began)
     self._began = None  # counted
     return state
+
+  def _compare_length(self, run: dict[str, Any]) -> None:
+    """Notes a change of the run's number of steps since the checkpoint with this `run`."""
+    if self._kind is None:
+      return
+    self.lengths = list(run.get("lengths", ()))
+    group, field = workdir_lib.STEPS[self._kind].split(".")
+    before = run.get("config", {}).get(group, {}).get(field, self._steps)
+    if before != self._steps:
+      self.lengths.append({"at": self.first_step, "steps": before})
+    if hosts.is_main():
+      workdir_lib.keep_steps(self._given, self._folder, self._kind)
+
+  def tell_length(self, config: OptimizerConfig) -> None:
+    """Says how the learning rate goes on, if the run has resumed with another number of steps.
+
+    Args:
+      config: the run's, of the new number.
+    """
+    if self._kind is None or not self.lengths or self.lengths[-1]["at"] != self.first_step:
+      return
+    before, at = self.lengths[-1]["steps"], self.first_step
+    change = f"{workdir_lib.STEPS[self._kind]} {before:,} → {self._steps:,}"
+    rates = [
+      float(make_schedule(dataclasses.replace(config, steps=steps))(at))
+      for steps in (before, self._steps)
+    ]
+    if config.schedule == "constant":
+      say(f"{change}: the learning rate stays {rates[1]:.3g}")
+    else:
+      say(
+        f"{change}: from step {at:,} on the learning rate follows the {config.schedule} of the new length: "
+        f"{rates[1]:.3g} there, {rates[0]:.3g} by the old one"
+      )
 
   def train(self, state: TrainState, work: Work) -> Outcome:
     """Trains until the end or a stop signal; goes back to an older checkpoint after bad numbers.
@@ -168,7 +207,9 @@ class TrainingRun:
     instruments = loop.Instruments(
       save=saving.Saver(checkpoints, save, settings.train.save_retry_seconds),
       writers=writers,
-      progress=Progress(self._steps, work.batch_size, work.flops, peak, work.shown),
+      progress=Progress(
+        self._steps, work.batch_size, work.flops, peak, work.shown, work.eval_every
+      ),
       clock=self._clock,
       profiler=Profiler(window, os.path.join(self._folder, "profile"), say),
       guard=guard.Guard(settings.guard, self._folder),
@@ -219,4 +260,5 @@ class TrainingRun:
       "data": data,
       "elapsed_seconds": self.elapsed(),
       "config": as_json(self.settings),
+      **({"lengths": self.lengths} if self.lengths else {}),
     }

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable
 
-from igpt_jax import watchdog
+from igpt_jax import checkpoint, watchdog
 from igpt_jax.checkpoint import SAVE_ERRORS, Checkpoints
 from igpt_jax.errors import SaveFailed
 from igpt_jax.parallel import hosts
@@ -59,6 +59,10 @@ class Saver:
   def failed(self) -> bool:
     """True if the last save is known to have failed; never with several processes. Doesn't block."""
     return self._checkpoints.failed()
+
+  def newest(self) -> int | None:
+    """Returns the step of the newest complete checkpoint; None: there is none. For any thread."""
+    return checkpoint.latest_step(self._checkpoints.folder)
 
   def settle(self) -> None:
     """Waits for a save under way to succeed or fail."""

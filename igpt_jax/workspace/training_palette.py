@@ -13,7 +13,7 @@ from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
-from igpt_jax.reporting import summary
+from igpt_jax.reporting import progress, summary
 from igpt_jax.workspace import provenance
 
 PALETTE = "palette.npy"  # in a workdir
@@ -83,13 +83,16 @@ def fit_palette(settings: Settings, data_config: DataConfig, split: Split) -> Pa
   wanted = min(len(split), settings.palette.images)
   say(f"palette: fitting {size} colours to {wanted:,} images of {split.fingerprint}")
   histogram = palette_fit.ColorHistogram()
+  clock = progress.Countdown("palette: images read", wanted, say)
   left = wanted
   for images in pipeline.image_stream(split, data_config, augment=True, seed=settings.seed):
     histogram.add(images[:left])
     left -= len(images)
+    clock.tick(wanted - left)
     if left <= 0:
       break
-  palette = palette_fit.fit_palette(histogram, size, seed=settings.seed)
+  with progress.doing(f"palette: clustering into {size} colours", say):
+    palette = palette_fit.fit_palette(histogram, size, seed=settings.seed)
   if palette.size < 2:
     raise UserError(
       f"palette: {split.fingerprint} has a single colour (rgb {', '.join(map(str, palette.colors[0]))}), "

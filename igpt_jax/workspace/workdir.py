@@ -1,14 +1,25 @@
-"""The workdir of a run: config.json is written when the run begins and compared when it is resumed."""
+"""The workdir of a run: config.json is written when the run begins and compared when it is resumed.
 
+Two things may change: a start that came to no checkpoint leaves nothing that binds the next one, and a
+run may be given more steps, or fewer that it hasn't made yet.
+"""
+
+import contextlib
 import json
 import os
 import tempfile
 from typing import Any
 
-from igpt_jax import __version__, files, history
+from igpt_jax import __version__, checkpoint, files, history
 from igpt_jax.config.fields import Settings, as_json, decides
 from igpt_jax.errors import UserError
+from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
+
+# The setting that says how long a run of a kind is.
+STEPS = {"pretraining": "train.steps", "finetuning": "finetune.steps"}
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 
 
 def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:
@@ -20,8 +31,8 @@ def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:
     kind: of training, "pretraining" or "finetuning"; settings that don't decide its numbers may differ.
 
   Raises:
-    UserError: it holds a run with other settings, which are listed; or one of a newer version with
-      settings that this one doesn't have.
+    UserError: it holds a run with other settings, which are listed; one of a newer version with
+      settings that this one doesn't have; or one that has made more steps than the settings'.
   """
   theirs = read(workdir)
   if theirs is None:
@@ -36,6 +47,14 @@ def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:
       + "\nfix: the newer igpt_jax that began it, or another --workdir"
     )
   ours = {name: ours[name] for name in decisive}
+  made = checkpoint.latest_step(workdir)
+  if made is not None and (name := STEPS[kind]) in theirs:
+    before, steps = theirs.pop(name), ours.pop(name)
+    if steps < made:
+      raise UserError(
+        f"config.{name}: {steps:,}; the run in {workdir} has made {made:,} steps; expected {made:,} or "
+        f"more; fix: --config.{name}={before} goes on as it was begun; or another --workdir"
+      )
   fix = "another --workdir, or the config that this run was begun with"
   files.check_same("workdir", f"{workdir} holds another config's run", theirs, ours, fix)
 
@@ -65,6 +84,70 @@ def claim(settings: Settings, workdir: str) -> None:
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     summary.write_json(path, {history.KEY: history.FORMAT, **as_json(settings)})
+
+
+def keep_steps(settings: Settings, workdir: str, kind: str) -> None:
+  """Notes in config.json how many steps a run has from now on."""
+  name, stored = STEPS[kind], read(workdir)
+  steps = files.flatten(as_json(settings))[name]
+  if stored is not None and stored[name] != steps:
+    path = os.path.join(workdir, "config.json")
+    config = files.read_json(path)
+    config = history.upgraded(config, history.format_of(config, f"workdir: {path}"))
+    group, field = name.split(".")
+    config[group][field] = steps
+    summary.write_json(path, {history.KEY: history.FORMAT, **config})
+
+
+def forget_unbegun(settings: Settings, workdir: str, kind: str) -> None:
+  """Removes what a start with other settings has left here, if it never came to a checkpoint.
+
+  Collective: every process must call it.
+  """
+  if hosts.is_main() and os.path.exists(os.path.join(workdir, "config.json")):
+    try:
+      check(settings, workdir, kind)
+    except UserError:
+      if not _has_begun(workdir):
+        say(f"workdir: {workdir}: a start with other settings has left no checkpoint: begun afresh")
+        for name in (*_palette_of_run(workdir), "metrics.jsonl", "goodput.json", "config.json"):
+          with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(workdir, name))
+  hosts.wait_for_all("workdir looked at")
+
+
+def _has_begun(workdir: str) -> bool:
+  """True if a run here has made a checkpoint, even if it is damaged or has been deleted since."""
+  folder = os.path.join(workdir, checkpoint.FOLDER)
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  if any(_UNFINISHED not in name for name in names):
+    return True
+  if any(
+    os.path.exists(os.path.join(workdir, name)) for name in ("training.json", "finetune.json")
+  ):
+    return True
+  try:
+    return bool(files.read_json(os.path.join(workdir, "goodput.json"))["saved"])
+  except FileNotFoundError:
+    return False
+  except (ValueError, LookupError, TypeError):
+    return True
+
+
+def _palette_of_run(workdir: str) -> tuple[str, ...]:
+  """Returns the files of a palette that the run here has chosen; () if job fit_palette or a person did."""
+  names = ("palette.npy", "palette.json")
+  try:
+    fitted = files.read_json(os.path.join(workdir, "palette.json"))
+    return () if "mse_per_channel" in fitted else names
+  except FileNotFoundError:
+    pass
+  except ValueError:
+    return names
+  with contextlib.suppress(UserError):
+    stored = read(workdir) or {}
+    return names if stored.get("palette.path") or stored.get("init_from") else ()
+  return ()
 
 
 def open_workdir(workdir: str) -> None:

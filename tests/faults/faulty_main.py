@@ -15,7 +15,7 @@ import threading
 import jax
 from absl import app
 
-from igpt_jax import main, watchdog
+from igpt_jax import main, stopping, watchdog
 from igpt_jax.config import choices
 from igpt_jax.data import pipeline
 from igpt_jax.runner import guard
@@ -86,4 +86,5 @@ def build_in(fault):
 if __name__ == "__main__":
   build_in(sys.argv.pop(1))
   watchdog.tell_stacks()
+  stopping.listen()
   app.run(main.main, flags_parser=main._parse_flags)
