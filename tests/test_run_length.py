@@ -89,7 +89,7 @@ def test_fewer_steps_than_were_made_are_refused(ended, tmp_path):
   before = (workdir / "config.json").read_bytes()
   with pytest.raises(UserError, match=r"train.steps: 8; .* has made 12 steps; expected 12 or more"):
     on_one_device(pretrain, tiny(**{"train.steps": 8}), str(workdir))
-  with pytest.raises(UserError, match=r"holds another config's run:\n  seed: 1 .*\nfix"):
+  with pytest.raises(UserError, match=r"holds another config's run:\n  seed: 0 there, 1 here\nfix"):
     on_one_device(pretrain, tiny(**{"train.steps": 20, "seed": 1}), str(workdir))
   assert (workdir / "config.json").read_bytes() == before
   assert (workdir / "training.json").exists()

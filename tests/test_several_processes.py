@@ -272,7 +272,7 @@ def test_two_processes_fine_tune_as_one(of_two, tmp_path):
 
 
 def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypatch):
-  """Signalled one after the other, and with one copy of the model over both."""
+  """Signalled one after the other, the second by Ctrl-C, and with one copy of the model over both."""
   workdir = tmp_path / "run"
   endless = {
     **ACROSS,
@@ -282,7 +282,7 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypat
   }
   with hosts(tmp_path / "said", workdir, endless) as started:
     started.wait_for("step      2/100000")
-    started.processes[1].send_signal(signal.SIGTERM)
+    started.processes[1].send_signal(signal.SIGINT)
     time.sleep(0.3)
     started.processes[0].send_signal(signal.SIGTERM)
     started.succeed()
