@@ -8,7 +8,7 @@
 # WORKDIR  where everything goes (default: runs/CONFIG)
 # PYTHON   the interpreter that makes the environment (default: the first of 3.11 or later)
 #
-# Running it again goes on where it stopped.
+# Ctrl-C saves; running it again goes on where it stopped.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

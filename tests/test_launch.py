@@ -483,6 +483,16 @@ def test_entry_tells_a_stopped_run_from_a_finished_one(world, number):
   assert (world.fake / "saved.home").read_text() == "saved\n"
 
 
+def test_entry_lets_the_run_hear_ctrl_c(world):
+  """A terminal's Ctrl-C goes to both; a run that hears it twice leaves at once."""
+  world.write("train.sh", "trap 'touch \"$FAKE/heard\"' INT\n" + TRAIN_FOREVER)
+  process = world.start("entry.sh", *MAIN_ARGS)
+  world.wait_for("training.home")
+  os.killpg(process.pid, signal.SIGINT)
+  assert process.wait(PATIENCE) == 143
+  assert world.exists("heard")
+
+
 def test_entry_hands_on_the_stack_dump_signal(world):
   world.write("train.sh", "trap 'touch \"$FAKE/dumped\"; exit 7' USR1\n" + TRAIN_FOREVER)
   process = world.start("entry.sh", *MAIN_ARGS)
