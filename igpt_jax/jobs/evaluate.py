@@ -25,6 +25,8 @@ from igpt_jax.training.evaluation import LikelihoodEvaluator, count_tokens, coun
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
+_TIMED_BATCHES = 9  # read once more, to know how long counting takes
+
 
 def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
   """Evaluates `checkpoint` (or the workdir's newest) on `evaluate.split`; watching, every checkpoint."""
@@ -123,13 +125,14 @@ def _tell_cost(settings: Settings, total: int, train_split: Split | None, stream
     f"evaluate: the model on {total:,} images of {own.split}, then baselines counted on {counted:,} "
     "images of train"
   )
-  if counted <= own.batch_size:
+  timed = _TIMED_BATCHES * own.batch_size
+  if counted <= timed:
     return 0.0
-  began = time.monotonic()
-  with stream(train_split, own.batch_size) as batches:
-    for _ in batches:
-      pass
-  return (time.monotonic() - began) * counted / own.batch_size
+  with stream(train_split, timed) as batches:
+    next(batches)  # the first one comes when all threads have been started
+    began = time.monotonic()
+    rest = sum(1 for _ in batches)
+  return (time.monotonic() - began) / rest * counted / own.batch_size
 
 
 def _counted_on(data_config: DataConfig) -> Split | None:
