@@ -40,7 +40,8 @@ class Settings(Group, jobs=tuple(JOBS)):
   init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from; "
     '"": random ones', path=True, decides="run", host=True,
     jobs=("pretrain", *READING, "benchmark"))
-  checkpoint: str = setting("", "checkpoint to read; \"\": --workdir's newest, or else init_from",
+  checkpoint: str = setting("", "checkpoint to read, local or of the Hugging Face hub "
+    "(openai/imagegpt-small); \"\": --workdir's newest, or else init_from",
     path=True, host=True, jobs=READING)
 
   data: runs.DataConfig = runs.DataConfig()
