@@ -27,6 +27,9 @@ from igpt_jax.pretrained.leaves import Report
 PACKAGE = "huggingface_hub>=1,<3"  # as in setup.py
 
 _NAME = re.compile(r"([a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.A | re.I)
+_SUM = re.compile(
+  "[0-9a-f]{40}|[0-9a-f]{64}"
+)  # git's digest of a small file, SHA-256 of a large one
 _DESCRIPTIONS = ["config.json", clusters.JSON_NAME]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLE = "pytorch_model.bin"
@@ -170,23 +173,24 @@ def _check_contents(name: str, folder: str) -> None:
   Raises:
     UserError: a file differs.
   """
-  paths = [os.path.join(folder, file) for file in sorted(os.listdir(folder))]
-  blobs = [os.path.realpath(path) for path in paths if os.path.islink(path)]
-  large = [blob for blob in blobs if re.fullmatch("[0-9a-f]{64}", os.path.basename(blob))]
+  links = filter(os.path.islink, (os.path.join(folder, file) for file in os.listdir(folder)))
+  # The link alone: what it points to may itself be one, to a store with other names.
+  expected = {path: os.path.basename(os.readlink(path)) for path in sorted(links)}
+  # Another server than the hub's own may name files otherwise.
+  expected = {path: sum for path, sum in expected.items() if _SUM.fullmatch(sum)}
+  large = [path for path, sum in expected.items() if len(sum) == 64]
   sums = dict(zip(large, digests.of_files(large, kept_as=folder), strict=True))
-  for path, blob in zip(filter(os.path.islink, paths), blobs, strict=True):
-    expected = os.path.basename(blob)
-    if blob in sums:
-      same = expected.startswith(sums[blob])
-    else:
-      same = not re.fullmatch("[0-9a-f]{40}", expected) or _git_digest(blob) == expected
-    if not same:
-      for damaged in (path, blob):
-        os.remove(damaged)
-      raise UserError(
-        f"checkpoint: {name}: {os.path.basename(path)} isn't what the hub says by its checksum "
-        f"{expected[:16]}; removed; fix: the same command fetches it again"
-      )
+  for path in expected.keys() - sums.keys():
+    sums[path] = _git_digest(path)
+  for path, sum in expected.items():
+    if not sum.startswith(sums[path]):
+      what = f"checkpoint: {name}: {path} isn't what the hub says by its checksum {sum[:16]}"
+      try:
+        for damaged in (os.path.join(folder, os.readlink(path)), path):
+          os.remove(damaged)
+      except OSError as error:
+        raise UserError(f"{what}; {error.strerror}; fix: remove it and what it links to") from error
+      raise UserError(f"{what}: removed; fix: the same command fetches it again")
 
 
 def _git_digest(path: str) -> str:
