@@ -40,6 +40,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],  # drivers of 580 or later
     "tensorboard": ["tensorboardX>=2.6.2,<3"],
     "wandb": ["wandb>=0.19,<1"],
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
