@@ -201,6 +201,17 @@ def test_a_download_that_is_cut_off_is_resumed(mirror, monkeypatch):
 
 
 @needs_client
+def test_a_long_download_is_no_hang(mirror, monkeypatch):
+  from huggingface_hub import constants
+
+  beats = []
+  monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+  monkeypatch.setattr(hub.watchdog, "beat", beats.append)
+  fetch()
+  assert beats.count(hub._DOING) > 3, "once for the beginning, and again for what has come"
+
+
+@needs_client
 def test_contents_are_compared_with_their_checksum(mirror):
   mirror.spoilt = True
   with pytest.raises(
@@ -212,14 +223,15 @@ def test_contents_are_compared_with_their_checksum(mirror):
 
 
 @needs_client
-def test_a_small_file_that_was_damaged_here_is_fetched_again(mirror):
-  palette = pathlib.Path(fetch().folder) / "preprocessor_config.json"
-  whole = palette.read_bytes()
-  palette.write_bytes(whole.replace(b"1", b"2", 1))
-  with pytest.raises(UserError, match=r"preprocessor_config\.json isn't what the hub says"):
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json"])
+def test_a_small_file_that_was_damaged_here_is_fetched_again(mirror, name):
+  file = pathlib.Path(fetch().folder) / name
+  whole = file.read_bytes()
+  file.write_bytes(whole[:-9])
+  with pytest.raises(UserError, match=f"{name} isn't what the hub says"):
     fetch()
   fetch()
-  assert palette.read_bytes() == whole
+  assert file.read_bytes() == whole
 
 
 @needs_client

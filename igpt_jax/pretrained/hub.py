@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from igpt_jax import watchdog
 from igpt_jax.data import digests
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
@@ -33,6 +34,7 @@ _SUM = re.compile(
 _DESCRIPTIONS = ["config.json", clusters.JSON_NAME]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLE = "pytorch_model.bin"
+_DOING = "fetching from the Hugging Face hub"
 _ELSEWHERE = "OpenAI's own files come with --config.job=download"
 
 
@@ -64,6 +66,7 @@ def fetch(name: str, report: Report) -> Snapshot:
     UserError: huggingface_hub isn't installed, the model isn't there, is none of ours or can't be
       reached, or a file is damaged.
   """
+  watchdog.beat(_DOING)
   if jax.process_count() == 1:
     return _fetch(name, report)
   snapshot, error, commit = None, None, np.zeros(20, np.uint8)
@@ -88,6 +91,7 @@ def _fetch(name: str, report: Report) -> Snapshot:
   folder = get(match[2], _DESCRIPTIONS)
   if not os.path.exists(os.path.join(folder, "config.json")):
     raise UserError(f"checkpoint: {name} has no config.json; expected an Image GPT of transformers")
+  _check_contents(name, folder)
   huggingface.read_config(folder)  # another model is refused before its weights are fetched
   commit = os.path.basename(folder)
   get(commit, _SAFETENSORS)
@@ -107,7 +111,7 @@ def _getter(name: str, repo: str) -> Callable[[str | None, list[str]], str]:
   """Returns a function of a revision and patterns that fetches these files; it returns their folder."""
   try:
     import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, tqdm
   except ImportError:
     raise UserError(
       f"checkpoint: {name}: nothing is there, and to fetch it from the Hugging Face hub needs "
@@ -116,10 +120,19 @@ def _getter(name: str, repo: str) -> Callable[[str | None, list[str]], str]:
   if not hosts.is_main():
     disable_progress_bars()
 
+  class Bar(tqdm):
+    """The client's progress bar, whose progress is the process's."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+      watchdog.beat(_DOING)
+      return super().update(n)
+
   def get(revision: str | None, patterns: list[str]) -> str:
     try:
       return str(
-        huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        huggingface_hub.snapshot_download(
+          repo, revision=revision, allow_patterns=patterns, tqdm_class=Bar
+        )
       )
     except Exception as error:  # versions use different network libraries, with their own errors
       raise _in_words(name, error) from error
