@@ -22,7 +22,7 @@ from igpt_jax.data.pipeline import Batches
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
-from igpt_jax.reporting import figures, metrics, progress, summary
+from igpt_jax.reporting import metrics, plots, progress, summary
 from igpt_jax.runner.data_order import DataOrder
 from igpt_jax.runner.loop import Work
 from igpt_jax.runner.run import TrainingRun
@@ -212,6 +212,7 @@ class FineTuning:
     params = checkpoint.load_params(info, mesh) | {state.HEAD: checkpoint.load_head(info, mesh)}
     scores = self.score_on_test(params)
     masked, splits = not self.model.causal, self._splits | {"train": self._split}
+    held_out = len(splits["validation"])
     return {
       "checkpoint": info.path,
       "best_step": self.best.step,
@@ -228,6 +229,7 @@ class FineTuning:
       "classification_weight": self.loss.classification,
       "learning_rate": learning_rate,
       "batch_size": own.batch_size,
+      "validation_images": min(self.settings.train.eval_images or held_out, held_out),
       "validation_accuracy": self.best.accuracy,
       "test_images": scores.images,
       "test_accuracy": scores.accuracy,
@@ -302,19 +304,33 @@ def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
   """Writes finetune.json, the curves and the summary."""
   summary.write_json(os.path.join(folder, "finetune.json"), values)
   records = metrics.read_jsonl(os.path.join(folder, "metrics.jsonl"))
-  curves = {}
-  for name, label in (
-    ("validation_accuracy", "accuracy"),
-    ("validation_classification_loss", "classification loss, nats"),
-    ("validation_generative_loss", "generative loss, nats per token"),
-  ):
+
+  def curve(name: str) -> plots.Curve:
     points = [(record["step"], record[name]) for record in records if name in record]
-    curves[label] = tuple(zip(*points, strict=True))
-  figures.plot(
+    return plots.Curve(*zip(*points, strict=True))
+
+  best, losses = (
+    values["best_step"],
+    ("validation_classification_loss", "validation_generative_loss"),
+  )
+  labels = "classification, nats per image", "generative, nats per token"
+  plots.plot(
     os.path.join(folder, "finetune.png"),
-    curves,
-    title=f"Fine-tuning: {values['test_accuracy']:.2%} of test at step {values['best_step']:,}",
+    plots.Panel(
+      curves={"validation": curve("validation_accuracy")},
+      y_label="validation accuracy",
+      chosen=(f"best: step {best:,}", [best], [values["validation_accuracy"]]),
+      accuracy=True,
+      images=values["validation_images"],
+      classes=values["classes"],
+    ),
+    plots.Panel(
+      curves=dict(zip(labels, map(curve, losses), strict=True)), y_label="validation loss, nats"
+    ),
+    title=f"Fine-tuning: {values['test_accuracy']:.2%} of test at step {best:,}",
+    note="bars: standard error of an accuracy on {validation_images:,} validation images".format(
+      **values
+    ),
     x_label="step",
-    y_label="on validation",
   )
   summary.write_summary(workdir)
