@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from igpt_jax import watchdog
+from igpt_jax import files, watchdog
 from igpt_jax.reporting.progress import Countdown
 
 UNREADABLE = "unreadable"  # in place of the digest of a file that can't be read
@@ -185,6 +185,7 @@ def _write_index(kept_as: str, entries: dict[str, str], kept: dict[str, str]) ->
     try:
       with open(handle, "wb") as file:
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+      files.allow_as_usual(partial)
       os.replace(partial, path)
     except OSError:
       os.remove(partial)

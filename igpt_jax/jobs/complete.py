@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import checkpoint, files
+from igpt_jax import checkpoint, files, units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.image_decoding import BadRecord
@@ -119,7 +119,9 @@ def run(settings: Settings, workdir: str) -> None:
 
   to_do = [target for target in targets if _missing(target, n)]
   before = len(targets) - len(to_do)
-  what = f"{n} samples of {len(targets)} images" if chosen else f"{n} samples"
+  what = units.counted(n, "sample")
+  if chosen:
+    what += f" of {units.counted(len(targets), 'image')}"
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
@@ -349,9 +351,9 @@ def _grid(
   n, scale = settings.complete.n, settings.sample.scale
   if targets[0].file is None:
     drawn = reader.paint(_rows(targets[0], n)[0][:_GRID_DRAWN])
-    return figures.samples(drawn, scale=scale, title=f"Samples of {by}")
+    return figures.samples(drawn, scale=scale, title=f"Samples, {by}")
   completed = [
     (reader.paint(target.image.tokens[None])[0], list(reader.paint(_rows(target, n)[0][:_GRID_SAMPLES])))
     for target in targets[:_GRID_ROWS]
   ]  # fmt: skip
-  return figures.completions(known, completed, scale=scale, title=f"Completions by {by}")
+  return figures.completions(known, completed, scale=scale, title=f"Completions, {by}")

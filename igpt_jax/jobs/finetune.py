@@ -14,7 +14,7 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from igpt_jax import checkpoint
+from igpt_jax import checkpoint, units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
@@ -150,7 +150,7 @@ class FineTuning:
     split, mesh = self._splits[name], self._run.mesh
     total = min(limit or len(split), len(split))
     batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
-    clock = progress.Countdown(f"{name}: {total:,} images", total, say)
+    clock = progress.Countdown(f"{name}: {units.counted(total, 'image')}", total, say)
     with streams.eval_stream(split, self._data, self.palette, mesh, batch_size, total) as stream:
       return self._classifier(params, stream, clock.batches(batch_size) if tell else None)
 
@@ -283,7 +283,7 @@ def _verdict(values: Mapping[str, Any]) -> str:
     f"best of {values['steps']:,} steps: {values['best_step']:,}; test accuracy "
     f"{values['test_accuracy']:.2%}"
     + ("" if of_mean is None else f" ({of_mean:.2%} by the mean of logits)")
-    + f" over {values['test_images']:,} images, {values['test_nats_per_token']:.4f} nats/token"
+    + f" over {units.counted(values['test_images'], 'image')}, {values['test_nats_per_token']:.4f} nats/token"
     + ("" if before is None else f", {before:.4f} before")
     + f"; {values['checkpoint']}"
   )
@@ -307,7 +307,7 @@ def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
 
   def curve(name: str) -> plots.Curve:
     points = [(record["step"], record[name]) for record in records if name in record]
-    return plots.Curve(*zip(*points, strict=True))
+    return plots.Curve([step for step, _ in points], [value for _, value in points])
 
   best, losses = (
     values["best_step"],

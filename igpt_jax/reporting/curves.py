@@ -27,7 +27,8 @@ def draw_curve(workdir: str, path: str) -> bool:
       name = f"training, mean of the last {window} of these"
       curves[name] = plots.Curve(steps[window - 1 :], _trailing_means(losses, window))
   if validation := points["validation_loss"]:
-    curves["validation"] = plots.Curve(*zip(*validation, strict=True))
+    steps, losses = zip(*validation, strict=True)
+    curves["validation"] = plots.Curve(steps, losses)
     if finite := [(loss, step) for step, loss in validation if math.isfinite(loss)]:
       best, step = min(finite)
       chosen = (f"best on validation: {best:.4f} at step {step:,}", [step], [best])

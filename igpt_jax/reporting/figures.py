@@ -75,7 +75,7 @@ def samples(images: np.ndarray, *, scale: int = 0, title: str = "") -> np.ndarra
 
 def completions(
   known: np.ndarray,
-  images: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]],
+  images: Sequence[tuple[np.ndarray, Sequence[np.ndarray] | np.ndarray]],
   *,
   scale: int = 0,
   title: str = "",
@@ -88,6 +88,7 @@ def completions(
     scale, title: as in `grid`.
   """
   rows = [[hide(original, known), *drawn, original] for original, drawn in images]
+  title = f"{title}; grey: hidden from the model" if title else "Grey: hidden from the model"
   n = max(len(drawn) for _, drawn in images)
   heads = (("given", 1), ("completions" if n > 1 else "completion", n), ("original", 1))
   return grid(rows, scale=scale, title=title, heads=heads)
