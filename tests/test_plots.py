@@ -80,14 +80,14 @@ def test_accuracies_have_their_standard_error_and_chance(tmp_path, drawn):
     assert (bottom, top) == pytest.approx(
       (y - math.sqrt(y * (1 - y) / 100), y + math.sqrt(y * (1 - y) / 100))
     )
-  assert texts_of(axes) == ["chance, 1 of 4\n25.0%", "pixels =\nPCA\n45.0% ± 5.0%"]
+  assert texts_of(axes) == ["chance, 1 of 4 classes\n25.0%", "pixels =\nPCA\n45.0% ± 5.0%"]
 
 
 def test_chance_that_is_far_below_is_told_and_does_not_flatten_the_curves(tmp_path, drawn):
   curve = Curve([0, 1], [0.95, 0.97])
   draw(tmp_path, Panel(curves={"a": curve}, y_label="y", accuracy=True, classes=10))
   (axes,) = drawn[0].axes
-  assert texts_of(axes) == ["chance, 1 of 10: 10.0%, far below this axis"]
+  assert texts_of(axes) == ["chance, 1 of 10 classes: 10.0%, far below this axis"]
   assert axes.get_ylim()[0] > 0.9
 
 

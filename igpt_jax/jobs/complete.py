@@ -121,7 +121,7 @@ def run(settings: Settings, workdir: str) -> None:
   before = len(targets) - len(to_do)
   what = units.counted(n, "sample")
   if chosen:
-    what += f" of {units.counted(len(targets), 'image')}"
+    what += f" each of {units.counted(len(targets), 'image')}"
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:

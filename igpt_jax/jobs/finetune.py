@@ -327,7 +327,7 @@ def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
     plots.Panel(
       curves=dict(zip(labels, map(curve, losses), strict=True)), y_label="validation loss, nats"
     ),
-    title=f"Fine-tuning: {values['test_accuracy']:.2%} of test at step {best:,}",
+    title=f"Fine-tuning: test accuracy {values['test_accuracy']:.2%} at step {best:,}",
     note="bars: standard error of an accuracy on {validation_images:,} validation images".format(
       **values
     ),

@@ -50,12 +50,13 @@ def run(settings: Settings, workdir: str) -> None:
 
   chosen = choose(sets, results)
   trained = source.trained
+  trials = settings.lowdata.trials
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
     "parameters": source.checksum,
     "data": {name: split.fingerprint for name, split in source.splits.items()},
-    "trials": settings.lowdata.trials,
+    "trials": trials,
     "seed": settings.seed,
     "chosen": {
       label: {
@@ -71,8 +72,10 @@ def run(settings: Settings, workdir: str) -> None:
   }
   summary.write_json(os.path.join(workdir, "lowdata.json"), values)
   text = table(chosen, results)
+  if trials > 1:
+    text += f"\n±: standard deviation over {trials} random subsets of the labels\n"
   summary.write_text(os.path.join(workdir, "lowdata.md"), text)
-  curves, trials = {}, settings.lowdata.trials
+  curves = {}
   for label, of in chosen.items():
     best = [results[name][n] for n, name in of.items()]
     curves[label] = plots.Curve(

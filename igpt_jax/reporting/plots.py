@@ -157,7 +157,7 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def _chance(classes: int) -> str:
-  return f"chance, 1 of {classes:,}"
+  return f"chance, 1 of {classes:,} classes"
 
 
 def _draw_levels(axes: Any, panel: Panel, levels: Mapping[str, float]) -> None:
