@@ -11,6 +11,7 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
+from igpt_jax.probing import probe_tables
 from igpt_jax.reporting import curves, plots
 from igpt_jax.reporting.plots import Curve, Panel
 
@@ -141,3 +142,30 @@ def test_a_smoothed_loss_says_what_it_is_and_the_batches_stay(tmp_path, drawn):
 def test_no_losses_no_curve(tmp_path):
   assert not curves.draw_curve(run_of(tmp_path, [{"step": 1}]), str(tmp_path / "loss.png"))
   assert not (tmp_path / "loss.png").exists()
+
+
+def probed(accuracies, best, **values):
+  layers = [
+    {"name": f"layer {i}", "kind": "layer", "layer": i, "test_accuracy": y}
+    for i, y in enumerate(accuracies)
+  ]
+  pixels = {"name": "raw pixels", "kind": "pixels", "layer": None, "test_accuracy": 0.5}
+  of_checkpoint = {"checkpoint": "run/checkpoints/40", "step": 40, "best_layer": best}
+  return {**of_checkpoint, "test_accuracy": accuracies[best], "rows": [pixels, *layers], **values}
+
+
+@pytest.mark.parametrize("counts", [{}, {"test_images": 200, "classes": 4}])
+def test_a_probe_marks_the_chosen_layer(tmp_path, drawn, counts):
+  """Also in results of older versions, which don't say how many images and classes there are."""
+  probe_tables.draw(str(tmp_path / "probe.png"), probed([0.3, 0.4, 0.375], 1, **counts))
+  (axes,) = drawn[0].axes
+  assert drawn[0].get_suptitle() == "Linear probe of every layer, step 40"
+  assert axes.get_xlabel() == "layer" and axes.get_ylabel() == "test accuracy"
+  star = next(line for line in axes.lines if line.get_marker() == "*")
+  assert star.get_xydata().tolist() == [[1, 0.4]]
+  assert legend_of(axes) == ["layer chosen on validation", "trained"]
+  if counts:
+    assert axes.get_title() == "bars and ±: standard error of an accuracy on 200 test images"
+    assert texts_of(axes)[0] == "chance, 1 of 4 classes\n25.0%"
+  else:
+    assert axes.get_title() == "" and texts_of(axes) == ["raw pixels\n50.0%"]
