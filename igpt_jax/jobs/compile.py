@@ -189,9 +189,9 @@ def sampling_summary(drawn: Forecast, topology: Topology, batch: int) -> dict[st
 
 
 def sampling_line(values: dict[str, Any]) -> str:
-  line = f"sampling {values['pictures']} images: {units.memory(values['bytes_per_chip'])} a chip"
+  line = f"sampling {units.counted(values['pictures'], 'image')}: {units.memory(values['bytes_per_chip'])} a chip"
   if "seconds" in values:
-    line += f", {values['seconds']:.2f} s, {values['pictures_per_second']:.1f} images/s predicted"
+    line += f", {values['seconds']:.2f} s, {units.significant(values['pictures_per_second'])} images/s predicted"
   return line
 
 
@@ -216,7 +216,7 @@ def table(values: dict[str, Any]) -> str:
       f"{1e3 * parts['compute']:.1f} (attention kernels {1e3 * parts['attention_kernels']:.1f}), "
       f"communication not hidden {1e3 * parts['communication_not_hidden']:.1f}",
       f"  MFU                {values['mfu']:.1%}",
-      f"  images/s           {values['images_per_second']:,.0f}",
+      f"  images/s           {units.significant(values['images_per_second'])}",
       f"  schedule           {values['days']:.2f} days, {values['chip_hours']:,.0f} chip-hours for "
       f"{values['schedule_images']:,} images",
     ]

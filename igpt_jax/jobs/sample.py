@@ -66,6 +66,7 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   say(f"completing {images} of {source}, {rows_given} of {resolution} rows given")
   numbers = np.arange(len(given) * per_image).reshape(-1, per_image)
   completions = draw([InputImage("", tokens, stream=1) for tokens in given], numbers, rows_given)
+  drawn = np.split(paint(completions.tokens), len(given))
 
   if not hosts.is_main():
     return
@@ -74,7 +75,7 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   figures.save_png(os.path.join(out, "samples.png"), sampled)
   completed = figures.completions(
     np.arange(resolution)[:, None] < rows_given,
-    list(zip(paint(given), np.split(paint(completions.tokens), len(given)), strict=True)),
+    list(zip(paint(given), drawn, strict=True)),
     scale=scale,
     title=f"Completions of test images, {by}",
   )

@@ -157,7 +157,7 @@ def appearing(
     images: complete images, uint8 [H, W, 3].
     n_given: pixels shown from the first frame on.
     columns: columns of the grid.
-    scale: side of the square that each pixel becomes.
+    scale: as in `grid`.
     frames: number of frames at most, besides the first one.
   """
   n_pixels = images[0].shape[0] * images[0].shape[1]
