@@ -121,6 +121,14 @@ def test_train_alone_keeps_its_validation_which_stands_in_for_test(tmp_path, cap
     sources.open_split(config_of(tmp_path, validation=0.0), "test")
 
 
+def test_an_image_of_two_stored_splits_is_told(tmp_path, capsys):
+  photos(tmp_path / "train", [f"{i}.png" for i in NUMBERS])
+  photos(tmp_path / "test", [f"other {i}.png" for i in range(3)], first=22)
+  open_all(tmp_path)
+  expected = f"{tmp_path}: 2 images of test/ are in train/, too; fix: remove them from one\n"
+  assert capsys.readouterr().out == expected
+
+
 # --- who is in which split -------------------------------------------------------------------------
 
 
@@ -212,6 +220,17 @@ def test_all_that_is_wrong_is_said_once(album, capsys):
     assert part in lines[1]
   assert "1 image is equal to another, and in its split (IMG_3 (1).jpg)" in lines[2]
   assert lines[3].endswith(": 1 image is nearly of one colour (pocket.jpg)")
+
+
+def test_a_class_without_a_readable_image_is_none(tmp_path):
+  photos(tmp_path, [f"{'ab'[i % 2]}/{i}.png" for i in NUMBERS])
+  (tmp_path / "c").mkdir()
+  (tmp_path / "c" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+  assert sources.open_split(config_of(tmp_path), "train").class_names == ("a", "b")
+  for path in (tmp_path / "b").iterdir():
+    path.write_bytes(b"")
+  photos(tmp_path / "a", [f"new {i}.png" for i in NUMBERS], 100)
+  assert sources.open_split(config_of(tmp_path), "train").class_names == ()
 
 
 def test_the_images_are_looked_at_once(album, monkeypatch):
@@ -339,35 +358,33 @@ def make_photos(root, names):
 
 
 JOBS = {
-  "flat": [f"{i}.png" for i in NUMBERS],
-  "classes": [f"{'cold' if i % 2 else 'warm'}/{i}.png" for i in range(40)],
-  "train alone": [f"train/{'cold' if i % 2 else 'warm'}/{i}.png" for i in range(40)],
+  "flat": ([f"{'album/' * (i % 2)}{i}.png" for i in NUMBERS], (evaluate, sample)),
+  "classes": (
+    [f"{'cold' if i % 2 else 'warm'}/{i}.png" for i in range(40)],
+    (evaluate, sample, quality, probe, lowdata, finetune),
+  ),
+  "train alone": ([f"train/{i}.png" for i in range(40)], (evaluate, sample)),
 }
 
 
 @pytest.mark.parametrize("layout", JOBS)
-def test_all_jobs_work_after_training(tmp_path, layout):
-  root, workdir = make_photos(tmp_path / "my", JOBS[layout]), str(tmp_path / "run")
+def test_jobs_work_after_training(tmp_path, layout):
+  names, jobs = JOBS[layout]
+  root, workdir = make_photos(tmp_path / "my", names), tmp_path / "run"
   settings = tiny(**{
     "data.name": "folder", "data.path": root, "palette.size": 12, "lowdata.labels_per_class": (1,),
-    "quality.images": 2, "finetune.steps": 2, "finetune.eval_every": 2, "finetune.warmup_steps": 1,
+    "lowdata.trials": 1, "features.baselines": (), "finetune.steps": 2, "finetune.eval_every": 2,
+    "finetune.warmup_steps": 1, "quality.images": 2,
   })  # fmt: skip
-  on_one_device(pretrain, settings, workdir)
-  for job in (evaluate, sample, quality):
-    job.run(settings, workdir)
-  values = {
-    name: json.loads((tmp_path / "run" / f"{name}.json").read_text())
-    for name in ("evaluation", "sample", "quality")
-  }
-  told_of = "validation[4 of 40]" if layout == "train alone" else " test["
-  assert told_of in values["evaluation"]["data"] and told_of in values["sample"]["completed_from"]
-  assert told_of in values["quality"]["data"]["test"]
-  for job in (probe, lowdata, finetune):
-    if layout == "flat":
-      with pytest.raises(errors.UserError, match="has no labels; a classifier needs"):
-        job.run(settings, workdir)
-    else:
-      job.run(settings, workdir)
+  on_one_device(pretrain, settings, str(workdir))
+  for job in jobs:
+    job.run(settings, str(workdir))
+  held_out = "validation[4 of 40]" if layout == "train alone" else " test["
+  assert held_out in json.loads((workdir / "evaluation.json").read_text())["data"]
+  assert held_out in json.loads((workdir / "sample.json").read_text())["completed_from"]
+  for job in {probe, lowdata, finetune}.difference(jobs):
+    with pytest.raises(errors.UserError, match="has no labels; a classifier needs"):
+      job.run(settings, str(workdir))
 
 
 def test_the_command_on_a_folder_with_damaged_photos(album, tmp_path):

@@ -21,6 +21,9 @@ from igpt_jax.files import printable
 from igpt_jax.reporting.progress import Countdown
 
 _LOG = logging.getLogger(__name__)
+_opened: dict[
+  pathlib.Path, np.ndarray
+] = {}  # the digests' first 64 bits of every split opened, sorted
 
 
 @functools.cache  # a folder is opened once for each of its splits, and by every job
@@ -133,7 +136,22 @@ def open_stored(
     say_once(f"{root}: left out {image_files.in_words(left_out)}")
   path = os.path.abspath(root)
   contents = digests.of_files([os.path.join(path, name) for name, _ in files], path, verify)
+  _tell_images_in_both(pathlib.Path(path), contents)
   return FolderRecords(root, files, class_names, contents)
+
+
+def _tell_images_in_both(folder: pathlib.Path, contents: Sequence[str]) -> None:
+  """Says how many images are also in another split of the data, if this process has opened both."""
+  ours = [int(content[:16], 16) for content in contents if content != digests.UNREADABLE]
+  _opened[folder] = np.unique(np.array(ours, np.uint64))
+  for other in _opened:
+    if other != folder and other.parent == folder.parent:
+      n_same = len(np.intersect1d(_opened[folder], _opened[other], assume_unique=True))
+      one, two = sorted((folder.name, other.name))
+      if n_same:
+        say_once(
+          f"{folder.parent}: {n_same:,} images of {one}/ are in {two}/, too; fix: remove them from one"
+        )
 
 
 def class_folders(root: pathlib.Path) -> list[str]:

@@ -55,7 +55,7 @@ def open_photos(
     UserError: no such folder, stored splits deeper in it, or fewer than MIN_IMAGES different images.
   """
   paths, left_out = _find(root)
-  class_names = _class_names(root, paths)
+  _check_no_splits(root, paths)
   absolute = os.path.abspath(root)
   files = [os.path.join(absolute, path) for path in paths]
   contents = digests.of_files(files, absolute, verify)
@@ -78,7 +78,7 @@ def open_photos(
       f"divide into train, validation and test; fix: more images, or {root / 'test'} to evaluate on "
       f"these{said}"
     )
-  labels = _labels([path for path, _ in kept], class_names)
+  class_names, labels = _classes([path for path, _ in kept])
   records = FolderRecords(
     root,
     [(path, label) for (path, _), label in zip(kept, labels, strict=True)],
@@ -135,49 +135,36 @@ def _find(root: pathlib.Path) -> tuple[list[str], dict[str, str]]:
 # --- classes ---------------------------------------------------------------------------------------
 
 
-def _class_names(root: pathlib.Path, paths: Sequence[str]) -> list[str]:
-  """Returns the names of the classes in the order of labels; [] unless each image lies in one of several.
+def _first_folders(paths: Sequence[str]) -> tuple[str, list[str]]:
+  """Returns the deepest folder that all images lie in, and below it each one's first folder, "" if none."""
+  common = os.path.commonpath([os.path.dirname(path) for path in paths])
+  above = os.path.join(common, "") if common else ""
+  return above, [path[len(above) :].rpartition(os.sep)[0].split(os.sep)[0] for path in paths]
 
-  Raises:
-    UserError: the folders are splits, which lie deeper than `root` or are written in another way.
-  """
-  above = _common_folder(paths)
-  below = {path[len(above) :].split(os.sep)[0] for path in paths if _is_deeper(path, above)}
-  splits = sorted(name for name in below if name.lower() in SPLIT_FOLDERS)
+
+def _check_no_splits(root: pathlib.Path, paths: Sequence[str]) -> None:
+  """Raises UserError if folders are splits, which lie deeper than `root` or are written in another way."""
+  above, folders = _first_folders(paths)
+  splits = sorted({name for name in folders if name.lower() in SPLIT_FOLDERS})
   if splits:
-    where = root / above
-    written = all(name in SPLIT_FOLDERS for name in splits)
+    where, name = root / above, splits[0].lower()
+    written = all(split in SPLIT_FOLDERS for split in splits)
     raise errors.UserError(
       f"data.path {root}: its images lie in {printable(where / splits[0])}; expected splits in "
-      f"{root / splits[0].lower()}; fix: "
-      + (f"--config.data.path={where}" if written else f"rename it to {splits[0].lower()}")
+      f"{root / name}; fix: "
+      + (f"--config.data.path={where}" if written else f"rename it to {name}")
     )
-  loose = any(not _is_deeper(path, above) for path in paths)
-  return [] if loose or len(below) < 2 else sorted({_shown(name) for name in below})
 
 
-def _labels(paths: Sequence[str], class_names: Sequence[str]) -> list[int]:
-  """Returns the label of every image, -1 if there are no classes."""
-  if not class_names:
-    return [-1] * len(paths)
-  above = _common_folder(paths)
-  numbers = {name: label for label, name in enumerate(class_names)}
-  return [numbers[_shown(path[len(above) :].split(os.sep)[0])] for path in paths]
-
-
-def _common_folder(paths: Sequence[str]) -> str:
-  """Returns the deepest folder that all paths lie in, "" or with a separator at its end."""
-  common = os.path.commonpath([os.path.dirname(path) for path in paths])
-  return os.path.join(common, "") if common else ""
-
-
-def _is_deeper(path: str, above: str) -> bool:
-  return os.sep in path[len(above) :]
-
-
-def _shown(folder: str) -> str:
-  """Returns the name of a folder's class; that of an é which is written in two ways is one."""
-  return printable(image_files.canonical(folder))
+def _classes(paths: Sequence[str]) -> tuple[list[str], list[int]]:
+  """Returns the classes' names in the order of labels, and every image's label; [] and -1 if there are none."""
+  # The name of an é that is written in two ways is one.
+  folders = [printable(image_files.canonical(name)) for name in _first_folders(paths)[1]]
+  names = sorted(set(folders))
+  if "" in names or len(names) < 2:
+    return [], [-1] * len(paths)
+  numbers = {name: label for label, name in enumerate(names)}
+  return names, [numbers[name] for name in folders]
 
 
 # --- what is found ---------------------------------------------------------------------------------
