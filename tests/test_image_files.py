@@ -176,6 +176,10 @@ def test_what_may_not_be_read_is_said(capsys):
     (root / "train").chmod(0)
     with nobody(), pytest.raises(errors.UserError, match=r"train: Permission denied"):
       sources.open_split(config, "train")
+    root.chmod(0)
+    with nobody(), pytest.raises(errors.UserError, match=r": Permission denied; expected a folder"):
+      sources.open_split(config, "train")
+    root.chmod(0o755)
     (root / "train").chmod(0o755)
     (root / "train/dog/closed").chmod(0o755)
 

@@ -34,7 +34,7 @@ _NAMED = 3  # images that a message names
 
 def has_splits(root: pathlib.Path, validation_split: str = "") -> bool:
   """Returns True if a folder holds stored splits, or if `validation_split` says so."""
-  return bool(validation_split) or any((root / name).is_dir() for name in SPLIT_FOLDERS)
+  return bool(validation_split) or any(os.path.isdir(root / name) for name in SPLIT_FOLDERS)
 
 
 def open_photos(
@@ -118,17 +118,17 @@ def draw(contents: Sequence[str], validation: float) -> dict[str, np.ndarray]:
 
 def _find(root: pathlib.Path) -> tuple[list[str], dict[str, str]]:
   """Returns `image_files.find` of a folder that can be read and holds an image."""
-  fix = "expected a folder of images"
-  if not root.is_dir():
-    if root.exists():
-      raise errors.UserError(f"data.path {root}: is a file; {fix}; fix: the folder that it lies in")
-    raise errors.UserError(f"data.path {root}: no such folder; {fix}")
+  if not os.path.isdir(root):  # unlike pathlib's, no error where it may not be asked
+    why = "is a file" if os.path.exists(root) else "no such folder"
+    raise errors.UserError(f"data.path {root}: {why}; expected a folder of images")
   paths, left_out = image_files.find(os.fspath(root))
   if "." in left_out:
-    raise errors.UserError(f"data.path {root}: {left_out['.']}; {fix} that can be read")
+    raise errors.UserError(
+      f"data.path {root}: {left_out['.']}; expected a folder of images that can be read"
+    )
   if not paths:
     said = f"; left out {image_files.in_words(left_out)}" if left_out else ""
-    raise errors.UserError(f"data.path {root}: holds no images; {fix}{said}")
+    raise errors.UserError(f"data.path {root}: holds no images; expected a folder of images{said}")
   return paths, left_out
 
 
