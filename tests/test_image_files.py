@@ -1,5 +1,6 @@
 """All images of a folder are read, wherever below it they lie and whatever they are called, or it is said."""
 
+import concurrent.futures.thread  # noqa: F401 (imported late by others, when nobody may read it)
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ from PIL import Image, features
 
 from igpt_jax import errors
 from igpt_jax.data import image_decoding, image_files, pipeline, sources
+from igpt_jax.parallel import hosts
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +190,6 @@ def test_what_may_not_be_read_is_said(capsys):
 
 
 def test_names_that_are_not_utf8_train(tmp_path, capsys):
-  from igpt_jax.parallel import hosts
-
   strange = os.fsdecode(b"caf\xe9")
   for i in range(3):
     png(tmp_path / "train" / strange / f"{strange}{i}.png", i)
