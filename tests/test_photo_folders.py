@@ -13,7 +13,7 @@ from tiny import on_one_device
 
 from igpt_jax import errors
 from igpt_jax.config.fields import Settings
-from igpt_jax.data import image_decoding, own_images, photo_folder, pipeline, sources
+from igpt_jax.data import image_decoding, image_files, own_images, photo_folder, pipeline, sources
 from igpt_jax.data.loader import Loader
 from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, quality, sample
 from igpt_jax.workspace import places
@@ -218,8 +218,15 @@ def test_all_that_is_wrong_is_said_once(album, capsys):
     "2019/up (a link to a folder that is read already)",
   ):  # fmt: skip
     assert part in lines[1]
-  assert "1 image is equal to another, and in its split (IMG_3 (1).jpg)" in lines[2]
-  assert lines[3].endswith(": 1 image is nearly of one colour (pocket.jpg)")
+  assert (
+    "1 image is equal to another (IMG_3 (1).jpg): in the same split, and counted twice" in lines[2]
+  )
+  assert lines[3].endswith(": 1 image is nearly one colour (pocket.jpg)")
+
+
+def test_many_reasons_stay_one_line():
+  said = image_files.in_words({f"{i}.jpg": f"reason {i}" for i in range(7)})
+  assert said.startswith("7 files: 0.jpg (reason 0), ") and said.endswith("4.jpg (reason 4), …")
 
 
 def test_a_class_without_a_readable_image_is_none(tmp_path):

@@ -68,7 +68,9 @@ def of_contents(
   new = [i for i, content in enumerate(contents) if content not in kept]
   answers = [kept.get(content, "") for content in contents]
   clock = Countdown(kept_as, len(new), _LOG.warning)
-  judged = _in_threads(judge, [paths[i] for i in new], clock, per_task=1)
+  # Decoded images may be large, and keep the cores busy.
+  threads = min(_THREADS, os.cpu_count() or 1)
+  judged = _in_threads(judge, [paths[i] for i in new], clock, threads, per_task=1)
   for i, answer in zip(new, judged, strict=True):
     answers[i] = answer
   entries = dict(zip(contents, answers, strict=True))
@@ -111,11 +113,15 @@ def beat() -> None:
 
 
 def _in_threads(
-  work: Callable[[str], Any], paths: Sequence[str], clock=None, per_task: int = _FILES_PER_TASK
+  work: Callable[[str], Any],
+  paths: Sequence[str],
+  clock=None,
+  threads: int = _THREADS,
+  per_task: int = _FILES_PER_TASK,
 ) -> list[Any]:
   """Returns `work(path)` of every path, in the order of the paths."""
   results: list[Any] = []
-  pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+  pool = concurrent.futures.ThreadPoolExecutor(threads)
   try:
     tasks = [paths[at : at + per_task] for at in range(0, len(paths), per_task)]
     for part in pool.map(lambda task: [work(path) for path in task], tasks):

@@ -62,8 +62,9 @@ def open_photos(
   found = digests.of_contents(_look, files, contents, f"{absolute}: images looked at")
   kept, plain = [], []
   for path, content, finding in zip(paths, contents, found, strict=True):
-    if finding not in (_FINE, _PLAIN) or content == digests.UNREADABLE:
-      left_out[path] = finding
+    is_readable = finding in (_FINE, _PLAIN)
+    if not is_readable or content == digests.UNREADABLE:
+      left_out[path] = "unreadable once" if is_readable else finding
       continue
     kept.append((path, content))
     if finding == _PLAIN:
@@ -200,11 +201,11 @@ def _tell(
     say_once(f"{root}: left out {image_files.in_words(left_out)}")
   if copies:
     say_once(
-      f"{root}: {_counted(copies)} equal to another, and in its split ({_some(copies)}); fix: remove "
-      "them, unless they shall count more"
+      f"{root}: {_counted(copies)} equal to another ({_some(copies)}): in the same split, and counted "
+      "twice; fix: remove the copies"
     )
   if plain:
-    say_once(f"{root}: {_counted(plain)} nearly of one colour ({_some(plain)})")
+    say_once(f"{root}: {_counted(plain)} nearly one colour ({_some(plain)})")
 
 
 def _counted(paths: Sequence[str]) -> str:
