@@ -26,7 +26,8 @@ _BEGAN = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "The config file, or the config.json of a workdir; --config.FIELD=VALUE overrides a field.",
+  "The config file, or the config.json of a workdir (default: --workdir's); --config.FIELD=VALUE "
+  "overrides a field.",
   lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
