@@ -131,6 +131,19 @@ def test_which_jobs_take_a_runs_settings(tmp_path, changes, taken):
   assert config.to_dict() == before.to_dict()  # the seed is this job's
 
 
+def test_what_a_fine_tuning_began_from_is_not_what_it_has_made(tmp_path):
+  write(tmp_path, {"job": "finetune", "checkpoint": "/pretrained"})
+  for job, given, read in (
+    ("evaluate", (), ""),
+    ("evaluate", ("checkpoint",), "/pretrained"),
+    ("finetune", (), "/pretrained"),
+  ):
+    config = saved.get_config(str(tmp_path / "config.json"))
+    config.job = job
+    saved.take_from_run(config, str(tmp_path), given)
+    assert config.checkpoint == read
+
+
 def write(workdir, settings) -> None:
   workdir.mkdir(exist_ok=True)
   (workdir / "config.json").write_text(json.dumps(settings))

@@ -131,11 +131,15 @@ def take_from_run(config: Any, workdir: str, given: Collection[str]) -> list[str
   Returns:
     Messages about the settings that differ.
   """
-  elsewhere = config.checkpoint and not _is_within(config.checkpoint, workdir)
-  if config.job not in READING or elsewhere:
+  if config.job not in READING:
+    return []
+  saved = read(os.path.join(workdir, NAME), "--workdir") or {}
+  began_from = saved.get("checkpoint") if saved.get("job") != config.job else ""
+  if "checkpoint" not in given and config.checkpoint == began_from:
+    config.checkpoint = ""  # another job's, which a fine-tuning began from: not what it has made
+  if config.checkpoint and not _is_within(config.checkpoint, workdir):
     return []
   names = [name for name in FIELDS if _is_of_run(name) and config.job in FIELDS[name].jobs]
-  saved = read(os.path.join(workdir, NAME), "--workdir") or {}
   if "data.name" in given and saved.get("data.name") != config.data.name:
     names = ["data.name", *(name for name in names if name not in _OF_DATA_SET)]
   replaced, kept = overlay(config, workdir, names, given)
