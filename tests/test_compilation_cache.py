@@ -54,6 +54,7 @@ def compiled() -> bool:
   program = jax.jit(lambda x: jnp.cumsum(x).max() + 0.5)
   step = compilation.timed(lambda: program.lower(jnp.ones(3)).compile())
   assert float(step.executable(jnp.ones(3))) == 3.5
+  assert step.took.endswith(" s (read from the cache)" if step.from_cache else " s")
   return step.from_cache
 
 

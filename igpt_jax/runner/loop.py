@@ -282,7 +282,7 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
   shardings = jax.tree.map(lambda x: x.sharding, train_state)
   compiled = compilation.compile_step(train_step, abstract, shardings, batch)
-  say(f"compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+  say(f"{compiled.took}; {compiled.memory}")
   memory.check_step(compiled, mesh)
   return compiled
 

@@ -30,6 +30,11 @@ class CompiledStep:
     return self.executable(train_state, batch)
 
   @property
+  def took(self) -> str:
+    """How long compiling took, in words."""
+    return f"compiled in {self.seconds:.1f} s{' (read from the cache)' if self.from_cache else ''}"
+
+  @property
   def memory(self) -> str:
     """The memory that it needs on every device, in words."""
     analysis = self.executable.memory_analysis()
