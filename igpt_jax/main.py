@@ -186,7 +186,7 @@ def _run(settings: Settings, workdir: str, differences: list[str]) -> int:
       for message in differences:
         if not distributed or hosts.is_main():  # asking for it initialises the devices
           print(files.printable(message), flush=True)
-      if settings.job in FIELDS["compilation_cache"].jobs:
+      if settings.job in FIELDS["compilation_cache"].jobs:  # others measure compiling, or don't
         compilation_cache.use(settings.compilation_cache, workdir)
       job = importlib.import_module(f"igpt_jax.jobs.{settings.job}")
       # Other jobs may report no progress for hours.
