@@ -51,14 +51,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
   for flag in filter(None, (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)):
     if flag[1] not in FIELDS:
       raise SystemExit(_fail(f"--{_shortened(no_such(flag[1]))}"))
-  argv = _with_config(
-    [
-      re.sub(r"^(--?config=|)(?=.+\.json$)", rf"\g<1>{_SAVED}", argument)
-      if argument.startswith(("--config=", "-config=")) or before in ("--config", "-config")
-      else argument
-      for before, argument in zip(["", *argv], argv, strict=False)
-    ]
-  )
+  argv = sys.argv = _with_config_first(
+    argv
+  )  # config_flags looks at sys.argv for the config's fields
   try:
     return flags.FLAGS(argv)
   except UserError as error:
@@ -80,16 +75,28 @@ def _parse_flags(argv: list[str]) -> list[str]:
     ) from None
 
 
-def _with_config(argv: list[str]) -> list[str]:
-  """Returns the arguments with the config.json of their workdir, if there is one and no --config."""
-  path = _config_json(argv)
-  if any(re.match(r"--?config(=|$)", argument) for argument in argv) or not os.path.isfile(path):
-    return argv
-  return [argv[0], f"--config={_SAVED}{path}", *argv[1:]]
+def _with_config_first(argv: list[str]) -> list[str]:
+  """Returns the arguments with --config=FILE, or the workdir's config.json, as the first of them.
+
+  The config's fields are flags only from there on.
+  """
+  path, rest, arguments = "", [], iter(argv[1:])
+  for argument in arguments:
+    if re.match(r"--?config=", argument):
+      path = argument.partition("=")[2]
+    elif argument in ("--config", "-config"):
+      path = next(arguments, "")
+    else:
+      rest.append(argument)
+  if not path and os.path.isfile(_config_json(argv)):
+    path = _config_json(argv)
+  if path.endswith(".json"):
+    path = f"{_SAVED}{path}"
+  return [argv[0], *([f"--config={path}"] if path else []), *rest]
 
 
 def _config_json(argv: list[str]) -> str:
-  """Returns the path of the config.json in the workdir that arguments name; "" if they name none."""
+  """Returns the path of a config.json in the workdir that the arguments name; "" if they name none."""
   workdirs = re.findall(r"^--?workdir[=\n](.+)$", "\n".join(argv), re.MULTILINE)
   return os.path.join(os.path.expanduser(workdirs[-1]), saved.NAME) if workdirs else ""
 

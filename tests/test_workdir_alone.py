@@ -53,7 +53,11 @@ def answer():
 def test_the_workdir_alone_is_enough(photos, tmp_path, answer):
   """To evaluate, with overrides given again, and to go on training."""
   workdir, again = f"--workdir={photos}/run", f"--config.data.path={photos}/data"
-  for arguments in ([*EVALUATE, workdir], ["--workdir", f"{photos}/run", *EVALUATE, again]):
+  for arguments in (
+    [*EVALUATE, workdir],
+    [*EVALUATE, "--config=", "--workdir", f"{photos}/run", again],
+    [*EVALUATE, again, "--config", f"{photos}/run/config.json"],  # whose fields come before it
+  ):
     status, out, err = answer(tmp_path, *arguments)
     assert status == 0, err
     assert "config:" not in out
@@ -198,6 +202,8 @@ finally:
     [QUICKSTART, "more"],
     ["--config=configs/none.py"],
     ["--config.job=sample"],
+    ["--config.job=sample", "--config"],
+    ["--config.job=trian", QUICKSTART],
     ["--confg=configs/quickstart.py"],
     [QUICKSTART, "--workdir=gs://bucket/run"],
   ],
