@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,14 @@ def printable(text: str | os.PathLike[str]) -> str:
   return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def user_cache(name: str) -> str:
+  """Returns the path of this program's folder `name` in the user's cache, which may not exist."""
+  cache = os.environ.get("XDG_CACHE_HOME", "")
+  if not os.path.isabs(cache):  # the XDG specification says to ignore a relative path
+    cache = os.path.expanduser("~/.cache")
+  return os.path.join(cache, "igpt_jax", name)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Yields a temporary path beside `path`, which is renamed to it when the block succeeds.
@@ -58,6 +67,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     raise
   os.replace(partial, path)
   sync(os.path.dirname(os.path.abspath(path)))
+
+
+def allow_as_usual(path: str | os.PathLike[str]) -> None:
+  """Gives a file the permissions of any new one (umask); a temporary file's are its owner's alone."""
+  usual = f"{os.fspath(path)}.usual"
+  with open(usual, "xb") as file:
+    os.chmod(path, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+  os.remove(usual)
 
 
 @contextlib.contextmanager

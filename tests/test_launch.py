@@ -28,6 +28,7 @@ SCRIPTS = [
   "entry.sh",
   "gke.sh",
   "prepare_data.sh",
+  "reproduce.sh",
   "slurm.sbatch",
   "tpu_babysit.sh",
   "tpu_vm.sh",
@@ -297,6 +298,13 @@ DRY_RUNS = {
     ],
   ),
   "prepare_data": ("prepare_data.sh", ["--venv=/opt/a venv", "--dry-run", *MAIN]),
+  "reproduce": (
+    "reproduce.sh",
+    [
+      *["--venv=/opt/a venv", "--extra=tpu", "--directory=/mnt/a b", "--workdir=/mnt/c"],
+      *["--url=http://mirror", "--dry-run", "small", "large", "--", NASTY],
+    ],
+  ),
   "slurm": ("slurm.sbatch", ["--dry-run", *MAIN_ARGS]),
   "tpu_babysit": ("tpu_babysit.sh", [*TPU, "--owner=me", "--capacity=spot", "--dry-run", *MAIN]),
   "tpu_vm": ("tpu_vm.sh", [*TPU, "--owner=me", "--dry-run", *MAIN]),
@@ -384,6 +392,9 @@ def test_scripts_are_strict_and_executable():
     path = LAUNCH / name
     assert "\nset -euo pipefail\n" in path.read_text(), name
     assert path.stat().st_mode & stat.S_IXUSR, f"{name} isn't executable"
+  for path in [*LAUNCH.iterdir(), *(ROOT / "tests").glob("*.sh")]:
+    runs = path.read_bytes().startswith(b"#!")
+    assert bool(path.stat().st_mode & stat.S_IXUSR) == runs, f"{path.name}: executable, or #!?"
   for path in LAUNCH.iterdir():
     assert not re.search(r"/home/|/Users/|/work/|\bgs://[a-z]", path.read_text()), path.name
 
@@ -399,6 +410,9 @@ BAD_CALLS = [
   ("gke.sh", [*GKE, "--", "--config=c.py", "--workdir=runs/a"], "--workdir=runs/a"),
   ("prepare_data.sh", [], "--config"),
   ("prepare_data.sh", ["--venv=", *MAIN], "--venv"),
+  ("reproduce.sh", ["xl"], "XL was not released"),
+  ("reproduce.sh", ["--extra=gpu"], "--extra=gpu"),
+  ("reproduce.sh", ["--workdir="], "--workdir"),
   ("slurm.sbatch", [], "--config"),
   ("slurm.sbatch", MAIN_ARGS, "SLURM"),
   ("tpu_babysit.sh", [*TPU[:2], *MAIN], "--type"),

@@ -259,7 +259,7 @@ def test_countdown_of_long_work_speaks_as_soon_as_its_speed_is_known(clock):
   clock.now += 2.0
   for _ in countdown.over(["a", "b", "c"], 100):
     clock.now += 1.0
-  assert lines == ["test: 200/1,000  100.0/s  ETA 0:01:02, baselines included"]
+  assert lines == ["test: 200/1,000  100/s  ETA 0:01:02, baselines included"]
 
 
 def test_progress_speaks_by_time_and_counts_evaluations(clock):
@@ -297,6 +297,16 @@ def test_long_work_tells_that_it_goes_on():
   with pytest.raises(KeyError), doing("failing", lines.append, after=0.0):
     raise KeyError
   assert not [line for line in lines if line.startswith("failing:")]
+
+
+def test_slow_work_has_a_speed_above_0(clock):
+  lines = []
+  countdown = Countdown("samples", 9, lines.append)
+  clock.now += 80.0
+  countdown.tick(1)
+  assert lines == ["samples: 1/9  0.0125/s  ETA 0:10:40"]
+  line = Progress(1_000, 8, 1e9, None).line(1_000, {"images_per_second": 0.0125})
+  assert line == "step 1000/1000  0.0125 images/s"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from igpt_jax import units
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.sources import DataConfig, Split, open_split
 from igpt_jax.errors import NoSuchSplit, UserError
@@ -71,9 +72,10 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
   likelihood = LikelihoodEvaluator(trained.config, objective, mesh)
   total = min(len(split), own.images or len(split))
   masks = own.masks if objective_name == "masked" else 1
-  counting_seconds = _tell_cost(settings, total, train_split, stream)
+  counting_seconds = _tell_cost(settings, split.name, total, train_split, stream)
   then = ("baselines", counting_seconds) if counting_seconds else ("", 0.0)
-  clock = progress.Countdown(f"{own.split}: {total:,} images", total, say, then=then)
+  what = f"{split.name}: {units.counted(total, 'image')}"
+  clock = progress.Countdown(what, total, say, then=then)
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   report = clock.batches(own.batch_size)
   with stream(split, own.images) as batches:
@@ -106,24 +108,26 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
     summary.write_summary(out)
   hiding = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
-    f"{own.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
-    f"{images:,} images{hiding}\n"
+    f"{split.name}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
+    f"{units.counted(images, 'image')}{hiding}\n"
     f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
     f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
     f"{values['below_position_unigram']:.1%} below the last"
   )
 
 
-def _tell_cost(settings: Settings, total: int, train_split: Split | None, stream) -> float:
+def _tell_cost(
+  settings: Settings, name: str, total: int, train_split: Split | None, stream
+) -> float:
   """Says what will be evaluated and counted; returns about how many seconds the counting takes."""
   own = settings.evaluate
   if train_split is None:
-    say(f"evaluate: the model on {total:,} images of {own.split}")
+    say(f"evaluate: the model on {units.counted(total, 'image')} of {name}")
     return 0.0
   counted = min(len(train_split), own.baseline_images or len(train_split))
   say(
-    f"evaluate: the model on {total:,} images of {own.split}, then baselines counted on {counted:,} "
-    "images of train"
+    f"evaluate: the model on {units.counted(total, 'image')} of {name}, then baselines counted on "
+    f"{units.counted(counted, 'image')} of train"
   )
   timed = _TIMED_BATCHES * own.batch_size
   if counted <= timed:
@@ -157,7 +161,7 @@ def baselines(
   else:
     own = settings.evaluate
     n = min(len(train_split), own.baseline_images or len(train_split))
-    clock = progress.Countdown(f"baselines: {n:,} images of train", n, say)
+    clock = progress.Countdown(f"baselines: {units.counted(n, 'image')} of train", n, say)
     with stream(train_split, own.baseline_images) as batches:
       counted = count_tokens(clock.over(batches, own.batch_size), n_vocab, n_positions)
     train = all_hosts(counted, mesh)

@@ -45,7 +45,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     what = "a file of no known format" if os.path.exists(path) else "nothing is there"
     raise UserError(
       f"checkpoint: {path}: {what}; expected a TensorFlow checkpoint's prefix (model.ckpt-N), a "
-      "Hugging Face directory, or a workdir of this program"
+      "Hugging Face directory, a workdir of this program, or a model of the Hugging Face hub "
+      "(OWNER/NAME, and where a folder OWNER lies here OWNER/NAME@main)"
     )
   names = set(os.listdir(path))
   if names & set(_ORBAX_FILES) or any(_holds_orbax(os.path.join(path, name)) for name in names):
@@ -139,7 +140,7 @@ def load(
     path: as for `detect`.
     place: maps (path in our tree, array) to the tree's leaf, e.g. the array on its devices.
     dtype: dtype of the arrays; None keeps the checkpoint's.
-    report: called with every note and a progress line for every leaf.
+    report: called with every note, and as `leaves.Foreign.load` does.
   """
   with open_foreign(path) as foreign:
     if report:
@@ -167,7 +168,7 @@ def save(
       prefix, or to preprocessor_config.json.
     num_shards: number of OpenAI's data files. Hugging Face's files are split at 2 GB.
     fetch: copies one leaf to this host as a numpy array.
-    report: called with one line for every leaf.
+    report: called with a line of progress every few seconds.
 
   Raises:
     UserError: the target exists, or the format can't hold this model.

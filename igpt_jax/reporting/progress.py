@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from igpt_jax import units
+
 _T = TypeVar("_T")
 
 # Seconds between two lines: a tenth of the time so far, within these.
@@ -25,9 +27,7 @@ class Progress:
   """
 
   PRETRAINING = (("loss", "loss {:.4f} nats/token"), ("validation_loss", "validation {:.4f}"))
-  _SPEED = (
-    ("images_per_second", "{:,.0f} images/s"), ("mfu", "MFU {:.1%}"), ("data_wait", "data wait {:.0%}")
-  )  # fmt: skip
+  _SPEED = (("mfu", "MFU {:.1%}"), ("data_wait", "data wait {:.0%}"))
 
   def __init__(
     self,
@@ -97,8 +97,10 @@ class Progress:
     self._spoke = time.monotonic()
     width = len(str(self.total_steps))
     parts = [f"step {step:>{width}}/{self.total_steps}"]
-    shown = (*self.shown, *self._SPEED)
-    parts += [form.format(values[name]) for name, form in shown if name in values]
+    parts += [form.format(values[name]) for name, form in self.shown if name in values]
+    if "images_per_second" in values:
+      parts.append(f"{units.significant(values['images_per_second'])} images/s")
+    parts += [form.format(values[name]) for name, form in self._SPEED if name in values]
     if "eta_seconds" in values:
       eta = values["eta_seconds"] + self._evaluations_after(step) * self._evaluation_seconds
       parts.append(f"ETA {format_seconds(eta)}")
@@ -126,7 +128,7 @@ def doing(what: str, say: Callable[[str], None], after: float = 1.0) -> Iterator
     spoke.set()
     say(f"{what} …")
     while not ended.wait(min(max(_SOONEST, 0.5 * passed()), _LATEST)):
-      say(f"{what} … {passed():.0f} s so far")
+      say(f"{what} … {units.seconds(passed())} so far")
 
   thread = threading.Thread(target=tell, name=what, daemon=True)
   thread.start()
@@ -135,7 +137,7 @@ def doing(what: str, say: Callable[[str], None], after: float = 1.0) -> Iterator
     ended.set()
     thread.join()
     if spoke.is_set():
-      say(f"{what}: {passed():.1f} s")
+      say(f"{what}: {units.seconds(passed())}")
   finally:
     ended.set()
 
@@ -148,6 +150,7 @@ class Countdown:
     total: its length.
     say: prints a line.
     every: seconds between two lines, at least.
+    show: formats amounts of the work, and its speed.
     then: name of what comes after it, and the seconds that it will take, which the ETA includes.
   """
 
@@ -157,9 +160,11 @@ class Countdown:
     total: int,
     say: Callable[[str], None],
     every: float = 5.0,
+    show: Callable[[float], str] = units.significant,
     then: tuple[str, float] = ("", 0.0),
   ):
     self._what, self._total, self._say, self._every = what, total, say, every
+    self._show = show
     self._after, self._after_seconds = then
     self._began = self._last = time.monotonic()
     self._first: tuple[float, int] | None = None
@@ -192,9 +197,10 @@ class Countdown:
     if now - self._last < pause and not long:
       return
     self._last, self._spoke = now, True
+    done_of_total = f"{self._show(done)}/{self._show(self._total)}"
     after = f", {self._after} included" if self._after else ""
     self._say(
-      f"{self._what}: {done:,}/{self._total:,}  {speed:,.1f}/s  ETA {format_seconds(left)}{after}"
+      f"{self._what}: {done_of_total}  {self._show(speed)}/s  ETA {format_seconds(left)}{after}"
     )
 
 

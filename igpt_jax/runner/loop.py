@@ -273,7 +273,7 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
   shardings = jax.tree.map(lambda x: x.sharding, train_state)
   with doing("compiling the training step", say):
     compiled = compilation.compile_step(train_step, abstract, shardings, batch)
-  say(f"compiled in {compiled.seconds:.1f} s; {compiled.memory}")
+  say(f"{compiled.took}; {compiled.memory}")
   memory.check_step(compiled, mesh)
   return compiled
 

@@ -122,7 +122,7 @@ def measure_training(
   abstract = state.abstract_state(config, optimizer)
   shardings = state.state_shardings(config, optimizer, mesh)
   compiled = compilation.compile_step(train_step, abstract, shardings, batch)
-  say(f"training: compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+  say(f"training: {compiled.took}; {compiled.memory}")
 
   def run_step() -> step.Metrics:
     nonlocal train_state

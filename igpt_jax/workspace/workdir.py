@@ -5,12 +5,12 @@ run may be given more steps, or fewer that it hasn't made yet.
 """
 
 import contextlib
-import json
 import os
 import tempfile
 from typing import Any
 
 from igpt_jax import __version__, checkpoint, files, history
+from igpt_jax.config import saved
 from igpt_jax.config.fields import Settings, as_json, decides
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
@@ -65,23 +65,12 @@ def read(workdir: str) -> dict[str, Any] | None:
   Raises:
     UserError: they can't be read, or are of a newer format.
   """
-  path = os.path.join(workdir, "config.json")
-  try:
-    with open(path, encoding="utf-8") as file:
-      config = json.load(file)
-    number = history.format_of(config, f"workdir: {path}")
-    return files.flatten(history.upgraded(config, number))
-  except FileNotFoundError:
-    return None
-  except OSError as error:
-    raise UserError(f"workdir: {path} can't be read ({error.strerror}); expected a file") from None
-  except (ValueError, TypeError, AttributeError) as error:  # no JSON, or not a tree of settings
-    raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
+  return saved.read(os.path.join(workdir, saved.NAME), "workdir")
 
 
 def claim(settings: Settings, workdir: str) -> None:
   """Writes config.json into a workdir that has none, which makes it this run's."""
-  path = os.path.join(workdir, "config.json")
+  path = os.path.join(workdir, saved.NAME)
   if not os.path.exists(path):
     summary.write_json(path, {history.KEY: history.FORMAT, **as_json(settings)})
 
@@ -91,7 +80,7 @@ def keep_steps(settings: Settings, workdir: str, kind: str) -> None:
   name, stored = STEPS[kind], read(workdir)
   steps = files.flatten(as_json(settings))[name]
   if stored is not None and stored[name] != steps:
-    path = os.path.join(workdir, "config.json")
+    path = os.path.join(workdir, saved.NAME)
     config = files.read_json(path)
     config = history.upgraded(config, history.format_of(config, f"workdir: {path}"))
     group, field = name.split(".")
@@ -104,13 +93,13 @@ def forget_unbegun(settings: Settings, workdir: str, kind: str) -> None:
 
   Collective: every process must call it.
   """
-  if hosts.is_main() and os.path.exists(os.path.join(workdir, "config.json")):
+  if hosts.is_main() and os.path.exists(os.path.join(workdir, saved.NAME)):
     try:
       check(settings, workdir, kind)
     except UserError:
       if not _has_begun(workdir):
         say(f"workdir: {workdir}: a start with other settings has left no checkpoint: begun afresh")
-        for name in (*_palette_of_run(workdir), "metrics.jsonl", "goodput.json", "config.json"):
+        for name in (*_palette_of_run(workdir), "metrics.jsonl", "goodput.json", saved.NAME):
           with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(workdir, name))
   hosts.wait_for_all("workdir looked at")
