@@ -301,6 +301,17 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypat
   assert_same_run(workdir, tmp_path / "uninterrupted")
 
 
+def test_a_signal_to_both_before_they_train_ends_them_at_once(tmp_path):
+  """jax has taken SIGTERM by then, and gets it back only when there is something to save."""
+  with hosts(tmp_path / "said", tmp_path / "run", {}) as started:
+    started.wait_for("palette")
+    for process in started.processes:
+      process.send_signal(signal.SIGTERM)
+    assert started.statuses() == [143] * HOSTS, started.everything()
+    for host in range(HOSTS):
+      assert "stopped by SIGTERM: there is nothing to save" in started.said(host, "err")
+
+
 @pytest.mark.parametrize("host", range(HOSTS))
 def test_a_mistake_on_one_host_ends_both(mistaken, host):
   statuses = mistaken[host].statuses()

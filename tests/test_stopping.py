@@ -29,10 +29,10 @@ hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
 """
 
 
-def started(*arguments, **settings):
+def started(*arguments):
   """A process of Python that has said "ready"."""
   process = subprocess.Popen(
-    arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings
+    arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
   assert process.stdout.readline() == "ready\n"
   return process
@@ -53,8 +53,8 @@ def test_a_process_in_native_code_leaves_at_once(number, status, name):
 
 def test_what_a_shell_has_ignored_stays_ignored():
   """A shell's background commands ignore Ctrl-C, as do those under nohup."""
-  ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-  process = started(sys.executable, "-c", NATIVE, **ignoring)
+  ignoring = "trap '' INT; exec \"$@\""
+  process = started("sh", "-c", ignoring, "sh", sys.executable, "-c", NATIVE)
   process.send_signal(signal.SIGINT)
   process.send_signal(signal.SIGTERM)
   assert process.wait(SECONDS) == 143
