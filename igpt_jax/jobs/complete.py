@@ -125,7 +125,7 @@ def run(settings: Settings, workdir: str) -> None:
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
     causal = info.config.causal
-    completer = Completer(info, settings, mesh) if causal else Filler(info, settings, mesh, known)
+    completer = (Completer if causal else Filler)(info, settings, mesh)
     # A list, made before drawing: only the main process's targets get the samples that are drawn.
     batches = list(_batches(to_do, n, settings.sample.batch_size))
     clock = progress.Countdown("batches", len(batches), say)
@@ -246,7 +246,7 @@ def _draw(
   *_, drawn = completer.draw(
     [target.image for target in batch],
     numbers,
-    recipe["rows_given"],
+    recipe["rows_given"] if isinstance(completer, Completer) else _known(recipe),
     choices.sampling_config(settings),
     seed=settings.seed,
   )
