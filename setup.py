@@ -12,7 +12,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["igpt_jax", "igpt_jax.*"]),
   package_data={
     "igpt_jax.data": ["assets/*.npy"],
-    "igpt_jax.demo": ["page.html", "page.css", "page.js"],
+    "igpt_jax.demo": ["page.html", "*.css", "*.js", "examples/*"],
   },
   python_requires=">=3.11",
   install_requires=[
