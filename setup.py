@@ -46,6 +46,7 @@ setuptools.setup(
     "onnx": ["onnxruntime>=1.20,<2"],  # job quality by a network of one's own
     "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
     "test": [
+      "axe-playwright-python>=0.1.4,<0.2",  # the page's accessibility
       "playwright>=1.50,<2",  # the page in a browser, where there is a Chromium
       "pyright[nodejs]>=1.1.414,<1.1.420",
       "pytest>=8,<10",

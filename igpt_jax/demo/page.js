@@ -117,6 +117,8 @@ async function look() {
   try {
     const response = await post("/look", { model: at("model").selectedIndex }, looking.signal);
     paint(canvas, pixelsOf((await response.json()).picture), 0);
+    preview.square ??= canvas; // of a format that the browser can't show
+    preview.paint();
   } catch (error) {
     if (error.name !== "AbortError") tell(inWords(error));
   }
@@ -328,8 +330,9 @@ function listen() {
 
 /** Tells how far the server's programs are, while it compiles them; images can be chosen meanwhile. */
 async function watchPreparation() {
+  const nothingAsked = () => stopper === null && !at("results").hasChildNodes();
   while (about.compiled < about.programs) {
-    if (stopper === null) {
+    if (nothingAsked()) {
       at("progress").hidden = false;
       at("progress").value = about.compiled / about.programs;
       at("status").textContent = `Preparing: ${about.compiled} of ${about.programs} programs are compiled. You can begin.`;
@@ -337,7 +340,7 @@ async function watchPreparation() {
     await new Promise((resume) => setTimeout(resume, 500));
     about = await (await fetch("/models")).json();
   }
-  if (stopper === null && at("status").textContent.startsWith("Preparing")) {
+  if (nothingAsked()) {
     at("progress").hidden = true;
     at("status").textContent = "Ready. Completions appear here.";
   }

@@ -219,7 +219,7 @@ class _Service:
     """Compiles all programs, one after the other; requests are served in between."""
     began = time.monotonic()
     for index, samples in self._programs:
-      what = f"{self._models.name(index)}, up to {samples} samples"
+      what = f"{self._models.name(index)}, {samples} sample{'s' * (samples > 1)} at a time"
       print(f"compiling {self._compiled + 1} of {len(self._programs)}: {what}", flush=True)
       try:
         async with self._drawing:
