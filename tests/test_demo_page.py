@@ -264,9 +264,9 @@ def test_a_brush_hides_any_pixels(browser, server):
   with person(browser, server) as page:
     choose(page, photo())
     page.select_option("#model", index=2)
-    assert page.is_hidden("#hidden") and hidden_pixels(page) == "50 of 100 pixels"
+    assert page.is_hidden("#hidden") and hidden_pixels(page) == "50 of 100"
     page.select_option("#region", "nothing")
-    assert hidden_pixels(page) == "0 of 100 pixels" and page.is_disabled("#complete")
+    assert hidden_pixels(page) == "0 of 100" and page.is_disabled("#complete")
     box = page.locator("#preview").bounding_box()
 
     def stroke(first, last):  # rows and columns
@@ -278,15 +278,15 @@ def test_a_brush_hides_any_pixels(browser, server):
       page.mouse.up()
 
     stroke((2, 1), (2, 8))
-    assert hidden_pixels(page) == "8 of 100 pixels"
+    assert hidden_pixels(page) == "8 of 100"
     assert page.input_value("#region") == "by the brush"
     stroke((2, 8), (2, 6))
-    assert hidden_pixels(page) == "5 of 100 pixels"
+    assert hidden_pixels(page) == "5 of 100"
     page.fill("#brush", "3")
     page.focus("#preview")  # at row 2, column 6
     for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowLeft", "Space"):
       page.keyboard.press(key)
-    assert hidden_pixels(page) == "14 of 100 pixels"
+    assert hidden_pixels(page) == "14 of 100"
     assert page.inner_text("#cursor") == "row 6, column 6: hidden"
     page.click("#complete")
     wait_until_done(page)
@@ -308,7 +308,7 @@ def test_a_finger_paints(browser, server):
     page.select_option("#region", "nothing")
     box = page.locator("#preview").bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] * 0.45, box["y"] + box["height"] * 0.45)
-    assert hidden_pixels(page) == "1 of 100 pixels"
+    assert hidden_pixels(page) == "1 of 100"
 
 
 def test_preparation_is_shown(browser, server, monkeypatch):

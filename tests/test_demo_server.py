@@ -8,13 +8,16 @@ import io
 import itertools
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import demo_server
 import numpy as np
+import own_checkpoint
 import pytest
 from PIL import Image
 from tiny import compilations
@@ -384,6 +387,26 @@ def test_without_the_extra_it_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'igpt_jax\[demo\]'"):
     serve.check_installed()
+
+
+def test_it_listens_before_it_says_so_and_ends_when_told(tmp_path):
+  demo_server.need_extra()
+  path = own_checkpoint.write(tmp_path / "small")
+  command = [sys.executable, "-m", "igpt_jax.demo", f"--checkpoint={path}", "--port=0"]
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    try:
+      lines = []
+      while not lines or not lines[-1].startswith("open "):
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines  # it hasn't ended
+      with urllib.request.urlopen(lines[-1].split()[1] + "/models", timeout=60) as response:
+        assert json.load(response)["programs"] == 3
+      process.send_signal(signal.SIGINT)
+      rest = process.stdout.read()
+      assert process.wait(120) == 130
+    finally:
+      process.kill()
+  assert "compiling 1 of 3: small, 4 samples at a time\n" in [*lines, *rest.splitlines(True)]
 
 
 def test_it_binds_to_this_machine_alone():

@@ -51,7 +51,7 @@ function showHidden() {
   const { side, rows, count } = preview;
   at("hidden").value = rows;
   at("hidden-shown").value = `${rows} of ${side} rows`;
-  at("masked-shown").value = `${count} of ${side * side} pixels`;
+  at("masked-shown").value = `${count} of ${side * side}`;
   showButtons();
 }
 

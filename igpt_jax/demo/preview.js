@@ -72,7 +72,7 @@ export class Preview {
     pen.fillStyle = "#888";
     pen.fillRect(0, 0, size, size);
     if (this.square) pen.drawImage(this.square, 0, 0, size, size);
-    pen.fillStyle = "rgba(40, 40, 40, 0.72)";
+    pen.fillStyle = "rgba(120, 120, 120, 0.85)"; // seen on black and on white
     this.hidden.forEach((value, i) => {
       if (value) pen.fillRect((i % side) * cell, Math.floor(i / side) * cell, cell, cell);
     });
