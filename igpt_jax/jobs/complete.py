@@ -243,13 +243,12 @@ def _draw(
   completer: Completer | Filler, batch: list[Target], numbers: list[int], recipe, settings: Settings
 ) -> None:
   """Draws a batch and writes it to disk."""
-  *_, drawn = completer.draw(
-    [target.image for target in batch],
-    numbers,
-    recipe["rows_given"] if isinstance(completer, Completer) else _known(recipe),
-    choices.sampling_config(settings),
-    seed=settings.seed,
-  )
+  images, sampling = [target.image for target in batch], choices.sampling_config(settings)
+  if isinstance(completer, Completer):
+    results = completer.draw(images, numbers, recipe["rows_given"], sampling, seed=settings.seed)
+  else:
+    results = completer.draw(images, numbers, _known(recipe), sampling, seed=settings.seed)
+  *_, drawn = results
   if not hosts.is_main():
     return
   kept = [number for number in numbers if number < settings.complete.n]
