@@ -33,6 +33,7 @@ RENAMED: dict[int, dict[str, str]] = {
 ADDED: dict[str, Any] = {
   "data.validation_split": "",
   "data.verify": False,
+  "compilation_cache": "user",
 }
 
 

@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
   try:
     from igpt_jax.demo import models, serve
     from igpt_jax.demo.limits import Limits
-    from igpt_jax.parallel import hardware
+    from igpt_jax.parallel import compilation_cache, hardware
 
     hardware.check_platform()
+    compilation_cache.use("user", "")
     limits = Limits(
       samples=options.samples,
       upload_bytes=round(options.upload_mb * 2**20),
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     serve.check_installed()
     sock = serve.bind(options.host, options.port)
     served = models.Models(options.checkpoint, options.palette)
+    compilation_cache.use("user", "")
     served.completer(0)  # errors of reading it are raised before serving
     serve.run(served, limits, sock)
     return 0

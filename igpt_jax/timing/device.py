@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from igpt_jax import units
 from igpt_jax.model.attention import dispatch as attention_lib
 from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import ImageGPTConfig, init_params
@@ -123,7 +122,7 @@ def measure_training(
   abstract = state.abstract_state(config, optimizer)
   shardings = state.state_shardings(config, optimizer, mesh)
   compiled = compilation.compile_step(train_step, abstract, shardings, batch)
-  say(f"training: compiled in {units.seconds(compiled.seconds)}; {compiled.memory}")
+  say(f"training: {compiled.took}; {compiled.memory}")
 
   def run_step() -> step.Metrics:
     nonlocal train_state
