@@ -1,7 +1,8 @@
 """Draws unconditional samples, and completions of held-out images.
 
-Writes samples.png (a grid), completions.png (rows of: prompt, completions …, original) and sample.json
-(settings, seed, and the samples' nats per token under the model).
+Writes samples.png (a grid), completions.png (rows of: prompt, completions …, original), completions.gif
+(their pixels appearing) and sample.json (settings, seed, and the samples' nats per token under the
+model).
 """
 
 import math
@@ -20,6 +21,8 @@ from igpt_jax.reporting import figures, summary
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, PartialSamples, prompt_rows
 from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
+
+_ANIMATED = 8  # images whose completions are animated, at most
 
 
 def run(settings: Settings, workdir: str) -> None:
@@ -79,6 +82,13 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
     return
   figures.save_png(os.path.join(out, "samples.png"), figures.grid(grid, scale=scale))
   figures.save_png(os.path.join(out, "completions.png"), figures.grid(rows, scale=scale))
+  frames = figures.appearing(
+    [image for images in drawn[:_ANIMATED] for image in images],
+    rows_given * resolution,
+    columns=per_image,
+    scale=scale,
+  )
+  figures.save_gif(os.path.join(out, "completions.gif"), frames)
   completed_nll = completions.nll[:, rows_given * resolution :]
   values = {
     "checkpoint": info.path,
