@@ -64,7 +64,7 @@ def _candidate(
 # From small to large. Those that cost the most in FLOPs per image come last.
 _CANDIDATES = (
   _candidate(16, 4, 4, 64, 128, 3e-3, 6_000),
-  _candidate(16, 4, 4, 128, 256, 3e-3, 6_000),
+  _candidate(16, 4, 4, 128, 256, 3e-3, 5_000),
   _candidate(24, 4, 4, 128, 256, 3e-3, 8_000, 100),
   _candidate(32, 8, 4, 128, 512, 2e-3, 16_000, 150),
   _candidate(32, 8, 8, 256, 512, 1e-3, 64_000, 2_000),
@@ -209,7 +209,7 @@ class _Plan:
       f"{passes:,.3g} times each image"
     )
     about = f"sizing: about {_in_words(first)} on this machine for a first result"
-    if steps < self.most_steps:
+    if good > first + 1:
       say(f"{about}, {good:.0f} for a good one (--config.sizing.minutes={math.ceil(good)})")
     else:
       say(f"{about}; with so few images, more steps would only learn them by heart")
