@@ -5,7 +5,6 @@ random numbers every time, so that one sees the model learn. Nothing of the trai
 have keys of their own, and the state is only read.
 """
 
-import functools
 import glob
 import os
 import time
@@ -134,19 +133,20 @@ class ProgressImages(NoImages):
     tokens = np.pad(self._tokens.astype(np.int32), ((0, padded - n), (0, 0)))
     images = [InputImage("", image, stream=i) for i, image in enumerate(tokens)]
     keys = sample_keys(images, np.arange(per_image), padded * per_image, settings.seed)
-    if model.causal:
-      given = (tokens[:, :n_given],)
-      draw = functools.partial(
-        autoregressive.complete, model, samples_per_image=per_image, cache_dtype=settings.sample.cache
-      )  # fmt: skip
-    else:
+    if not model.causal:
       tokens = np.repeat(tokens, per_image, axis=0)
-      known = np.broadcast_to(np.arange(tokens.shape[1]) < n_given, tokens.shape)
-      given = (tokens, known)
-      draw = functools.partial(masked.fill, model, steps=settings.complete.passes)
+    known = np.broadcast_to(np.arange(tokens.shape[1]) < n_given, tokens.shape)
+    given = (tokens[:, :n_given],) if model.causal else (tokens, known)
 
     def draw_tokens(params, keys, *given):
-      return draw(to_compute_dtypes(model, params), *given, keys, sampling=sampling).tokens
+      params = to_compute_dtypes(model, params)
+      if not model.causal:
+        passes = settings.complete.passes
+        return masked.fill(model, params, *given, keys, steps=passes, sampling=sampling).tokens
+      shared = {"samples_per_image": per_image, "cache_dtype": settings.sample.cache}
+      return autoregressive.complete(
+        model, params, *given, keys, sampling=sampling, **shared
+      ).tokens
 
     with jax.set_mesh(mesh):
       placed = [sharding.put_global(np.ascontiguousarray(array), mesh) for array in given]

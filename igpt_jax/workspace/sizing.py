@@ -65,7 +65,8 @@ def _candidate(
 _CANDIDATES = (
   _candidate(16, 4, 4, 64, 128, 3e-3, 6_000),
   _candidate(16, 4, 4, 128, 256, 3e-3, 5_000),
-  _candidate(24, 4, 4, 128, 256, 3e-3, 8_000, 100),
+  _candidate(24, 4, 4, 128, 256, 3e-3, 7_000, 100),
+  _candidate(32, 4, 4, 128, 256, 3e-3, 8_000, 100),
   _candidate(32, 8, 4, 128, 512, 2e-3, 16_000, 150),
   _candidate(32, 8, 8, 256, 512, 1e-3, 64_000, 2_000),
   _candidate(32, 24, 8, 512, 512, 1e-3, 1_000_000, 100_000),
@@ -323,4 +324,5 @@ def _timed(plan: _Plan, mesh: Mesh) -> float:
   memory.check_step(compiled, mesh)
   with jax.set_mesh(mesh):
     timed = device.take_turns({"step": run_step}, _REPEATS, lambda done: None)["step"]
-  return hosts.from_main(math.ceil(timed.seconds * 1e6)) / 1e6
+  # The fastest, as something else may run beside it for a moment.
+  return hosts.from_main(math.ceil(timed.fastest * 1e6)) / 1e6
