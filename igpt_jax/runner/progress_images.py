@@ -133,24 +133,27 @@ class ProgressImages(NoImages):
     tokens = np.pad(self._tokens.astype(np.int32), ((0, padded - n), (0, 0)))
     images = [InputImage("", image, stream=i) for i, image in enumerate(tokens)]
     keys = sample_keys(images, np.arange(per_image), padded * per_image, settings.seed)
-    if not model.causal:
-      tokens = np.repeat(tokens, per_image, axis=0)
-    known = np.broadcast_to(np.arange(tokens.shape[1]) < n_given, tokens.shape)
-    given = (tokens[:, :n_given],) if model.causal else (tokens, known)
 
-    def draw_tokens(params, keys, *given):
+    def complete(params, keys, prompts):
       params = to_compute_dtypes(model, params)
-      if not model.causal:
-        passes = settings.complete.passes
-        return masked.fill(model, params, *given, keys, steps=passes, sampling=sampling).tokens
       shared = {"samples_per_image": per_image, "cache_dtype": settings.sample.cache}
       return autoregressive.complete(
-        model, params, *given, keys, sampling=sampling, **shared
+        model, params, prompts, keys, sampling=sampling, **shared
       ).tokens
 
+    def fill(params, keys, tokens, known):
+      params, passes = to_compute_dtypes(model, params), settings.complete.passes
+      return masked.fill(model, params, tokens, known, keys, steps=passes, sampling=sampling).tokens
+
+    if model.causal:
+      draw, given = complete, [tokens[:, :n_given]]
+    else:
+      tokens = np.repeat(tokens, per_image, axis=0)
+      known = np.broadcast_to(np.arange(tokens.shape[1]) < n_given, tokens.shape)
+      draw, given = fill, [tokens, known]
     with jax.set_mesh(mesh):
       placed = [sharding.put_global(np.ascontiguousarray(array), mesh) for array in given]
-      jitted = jax.jit(draw_tokens, out_shardings=sharding.replicated(mesh))
+      jitted = jax.jit(draw, out_shardings=sharding.replicated(mesh))
       compiled = compilation.timed(lambda: jitted.lower(params, keys, *placed).compile())
     lack = memory.lacking_beside_state(compiled, model, mesh)
     self._fits = not hosts.on_any(bool(lack))
