@@ -23,6 +23,7 @@ def get_config():
   config.palette.images = 1_000
   config.sizing.minutes = 12.0
   config.train.progress_images = 8
+  config.sample.top_p = 0.95  # without the unlikeliest colours, which a small model draws too often
   config.evaluate.images = 500
   config.evaluate.baseline_images = 5_000
   config.complete.n = 4
