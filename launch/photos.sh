@@ -37,7 +37,6 @@ stage pretrain --config=configs/photos.py --config.data.path="$photos" --workdir
 for job in evaluate sample; do
   stage "$job" --config="$workdir/config.json" --workdir="$workdir" "$@" --config.job="$job"
 done
-printf '\n'
-cat "$workdir/summary.md"
-printf '\n%s\n' "Look at $workdir/completions.png (held-out photos: given, completed, original), completions.gif," \
+printf '\n%s\n\n' "$(cat "$workdir/summary.md")"
+printf '%s\n' "Look at $workdir/completions.png (held-out photos: given, completed, original), completions.gif," \
   "samples.png, loss.png and progress/. From few photos a small model learns colours and light, not things."

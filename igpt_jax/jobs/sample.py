@@ -104,11 +104,11 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
     "completions_nats_per_token": float(completed_nll.mean()),
     "each_sample_nats_per_token": [round(float(nats), 4) for nats in samples.nll.mean(1)],
     "each_completion_nats_per_token": [round(float(nats), 4) for nats in completed_nll.mean(1)],
-    "pictures": "samples.png, completions.png",
+    "pictures": "samples.png, completions.png, completions.gif",
   }
   summary.write_json(os.path.join(out, "sample.json"), values)
   summary.write_summary(out)
-  say(f"wrote samples.png and completions.png to {out}")
+  say(f"wrote samples.png, completions.png and completions.gif to {out}")
 
 
 def held_out(settings: Settings, palette: Palette) -> tuple[np.ndarray, str]:
