@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,6 +59,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     raise
   os.replace(partial, path)
   sync(os.path.dirname(os.path.abspath(path)))
+
+
+def allow_as_usual(path: str | os.PathLike[str]) -> None:
+  """Gives a file the permissions of any new one (umask); a temporary file's are its owner's alone."""
+  usual = f"{os.fspath(path)}.usual"
+  with open(usual, "xb") as file:
+    os.chmod(path, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+  os.remove(usual)
 
 
 @contextlib.contextmanager

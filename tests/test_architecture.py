@@ -20,7 +20,7 @@ PACKAGE = ROOT / "igpt_jax"
 # Files and rooms from the ground up; of two that fit a file, the longer counts. What is on one floor
 # imports each other without a circle, and from lower floors whatever it needs.
 FLOORS = (
-  ("cpu_compiler.py", "errors.py", "files.py", "history.py", "watchdog.py", "config/"),
+  ("cpu_compiler.py", "errors.py", "files.py", "history.py", "units.py", "watchdog.py", "config/"),
   ("parallel/",),
   ("model/", "data/", "reporting/"),
   ("training/", "pretrained/"),

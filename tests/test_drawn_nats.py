@@ -59,11 +59,10 @@ def config(trained, model, tmp_path, monkeypatch):
   })  # fmt: skip
 
 
-def cells(path):
-  """The images of a grid, uint8 [rows, columns, H, W, 3]."""
-  whole = np.asarray(Image.open(path))[GAP:, GAP:]
+def cells(path, rows, columns):
+  """The images of a grid, which is below its text: uint8 [rows, columns, H, W, 3]."""
   step = SIDE + GAP
-  rows, columns = whole.shape[0] // step, whole.shape[1] // step
+  whole = np.asarray(Image.open(path))[-rows * step :, GAP : GAP + columns * step]
   split = whole.reshape(rows, step, columns, step, 3).swapaxes(1, 2)
   return split[:, :, :SIDE, :SIDE]
 
@@ -77,10 +76,10 @@ def test_of_samples_and_completions(config, model, tmp_path):
   def of(images):
     return nats(palette.encode(images).reshape(-1, SIDE**2))
 
-  samples = of(cells(out / "samples.png").reshape(-1, SIDE, SIDE, 3)[:6])
+  samples = of(cells(out / "samples.png", 2, 4).reshape(-1, SIDE, SIDE, 3)[:6])
   assert values["each_sample_nats_per_token"] == pytest.approx(samples.mean(1), abs=1e-3)
   assert values["samples_nats_per_token"] == pytest.approx(samples.mean(), abs=1e-4)
-  completions = of(cells(out / "completions.png")[:, 1:-1])
+  completions = of(cells(out / "completions.png", 3, 4)[:, 1:-1])
   drawn = completions[:, SIDE:]
   assert values["rows_given"] == 1 and len(drawn) == 6
   assert values["each_completion_nats_per_token"] == pytest.approx(drawn.mean(1), abs=1e-3)

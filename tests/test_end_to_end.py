@@ -250,13 +250,15 @@ def test_evaluate_tokens_of_a_file(trained, tmp_path):
 
 def test_sample(trained):
   sample.run(tiny(), str(trained))
-  scale, gap = 12, 4
+  scale, gap = 16, 4
   side = 8 * scale + gap
-  assert Image.open(trained / "samples.png").size == (3 * side + gap, 2 * side + gap)
+  samples = Image.open(trained / "samples.png")
+  assert samples.width == 3 * side + gap and 0 < samples.height - (2 * side + gap) < 30
   assert Image.open(trained / "completions.gif").n_frames > 10
   completions = np.asarray(Image.open(trained / "completions.png"))
-  # A row: what is given, two completions, the original.
-  assert completions.shape == (2 * side + gap, 4 * side + gap, 3)
+  # Below a title and heads; a row: what is given, two completions, the original.
+  assert completions.shape[1:] == (4 * side + gap, 3)
+  completions = completions[-(2 * side + gap) :]
 
   def cell(r, c):
     return completions[
@@ -330,7 +332,7 @@ def test_fit_palette_job(tmp_path):
   fit_palette_job.run(tiny(**{"palette.size": 5}), str(tmp_path))
   values = json.loads((tmp_path / "palette.json").read_text())
   assert values["colors"] == 5 and 0 < values["mse_per_channel"] < 400
-  assert Image.open(tmp_path / "palette.png").size == (512, 16)
+  assert Image.open(tmp_path / "palette.png").size == (5 * 16, 16)
 
 
 def make_folder(root, n=24, size=(20, 16)):
@@ -595,8 +597,8 @@ def test_damaged_pictures_are_counted_and_named(tmp_path):
   victim.write_bytes(victim.read_bytes()[:100])
   config = tiny(**{"data.name": "folder", "data.path": str(root), "palette.size": 12})
   with pytest.raises(UserError, match=r"warm/0\.png"):
-    on_one_device(pretrain, config, str(tmp_path / "strict"))
-  on_one_device(pretrain, changed(config, {"data.max_bad": 0.1}), str(tmp_path / "tolerant"))
+    on_one_device(pretrain, changed(config, {"data.max_bad": 0.0}), str(tmp_path / "strict"))
+  on_one_device(pretrain, config, str(tmp_path / "tolerant"))
 
 
 def test_an_unwritable_workdir_is_said_at_once(tmp_path):

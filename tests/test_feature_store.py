@@ -170,7 +170,7 @@ def test_pickles_are_not_loaded(tmp_path):
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
   monkeypatch.setattr(store_lib.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
-  with pytest.raises(UserError, match=r"needs .* GiB for 2 layers of 20 images.*fix: "):
+  with pytest.raises(UserError, match=r"needs .*B for 2 layers of 20 images.*fix: "):
     store(tmp_path / "train").begin((0, 1))
   assert not list((tmp_path / "train").iterdir())
 

@@ -1,4 +1,4 @@
-"""Grids and curves."""
+"""Grids: images in their places, below titles and column heads."""
 
 import os
 
@@ -34,6 +34,66 @@ def test_grid_without_gap_or_scale_is_the_pictures():
   np.testing.assert_array_equal(canvas, np.concatenate([solid(1), solid(2)], axis=1))
 
 
+@pytest.mark.parametrize("scale", [1, 2, 24])
+def test_text_stands_above_the_images_and_does_not_move_them(scale):
+  rows = [[solid(10 * c, height=4, width=4) for c in range(6)]] * 2
+  bare = figures.grid(rows, scale=scale)
+  heads = (("given", 1), ("completions", 4), ("original", 1))
+  for texts in ({"title": "Completions"}, {"heads": heads}, {"title": "Größe 中", "heads": heads}):
+    canvas = figures.grid(rows, scale=scale, **texts)
+    height, width = bare.shape[:2]
+    np.testing.assert_array_equal(canvas[-height:, :width], bare)
+    assert np.any(canvas[:-height] < 128)  # ink
+    assert np.all(canvas[:2] == 255) and np.all(canvas[:, -2:] == 255)  # nothing is cut off
+
+
+def test_heads_stand_in_the_middle_of_their_columns():
+  """Or in one line that doesn't depend on the columns' width, if they are too narrow for them."""
+  blank = solid(255, height=100, width=100)
+  heads = (("a", 1), ("completions", 2), ("b", 1))
+  canvas = figures.grid([[blank] * 4], scale=1, heads=heads)
+  ink = np.flatnonzero(np.any(canvas[:18] < 128, axis=(0, 2)))
+  for begin, end in ((4, 104), (108, 308), (312, 412)):
+    inside = ink[(ink >= begin) & (ink < end)]
+    assert abs((inside[0] + inside[-1]) / 2 - (begin + end) / 2) < 5
+  narrow = figures.grid([[solid(255, height=4, width=4)] * 4], scale=1, heads=heads)
+  assert narrow.shape[1] > 4 * 8 + 4
+
+
+def test_completions_are_what_is_given_the_completions_and_the_original():
+  original, drawn = solid(7, height=4, width=4), [solid(c, height=4, width=4) for c in (1, 2)]
+  known = np.arange(4)[:, None] < 1
+  canvas = figures.completions(known, [(original, drawn)], scale=1, title="t")
+  row = np.concatenate([figures.hide(original, known), *drawn, original], axis=1)
+  cells = [canvas[-8:-4, left : left + 4] for left in range(4, 4 + 4 * 8, 8)]
+  np.testing.assert_array_equal(np.concatenate(cells, axis=1), row)
+
+
+def test_samples_are_all_there_and_wider_than_high():
+  images = np.stack([solid(c, height=4, width=4) for c in range(7)])
+  canvas = figures.samples(images, scale=1)
+  assert canvas.shape == (2 * 8 + 4, 4 * 8 + 4, 3)
+  assert [canvas[4 + 8 * (i // 4), 4 + 8 * (i % 4), 0] for i in range(7)] == list(range(7))
+
+
+@pytest.mark.parametrize(
+  "resolution, cells, scale",
+  [(8, 6, 16), (16, 6, 8), (32, 6, 4), (48, 6, 3), (192, 6, 1), (32, 64, 4), (32, 100, 2), (32, 999, 1)],
+)  # fmt: skip
+def test_grid_scale(resolution, cells, scale):
+  """Cells are 128 pixels or more, unless the grid gets longer than 8,192."""
+  assert figures.grid_scale(resolution, cells) == scale
+  canvas = figures.grid([[solid(0, resolution, resolution)] * cells], gap=0)
+  assert canvas.shape[1] == cells * resolution * scale
+
+
+@pytest.mark.parametrize(
+  "path, step, name", [("/a/b/5", 5_000, "step 5,000"), ("/a/gpt/", 0, "gpt")]
+)
+def test_checkpoint_name(path, step, name):
+  assert figures.checkpoint_name(path, step) == name
+
+
 def test_grid_refuses_pictures_of_two_sizes():
   with pytest.raises(ValueError):
     figures.grid([[solid(1), solid(2, height=5)]], scale=1)
@@ -58,21 +118,3 @@ def test_png_round_trip_leaves_nothing_else_behind(tmp_path):
   with Image.open(tmp_path / "a.png") as image:
     np.testing.assert_array_equal(np.asarray(image), picture[::-1])
   assert os.listdir(tmp_path) == ["a.png"]
-
-
-def test_plot_draws_curves_and_levels(tmp_path):
-  """Every curve and level leaves ink: the image changes with each."""
-  curve = ([0, 1, 2], [3.0, 2.0, 1.5])
-  drawn = []
-  for curves, levels in (
-    ({"a": curve}, {}),
-    ({"a": curve, "b": ([0, 2], [1.0, 1.0])}, {}),
-    ({"a": curve}, {"pixels": 2.5}),
-  ):
-    path = str(tmp_path / "plot.png")
-    figures.plot(path, curves, title="t", x_label="x", y_label="y", levels=levels)
-    with Image.open(path) as image:
-      drawn.append(np.asarray(image.convert("RGB")))
-  assert drawn[0].std() > 1
-  assert all(np.any(other != drawn[0]) for other in drawn[1:])
-  assert os.listdir(tmp_path) == ["plot.png"]

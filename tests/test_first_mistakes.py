@@ -215,6 +215,7 @@ def test_results_are_no_images_to_complete(tmp_path, monkeypatch, images, workdi
    ("data/runs/a", False), ("data", False), ("data/training", False), ("elsewhere", False)],
 )  # fmt: skip
 def test_results_are_no_images_to_train_on(tmp_path, workdir, refused):
+  (tmp_path / "data" / "train").mkdir(parents=True)
   data = DataConfig(name="folder", path=str(tmp_path / "data"), validation_split="held")
   config = Settings(data=data)
   if not refused:

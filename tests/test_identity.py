@@ -307,6 +307,14 @@ def test_a_damaged_index_is_read_past(root, cache, reads, damage):
 
 
 @pytest.mark.usefixtures("later")
+def test_an_index_has_the_permissions_of_any_new_file(root, cache):
+  prints(root)
+  (root / "new").touch()
+  usual = (root / "new").stat().st_mode
+  assert {path.stat().st_mode for path in cache.rglob("*") if path.is_file()} == {usual}
+
+
+@pytest.mark.usefixtures("later")
 def test_a_cache_that_cannot_be_written(root, reads, tmp_path, monkeypatch):
   expected = prints(root)
   (tmp_path / "file").write_text("")

@@ -1,5 +1,6 @@
 """All images of a folder are read, wherever below it they lie and whatever they are called, or it is said."""
 
+import concurrent.futures.thread  # noqa: F401 (imported late by others, when nobody may read it)
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ from PIL import Image, features
 
 from igpt_jax import errors
 from igpt_jax.data import image_decoding, image_files, pipeline, sources
+from igpt_jax.parallel import hosts
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def ids(root):
   return sorted((os.path.relpath(record["id"], root), record["label"]) for record in records)
 
 
-def test_images_lie_at_any_depth_and_have_any_suffix(tmp_path, caplog):
+def test_images_lie_at_any_depth_and_have_any_suffix(tmp_path, capsys):
   train = tmp_path / "train"
   for name in ("cat/a.png", "cat/2020/b.PNG", "cat/2020/01/c", "dog/d.jfif", "dog/e.2020-01-01"):
     png(train / name)
@@ -45,15 +47,13 @@ def test_images_lie_at_any_depth_and_have_any_suffix(tmp_path, caplog):
     ("train/cat/2020/01/c", 0), ("train/cat/2020/b.PNG", 0), ("train/cat/a.png", 0),
     ("train/dog/d.jfif", 1), ("train/dog/e.2020-01-01", 1),
   ]  # fmt: skip
-  (line,) = [record.getMessage() for record in caplog.records]
-  assert line == (
+  assert capsys.readouterr().out == (
     f"{train}: left out 4 files: dog/i.HEIC (HEIC, for which Pillow needs a plugin: pip install "
     "pillow-heif), dog/h.nef (a raw photograph, to be developed first), dog/f.txt and 1 more (no image "
-    "that can be read)"
+    "that can be read)\n"
   )
-  caplog.clear()
   ids(tmp_path)
-  assert not caplog.records  # once is enough
+  assert not capsys.readouterr().out  # once is enough
 
 
 FORMATS = {
@@ -95,7 +95,7 @@ def test_heic_is_one_thing_to_whoever_lists_and_whoever_reads(start, heic):
   assert image_files.is_heic(start + bytes(100)) == heic
 
 
-def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path, caplog):
+def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path, capsys):
   train = tmp_path / "train"
   png(train / "cat/a.png")
   for name in (
@@ -111,10 +111,10 @@ def test_what_systems_leave_behind_is_neither_class_nor_image(tmp_path, caplog):
     (train / "cat" / name).write_bytes(b"\xff\xd8\xff")
   split = sources.open_split(sources.DataConfig(name="folder", path=str(tmp_path)), "train")
   assert (len(split), split.class_names) == (1, ("cat",))
-  assert not caplog.records
+  assert not capsys.readouterr().out
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path, caplog):
+def test_links_are_followed_but_not_in_circles(tmp_path, capsys):
   train, elsewhere = tmp_path / "data" / "train", tmp_path / "elsewhere"
   png(train / "cat" / "a.png")
   png(elsewhere / "deep" / "b.png")
@@ -132,7 +132,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path, caplog):
     ("train/cat/c.png", 0),
     ("train/dog/deep/b.png", 1),
   ]
-  (line,) = [record.getMessage() for record in caplog.records]
+  (line,) = capsys.readouterr().out.splitlines()
   assert "cat/far and 2 more (a link to a folder that is read already)" in line
   assert "cat/pipe.png (a pipe or a device)" in line and "cat/gone.png (a link to nothing)" in line
 
@@ -160,7 +160,7 @@ def nobody():
     os.seteuid(0)
 
 
-def test_what_may_not_be_read_is_said(caplog):
+def test_what_may_not_be_read_is_said(capsys):
   with tempfile.TemporaryDirectory() as name:  # pytest's own are root's alone
     root = pathlib.Path(name)
     root.chmod(0o755)
@@ -172,12 +172,16 @@ def test_what_may_not_be_read_is_said(caplog):
     with nobody():
       split = sources.open_split(config, "train")
       assert len(split) == 3
-      assert "dog/closed (Permission denied)" in caplog.records[0].getMessage()
+      assert "dog/closed (Permission denied)" in capsys.readouterr().out
       with pytest.raises(image_decoding.BadRecord, match=r"cat/b\.png: Permission denied"):
         [split[i] for i in range(3)]
     (root / "train").chmod(0)
     with nobody(), pytest.raises(errors.UserError, match=r"train: Permission denied"):
       sources.open_split(config, "train")
+    root.chmod(0)
+    with nobody(), pytest.raises(errors.UserError, match=r": Permission denied; expected a folder"):
+      sources.open_split(config, "train")
+    root.chmod(0o755)
     (root / "train").chmod(0o755)
     (root / "train/dog/closed").chmod(0o755)
 
@@ -186,8 +190,6 @@ def test_what_may_not_be_read_is_said(caplog):
 
 
 def test_names_that_are_not_utf8_train(tmp_path, capsys):
-  from igpt_jax.parallel import hosts
-
   strange = os.fsdecode(b"caf\xe9")
   for i in range(3):
     png(tmp_path / "train" / strange / f"{strange}{i}.png", i)

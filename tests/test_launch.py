@@ -385,6 +385,9 @@ def test_scripts_are_strict_and_executable():
     path = LAUNCH / name
     assert "\nset -euo pipefail\n" in path.read_text(), name
     assert path.stat().st_mode & stat.S_IXUSR, f"{name} isn't executable"
+  for path in [*LAUNCH.iterdir(), *(ROOT / "tests").glob("*.sh")]:
+    runs = path.read_bytes().startswith(b"#!")
+    assert bool(path.stat().st_mode & stat.S_IXUSR) == runs, f"{path.name}: executable, or #!?"
   for path in LAUNCH.iterdir():
     assert not re.search(r"/home/|/Users/|/work/|\bgs://[a-z]", path.read_text()), path.name
 

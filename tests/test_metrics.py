@@ -270,7 +270,17 @@ def test_countdown_speaks_now_and_then(clock):
   countdown.tick(200)  # too early again
   clock.now += 10.0
   countdown.tick(1_000)  # done: the caller says so
-  assert lines == ["evaluation: 120/1,000  20.0/s  ETA 0:00:44"]
+  assert lines == ["evaluation: 120/1,000  20/s  ETA 0:00:44"]
+
+
+def test_slow_work_has_a_speed_above_0(clock):
+  lines = []
+  countdown = Countdown("samples", 9, lines.append)
+  clock.now += 80.0
+  countdown.tick(1)
+  assert lines == ["samples: 1/9  0.0125/s  ETA 0:10:40"]
+  line = Progress(1_000, 8, 1e9, None).line(1_000, {"images_per_second": 0.0125})
+  assert line == "step 1000/1000  0.0125 images/s"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from igpt_jax import errors
 from igpt_jax.data import palette as palette_lib
 from igpt_jax.data import palette_fit
+from igpt_jax.jobs import fit_palette
 
 SHARED = pathlib.Path(
   os.environ.get("IGPT_SHARED", pathlib.Path(__file__).resolve().parents[1] / ".." / "shared")
@@ -214,3 +215,15 @@ def test_finer_palettes_err_less():
     assert palette.size == k
     errors_.append(palette_fit.palette_error(palette, [images]).mse)
   assert errors_[1] < errors_[0] / 2
+
+
+@pytest.mark.parametrize("k", [5, 32, 33, 64, 75])
+def test_swatches_are_the_colours_and_no_other_square_can_be_taken_for_one(k):
+  colors = np.random.default_rng(k).integers(0, 256, (k, 3), np.uint8)
+  colors[0] = 255
+  image = fit_palette.swatches(colors)
+  columns = min(k, 32)
+  assert image.shape == (-(-k // columns) * 16, columns * 16, 3)
+  squares = image.reshape(-1, 16, columns, 16, 3).swapaxes(1, 2).reshape(-1, 16 * 16, 3)
+  np.testing.assert_array_equal(squares[:k], np.repeat(colors[:, None], 256, axis=1))
+  assert all(len(np.unique(square, axis=0)) == 2 for square in squares[k:])

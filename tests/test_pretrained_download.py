@@ -125,7 +125,7 @@ def test_a_file_arrives_whole_and_is_kept(server, tmp_path):
   assert fetch(server, tmp_path, lines=lines) == [str(tmp_path / "b.bin")]
   assert (tmp_path / "b.bin").read_bytes() == CONTENT
   assert [path.name for path in tmp_path.iterdir()] == ["b.bin"]
-  assert "3.0 of 3.0 MB" in lines[-1]
+  assert "3 MB of 3 MB" in lines[-1]
   fetch(server, tmp_path, lines=lines)
   assert len(server.requests) == 1
   assert "already exists" in lines[-1]
@@ -210,7 +210,7 @@ def test_no_room_is_said_before_anything_is_written(server, tmp_path, monkeypatc
   server.files["a/b.bin"] = CONTENT
   usage = released.shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(released.shutil, "disk_usage", lambda path: usage)
-  with pytest.raises(UserError, match="needs 3000000 bytes more"):
+  with pytest.raises(UserError, match="needs 3 MB more"):
     fetch(server, tmp_path)
   assert not list(tmp_path.iterdir())
 

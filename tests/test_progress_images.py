@@ -62,7 +62,7 @@ def cells(image, columns, side=8):
   step = (image.shape[1] - 4) // columns
   scale = (step - 4) // side
   at = 4 + scale // 2 + np.arange(side) * scale
-  tops = range(0, image.shape[0] - 4, step)
+  tops = range(image.shape[0] % step - 4, image.shape[0] - 4, step)  # below the title and heads
   return np.stack([
     [image[top + at][:, column * step + at, 0] for column in range(columns)] for top in tops
   ])  # fmt: skip

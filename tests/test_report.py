@@ -11,7 +11,10 @@ from igpt_jax.reporting import summary
 def test_summary_gathers_what_there_is(tmp_path):
   workdir = tmp_path / "digits"
   workdir.mkdir()
-  summary.write_json(str(workdir / "training.json"), {"step": 1_000, "loss": 1.25, "mfu": None})
+  summary.write_json(
+    str(workdir / "training.json"),
+    {"step": 1_000, "loss": 1.25, "mfu": None, "images_per_second": 0.25},
+  )
   summary.write_json(
     str(workdir / "evaluation.json"),
     {"nats_per_token": 1.2, "images": 360, "below_position_unigram": 0.25, "uniform": None},
@@ -20,7 +23,7 @@ def test_summary_gathers_what_there_is(tmp_path):
   assert text.splitlines() == [
     "# digits",
     "",
-    "- **Pretraining**: 1,000 steps, last training loss 1.2500 nats/token",
+    "- **Pretraining**: 1,000 steps, last training loss 1.2500 nats/token, 0.25 images/s in the last interval",
     "- **Likelihood**: 360 images, model 1.2000 nats/token, 25.0% below the per-position unigram",
   ]
   assert (workdir / "summary.md").read_text() == text

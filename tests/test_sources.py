@@ -83,8 +83,11 @@ def test_a_stored_split_is_held_out_by_its_name(tmp_path, name):
   config = _config(name="folder", path=str(tmp_path), validation_split=name)
   sizes = [len(sources.open_split(config, split)) for split in ("train", "validation")]
   assert sizes == [20, 6]
-  with pytest.raises(errors.NoSuchSplit, match="holds folders"):
-    sources.open_split(config, "test")
+  held_out = [sources.open_split(config, split).fingerprint for split in ("test", "validation")]
+  assert held_out[0] == held_out[1] and "validation[6 of 6]" in held_out[0]
+  nothing = _config(name="folder", path=str(tmp_path), validation=0, validation_split="held_out")
+  with pytest.raises(errors.NoSuchSplit, match=r"held_out/CLASS"):
+    sources.open_split(nothing, "validation")
   _folder(tmp_path, "test", n=1)
   assert len(sources.open_split(config, "test")) == 2
   missing = dataclasses.replace(config, validation_split="held_out")
@@ -240,11 +243,11 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
 
   refused("no such folder")
   (tmp_path / "root").mkdir()
-  refused("no folders")
+  refused("holds no images")
   (tmp_path / "root" / "train").mkdir()
   refused("holds no images")
   _folder(tmp_path / "root", "train2")
-  refused("holds folders", "test")
+  refused("holds no images", "test")  # which validation would stand in for
   (tmp_path / "root" / "train").rmdir()
   (tmp_path / "root" / "train2").rename(tmp_path / "root" / "train")
   _folder(tmp_path / "root", "test", ("cow",), 1)

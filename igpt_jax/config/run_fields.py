@@ -31,7 +31,8 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
 
   name: str = setting("digits", "digits (made on first use, nothing to download), folder, tokens, "
     "or a TFDS name, such as cifar10, imagenet2012, imagenet_resized/32x32", decides="run")
-  path: str = setting("", "folder: its root (root/SPLIT/CLASS/*.jpg or root/SPLIT/*.jpg); tokens: "
+  path: str = setting("", "folder: its root, with root/SPLIT/CLASS/*.jpg, root/SPLIT/*.jpg, or images in "
+    "any way, at any depth, of which splits are drawn by contents; tokens: "
     "a .npy [N, H·W], which is the test split, or a folder with train.npy, validation.npy, "
     "test.npy", path=True, host=True)
   data_dir: str = setting("", "where TFDS keeps prepared data; \"\": TFDS' default", host=True)
@@ -45,8 +46,8 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
     below=1, decides="run")
   validation_split: str = setting("", "a stored split to use instead, such as validation or val, "
     'with the whole of train; "": none', decides="run")
-  max_bad: float = setting(0.001, "share of a split's images that may be unreadable", least=0,
-    most=1)
+  max_bad: float = setting(0.001, "share of a split's images that may be unreadable; of a folder, 3 "
+    "always may, unless this is 0", least=0, most=1)
   resample: str = setting("fused", "resizing of augment=paper in training: fused (one resize), "
     "literal (the paper's two)", decides="run", choices=("fused", "literal"),
     jobs=("pretrain", "finetune", "fit_palette", "benchmark"))

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from igpt_jax import watchdog
+from igpt_jax import files, watchdog
 from igpt_jax.reporting.progress import Countdown
 
 UNREADABLE = "unreadable"  # in place of the digest of a file that can't be read
@@ -56,6 +56,28 @@ def of_files(paths: Sequence[str], kept_as: str, verify: bool = False) -> list[s
   return [digest or UNREADABLE for digest in digests]
 
 
+def of_contents(
+  judge: Callable[[str], str], paths: Sequence[str], contents: Sequence[str], kept_as: str
+) -> list[str]:
+  """Returns `judge(path)` of every file, cached by the files' digests, which `of_files` computes.
+
+  An answer of several words (the reason why a file can't be used, which another version may be able to
+  read) isn't cached. `kept_as` names the index, and the work in progress lines.
+  """
+  kept = _read_index(kept_as)
+  new = [i for i, content in enumerate(contents) if content not in kept]
+  answers = [kept.get(content, "") for content in contents]
+  clock = Countdown(kept_as, len(new), _LOG.warning)
+  # Decoded images may be large, and keep the cores busy.
+  threads = min(_THREADS, os.cpu_count() or 1)
+  judged = _in_threads(judge, [paths[i] for i in new], clock, threads, per_task=1)
+  for i, answer in zip(new, judged, strict=True):
+    answers[i] = answer
+  entries = dict(zip(contents, answers, strict=True))
+  _write_index(kept_as, {key: word for key, word in entries.items() if " " not in word}, kept)
+  return answers
+
+
 def of_reading(
   read: Callable[[], str], paths: Sequence[str], kept_as: str, verify: bool = False
 ) -> str:
@@ -90,12 +112,18 @@ def beat() -> None:
   watchdog.beat("reading data to know its contents")
 
 
-def _in_threads(work: Callable[[str], Any], paths: Sequence[str], clock=None) -> list[Any]:
+def _in_threads(
+  work: Callable[[str], Any],
+  paths: Sequence[str],
+  clock=None,
+  threads: int = _THREADS,
+  per_task: int = _FILES_PER_TASK,
+) -> list[Any]:
   """Returns `work(path)` of every path, in the order of the paths."""
   results: list[Any] = []
-  pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+  pool = concurrent.futures.ThreadPoolExecutor(threads)
   try:
-    tasks = [paths[at : at + _FILES_PER_TASK] for at in range(0, len(paths), _FILES_PER_TASK)]
+    tasks = [paths[at : at + per_task] for at in range(0, len(paths), per_task)]
     for part in pool.map(lambda task: [work(path) for path in task], tasks):
       results += part
       beat()
@@ -185,6 +213,7 @@ def _write_index(kept_as: str, entries: dict[str, str], kept: dict[str, str]) ->
     try:
       with open(handle, "wb") as file:
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+      files.allow_as_usual(partial)
       os.replace(partial, path)
     except OSError:
       os.remove(partial)

@@ -30,6 +30,7 @@ _LEFTOVERS = frozenset(
   }
 )  # fmt: skip
 
+_REASONS = 5  # that a summary of files left out names
 _START = 64  # number of bytes by which a file's format is recognised
 
 # First bytes of formats that Pillow reads.
@@ -159,7 +160,7 @@ def _why_not_ftyp(start: bytes) -> str | None:
 
 
 def in_words(left_out: Mapping[str, str]) -> str:
-  """Summarises files left out: "3 files: a.txt and 1 more (no image that can be read), …"."""
+  """Summarises files left out: "3 files: a.txt and 1 more (no image that can be read), …", by 5 reasons."""
   by_reason: dict[str, list[str]] = {}
   for name, reason in left_out.items():
     by_reason.setdefault(reason, []).append(name)
@@ -167,6 +168,8 @@ def in_words(left_out: Mapping[str, str]) -> str:
   for reason, names in sorted(by_reason.items()):
     others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     parts.append(f"{printable(min(names, key=_order))}{others} ({reason})")
+  if len(parts) > _REASONS:
+    parts = [*parts[:_REASONS], "…"]
   return f"{len(left_out):,} file{'s' * (len(left_out) > 1)}: {', '.join(parts)}"
 
 

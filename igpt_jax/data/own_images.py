@@ -47,12 +47,13 @@ _LARGE_SHORT_SIDE = 2048
 _SAME_COLOURS = 2  # levels by which sRGB profiles of different makers differ
 
 
-def read(data: bytes, name: str = "image") -> np.ndarray:
+def read(data: bytes, name: str = "image", short_side: int = 0) -> np.ndarray:
   """Reads a file of any raster format that Pillow knows.
 
   Args:
     data: the file's bytes, which decide on its format.
     name: name of the image in errors.
+    short_side: a JPEG may be scaled down, in decoding, to a shorter side of at least this; 0: it isn't.
 
   Returns:
     uint8 [H, W, 3], sRGB, upright. Images of more than 67 million pixels are scaled down.
@@ -65,7 +66,8 @@ def read(data: bytes, name: str = "image") -> np.ndarray:
     image = _open(data, name)
     large = image.width * image.height > _LARGE
     jpeg = data[:2] == b"\xff\xd8"
-    pixels = image_decoding.decode_jpeg(data, name, large * _LARGE_SHORT_SIDE) if jpeg else None
+    least = short_side or large * _LARGE_SHORT_SIDE
+    pixels = image_decoding.decode_jpeg(data, name, least) if jpeg else None
     if pixels is None:
       image.load()  # before `_orientation`: for TIFF, Pillow applies and removes it here
       flat = _flat(image)

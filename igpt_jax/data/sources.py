@@ -15,11 +15,11 @@ import numpy as np
 
 from igpt_jax import errors
 from igpt_jax.config.run_fields import DataConfig
-from igpt_jax.data import digests
-from igpt_jax.data.folder import FolderRecords, class_folders
+from igpt_jax.data import digests, photo_folder
+from igpt_jax.data.folder import FolderRecords, class_folders, open_stored, say_once
+from igpt_jax.data.photo_folder import TEST_FOLDERS
 
 SPLITS = ("train", "validation", "test")
-TEST_FOLDERS = ("test", "val", "validation")  # the first that exists is the test split
 
 
 class Records(Protocol):
@@ -100,6 +100,8 @@ def open_split(config: DataConfig, split: str) -> Split:
   Validation is the tail of one fixed permutation of train, the same images for every seed; or a stored
   split (`validation_split`, or validation.npy of a folder of tokens). Test is the stored test split; or
   the stored validation split, if there is no test split (ImageNet) and validation is a share of train.
+  A folder without splits is divided by `photo_folder.draw`; in one with train alone, validation stands in
+  for test, under its own name.
 
   Raises:
     UserError: the data set doesn't exist; the message explains how to get it.
@@ -113,11 +115,11 @@ def open_split(config: DataConfig, split: str) -> Split:
       "data.validation: 0 holds nothing out, and this job chooses by what is held out; fix: "
       "--config.data.validation=0.1, or data.validation_split"
     )
+  if config.name == "folder":
+    return _folder_split(config, split)
   stored = {"train": "train", "validation": stored_validation or "train", "test": "test"}[split]
   held_out = stored_validation if split == "test" else ""
-  if config.name == "folder":
-    records = _folder_records(config, stored, held_out)
-  elif config.name == "tokens":
+  if config.name == "tokens":
     records = _token_records(config, stored, held_out)
   else:
     from igpt_jax.data import tfds_source
@@ -161,10 +163,28 @@ def _view(records: Records, share: float, split: str) -> Split:
 # --- a folder of images -----------------------------------------------------------------------------
 
 
-def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRecords:
+def _folder_split(config: DataConfig, split: str) -> Split:
   root = pathlib.Path(config.path).expanduser()
-  names = [name for name in (TEST_FOLDERS if stored == "test" else (stored,)) if name != held_out]
+  if not photo_folder.has_splits(root, config.validation_split):
+    records, parts = photo_folder.open_photos(root, config.validation, config.verify)
+    if not len(parts[split]):
+      raise errors.UserError(
+        f"data.validation: {config.validation} of {len(records)} images leaves nothing for {split}; "
+        "fix: a smaller share"
+      )
+    return Split(records, parts[split], split)
+  held_out = config.validation_split
+  names = {"train": ["train"], "validation": [held_out or "train"]}.get(
+    split, [name for name in TEST_FOLDERS if name != held_out]
+  )
   folder = next((root / name for name in names if (root / name).is_dir()), None)
+  if folder is None and split == "test" and has_validation(config) and root.is_dir():
+    validation = open_split(config, "validation")
+    say_once(
+      f"data.path {root}: no {names[0]}/: the {len(validation):,} validation images stand in for it, by "
+      "which a job may choose, too"
+    )
+    return validation
   if folder is None:
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())[:5] if root.is_dir() else None
     kind, why = errors.NoSuchSplit, f"holds folders {folders}" if folders else "no folders"
@@ -172,8 +192,9 @@ def _folder_records(config: DataConfig, stored: str, held_out: str) -> FolderRec
       kind, why = errors.UserError, "no such folder"
     raise kind(f"data.path {root}: {why}; expected {root / names[0]}/CLASS/*.jpg")
   train = root / "train"
-  classes = class_folders(train) if stored != "train" and train.is_dir() else None
-  return FolderRecords(folder, classes, config.verify)
+  classes = class_folders(train) if folder != train and train.is_dir() else None
+  records = open_stored(folder, classes, config.verify)
+  return _view(records, 0 if held_out or split == "test" else config.validation, split)
 
 
 # --- files of tokens -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import dataclasses
 import os
 from typing import Any
 
+from igpt_jax import units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
@@ -28,7 +29,6 @@ from igpt_jax.reporting import versions
 from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import workdir as workdir_lib
-from igpt_jax.workspace.memory import gib
 
 METHOD = (
   "compiler's estimated cycles of the scheduled program, attention kernels by their bundles, "
@@ -73,7 +73,7 @@ def run(settings: Settings, workdir: str) -> None:
   if not step.memory.fits:
     raise UserError(
       f"{describe(training, mesh)} doesn't fit {topology.name}: it needs "
-      f"{gib(step.memory.needed)} of a device's {gib(step.memory.hbm)}; fix: "
+      f"{units.memory(step.memory.needed)} of a device's {units.memory(step.memory.hbm)}; fix: "
       + "; or ".join(planning.remedies(training, mesh))
     )
   if training.model.causal and settings.sample.samples and not settings.compile.plan:
@@ -189,9 +189,9 @@ def sampling_summary(drawn: Forecast, topology: Topology, batch: int) -> dict[st
 
 
 def sampling_line(values: dict[str, Any]) -> str:
-  line = f"sampling {values['pictures']} images: {gib(values['bytes_per_chip'])} a chip"
+  line = f"sampling {units.counted(values['pictures'], 'image')}: {units.memory(values['bytes_per_chip'])} a chip"
   if "seconds" in values:
-    line += f", {values['seconds']:.2f} s, {values['pictures_per_second']:.1f} images/s predicted"
+    line += f", {values['seconds']:.2f} s, {units.significant(values['pictures_per_second'])} images/s predicted"
   return line
 
 
@@ -199,13 +199,13 @@ def table(values: dict[str, Any]) -> str:
   """Returns the figures as text."""
   held = values["bytes_per_device"]
   lines = [
-    f"  fits               {'yes' if values['fits'] else 'NO'}: {gib(values['bytes_per_chip'])} of "
-    f"{gib(values['hbm_bytes'])} a chip",
-    f"  arguments          {gib(held['arguments'])} (state and batch; updated in place)",
-    f"  temporaries        {gib(held['temporaries'])}",
+    f"  fits               {'yes' if values['fits'] else 'NO'}: {units.memory(values['bytes_per_chip'])} of "
+    f"{units.memory(values['hbm_bytes'])} a chip",
+    f"  arguments          {units.memory(held['arguments'])} (state and batch; updated in place)",
+    f"  temporaries        {units.memory(held['temporaries'])}",
   ]
   lines += [
-    f"    {gib(buffer['bytes']):>10}  {buffer['shape']}  {buffer['origin']}"
+    f"    {units.memory(buffer['bytes']):>10}  {buffer['shape']}  {buffer['origin']}"
     for buffer in values["largest_buffers"][:5]
   ]
   lines.append(f"  model FLOPs        {values['flops_per_step']:.3e} a step")
@@ -216,12 +216,12 @@ def table(values: dict[str, Any]) -> str:
       f"{1e3 * parts['compute']:.1f} (attention kernels {1e3 * parts['attention_kernels']:.1f}), "
       f"communication not hidden {1e3 * parts['communication_not_hidden']:.1f}",
       f"  MFU                {values['mfu']:.1%}",
-      f"  images/s           {values['images_per_second']:,.0f}",
+      f"  images/s           {units.significant(values['images_per_second'])}",
       f"  schedule           {values['days']:.2f} days, {values['chip_hours']:,.0f} chip-hours for "
       f"{values['schedule_images']:,} images",
     ]
     lines += [
-      f"  {kind:18} {total['count']} a step, {total['bytes'] / 1e9:.2f} GB, {1e3 * total['seconds']:.1f} ms"
+      f"  {kind:18} {total['count']} a step, {units.data_size(total['bytes'])}, {1e3 * total['seconds']:.1f} ms"
       for kind, total in sorted(values["collectives"].items())
     ]
   return "\n".join(lines)

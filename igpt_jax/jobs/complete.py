@@ -16,7 +16,6 @@ settings and of the image.
 
 import collections
 import dataclasses
-import math
 import os
 import zipfile
 import zlib
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import checkpoint, files
+from igpt_jax import checkpoint, files, units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.image_decoding import BadRecord
@@ -120,7 +119,9 @@ def run(settings: Settings, workdir: str) -> None:
 
   to_do = [target for target in targets if _missing(target, n)]
   before = len(targets) - len(to_do)
-  what = f"{n} samples of {len(targets)} images" if chosen else f"{n} samples"
+  what = units.counted(n, "sample")
+  if chosen:
+    what += f" each of {units.counted(len(targets), 'image')}"
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
@@ -141,7 +142,7 @@ def run(settings: Settings, workdir: str) -> None:
     if not _is_finished(target, recipe):
       _finish(target, reader, recipe, settings)
   values = {"checkpoint": info.path, "step": info.step}
-  values |= _write_grids(targets, reader, recipe, out, settings)
+  values |= _write_grids(targets, reader, info, recipe, out, settings)
   if unreadable:
     values["unreadable"] = unreadable
   summary.write_json(os.path.join(out, "complete.json"), values)
@@ -314,30 +315,25 @@ def _known(recipe: dict[str, Any]) -> np.ndarray:
 
 
 def _write_grids(
-  targets: list[Target], reader: Reader, recipe: dict[str, Any], out: str, settings: Settings
+  targets: list[Target],
+  reader: Reader,
+  info: checkpoint.CheckpointInfo,
+  recipe: dict[str, Any],
+  out: str,
+  settings: Settings,
 ) -> dict[str, Any]:
   """Writes a grid for each class; returns the content of complete.json."""
   groups = collections.defaultdict(list)
   for target in targets:
     groups[target.file.group if target.file else ""].append(target)
   known, nats_of = _known(recipe), {}
+  by = figures.checkpoint_name(info.path, info.step)
   for group, members in groups.items():
-    rows: list[list[np.ndarray]] = []
     for target in members:
-      tokens, nll = _rows(target, settings.complete.n)
-      nats = float(nll[:, ~known.reshape(-1)].mean())
-      nats_of[os.path.relpath(target.folder, out)] = nats
-      if target.file is None:
-        painted = list(reader.paint(tokens[:_GRID_DRAWN]))
-        columns = math.ceil(math.sqrt(2 * len(painted)))
-        rows = [painted[start : start + columns] for start in range(0, len(painted), columns)]
-      elif len(rows) < _GRID_ROWS:
-        original = reader.paint(target.image.tokens[None])[0]
-        drawn = list(reader.paint(tokens[:_GRID_SAMPLES]))
-        rows.append([figures.hide(original, known), *drawn, original])
-    figures.save_png(
-      os.path.join(out, group, "grid.png"), figures.grid(rows, scale=recipe["scale"])
-    )
+      _, nll = _rows(target, settings.complete.n)
+      nats_of[os.path.relpath(target.folder, out)] = float(nll[:, ~known.reshape(-1)].mean())
+    grid = _grid(members, reader, known, by, settings)
+    figures.save_png(os.path.join(out, group, "grid.png"), grid)
     if len(members) > _GRID_ROWS:
       say(f"{os.path.join(out, group, 'grid.png')} shows the first {_GRID_ROWS} images")
   return {
@@ -346,3 +342,18 @@ def _write_grids(
     "nats_per_token": float(np.mean(list(nats_of.values()))),
     "each_nats_per_token": {name: round(nats, 5) for name, nats in nats_of.items()},
   }
+
+
+def _grid(
+  targets: list[Target], reader: Reader, known: np.ndarray, by: str, settings: Settings
+) -> np.ndarray:
+  """Paints completions of a class, or unconditional samples; `by` names the checkpoint."""
+  n, scale = settings.complete.n, settings.sample.scale
+  if targets[0].file is None:
+    drawn = reader.paint(_rows(targets[0], n)[0][:_GRID_DRAWN])
+    return figures.samples(drawn, scale=scale, title=f"Samples, {by}")
+  completed = [
+    (reader.paint(target.image.tokens[None])[0], list(reader.paint(_rows(target, n)[0][:_GRID_SAMPLES])))
+    for target in targets[:_GRID_ROWS]
+  ]  # fmt: skip
+  return figures.completions(known, completed, scale=scale, title=f"Completions, {by}")

@@ -9,6 +9,7 @@ sends one, and every tensor's CRC when it is read.
 
 import os
 
+from igpt_jax import units
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
@@ -33,6 +34,6 @@ def run(settings: Settings, workdir: str) -> None:
   if not hosts.is_main():
     return
   for files, directory in batches:
-    say(f"{len(files)} files into {directory}")
+    say(f"{units.counted(len(files), 'file')} into {directory}")
     released.download(files, directory, base_url=wanted.url or released.BASE_URL, report=say)
   say(f"all there, in {root}")

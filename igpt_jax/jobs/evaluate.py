@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from igpt_jax import units
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.sources import DataConfig, Split, open_split
 from igpt_jax.errors import NoSuchSplit, UserError
@@ -67,7 +68,7 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
   objective = make_objective(objective_name, trained.run["mask_probability"])
   likelihood = LikelihoodEvaluator(trained.config, objective, mesh)
   total = min(len(split), own.images or len(split))
-  clock = progress.Countdown(f"{own.split}: {total:,} images", total, say)
+  clock = progress.Countdown(f"{split.name}: {units.counted(total, 'image')}", total, say)
   masks = own.masks if objective_name == "masked" else 1
   counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
   report = clock.batches(own.batch_size)
@@ -101,8 +102,8 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
     summary.write_summary(out)
   hiding = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
-    f"{own.split}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
-    f"{images:,} images{hiding}\n"
+    f"{split.name}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
+    f"{units.counted(images, 'image')}{hiding}\n"
     f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
     f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
     f"{values['below_position_unigram']:.1%} below the last"

@@ -14,7 +14,7 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from igpt_jax import checkpoint
+from igpt_jax import checkpoint, units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
@@ -22,7 +22,7 @@ from igpt_jax.data.pipeline import Batches
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
-from igpt_jax.reporting import figures, metrics, progress, summary
+from igpt_jax.reporting import metrics, plots, progress, summary
 from igpt_jax.runner.data_order import DataOrder
 from igpt_jax.runner.loop import Work
 from igpt_jax.runner.run import TrainingRun
@@ -150,7 +150,7 @@ class FineTuning:
     split, mesh = self._splits[name], self._run.mesh
     total = min(limit or len(split), len(split))
     batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
-    clock = progress.Countdown(f"{name}: {total:,} images", total, say)
+    clock = progress.Countdown(f"{name}: {units.counted(total, 'image')}", total, say)
     with streams.eval_stream(split, self._data, self.palette, mesh, batch_size, total) as stream:
       return self._classifier(params, stream, clock.batches(batch_size) if tell else None)
 
@@ -212,6 +212,7 @@ class FineTuning:
     params = checkpoint.load_params(info, mesh) | {state.HEAD: checkpoint.load_head(info, mesh)}
     scores = self.score_on_test(params)
     masked, splits = not self.model.causal, self._splits | {"train": self._split}
+    held_out = len(splits["validation"])
     return {
       "checkpoint": info.path,
       "best_step": self.best.step,
@@ -228,6 +229,7 @@ class FineTuning:
       "classification_weight": self.loss.classification,
       "learning_rate": learning_rate,
       "batch_size": own.batch_size,
+      "validation_images": min(self.settings.train.eval_images or held_out, held_out),
       "validation_accuracy": self.best.accuracy,
       "test_images": scores.images,
       "test_accuracy": scores.accuracy,
@@ -281,7 +283,7 @@ def _verdict(values: Mapping[str, Any]) -> str:
     f"best of {values['steps']:,} steps: {values['best_step']:,}; test accuracy "
     f"{values['test_accuracy']:.2%}"
     + ("" if of_mean is None else f" ({of_mean:.2%} by the mean of logits)")
-    + f" over {values['test_images']:,} images, {values['test_nats_per_token']:.4f} nats/token"
+    + f" over {units.counted(values['test_images'], 'image')}, {values['test_nats_per_token']:.4f} nats/token"
     + ("" if before is None else f", {before:.4f} before")
     + f"; {values['checkpoint']}"
   )
@@ -302,19 +304,33 @@ def finish(workdir: str, folder: str, values: dict[str, Any]) -> None:
   """Writes finetune.json, the curves and the summary."""
   summary.write_json(os.path.join(folder, "finetune.json"), values)
   records = metrics.read_jsonl(os.path.join(folder, "metrics.jsonl"))
-  curves = {}
-  for name, label in (
-    ("validation_accuracy", "accuracy"),
-    ("validation_classification_loss", "classification loss, nats"),
-    ("validation_generative_loss", "generative loss, nats per token"),
-  ):
+
+  def curve(name: str) -> plots.Curve:
     points = [(record["step"], record[name]) for record in records if name in record]
-    curves[label] = tuple(zip(*points, strict=True))
-  figures.plot(
+    return plots.Curve([step for step, _ in points], [value for _, value in points])
+
+  best, losses = (
+    values["best_step"],
+    ("validation_classification_loss", "validation_generative_loss"),
+  )
+  labels = "classification, nats per image", "generative, nats per token"
+  plots.plot(
     os.path.join(folder, "finetune.png"),
-    curves,
-    title=f"Fine-tuning: {values['test_accuracy']:.2%} of test at step {values['best_step']:,}",
+    plots.Panel(
+      curves={"validation": curve("validation_accuracy")},
+      y_label="validation accuracy",
+      chosen=(f"best: step {best:,}", [best], [values["validation_accuracy"]]),
+      accuracy=True,
+      images=values["validation_images"],
+      classes=values["classes"],
+    ),
+    plots.Panel(
+      curves=dict(zip(labels, map(curve, losses), strict=True)), y_label="validation loss, nats"
+    ),
+    title=f"Fine-tuning: test accuracy {values['test_accuracy']:.2%} at step {best:,}",
+    note="bars: standard error of an accuracy on {validation_images:,} validation images".format(
+      **values
+    ),
     x_label="step",
-    y_label="on validation",
   )
   summary.write_summary(workdir)

@@ -55,9 +55,13 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def swatches(colors: np.ndarray, columns: int = 32, side: int = 16) -> np.ndarray:
-  """Returns an image of colours, uint8 [k, 3], as squares in rows."""
+  """Returns an image of colours, uint8 [k, 3], as squares in rows; what is left of the last is checked."""
+  columns = min(columns, len(colors))
   rows = -(-len(colors) // columns)
-  padded = np.full((rows * columns, 3), 255, np.uint8)
-  padded[: len(colors)] = colors
-  image = padded.reshape(rows, columns, 3)
-  return np.repeat(np.repeat(image, side, axis=0), side, axis=1)
+  fine = np.indices((rows * side, columns * side)) // (side // 4)
+  checker = np.array([230, 170], np.uint8)[fine.sum(0) % 2]
+  image = np.repeat(checker[..., None], 3, axis=2)
+  for i, color in enumerate(colors):
+    top, left = i // columns * side, i % columns * side
+    image[top : top + side, left : left + side] = color
+  return image

@@ -6,6 +6,7 @@ which the paper doesn't specify; test is evaluated after all choices.
 """
 
 import dataclasses
+import math
 import os
 
 import numpy as np
@@ -18,7 +19,7 @@ from igpt_jax.probing import linear
 from igpt_jax.probing import sets as sets_lib
 from igpt_jax.probing.linear import FewLabelsResult
 from igpt_jax.probing.sets import FeatureSet
-from igpt_jax.reporting import figures, progress, summary
+from igpt_jax.reporting import figures, plots, progress, summary
 from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.workspace import workdir as workdir_lib
 
@@ -49,12 +50,13 @@ def run(settings: Settings, workdir: str) -> None:
 
   chosen = choose(sets, results)
   trained = source.trained
+  trials = settings.lowdata.trials
   values = {
     "checkpoint": trained.path,
     "step": trained.step,
     "parameters": source.checksum,
     "data": {name: split.fingerprint for name, split in source.splits.items()},
-    "trials": settings.lowdata.trials,
+    "trials": trials,
     "seed": settings.seed,
     "chosen": {
       label: {
@@ -70,19 +72,27 @@ def run(settings: Settings, workdir: str) -> None:
   }
   summary.write_json(os.path.join(workdir, "lowdata.json"), values)
   text = table(chosen, results)
+  if trials > 1:
+    text += f"\n±: standard deviation over {trials} random subsets of the labels\n"
   summary.write_text(os.path.join(workdir, "lowdata.md"), text)
-  curves, spread = {}, {}
+  curves = {}
   for label, of in chosen.items():
     best = [results[name][n] for n, name in of.items()]
-    curves[label] = (list(of), [result.test_accuracy for result in best])
-    spread[label] = [result.test_std for result in best]
-  figures.plot(
+    curves[label] = plots.Curve(
+      list(of),
+      [result.test_accuracy for result in best],
+      [result.test_std / math.sqrt(trials) for result in best],
+    )
+  plots.plot(
     os.path.join(workdir, "lowdata.png"),
-    curves,
-    spread=spread,
-    title=f"Few labels: mean and deviation of {settings.lowdata.trials} random subsets",
+    plots.Panel(curves=curves, y_label="test accuracy", accuracy=True, classes=source.n_classes),
+    title=f"Linear probe with few labels, {figures.checkpoint_name(trained.path, trained.step)}",
+    note=(
+      f"means over {trials} random subsets of the labels; bars: their standard error"
+      if trials > 1
+      else "one random subset of the labels"
+    ),
     x_label="labels per class",
-    y_label="test accuracy",
     x_ticks=tuple(settings.lowdata.labels_per_class),
   )
   summary.write_summary(workdir)

@@ -82,6 +82,8 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
     "method": method,
     "data": {name: split.fingerprint for name, split in source.splits.items()},
     "train_images": source.rows("train"),
+    "test_images": source.rows("test"),
+    "classes": source.n_classes,
     "n_layer": trained.config.n_layer,
     "objective": trained.run["objective"],
     "validation_nats_per_token": nats,

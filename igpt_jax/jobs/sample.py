@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_jax import units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
@@ -53,7 +54,6 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   memory.check_cache(completer.trained.config, together, settings.sample.cache, mesh)
   paint, resolution = completer.reader.paint, completer.reader.resolution
   rows_given = prompt_rows(settings.sample.keep, resolution)
-  scale = settings.sample.scale or figures.default_scale(resolution)
   # Before anything is drawn, since the test images may be missing.
   given, source = held_out(settings, completer.reader.palette)
 
@@ -62,31 +62,32 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
     return drawn
 
   # Samples and completions have streams of their own, so that neither's keys depend on the other's number.
-  say(f"sampling {n_samples} images of {resolution}×{resolution}")
+  say(f"sampling {units.counted(n_samples, 'image')} of {resolution}×{resolution}")
   samples = draw([InputImage("", NOTHING.tokens, stream=0)], np.arange(n_samples), 0)
-  columns = math.ceil(math.sqrt(2 * n_samples))
-  painted = list(paint(samples.tokens))
-  grid = [painted[start : start + columns] for start in range(0, len(painted), columns)]
 
-  say(f"completing {len(given)} images of {source}, {rows_given} of {resolution} rows given")
+  images = units.counted(len(given), "image")
+  say(f"completing {images} of {source}, {rows_given} of {resolution} rows given")
   numbers = np.arange(len(given) * per_image).reshape(-1, per_image)
   completions = draw([InputImage("", tokens, stream=1) for tokens in given], numbers, rows_given)
-  known = np.arange(resolution)[:, None] < rows_given
   drawn = np.split(paint(completions.tokens), len(given))
-  rows = [
-    [figures.hide(original, known), *completed, original]
-    for original, completed in zip(paint(given), drawn, strict=True)
-  ]
 
   if not hosts.is_main():
     return
-  figures.save_png(os.path.join(out, "samples.png"), figures.grid(grid, scale=scale))
-  figures.save_png(os.path.join(out, "completions.png"), figures.grid(rows, scale=scale))
+  by, scale = figures.checkpoint_name(info.path, info.step), settings.sample.scale
+  sampled = figures.samples(paint(samples.tokens), scale=scale, title=f"Samples, {by}")
+  figures.save_png(os.path.join(out, "samples.png"), sampled)
+  completed = figures.completions(
+    np.arange(resolution)[:, None] < rows_given,
+    list(zip(paint(given), drawn, strict=True)),
+    scale=scale,
+    title=f"Completions of test images, {by}",
+  )
+  figures.save_png(os.path.join(out, "completions.png"), completed)
   frames = figures.appearing(
     [image for images in drawn[:_ANIMATED] for image in images],
     rows_given * resolution,
     columns=per_image,
-    scale=scale,
+    scale=scale or figures.default_scale(resolution),
   )
   figures.save_gif(os.path.join(out, "completions.gif"), frames)
   completed_nll = completions.nll[:, rows_given * resolution :]

@@ -139,7 +139,7 @@ def load(
     path: as for `detect`.
     place: maps (path in our tree, array) to the tree's leaf, e.g. the array on its devices.
     dtype: dtype of the arrays; None keeps the checkpoint's.
-    report: called with every note and a progress line for every leaf.
+    report: called with every note, and as `leaves.Foreign.load` does.
   """
   with open_foreign(path) as foreign:
     if report:
@@ -167,7 +167,7 @@ def save(
       prefix, or to preprocessor_config.json.
     num_shards: number of OpenAI's data files. Hugging Face's files are split at 2 GB.
     fetch: copies one leaf to this host as a numpy array.
-    report: called with one line for every leaf.
+    report: called with a line of progress every few seconds.
 
   Raises:
     UserError: the target exists, or the format can't hold this model.

@@ -268,7 +268,9 @@ def write_directory(
       number = f"-{i:05d}-of-{len(shards):05d}" if shards[1:] else ""
       file = f"model{number}.safetensors"
       batch = dict(next(tensors) for _ in shard)
-      save_file(batch, os.path.join(part, file), metadata={"format": "pt"})
+      path = os.path.join(part, file)
+      save_file(batch, path, metadata={"format": "pt"})
+      files.allow_as_usual(path)
       weight_map |= dict.fromkeys(batch, file)
       del batch
     if shards[1:]:

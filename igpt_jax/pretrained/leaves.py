@@ -16,8 +16,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from igpt_jax import units
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.reporting import progress
+from igpt_jax.units import data_size
 
 Path = tuple[str, ...]
 Report = Callable[[str], None]
@@ -118,7 +121,7 @@ class Foreign:
       place: maps a leaf's path and array to the tree's leaf; called before the next leaf is read. None
         keeps numpy arrays.
       dtype: dtype of the arrays; None keeps the checkpoint's.
-      report: called with one line for every leaf before it is read, and one at the end.
+      report: called with a line of progress every few seconds, and one at the end.
     """
     dtype = None if dtype is None else np.dtype(dtype)
     if place is None:
@@ -132,12 +135,8 @@ class Foreign:
     check_memory(largest, f"the largest array of {self.path}")
     params: dict[str, Any] = {}
     done, start = 0, time.monotonic()
-    for i, leaf in enumerate(sorted(self.table, key=size, reverse=True)):
-      if report:
-        report(
-          f"reading {'/'.join(leaf.path)} {list(leaf.shape)} ({i + 1} of {len(self.table)}), "
-          f"{done / 1e9:.2f} of {total / 1e9:.2f} GB after {time.monotonic() - start:.0f} s"
-        )
+    clock = progress.Countdown("reading", total, report or (lambda line: None), show=data_size)
+    for leaf in sorted(self.table, key=size, reverse=True):
       out = np.empty(leaf.shape, dtype or self.dtype_of(leaf))
       for part in leaf.parts:
         out[part.index] = part.to_ours(self.source.read(part.name))
@@ -147,9 +146,10 @@ class Foreign:
         node = node.setdefault(key, {})
       node[leaf.path[-1]] = out if place is None else place(leaf.path, out)
       del out
+      clock.tick(done)
     if report:
-      seconds = time.monotonic() - start
-      report(f"read {done / 1e9:.2f} GB in {seconds:.1f} s from {self.path}")
+      taken = units.seconds(time.monotonic() - start)
+      report(f"read {data_size(done)} in {taken} from {self.path}")
     return params
 
 
@@ -179,7 +179,7 @@ def check_memory(size: int, what: str) -> None:
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if size > memory:
     raise UserError(
-      f"memory: {what} takes {size / 1e9:.1f} GB, this machine has {memory / 1e9:.1f}; "
+      f"memory: {what} takes {data_size(size)}, this machine has {data_size(memory)}; "
       "fix: check that this is the right checkpoint, or use a machine with more memory"
     )
 
@@ -230,17 +230,17 @@ def foreign_tensors(
     table: the format's leaves; parts without `to_theirs` are skipped.
     params: our nested dict; leaves may be numpy or jax arrays.
     fetch: copies one leaf to this host as a numpy array.
-    report: called with one line for every leaf.
+    report: called with a line of progress every few seconds.
 
   Raises:
     UserError: a leaf is missing, or its shape isn't the table's.
   """
+  clock = progress.Countdown("writing: arrays", len(table), report or (lambda line: None))
   for i, leaf in enumerate(table):
+    clock.tick(i)
     parts = [(part, part.to_theirs) for part in leaf.parts if part.to_theirs]
     if not parts:
       continue
-    if report:
-      report(f"writing {'/'.join(leaf.path)} {list(leaf.shape)} ({i + 1} of {len(table)})")
     array = fetch(lookup(params, leaf))
     for part, to_theirs in parts:
       yield part.name, np.ascontiguousarray(to_theirs(array[part.index]))

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from igpt_jax.errors import UserError
 from igpt_jax.pretrained.leaves import Report
+from igpt_jax.units import data_size
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/image-gpt"
 MODELS = {"s": 32, "m": 32, "l": 64}  # number of data files
@@ -158,7 +159,8 @@ def _fetch(url: str, target: str, label: str, report: Report) -> None:
       free = shutil.disk_usage(os.path.dirname(part) or ".").free
       if total - start > free:
         raise UserError(
-          f"download: {url} needs {total - start} bytes more; the disk of {part} has {free} free; "
+          f"download: {url} needs {data_size(total - start)} more; the disk of {part} has "
+          f"{data_size(free)} free; "
           "fix: free some, or name another directory"
         )
       digest = _digest_of(part, start)
@@ -228,8 +230,8 @@ def _copy(response, file, digest, done: int, total: int, label: str, report: Rep
     now = time.monotonic()
     if now - last_report > 10 or done == total:
       last_report = now
-      rate = (done - first) / max(now - began, 1e-9)
-      report(f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s")
+      rate = data_size((done - first) / max(now - began, 1e-9))
+      report(f"{label}: {data_size(done)} of {data_size(total)}, {rate}/s")
 
 
 def _remove(*paths: str) -> None:

@@ -1,10 +1,11 @@
 """Reports of probes: the table, the verdict, accuracy against layer and against loss."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from igpt_jax.probing import sets
-from igpt_jax.reporting import figures, summary
+from igpt_jax.reporting import figures, plots, summary
 from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.workspace import watch
 
@@ -66,18 +67,42 @@ def levels(rows: list[Row]) -> dict[str, float]:
 def draw(path: str, values: dict[str, Any]) -> None:
   """Plots accuracy against layer (the paper's figure 2)."""
   rows = values["rows"]
-  curves = {"trained": curve(rows)}
+  curves = {"trained": plots.Curve(*curve(rows))}
   if curve(rows, sets.RANDOM)[0]:
-    curves[_RANDOM] = curve(rows, sets.RANDOM)
-  title = f"Linear probe, {values['n_layer']} layers, step {values['step']:,}"
-  _plot_layers(path, curves, title, rows)
-
-
-def _plot_layers(path: str, curves: dict, title: str, rows: list[Row]) -> None:
-  figures.plot(
-    path, curves, title=title, x_label="layer", y_label="test accuracy", levels=levels(rows),
-    whole_steps=True,
+    curves[_RANDOM] = plots.Curve(*curve(rows, sets.RANDOM))
+  name = figures.checkpoint_name(values["checkpoint"], values["step"])
+  _plot(
+    path, curves, values, title=f"Linear probe of every layer, {name}", chosen=[values],
+    x_label="layer", whole_steps=True,
   )  # fmt: skip
+
+
+def _plot(
+  path: str,
+  curves: dict[str, plots.Curve],
+  last: dict[str, Any],
+  chosen: Sequence[dict[str, Any]] = (),
+  **texts: Any,
+) -> None:
+  """Plots test accuracies beside the baselines of the results `last`.
+
+  The layers that the results `chosen` chose are marked; `texts` are for `plots.plot`.
+  """
+  layers = [values["best_layer"] for values in chosen]
+  accuracies = [values["test_accuracy"] for values in chosen]
+  images = last.get("test_images", 0)  # older results don't have it
+  panel = plots.Panel(
+    curves=curves,
+    y_label="test accuracy",
+    levels=levels(last["rows"]),
+    chosen=("layer chosen on validation", layers, accuracies) if chosen else None,
+    accuracy=True,
+    images=images,
+    classes=last.get("classes", 0),
+    ordered=len(curves) > 2,
+  )
+  note = f"bars and ±: standard error of an accuracy on {images:,} test images" if images else ""
+  plots.plot(path, panel, note=note, **texts)
 
 
 def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:
@@ -95,22 +120,24 @@ def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:
   shown = probed if len(probed) <= 6 else [probed[i * (len(probed) - 1) // 5] for i in range(6)]
   curves = {}
   for values in shown:
-    label = f"step {values['step']:,}, {values['validation_nats_per_token']:.3f} nats"
-    curves[label] = curve(values["rows"])
-  path = os.path.join(workdir, "probe_checkpoints.png")
-  title = "Linear probe against layer, as training goes on"
-  _plot_layers(path, curves, title, probed[-1]["rows"])
+    nats = values["validation_nats_per_token"]
+    label = f"step {values['step']:,}, validation loss {nats:.3f} nats"
+    curves[label] = plots.Curve(*curve(values["rows"]))
+  _plot(
+    os.path.join(workdir, "probe_checkpoints.png"), curves, probed[-1], shown,
+    title="Linear probe of every layer, as training goes on", x_label="layer", whole_steps=True,
+  )  # fmt: skip
   nats = [values["validation_nats_per_token"] for values in probed]
-  figures.plot(
+  of_layers = {
+    "layer chosen on validation": [values["test_accuracy"] for values in probed],
+    "last layer": [curve(values["rows"])[1][-1] for values in probed],
+  }
+  _plot(
     os.path.join(workdir, "probe_loss.png"),
-    {
-      "best layer": (nats, [values["test_accuracy"] for values in probed]),
-      "last layer": (nats, [curve(values["rows"])[1][-1] for values in probed]),
-    },
+    {name: plots.Curve(nats, accuracies) for name, accuracies in of_layers.items()},
+    probed[-1],
     title="Linear probe against validation loss, as training goes on",
     x_label="validation loss, nats per token (better to the right)",
-    y_label="test accuracy",
-    markers=True,
     reverse_x=True,
   )
   kept = (

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from igpt_jax import files
+from igpt_jax import files, units
 from igpt_jax.errors import UserError
 from igpt_jax.probing.features import FeatureRows
 from igpt_jax.reporting import summary
@@ -75,8 +75,8 @@ class FeatureStore:
       free = shutil.disk_usage(self.folder).free
       if needed > free:
         raise UserError(
-          f"features.cache: {self.folder} needs {needed / 2**30:.1f} GiB for {len(layers)} layers of "
-          f"{self._rows:,} images, {free / 2**30:.1f} GiB are free; fix: config.features.layers, "
+          f"features.cache: {self.folder} needs {units.data_size(needed)} for {len(layers)} layers of "
+          f"{self._rows:,} images, {units.data_size(free)} are free; fix: config.features.layers, "
           "config.features.cache on another disk, or config.probe.cached=False (method sgd)"
         )
       for name in short:

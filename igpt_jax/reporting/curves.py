@@ -1,20 +1,50 @@
 """Plot of a run's losses."""
 
+import math
 import os
+from collections.abc import Sequence
 
-from igpt_jax.reporting import figures, metrics
+from igpt_jax.reporting import metrics, plots
+
+_SMOOTHED_FROM = 100  # logged losses
+_MEANS = 20  # windows of the smoothed curve in the whole one
 
 
 def draw_curve(workdir: str, path: str) -> bool:
   """Plots a run's losses so far into a PNG; returns False if there are none yet."""
   records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
-  curves = {}
-  for name, label in (("loss", "training"), ("validation_loss", "validation")):
-    points = [(record["step"], record[name]) for record in records if name in record]
-    if points:
-      curves[label] = tuple(zip(*points, strict=True))
+  points = {
+    name: [(record["step"], record[name]) for record in records if name in record]
+    for name in ("loss", "validation_loss")
+  }
+  curves, chosen = {}, None
+  if training := points["loss"]:
+    steps, losses = zip(*training, strict=True)
+    window = len(losses) // _MEANS
+    smooth = len(losses) >= _SMOOTHED_FROM
+    curves["training, single batches"] = plots.Curve(steps, losses, faint=smooth)
+    if smooth:
+      name = f"training, mean of the last {window} of these"
+      curves[name] = plots.Curve(steps[window - 1 :], _trailing_means(losses, window))
+  if validation := points["validation_loss"]:
+    steps, losses = zip(*validation, strict=True)
+    curves["validation"] = plots.Curve(steps, losses)
+    if finite := [(loss, step) for step, loss in validation if math.isfinite(loss)]:
+      best, step = min(finite)
+      chosen = (f"best on validation: {best:.4f} at step {step:,}", [step], [best])
   if not curves:
     return False
-  title = os.path.basename(os.path.abspath(workdir))
-  figures.plot(path, curves, title=title, x_label="step", y_label="nats per token")
+  newest = max(step for of_curve in points.values() for step, _ in of_curve)
+  plots.plot(
+    path,
+    plots.Panel(curves=curves, y_label="loss, nats per token", chosen=chosen),
+    title=f"{os.path.basename(os.path.abspath(workdir))}: losses up to step {newest:,}",
+    x_label="step",
+  )
   return True
+
+
+def _trailing_means(values: Sequence[float], window: int) -> list[float]:
+  """Returns the mean of each value and the `window - 1` before it, where there are as many."""
+  ends = range(window, len(values) + 1)
+  return [sum(values[end - window : end]) / window for end in ends]

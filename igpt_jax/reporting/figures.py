@@ -1,33 +1,61 @@
-"""Figures: grids of images, animations and plots."""
+"""Figures made of images: grids with titles and column heads, and animations."""
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from igpt_jax.files import replacing
 
 HIDDEN = 200  # grey of hidden pixels
 
+_CELL = 128  # pixels that a grid's images are wide at least, by default
+_LONGEST = 8_192  # pixels that a grid is long at most, by default
+_FONT = 14  # pixels
+_NARROWEST = 200  # pixels in which a title is wrapped at least
+
 
 def default_scale(resolution: int) -> int:
-  """Scale at which an image is about 96 pixels wide."""
+  """Returns the scale at which a single image is about 96 pixels wide."""
   return max(1, round(96 / resolution))
 
 
-def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> np.ndarray:
-  """Lays images out in rows, left to right.
+def grid_scale(resolution: int, cells: int) -> int:
+  """Returns the scale at which images are 128 pixels wide or more, or `cells` of them 8,192."""
+  return max(1, min(-(-_CELL // resolution), _LONGEST // (cells * resolution)))
+
+
+def checkpoint_name(path: str, step: int) -> str:
+  """Returns a checkpoint's name in titles: its step, or its folder if the step is unknown."""
+  return f"step {step:,}" if step else os.path.basename(os.path.abspath(path))
+
+
+def grid(
+  rows: Sequence[Sequence[np.ndarray]],
+  *,
+  scale: int = 0,
+  gap: int = 4,
+  title: str = "",
+  heads: Sequence[tuple[str, int]] = (),
+) -> np.ndarray:
+  """Lays images out in rows, left to right, below a title and column heads.
 
   Args:
     rows: lists of uint8 [H, W, 3], all of one size; shorter rows end in background.
-    scale: side of the square that each pixel becomes.
+    scale: side of the square that each pixel becomes; 0: `grid_scale`.
     gap: background pixels between images and around them.
+    title: text above everything, wrapped to the grid's width. ASCII, as heads are.
+    heads: (text, number of columns it stands above), left to right. If one is too long for its
+      columns, all are written as a line below the title instead.
 
   Returns:
-    uint8 [height, width, 3].
+    uint8 [height, width, 3]. The images are at the bottom left: the text doesn't move them.
   """
-  height, width = (side * scale for side in rows[0][0].shape[:2])
   columns = max(len(row) for row in rows)
+  scale = scale or grid_scale(max(rows[0][0].shape[:2]), max(columns, len(rows)))
+  height, width = (side * scale for side in rows[0][0].shape[:2])
   shape = (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3)
   canvas = np.full(shape, 255, np.uint8)
   for r, row in enumerate(rows):
@@ -35,7 +63,79 @@ def grid(rows: Sequence[Sequence[np.ndarray]], *, scale: int, gap: int = 4) -> n
       top, left = gap + r * (height + gap), gap + c * (width + gap)
       enlarged = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
       canvas[top : top + height, left : left + width] = enlarged
-  return canvas
+  return _below_text(canvas, title, heads, gap, width) if title or heads else canvas
+
+
+def samples(images: np.ndarray, *, scale: int = 0, title: str = "") -> np.ndarray:
+  """Lays images [N, H, W, 3] out about twice as wide as high; `scale` and `title` as in `grid`."""
+  columns = math.ceil(math.sqrt(2 * len(images)))
+  rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
+  return grid(rows, scale=scale, title=title)
+
+
+def completions(
+  known: np.ndarray,
+  images: Sequence[tuple[np.ndarray, Sequence[np.ndarray] | np.ndarray]],
+  *,
+  scale: int = 0,
+  title: str = "",
+) -> np.ndarray:
+  """Lays completions out: in a row what is given of an image, its completions, and the original.
+
+  Args:
+    known: mask of given pixels, broadcasts to [H, W].
+    images: (original, its completions), all uint8 [H, W, 3].
+    scale, title: as in `grid`.
+  """
+  rows = [[hide(original, known), *drawn, original] for original, drawn in images]
+  title = f"{title}; grey: hidden from the model" if title else "Grey: hidden from the model"
+  n = max(len(drawn) for _, drawn in images)
+  heads = (("given", 1), ("completions" if n > 1 else "completion", n), ("original", 1))
+  return grid(rows, scale=scale, title=title, heads=heads)
+
+
+def _below_text(
+  canvas: np.ndarray, title: str, heads: Sequence[tuple[str, int]], gap: int, cell: int
+) -> np.ndarray:
+  """Puts a title and column heads above a grid whose cells are `cell` pixels wide."""
+  font = ImageFont.load_default(size=_FONT)
+  line_height = sum(font.getmetrics()) + 2
+  spans, left = [], gap
+  for text, columns in heads:
+    spans.append((text, left, left + columns * (cell + gap) - gap))
+    left += columns * (cell + gap)
+  fit = all(font.getlength(text) <= end - begin for text, begin, end in spans)
+  texts = [title] if title else []
+  if not fit:
+    named = [text if columns == 1 else f"{columns} {text}" for text, columns in heads]
+    texts.append("left to right: " + ", ".join(named))
+  wide = max(canvas.shape[1] - 2 * gap, _NARROWEST)
+  lines = [line for text in texts for line in _wrapped(text, font, wide)]
+  top = gap + (len(lines) + (1 if fit and heads else 0)) * line_height
+  right = max([canvas.shape[1], *(round(font.getlength(line)) + 2 * gap for line in lines)])
+  out = np.full((top + canvas.shape[0], right, 3), 255, np.uint8)
+  out[top:, : canvas.shape[1]] = canvas
+  drawing = Image.fromarray(out)
+  pen = ImageDraw.Draw(drawing)
+  for i, line in enumerate(lines):
+    pen.text((gap, gap + i * line_height), line, font=font, fill=0)
+  for text, begin, end in spans if fit else ():
+    centre = (begin + end) // 2, top - 3
+    pen.text(centre, text, font=font, fill=(64, 64, 64), anchor="mb")
+    pen.line((begin, top - 1, end - 1, top - 1), fill=(160, 160, 160), width=1)
+  return np.asarray(drawing)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+  """Breaks a text into lines of at most `width` pixels, or of one word."""
+  lines = [""]
+  for word in text.encode("ascii", "replace").decode().split():
+    longer = f"{lines[-1]} {word}".lstrip()
+    if lines[-1] and font.getlength(longer) > width:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  return lines
 
 
 def hide(image: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -57,7 +157,7 @@ def appearing(
     images: complete images, uint8 [H, W, 3].
     n_given: pixels shown from the first frame on.
     columns: columns of the grid.
-    scale: side of the square that each pixel becomes.
+    scale: as in `grid`.
     frames: number of frames at most, besides the first one.
   """
   n_pixels = images[0].shape[0] * images[0].shape[1]
@@ -85,60 +185,3 @@ def save_gif(path: str, frames: Sequence[np.ndarray], *, milliseconds: int = 80)
     images[0].save(
       partial, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0
     )
-
-
-def plot(
-  path: str,
-  curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-  *,
-  title: str,
-  x_label: str,
-  y_label: str,
-  levels: Mapping[str, float] | None = None,
-  spread: Mapping[str, Sequence[float]] | None = None,
-  whole_steps: bool = False,
-  markers: bool = False,
-  reverse_x: bool = False,
-  x_ticks: Sequence[float] = (),
-) -> None:
-  """Draws curves, and dashed horizontal levels, into a PNG.
-
-  Args:
-    path: path of the PNG.
-    curves: name -> (xs, ys).
-    title, x_label, y_label: texts of the figure.
-    levels: name -> y.
-    spread: name of a curve -> half the length of the error bar at each point.
-    whole_steps: True if x is a small integer (a layer): markers on points, ticks at integers only.
-    markers: True for markers on points.
-    reverse_x: True if x decreases to the right.
-    x_ticks: all ticks of a logarithmic x axis; (): the axis is linear.
-  """
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot, ticker
-
-  figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
-  for name, (xs, ys) in curves.items():
-    marker = "o" if whole_steps or markers or spread else None
-    bars = (spread or {}).get(name)
-    axes.errorbar(
-      xs, ys, yerr=bars, label=name, marker=marker, markersize=5, linewidth=1.5, capsize=3
-    )
-  for (name, level), colour in zip((levels or {}).items(), ("0.35", "0.6", "0.75"), strict=False):
-    axes.axhline(level, linestyle="--", color=colour, label=name, linewidth=1.2)
-  axes.set(title=title, xlabel=x_label, ylabel=y_label)
-  if whole_steps:
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-  if reverse_x:
-    axes.invert_xaxis()
-  if x_ticks:
-    axes.set_xscale("log")
-    axes.set_xticks(x_ticks, labels=[f"{x:g}" for x in x_ticks])
-    axes.minorticks_off()
-  axes.grid(alpha=0.3)
-  axes.legend()
-  with replacing(path) as partial:
-    figure.savefig(partial, dpi=130, format="png")
-  pyplot.close(figure)

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from igpt_jax import units
+
 
 class Progress:
   """Measures speed, MFU and remaining time, and formats the progress line of a log.
@@ -16,9 +18,7 @@ class Progress:
   """
 
   PRETRAINING = (("loss", "loss {:.4f} nats/token"), ("validation_loss", "validation {:.4f}"))
-  _SPEED = (
-    ("images_per_second", "{:,.0f} images/s"), ("mfu", "MFU {:.1%}"), ("data_wait", "data wait {:.0%}")
-  )  # fmt: skip
+  _SPEED = (("mfu", "MFU {:.1%}"), ("data_wait", "data wait {:.0%}"))
 
   def __init__(
     self,
@@ -68,8 +68,10 @@ class Progress:
   def line(self, step: int, values: Mapping[str, float]) -> str:
     width = len(str(self.total_steps))
     parts = [f"step {step:>{width}}/{self.total_steps}"]
-    shown = (*self.shown, *self._SPEED)
-    parts += [form.format(values[name]) for name, form in shown if name in values]
+    parts += [form.format(values[name]) for name, form in self.shown if name in values]
+    if "images_per_second" in values:
+      parts.append(f"{units.significant(values['images_per_second'])} images/s")
+    parts += [form.format(values[name]) for name, form in self._SPEED if name in values]
     if "eta_seconds" in values:
       parts.append(f"ETA {format_seconds(values['eta_seconds'])}")
     return "  ".join(parts)
@@ -78,8 +80,17 @@ class Progress:
 class Countdown:
   """Prints progress of work of known length (done/total, speed, ETA), less often the longer it takes."""
 
-  def __init__(self, what: str, total: int, say: Callable[[str], None], every: float = 5.0):
+  def __init__(
+    self,
+    what: str,
+    total: int,
+    say: Callable[[str], None],
+    every: float = 5.0,
+    show: Callable[[float], str] = units.significant,
+  ):
+    """Starts the clock; `show` formats amounts of the work, and its speed."""
     self._what, self._total, self._say, self._every = what, total, say, every
+    self._show = show
     self._began = self._last = time.monotonic()
 
   def batches(self, batch_size: int) -> Callable[[int], None]:
@@ -94,7 +105,8 @@ class Countdown:
     self._last = now
     speed = done / (now - self._began)
     left = format_seconds((self._total - done) / speed)
-    self._say(f"{self._what}: {done:,}/{self._total:,}  {speed:,.1f}/s  ETA {left}")
+    done_of_total = f"{self._show(done)}/{self._show(self._total)}"
+    self._say(f"{self._what}: {done_of_total}  {self._show(speed)}/s  ETA {left}")
 
 
 def format_seconds(seconds: float) -> str:

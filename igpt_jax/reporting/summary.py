@@ -5,10 +5,11 @@ Every write is atomic: a reader sees the old file or the new one.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from igpt_jax import files
+from igpt_jax.units import significant
 
 _FINETUNING = {
   "steps": "{:,} steps",
@@ -19,8 +20,8 @@ _FINETUNING = {
   "start_nats_per_token": "{:.4f} before",
 }
 
-# file that a job writes -> (heading, {key: format} of the values to show)
-_SECTIONS = {
+# file that a job writes -> (heading, {key: format, or function to text} of the values to show)
+_SECTIONS: dict[str, tuple[str, Mapping[str, str | Callable[[Any], str]]]] = {
   "training.json": (
     "Pretraining",
     {
@@ -29,7 +30,7 @@ _SECTIONS = {
       "loss": "last training loss {:.4f} nats/token",
       "validation_loss": "validation {:.4f} nats/token",
       "validation_gap": "{:+.4f} from the mean of the last training losses",
-      "images_per_second": "{:,.0f} images/s in the last interval",
+      "images_per_second": lambda speed: f"{significant(speed)} images/s in the last interval",
       "elapsed_seconds": "{:,.0f} s in all",
       "goodput": "goodput {:.1%}",
     },
@@ -105,9 +106,11 @@ def write_summary(workdir: str) -> str:
   return text
 
 
-def _numbers(values: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+def _numbers(values: Mapping[str, Any], shown: Mapping[str, str | Callable[[Any], str]]) -> str:
   return ", ".join(
-    form.format(values[key]) for key, form in shown.items() if values.get(key) is not None
+    form.format(values[key]) if isinstance(form, str) else form(values[key])
+    for key, form in shown.items()
+    if values.get(key) is not None
   )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, PngImagePlugin
 
-from igpt_jax import files
+from igpt_jax import files, units
 from igpt_jax.checkpoint import checksum
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
@@ -113,7 +113,7 @@ class ProgressImages(NoImages):
         return
       drawn = self._draw(at.params)
       if hosts.is_main():
-        image = self._lay_out(drawn)
+        image = self._lay_out(drawn, step)
         os.makedirs(self._folder, exist_ok=True)
         about = PngImagePlugin.PngInfo()
         about.add_text(_MADE_FROM, made_from)
@@ -163,7 +163,7 @@ class ProgressImages(NoImages):
         "fewer train.progress_images or sample.per_image, or sample.cache='int8'"
       )
       return None
-    say(f"progress images: compiled in {compiled.seconds:.0f} s; {compiled.memory}")
+    say(f"progress images: compiled in {units.seconds(compiled.seconds)}; {compiled.memory}")
 
     def drawn(params: Params) -> np.ndarray:
       with jax.set_mesh(mesh):
@@ -171,23 +171,21 @@ class ProgressImages(NoImages):
 
     return drawn
 
-  def _lay_out(self, drawn: np.ndarray) -> np.ndarray:
-    """Returns the grid of the images and their completions."""
+  def _lay_out(self, drawn: np.ndarray, step: int) -> np.ndarray:
+    """Returns the grid of the images and their completions at a step."""
     side, per_image = self._side, self._settings.sample.per_image
 
     def paint(tokens: np.ndarray) -> np.ndarray:
       return self._palette.decode(tokens).reshape(-1, side, side, 3)
 
-    known = np.arange(side)[:, None] < self._rows_given
     originals = paint(self._tokens)
-    completed = paint(drawn[: len(originals) * per_image]).reshape(
-      -1, per_image, *originals.shape[1:]
+    completed = paint(drawn[: len(originals) * per_image])
+    return figures.completions(
+      np.arange(side)[:, None] < self._rows_given,
+      list(zip(originals, np.split(completed, len(originals)), strict=True)),
+      scale=self._settings.sample.scale,
+      title=f"Completions of held-out images, step {step:,}",
     )
-    rows = [
-      [figures.hide(original, known), *samples, original]
-      for original, samples in zip(originals, completed, strict=True)
-    ]
-    return figures.grid(rows, scale=self._settings.sample.scale or figures.default_scale(side))
 
 
 def _whole(path: str, made_from: str) -> np.ndarray | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from igpt_jax import units
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.training.state import TrainState
 
@@ -33,9 +34,8 @@ class CompiledStep:
     if analysis is None:
       return "memory unknown"
     # Donated arguments are outputs too: they count once.
-    held = analysis.argument_size_in_bytes / 2**30
-    worked = analysis.temp_size_in_bytes / 2**30
-    return f"per device {held:.2f} GiB held, {worked:.2f} GiB to work in"
+    held = units.memory(analysis.argument_size_in_bytes)
+    return f"per device {held} held, {units.memory(analysis.temp_size_in_bytes)} to work in"
 
   @property
   def needed_bytes(self) -> int:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from igpt_jax import units
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
 from igpt_jax.parallel import hardware, sharding
@@ -32,8 +33,8 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
   if available is not None and need > available:
     raise UserError(
       f"model: {parameters:,} parameters ({model.n_layer} layers of {model.n_embd}) take "
-      f"{gib(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
-      f"most {gib(available)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
+      f"{units.memory(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
+      f"most {units.memory(available)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
     )
 
 
@@ -44,8 +45,8 @@ def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mes
   need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
   if available is not None and need > available:
     raise UserError(
-      f"sampling: keys and values of {samples:,} images take {gib(need)} of each device, which has "
-      f"{gib(available)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
+      f"sampling: keys and values of {samples:,} images take {units.memory(need)} of each device, which has "
+      f"{units.memory(available)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
     )
 
 
@@ -54,7 +55,7 @@ def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
   available, need = hardware.memory_bytes(mesh.devices.flat[0]), compiled.needed_bytes
   if available is not None and need > available:
     raise UserError(
-      f"training: a step needs {gib(need)} of each device, which has {gib(available)}; fix: {_TRAINING}"
+      f"training: a step needs {units.memory(need)} of each device, which has {units.memory(available)}; fix: {_TRAINING}"
     )
 
 
@@ -65,7 +66,7 @@ def lacking_beside_state(compiled: CompiledStep, model: ImageGPTConfig, mesh: Me
   need = compiled.needed_bytes + state
   if available is None or need <= available:
     return ""
-  return f"need {gib(need)} of each device beside the training state, which has {gib(available)}"
+  return f"need {units.memory(need)} of each device beside the training state, which has {units.memory(available)}"
 
 
 def in_words(error: Exception, job: str) -> UserError | None:
@@ -79,7 +80,3 @@ def in_words(error: Exception, job: str) -> UserError | None:
   training = job in ("pretrain", "probe", "lowdata")
   knobs = _KNOBS.get(job, _TRAINING if training else _OTHERS)
   return UserError(f"out of memory ({first}); fix: {knobs}")
-
-
-def gib(n_bytes: float) -> str:
-  return f"{n_bytes / 2**30:.2f} GiB"

@@ -3,10 +3,11 @@
 import fnmatch
 import glob
 import os
+import pathlib
 
 from igpt_jax import files
 from igpt_jax.config.fields import Settings
-from igpt_jax.data.sources import TEST_FOLDERS
+from igpt_jax.data import photo_folder
 from igpt_jax.errors import UserError
 
 _GRID = "grid.png"  # job `complete` writes it into the workdir itself
@@ -44,11 +45,16 @@ def check(settings: Settings, workdir: str) -> None:
       "as images; fix: another --workdir"
     )
   if settings.data.name == "folder":
-    inside = os.path.relpath(os.path.realpath(workdir), _real(settings.data.path)).split(os.sep)
-    if inside[0] in ("train", *TEST_FOLDERS, settings.data.validation_split):
+    data = settings.data
+    inside = os.path.relpath(os.path.realpath(workdir), _real(data.path)).split(os.sep)
+    if photo_folder.has_splits(pathlib.Path(_real(data.path)), data.validation_split):
+      is_read = inside[0] in (*photo_folder.SPLIT_FOLDERS, data.validation_split)
+    else:
+      is_read = _is_within(workdir, data.path)
+    if is_read:
       raise UserError(
-        f"--workdir: {workdir} lies within data.path {settings.data.path}: the results would be read as "
-        f"images of {inside[0]}; fix: another --workdir"
+        f"--workdir: {workdir} lies within data.path {data.path}: the results would be read as "
+        f"images{'' if inside[0] == '.' else f' of {inside[0]}'}; fix: another --workdir"
       )
 
 
