@@ -40,12 +40,15 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],  # drivers of 580 or later
     "tensorboard": ["tensorboardX>=2.6.2,<3"],
     "wandb": ["wandb>=0.19,<1"],
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
+    "hub": ["huggingface_hub>=1,<3"],  # checkpoints named openai/imagegpt-small
     "onnx": ["onnxruntime>=1.20,<2"],  # job quality by a network of one's own
     "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
     "test": [
+      "huggingface_hub>=1,<3",
       "playwright>=1.50,<2",  # the page in a browser, where there is a Chromium
       "pyright[nodejs]>=1.1.414,<1.1.420",
       "pytest>=8,<10",

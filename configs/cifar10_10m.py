@@ -5,7 +5,8 @@
 Reproduces: karpathy/minGPT, play_image notebook: 12 layers, 8 heads, width 256, palette of 512
 colours, batch 128, learning rate 3e-3, betas (0.9, 0.95), no decay, 10 epochs of the training
 images (here 90% of them: a tenth is validation).
-Hardware: one GPU. 1.0e13 FLOPs a step.
+Hardware: one GPU or TPU chip. 1.0e13 FLOPs a step; on a v5e chip 8.6 of 15.75 GiB and 12 minutes in all,
+as job compile predicts (a batch of 512 on v5e:2x2, 0.20 s a step).
 Expect: its last-batch training loss after each epoch, nats/token: 2.511, 2.304, 2.179, 2.110, 2.064,
 2.032, 2.009, 1.987, 1.978, 1.973 (its own palette: comparable, not equal).
 Data: TFDS cifar10; or a folder: --config.data.name=folder --config.data.path=DIR.

@@ -43,6 +43,14 @@ def printable(text: str | os.PathLike[str]) -> str:
   return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def user_cache(name: str) -> str:
+  """Returns the path of this program's folder `name` in the user's cache, which may not exist."""
+  cache = os.environ.get("XDG_CACHE_HOME", "")
+  if not os.path.isabs(cache):  # the XDG specification says to ignore a relative path
+    cache = os.path.expanduser("~/.cache")
+  return os.path.join(cache, "igpt_jax", name)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Yields a temporary path beside `path`, which is renamed to it when the block succeeds.

@@ -35,6 +35,7 @@ ADDED: dict[str, Any] = {
   "data.verify": False,
   "train.progress_images": 0,
   "sizing.minutes": 0.0,
+  "compilation_cache": "user",
 }
 
 

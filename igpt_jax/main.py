@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from igpt_jax import files, watchdog
+from igpt_jax.config import fields, saved
 from igpt_jax.config import help as help_lib
 from igpt_jax.config.declare import JOBS
 from igpt_jax.config.fields import FIELDS, Settings, no_such
@@ -25,7 +26,8 @@ _BEGAN = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "The config file, or the config.json of a workdir; --config.FIELD=VALUE overrides a field.",
+  "The config file, or the config.json of a workdir (default: --workdir's); --config.FIELD=VALUE "
+  "overrides a field.",
   lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -49,16 +51,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
   for flag in filter(None, (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)):
     if flag[1] not in FIELDS:
       raise SystemExit(_fail(f"--{_shortened(no_such(flag[1]))}"))
-  argv = [
-    re.sub(r"^(--?config=|)(?=.+\.json$)", rf"\g<1>{_SAVED}", argument)
-    if argument.startswith(("--config=", "-config=")) or before in ("--config", "-config")
-    else argument
-    for before, argument in zip(["", *argv], argv, strict=False)
-  ]
+  argv = sys.argv = _with_config_first(
+    argv
+  )  # config_flags looks at sys.argv for the config's fields
   try:
     return flags.FLAGS(argv)
   except UserError as error:
     raise SystemExit(_fail(error)) from None
+  except flags.UnrecognizedFlagError as error:
+    # config's fields are flags once a config is there.
+    unread = error.flagname.startswith("config.")
+    raise SystemExit(_fail(_no_config(argv) if unread else _shortened(error))) from None
   except (flags.Error, TypeError, ValueError, OSError) as error:
     raise SystemExit(_fail(_shortened(error))) from None
   except Exception as error:  # a config file is a program: it may raise anything
@@ -70,6 +73,41 @@ def _parse_flags(argv: list[str]) -> list[str]:
         "as in configs/, or the config.json of a workdir"
       )
     ) from None
+
+
+def _with_config_first(argv: list[str]) -> list[str]:
+  """Returns the arguments with --config=FILE, or the workdir's config.json, as the first of them.
+
+  The config's fields are flags only from there on.
+  """
+  path, rest, arguments = "", [], iter(argv[1:])
+  for argument in arguments:
+    if re.match(r"--?config=", argument):
+      path = argument.partition("=")[2]
+    elif argument in ("--config", "-config"):
+      path = next(arguments, "")
+    else:
+      rest.append(argument)
+  if not path and os.path.isfile(_config_json(argv)):
+    path = _config_json(argv)
+  if path.endswith(".json"):
+    path = f"{_SAVED}{path}"
+  return [argv[0], *([f"--config={path}"] if path else []), *rest]
+
+
+def _config_json(argv: list[str]) -> str:
+  """Returns the path of a config.json in the workdir that the arguments name; "" if they name none."""
+  workdirs = re.findall(r"^--?workdir[=\n](.+)$", "\n".join(argv), re.MULTILINE)
+  return os.path.join(os.path.expanduser(workdirs[-1]), saved.NAME) if workdirs else ""
+
+
+def _no_config(argv: list[str]) -> str:
+  path = _config_json(argv)
+  missing = f"missing, and there is no {path}" if path else "missing"
+  return (
+    f"--config: {missing}; expected a config file, such as --config configs/quickstart.py, or the "
+    "--workdir of a run, whose config.json is read"
+  )
 
 
 def _shortened(message: object) -> str:
@@ -101,30 +139,42 @@ def _trains(settings: Settings) -> bool:
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     return _fail(f"unexpected argument {argv[1]!r}: every option begins with --")
-  if _CONFIG.value is None:
-    return _fail("--config: missing; expected a file, such as --config configs/quickstart.py")
+  config = _CONFIG.value
+  if config is None:
+    return _fail(_no_config(sys.argv))
   source = config_flags.get_config_filename(flags.FLAGS["config"])
-  saved = source.startswith(_SAVED)
-  source = source.removeprefix(_SAVED) if saved else source.split(":")[0]
+  from_run = source.startswith(_SAVED)
+  source = source.removeprefix(_SAVED) if from_run else source.split(":")[0]
   if not os.path.isfile(source):
     return _fail(f"--config: {source}: no such file; configs/ holds those of the project")
   logging.set_verbosity(logging.WARNING)  # the libraries' own chatter
   folder, name = os.path.split(source)
-  own = folder or "." if saved else os.path.join("runs", os.path.splitext(name)[0])
+  own = folder or "." if from_run else os.path.join("runs", os.path.splitext(name)[0])
   try:
+    # Until settings are known to be right, jax isn't imported: a mistake is told at once.
+    workdir = files.local("--workdir", _WORKDIR.value or own)
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    differences = saved.take_from_run(config, workdir, given)
+    settings = fields.from_config(config)
     from igpt_jax.config import read
 
-    settings = read.settings_of(_CONFIG.value)
+    read.check(settings)
   except UserError as error:
     return _fail(error, error.status)
   except KeyboardInterrupt:
     return 130
-  return _run(settings, _WORKDIR.value or own)
+  return _run(settings, workdir, differences)
 
 
-def _run(settings: Settings, workdir: str) -> int:
-  """Runs the job, alone or as one of several processes; returns the exit status."""
-  from igpt_jax.parallel import hardware, joining
+def _run(settings: Settings, workdir: str, differences: list[str]) -> int:
+  """Runs the job, alone or as one of several processes; returns the exit status.
+
+  Args:
+    settings: those of the job.
+    workdir: its absolute path.
+    differences: messages about settings that differ from those of the workdir's run.
+  """
+  from igpt_jax.parallel import compilation_cache, hardware, hosts, joining
 
   host_seconds, distributed = settings.host_seconds, _DISTRIBUTED.value
   try:
@@ -136,11 +186,15 @@ def _run(settings: Settings, workdir: str) -> int:
         joining.join(host_seconds, _trains(settings))
       from igpt_jax.workspace import agreement, places
 
-      workdir = files.local("--workdir", workdir)
       places.check(settings, workdir)
       hardware.check_platform()
       if distributed:
         agreement.check_settings(settings)
+      for message in differences:
+        if not distributed or hosts.is_main():  # asking for it initialises the devices
+          print(files.printable(message), flush=True)
+      if settings.job in FIELDS["compilation_cache"].jobs:  # others measure compiling, or don't
+        compilation_cache.use(settings.compilation_cache, workdir)
       job = importlib.import_module(f"igpt_jax.jobs.{settings.job}")
       # Other jobs may report no progress for hours.
       hang_seconds = settings.hang_seconds if _trains(settings) else 0

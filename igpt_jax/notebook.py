@@ -24,6 +24,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.reporting import curves, figures
 
 _LINES = 20  # last lines of a job's output that are shown
+_MOUNTED = "/content/drive"
 _ENLARGED = 16  # scale of the example digit
 
 
@@ -160,6 +161,32 @@ class Run:
           _Screen().show([_text([str(path)]), _image(path)])
         else:
           _Screen().show([_text(path.read_text(encoding="utf-8").splitlines())])
+
+
+def workdir(name: str, drive: str = "") -> str:
+  """Returns the folder of a run: in Google Drive, which is mounted for it, or here if this isn't Colab.
+
+  Args:
+    name: relative path of the run.
+    drive: folder of Google Drive, MyDrive/…, in which runs outlive the runtime; "": none.
+
+  Raises:
+    UserError: Google Drive can't be mounted.
+  """
+  try:
+    from google.colab import drive as google_drive
+  except ImportError:
+    return name
+  if not drive:
+    return name
+  try:
+    google_drive.mount(_MOUNTED)
+  except Exception as error:  # Colab's are of several kinds
+    raise UserError(
+      f"DRIVE: {drive}: Google Drive isn't mounted ({error}); fix: run this cell again and allow it, or "
+      'DRIVE = "", which keeps the run in this runtime alone'
+    ) from error
+  return os.path.join(_MOUNTED, drive, name)
 
 
 def complete(

@@ -42,6 +42,7 @@ ONLY_IN = {
   "ml_collections": ("main.py", "config/"),
   "tensorflow": ("data/tfds_prepare.py",),
   "torch": ("pretrained/",),
+  "huggingface_hub": ("pretrained/hub.py",),
   "transformers": (),
   "pickle": (),
   "tensorboardX": ("reporting/metrics.py",),

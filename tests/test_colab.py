@@ -1,10 +1,13 @@
 """The notebook, executed whole on a tiny model; and what it is made of."""
 
 import ast
+import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import types
@@ -59,18 +62,35 @@ def shown(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_cell_runs(shown, tmp_path, monkeypatch, capsys):
-  """From a folder of its own, as in a session: the package and configs/ are found from there."""
-  for name in ("configs", "igpt_jax"):
-    (tmp_path / name).symlink_to(ROOT / name)
-  monkeypatch.chdir(tmp_path)
-  names: dict = {}
-  for cell in cells("code"):
-    if "install" in tags(cell):
-      continue
-    exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), names)
-    if "settings" in tags(cell):
-      names |= {"OVERRIDES": TINY, "SAMPLES": 2, "WORKDIR": "runs/tiny"}
+def test_every_cell_runs_and_again_goes_on(shown, tmp_path, monkeypatch, capsys):
+  """Beside a folder with the checkout, as in a fresh runtime; the second time as after a disconnect."""
+  checkout = tmp_path / "igpt_jax-main"
+  checkout.mkdir()
+  for name in ("configs", "igpt_jax", "launch"):
+    (checkout / name).symlink_to(ROOT / name)
+  installed, really_run = [], subprocess.run
+
+  def run_or_note(command, **settings):
+    if command[-1] != "launch/colab.py":
+      return really_run(command, **settings)
+    installed.append(command)
+
+  monkeypatch.setattr("subprocess.run", run_or_note)
+
+  def run_cells(last: str = "") -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in cells("code"):
+      exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), names)
+      if "settings" in tags(cell):
+        assert names["OVERRIDES"] == []
+        names |= {"OVERRIDES": TINY, "SAMPLES": 2, "NAME": "runs/tiny"}
+      if cell["source"] == [last]:
+        return
+
+  run_cells()
+  assert installed == [[sys.executable, "launch/colab.py"]]
+  tmp_path = checkout
   run = tmp_path / "runs" / "tiny"
   assert json.loads((run / "training.json").read_text())["step"] == 12
   # Live: the curve, and completions of checkpoints as they came.
@@ -84,6 +104,115 @@ def test_every_cell_runs(shown, tmp_path, monkeypatch, capsys):
   assert any("image/gif" in part for part in shown)
   assert any("summary" in part or "Likelihood" in part for part in shown)
   assert "DOWNLOAD is False" in capsys.readouterr().out
+  before = (run / "metrics.jsonl").read_text()
+  tmp_path = checkout.parent
+  run_cells(last="run.train()")
+  assert (run / "metrics.jsonl").read_text() == before, "what is trained isn't trained again"
+
+
+@pytest.mark.parametrize("there", ["zip", "git URL", "answer"])
+def test_where_the_project_comes_from(tmp_path, monkeypatch, there):
+  """A .zip beside the notebook is unpacked; else SOURCE, or what a person answers, is cloned."""
+  content = tmp_path / "content"
+  content.mkdir()
+  monkeypatch.chdir(content)
+  made = tmp_path / "made" / "igpt_jax-1.0" / "configs"
+  made.mkdir(parents=True)
+  (made / "quickstart.py").touch()
+  commands = []
+
+  def run(command, check):
+    commands.append(command)
+    if command[0] == "git":
+      shutil.copytree(made, content / command[-1] / "configs")
+
+  monkeypatch.setattr("subprocess.run", run)
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  source = "".join(cells("code")[0]["source"])
+  if there == "zip":
+    shutil.make_archive(str(content / "igpt_jax-1.0"), "zip", tmp_path / "made")
+  elif there == "git URL":
+    source = source.replace('SOURCE = ""', 'SOURCE = "https://example.org/igpt.git"')
+  answers = ["https://example.org/igpt.git"]
+  names = {"input": lambda question: answers.pop()} if there == "answer" else {"input": None}
+  exec(compile(source, str(NOTEBOOK), "exec"), names)
+  assert os.path.exists("configs/quickstart.py") and os.getcwd() != str(content)
+  cloned = [command[-2] for command in commands if command[0] == "git"]
+  assert cloned == ([] if there == "zip" else ["https://example.org/igpt.git"])
+  assert commands[-1] == [sys.executable, "launch/colab.py"]
+
+
+def test_a_run_lies_in_the_drive_where_there_is_one(monkeypatch):
+  assert notebook.workdir("runs/a", "MyDrive/b") == "runs/a", "this isn't Colab"
+  mounted = []
+  drive = types.SimpleNamespace(mount=mounted.append)
+  colab = types.SimpleNamespace(drive=drive)
+  monkeypatch.setitem(sys.modules, "google.colab", colab)
+  monkeypatch.setitem(sys.modules, "google", types.SimpleNamespace(colab=colab))
+  assert notebook.workdir("runs/a", "") == "runs/a" and not mounted
+  assert notebook.workdir("runs/a", "MyDrive/b") == "/content/drive/MyDrive/b/runs/a"
+  assert mounted == ["/content/drive"]
+
+  def refuse(path):
+    raise ValueError("mount failed")
+
+  drive.mount = refuse
+  with pytest.raises(UserError, match=r"mount failed.*DRIVE = "):
+    notebook.workdir("runs/a", "MyDrive/b")
+
+
+@pytest.fixture
+def installer(monkeypatch, capsys):
+  """launch/colab.py on a machine of one's choice: returns pip's last argument, and what was printed."""
+  spec = importlib.util.spec_from_file_location("colab", ROOT / "launch" / "colab.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def install(before, after, *, gpu=False, devices="", platform="cpu", pip=0):
+    versions = iter([before, before, after])
+    commands = []
+
+    def run(command, **settings):
+      commands.append(command)
+      status = pip if "pip" in command else 0
+      return subprocess.CompletedProcess(command, status, f"1 {platform} a chip", "")
+
+    monkeypatch.setattr(module, "_versions", lambda: next(versions))
+    monkeypatch.setattr(module.shutil, "which", lambda name: name if gpu else None)
+    monkeypatch.setattr(
+      module.glob, "glob", lambda pattern: [pattern] if pattern == devices else []
+    )
+    monkeypatch.setattr(module.subprocess, "run", run)
+    status = module.main()
+    target = next(command[-1] for command in commands if "pip" in command)
+    return status, target.removeprefix(str(ROOT)), capsys.readouterr().out
+
+  return install
+
+
+def test_the_accelerator_that_is_here_is_installed_for(installer):
+  jax = {"jax": "0.11.0"}
+  status, extra, said = installer(jax, jax)
+  assert (status, extra) == (0, "") and "jax 0.11.0 (was there)" in said and "1 cpu" in said
+  both = {"jax": "0.12.0", "libtpu": "0.0.45"}
+  status, extra, said = installer(jax, both, devices="/dev/vfio/[0-9]*", platform="tpu")
+  assert (status, extra) == (0, "[tpu]")
+  assert "jax 0.12.0 (was 0.11.0), libtpu 0.0.45 (new)" in said and "isn't used" not in said
+  assert installer(jax, jax, gpu=True, platform="gpu")[1] == "[cuda]"
+  newer = {**jax, "jax-cuda13-plugin": "0.11.0"}
+  assert installer(newer, newer, gpu=True, platform="gpu")[1] == "[cuda13]"
+  assert "isn't used, though tpu is installed" in installer(jax, jax, devices="/dev/accel*")[2]
+  status, _, said = installer(jax, jax, pip=1)
+  assert status == 1 and "pip could not install" in said
+
+
+def test_what_the_notebook_makes_is_ignored_by_git():
+  names = ["igpt_jax_checkout/x", "launch/igpt_jax_checkout/x", "my/x", "runs/x", ".venv/x"]
+  command = ["git", "-C", str(ROOT), "check-ignore", *names]
+  ignored = subprocess.run(command, capture_output=True, text=True).stdout.split()
+  if not (ROOT / ".git").exists():
+    pytest.skip("this isn't a git checkout")
+  assert ignored == names
 
 
 def test_it_copies_no_logic():

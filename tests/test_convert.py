@@ -11,8 +11,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import threading
 
+import blob_store
 import golden_files
 import jax
 import ml_dtypes
@@ -21,7 +21,6 @@ import numpy_reference
 import pytest
 from PIL import Image
 from test_end_to_end import load_config
-from test_pretrained_download import Server
 from tiny import changed, settings_of
 
 from igpt_jax import checkpoint
@@ -304,28 +303,21 @@ def test_download_then_evaluate_as_the_config_says(tmp_path, monkeypatch):
   """Both commands of configs/openai_s_eval.py, from a server that has tiny weights."""
   release = tmp_path / "release"
   prefix, variables = write_tiny(release, num_shards=32, n_layer=4)
-  server = Server()
-  for path in release.iterdir():
-    name = path.name.replace(prefix.name, "model.ckpt-1000000")
-    folder = "color-clusters" if path.suffix == ".npy" else "checkpoints/igpt-s/1000000"
-    server.files[f"{folder}/{name}"] = path.read_bytes()
-  for kind, array in (("X", TOKENS), ("Y", np.zeros(len(TOKENS), np.int64))):
-    np.save(release / f"{kind}.npy", array)
-    server.files[f"datasets/imagenet_te{kind}.npy"] = (release / f"{kind}.npy").read_bytes()
-  thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-  thread.start()
   monkeypatch.chdir(tmp_path)
-  try:
+  with blob_store.serving() as server:
+    for path in release.iterdir():
+      name = path.name.replace(prefix.name, "model.ckpt-1000000")
+      folder = "color-clusters" if path.suffix == ".npy" else "checkpoints/igpt-s/1000000"
+      server.files[f"{folder}/{name}"] = path.read_bytes()
+    for kind, array in (("X", TOKENS), ("Y", np.zeros(len(TOKENS), np.int64))):
+      np.save(release / f"{kind}.npy", array)
+      server.files[f"datasets/imagenet_te{kind}.npy"] = (release / f"{kind}.npy").read_bytes()
     config = settings("openai_s_eval", download__url=server.url)
     run(download, config)
     asked = len(server.requests)
     assert asked == 1 + 32 + 1 + 2
     run(download, config)
     assert len(server.requests) == asked, "what is there is fetched again"
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
   # Tiny weights are of tiny images.
   config = changed(config, {"data.resolution": 8, "evaluate.batch_size": 8})
   run(evaluate, config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""All settings, each declared once.
+"""All settings, each declared once. Light: a wrong value is refused before jax is imported.
 
 0 and "" leave a choice to the preset, the data or a checkpoint, as the meanings say. A checkpoint is
 this program's (a workdir, or one step of it), OpenAI's (model.ckpt-N) or Hugging Face's (a directory).
@@ -10,7 +10,7 @@ import difflib
 import json
 from typing import Any
 
-from igpt_jax import history
+from igpt_jax import files, history
 from igpt_jax.config import job_fields as jobs
 from igpt_jax.config import run_fields as runs
 from igpt_jax.config.declare import (
@@ -26,6 +26,7 @@ from igpt_jax.config.declare import (
   declarations,
   setting,
 )
+from igpt_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Settings(Group, jobs=tuple(JOBS)):
   init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from; "
     '"": random ones', path=True, decides="run", host=True,
     jobs=("pretrain", *READING, "benchmark"))
-  checkpoint: str = setting("", "checkpoint to read; \"\": --workdir's newest, or else init_from",
+  checkpoint: str = setting("", "checkpoint to read, local or of the Hugging Face hub "
+    "(openai/imagegpt-small); \"\": --workdir's newest, or else init_from",
     path=True, host=True, jobs=READING)
 
   data: runs.DataConfig = runs.DataConfig()
@@ -60,6 +62,9 @@ class Settings(Group, jobs=tuple(JOBS)):
     **FROM_0, jobs=TRAINING)
   host_seconds: int = setting(100, "seconds of silence before a host counts as lost; with "
     "--distributed", least=1, most=10**6)
+  compilation_cache: str = setting("user", "where compiled programs are kept, so that the next start "
+    "reads them: user (the user's cache folder), workdir, off, or a folder; the environment's "
+    "JAX_COMPILATION_CACHE_DIR goes first", path=True, host=True, jobs=("pretrain", *READING))
   profile: runs.ProfileConfig = runs.ProfileConfig()
   evaluate: jobs.EvaluateConfig = jobs.EvaluateConfig()
   watch: bool = setting(False, "run the job on every checkpoint of a run, until that ends",
@@ -112,6 +117,26 @@ def base() -> Any:
   from ml_collections import ConfigDict
 
   return ConfigDict(dataclasses.asdict(Settings()))
+
+
+def from_config(config: Any) -> Settings:
+  """Returns the settings of a ConfigDict, each of them checked.
+
+  Raises:
+    UserError: naming the setting, its value and what was expected.
+  """
+  parts: dict[str, dict[str, Any]] = {"": {}}
+  for name, value in files.flatten(config.to_dict()).items():
+    if name not in FIELDS:
+      raise UserError(f"config: {no_such(name)}; fix: --help lists the settings")
+    group, _, field = name.rpartition(".")
+    parts.setdefault(group, {})[field] = tuple(value) if isinstance(value, list) else value
+  groups: dict[str, Any] = {
+    field.name: type(field.default)(**parts.get(field.name, {}))
+    for field in dataclasses.fields(Settings)
+    if isinstance(field.default, Group)
+  }
+  return Settings(**parts[""], **groups)
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

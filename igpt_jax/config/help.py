@@ -14,7 +14,8 @@ def of_program() -> str:
   lines = (f"  {name:{width}}  {line}" for name, line in JOBS.items())
   return "\n".join((
     "python -m igpt_jax.main --config FILE [--workdir DIR] [--config.SETTING=VALUE …]", "",
-    "FILE is a config file, as in configs/, or the config.json of a workdir. --config.job names a job:",
+    "FILE is a config file, as in configs/, or the config.json of a workdir; without --config it is",
+    "DIR/config.json. --config.job names a job:",
     "", *lines, "", "--config.job=NAME --help lists the settings that a job reads.",
   ))  # fmt: skip
 

@@ -1,12 +1,11 @@
 """Reads the settings of a start from its ConfigDict, once, and checks them."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from igpt_jax import files
 from igpt_jax.config import choices
-from igpt_jax.config.declare import Group
-from igpt_jax.config.fields import FIELDS, Settings, no_such
+from igpt_jax.config.fields import FIELDS, Settings, from_config
 from igpt_jax.data import transforms
 from igpt_jax.errors import UserError
 from igpt_jax.prediction.topology import check_name
@@ -21,24 +20,17 @@ def settings_of(config: "ConfigDict") -> Settings:
   Raises:
     UserError: naming the setting, its value and what was expected.
   """
-  parts: dict[str, dict[str, Any]] = {"": {}}
-  for name, value in files.flatten(config.to_dict()).items():
-    if name not in FIELDS:
-      raise UserError(f"config: {no_such(name)}; fix: --help lists the settings")
-    group, _, field = name.rpartition(".")
-    parts.setdefault(group, {})[field] = tuple(value) if isinstance(value, list) else value
-  groups: dict[str, Any] = {
-    field.name: type(field.default)(**parts.get(field.name, {}))
-    for field in dataclasses.fields(Settings)
-    if isinstance(field.default, Group)
-  }
-  settings = Settings(**parts[""], **groups)
-  _check(settings)
+  settings = from_config(config)
+  check(settings)
   return settings
 
 
-def _check(settings: Settings) -> None:
-  """Checks the rules that concern several settings."""
+def check(settings: Settings) -> None:
+  """Checks the rules that concern several settings.
+
+  Raises:
+    UserError: naming the setting, its value and what was expected.
+  """
   for name, declaration in FIELDS.items():
     if declaration.path:
       group, _, field = name.rpartition(".")

@@ -181,11 +181,8 @@ class _Reader:
 
 
 def _path_of_index(kept_as: str) -> str:
-  cache = os.environ.get("XDG_CACHE_HOME", "")
-  if not os.path.isabs(cache):  # the XDG specification says to ignore a relative path
-    cache = os.path.expanduser("~/.cache")
   name = hashlib.sha256(os.fsencode(os.path.abspath(kept_as))).hexdigest()[:32]
-  return os.path.join(cache, "igpt_jax", "digests", name)
+  return os.path.join(files.user_cache("digests"), name)
 
 
 def _read_index(kept_as: str) -> dict[str, str]:

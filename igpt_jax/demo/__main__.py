@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
   try:
     from igpt_jax.demo import models, serve
     from igpt_jax.demo.limits import Limits
-    from igpt_jax.parallel import hardware
+    from igpt_jax.parallel import compilation_cache, hardware
 
     hardware.check_platform()
+    compilation_cache.use("user", "")
     limits = Limits(
       samples=options.samples,
       upload_bytes=round(options.upload_mb * 2**20),

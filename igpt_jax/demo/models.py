@@ -74,7 +74,9 @@ class Models:
 
 
 def _name_of(info: checkpoint.CheckpointInfo) -> str:
-  """Returns the name of the run's folder."""
+  """Returns the name of the run's folder, or a model's name on the hub."""
+  if info.format == "huggingface" and "hub" in info.run:
+    return info.run["hub"].partition("@")[0]
   parts = os.path.normpath(info.path).split(os.sep)
   if len(parts) > 2 and parts[-2] == checkpoint.FOLDER:
     return parts[-3]

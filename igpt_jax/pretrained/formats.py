@@ -45,7 +45,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     what = "a file of no known format" if os.path.exists(path) else "nothing is there"
     raise UserError(
       f"checkpoint: {path}: {what}; expected a TensorFlow checkpoint's prefix (model.ckpt-N), a "
-      "Hugging Face directory, or a workdir of this program"
+      "Hugging Face directory, a workdir of this program, or a model of the Hugging Face hub "
+      "(OWNER/NAME, and where a folder OWNER lies here OWNER/NAME@main)"
     )
   names = set(os.listdir(path))
   if names & set(_ORBAX_FILES) or any(_holds_orbax(os.path.join(path, name)) for name in names):

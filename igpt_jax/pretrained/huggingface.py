@@ -115,9 +115,7 @@ def open_directory(directory: str | os.PathLike[str]) -> Foreign:
     UserError: files are damaged, or the configuration or the tensors aren't our Image GPT's.
   """
   directory = os.fspath(directory)
-  config_path = os.path.join(directory, "config.json")
-  fields = palettes.read_json(config_path)
-  config = _model_config(fields, config_path)
+  fields, config = read_config(directory)
   source = _open_weights(directory)
   try:
     # Check the depth first: the table is as long as config.json claims, however large that is.
@@ -141,6 +139,17 @@ def open_directory(directory: str | os.PathLike[str]) -> Foreign:
     source.close()
     raise
   return Foreign("huggingface", directory, config, leaves, source, clusters, tuple(notes))
+
+
+def read_config(directory: str) -> tuple[dict[str, Any], ImageGPTConfig]:
+  """Reads a directory's config.json: its fields, and the model that they describe.
+
+  Raises:
+    UserError: it is damaged, or of another model than our Image GPT.
+  """
+  path = os.path.join(directory, "config.json")
+  fields = palettes.read_json(path)
+  return fields, _model_config(fields, path)
 
 
 def _model_config(fields: Mapping[str, Any], path: str) -> ImageGPTConfig:

@@ -18,7 +18,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from igpt_jax import units
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics
@@ -291,7 +290,7 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
   shardings = jax.tree.map(lambda x: x.sharding, train_state)
   compiled = compilation.compile_step(train_step, abstract, shardings, batch)
-  say(f"compiled in {units.seconds(compiled.seconds)}; {compiled.memory}")
+  say(f"{compiled.took}; {compiled.memory}")
   memory.check_step(compiled, mesh)
   return compiled
 

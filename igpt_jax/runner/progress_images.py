@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, PngImagePlugin
 
-from igpt_jax import files, units
+from igpt_jax import files
 from igpt_jax.checkpoint import checksum
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
@@ -163,7 +163,7 @@ class ProgressImages(NoImages):
         "fewer train.progress_images or sample.per_image, or sample.cache='int8'"
       )
       return None
-    say(f"progress images: compiled in {units.seconds(compiled.seconds)}; {compiled.memory}")
+    say(f"progress images: {compiled.took}; {compiled.memory}")
 
     def drawn(params: Params) -> np.ndarray:
       with jax.set_mesh(mesh):

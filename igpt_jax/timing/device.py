@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from igpt_jax import units
 from igpt_jax.model.attention import dispatch as attention_lib
 from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.image_gpt import ImageGPTConfig, init_params
@@ -117,7 +116,7 @@ def measure_training(
 ) -> Training:
   """Measures the step as pretraining compiles and runs it, on random tokens."""
   compiled, run_step = training_step(config, train_step, optimizer, mesh, batch_size)
-  say(f"training: compiled in {units.seconds(compiled.seconds)}; {compiled.memory}")
+  say(f"training: {compiled.took}; {compiled.memory}")
   matmul, flops = large_matmul(config.dtype, mesh)
   timings = take_turns({"step": run_step, "matmul": matmul}, repeats, tick)
   return Training(compiled, timings["step"], timings["matmul"], flops, peak_bytes(mesh))

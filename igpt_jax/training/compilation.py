@@ -9,6 +9,7 @@ import jax
 
 from igpt_jax import units
 from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.parallel import compilation_cache
 from igpt_jax.training.state import TrainState
 
 
@@ -18,14 +19,22 @@ class CompiledStep:
 
   Attributes:
     executable: jax' compiled program.
-    seconds: time that compiling took.
+    seconds: time that compiling took, or reading it from the compilation cache.
+    from_cache: True if it was read.
   """
 
   executable: jax.stages.Compiled
   seconds: float
+  from_cache: bool = False
 
   def __call__(self, train_state, batch):
     return self.executable(train_state, batch)
+
+  @property
+  def took(self) -> str:
+    """How long compiling took, in words."""
+    read = " (read from the cache)" if self.from_cache else ""
+    return f"compiled in {units.seconds(self.seconds)}{read}"
 
   @property
   def memory(self) -> str:
@@ -73,9 +82,9 @@ def compile_step(
 
 def timed(compile_it: Callable[[], jax.stages.Compiled]) -> CompiledStep:
   """Compiles by calling `compile_it`, and takes the time of that."""
-  began = time.monotonic()
+  began, programs = time.monotonic(), compilation_cache.Tally()
   executable = compile_it()
-  return CompiledStep(executable, time.monotonic() - began)
+  return CompiledStep(executable, time.monotonic() - began, programs.all_read)
 
 
 def flops_per_image(config: ImageGPTConfig) -> float:

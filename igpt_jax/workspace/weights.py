@@ -1,6 +1,7 @@
 """Weights that a job starts from: located, compared with the settings, read.
 
-A checkpoint is this program's own, OpenAI's or Hugging Face's; its reader sees no difference.
+A checkpoint is this program's own, OpenAI's or Hugging Face's, or is fetched from Hugging Face's hub; its
+reader sees no difference.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from igpt_jax.data.sources import Split
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import PRESETS, Params, to_compute_dtypes
 from igpt_jax.parallel.hosts import say
-from igpt_jax.pretrained import formats
+from igpt_jax.pretrained import formats, hub
 from igpt_jax.pretrained.leaves import Report, placer
 from igpt_jax.training.state import param_shardings
 
@@ -30,12 +31,17 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
   """Opens a checkpoint of any format and checks everything but the weights' values.
 
   A palette is the checkpoint's own (in it, or beside the weights), or else `palette.path`'s. A foreign
-  checkpoint doesn't store the probability of a mask: it is the settings'.
+  checkpoint doesn't store the probability of a mask: it is the settings'. Collective if the path names a
+  model of the Hugging Face hub.
 
   Raises:
     UserError: nothing readable is there, or `palette.path` doesn't fit it.
   """
-  path = os.path.expanduser(path)
+  path, origin = os.path.expanduser(path), {}
+  if hub.is_name(path):
+    snapshot = hub.fetch(path, say)
+    origin = {"hub": f"{path.partition('@')[0]}@{snapshot.commit}"}
+    path = snapshot.folder
   if formats.detect(path) == "orbax":
     info = checkpoint.describe(path)
   else:
@@ -55,6 +61,7 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
       "mask_probability": settings.mask_probability,
       "resolution": resolution,
       "imported_from": kind,
+      **origin,
     }
     step = int(named[1]) if named else 0
     info = CheckpointInfo(where, step, config, clusters, run, kind)

@@ -1,11 +1,11 @@
 """The workdir of a run: config.json is written when the run begins and compared when it is resumed."""
 
-import json
 import os
 import tempfile
 from typing import Any
 
 from igpt_jax import __version__, files, history
+from igpt_jax.config import saved
 from igpt_jax.config.fields import Settings, as_json, decides
 from igpt_jax.errors import UserError
 from igpt_jax.reporting import summary
@@ -46,23 +46,12 @@ def read(workdir: str) -> dict[str, Any] | None:
   Raises:
     UserError: they can't be read, or are of a newer format.
   """
-  path = os.path.join(workdir, "config.json")
-  try:
-    with open(path, encoding="utf-8") as file:
-      config = json.load(file)
-    number = history.format_of(config, f"workdir: {path}")
-    return files.flatten(history.upgraded(config, number))
-  except FileNotFoundError:
-    return None
-  except OSError as error:
-    raise UserError(f"workdir: {path} can't be read ({error.strerror}); expected a file") from None
-  except (ValueError, TypeError, AttributeError) as error:  # no JSON, or not a tree of settings
-    raise UserError(f"workdir: {path} is damaged ({error}); fix: another --workdir") from None
+  return saved.read(os.path.join(workdir, saved.NAME), "workdir")
 
 
 def claim(settings: Settings, workdir: str) -> None:
   """Writes config.json into a workdir that has none, which makes it this run's."""
-  path = os.path.join(workdir, "config.json")
+  path = os.path.join(workdir, saved.NAME)
   if not os.path.exists(path):
     summary.write_json(path, {history.KEY: history.FORMAT, **as_json(settings)})
 
