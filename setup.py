@@ -12,7 +12,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["igpt_jax", "igpt_jax.*"]),
   package_data={
     "igpt_jax.data": ["assets/*.npy"],
-    "igpt_jax.demo": ["page.html", "page.css", "page.js"],
+    "igpt_jax.demo": ["page.html", "*.css", "*.js", "examples/*"],
   },
   python_requires=">=3.11",
   install_requires=[
@@ -48,6 +48,7 @@ setuptools.setup(
     "onnx": ["onnxruntime>=1.20,<2"],  # job quality by a network of one's own
     "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
     "test": [
+      "axe-playwright-python>=0.1.4,<0.2",  # the page's accessibility
       "huggingface_hub>=1,<3",
       "playwright>=1.50,<2",  # the page in a browser, where there is a Chromium
       "pyright[nodejs]>=1.1.414,<1.1.420",

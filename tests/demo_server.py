@@ -38,11 +38,13 @@ def need_extra() -> None:
 
 @contextlib.contextmanager
 def running(folder, limits: Limits, resolution: int = 4, names=("small",)):
-  """A server with random weights, on a free port."""
+  """A server with random weights, on a free port, all programs compiled; a model named "bert" is one."""
   import uvicorn
 
   paths = [
-    own_checkpoint.write(folder / name, resolution=resolution + 2 * i, seed=i)
+    own_checkpoint.write(
+      folder / name, resolution=resolution + 2 * i, seed=i, causal=name != "bert"
+    )
     for i, name in enumerate(names)
   ]
   made = []
@@ -54,7 +56,7 @@ def running(folder, limits: Limits, resolution: int = 4, names=("small",)):
   server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
   thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
   thread.start()
-  while not server.started:
+  while not server.started or made[0].describe()["compiled"] < made[0].describe()["programs"]:
     time.sleep(0.01)
   yield Running(sock.getsockname()[1], made[0], folder)
   server.should_exit = True

@@ -86,7 +86,7 @@ def test_a_sample_is_the_same_whatever_is_drawn_beside_it(trained, shape):
   alone = completer_of(trained)
   pictures = some_pictures(3)
   together = last(completer.draw(pictures, range(4), 2, sampling, seed=5))
-  assert together.position == 16
+  assert together.settled.all()
   for i, picture in enumerate(pictures):
     for number in range(4):
       one = last(alone.draw([picture], [number], 2, sampling, seed=5))
@@ -102,23 +102,50 @@ def test_a_sample_is_the_same_whatever_is_drawn_beside_it(trained, shape):
 def test_rows_appear_one_after_the_other_and_are_those_of_one_go(trained):
   completer, pictures = completer_of(trained), some_pictures(2)
   whole = last(completer.draw(pictures, [0, 1], 1, SamplingConfig(), seed=0))
-  seen = list(completer.draw(pictures, [0, 1], 1, SamplingConfig(), seed=0, rows_at_a_time=1))
-  assert [drawn.position for drawn in seen] == [8, 12, 16]
+  seen = list(completer.draw(pictures, [0, 1], 1, SamplingConfig(), seed=0, watched=True))
+  assert [drawn.settled.sum(1).tolist() for drawn in seen] == [[8] * 4, [12] * 4, [16] * 4]
   for drawn in seen:
-    np.testing.assert_array_equal(
-      drawn.tokens[:, : drawn.position], whole.tokens[:, : drawn.position]
-    )
-    assert not drawn.tokens[:, drawn.position :].any()
-    assert not drawn.nll[:, :4].any() and (drawn.nll[:, 4 : drawn.position] > 0).all()
+    np.testing.assert_array_equal(drawn.tokens, np.where(drawn.settled, whole.tokens, 0))
+    assert not drawn.nll[:, :4].any()
+    np.testing.assert_array_equal(drawn.nll[:, 4:] > 0, drawn.settled[:, 4:])
   np.testing.assert_allclose(seen[-1].nll, whole.nll, atol=1e-5)
 
 
-def test_rows_are_compiled_once_for_a_shape(trained):
-  completer = completer_of(trained)
+def test_one_program_serves_all_that_is_asked_for_while_one_watches(trained):
+  """Any number of rows, samples up to a bucket, and way of drawing."""
+  completer, pictures = completer_of(trained), some_pictures(3)
+  asked = [
+    (4, 2, SamplingConfig()), (3, 1, SamplingConfig(0.5)), (2, 3, SamplingConfig(0.0)),
+    (2, 1, SamplingConfig(0.9, 3, 0.8)),
+  ]  # fmt: skip
   with compilations() as found:
-    for seed, picture in enumerate(some_pictures(3)):
-      list(completer.draw([picture], [0, 1], 1, SamplingConfig(), seed=seed, rows_at_a_time=1))
+    drawn = [
+      last(completer.draw(pictures[:1], range(n), rows, way, seed=1, watched=True))
+      for n, rows, way in asked
+    ]
   assert found["begin"] == found["extend"] == 1
+  for (n, rows, way), samples in zip(asked, drawn, strict=True):
+    alone = last(completer.draw(pictures[:1], range(n), rows, way, seed=1))
+    np.testing.assert_array_equal(samples.tokens, alone.tokens)
+    np.testing.assert_allclose(samples.nll, alone.nll, atol=1e-5)
+    assert len(samples.tokens) == n
+
+
+def test_another_temperature_compiles_nothing_in_a_job(trained):
+  completer, pictures = completer_of(trained), some_pictures(1)
+  with compilations() as found:
+    for way in (SamplingConfig(), SamplingConfig(0.5), SamplingConfig(0.0)):
+      last(completer.draw(pictures, [0], 2, way, seed=0))
+  assert found["begin"] == found["extend"] == 1
+  with compilations() as found:
+    last(completer.draw(pictures, [0], 2, SamplingConfig(top_k=3), seed=0))
+    last(completer.draw(pictures, [0], 2, SamplingConfig(top_p=0.9), seed=0))
+  assert found["begin"] == 0 and found["extend"] == 1
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, 1), (2, 4), (4, 4), (9, 16), (16, 16), (17, 32)])
+def test_buckets(n, expected):
+  assert completer_lib.bucket(n) == expected
 
 
 def test_only_the_newest_programs_are_kept(trained, monkeypatch):
@@ -126,7 +153,7 @@ def test_only_the_newest_programs_are_kept(trained, monkeypatch):
   completer = completer_of(trained)
   for rows in (1, 2, 3, 2):
     last(completer.draw(some_pictures(1), [0], rows, SamplingConfig(), seed=0))
-  assert [key[0] for key in completer._programs] == [(1, 12), (1, 8)]
+  assert [shape for shape, *_ in completer._programs] == [(1, 12), (1, 8)]
 
 
 # --- reading ---------------------------------------------------------------------------------------

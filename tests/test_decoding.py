@@ -128,6 +128,26 @@ def test_chunks_of_any_size_make_the_same_samples(chunk):
   assert draw_chunk._cache_size() == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("per_image", [1, 2])
+def test_one_program_serves_any_number_of_given_pixels(per_image, dtype, monkeypatch):
+  """What is hidden changes nothing, though whole images are handed over."""
+  monkeypatch.setattr(autoregressive, "_BLOCK", 6)
+  options = dict(samples_per_image=per_image, cache_dtype=dtype)
+  tokens, keys = tiny.random_tokens(CONFIG, 2), make_keys(2 * per_image)
+  params = tiny.random_params(CONFIG)
+  read = tiny.jit(functools.partial(autoregressive.begin, CONFIG, **options))
+  draw = tiny.jit(functools.partial(autoregressive.extend, CONFIG, n_pixels=16, sampling=PLAIN))
+  run = functools.partial(autoregressive.complete, CONFIG, sampling=PLAIN, **options)
+  for n_given in (0, 1, 6, 9, 15):
+    hidden = np.where(np.arange(16) < n_given, tokens, (tokens + 3) % CONFIG.n_vocab)
+    found = draw(params, read(params, hidden, keys, n_given=np.int32(n_given)))
+    expected = tiny.jit(run)(params, tokens[:, :n_given], keys)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=0, atol=1e-5)
+  assert read._cache_size() == draw._cache_size() == 1
+
+
 @pytest.mark.parametrize("n_given", [0, 7])
 def test_nll_is_that_of_the_full_forward(n_given):
   given = tiny.random_tokens(CONFIG, 4)[:, :n_given]
@@ -402,7 +422,7 @@ SAMPLINGS = {
 )
 def test_filters_against_numpy(sampling):
   logits = 2 * np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)
-  filtered = filter_logits(jnp.asarray(logits), sampling)
+  filtered = filter_logits(jnp.asarray(logits), sampling.values())
   probabilities = np.asarray(jax.nn.softmax(filtered, axis=-1))
   expected = np.stack([filtered_reference(row, sampling) for row in logits])
   np.testing.assert_array_equal(probabilities == 0, expected == 0)
@@ -411,8 +431,40 @@ def test_filters_against_numpy(sampling):
 
 def test_ties_at_the_edge_of_top_k_are_all_kept():
   logits = jnp.asarray([[1.0, 3.0, 1.0, 0.0]])
-  kept = filter_logits(logits, SamplingConfig(top_k=2)) > -jnp.inf
+  kept = filter_logits(logits, SamplingConfig(top_k=2).values()) > -jnp.inf
   np.testing.assert_array_equal(kept, [[True, True, True, False]])
+
+
+def test_one_program_serves_every_way_of_drawing():
+  """Also one that keeps all colours, of the program that could truncate; the logits are the same bits."""
+  logits = 2 * np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)
+  keys, turn = make_keys(64), jnp.int32(3)
+  serve = tiny.jit(autoregressive.draw)
+  ways = [
+    *SAMPLINGS.values(),
+    SamplingConfig(0.0),
+    SamplingConfig(top_k=1_000),
+    SamplingConfig(0.3),
+  ]
+  drawn = []
+  for way in ways:
+    found = serve(logits, keys, turn, way.values(truncates=True))
+    np.testing.assert_array_equal(found, autoregressive.draw(logits, keys, turn, way))
+    drawn.append(tuple(found.tolist()))
+  assert serve._cache_size() == 1 and len(set(drawn)) == len(ways) - 1  # all but top-k of 1,000
+  whole = filter_logits(logits, PLAIN.values(truncates=True))
+  np.testing.assert_array_equal(whole, logits)
+  assert PLAIN.values().truncation is None  # nothing is sorted where nothing is truncated
+
+
+def test_a_draw_is_that_of_jax_random_categorical():
+  logits = 2 * np.random.default_rng(0).standard_normal((64, 20)).astype(np.float32)
+  keys = make_keys(64)
+  expected = [
+    jax.random.categorical(jax.random.fold_in(key, 3), row)
+    for key, row in zip(keys, logits, strict=True)
+  ]
+  np.testing.assert_array_equal(autoregressive.draw(logits, keys, jnp.int32(3), PLAIN), expected)
 
 
 ENUMERABLE = tiny.make_config(n_layer=1, n_vocab=4, n_positions=4)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.decoding import autoregressive
+from igpt_jax.model.decoding import autoregressive, masked
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
@@ -76,6 +76,31 @@ def test_greedy_is_that_of_a_literal_loop(steps):
   expected, nll = literal(tokens, known, steps)
   np.testing.assert_array_equal(found.tokens, expected)
   np.testing.assert_allclose(found.nll, nll, rtol=0, atol=1e-4)
+
+
+def test_one_program_serves_every_number_of_steps_and_way_of_drawing():
+  """Pass after pass: what is settled stays, and the last is what `fill` draws."""
+  tokens, known, keys = make_case()
+  begin = tiny.jit(masked.begin)
+  extend = tiny.jit(functools.partial(masked.extend, CONFIG))
+  ways = [(1, PLAIN), (3, GREEDY), (7, SamplingConfig(0.8, 5, 0.9))]
+  filled = []
+  with tiny.compilations() as found:
+    for steps, way in ways:
+      filling, values = begin(tokens, known), way.values(truncates=True)
+      for done in range(1, steps + 1):
+        before = jax.tree.map(np.asarray, filling)
+        filling = extend(PARAMS, before, keys, 1, steps=steps, sampling=values)
+        assert filling.done == done and np.sum(filling.settled & ~before.settled) > 0
+        kept = np.where(before.settled, filling.tokens, 0)
+        np.testing.assert_array_equal(kept, before.tokens)
+      filled.append(filling)
+  assert found["begin"] == found["extend"] == 1
+  for (steps, way), filling in zip(ways, filled, strict=True):
+    whole = fill(tokens, known, keys, steps, way)
+    np.testing.assert_array_equal(filling.tokens, whole.tokens)
+    np.testing.assert_allclose(filling.nll, whole.nll, rtol=0, atol=1e-5)
+    assert np.all(filling.settled)
 
 
 def test_the_number_of_steps_matters():

@@ -1,20 +1,26 @@
 """The page's server without a browser: what it refuses, who waits, what it never gives away."""
 
 import asyncio
+import base64
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import demo_server
 import numpy as np
+import own_checkpoint
 import pytest
 from PIL import Image
+from tiny import compilations
 
 from igpt_jax.demo import __main__ as command
 from igpt_jax.demo import serve
@@ -30,7 +36,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
   demo_server.need_extra()
-  with demo_server.running(tmp_path_factory.mktemp("demo"), Limits(samples=4, waiting=1)) as server:
+  with demo_server.running(
+    tmp_path_factory.mktemp("demo"), Limits(samples=4, waiting=1), names=("small", "bert")
+  ) as server:
     yield server
 
 
@@ -65,11 +73,20 @@ def free_again(server) -> bool:
   return False
 
 
+def pixels_of(text, *shape) -> np.ndarray:
+  return np.frombuffer(base64.b64decode(text), np.uint8).reshape(shape)
+
+
 def test_rows_come_one_by_one_and_are_the_seeds(server):
   first = events(ask(server))
-  assert [each["event"] for each in first] == ["preparing", "given", "rows", "rows", "done"]
-  assert first[1]["resolution"] == 4 and first[1]["rows_given"] == 2
-  assert [each["first"] for each in first[2:4]] == [2, 3]
+  assert [each["event"] for each in first] == ["preparing", "given", "drawn", "drawn", "done"]
+  assert first[1]["resolution"] == 4
+  np.testing.assert_array_equal(pixels_of(first[1]["known"], 4, 4)[:, 0], [1, 1, 0, 0])
+  assert [(each["first"], each["done"], each["of"]) for each in first[2:4]] == [
+    (2, 1, 2),
+    (3, 2, 2),
+  ]
+  assert pixels_of(first[2]["settled"], 2, 1, 4).all()
   assert len(first[-1]["nats_per_token"]) == 2
   assert events(ask(server)) == first
   other = events(ask(server, QUERY.replace("seed=3", "seed=4")))
@@ -86,7 +103,7 @@ def test_rows_come_one_by_one_and_are_the_seeds(server):
     (("n=2", "n=0"), "n: 0; expected 1 to 4"),
     (("n=2", "n=5"), "n: 5; expected 1 to 4"),
     (("n=2", "n=two"), "n: 'two'; expected a number"),
-    (("model=0", "model=1"), "model: 1; expected 0 to 0"),
+    (("model=0", "model=2"), "model: 2; expected 0 to 1"),
     (("temperature=1", "temperature=-1"), "temperature: -1.0"),
     (("temperature=1", "temperature=inf"), "temperature: inf"),
     (("temperature=1", "temperature=nan"), "temperature: nan"),
@@ -95,6 +112,10 @@ def test_rows_come_one_by_one_and_are_the_seeds(server):
     (("seed=3", f"seed={'9' * 5_000}"), "expected a number"),
     (("seed=3", "seed=-1"), "seed: -1"),
     (("&seed=3", ""), "seed: None; expected a number"),
+    (("&seed=3", "&seed=3&top_k=-1"), "top_k: -1; expected 0 to 65536"),
+    (("&seed=3", "&seed=3&top_p=0"), "top_p: 0.0; expected a number from 1e-06"),
+    (("&seed=3", "&seed=3&top_p=nan"), "top_p: nan"),
+    (("&seed=3", "&seed=3&passes=0"), "passes: 0; expected 1 to 64"),
   ],
 )
 def test_settings_out_of_range_are_named(server, change, expected):
@@ -144,23 +165,98 @@ def test_too_large_an_upload_is_refused_told_or_not(server):
 
 
 def test_only_the_pages_files_can_be_reached(server):
-  for path in ("/", "/page.js", "/page.css", "/models"):
+  examples = json.loads(ask(server, "/models", b"", "GET").read())["examples"]
+  assert len(examples) == 6
+  names = [f"/examples/{example['name']}" for example in examples]
+  for path in ("/", "/page.js", "/preview.js", "/page.css", "/models", *names):
     response = ask(server, path, b"", "GET")
     assert response.status == 200, path
     assert "default-src 'none'" in response.getheader("Content-Security-Policy")
-    assert str(server.folder) not in response.read().decode()
+    assert str(server.folder).encode() not in response.read()
   for path in (
     "/page.html", "/serve.py", "/../serve.py", "/%2e%2e/serve.py", "/..%2f..%2fsetup.py",
     "/static/page.js", "//etc/passwd", "/docs", "/openapi.json",
+    "/examples", "/examples/", "/examples/README.md",
   ):  # fmt: skip
     assert ask(server, path, b"", "GET").status == 404, path
   assert ask(server, QUERY, b"", "GET").status == 405
 
 
 def test_the_page_asks_no_other_server():
-  for name in ("page.html", "page.js", "page.css"):
+  for name in ("page.html", "page.js", "preview.js", "page.css"):
     text = (ROOT / "igpt_jax" / "demo" / name).read_text(encoding="utf-8")
     assert "://" not in text, name
+
+
+def test_an_image_is_shown_as_the_model_sees_it(server):
+  response = ask(server, "/look?model=0")
+  seen = pixels_of(json.loads(response.read())["picture"], 4, 4, 3)
+  given = events(ask(server))[1]
+  np.testing.assert_array_equal(seen, pixels_of(given["picture"], 4, 4, 3))
+  response = ask(server, "/look?model=0", body=b"no image")
+  assert response.status == 400
+  assert message(response) == "this file: unreadable image (cannot identify image)"
+  assert message(ask(server, "/look?model=7")) == "model: 7; expected 0 to 1"
+  assert ask(server, "/look?model=0", Origin="http://evil.example").status == 403
+  assert not server.service._looking._places
+
+
+def test_every_example_can_be_read_and_is_small(server):
+  for example in json.loads(ask(server, "/models", b"", "GET").read())["examples"]:
+    image = ask(server, f"/examples/{example['name']}", b"", "GET").read()
+    assert len(image) <= 40_000 and example["title"]
+    assert ask(server, "/look?model=0", body=image).status == 200
+
+
+def test_what_is_asked_for_changes_no_program(server):
+  """All are compiled before anyone asks."""
+  with compilations() as found:
+    for n, keep, way in itertools.product(
+      (1, 4), (0.25, 0.75), ("temperature=0", "temperature=0.37&top_k=3", "temperature=1&top_p=0.7")
+    ):
+      asked = f"/complete?model=0&keep={keep}&n={n}&{way}&seed=5"
+      assert events(ask(server, asked))[-1]["event"] == "done"
+  assert not found
+
+
+def test_a_bert_model_fills_any_region(server):
+  hidden = np.zeros((6, 6), bool)
+  hidden[1:3, 2:5] = True
+  bits = base64.urlsafe_b64encode(np.packbits(hidden)).decode()
+  asked = f"/complete?model=1&hidden={bits}&n=3&temperature=1&seed=3&passes=4"
+  with compilations() as compiled:
+    found = events(ask(server, asked))
+    assert events(ask(server, asked.replace("passes=4", "passes=2")))[-1]["event"] == "done"
+  assert not compiled
+  assert [each["event"] for each in found] == ["preparing", "given", *["drawn"] * 4, "done"]
+  np.testing.assert_array_equal(pixels_of(found[1]["known"], 6, 6), ~hidden)
+  assert [(each["done"], each["of"]) for each in found[2:-1]] == [(i, 4) for i in range(1, 5)]
+  images = np.tile(pixels_of(found[1]["picture"], 6, 6, 3), (3, 1, 1, 1))
+  given = images.copy()
+  settled = np.tile(~hidden, (3, 1, 1))
+  for each in found[2:-1]:
+    rows = slice(each["first"], each["first"] + len(base64.b64decode(each["settled"])) // 18)
+    settled[:, rows] = pixels_of(each["settled"], 3, -1, 6)
+    images[:, rows] = pixels_of(each["pixels"], 3, -1, 6, 3)
+  assert settled.all()
+  np.testing.assert_array_equal(images[:, ~hidden], given[:, ~hidden])
+  assert (images != given).any() and len(found[-1]["nats_per_token"]) == 3
+
+
+@pytest.mark.parametrize(
+  ("hidden", "expected"),
+  [
+    ("", "hidden: ''; expected 6×6 bits in URL-safe base64"),
+    ("AAAA", "hidden: 'AAAA'; expected 6×6 bits"),
+    ("!!!!", "hidden: '!!!!'; expected 6×6 bits"),
+    ("AAAAAAA=", "hidden: no pixel; expected one or more"),
+    ("A" * 5_000, "expected 6×6 bits"),
+  ],
+)
+def test_a_mask_that_is_none_is_refused(server, hidden, expected):
+  response = ask(server, f"/complete?model=1&n=1&temperature=1&seed=3&hidden={hidden}")
+  assert response.status == 400 and expected in message(response)
+  assert free_again(server)
 
 
 def test_other_sites_are_refused(server):
@@ -232,7 +328,7 @@ def test_an_upload_that_never_comes_is_given_up(server, monkeypatch):
 
 def test_a_mistake_of_ours_is_told_and_the_next_is_served(server, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(serve, "prompt_rows", None)
+    patch.setattr(server.service._models, "draw", None)
     last = events(ask(server))[-1]
   assert last == {
     "event": "error",
@@ -291,6 +387,26 @@ def test_without_the_extra_it_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'igpt_jax\[demo\]'"):
     serve.check_installed()
+
+
+def test_it_listens_before_it_says_so_and_ends_when_told(tmp_path):
+  demo_server.need_extra()
+  path = own_checkpoint.write(tmp_path / "small")
+  command = [sys.executable, "-m", "igpt_jax.demo", f"--checkpoint={path}", "--port=0"]
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    try:
+      lines = []
+      while not lines or not lines[-1].startswith("open "):
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines  # it hasn't ended
+      with urllib.request.urlopen(lines[-1].split()[1] + "/models", timeout=60) as response:
+        assert json.load(response)["programs"] == 3
+      process.send_signal(signal.SIGINT)
+      rest = process.stdout.read()
+      assert process.wait(120) == 130
+    finally:
+      process.kill()
+  assert "compiling 1 of 3: small, 4 samples at a time\n" in [*lines, *rest.splitlines(True)]
 
 
 def test_it_binds_to_this_machine_alone():

@@ -1,5 +1,6 @@
 """Regions of an image, and BERT models that fill them through job complete."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import own_checkpoint
 import pytest
 import tiny
 from PIL import Image
+from tiny import compilations
 
 from igpt_jax import checkpoint
 from igpt_jax.errors import UserError
@@ -106,7 +108,7 @@ def test_raster_order_cannot_condition_on_what_comes_after(tmp_path):
 def filler_of(bert, mesh, **changes):
   config = settings(bert, **changes)
   found = completer.describe(config, "", bert=True)
-  return filler.Filler(found, config, mesh, filler.known_pixels(config, found))
+  return filler.Filler(found, config, mesh)
 
 
 def some_pictures(n):
@@ -116,19 +118,38 @@ def some_pictures(n):
 
 def test_a_sample_is_the_same_in_any_batch_and_on_any_mesh(bert):
   given = some_pictures(3)
-  (together,) = filler_of(bert, tiny.mesh_of((2, 2, 2)), hide="left").draw(
-    given, [0, 1], 2, DRAW, seed=3
-  )
+  mask = known_of(bert, hide="left")
+  known = mask.reshape(-1)
+  (together,) = filler_of(bert, tiny.mesh_of((2, 2, 2))).draw(given, [0, 1], mask, DRAW, seed=3)
   assert together.tokens.shape == (6, 16)
-  one = filler_of(bert, tiny.mesh_of(), hide="left")
-  known = known_of(bert, hide="left").reshape(-1)
+  one = filler_of(bert, tiny.mesh_of())
   for i, picture in enumerate(given):
     for number in (0, 1):
-      (alone,) = one.draw([picture], [number], 2, DRAW, seed=3)
+      (alone,) = one.draw([picture], [number], mask, DRAW, seed=3)
       np.testing.assert_array_equal(alone.tokens[0], together.tokens[2 * i + number])
       np.testing.assert_array_equal(alone.tokens[0][known], picture.tokens[known])
       assert (alone.nll[0][known] == 0).all() and (alone.nll[0][~known] > 0).all()
   assert (together.tokens[0] != together.tokens[1]).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_one_program_serves_all_that_is_asked_for_while_one_watches(bert, shape):
+  """Any region, number of passes, way of drawing, and number of samples up to a bucket."""
+  filled, (picture,) = filler_of(bert, tiny.mesh_of(shape)), some_pictures(1)
+  asked = [("left", 4, 3, DRAW), ("upper", 3, 5, SamplingConfig(0.0)), ("centre", 2, 1, DRAW)]
+  drawn = []
+  with compilations() as found:
+    for hide, n, passes, way in asked:
+      mask, options = known_of(bert, hide=hide), dict(seed=2, passes=passes)
+      drawn.append(list(filled.draw([picture], range(n), mask, way, **options, watched=True)))
+  assert found["begin"] == found["extend"] == 1
+  for (hide, n, passes, way), seen in zip(asked, drawn, strict=True):
+    mask = known_of(bert, hide=hide)
+    (alone,) = filled.draw([picture], range(n), mask, way, seed=2, passes=passes)
+    np.testing.assert_array_equal(seen[-1].tokens, alone.tokens)
+    assert len(seen) == passes and len(alone.tokens) == n
+    for before, after in itertools.pairwise(seen):
+      assert (after.settled >= before.settled).all() and not before.tokens[~before.settled].any()
 
 
 def test_the_job(bert, tmp_path):

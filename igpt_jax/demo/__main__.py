@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     serve.check_installed()
     sock = serve.bind(options.host, options.port)
     served = models.Models(options.checkpoint, options.palette)
+    compilation_cache.use("user", "")
     served.completer(0)  # errors of reading it are raised before serving
     serve.run(served, limits, sock)
     return 0

@@ -1,18 +1,22 @@
-"""The checkpoints that the page offers. Weights are read on first use."""
+"""The checkpoints that the page offers, and the programs that draw from them."""
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax import checkpoint
 from igpt_jax.config.fields import Settings
 from igpt_jax.config.run_fields import PaletteConfig
 from igpt_jax.errors import UserError
+from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.sampling import completer as completer_lib
+from igpt_jax.sampling.completer import Completer, InputImage, Reader
+from igpt_jax.sampling.filler import Filler
 from igpt_jax.workspace import devices
 
 _SAMPLES = 4  # the page's default
@@ -22,7 +26,8 @@ _SAMPLES = 4  # the page's default
 class _Offered:
   name: str
   info: checkpoint.CheckpointInfo
-  completer: completer_lib.Completer | None = None
+  reader: Reader
+  completer: Completer | Filler | None = None
 
 
 class Models:
@@ -37,7 +42,7 @@ class Models:
       mesh: mesh to put the weights on; None: all of this machine's devices.
 
     Raises:
-      UserError: one can't be read, can't complete images, or has no palette.
+      UserError: one can't be read, or has no palette.
     """
     self._settings = Settings(palette=PaletteConfig(path=palette_path))
     devices.use_cores(self._settings)
@@ -45,8 +50,9 @@ class Models:
     for path in paths:
       if not path:
         raise UserError("--checkpoint: empty; expected a workdir, or one checkpoint in it")
-      info = completer_lib.describe(dataclasses.replace(self._settings, checkpoint=path), "")
-      self._offered.append(_Offered(_name_of(info), info))
+      settings = dataclasses.replace(self._settings, checkpoint=path)
+      info = completer_lib.describe(settings, "", bert=True)
+      self._offered.append(_Offered(_name_of(info), info, Reader(info)))
     largest = max((offered.info.config for offered in self._offered), key=count_params)
     self._mesh = mesh or devices.sampling_mesh(self._settings, largest, _SAMPLES)
 
@@ -61,16 +67,70 @@ class Models:
         "resolution": offered.info.run["resolution"],
         "parameters": count_params(offered.info.config),
         "step": offered.info.step,
+        "any_region": self.any_region(index),
       }
-      for offered in self._offered
+      for index, offered in enumerate(self._offered)
     ]
 
-  def completer(self, index: int) -> completer_lib.Completer:
+  def name(self, index: int) -> str:
+    return self._offered[index].name
+
+  def reader(self, index: int) -> Reader:
+    """Returns the reader of a model's images, which needs no weights."""
+    return self._offered[index].reader
+
+  def any_region(self, index: int) -> bool:
+    """True for a BERT model, which can fill any region; others only continue upper rows."""
+    return not self._offered[index].info.config.causal
+
+  def completer(self, index: int) -> Completer | Filler:
     """Returns the model at an index, after reading its weights on first use."""
     offered = self._offered[index]
     if offered.completer is None:
-      offered.completer = completer_lib.Completer(offered.info, self._settings, self._mesh)
+      kind = Completer if offered.info.config.causal else Filler
+      offered.completer = kind(offered.info, self._settings, self._mesh)
     return offered.completer
+
+  def programs(self, most_samples: int) -> list[tuple[int, int]]:
+    """Returns the models and numbers of samples that each need a program, the page's defaults first."""
+    sizes = {completer_lib.bucket(n) for n in range(1, most_samples + 1)}
+    default = completer_lib.bucket(min(_SAMPLES, most_samples))
+    ordered = sorted(sizes, key=lambda size: (size != default, size))
+    return [(index, size) for size in ordered for index in range(len(self))]
+
+  def compile(self, index: int, samples: int) -> None:
+    """Compiles the programs that draw up to so many samples, by drawing a part of them."""
+    reader = self.reader(index)
+    image = InputImage("", np.zeros(reader.resolution**2, np.int32))
+    known = np.ones((reader.resolution, reader.resolution), bool)
+    known[-1] = False
+    for _ in self.draw(index, image, samples, known, SamplingConfig(), seed=0, passes=1):
+      pass
+
+  def draw(
+    self,
+    index: int,
+    image: InputImage,
+    samples: int,
+    known_HxW: np.ndarray,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    passes: int,
+  ) -> Iterator[completer_lib.PartialSamples]:
+    """Yields samples of an image as they are drawn, row by row or pass by pass.
+
+    Args:
+      index: the model.
+      image, sampling, seed: as in `Completer.draw`.
+      samples: their number.
+      known_HxW: True where the image is given: upper rows, or for a BERT model any pixels.
+      passes: of a BERT model.
+    """
+    drawer, common = self.completer(index), {"seed": seed, "watched": True}
+    if isinstance(drawer, Filler):
+      return drawer.draw([image], range(samples), known_HxW, sampling, passes=passes, **common)
+    return drawer.draw([image], range(samples), int(known_HxW[:, 0].sum()), sampling, **common)
 
 
 def _name_of(info: checkpoint.CheckpointInfo) -> str:

@@ -1,15 +1,23 @@
-"use strict";
-// The page: shows what is hidden, sends the image, paints rows as they arrive. serve.py documents the
-// lines of the response.
+// The page: sends the image, paints pixels as they arrive. serve.py documents the lines of the response.
+
+import { Preview, REGIONS } from "/preview.js";
 
 const at = (id) => document.getElementById(id);
-const GREY = [200, 200, 200];
+const GREY = 200; // where nothing is drawn yet
 const SAVED_SIDE = 256; // smallest side of a downloaded image
+const SETTINGS = ["n", "temperature", "top_p", "top_k", "seed", "passes"];
+const HOW = {
+  true: "Choose an image and paint over what the model is to make up: any part of it. It draws the pixels it is surest of first.",
+  false: "Choose an image and drag the line: what lies below it is hidden, and a model that draws pixel after pixel, from the top left, makes something up.",
+};
 
 let about = null; // response of GET /models
 let chosen = null; // the file
-let square = null; // its centre, as far as the browser can show it
-let stopper = null; // AbortController of the current request
+let looking = null; // AbortController of the request for what the model sees
+let stopper = null; // AbortController of the current completion
+
+const preview = new Preview(at("preview"), showHidden, (message) => (at("cursor").textContent = message));
+const model = () => about.models[at("model").selectedIndex];
 
 function tell(message) {
   at("error").textContent = message;
@@ -17,64 +25,60 @@ function tell(message) {
   if (message) at("error").scrollIntoView({ behavior: "smooth", block: "nearest" });
 }
 
+async function post(path, query, signal) {
+  const response = await fetch(`${path}?${new URLSearchParams(query)}`, { method: "POST", body: chosen, signal });
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => ({ message: `The server answered ${response.status}.` }));
+  throw new Error(answer.message);
+}
+
+function inWords(error) {
+  return error instanceof TypeError ? "The server can't be reached, or refused the file." : error.message;
+}
+
 // --- what is given ---------------------------------------------------------------------------------
 
-function side() {
-  return about.models[at("model").selectedIndex].resolution;
-}
-
 function showSettings() {
-  const rows = side();
-  at("hidden").max = rows - 1;
-  const hidden = Number(at("hidden").value);
-  at("hidden-shown").value = `${hidden} of ${rows} rows`;
   at("n-shown").value = at("n").value;
-  at("temperature-shown").value = Number(at("temperature").value).toFixed(1);
-  const preview = at("preview");
-  preview.setAttribute("aria-valuemin", "1");
-  preview.setAttribute("aria-valuemax", String(rows - 1));
-  preview.setAttribute("aria-valuenow", String(hidden));
-  paintPreview(hidden / rows);
+  at("temperature-shown").value = Number(at("temperature").value).toFixed(2);
+  at("top_p-shown").value = Number(at("top_p").value) < 1 ? Number(at("top_p").value).toFixed(2) : "all colours";
+  at("top_k-shown").value = Number(at("top_k").value) ? at("top_k").value : "all colours";
+  at("passes-shown").value = at("passes").value;
+  at("brush-shown").value = `${at("brush").value}×${at("brush").value}`;
 }
 
-function paintPreview(share) {
-  const canvas = at("preview"), pen = canvas.getContext("2d"), { width, height } = canvas;
-  pen.fillStyle = "#888";
-  pen.fillRect(0, 0, width, height);
-  if (square) pen.drawImage(square, 0, 0, width, height);
-  const top = height * (1 - share);
-  pen.fillStyle = "rgba(40, 40, 40, 0.72)";
-  pen.fillRect(0, top, width, height - top);
-  pen.fillStyle = "#fff";
-  pen.fillRect(0, top - 2, width, 4);
-  pen.beginPath();
-  pen.arc(width / 2, top, 18, 0, 7);
-  pen.fill();
-  pen.fillStyle = "#333";
-  for (const way of [-1, 1]) {
-    pen.beginPath();
-    pen.moveTo(width / 2 - 7, top + 4 * way);
-    pen.lineTo(width / 2 + 7, top + 4 * way);
-    pen.lineTo(width / 2, top + 13 * way);
-    pen.fill();
-  }
+function showHidden() {
+  const { side, rows, count } = preview;
+  at("hidden").value = rows;
+  at("hidden-shown").value = `${rows} of ${side} rows`;
+  at("masked-shown").value = `${count} of ${side * side}`;
+  showButtons();
 }
 
-function setHidden(rows) {
-  at("hidden").value = Math.min(Math.max(rows, 1), side() - 1);
+function showButtons() {
+  at("complete").disabled = at("again").disabled = chosen === null || stopper !== null || !preview.count;
+}
+
+function takeModel() {
+  const { resolution, any_region } = model(), share = preview.rows / preview.side;
+  preview.setModel(resolution, any_region);
+  at("how").textContent = HOW[any_region];
+  at("hidden").max = resolution - 1;
+  at("brush").max = Math.ceil(resolution / 2);
+  at("brush").value = preview.brush = Math.max(1, Math.round(resolution / 8));
+  at("rows").hidden = any_region;
+  at("brushes").hidden = at("passes-field").hidden = !any_region;
+  if (any_region) preview.hideRegion(at("region").value = REGIONS[0]);
+  else preview.hideRows(Math.round((share || 0.5) * resolution));
   showSettings();
-}
-
-function dragTo(event) {
-  const box = at("preview").getBoundingClientRect();
-  setHidden(Math.round((1 - (event.clientY - box.top) / box.height) * side()));
+  look();
 }
 
 async function choose(file) {
   if (!file) return;
   tell("");
   chosen = null;
-  square = null;
+  preview.square = null;
   if (file.size > about.upload_bytes) {
     const megabytes = (bytes) => (bytes / 2 ** 20).toPrecision(3);
     tell(`${file.name} is too large: ${megabytes(file.size)} MB; at most ${megabytes(about.upload_bytes)} MB can be sent.`);
@@ -82,9 +86,9 @@ async function choose(file) {
     try {
       const bitmap = await createImageBitmap(file);
       const length = Math.min(bitmap.width, bitmap.height);
-      square = document.createElement("canvas");
-      square.width = square.height = 512;
-      const pen = square.getContext("2d");
+      preview.square = document.createElement("canvas");
+      preview.square.width = preview.square.height = 512;
+      const pen = preview.square.getContext("2d");
       pen.fillStyle = "#fff"; // what is transparent is white for the model, too
       pen.fillRect(0, 0, 512, 512);
       pen.drawImage(
@@ -98,8 +102,40 @@ async function choose(file) {
   at("invite").hidden = chosen !== null;
   at("preview").hidden = chosen === null;
   at("drop").classList.toggle("full", chosen !== null);
-  at("complete").disabled = chosen === null || stopper !== null;
-  showSettings();
+  preview.paint();
+  showButtons();
+  await look();
+}
+
+/** Shows the image as the model sees it: small, in the colours of its palette. */
+async function look() {
+  looking?.abort();
+  const canvas = at("seen");
+  canvas.width = canvas.height = model().resolution;
+  if (chosen === null) return;
+  looking = new AbortController();
+  try {
+    const response = await post("/look", { model: at("model").selectedIndex }, looking.signal);
+    paint(canvas, pixelsOf((await response.json()).picture), 0);
+    preview.square ??= canvas; // of a format that the browser can't show
+    preview.paint();
+  } catch (error) {
+    if (error.name !== "AbortError") tell(inWords(error));
+  }
+}
+
+function showExamples() {
+  for (const { name, title } of about.examples) {
+    const button = document.createElement("button"), image = document.createElement("img");
+    image.src = `/examples/${name}`;
+    image.alt = title;
+    button.append(image);
+    button.addEventListener("click", async () => {
+      const blob = await (await fetch(image.src)).blob();
+      choose(new File([blob], name, { type: blob.type }));
+    });
+    at("examples").append(button);
+  }
 }
 
 // --- what comes back -------------------------------------------------------------------------------
@@ -108,13 +144,13 @@ function pixelsOf(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
-function paint(canvas, pixels, first) {
-  const pen = canvas.getContext("2d");
-  const rows = pixels.length / 3 / canvas.width;
-  const image = pen.createImageData(canvas.width, rows);
-  for (let i = 0; i < pixels.length / 3; i++) {
-    image.data.set(pixels.subarray(3 * i, 3 * i + 3), 4 * i);
-    image.data[4 * i + 3] = 255;
+/** Paints rows of pixels from row `first` on; grey where `settled` is 0. */
+function paint(canvas, pixels, first, settled = null) {
+  const pen = canvas.getContext("2d"), n = pixels.length / 3;
+  const image = pen.createImageData(canvas.width, n / canvas.width);
+  for (let i = 0; i < n; i++) {
+    const colour = settled === null || settled[i] ? pixels.subarray(3 * i, 3 * i + 3) : [GREY, GREY, GREY];
+    image.data.set([...colour, 255], 4 * i);
   }
   pen.putImageData(image, 0, first);
 }
@@ -136,8 +172,8 @@ function enlarged(canvases, columns) {
   return sheet;
 }
 
-function save(sheet, name) {
-  sheet.toBlob((blob) => {
+function save(canvases, name) {
+  enlarged(canvases, Math.ceil(Math.sqrt(canvases.length))).toBlob((blob) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);
     link.download = name;
@@ -146,55 +182,57 @@ function save(sheet, name) {
   });
 }
 
+function enlarge(canvas, caption, name) {
+  const large = at("large").querySelector("canvas");
+  large.width = large.height = canvas.width;
+  large.getContext("2d").drawImage(canvas, 0, 0);
+  at("large-name").textContent = caption;
+  at("large-save").onclick = () => save([large], name);
+  at("large").showModal();
+}
+
 function addFigure(resolution, caption, name) {
-  const figure = document.createElement("figure");
-  const canvas = document.createElement("canvas");
+  const figure = document.createElement("figure"), open = document.createElement("button");
+  const canvas = document.createElement("canvas"), label = document.createElement("figcaption");
   canvas.width = canvas.height = resolution;
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", caption);
-  const text = document.createElement("figcaption");
-  const label = document.createElement("span");
+  canvas.className = "pixels";
   label.textContent = caption;
-  const link = document.createElement("a");
-  link.href = "#";
-  link.textContent = "save";
-  link.setAttribute("aria-label", `save ${caption}`);
-  link.addEventListener("click", (event) => {
-    event.preventDefault();
-    save(enlarged([canvas], 1), name);
-  });
-  text.append(label, link);
-  figure.append(canvas, text);
+  open.setAttribute("aria-label", `enlarge ${caption}`);
+  open.addEventListener("click", () => enlarge(canvas, label.textContent, name));
+  open.append(canvas);
+  figure.append(open, label);
   at("results").append(figure);
   return { canvas, label };
 }
 
 function receiver(n) {
-  let samples = [], resolution = 0, given = 0;
+  let samples = [], resolution = 0;
   return {
     waiting: ({ ahead }) => (at("status").textContent = `In line: ${ahead} before you.`),
-    preparing: () => (at("status").textContent = "Preparing the model for this shape; the first time takes a while."),
+    preparing: () => (at("status").textContent = "Reading the image."),
     given(event) {
-      ({ resolution, rows_given: given } = event);
+      resolution = event.resolution;
+      at("status").textContent = about.compiled < about.programs
+        ? "Waiting for the model, which is being prepared." : "Drawing.";
       at("results").replaceChildren();
-      const original = pixelsOf(event.picture);
-      const shown = original.slice();
-      for (let i = given * resolution * 3; i < shown.length; i++) shown[i] = GREY[i % 3];
+      const original = pixelsOf(event.picture), known = pixelsOf(event.known);
       samples = Array.from({ length: n }, (_, i) => addFigure(resolution, `sample ${i + 1}`, `completion-${i + 1}.png`));
-      for (const { canvas } of samples) paint(canvas, shown, 0);
+      for (const { canvas } of samples) paint(canvas, original, 0, known);
       paint(addFigure(resolution, "original", "original.png").canvas, original, 0);
     },
-    rows(event) {
-      const pixels = pixelsOf(event.pixels), length = pixels.length / n;
-      samples.forEach(({ canvas }, i) => paint(canvas, pixels.subarray(i * length, (i + 1) * length), event.first));
-      const done = event.first + length / 3 / resolution;
-      at("progress").value = (done - given) / (resolution - given);
-      at("status").textContent = `Row ${done} of ${resolution}.`;
+    drawn({ first, pixels, settled, done, of }) {
+      const length = (bytes) => bytes.length / n;
+      [pixels, settled] = [pixelsOf(pixels), pixelsOf(settled)];
+      const part = (bytes, i) => bytes.subarray(i * length(bytes), (i + 1) * length(bytes));
+      samples.forEach(({ canvas }, i) => paint(canvas, part(pixels, i), first, part(settled, i)));
+      at("progress").value = done / of;
+      const until = first + length(settled) / resolution;
+      at("status").textContent = model().any_region ? `Pass ${done} of ${of}.` : `Row ${until} of ${resolution}.`;
     },
-    done(event) {
-      samples.forEach(({ label }, i) => (label.textContent = `${event.nats_per_token[i].toFixed(2)} nats/pixel`));
+    done({ nats_per_token: nats }) {
+      samples.forEach(({ label }, i) => (label.textContent = `sample ${i + 1}: ${nats[i].toFixed(2)} nats/pixel`));
       at("status").textContent = "Done. Fewer nats per pixel: likelier, as the model sees it.";
-      at("download").hidden = false;
+      at("download").hidden = at("again").hidden = false;
     },
     error({ message }) {
       throw new Error(message);
@@ -214,46 +252,42 @@ async function* linesOf(response) {
   }
 }
 
+/** On a phone, completions lie below the settings. */
+function bringIntoView() {
+  if (innerWidth < 768) at("made").scrollIntoView({ behavior: "smooth" });
+}
+
 async function complete() {
-  const n = Number(at("n").value), rows = side();
-  const query = new URLSearchParams({
-    model: at("model").selectedIndex,
-    keep: (rows - Number(at("hidden").value)) / rows,
-    n,
-    temperature: at("temperature").value,
-    seed: Math.floor(Math.random() * 2 ** 31),
-  });
+  const query = { model: at("model").selectedIndex };
+  for (const name of SETTINGS) query[name] = at(name).value;
+  if (model().any_region) query.hidden = preview.packed();
+  else query.keep = 1 - preview.rows / preview.side;
   tell("");
   stopper = new AbortController();
-  at("complete").disabled = true;
-  at("stop").hidden = false;
+  showButtons();
+  at("stop").hidden = at("progress").hidden = false;
   at("download").hidden = true;
-  at("progress").hidden = false;
   at("progress").value = 0;
   at("status").textContent = "Sending the image.";
-  if (innerWidth < 768) at("made").scrollIntoView({ behavior: "smooth" });
+  bringIntoView();
   let last = "";
   try {
-    const response = await fetch(`/complete?${query}`, { method: "POST", body: chosen, signal: stopper.signal });
-    if (!response.ok) {
-      const answer = await response.json().catch(() => ({ message: `The server answered ${response.status}.` }));
-      throw new Error(answer.message);
-    }
-    const receive = receiver(n);
-    for await (const event of linesOf(response)) {
+    const receive = receiver(Number(query.n));
+    for await (const event of linesOf(await post("/complete", query, stopper.signal))) {
       last = event.event;
       receive[last](event);
+      if (last === "given") bringIntoView(); // there is something to scroll to now
     }
     if (last !== "done") throw new Error("The connection ended before the image was complete.");
   } catch (error) {
     const stopped = error.name === "AbortError";
     at("status").textContent = stopped ? "Stopped." : "Not completed.";
-    if (!stopped) tell(error instanceof TypeError ? "The server can't be reached, or refused the file." : error.message);
+    if (!stopped) tell(inWords(error));
   } finally {
     stopper = null;
-    at("complete").disabled = chosen === null;
-    at("stop").hidden = true;
-    at("progress").hidden = true;
+    showButtons();
+    at("stop").hidden = at("progress").hidden = true;
+    if (last === "done") bringIntoView();
   }
 }
 
@@ -266,24 +300,14 @@ function listen() {
       event.target.value = ""; // the same file may be chosen again
     });
   }
-  for (const id of ["hidden", "n", "temperature"]) at(id).addEventListener("input", showSettings);
-  at("model").addEventListener("change", () => {
-    const share = Number(at("hidden").value) / (Number(at("hidden").max) + 1);
-    at("hidden").max = side() - 1;
-    setHidden(Math.round(share * side()));
-  });
-  const preview = at("preview");
-  preview.addEventListener("pointerdown", (event) => {
-    preview.setPointerCapture(event.pointerId);
-    dragTo(event);
-  });
-  preview.addEventListener("pointermove", (event) => preview.hasPointerCapture(event.pointerId) && dragTo(event));
-  preview.addEventListener("keydown", (event) => {
-    const way = { ArrowUp: 1, ArrowDown: -1 }[event.key];
-    if (!way) return;
-    event.preventDefault();
-    setHidden(Number(at("hidden").value) + way);
-  });
+  for (const id of [...SETTINGS, "brush"]) at(id).addEventListener("input", showSettings);
+  at("hidden").addEventListener("input", () => preview.hideRows(Number(at("hidden").value)));
+  at("brush").addEventListener("input", () => (preview.brush = Number(at("brush").value)));
+  at("region").addEventListener("change", () => preview.hideRegion(at("region").value));
+  at("model").addEventListener("change", takeModel);
+  for (const kind of ["pointerdown", "keydown"]) {
+    at("preview").addEventListener(kind, () => (at("region").value = REGIONS.at(-1)));
+  }
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
     at("drop").classList.add("over");
@@ -295,11 +319,31 @@ function listen() {
     choose(event.dataTransfer.files[0]);
   });
   at("complete").addEventListener("click", complete);
-  at("stop").addEventListener("click", () => stopper?.abort());
-  at("download").addEventListener("click", () => {
-    const canvases = [...document.querySelectorAll("#results canvas")];
-    save(enlarged(canvases, Math.ceil(Math.sqrt(canvases.length))), "completions.png");
+  at("again").addEventListener("click", () => {
+    at("seed").value = (Number(at("seed").value) + 1) % 2 ** 32;
+    complete();
   });
+  at("stop").addEventListener("click", () => stopper?.abort());
+  at("large-close").addEventListener("click", () => at("large").close());
+  at("download").addEventListener("click", () => save([...document.querySelectorAll("#results canvas")], "completions.png"));
+}
+
+/** Tells how far the server's programs are, while it compiles them; images can be chosen meanwhile. */
+async function watchPreparation() {
+  const nothingAsked = () => stopper === null && !at("results").hasChildNodes();
+  while (about.compiled < about.programs) {
+    if (nothingAsked()) {
+      at("progress").hidden = false;
+      at("progress").value = about.compiled / about.programs;
+      at("status").textContent = `Preparing: ${about.compiled} of ${about.programs} programs are compiled. You can begin.`;
+    }
+    await new Promise((resume) => setTimeout(resume, 500));
+    about = await (await fetch("/models")).json();
+  }
+  if (nothingAsked()) {
+    at("progress").hidden = true;
+    at("status").textContent = "Ready. Completions appear here.";
+  }
 }
 
 async function begin() {
@@ -309,16 +353,18 @@ async function begin() {
     tell("The server can't be reached; load the page again once it runs.");
     return;
   }
-  for (const model of about.models) {
-    const size = new Intl.NumberFormat("en", { notation: "compact" }).format(model.parameters);
-    at("model").add(new Option(`${model.name}: ${model.resolution}×${model.resolution}, ${size} parameters`));
+  for (const { name, resolution, parameters, any_region } of about.models) {
+    const size = new Intl.NumberFormat("en", { notation: "compact" }).format(parameters);
+    at("model").add(new Option(`${name}: ${resolution}×${resolution}, ${size} parameters${any_region ? ", BERT" : ""}`));
   }
+  for (const name of REGIONS) at("region").add(new Option(name));
   at("n").max = about.samples;
   at("n").value = Math.min(4, about.samples);
   at("temperature").max = about.temperature;
-  at("hidden").max = side() - 1;
   listen();
-  setHidden(Math.round(side() / 2));
+  showExamples();
+  takeModel();
+  await watchPreparation().catch(() => {}); // a request will tell that the server has gone
 }
 
 begin();

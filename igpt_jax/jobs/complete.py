@@ -126,7 +126,7 @@ def run(settings: Settings, workdir: str) -> None:
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
     causal = info.config.causal
-    completer = Completer(info, settings, mesh) if causal else Filler(info, settings, mesh, known)
+    completer = (Completer if causal else Filler)(info, settings, mesh)
     # A list, made before drawing: only the main process's targets get the samples that are drawn.
     batches = list(_batches(to_do, n, settings.sample.batch_size))
     clock = progress.Countdown("batches", len(batches), say)
@@ -244,13 +244,12 @@ def _draw(
   completer: Completer | Filler, batch: list[Target], numbers: list[int], recipe, settings: Settings
 ) -> None:
   """Draws a batch and writes it to disk."""
-  *_, drawn = completer.draw(
-    [target.image for target in batch],
-    numbers,
-    recipe["rows_given"],
-    choices.sampling_config(settings),
-    seed=settings.seed,
-  )
+  images, sampling = [target.image for target in batch], choices.sampling_config(settings)
+  if isinstance(completer, Completer):
+    results = completer.draw(images, numbers, recipe["rows_given"], sampling, seed=settings.seed)
+  else:
+    results = completer.draw(images, numbers, _known(recipe), sampling, seed=settings.seed)
+  *_, drawn = results
   if not hosts.is_main():
     return
   kept = [number for number in numbers if number < settings.complete.n]

@@ -21,11 +21,12 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.data import own_images, transforms
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding import autoregressive
-from igpt_jax.model.decoding.autoregressive import SamplingConfig
+from igpt_jax.model.decoding.autoregressive import SamplingConfig, SamplingValues
 from igpt_jax.parallel import sharding
 from igpt_jax.workspace import weights
 
-_PROGRAMS = 24  # compiled programs that are kept; there is one per shape and SamplingConfig
+_PROGRAMS = 24  # compiled programs that are kept; there is one per shape
+_BUCKETS = (1, 4, 8, 16)  # samples that one program draws, where drawing is watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +50,15 @@ NOTHING = InputImage("unconditional", np.zeros(0, np.int32))
 
 
 class PartialSamples(NamedTuple):
-  """Samples drawn up to some pixel; those of one image are consecutive."""
+  """Samples drawn in part or whole; those of one image are consecutive."""
 
-  tokens: np.ndarray  # int32 [N, n_positions]; 0 from `position` on
+  tokens: np.ndarray  # int32 [N, n_positions]; 0 where nothing is drawn yet
   nll: np.ndarray  # float32 [N, n_positions], nats per token under the model; 0 at given pixels
-  position: int  # number of pixels drawn or given
+  settled: np.ndarray  # bool [N, n_positions], True where a pixel is given or drawn
 
 
 class _Program(NamedTuple):
-  """The two steps of drawing, compiled on first use for one shape and SamplingConfig."""
+  """The two steps of drawing, compiled on first use for one shape."""
 
   begin: jax.stages.Wrapped
   extend: dict  # "step": added once the sharding of the first step's result is known
@@ -148,9 +149,9 @@ class Completer:
     sampling: SamplingConfig,
     *,
     seed: int,
-    rows_at_a_time: int = 0,
+    watched: bool = False,
   ) -> Iterator[PartialSamples]:
-    """Yields samples of all images as rows are drawn; the last result has all rows.
+    """Yields samples of all images; the last result has all rows.
 
     Args:
       images: the images to complete.
@@ -158,25 +159,36 @@ class Completer:
       rows_given: upper rows of each image that are kept; 0: none.
       sampling: temperature, top-k and top-p.
       seed: seed of all samples.
-      rows_at_a_time: rows between two results; 0: one result with all rows.
+      watched: True yields a result after every row, drawn by programs that serve any number of rows
+        given, any `sampling`, and any number of samples up to a `bucket`. False yields one result.
     """
-    n_given, n_positions = rows_given * self.reader.resolution, self.trained.config.n_positions
-    n_pixels = rows_at_a_time * self.reader.resolution or n_positions - n_given
-    n = np.shape(numbers)[-1]
-    per_image, given = self._lay_out(images, n, n_given)
+    side, n_positions = self.reader.resolution, self.trained.config.n_positions
+    n_given, n = rows_given * side, np.shape(numbers)[-1]
+    n_pixels = side if watched else n_positions - n_given
+    numbers = fill_up(numbers, bucket(n)) if watched else numbers
+    length = n_positions if watched else n_given
+    per_image, given = self._lay_out(images, np.shape(numbers)[-1], length)
     keys = sample_keys(images, numbers, len(given) * per_image, seed)
-    program = self._program(given.shape, per_image, n_pixels, sampling)
+    values = sampling.values(truncates=watched or None)
+    program = self._program(given.shape, per_image, n_pixels)
     with jax.set_mesh(self._mesh):
-      progress = program.begin(self.trained.params, sharding.put_global(given, self._mesh), keys)
+      prompts = sharding.put_global(given, self._mesh)
+      whole = {"n_given": np.int32(n_given)} if watched else {}
+      progress = program.begin(self.trained.params, prompts, keys, **whole)
     del keys
-    wanted = len(images) * n
-    for position in range(n_given, n_positions, n_pixels):
+
+    def wanted(rows: jax.Array) -> np.ndarray:
+      by_image = np.asarray(rows)[: len(images) * np.shape(numbers)[-1]].reshape(
+        len(images), -1, n_positions
+      )
+      # A copy, since these buffers are donated to the next step.
+      return by_image[:, :n].reshape(-1, n_positions).copy()
+
+    for end in range(n_given + n_pixels, n_positions + 1, n_pixels):
       with jax.set_mesh(self._mesh):
-        progress = self._extend(program, progress, n_pixels, sampling)
-        # Copies, since these buffers are donated to the next step.
-        tokens, nll = jax.device_get(self._fetch(progress.tokens, progress.nll))
-      end = min(position + n_pixels, n_positions)
-      yield PartialSamples(np.array(tokens[:wanted]), np.array(nll[:wanted]), end)
+        progress = self._extend(program, progress, n_pixels, values)
+        tokens, nll = map(wanted, jax.device_get(self._fetch(progress.tokens, progress.nll)))
+      yield PartialSamples(tokens, nll, np.broadcast_to(np.arange(n_positions) < end, nll.shape))
 
   def _lay_out(self, images, n: int, n_given: int) -> tuple[int, np.ndarray]:
     """Returns the number of samples that share an image's prefill, and the prompts [B, P].
@@ -192,9 +204,9 @@ class Completer:
     padded = sharding.round_up_batch(self._mesh, len(given))
     return shared, np.pad(given, ((0, padded - len(given)), (0, 0)))
 
-  def _program(self, shape, per_image: int, n_pixels: int, sampling: SamplingConfig) -> _Program:
+  def _program(self, shape: tuple[int, int], per_image: int, n_pixels: int) -> _Program:
     """Returns the program from a least-recently-used cache."""
-    key = shape, per_image, n_pixels, sampling
+    key = shape, per_image, n_pixels
     if key not in self._programs:
       options = {"samples_per_image": per_image, "cache_dtype": self._cache_dtype}
       begin = functools.partial(autoregressive.begin, self.trained.config, **options)
@@ -204,17 +216,29 @@ class Completer:
     self._programs.move_to_end(key)
     return self._programs[key]
 
-  def _extend(self, program: _Program, progress, n_pixels: int, sampling: SamplingConfig):
+  def _extend(self, program: _Program, progress, n_pixels: int, values: SamplingValues):
     if not program.extend:
       config = self.trained.config
 
-      def extend(params, progress):
-        return autoregressive.extend(config, params, progress, n_pixels, sampling=sampling)
+      def extend(params, progress, values):
+        return autoregressive.extend(config, params, progress, n_pixels, sampling=values)
 
       # Results keep the inputs' sharding, so that one program serves all rows.
       where = jax.tree.map(lambda leaf: leaf.sharding, progress)
       program.extend["step"] = jax.jit(extend, donate_argnums=1, out_shardings=where)
-    return program.extend["step"](self.trained.params, progress)
+    return program.extend["step"](self.trained.params, progress, values)
+
+
+def bucket(n: int) -> int:
+  """Number of samples that are drawn where n are watched: those beyond n are thrown away."""
+  most = _BUCKETS[-1]
+  return next((size for size in _BUCKETS if n <= size), -(-n // most) * most)
+
+
+def fill_up(numbers: ArrayLike, size: int) -> np.ndarray:
+  """Returns numbers of samples with the last one repeated, `size` of them."""
+  numbers = np.asarray(numbers)
+  return np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, size - numbers.shape[-1])], "edge")
 
 
 def sample_keys(

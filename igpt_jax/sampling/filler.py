@@ -1,4 +1,4 @@
-"""Filling of any region of an image by a BERT model, for job `complete`.
+"""Filling of any region of an image by a BERT model, for job `complete` and the page.
 
 A model that reads in raster order can't condition on what lies below or to the right. A BERT model can:
 it unmasks the region in passes, most confident pixels first.
@@ -87,51 +87,73 @@ def _mask(path: str, reader: Reader) -> np.ndarray:
 
 
 class Filler:
-  """Draws completions with a BERT model, with `Completer`'s interface.
+  """Draws completions with a BERT model, with `Completer`'s interface: a mask instead of rows.
 
   Attributes:
     trained: the model.
     reader: converts images to its tokens and back.
   """
 
-  def __init__(
-    self, info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh, known_HxW: np.ndarray
-  ):
+  def __init__(self, info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh):
     sharding.check_model_fits(mesh, n_head=info.config.n_head, n_embd=info.config.n_embd)
     self.trained = weights.read_to_draw(settings, info, mesh)
     self.reader = Reader(info)
     self._mesh = mesh
-    self._known_T = known_HxW.reshape(-1)
-    self._fill = jax.jit(
-      functools.partial(masked.fill, self.trained.config, steps=settings.complete.passes),
-      static_argnames="sampling",
-      out_shardings=sharding.replicated(mesh),
-    )
+    self._passes = settings.complete.passes
+    alike, batch = sharding.replicated(mesh), sharding.sharding(mesh, "batch")
+    # Results keep the inputs' sharding, so that one program serves all passes.
+    where = masked.Filling(alike, *[batch] * 4)
+    self._begin = jax.jit(masked.begin, out_shardings=where)
+    extend = functools.partial(masked.extend, self.trained.config)
+    self._extend = jax.jit(extend, out_shardings=where)
+    self._fetch = jax.jit(lambda *arrays: arrays, out_shardings=alike)
 
   def draw(
     self,
     images: Sequence[InputImage],
     numbers: Sequence[int],
-    rows_given: int,
+    known_HxW: np.ndarray,
     sampling: SamplingConfig,
     *,
     seed: int,
+    passes: int = 0,
+    watched: bool = False,
   ) -> Iterator[PartialSamples]:
-    """Yields one result with complete samples; those of one image are consecutive."""
-    del rows_given  # the mask decides; without an image nothing is given
-    n_positions = self.trained.config.n_positions
-    wanted = len(images) * len(numbers)
-    padded = sharding.round_up_batch(self._mesh, wanted)
+    """Yields samples of all images; the last result is complete.
+
+    Args:
+      images, numbers, sampling, seed: those of `Completer.draw`.
+      known_HxW: True where pixels are given; without an image none are.
+      passes: passes over the image; 0: those of the settings.
+      watched: True yields a result after every pass, drawn by programs that serve any region, number
+        of passes, `sampling`, and number of samples up to a `bucket`. False yields one result.
+    """
+    passes = passes or self._passes
+    n_positions, wanted = self.trained.config.n_positions, len(images) * len(numbers)
+    padded = completer.bucket(wanted) if watched else wanted
+    padded = sharding.round_up_batch(self._mesh, padded)
     tokens = np.zeros((padded, n_positions), np.int32)
     known = np.zeros((padded, n_positions), bool)
     for i, image in enumerate(images):
       rows = slice(i * len(numbers), (i + 1) * len(numbers))
       if len(image.tokens):
-        tokens[rows], known[rows] = image.tokens, self._known_T
+        tokens[rows], known[rows] = image.tokens, known_HxW.reshape(-1)
     known[wanted:] = True  # padding: nothing to draw
     keys = completer.sample_keys(images, numbers, padded, seed)
+    values = sampling.values(truncates=watched or None)
     with jax.set_mesh(self._mesh):
-      inputs = [sharding.put_global(array, self._mesh) for array in (tokens, known)]
-      filled = self._fill(self.trained.params, *inputs, keys, sampling=sampling)
-      drawn, nll = jax.device_get((filled.tokens, filled.nll))
-    yield PartialSamples(np.array(drawn[:wanted]), np.array(nll[:wanted]), n_positions)
+      filling = self._begin(*(sharding.put_global(each, self._mesh) for each in (tokens, known)))
+    settled = known
+    while not settled.all():
+      with jax.set_mesh(self._mesh):
+        filling = self._extend(
+          self.trained.params,
+          filling,
+          keys,
+          1 if watched else passes,
+          steps=passes,
+          sampling=values,
+        )
+        results = self._fetch(filling.tokens, filling.nll, filling.settled)
+        tokens, nll, settled = map(np.array, jax.device_get(results))
+      yield PartialSamples(tokens[:wanted], nll[:wanted], settled[:wanted])

@@ -15,13 +15,20 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.decoding import cache as cache_lib
 from igpt_jax.model.decoding.cache import Cache, put, take
 from igpt_jax.model.decoding.decode_step import decode_step, lay_out
-from igpt_jax.model.decoding.draw import Samples, SamplingConfig, draw, filter_logits, nats_of
+from igpt_jax.model.decoding.draw import (
+  Samples,
+  SamplingConfig,
+  SamplingValues,
+  draw,
+  filter_logits,
+  nats_of,
+)
 from igpt_jax.model.decoding.masked import fill
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
 from igpt_jax.parallel import hardware
 
 __all__ = [
-  "Progress", "Samples", "SamplingConfig", "begin", "complete", "draw", "extend", "fill",
+  "Progress", "Samples", "SamplingConfig", "SamplingValues", "begin", "complete", "draw", "extend", "fill",
   "filter_logits",
 ]  # fmt: skip
 
@@ -57,6 +64,7 @@ def begin(
   prompt_BxP: jax.Array,
   keys: jax.Array,
   *,
+  n_given: jax.Array | None = None,
   samples_per_image: int = 1,
   cache_dtype: str = "",
 ) -> Progress:
@@ -64,7 +72,10 @@ def begin(
 
   Args:
     config, params: a causal model.
-    prompt_BxP: the first P pixels of B images in raster order; P may be 0 (unconditional).
+    prompt_BxP: the first P pixels of B images in raster order; P may be 0 (unconditional). With
+      `n_given`, whole images.
+    n_given: the number of pixels that are given, traced: one program serves any number of them, but
+      its samples share no cache.
     keys: PRNG keys, one per sample [B * samples_per_image]: a sample doesn't depend on the batch that
       it is drawn in.
     samples_per_image: completions of every image; they share its part of the caches.
@@ -87,20 +98,26 @@ def begin(
     raise UserError(f"cache_dtype: {cache_dtype!r}; expected one of {', '.join(dtypes)}")
   n_images, n_prompt = prompt_BxP.shape
   n_left = config.n_positions - n_prompt
-  if n_left < 0:
+  if n_left < 0 or (n_given is not None and n_left):
     raise ValueError(f"{n_prompt} pixels given to a model of {config.n_positions}")
   dtype = cache_dtype or config.dtype
   model = bind(config, params)
   prompt_BxP = prompt_BxP.astype(jnp.int32)
-  prompt = cache_lib.empty_cache(model, n_images, 0, dtype)
-  if n_prompt and n_left:
-    prompt = cache_lib.prefill(model, prompt_BxP, dtype)
-  drawn = cache_lib.empty_cache(model, n_images * samples_per_image, n_left, dtype)
+  if n_given is None:
+    prompt = cache_lib.empty_cache(model, n_images, 0, dtype)
+    if n_prompt and n_left:
+      prompt = cache_lib.prefill(model, prompt_BxP, dtype)
+    drawn = cache_lib.empty_cache(model, n_images * samples_per_image, n_left, dtype)
+  else:
+    # Positions from n_given on are overwritten before they are read.
+    prompt_BxP = jnp.where(jnp.arange(n_prompt) < n_given, prompt_BxP, 0)
+    prompt = cache_lib.empty_cache(model, n_images, 0, dtype)
+    drawn = cache_lib.repeat(cache_lib.prefill(model, prompt_BxP, dtype), samples_per_image)
   tokens = jnp.pad(jnp.repeat(prompt_BxP, samples_per_image, axis=0), ((0, 0), (0, n_left)))
   return Progress(
     tokens,
     nll=jnp.zeros(tokens.shape, jnp.float32),
-    position=n_prompt,
+    position=n_prompt if n_given is None else n_given,
     keys=keys,
     caches=[Cache(*parts) for parts in zip(prompt, drawn, strict=True)],
   )
@@ -112,7 +129,7 @@ def extend(
   progress: Progress,
   n_pixels: int,
   *,
-  sampling: SamplingConfig,
+  sampling: SamplingConfig | SamplingValues,
 ) -> Progress:
   """Draws the next `n_pixels` pixels of every image, or as many as are left.
 
@@ -178,7 +195,7 @@ def complete(
   prompt_BxP: jax.Array,
   keys_B: jax.Array,
   *,
-  sampling: SamplingConfig,
+  sampling: SamplingConfig | SamplingValues,
   samples_per_image: int = 1,
   cache_dtype: str = "",
 ) -> Samples:

@@ -116,6 +116,11 @@ def prefill(model: ImageGPT, prompt_BxP: jax.Array, dtype: str) -> list[KeysValu
   return [_pin(jax.tree.map(lambda x, at=layer: x[at], stacked)) for layer in range(config.n_layer)]
 
 
+def repeat(caches: list[KeysValues], times: int) -> list[KeysValues]:
+  """Returns every layer's keys and values with each image's rows repeated, side by side."""
+  return [_pin(jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), kv)) for kv in caches]
+
+
 def empty_cache(model: ImageGPT, n: int, length: int, dtype: str) -> list[KeysValues]:
   """Returns zeroed keys and values of n samples and `length` positions, for every layer."""
   config = model.config

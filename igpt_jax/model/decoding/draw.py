@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from igpt_jax.errors import UserError
 
@@ -42,6 +43,42 @@ class SamplingConfig:
         "likeliest colour"
       )
 
+  def values(self, *, truncates: bool | None = None) -> "SamplingValues":
+    """Returns these settings as arguments of a compiled program.
+
+    Args:
+      truncates: True gives values of a program that truncates, whether these settings do or not; None
+        those of one that truncates only if they do.
+    """
+    if truncates is None:
+      truncates = self.top_k > 0 or self.top_p < 1
+    top_k = np.int32(min(self.top_k, np.iinfo(np.int32).max))
+    truncation = Truncation(top_k, np.float32(self.top_p)) if truncates else None
+    # Inverted here, as XLA does with a constant: accelerators' own divisions aren't exact.
+    inverse = np.float32(1) / np.float32(self.temperature or 1)
+    return SamplingValues(inverse, np.bool_(self.temperature == 0), truncation)
+
+
+class Truncation(NamedTuple):
+  """Top-k and top-p as arrays; 0 and 1 keep all colours."""
+
+  top_k: jax.Array | np.ndarray
+  top_p: jax.Array | np.ndarray
+
+
+class SamplingValues(NamedTuple):
+  """A `SamplingConfig` as arguments of a program, which other values don't compile again.
+
+  Attributes:
+    inverse_temperature: factor of the logits, float32.
+    greedy: True takes the likeliest colour.
+    truncation: None in a program that keeps all colours: to truncate, it sorts them for every pixel.
+  """
+
+  inverse_temperature: jax.Array | np.ndarray
+  greedy: jax.Array | np.ndarray
+  truncation: Truncation | None
+
 
 class Samples(NamedTuple):
   """Images that were drawn.
@@ -56,36 +93,46 @@ class Samples(NamedTuple):
   nll: jax.Array
 
 
-def filter_logits(logits_BxV: jax.Array, sampling: SamplingConfig) -> jax.Array:
+def filter_logits(logits_BxV: jax.Array, values: SamplingValues) -> jax.Array:
   """Applies temperature (above 0), then top-k, then top-p; truncated logits are -inf.
 
   Equally likely colours at the edge of top-k are all kept.
   """
-  logits = logits_BxV / sampling.temperature
-  if 0 < sampling.top_k < logits.shape[-1]:
-    kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
-  if sampling.top_p < 1:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    # The likeliest colour always stays: nothing comes before it.
-    least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  return logits
+  logits = logits_BxV * values.inverse_temperature
+  if values.truncation is None:
+    return logits
+  top_k, top_p = values.truncation
+  ordered = jnp.sort(logits, axis=-1, descending=True)
+  last = jnp.clip(top_k, 1, logits.shape[-1]) - 1
+  kth = jax.lax.dynamic_index_in_dim(ordered, last, axis=-1)
+  kth = jnp.where(top_k > 0, kth, -jnp.inf)
+  ordered = jnp.where(ordered < kth, -jnp.inf, ordered)
+  probability = jax.nn.softmax(ordered, axis=-1)
+  before = jnp.cumsum(probability, axis=-1) - probability
+  # The likeliest colour always stays: nothing comes before it. Sums can exceed 1, which keeps all.
+  reached = (before >= top_p) & (top_p < 1)
+  least = jnp.min(jnp.where(reached, jnp.inf, ordered), axis=-1, keepdims=True)
+  return jnp.where(logits < jnp.maximum(kth, least), -jnp.inf, logits)
 
 
 def draw(
-  logits: jax.Array, keys_B: jax.Array, turn: jax.Array, sampling: SamplingConfig
+  logits: jax.Array,
+  keys_B: jax.Array,
+  turn: jax.Array,
+  sampling: SamplingConfig | SamplingValues,
 ) -> jax.Array:
-  """Draws tokens, int32 [B, ...], by logits [B, ..., V]; row i depends on keys_B[i] and `turn` alone."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  """Draws tokens, int32 [B, ...], by logits [B, ..., V]; row i depends on keys_B[i] and `turn` alone.
 
-  def one(key, logits):
-    return jax.random.categorical(jax.random.fold_in(key, turn), logits)
+  A `SamplingConfig` is compiled into the program; `SamplingValues` may be its arguments.
+  """
+  values = sampling.values() if isinstance(sampling, SamplingConfig) else sampling
 
-  return jax.vmap(one)(keys_B, filter_logits(logits, sampling)).astype(jnp.int32)
+  def noise(key):
+    return jax.random.gumbel(jax.random.fold_in(key, turn), logits.shape[1:], logits.dtype)
+
+  # The likeliest after Gumbel noise is a draw; without noise it is the likeliest.
+  noisy = filter_logits(logits, values) + jax.vmap(noise)(keys_B)
+  return jnp.argmax(jnp.where(values.greedy, logits, noisy), axis=-1).astype(jnp.int32)
 
 
 def nats_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:

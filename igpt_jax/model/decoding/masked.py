@@ -5,12 +5,87 @@ confident predictions, and repeat. A BERT model gives no likelihood of a whole i
 at a time, the pixels' nats add up to the image's likelihood in this order.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.decoding.draw import Samples, SamplingConfig, draw, nats_of
+from igpt_jax.model.decoding.draw import Samples, SamplingConfig, SamplingValues, draw, nats_of
 from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+
+
+class Filling(NamedTuple):
+  """Images that are filled in part.
+
+  Attributes:
+    done: int32, the number of passes so far.
+    tokens: int32 [B, T]; 0 where a pixel is still unknown.
+    settled: bool [B, T], True where a pixel is known or drawn.
+    nll: float32 [B, T], as in `Samples`; 0 where nothing is drawn yet.
+    n_unknown: int32 [B], the number of unknown pixels at the start.
+  """
+
+  done: jax.Array
+  tokens: jax.Array
+  settled: jax.Array
+  nll: jax.Array
+  n_unknown: jax.Array
+
+
+def begin(tokens_BxT: jax.Array, known_BxT: jax.Array) -> Filling:
+  """Returns images of which nothing is filled yet; arguments are those of `fill`."""
+  known_BxT = known_BxT.astype(bool)
+  return Filling(
+    jnp.int32(0),
+    jnp.where(known_BxT, tokens_BxT, 0).astype(jnp.int32),
+    known_BxT,
+    jnp.zeros(tokens_BxT.shape, jnp.float32),
+    jnp.sum(~known_BxT, axis=1),
+  )
+
+
+def extend(
+  config: ImageGPTConfig,
+  params: Params,
+  filling: Filling,
+  keys_B: jax.Array,
+  n_passes: jax.Array | int,
+  *,
+  steps: jax.Array | int,
+  sampling: SamplingConfig | SamplingValues,
+) -> Filling:
+  """Makes the next `n_passes` of `steps` passes, or as many as there is something left to draw for.
+
+  `n_passes` and `steps` may be traced; the other arguments are those of `fill`.
+  """
+  if config.causal:
+    raise UserError(
+      "this checkpoint is autoregressive: it draws pixels from those before them in raster order, and "
+      "can't condition on what lies below or to the right; fix: give it the rows above, or take a "
+      "BERT checkpoint (objective=masked) to fill any region"
+    )
+  model = bind(config, params)
+  end = jnp.minimum(filling.done + n_passes, steps)
+
+  def one_pass(filling):
+    _, tokens, settled, nll, n_unknown = filling
+    done = filling.done + 1
+    logits = model(tokens, settled)
+    proposed = draw(logits, keys_B, done, sampling)
+    nats = nats_of(logits, proposed)
+    # The most confident first, in raster order where equal, and settled pixels last.
+    order = jnp.argsort(jnp.where(settled, jnp.inf, nats), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1)
+    unknown = jnp.sum(~settled, axis=1)
+    left = jnp.minimum(_left(n_unknown, done, steps), unknown - 1)
+    new = ~settled & (rank < (unknown - left)[:, None])
+    tokens, nll = jnp.where(new, proposed, tokens), jnp.where(new, nats, nll)
+    return Filling(done, tokens, settled | new, nll, n_unknown)
+
+  return jax.lax.while_loop(
+    lambda filling: (filling.done < end) & jnp.any(~filling.settled), one_pass, filling
+  )
 
 
 def fill(
@@ -21,7 +96,7 @@ def fill(
   keys_B: jax.Array,
   *,
   steps: int,
-  sampling: SamplingConfig,
+  sampling: SamplingConfig | SamplingValues,
 ) -> Samples:
   """Draws the unknown pixels in at most `steps` passes.
 
@@ -42,45 +117,14 @@ def fill(
   Raises:
     UserError: the model is causal, or `steps` isn't positive.
   """
-  if config.causal:
-    raise UserError(
-      "this checkpoint is autoregressive: it draws pixels from those before them in raster order, and "
-      "can't condition on what lies below or to the right; fix: give it the rows above, or take a "
-      "BERT checkpoint (objective=masked) to fill any region"
-    )
   if steps < 1:
     raise UserError(f"steps: {steps}; expected 1 or more")
-  model = bind(config, params)
-  known_BxT = known_BxT.astype(bool)
-  n_unknown_B = jnp.sum(~known_BxT, axis=1)
-
-  def one_pass(state):
-    done, tokens, settled, nll = state
-    done = done + 1
-    logits = model(tokens, settled)
-    proposed = draw(logits, keys_B, done, sampling)
-    nats = nats_of(logits, proposed)
-    # The most confident first, in raster order where equal, and settled pixels last.
-    order = jnp.argsort(jnp.where(settled, jnp.inf, nats), axis=1, stable=True)
-    rank = jnp.argsort(order, axis=1)
-    unknown = jnp.sum(~settled, axis=1)
-    left = jnp.minimum(_left(n_unknown_B, done, steps), unknown - 1)
-    new = ~settled & (rank < (unknown - left)[:, None])
-    return (done, jnp.where(new, proposed, tokens), settled | new, jnp.where(new, nats, nll))
-
-  start = (
-    jnp.int32(0),
-    jnp.where(known_BxT, tokens_BxT, 0).astype(jnp.int32),
-    known_BxT,
-    jnp.zeros(tokens_BxT.shape, jnp.float32),
-  )
-  _, tokens, _, nll = jax.lax.while_loop(
-    lambda state: (state[0] < steps) & jnp.any(~state[2]), one_pass, start
-  )
-  return Samples(tokens, nll)
+  begun = begin(tokens_BxT, known_BxT)
+  filled = extend(config, params, begun, keys_B, steps, steps=steps, sampling=sampling)
+  return Samples(filled.tokens, filled.nll)
 
 
-def _left(n_unknown_B: jax.Array, done: jax.Array, steps: int) -> jax.Array:
+def _left(n_unknown_B: jax.Array, done: jax.Array, steps: jax.Array | int) -> jax.Array:
   """Number of an image's unknown pixels that are left after `done` passes."""
   # Rounded down; the margin keeps what is a whole number from falling below it in float32.
   by_cosine = (n_unknown_B * jnp.cos(jnp.pi / 2 * done / steps) + 1e-3).astype(jnp.int32)
