@@ -27,6 +27,7 @@ def get_config():
   config.train.eval_every = 500
   config.train.eval_images = 500
   config.train.checkpoint_every = 500
+  config.train.progress_images = 8
   config.train.keep_period = 500
   config.evaluate.images = 2_000
   return config

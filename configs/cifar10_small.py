@@ -28,6 +28,7 @@ def get_config():
   config.train.eval_every = 200
   config.train.eval_images = 512
   config.train.checkpoint_every = 200
+  config.train.progress_images = 8
   config.evaluate.images = 1_000
   config.features.images = 2_000
   return config

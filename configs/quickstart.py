@@ -24,5 +24,6 @@ def get_config():
   config.train.log_every = 50
   config.train.eval_every = 250
   config.train.checkpoint_every = 250
+  config.train.progress_images = 8
   config.lowdata.labels_per_class = (1, 4, 10, 25, 100)
   return config

@@ -33,6 +33,8 @@ RENAMED: dict[int, dict[str, str]] = {
 ADDED: dict[str, Any] = {
   "data.validation_split": "",
   "data.verify": False,
+  "train.progress_images": 0,
+  "sizing.minutes": 0.0,
   "compilation_cache": "user",
 }
 

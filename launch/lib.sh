@@ -209,3 +209,42 @@ make_venv() {
   run "$dir/bin/pip" install --quiet --disable-pip-version-check --editable "${REPO_DIR}${extra:+[$extra]}"
   [ -n "$dry_run" ] || printf '%s\n' "$wanted" >"$stamp"
 }
+
+# install_venv DIR: makes the environment of a script that runs the whole of a config on this machine,
+# and says how long that takes.
+install_venv() {
+  if [ ! -f "$1/igpt_jax.stamp" ]; then
+    say "installing into $1 (about a gigabyte, a minute or two)"
+  fi
+  make_venv "$1" "$(find_python)"
+}
+
+# stage JOB ARG…: runs one job of such a script in the environment `venv`. A stop signal is handed on,
+# and ends the script as any failure of the job does.
+stage() {
+  local job=$1 status=0 child="" stopped=""
+  shift
+  say "$job"
+  # Ctrl-C reaches the job by itself, other signals this script alone.
+  trap 'stopped=1' INT
+  trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
+  # A shell's background commands ignore Ctrl-C.
+  # shellcheck disable=SC2154  # a variable of the scripts that call this
+  (trap - INT && PYTHON=$venv/bin/python exec bash "$LAUNCH_DIR/entry.sh" "$@") &
+  child=$!
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    # A trapped signal ends the wait, not the child.
+    kill -0 "$child" 2>/dev/null || break
+  done
+  trap - INT TERM
+  [ -z "$stopped" ] && [ "$status" -ne 143 ] || stop_here
+  [ "$status" -eq 0 ] || exit "$status"
+}
+
+# Ends a script whose job was told to stop.
+stop_here() {
+  say "stopped; the same command goes on from here"
+  exit 143
+}

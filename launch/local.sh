@@ -28,18 +28,10 @@ name=$(basename "$config" .py)
 workdir=${WORKDIR:-runs/$name}
 venv=${VENV:-$REPO_DIR/.venv}
 
-if [ ! -f "$venv/igpt_jax.stamp" ]; then
-  say "installing into $venv (about a gigabyte, a minute or two)"
-fi
-python=$(find_python)
-make_venv "$venv" "$python"
+install_venv "$venv"
 
 for job in pretrain evaluate probe lowdata sample; do
-  say "$job"
-  status=0
-  PYTHON=$venv/bin/python bash "$LAUNCH_DIR/entry.sh" --config="$config" --workdir="$workdir" "$@" \
-    --config.job="$job" || status=$?
-  [ "$status" -eq 0 ] || exit "$status"
+  stage "$job" --config="$config" --workdir="$workdir" "$@" --config.job="$job"
 done
 printf '\n'
 cat "$workdir/summary.md"

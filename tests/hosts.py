@@ -17,7 +17,7 @@ SMALL = {
   "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
   "train.batch_size": 16, "train.steps": 8, "train.warmup_steps": 2, "train.log_every": 1,
   "train.eval_every": 4, "train.eval_images": 30, "train.checkpoint_every": 4,
-  "sample.samples": 3, "sample.completions": 2, "sample.per_image": 2,
+  "train.progress_images": 2, "sample.samples": 3, "sample.completions": 2, "sample.per_image": 2,
   "features.images": 200, "features.baselines": ("pixels",), "probe.max_iterations": 15,
   "mesh.fsdp": 2,
 }  # fmt: skip

@@ -64,6 +64,7 @@ def tiny(**overrides):
   config.train.eval_every = 6
   config.train.checkpoint_every = 4
   config.train.eval_images = 32
+  config.train.progress_images = 0
   config.sample.samples, config.sample.completions, config.sample.per_image = 4, 2, 2
   config.features.images = 300
   config.lowdata.labels_per_class, config.lowdata.trials = (2, 5), 2
@@ -253,6 +254,7 @@ def test_sample(trained):
   side = 8 * scale + gap
   samples = Image.open(trained / "samples.png")
   assert samples.width == 3 * side + gap and 0 < samples.height - (2 * side + gap) < 30
+  assert Image.open(trained / "completions.gif").n_frames > 10
   completions = np.asarray(Image.open(trained / "completions.png"))
   # Below a title and heads; a row: what is given, two completions, the original.
   assert completions.shape[1:] == (4 * side + gap, 3)

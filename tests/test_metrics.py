@@ -5,6 +5,7 @@ import os
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from igpt_jax.errors import UserError
@@ -106,6 +107,9 @@ class FakeTensorBoard:
   def add_scalar(self, name, value, step):
     self.scalars.append((name, value, step))
 
+  def add_image(self, name, image, step, dataformats):
+    self.scalars.append((name, image.shape, step, dataformats))
+
   def flush(self):
     pass
 
@@ -124,6 +128,21 @@ def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
   assert fake.scalars == [("loss", 1.5, 50), ("images", 3, 50), "closed"]
 
 
+def test_images_go_to_those_that_show_them(tmp_path, monkeypatch):
+  board, wandb = FakeTensorBoard(None, None), FakeWandb()
+  monkeypatch.setitem(sys.modules, "tensorboardX", board)
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  writers = metrics.Writers([
+    metrics.JsonlWriter(str(tmp_path / "metrics.jsonl"), 0),
+    metrics.TensorBoardWriter(str(tmp_path), 0),
+    metrics.WandbWriter(str(tmp_path), {}, "igpt"),
+  ])  # fmt: skip
+  writers.image(5, "progress", np.zeros((4, 6, 3), np.uint8))
+  assert board.scalars == [("progress", (4, 6, 3), 5, "HWC")]
+  assert wandb.logged == [({"progress": ("image", (4, 6, 3))}, 5)]
+  assert metrics.read_jsonl(str(tmp_path / "metrics.jsonl")) == []
+
+
 class FakeWandb:
   def __init__(self):
     self.calls, self.logged = [], []
@@ -135,6 +154,9 @@ class FakeWandb:
 
   def log(self, values, step):
     self.logged.append((values, step))
+
+  def Image(self, image):
+    return "image", image.shape
 
   def finish(self):
     self.logged.append("finished")

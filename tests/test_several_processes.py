@@ -114,6 +114,14 @@ def test_two_processes_train_as_one(of_two, of_one):
   assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=CLOSE)
 
 
+def test_two_processes_draw_progress_as_one(of_two, of_one):
+  for step in (4, 8):
+    found, expected = (
+      np.asarray(Image.open(folder / "progress" / f"{step}.png")) for folder in (of_two[0], of_one)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_only_the_first_process_speaks(of_two):
   _, (first, second) = of_two
   # gloo's threads write to the same place, and break each other's lines.

@@ -1,6 +1,7 @@
 """Decoding follows TFDS, crops follow the paper, and damage is an error that names the record."""
 
 import io
+import math
 import os
 import pathlib
 import tarfile
@@ -318,6 +319,28 @@ def test_shift_moves_by_up_to_an_eighth_over_black(side, reach):
   seen = [windows[transforms.shift_train(image, rng, side).tobytes()] for _ in range(2000)]
   assert set(seen) == set(places)
   assert 0.4 < np.mean([s == (reach, reach) for s in seen]) < 0.65  # every other one stays
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 20), (20, 31), (1, 3)])
+def test_photos_are_cropped_anywhere_and_mirrored(height, width):
+  """Of an image whose pixels tell their place: 70 to 100% of the shorter side, never past an edge."""
+  rows, columns = np.mgrid[:height, :width]
+  image = np.stack([rows, columns, rows], -1).astype(np.uint8)
+  rng = np.random.default_rng(0)
+  sides, lefts, mirrored = set(), set(), []
+  most = min(height, width)
+  for _ in range(1000):
+    crop = transforms.photo_train(image, rng, most)
+    assert crop.shape == (most, most, 3)
+    left, right = sorted((int(crop[0, 0, 1]), int(crop[0, -1, 1])))
+    mirrored.append(crop[0, 0, 1] > crop[0, -1, 1])
+    sides.add(int(crop[-1, 0, 0]) - int(crop[0, 0, 0]) + 1)
+    lefts.add(left)
+    assert right < width
+  assert sides <= set(range(math.ceil(0.7 * most) - 1, most + 1)) and most in sides
+  if most > 1:
+    assert len(sides) > 3 and 0.4 < np.mean(mirrored) < 0.6
+    assert {0, width - most} <= lefts
 
 
 def test_fit():

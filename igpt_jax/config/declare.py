@@ -47,7 +47,7 @@ TRAINING = ("pretrain", "finetune", "probe")
 READING = ("evaluate", "probe", "lowdata", "finetune", "sample", "complete", "quality")
 # Jobs that can follow a training run, checkpoint by checkpoint.
 WATCHING = ("evaluate", "probe", "sample", "quality")
-DRAWING = ("sample", "complete", "quality", "compile", "benchmark")
+DRAWING = ("pretrain", "sample", "complete", "quality", "compile", "benchmark")
 # Jobs that can make a model without a checkpoint.
 MAKING = ("pretrain", "finetune", "compile", "benchmark")
 UPDATING = ("pretrain", "compile", "benchmark")

@@ -55,6 +55,7 @@ class Settings(Group, jobs=tuple(JOBS)):
     above=0, below=1, decides="run", jobs=(*COMPUTING, "convert"))
 
   train: runs.TrainConfig = runs.TrainConfig()
+  sizing: runs.SizingConfig = runs.SizingConfig()
   mesh: runs.MeshConfig = runs.MeshConfig()
   guard: runs.GuardConfig = runs.GuardConfig()
   hang_seconds: float = setting(1_800.0, "seconds without progress before training ends; 0: no limit",

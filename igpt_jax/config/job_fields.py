@@ -71,17 +71,18 @@ class SampleConfig(Group, prefix="sample", jobs=("sample",)):
   samples: int = setting(32, "unconditional images; 0: compile leaves sampling out", least=0,
     most=65_536, jobs=("sample", "compile"))
   completions: int = setting(8, "images of test to complete", **BATCH)
-  per_image: int = setting(4, "completions per image", **BATCH)
+  per_image: int = setting(4, "completions per image", **BATCH, jobs=("pretrain", "sample"))
   keep: float = setting(0.5, "share of the rows that is kept", above=0, below=1,
-    jobs=("sample", "quality"))
+    jobs=("pretrain", "sample", "quality"))
   temperature: float = setting(1.0, "1e-6 or more; 0: the likeliest colour", jobs=DRAWING)
   top_k: int = setting(0, "of the likeliest colours; 0: all", jobs=DRAWING)
   top_p: float = setting(1.0, "1e-6 to 1: the likeliest colours whose probabilities reach it",
     jobs=DRAWING)
   cache: str = setting("", "dtype of keys and values: float32, bfloat16, int8; \"\": the model's",
-    choices=("float32", "bfloat16", "int8"), jobs=("sample", "complete", "quality", "compile"))
+    choices=("float32", "bfloat16", "int8"),
+    jobs=("pretrain", "sample", "complete", "quality", "compile"))
   scale: int = setting(0, "image pixels per model pixel in the PNGs; 0: chosen", **FROM_0,
-    jobs=("sample", "complete"))
+    jobs=("pretrain", "sample", "complete"))
   batch_size: int = setting(64, "samples drawn at a time", **BATCH, jobs=("complete", "quality"))
 
 
@@ -95,7 +96,8 @@ class CompleteConfig(Group, prefix="complete", jobs=("complete",)):
     "leave `images` out", above=0, below=1)
   hide: str = setting("lower", "the part to draw; by BERT also upper, left, right, centre, or an "
     "image of a mask")
-  passes: int = setting(16, "BERT: passes over the image, the most confident pixels first", **COUNT)
+  passes: int = setting(16, "BERT: passes over the image, the most confident pixels first", **COUNT,
+    jobs=("pretrain", "complete"))
   n: int = setting(8, "samples per image", **BATCH)
 
 

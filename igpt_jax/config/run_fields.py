@@ -19,6 +19,8 @@ from igpt_jax.config.declare import (
 )
 from igpt_jax.errors import UserError
 
+_AUGMENTATIONS = ("none", "paper", "cifar", "shift", "photo")
+
 # A table: a setting takes as few lines as it needs.
 # fmt: off
 
@@ -37,8 +39,8 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
   resolution: int = setting(8, "height and width the model sees, in pixels", least=1, decides="run",
     jobs=(*OPENING, "compile"))
   augment: str = setting("none", "augmentation in training: none, paper (random resize and crop as for "
-    "ImageNet), cifar (pad, crop, flip), shift (by up to an eighth of the side; for digits)",
-    decides="run", choices=("none", "paper", "cifar", "shift"))
+    "ImageNet), cifar (pad, crop, flip), shift (by up to an eighth of the side; for digits), photo "
+    "(crop and flip; for few photos)", decides="run", choices=_AUGMENTATIONS)
   validation: float = setting(0.1, "share of train that is held out: the paper's is 0.04 of "
     "ImageNet, 0.1 of others, and 0 in its final runs, which are evaluated on test alone", least=0,
     below=1, decides="run")
@@ -126,6 +128,9 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
     jobs=("pretrain",))
   eval_images: int = setting(10_000, "images of the validation split, at most; 0: all", **FROM_0,
     jobs=TRAINING)
+  progress_images: int = setting(0, "held-out images that are completed at each evaluation, and once "
+    "early, for progress/STEP.png, TensorBoard and W&B; 0: none", least=0, most=256,
+    jobs=("pretrain",))
   checkpoint_every: int = setting(1_000, "steps between two checkpoints", least=1,
     jobs=("pretrain",))
   max_to_keep: int = setting(3, "newest checkpoints to keep", least=1,
@@ -134,6 +139,15 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
     jobs=("pretrain", "finetune"))
   save_retry_seconds: float = setting(600.0, "seconds in which a failed save is retried; 0: never",
     **FROM_0, jobs=TRAINING)
+
+
+@dataclasses.dataclass(frozen=True)
+class SizingConfig(Group, prefix="sizing", jobs=("pretrain",)):
+  """Settings chosen by the machine's speed and the number of images (workspace/sizing.py)."""
+
+  minutes: float = setting(0.0, "minutes that training may take here: resolution, model, palette, batch, "
+    "steps and cadence are chosen for it, once, where they have the program's defaults; more of them "
+    "later: more steps; 0: all as given", **FROM_0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +201,7 @@ class FinetuneConfig(Group, prefix="finetune", jobs=("finetune",)):
   classification: float = setting(1.0, "weight of the classification loss", **FROM_0,
     decides="finetuning")
   augment: str = setting("", 'augmentation in training; "": data.augment',
-    choices=("none", "paper", "cifar", "shift"), decides="finetuning")
+    choices=_AUGMENTATIONS, decides="finetuning")
   images: int = setting(0, "training images, at most; 0: all", **FROM_0, decides="finetuning")
   batch_size: int = setting(128, "images of one update", **BATCH, decides="finetuning")
   learning_rate: float = setting(0.0, "0: a tenth of the size's", above=0, decides="finetuning")

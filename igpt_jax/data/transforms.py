@@ -24,10 +24,11 @@ cv2.setNumThreads(1)
 # Increase whenever evaluation yields other pixels for the same file, so that kept results become stale.
 EVALUATION_VERSION = 2
 
-AUGMENTATIONS = ("none", "paper", "cifar", "shift")
+AUGMENTATIONS = ("none", "paper", "cifar", "shift", "photo")
 RESAMPLINGS = ("fused", "literal")
 PAPER_CROP = 224  # side of the crop, section 3.2
 PAPER_SHORT_SIDE = (256, 384)  # range of the random shorter side, both ends included
+_PHOTO_SHARE = 0.7  # least side of a photo's crop, of the shorter side
 
 
 # --- resampling ------------------------------------------------------------------------------------
@@ -192,6 +193,19 @@ def shift_train(image: np.ndarray, rng: np.random.Generator, resolution: int) ->
   return np.ascontiguousarray(padded[top : top + resolution, left : left + resolution])
 
 
+def photo_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
+  """Crops a square of 70 to 100% of the shorter side, wherever it lies, or its mirror image.
+
+  Not from the paper: for a person's few photos. It shifts and scales without filling any edge.
+  """
+  height, width = image.shape[:2]
+  most = min(height, width)
+  side = int(rng.integers(math.ceil(_PHOTO_SHARE * most), most + 1))
+  top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+  crop = resize_area(image[top : top + side, left : left + side], resolution, resolution)
+  return crop[:, ::-1] if rng.integers(2) else crop
+
+
 def train_transform(
   augment: str, resolution: int, resample: str = "fused"
 ) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
@@ -201,6 +215,7 @@ def train_transform(
     "paper": lambda image, rng: paper_train(image, rng, resolution, resample),
     "cifar": lambda image, rng: cifar_train(image, rng, resolution),
     "shift": lambda image, rng: shift_train(image, rng, resolution),
+    "photo": lambda image, rng: photo_train(image, rng, resolution),
     "none": lambda image, rng: fit(image, resolution),
   }[augment]
 

@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 from igpt_jax.config.fields import Settings
 from igpt_jax.parallel.hosts import say
 from igpt_jax.runner.pretraining import pretrain
+from igpt_jax.workspace import sizing
 
 
 def run(
   settings: Settings, workdir: str, mesh: Mesh | None = None, began: float | None = None
 ) -> None:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM, Ctrl-C)."""
-  outcome = pretrain(settings, workdir, mesh, began)
+  outcome = pretrain(sizing.size(settings, workdir, mesh), workdir, mesh, began)
   if outcome.stopped_by:
     say(
       f"stopped by {outcome.stopped_by} at step {outcome.step}: saved; the same command goes on "

@@ -1,7 +1,8 @@
 """Draws unconditional samples, and completions of held-out images.
 
-Writes samples.png (a grid), completions.png (rows of: prompt, completions …, original) and sample.json
-(settings, seed, and the samples' nats per token under the model).
+Writes samples.png (a grid), completions.png (rows of: prompt, completions …, original), completions.gif
+(their pixels appearing) and sample.json (settings, seed, and the samples' nats per token under the
+model).
 """
 
 import math
@@ -21,6 +22,8 @@ from igpt_jax.reporting import figures, summary
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, PartialSamples, prompt_rows
 from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
+
+_ANIMATED = 8  # images whose completions are animated, at most
 
 
 def run(settings: Settings, workdir: str) -> None:
@@ -80,6 +83,13 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
     title=f"Completions of test images, {by}",
   )
   figures.save_png(os.path.join(out, "completions.png"), completed)
+  frames = figures.appearing(
+    [image for images in drawn[:_ANIMATED] for image in images],
+    rows_given * resolution,
+    columns=per_image,
+    scale=scale or figures.default_scale(resolution),
+  )
+  figures.save_gif(os.path.join(out, "completions.gif"), frames)
   completed_nll = completions.nll[:, rows_given * resolution :]
   values = {
     "checkpoint": info.path,
@@ -95,11 +105,11 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
     "completions_nats_per_token": float(completed_nll.mean()),
     "each_sample_nats_per_token": [round(float(nats), 4) for nats in samples.nll.mean(1)],
     "each_completion_nats_per_token": [round(float(nats), 4) for nats in completed_nll.mean(1)],
-    "pictures": "samples.png, completions.png",
+    "pictures": "samples.png, completions.png, completions.gif",
   }
   summary.write_json(os.path.join(out, "sample.json"), values)
   summary.write_summary(out)
-  say(f"wrote samples.png and completions.png to {out}")
+  say(f"wrote samples.png, completions.png and completions.gif to {out}")
 
 
 def held_out(settings: Settings, palette: Palette) -> tuple[np.ndarray, str]:

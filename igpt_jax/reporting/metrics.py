@@ -1,10 +1,15 @@
-"""Writers of metrics: metrics.jsonl always, TensorBoard and Weights & Biases if configured."""
+"""Writers of metrics: metrics.jsonl always, TensorBoard and Weights & Biases if configured.
+
+The latter two show images as well.
+"""
 
 import contextlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from igpt_jax.errors import UserError
 from igpt_jax.files import replacing, sync
@@ -102,6 +107,10 @@ class TensorBoardWriter:
         self._writer.add_scalar(name, value, step)
     self._writer.flush()
 
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    self._writer.add_image(name, image, step, dataformats="HWC")
+    self._writer.flush()
+
   def close(self) -> None:
     self._writer.close()
 
@@ -136,6 +145,11 @@ class WandbWriter:
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     self._run.log(dict(values), step=step)
 
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    import wandb
+
+    self._run.log({name: wandb.Image(image)}, step=step)
+
   def close(self) -> None:
     self._run.finish()
 
@@ -149,6 +163,12 @@ class Writers:
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     for writer in self._writers:
       writer.write(step, values)
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Writes an image, uint8 [H, W, 3], to those that show images."""
+    for writer in self._writers:
+      if not isinstance(writer, JsonlWriter):
+        writer.image(step, name, image)
 
   def sync(self) -> None:
     """Flushes metrics.jsonl, which a resumed run goes on with, to the disk."""

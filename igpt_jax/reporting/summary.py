@@ -29,6 +29,7 @@ _SECTIONS: dict[str, tuple[str, Mapping[str, str | Callable[[Any], str]]]] = {
       "step": "{:,} steps",
       "loss": "last training loss {:.4f} nats/token",
       "validation_loss": "validation {:.4f} nats/token",
+      "validation_gap": "{:+.4f} from the mean of the last training losses",
       "images_per_second": lambda speed: f"{significant(speed)} images/s in the last interval",
       "elapsed_seconds": "{:,.0f} s in all",
       "goodput": "goodput {:.1%}",

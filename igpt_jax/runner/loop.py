@@ -22,6 +22,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.reporting.progress import Progress, doing
 from igpt_jax.runner import goodput, saving
 from igpt_jax.runner.guard import Guard
+from igpt_jax.runner.progress_images import NoImages
 from igpt_jax.runner.stop_signal import StopSignal
 from igpt_jax.training import compilation
 from igpt_jax.training.bad_numbers import BadNumbers
@@ -60,6 +61,7 @@ class Work:
     log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
     describe: step -> the `run` in the checkpoint of that step.
     evaluate: state -> metrics; None: there are no images to evaluate on.
+    images: draws what the state makes of held-out images, after each evaluation and once early.
     ended: returns True, after an evaluation, to end before the last step.
     kept: state -> the part of it that checkpoints hold.
     scores: step -> metrics by which the best checkpoint is kept; None: that step has none.
@@ -81,6 +83,12 @@ class Work:
   scores: Callable[[int], dict[str, float] | None] = lambda step: None
   flops: float = 0.0
   shown: Sequence[tuple[str, str]] = Progress.PRETRAINING
+  images: NoImages = dataclasses.field(default_factory=NoImages)
+
+  def evaluates_at(self, step: int, steps: int) -> bool:
+    """Returns True if a run of `steps` is to be evaluated at this step."""
+    due = step >= steps or (self.eval_every and step % self.eval_every == 0)
+    return bool(self.evaluate and due)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +196,8 @@ def run(
   """
   save_state, writers = instruments.save, instruments.writers
   clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal(save_state.newest)
-  first_step = at_step = int(train_state.step)
+  # The checkpoint that a run resumes from has been evaluated.
+  first_step = at_step = evaluated_at = int(train_state.step)
   batches = work.batches(first_step)
   clock.reads(batches)
   clock.enter("step")
@@ -203,17 +212,15 @@ def run(
     jax.block_until_ready(train_state)
     return instruments.pause(function, phase)
 
-  def evaluation_due() -> bool:
-    return bool(work.evaluate and work.eval_every) and at_step % work.eval_every == 0
-
-  evaluated_at = first_step  # the checkpoint that a run resumes from has been evaluated
+  def draw_images() -> None:
+    pause(functools.partial(work.images, train_state, writers), "evaluation")
 
   def evaluate() -> None:
     nonlocal evaluated_at
     assert work.evaluate is not None
     evaluated_at = at_step
-    values = pause(functools.partial(work.evaluate, train_state), "evaluation")
-    instruments.tell(at_step, values)
+    instruments.tell(at_step, pause(functools.partial(work.evaluate, train_state), "evaluation"))
+    draw_images()
 
   def agree_and_save() -> None:
     if at_step > first_step:
@@ -228,10 +235,12 @@ def run(
   with _settled(save_state), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
-        if evaluation_due():
+        if work.evaluates_at(at_step, steps):
           evaluate()
           if work.ended():
             break
+        elif work.images.overdue():
+          draw_images()
         if at_step % work.save_every == 0 or save_state.failed():
           save()
       # Asynchronous: the transfer overlaps with the step before.
@@ -257,8 +266,7 @@ def run(
     if profiler.tracing:
       pause(profiler.close, "profile")
     # Also when stopped: resuming expects that every checkpoint has been evaluated.
-    at_end = work.evaluate is not None and at_step >= steps
-    if at_step > evaluated_at and (at_end or evaluation_due()):
+    if at_step > evaluated_at and work.evaluates_at(at_step, steps):
       evaluate()
     save()
     clock.enter("checkpoint")  # it is still being written

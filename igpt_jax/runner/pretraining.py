@@ -25,12 +25,14 @@ from igpt_jax.reporting import metrics, progress, summary
 from igpt_jax.reporting.curves import draw_curve
 from igpt_jax.runner.data_order import DataOrder
 from igpt_jax.runner.loop import Work
+from igpt_jax.runner.progress_images import NoImages, ProgressImages
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.workspace import memory, streams, training_palette, weights
 
 RESULT = "training.json"  # written when a run has made all its steps
+_LOSSES = 10  # logged losses, of a batch each, whose mean stands for training's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +112,10 @@ def pretrain(
         eval_every=train.eval_every,
         save_every=train.checkpoint_every,
         evaluate=_evaluation(settings, held_out, likelihood, palette, mesh),
+        images=_images(settings, workdir, held_out, palette, model, mesh),
       ),
     )
-    newest = metrics.newest(os.path.join(workdir, "metrics.jsonl")) if hosts.is_main() else {}
+    newest = _newest(os.path.join(workdir, "metrics.jsonl")) if hosts.is_main() else {}
     if outcome.stopped_by is None and hosts.is_main():
       _finish(workdir, {
         "step": outcome.step, "parameters": count_params(model), "elapsed_seconds": run.elapsed(),
@@ -120,6 +123,15 @@ def pretrain(
       })  # fmt: skip
   losses = {name: newest[name] for name in ("loss", "validation_loss") if name in newest}
   return Outcome(outcome.step, outcome.stopped_by, losses, workdir)
+
+
+def _newest(path: str) -> dict[str, Any]:
+  """Returns the newest metrics and, if images are held out, how far their loss lies above training's."""
+  newest = metrics.newest(path)
+  losses = [record["loss"] for record in metrics.read_jsonl(path) if "loss" in record][-_LOSSES:]
+  if losses and "validation_loss" in newest:
+    newest["validation_gap"] = newest["validation_loss"] - sum(losses) / len(losses)
+  return newest
 
 
 def _evaluation(
@@ -148,6 +160,24 @@ def _evaluation(
     return {"validation_loss": result.nats_per_token} if result.predicted else {}
 
   return evaluate
+
+
+def _images(
+  settings: Settings,
+  workdir: str,
+  held_out: Split | None,
+  palette: Palette | None,
+  model: ImageGPTConfig,
+  mesh: Mesh,
+) -> NoImages:
+  """Returns what draws `train.progress_images`; nothing where none are wanted, or can be shown."""
+  if not settings.train.progress_images:
+    return NoImages()
+  if held_out is None or palette is None or held_out.is_tokens:
+    why = "nothing is held out" if held_out is None else "the data are tokens, without images"
+    say(f"train.progress_images: none are drawn: {why}")
+    return NoImages()
+  return ProgressImages(settings, workdir, held_out, palette, model, mesh)
 
 
 def _forget_result(workdir: str) -> None:

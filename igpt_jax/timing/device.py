@@ -115,6 +115,21 @@ def measure_training(
   tick: Ticker,
 ) -> Training:
   """Measures the step as pretraining compiles and runs it, on random tokens."""
+  compiled, run_step = training_step(config, train_step, optimizer, mesh, batch_size)
+  say(f"training: {compiled.took}; {compiled.memory}")
+  matmul, flops = large_matmul(config.dtype, mesh)
+  timings = take_turns({"step": run_step, "matmul": matmul}, repeats, tick)
+  return Training(compiled, timings["step"], timings["matmul"], flops, peak_bytes(mesh))
+
+
+def training_step(
+  config: ImageGPTConfig,
+  train_step: Callable,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  batch_size: int,
+) -> tuple[compilation.CompiledStep, Call]:
+  """Compiles the step as pretraining does; returns it, and a call that makes it on random tokens."""
   shape = (batch_size, config.n_positions)
   tokens = np.random.default_rng(0).integers(config.n_vocab, size=shape, dtype=np.uint16)
   batch = {"tokens": sharding.put_global(tokens, mesh)}
@@ -122,16 +137,13 @@ def measure_training(
   abstract = state.abstract_state(config, optimizer)
   shardings = state.state_shardings(config, optimizer, mesh)
   compiled = compilation.compile_step(train_step, abstract, shardings, batch)
-  say(f"training: {compiled.took}; {compiled.memory}")
 
   def run_step() -> step.Metrics:
     nonlocal train_state
     train_state, metrics = compiled(train_state, batch)
     return metrics
 
-  matmul, flops = large_matmul(config.dtype, mesh)
-  timings = take_turns({"step": run_step, "matmul": matmul}, repeats, tick)
-  return Training(compiled, timings["step"], timings["matmul"], flops, peak_bytes(mesh))
+  return compiled, run_step
 
 
 def large_matmul(dtype: str, mesh: Mesh) -> tuple[Call, float]:

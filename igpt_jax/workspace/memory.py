@@ -59,6 +59,16 @@ def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
     )
 
 
+def lacking_beside_state(compiled: CompiledStep, model: ImageGPTConfig, mesh: Mesh) -> str:
+  """Returns in words what a program lacks on a device that holds a training state, too; "": it fits."""
+  available = hardware.memory_bytes(mesh.devices.flat[0])
+  state = _STATE_BYTES * count_params(model) / sharding.weight_shards(mesh)
+  need = compiled.needed_bytes + state
+  if available is None or need <= available:
+    return ""
+  return f"need {units.memory(need)} of each device beside the training state, which has {units.memory(available)}"
+
+
 def in_words(error: Exception, job: str) -> UserError | None:
   """Returns the error to report for an exhausted memory; None: `error` is another."""
   exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (

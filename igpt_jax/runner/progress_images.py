@@ -1,0 +1,199 @@
+"""Held-out images as the model under training completes them: WORKDIR/progress/STEP.png.
+
+Rows of: the image with its lower part grey, completions, the original. The same images and the same
+random numbers every time, so that one sees the model learn. Nothing of the training changes: the draws
+have keys of their own, and the state is only read.
+"""
+
+import glob
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image, PngImagePlugin
+
+from igpt_jax import files
+from igpt_jax.checkpoint import checksum
+from igpt_jax.config import choices
+from igpt_jax.config.fields import Settings
+from igpt_jax.data.palette import Palette
+from igpt_jax.data.sources import Split
+from igpt_jax.model.decoding import autoregressive, masked
+from igpt_jax.model.image_gpt import ImageGPTConfig, Params, to_compute_dtypes
+from igpt_jax.parallel import hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import figures
+from igpt_jax.reporting.metrics import Writers
+from igpt_jax.sampling.completer import InputImage, prompt_rows, sample_keys
+from igpt_jax.training import compilation
+from igpt_jax.training.state import TrainState
+from igpt_jax.workspace import memory, streams
+
+FOLDER = "progress"
+_FIRST_SECONDS = 30.0  # of steps before the first images, if no evaluation comes before
+_MADE_FROM = "igpt_jax"  # key of a PNG's text: the digest of all that decides its pixels
+
+
+class NoImages:
+  """Stand-in of a run that draws no images."""
+
+  def overdue(self) -> bool:
+    return False
+
+  def __call__(self, at: TrainState, writers: Writers) -> None:
+    del at, writers
+
+
+class ProgressImages(NoImages):
+  """Completions of a few held-out images by the state that it is called with.
+
+  Every process must call it, and `overdue`, at the same step.
+
+  Args:
+    settings: the run's; `sample` says how to draw, `train.progress_images` how many images.
+    folder: the run's.
+    held_out: the images to choose from.
+    palette: the tokens' colours.
+    model: the trained model's config.
+    mesh: the mesh of the state.
+  """
+
+  def __init__(
+    self,
+    settings: Settings,
+    folder: str,
+    held_out: Split,
+    palette: Palette,
+    model: ImageGPTConfig,
+    mesh: Mesh,
+  ):
+    self._settings, self._palette, self._model, self._mesh = settings, palette, model, mesh
+    self._folder = os.path.join(folder, FOLDER)
+    order = np.random.default_rng(settings.seed).permutation(len(held_out))
+    self._images = held_out.select(np.sort(order[: settings.train.progress_images]))
+    self._side = settings.data.resolution
+    self._rows_given = prompt_rows(settings.sample.keep, self._side)
+    drawn_before = bool(glob.glob(os.path.join(glob.escape(self._folder), "*.png")))
+    self._drawn = bool(hosts.from_main(drawn_before))
+    self._since: float | None = None
+    self._draw: Callable[[Params], np.ndarray] | None = None
+    self._fits = True
+
+  def overdue(self) -> bool:
+    """Returns True if nothing has been drawn `_FIRST_SECONDS` after the first call."""
+    if self._drawn:
+      return False
+    if self._since is None:
+      self._since = time.monotonic()
+    return bool(hosts.from_main(time.monotonic() - self._since > _FIRST_SECONDS))
+
+  def __call__(self, at: TrainState, writers: Writers) -> None:
+    """Writes the step's images, unless a file holds those of this very state; tells the writers."""
+    self._drawn = True
+    if not self._fits:
+      return
+    step = int(at.step)
+    path = os.path.join(self._folder, f"{step}.png")
+    made_from = files.digest({
+      "parameters": checksum.checksum(at.params),
+      "images": self._images.fingerprint,
+      "rows_given": self._rows_given,
+      "per_image": self._settings.sample.per_image,
+      "sampling": repr(choices.sampling_config(self._settings)),
+      "seed": self._settings.seed,
+    })  # fmt: skip
+    image = _whole(path, made_from) if hosts.is_main() else None
+    if not hosts.from_main(image is not None):
+      if self._draw is None:
+        self._draw = self._compiled(at.params)
+      if self._draw is None:
+        return
+      drawn = self._draw(at.params)
+      if hosts.is_main():
+        image = self._lay_out(drawn, step)
+        os.makedirs(self._folder, exist_ok=True)
+        about = PngImagePlugin.PngInfo()
+        about.add_text(_MADE_FROM, made_from)
+        with files.replacing(path) as partial:
+          Image.fromarray(image).save(partial, format="PNG", pnginfo=about)
+        say(f"wrote {FOLDER}/{step}.png")
+    if image is not None:
+      writers.image(step, FOLDER, image)
+
+  def _compiled(self, params: Params) -> Callable[[Params], np.ndarray] | None:
+    """Returns the function of parameters that draws tokens [N, T]; None: there is no memory for it."""
+    settings, model, mesh = self._settings, self._model, self._mesh
+    per_image, sampling = settings.sample.per_image, choices.sampling_config(settings)
+    self._tokens = streams.tokens_of(self._images, settings.data, self._palette)
+    n, n_given = len(self._tokens), self._rows_given * self._side
+    padded = sharding.round_up_batch(mesh, n)
+    tokens = np.pad(self._tokens.astype(np.int32), ((0, padded - n), (0, 0)))
+    images = [InputImage("", image, stream=i) for i, image in enumerate(tokens)]
+    keys = sample_keys(images, np.arange(per_image), padded * per_image, settings.seed)
+
+    def complete(params, keys, prompts):
+      params = to_compute_dtypes(model, params)
+      shared = {"samples_per_image": per_image, "cache_dtype": settings.sample.cache}
+      return autoregressive.complete(
+        model, params, prompts, keys, sampling=sampling, **shared
+      ).tokens
+
+    def fill(params, keys, tokens, known):
+      params, passes = to_compute_dtypes(model, params), settings.complete.passes
+      return masked.fill(model, params, tokens, known, keys, steps=passes, sampling=sampling).tokens
+
+    if model.causal:
+      draw, given = complete, [tokens[:, :n_given]]
+    else:
+      tokens = np.repeat(tokens, per_image, axis=0)
+      known = np.broadcast_to(np.arange(tokens.shape[1]) < n_given, tokens.shape)
+      draw, given = fill, [tokens, known]
+    with jax.set_mesh(mesh):
+      placed = [sharding.put_global(np.ascontiguousarray(array), mesh) for array in given]
+      jitted = jax.jit(draw, out_shardings=sharding.replicated(mesh))
+      compiled = compilation.timed(lambda: jitted.lower(params, keys, *placed).compile())
+    lack = memory.lacking_beside_state(compiled, model, mesh)
+    self._fits = not hosts.on_any(bool(lack))
+    if not self._fits:
+      say(
+        f"train.progress_images: none are drawn: {n} images of {per_image} completions {lack}; fix: "
+        "fewer train.progress_images or sample.per_image, or sample.cache='int8'"
+      )
+      return None
+    say(f"progress images: {compiled.took}; {compiled.memory}")
+
+    def drawn(params: Params) -> np.ndarray:
+      with jax.set_mesh(mesh):
+        return np.asarray(jax.device_get(compiled.executable(params, keys, *placed)))
+
+    return drawn
+
+  def _lay_out(self, drawn: np.ndarray, step: int) -> np.ndarray:
+    """Returns the grid of the images and their completions at a step."""
+    side, per_image = self._side, self._settings.sample.per_image
+
+    def paint(tokens: np.ndarray) -> np.ndarray:
+      return self._palette.decode(tokens).reshape(-1, side, side, 3)
+
+    originals = paint(self._tokens)
+    completed = paint(drawn[: len(originals) * per_image])
+    return figures.completions(
+      np.arange(side)[:, None] < self._rows_given,
+      list(zip(originals, np.split(completed, len(originals)), strict=True)),
+      scale=self._settings.sample.scale,
+      title=f"Completions of held-out images, step {step:,}",
+    )
+
+
+def _whole(path: str, made_from: str) -> np.ndarray | None:
+  """Returns the pixels of a whole PNG that was made from this; None: there is none."""
+  try:
+    with Image.open(path) as image:
+      image.load()
+      same = getattr(image, "text", {}).get(_MADE_FROM) == made_from
+      return np.asarray(image.convert("RGB")) if same else None
+  except (OSError, SyntaxError, ValueError):  # Pillow raises any of these for a damaged PNG
+    return None

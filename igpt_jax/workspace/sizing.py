@@ -1,0 +1,327 @@
+"""Choice of a run's size by the machine's speed and the number of images: `config.sizing.minutes`.
+
+A setting is chosen where it has the program's default (`config.base()`); one that a config file or a
+flag sets otherwise is kept. A small model's step is timed, the others' extrapolated by FLOPs, and the
+chosen one timed to make sure. What is chosen goes into config.json, from which every later start
+reads it, and the measured times into sizing.json.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from igpt_jax import files
+from igpt_jax.checkpoint import CheckpointInfo
+from igpt_jax.config import choices
+from igpt_jax.config.fields import FIELDS, Settings
+from igpt_jax.data.sources import open_split
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.parallel import hosts, sharding
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import summary
+from igpt_jax.timing import device
+from igpt_jax.training import compilation, objectives, optimizer, step
+from igpt_jax.workspace import devices, memory, weights
+from igpt_jax.workspace import workdir as workdir_lib
+
+RECORD = "sizing.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One size of a run.
+
+  Attributes:
+    choices: settings that it decides -> value.
+    first_images: images, seen again counted again, of a first result; four times as many of a good one.
+    least_images: images of train below which it learns them by heart too soon.
+  """
+
+  choices: dict[str, Any]
+  first_images: int
+  least_images: int = 0
+
+
+def _candidate(
+  resolution: int, layers: int, heads: int, width: int, colours: int, rate: float, *images: int
+) -> Candidate:
+  made = {
+    "data.resolution": resolution,
+    "model.n_layer": layers,
+    "model.n_head": heads,
+    "model.n_embd": width,
+    "palette.size": colours,
+    "train.learning_rate": rate,
+  }
+  return Candidate(made, *images)
+
+
+# From small to large. Those that cost the most in FLOPs per image come last.
+_CANDIDATES = (
+  _candidate(16, 4, 4, 64, 128, 3e-3, 6_000),
+  _candidate(16, 4, 4, 128, 256, 3e-3, 5_000),
+  _candidate(24, 4, 4, 128, 256, 3e-3, 7_000, 100),
+  _candidate(32, 4, 4, 128, 256, 3e-3, 8_000, 100),
+  _candidate(32, 8, 4, 128, 512, 2e-3, 16_000, 150),
+  _candidate(32, 8, 8, 256, 512, 1e-3, 64_000, 2_000),
+  _candidate(32, 24, 8, 512, 512, 1e-3, 1_000_000, 100_000),
+)
+_GOOD = 4  # first results' images in a good one
+_MOST_PASSES = 120  # over the training images: more only learn them by heart
+_TRAINED_RATE, _TRAINED_IMAGES = (
+  3e-4,
+  2_000,
+)  # learning rate and first images from a trained model on
+_FOR_STEPS = (
+  0.8  # share of the time that is left for steps by input, evaluation, images, checkpoints
+)
+_LEAST_STEPS, _MANY_STEPS = 20, 1_500  # of a run; beyond many, batches grow
+_BATCHES = (16, 128)  # smallest and largest batch
+_SLACK = 1.25  # by which a timed step may be slower than the extrapolated one
+_LOG_SECONDS, _EVAL_SECONDS = 10.0, 75.0
+_EVAL_IMAGES = 256
+_REPEATS = 5  # timings of a step
+_CADENCE = (
+  "train.batch_size", "train.steps", "train.warmup_steps", "train.log_every", "train.eval_every",
+  "train.eval_images", "train.checkpoint_every",
+)  # fmt: skip
+_CHOSEN = (*_CANDIDATES[0].choices, *_CADENCE)
+
+
+def _value(settings: Settings, name: str) -> Any:
+  group, _, field = name.rpartition(".")
+  return getattr(getattr(settings, group), field)
+
+
+def _open(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
+  """Returns those values whose settings have the program's defaults."""
+  return {
+    name: value for name, value in values.items() if _value(settings, name) == FIELDS[name].default
+  }
+
+
+def _with(settings: Settings, values: dict[str, Any]) -> Settings:
+  """Returns the settings with these values, by "group.field"."""
+  groups: dict[str, dict[str, Any]] = {}
+  for name, value in values.items():
+    group, _, field = name.rpartition(".")
+    groups.setdefault(group, {})[field] = value
+  changed = {
+    group: dataclasses.replace(getattr(settings, group), **fields)
+    for group, fields in groups.items()
+  }
+  return dataclasses.replace(settings, **changed)
+
+
+def _as_begun(settings: Settings, theirs: dict[str, Any], workdir: str) -> Settings:
+  """Returns the settings with what was chosen for the run that has been begun in `workdir`.
+
+  With more `sizing.minutes` than the run was sized for, `train.steps` grows by the measured time.
+  """
+  kept = {name: theirs[name] for name in _CHOSEN}
+  minutes, before = settings.sizing.minutes, theirs["sizing.minutes"]
+  if minutes > before:
+    kept["train.steps"] = max(_longer(settings, workdir), kept["train.steps"])
+    say(
+      f"sizing: {minutes:g} minutes instead of {before:g}: {kept['train.steps']:,} steps instead of "
+      f"{theirs['train.steps']:,}"
+    )
+  return _with(settings, _open(settings, kept))
+
+
+def _longer(settings: Settings, workdir: str) -> int:
+  """Returns the steps of a sized run for the settings' minutes."""
+  path = os.path.join(workdir, RECORD)
+  try:
+    record = files.read_json(path)
+    seconds, most = float(record["step_seconds"]), int(record["most_steps"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"sizing.minutes: {settings.sizing.minutes:g}; {path} can't be read ({error}), which has the time of "
+      "a step; fix: --config.train.steps="
+    ) from None
+  return _steps(settings.sizing.minutes, seconds, most)
+
+
+def _steps(minutes: float, step_seconds: float, most: int) -> int:
+  """Returns the steps that so many minutes allow, at most `most`."""
+  return min(max(round(minutes * 60 * _FOR_STEPS / step_seconds), _LEAST_STEPS), most)
+
+
+def size(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Settings:
+  """Returns the settings with the size chosen, if they ask for it.
+
+  A run that has been begun in `workdir` keeps the size that was chosen then. Every process must call it:
+  they time steps together, and the main one's times decide.
+  """
+  if not settings.sizing.minutes:
+    return settings
+  if (theirs := workdir_lib.read(workdir)) is not None:
+    return _as_begun(settings, theirs, workdir) if theirs.get("sizing.minutes") else settings
+  images = len(open_split(settings.data, "train"))
+  start = weights.describe(settings.init_from, settings) if settings.init_from else None
+  mesh = mesh or devices.mesh_of(settings)
+  workdir_lib.open_workdir(workdir)
+  say(
+    f"sizing: timing steps here, for about {settings.sizing.minutes:g} minutes with {images:,} images"
+  )
+  return _chosen(settings, images, start, mesh).told(workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """A run of one size.
+
+  Attributes:
+    settings: the run's.
+    model: its model.
+    images: images of train.
+    step_seconds: time of a step, extrapolated or measured.
+    most_steps: steps beyond which there is little to gain.
+  """
+
+  settings: Settings
+  model: ImageGPTConfig
+  images: int
+  step_seconds: float
+  most_steps: int
+
+  @property
+  def batch_size(self) -> int:
+    return self.settings.train.batch_size
+
+  def minutes(self, steps: int) -> float:
+    """Returns the minutes that so many steps take, with all that goes on beside them."""
+    return steps * self.step_seconds / (60 * _FOR_STEPS)
+
+  def told(self, workdir: str) -> Settings:
+    """Says what was chosen, writes it into sizing.json, and returns the run's settings."""
+    settings, model, steps = self.settings, self.model, self.settings.train.steps
+    side, passes = settings.data.resolution, steps * self.batch_size / self.images
+    first, good = self.minutes(steps), self.minutes(self.most_steps)
+    say(
+      f"sizing: {side}×{side} pixels of {model.n_vocab} colours, {model.n_layer} layers of {model.n_embd}; "
+      f"a step of {self.batch_size} images takes {self.step_seconds:.2g} s here: {steps:,} steps, "
+      f"{passes:,.3g} times each image"
+    )
+    about = f"sizing: about {_in_words(first)} on this machine for a first result"
+    if good > first + 1:
+      say(f"{about}, {good:.0f} for a good one (--config.sizing.minutes={math.ceil(good)})")
+    else:
+      say(f"{about}; with so few images, more steps would only learn them by heart")
+    values = {
+      "minutes": settings.sizing.minutes, "images": self.images, "step_seconds": self.step_seconds,
+      "most_steps": self.most_steps, "first_minutes": first, "good_minutes": good,
+      "chosen": {name: _value(settings, name) for name in _CHOSEN},
+    }  # fmt: skip
+    if hosts.is_main():
+      summary.write_json(os.path.join(workdir, RECORD), values)
+    return settings
+
+
+def _in_words(minutes: float) -> str:
+  return "a minute" if minutes < 1.5 else f"{minutes:.0f} minutes"
+
+
+def _chosen(settings: Settings, images: int, start: CheckpointInfo | None, mesh: Mesh) -> _Plan:
+  """Returns the plan of the largest size whose first result the minutes allow."""
+  if start is not None:
+    from_start = {"data.resolution": start.run["resolution"], "train.learning_rate": _TRAINED_RATE}
+    sizes = [Candidate(from_start, _TRAINED_IMAGES)]
+  else:
+    sizes = [size for size in _CANDIDATES if size.least_images <= images]
+
+  def plan(size: Candidate, image_seconds: float, batch_size: int = 0) -> _Plan:
+    return _plan(settings, size, images, start, mesh, image_seconds, batch_size)
+
+  def reaches(size: Candidate, image_seconds: float) -> bool:
+    return size.first_images * image_seconds <= settings.sizing.minutes * 60 * _FOR_STEPS
+
+  # A few images fill a CPU's cores, not an accelerator.
+  trial = plan(sizes[0], 1.0, _BATCHES[mesh.devices.flat[0].platform != "cpu"])
+  trial_seconds = _timed(trial, mesh)
+  speed = compilation.flops_per_image(trial.model) * trial.batch_size / trial_seconds
+  for size in reversed(sizes):
+    flops = compilation.flops_per_image(plan(size, 1.0).model)
+    guessed = plan(size, flops / speed)
+    if size is not sizes[0] and not reaches(size, flops / speed):
+      continue
+    try:
+      same = size is sizes[0] and guessed.batch_size == trial.batch_size
+      image_seconds = (trial_seconds if same else _timed(guessed, mesh)) / guessed.batch_size
+    except UserError:  # it doesn't fit the devices' memory
+      if size is sizes[0]:
+        raise
+      continue
+    if size is sizes[0] or reaches(size, image_seconds / _SLACK):
+      return plan(size, image_seconds, guessed.batch_size)
+  raise AssertionError("the smallest size is always taken")
+
+
+def _plan(
+  settings: Settings,
+  size: Candidate,
+  images: int,
+  start: CheckpointInfo | None,
+  mesh: Mesh,
+  image_seconds: float,
+  batch_size: int,
+) -> _Plan:
+  """Returns the run of a size at this speed; `batch_size` 0: chosen."""
+  kept = dict(size.choices)
+  if settings.model.size:
+    kept = {name: kept[name] for name in ("data.resolution", "palette.size") if name in kept}
+  if settings.palette.path:
+    kept.pop("palette.size", None)
+  sized = _with(settings, _open(settings, kept))
+  most_images = min(_GOOD * size.first_images, _MOST_PASSES * images)
+  seen = min(settings.sizing.minutes * 60 * _FOR_STEPS / image_seconds, most_images)
+  if not batch_size:
+    batch_size = _BATCHES[0]
+    while batch_size < _BATCHES[1] and seen > batch_size * _MANY_STEPS:
+      batch_size *= 2
+  batch_size = sharding.round_up_batch(mesh, batch_size)
+  sized = _with(sized, _open(settings, {"train.batch_size": batch_size}))
+  seconds = image_seconds * sized.train.batch_size
+  most_steps = max(-(-most_images // sized.train.batch_size), _LEAST_STEPS)
+  steps = _steps(settings.sizing.minutes, seconds, most_steps)
+  steps = _open(settings, {"train.steps": steps}).get("train.steps", settings.train.steps)
+  every = min(max(round(_EVAL_SECONDS / seconds), 1), max(steps // 5, 1))
+  cadence = {
+    "train.steps": steps,
+    "train.warmup_steps": min(steps // 10, 200),
+    "train.log_every": min(max(round(_LOG_SECONDS / seconds), 1), 50),
+    "train.eval_every": every,
+    "train.eval_images": _EVAL_IMAGES,
+    "train.checkpoint_every": every,
+  }
+  sized = _with(sized, _open(settings, cadence))
+  settled = choices.settle(sized, None if start is None else start.config)
+  model = choices.model_config(settled, n_vocab=choices.palette_size(settled))
+  return _Plan(sized, model, images, seconds, max(most_steps, steps))
+
+
+def _timed(plan: _Plan, mesh: Mesh) -> float:
+  """Returns the seconds of a compiled step of the plan.
+
+  Raises:
+    UserError: it doesn't fit the devices' memory.
+  """
+  settings = plan.settings
+  memory.check_state(plan.model, mesh)
+  config = choices.optimizer_config(settings)
+  schedule = optimizer.make_schedule(config)
+  kind = "autoregressive" if plan.model.causal else "masked"
+  objective = objectives.make_objective(kind, settings.mask_probability)
+  tx = optimizer.make_optimizer(config)
+  train_step = step.make_train_step(plan.model, objective, tx, schedule, settings.train.accumulate)
+  compiled, run_step = device.training_step(plan.model, train_step, tx, mesh, plan.batch_size)
+  memory.check_step(compiled, mesh)
+  with jax.set_mesh(mesh):
+    timed = device.take_turns({"step": run_step}, _REPEATS, lambda done: None)["step"]
+  return hosts.from_main(math.ceil(timed.seconds * 1e6)) / 1e6
