@@ -288,7 +288,7 @@ def test_images_that_vanish_or_break_meanwhile_end_nothing(tmp_path):
       next(batches)
 
 
-@pytest.mark.parametrize("augment", ["none", "cifar", "shift"])
+@pytest.mark.parametrize("augment", ["none", "cifar", "shift", "photo"])
 def test_large_photos_are_decoded_once(tmp_path, monkeypatch, augment):
   """What is cached is small; the images are those that decoding each time would give."""
   for i in range(20):
@@ -304,6 +304,20 @@ def test_large_photos_are_decoded_once(tmp_path, monkeypatch, augment):
     seen.append([loader.load(i % 5, rng)["image"] for i in range(15)])
     assert len(reads) == 5 * n_times
   np.testing.assert_array_equal(*seen)
+
+
+def test_a_kept_photo_is_still_cropped_anywhere(tmp_path):
+  """A wide photo whose pixels tell their column: crops reach both of its ends, from the cache, too."""
+  ramp = np.broadcast_to(np.linspace(0, 255, 600).astype(np.uint8)[None, :, None], (200, 600, 3))
+  for i in range(20):
+    (tmp_path / "wide").mkdir(exist_ok=True)
+    Image.fromarray(np.minimum(ramp, 255 - i)).save(tmp_path / "wide" / f"{i}.png")
+  config = config_of(tmp_path, augment="photo")
+  split = sources.open_split(config, "train")
+  loader = Loader(split, config, None, train=True, images=True)
+  rng = np.random.default_rng(0)
+  crops = [loader.load(0, rng)["image"] for _ in range(200)]
+  assert min(crop.min() for crop in crops) < 20 and max(crop.max() for crop in crops) > 220
 
 
 # --- refused ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,10 @@ class Loader:
   def _set_up(self):
     config = self._config
     evaluate = transforms.eval_transform(config.augment, config.resolution)
-    # Every recipe but the paper's in training begins with evaluation's, which does nothing the second
-    # time: an image is cached after it, so that a photo of 36 MB takes a few kB.
-    self._begin = None if self._train and config.augment == "paper" else evaluate
+    # An image is cached after it, so that a photo of 36 MB takes a few kB.
+    self._begin: Callable[[np.ndarray], np.ndarray] | None = evaluate
     if self._train:
+      self._begin = transforms.train_begin(config.augment, config.resolution)
       make = transforms.train_transform
       self._transform = make(config.augment, config.resolution, config.resample)
     else:

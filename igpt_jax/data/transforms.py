@@ -29,6 +29,7 @@ RESAMPLINGS = ("fused", "literal")
 PAPER_CROP = 224  # side of the crop, section 3.2
 PAPER_SHORT_SIDE = (256, 384)  # range of the random shorter side, both ends included
 _PHOTO_SHARE = 0.7  # least side of a photo's crop, of the shorter side
+_PHOTO_SIDE = 2  # a photo's shorter side, of the resolution, from which crops are taken
 
 
 # --- resampling ------------------------------------------------------------------------------------
@@ -193,11 +194,21 @@ def shift_train(image: np.ndarray, rng: np.random.Generator, resolution: int) ->
   return np.ascontiguousarray(padded[top : top + resolution, left : left + resolution])
 
 
+def photo_begin(image: np.ndarray, resolution: int) -> np.ndarray:
+  """Resizes an image so that its shorter side is at most twice the resolution; again, it does nothing."""
+  height, width = image.shape[:2]
+  share = _PHOTO_SIDE * resolution / min(height, width)
+  if share >= 1:
+    return image
+  return resize_area(image, round(height * share), round(width * share))
+
+
 def photo_train(image: np.ndarray, rng: np.random.Generator, resolution: int) -> np.ndarray:
   """Crops a square of 70 to 100% of the shorter side, wherever it lies, or its mirror image.
 
   Not from the paper: for a person's few photos. It shifts and scales without filling any edge.
   """
+  image = photo_begin(image, resolution)
   height, width = image.shape[:2]
   most = min(height, width)
   side = int(rng.integers(math.ceil(_PHOTO_SHARE * most), most + 1))
@@ -218,6 +229,18 @@ def train_transform(
     "photo": lambda image, rng: photo_train(image, rng, resolution),
     "none": lambda image, rng: fit(image, resolution),
   }[augment]
+
+
+def train_begin(augment: str, resolution: int) -> Callable[[np.ndarray], np.ndarray] | None:
+  """Returns the recipe's part that comes before all chance, and changes nothing the second time.
+
+  An image can be kept after it, small. None: the paper's recipe begins with a random size.
+  """
+  if augment == "paper":
+    return None
+  if augment == "photo":
+    return functools.partial(photo_begin, resolution=resolution)
+  return eval_transform(augment, resolution)
 
 
 def eval_transform(augment: str, resolution: int) -> Callable[[np.ndarray], np.ndarray]:
