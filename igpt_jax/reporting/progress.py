@@ -11,7 +11,7 @@ from igpt_jax import units
 _T = TypeVar("_T")
 
 # Seconds between two lines: a tenth of the time so far, within these.
-_SOONEST, _LATEST = 10.0, 60.0
+_SOONEST, _LATEST = 15.0, 60.0
 
 
 class Progress:
@@ -112,8 +112,12 @@ class Progress:
 
 
 @contextlib.contextmanager
-def doing(what: str, say: Callable[[str], None], after: float = 1.0) -> Iterator[None]:
+def doing(
+  what: str, say: Callable[[str], None], after: float = 1.0, ends: bool = True
+) -> Iterator[None]:
   """Says what the block does, and every now and then that it still does, if it takes longer than `after`.
+
+  Then it also says how long it took, unless `ends` is False because the caller does.
 
   A thread says so: the block may be one call into native code.
   """
@@ -136,7 +140,7 @@ def doing(what: str, say: Callable[[str], None], after: float = 1.0) -> Iterator
     yield
     ended.set()
     thread.join()
-    if spoke.is_set():
+    if spoke.is_set() and ends:
       say(f"{what}: {units.seconds(passed())}")
   finally:
     ended.set()

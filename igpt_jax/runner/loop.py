@@ -180,7 +180,12 @@ class _Logged:
 
 
 def run(
-  work: Work, train_state: TrainState, mesh: Mesh, steps: int, instruments: Instruments
+  work: Work,
+  train_state: TrainState,
+  mesh: Mesh,
+  steps: int,
+  instruments: Instruments,
+  stopped_by: str | None = None,
 ) -> Outcome:
   """Trains from `train_state` until `steps`, until `work.ended`, or until it is asked to stop.
 
@@ -190,12 +195,14 @@ def run(
     mesh: the mesh of state and batches.
     steps: the number of steps of the whole run.
     instruments: saving, logging, timing and checking.
+    stopped_by: a signal that has asked the run to stop already.
 
   Raises:
     BadNumbers: raised by the guard; checkpoints under way are complete.
   """
   save_state, writers = instruments.save, instruments.writers
   clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal(save_state.newest)
+  stop.requested = stopped_by
   # The checkpoint that a run resumes from has been evaluated.
   first_step = at_step = evaluated_at = int(train_state.step)
   batches = work.batches(first_step)
@@ -232,7 +239,7 @@ def run(
     clock.saved(at_step)
 
   compiled = values = None
-  with _settled(save_state), stop, batches, profiler, jax.set_mesh(mesh):
+  with _settled(save_state, stop), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < steps and not work.ended() and not stop.asked(at_step):
       if at_step > first_step:
         if work.evaluates_at(at_step, steps):
@@ -279,7 +286,7 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
   """Compiles the step for these arrays' shardings; raises UserError if it doesn't fit the devices."""
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
   shardings = jax.tree.map(lambda x: x.sharding, train_state)
-  with doing("compiling the training step", say):
+  with doing("compiling the training step", say, ends=False):
     compiled = compilation.compile_step(train_step, abstract, shardings, batch)
   say(f"{compiled.took}; {compiled.memory}")
   memory.check_step(compiled, mesh)
@@ -287,10 +294,11 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
 
 
 @contextlib.contextmanager
-def _settled(save: saving.Saver) -> Iterator[None]:
-  """Completes checkpoints under way before the run goes back."""
+def _settled(save: saving.Saver, stop: StopSignal) -> Iterator[None]:
+  """Completes checkpoints under way, and notes a request to stop, before the run goes back."""
   try:
     yield
-  except BadNumbers:
+  except BadNumbers as bad:
+    bad.stopped_by = stop.requested
     save.settle()
     raise

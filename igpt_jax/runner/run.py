@@ -182,17 +182,19 @@ class TrainingRun:
       BadNumbers: `settings.guard` says to stop, or the run can't go back.
       SaveFailed: the disk was full, or broken, for too long.
     """
+    stopped_by = None
     while True:
       try:
-        return self._train(state, work)
+        return self._train(state, work, stopped_by)
       except BadNumbers as bad:
         if self._kind is None or not bad.back:
           raise
+        stopped_by = bad.stopped_by
         guard.go_back(bad, self.settings.guard, self._folder)
       del self.checkpoints, state
       state = self._resume_again()
 
-  def _train(self, state: TrainState, work: Work) -> Outcome:
+  def _train(self, state: TrainState, work: Work, stopped_by: str | None) -> Outcome:
     self._since = time.monotonic()
     checkpoints, settings = self.checkpoints, self.settings
 
@@ -215,7 +217,7 @@ class TrainingRun:
       guard=guard.Guard(settings.guard, self._folder),
     )
     try:
-      outcome = loop.run(work, state, self.mesh, self._steps, instruments)
+      outcome = loop.run(work, state, self.mesh, self._steps, instruments, stopped_by)
     except Exception:
       with contextlib.suppress(OSError):  # the error that ends the run is the one to report
         writers.close()

@@ -231,6 +231,30 @@ def test_goes_on_after_it_went_back(tmp_path, monkeypatch):
   assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+def test_a_request_to_stop_outlives_going_back(tmp_path, monkeypatch, capsys):
+  """Asked to stop at the step whose numbers make it go back, it goes back and stops there."""
+  signals = []
+
+  class Heard(loop.StopSignal):
+    def __init__(self, *given):
+      super().__init__(*given)
+      signals.append(self)
+
+  look = guard.Guard.look
+
+  def asked_meanwhile(self, step, *given):
+    if step == 5:
+      signals[0]._answer("SIGTERM")
+    look(self, step, *given)
+
+  monkeypatch.setattr(loop, "StopSignal", Heard)
+  monkeypatch.setattr(guard.Guard, "look", asked_meanwhile)
+  monkeypatch.setattr(step_lib, "make_train_step", step_that(at(5)))
+  tiny.on_one_device(pretrain, config_of(**{"guard.in_row": 1}), str(tmp_path))
+  assert len(signals) == 2 and checkpoint.latest_step(str(tmp_path)) == 4
+  assert "stopped by SIGTERM at step 4" in capsys.readouterr().out
+
+
 def test_stops_when_it_is_to_stop(tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib, "make_train_step", step_that(at(5, 6, 7)))
   with pytest.raises(BadNumbers, match="3 updates in a row were left out"):
