@@ -290,10 +290,8 @@ def test_progress_speaks_by_time_and_counts_evaluations(clock):
   clock.now += 2.0
   assert progress.due()  # the first step
   assert progress.line(1, progress.speed(1)).endswith("ETA 0:33:18")
-  clock.now += 9.0
+  clock.now += 10.0
   assert not progress.due()
-  clock.now += 1.0
-  assert progress.due()
   progress.pause(100.0, evaluated=True)
   clock.now += 100.0
   measured = progress.measure(6)
@@ -307,11 +305,26 @@ def test_progress_speaks_by_time_and_counts_evaluations(clock):
   assert progress.due()
 
 
+def test_progress_speaks_more_often_at_first(clock):
+  progress = Progress(1_000, 8, 1e9, None)
+  progress.start(0)
+  progress.line(1, {})
+  clock.now += 14.0
+  assert not progress.due()
+  clock.now += 1.0
+  assert progress.due()
+
+
 def test_long_work_tells_that_it_goes_on():
   lines = []
   with doing("a moment", lines.append, after=60.0):
     pass
   assert not lines
+  with doing("told by the caller", lines.append, after=0.0, ends=False):
+    while not lines:
+      time.sleep(0.001)
+  assert lines == ["told by the caller …"]
+  lines.clear()
   with doing("compiling", lines.append, after=0.01):
     while not lines:
       time.sleep(0.001)
