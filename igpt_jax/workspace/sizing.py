@@ -126,11 +126,14 @@ def _as_begun(settings: Settings, theirs: dict[str, Any], workdir: str) -> Setti
   kept = {name: theirs[name] for name in _CHOSEN}
   minutes, before = settings.sizing.minutes, theirs["sizing.minutes"]
   if minutes > before:
-    kept["train.steps"] = max(_longer(settings, workdir), kept["train.steps"])
-    say(
-      f"sizing: {minutes:g} minutes instead of {before:g}: {kept['train.steps']:,} steps instead of "
-      f"{theirs['train.steps']:,}"
-    )
+    steps = kept["train.steps"] = max(_longer(settings, workdir), theirs["train.steps"])
+    change = f"{steps:,} steps instead of {theirs['train.steps']:,}"
+    if steps == theirs["train.steps"]:
+      change = (
+        f"{steps:,} steps, as before: with so few images, more would only learn them by heart "
+        f"(--config.train.steps={2 * steps} does)"
+      )
+    say(f"sizing: {minutes:g} minutes instead of {before:g}: {change}")
   return _with(settings, _open(settings, kept))
 
 
