@@ -201,12 +201,11 @@ def run(
     BadNumbers: raised by the guard; checkpoints under way are complete.
   """
   save_state, writers = instruments.save, instruments.writers
-  clock, profiler, stop = instruments.clock, instruments.profiler, StopSignal(save_state.newest)
-  stop.requested = stopped_by
+  clock, profiler = instruments.clock, instruments.profiler
+  stop = StopSignal(save_state.newest, stopped_by)
   # The checkpoint that a run resumes from has been evaluated.
   first_step = at_step = evaluated_at = int(train_state.step)
-  batches = work.batches(first_step)
-  clock.reads(batches)
+  clock.reads(batches := work.batches(first_step))
   clock.enter("step")
   logged = _Logged(instruments, batches)
 

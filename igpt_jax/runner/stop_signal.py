@@ -21,12 +21,13 @@ class StopSignal:
 
   Args:
     newest: returns the newest checkpoint's step, for the last words of a process that leaves.
+    requested: the signal that has asked already; None: none has.
   """
 
-  def __init__(self, newest: Callable[[], int | None]):
-    self.requested: str | None = None
+  def __init__(self, newest: Callable[[], int | None], requested: str | None = None):
+    self.requested = requested
     self._newest = newest
-    self._heard: str | None = None
+    self._heard = requested
     self._last_step, self._lock = 0, threading.Lock()
 
   def begin(self) -> None:
