@@ -1,5 +1,6 @@
 """Sizes of a run: larger on faster machines, small for few images, chosen once, kept where given."""
 
+import dataclasses
 import json
 import math
 
@@ -164,10 +165,15 @@ def test_trained_weights_keep_their_model(photos, tmp_path, machine):
 
 
 def begin(settings, folder):
-  """Claims the folder, as a run does that begins there."""
+  """Claims the folder, as a run does that begins there and comes to a checkpoint."""
   found = sized(settings, folder)
-  workdir.claim(found, str(folder))
+  claim(found, folder)
   return found
+
+
+def claim(settings, folder):
+  workdir.claim(settings, str(folder))
+  (folder / "checkpoints" / "10").mkdir(parents=True)
 
 
 def test_a_run_is_sized_once(photos, tmp_path, machine):
@@ -201,9 +207,22 @@ def test_more_minutes_are_more_steps(photos, tmp_path, machine, capsys):
 
 def test_a_run_that_was_not_sized_stays_as_it_is(photos, tmp_path, machine):
   timed = machine(CPU)
-  workdir.claim(asking(photos, 0.0), str(tmp_path))
+  claim(asking(photos, 0.0), tmp_path)
   settings = asking(photos)
   assert sized(settings, tmp_path) is settings and not timed
+
+
+def test_a_start_without_a_checkpoint_binds_nothing(photos, tmp_path, machine):
+  """Neither its size, nor that it had none, nor where its photos lie."""
+  machine(CPU)
+  workdir.claim(asking(photos, 0.0), str(tmp_path))
+  found = sized(asking(photos), tmp_path)
+  assert found.data.resolution == 24
+  machine(CPU / 50)
+  assert sized(asking(photos, 60.0), tmp_path).train.steps != found.train.steps
+  moved = dataclasses.replace(found, data=dataclasses.replace(found.data, path="elsewhere"))
+  workdir.claim(moved, str(tmp_path))
+  assert workdir.read(str(tmp_path))["data.path"] == "elsewhere"
 
 
 def test_a_sized_run_trains_and_goes_on(photos, tmp_path):

@@ -196,6 +196,8 @@ def _check_contents(name: str, folder: str) -> None:
   for path in expected.keys() - sums.keys():
     sums[path] = _git_digest(path)
   for path, sum in expected.items():
+    if sums[path] == digests.UNREADABLE:
+      raise UserError(f"checkpoint: {name}: {path} can't be read; expected a file; fix: try again")
     if not sum.startswith(sums[path]):
       what = f"checkpoint: {name}: {path} isn't what the hub says by its checksum {sum[:16]}"
       try:

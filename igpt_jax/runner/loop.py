@@ -134,12 +134,15 @@ class Instruments:
       shown = {name: float(value) for name, value in jax.device_get(values).items()}
       say(self.progress.line(step, shown | self.progress.speed(step)))
 
-  def pause(self, function: Callable, phase: str) -> Any:
-    """Calls `function`, excluded from the measured speed and counted as `phase`."""
+  def pause(self, function: Callable, phase: str, recurs: bool = False) -> Any:
+    """Calls `function`, excluded from the measured speed and counted as `phase`.
+
+    `recurs`: the remaining time includes as much for each evaluation to come.
+    """
     paused = time.monotonic()
     with self.clock.phase(phase):
       result = function()
-    self.progress.pause(time.monotonic() - paused, evaluated=phase == "evaluation")
+    self.progress.pause(time.monotonic() - paused, evaluated=recurs)
     return result
 
 
@@ -200,9 +203,8 @@ def run(
   Raises:
     BadNumbers: raised by the guard; checkpoints under way are complete.
   """
-  save_state, writers = instruments.save, instruments.writers
-  clock, profiler = instruments.clock, instruments.profiler
-  stop = StopSignal(save_state.newest, stopped_by)
+  save_state, writers, clock = instruments.save, instruments.writers, instruments.clock
+  stop, profiler = StopSignal(save_state.newest, stopped_by), instruments.profiler
   # The checkpoint that a run resumes from has been evaluated.
   first_step = at_step = evaluated_at = int(train_state.step)
   clock.reads(batches := work.batches(first_step))
@@ -212,11 +214,11 @@ def run(
   def flush() -> None:
     logged.report(lambda: train_state)
 
-  def pause(function: Callable, phase: str) -> Any:
+  def pause(function: Callable, phase: str, recurs: bool = False) -> Any:
     """Calls `function` when the device is idle, excluded from the measured speed."""
     flush()
     jax.block_until_ready(train_state)
-    return instruments.pause(function, phase)
+    return instruments.pause(function, phase, recurs)
 
   def draw_images() -> None:
     pause(functools.partial(work.images, train_state, writers), "evaluation")
@@ -225,7 +227,8 @@ def run(
     nonlocal evaluated_at
     assert work.evaluate is not None
     evaluated_at = at_step
-    instruments.tell(at_step, pause(functools.partial(work.evaluate, train_state), "evaluation"))
+    evaluation = functools.partial(work.evaluate, train_state)
+    instruments.tell(at_step, pause(evaluation, "evaluation", recurs=True))
     draw_images()
 
   def agree_and_save() -> None:

@@ -114,12 +114,7 @@ class ProgressImages(NoImages):
       drawn = self._draw(at.params)
       if hosts.is_main():
         image = self._lay_out(drawn, step)
-        os.makedirs(self._folder, exist_ok=True)
-        about = PngImagePlugin.PngInfo()
-        about.add_text(_MADE_FROM, made_from)
-        with files.replacing(path) as partial:
-          Image.fromarray(image).save(partial, format="PNG", pnginfo=about)
-        say(f"wrote {FOLDER}/{step}.png")
+        _write(path, image, made_from)
     if image is not None:
       writers.image(step, FOLDER, image)
 
@@ -186,6 +181,20 @@ class ProgressImages(NoImages):
       scale=self._settings.sample.scale,
       title=f"Completions of held-out images, step {step:,}",
     )
+
+
+def _write(path: str, image: np.ndarray, made_from: str) -> None:
+  """Writes a PNG that says what it was made from; training goes on if the disk is full."""
+  about = PngImagePlugin.PngInfo()
+  about.add_text(_MADE_FROM, made_from)
+  name = os.path.join(FOLDER, os.path.basename(path))
+  try:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with files.replacing(path) as partial:
+      Image.fromarray(image).save(partial, format="PNG", pnginfo=about)
+    say(f"wrote {name}")
+  except OSError as error:
+    say(f"{name} can't be written ({error.strerror or error}); training goes on")
 
 
 def _whole(path: str, made_from: str) -> np.ndarray | None:

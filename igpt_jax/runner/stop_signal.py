@@ -27,12 +27,13 @@ class StopSignal:
   def __init__(self, newest: Callable[[], int | None], requested: str | None = None):
     self.requested = requested
     self._newest = newest
-    self._heard = requested
+    self._heard, self._began = requested, False
     self._last_step, self._lock = 0, threading.Lock()
 
   def begin(self) -> None:
     """Takes the signals over: from now on there is something to save."""
     hosts.wait_for_all("compiled")  # a signal to all processes finds all of them training, or none
+    self._began = True
     stopping.answer_by(self._answer)
     if jax.process_count() > 1:
       stopping.hand_over()
@@ -77,6 +78,6 @@ class StopSignal:
 
   def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
     # A process that was asked to stop is about to end: further signals change nothing.
-    if kind or self.requested is None:
+    if self._began and (kind or self.requested is None):
       stopping.answer_by(None)
       stopping.take_back()

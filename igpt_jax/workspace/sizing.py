@@ -164,7 +164,8 @@ def size(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Settings
   """
   if not settings.sizing.minutes:
     return settings
-  if (theirs := workdir_lib.read(workdir)) is not None:
+  # A start that never came to a checkpoint binds nothing.
+  if (theirs := workdir_lib.read(workdir)) is not None and workdir_lib.has_begun(workdir):
     return _as_begun(settings, theirs, workdir) if theirs.get("sizing.minutes") else settings
   images = len(open_split(settings.data, "train"))
   start = weights.describe(settings.init_from, settings) if settings.init_from else None

@@ -69,9 +69,9 @@ def read(workdir: str) -> dict[str, Any] | None:
 
 
 def claim(settings: Settings, workdir: str) -> None:
-  """Writes config.json into a workdir that has none, which makes it this run's."""
+  """Writes config.json into a workdir without a begun run, which makes it this run's."""
   path = os.path.join(workdir, saved.NAME)
-  if not os.path.exists(path):
+  if not (os.path.exists(path) and has_begun(workdir)):
     summary.write_json(path, {history.KEY: history.FORMAT, **as_json(settings)})
 
 
@@ -97,7 +97,7 @@ def forget_unbegun(settings: Settings, workdir: str, kind: str) -> None:
     try:
       check(settings, workdir, kind)
     except UserError:
-      if not _has_begun(workdir):
+      if not has_begun(workdir):
         say(f"workdir: {workdir}: a start with other settings has left no checkpoint: begun afresh")
         for name in (*_palette_of_run(workdir), "metrics.jsonl", "goodput.json", saved.NAME):
           with contextlib.suppress(FileNotFoundError):
@@ -105,7 +105,7 @@ def forget_unbegun(settings: Settings, workdir: str, kind: str) -> None:
   hosts.wait_for_all("workdir looked at")
 
 
-def _has_begun(workdir: str) -> bool:
+def has_begun(workdir: str) -> bool:
   """True if a run here has made a checkpoint, even if it is damaged or has been deleted since."""
   folder = os.path.join(workdir, checkpoint.FOLDER)
   names = os.listdir(folder) if os.path.isdir(folder) else []
