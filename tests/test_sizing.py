@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import mesh_of, on_one_device, settings_of
 
 from igpt_jax.config import choices
+from igpt_jax.config.fields import value_of, with_values
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain
 from igpt_jax.training import compilation
@@ -139,7 +140,7 @@ def test_what_is_given_is_kept(photos, tmp_path, machine):
   }  # fmt: skip
   found = sized(asking(photos, **given), tmp_path)
   for name, value in given.items():
-    assert sizing._value(found, name) == value, name
+    assert value_of(found, name) == value, name
   assert found.train.eval_every <= 77 and found.model.n_embd
   by_name = sized(asking(photos, **{"model.size": "s"}), tmp_path)
   assert (by_name.model.n_layer, by_name.train.learning_rate) == (0, 0.0)
@@ -196,7 +197,7 @@ def test_more_minutes_are_more_steps(photos, tmp_path, machine, capsys):
   assert longer.train.steps == pytest.approx(3 * first.train.steps, rel=0.02) and not timed
   assert sized(asking(photos, 3.0), tmp_path) == longer
   kept = {"train.steps": first.train.steps, "sizing.minutes": 1.0}
-  assert sizing._with(longer, kept) == first
+  assert with_values(longer, kept) == first
   said = capsys.readouterr().out
   told = f"sizing: 3 minutes instead of 1: {longer.train.steps:,} steps instead of"
   assert f"{told} {first.train.steps:,}" in said

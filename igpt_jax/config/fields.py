@@ -139,6 +139,25 @@ def from_config(config: Any) -> Settings:
   return Settings(**parts[""], **groups)
 
 
+def value_of(settings: Settings, name: str) -> Any:
+  """Returns the value of a setting, by "group.field" or "field"."""
+  group, _, field = name.rpartition(".")
+  return getattr(getattr(settings, group) if group else settings, field)
+
+
+def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
+  """Returns the settings with these values, by "group.field"."""
+  groups: dict[str, dict[str, Any]] = {}
+  for name, value in values.items():
+    group, _, field = name.rpartition(".")
+    groups.setdefault(group, {})[field] = value
+  changed = {
+    group: dataclasses.replace(getattr(settings, group), **fields)
+    for group, fields in groups.items()
+  }
+  return dataclasses.replace(settings, **changed)
+
+
 def as_json(settings: Settings) -> dict[str, Any]:
   """Returns the settings as config.json stores them."""
   return json.loads(json.dumps(dataclasses.asdict(settings)))

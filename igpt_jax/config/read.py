@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from igpt_jax import files
 from igpt_jax.config import choices
-from igpt_jax.config.fields import FIELDS, Settings, from_config
+from igpt_jax.config.fields import FIELDS, Settings, from_config, value_of
 from igpt_jax.data import transforms
 from igpt_jax.errors import UserError
 from igpt_jax.prediction.topology import check_name
@@ -33,8 +33,7 @@ def check(settings: Settings) -> None:
   """
   for name, declaration in FIELDS.items():
     if declaration.path:
-      group, _, field = name.rpartition(".")
-      files.local(f"config.{name}", getattr(getattr(settings, group) if group else settings, field))
+      files.local(f"config.{name}", value_of(settings, name))
   data, job = settings.data, settings.job
   transforms.check_recipe(data.augment, data.resolution, data.resample)
   trained = {"finetune": settings.finetune, "probe": settings.probe}.get(job, settings.train)

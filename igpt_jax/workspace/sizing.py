@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from igpt_jax import files
 from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
-from igpt_jax.config.fields import FIELDS, Settings
+from igpt_jax.config.fields import FIELDS, Settings, value_of, with_values
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import ImageGPTConfig
@@ -93,29 +93,13 @@ _CADENCE = (
 _CHOSEN = (*_CANDIDATES[0].choices, *_CADENCE)
 
 
-def _value(settings: Settings, name: str) -> Any:
-  group, _, field = name.rpartition(".")
-  return getattr(getattr(settings, group), field)
-
-
 def _open(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
   """Returns those values whose settings have the program's defaults."""
   return {
-    name: value for name, value in values.items() if _value(settings, name) == FIELDS[name].default
+    name: value
+    for name, value in values.items()
+    if value_of(settings, name) == FIELDS[name].default
   }
-
-
-def _with(settings: Settings, values: dict[str, Any]) -> Settings:
-  """Returns the settings with these values, by "group.field"."""
-  groups: dict[str, dict[str, Any]] = {}
-  for name, value in values.items():
-    group, _, field = name.rpartition(".")
-    groups.setdefault(group, {})[field] = value
-  changed = {
-    group: dataclasses.replace(getattr(settings, group), **fields)
-    for group, fields in groups.items()
-  }
-  return dataclasses.replace(settings, **changed)
 
 
 def _as_begun(settings: Settings, theirs: dict[str, Any], workdir: str) -> Settings:
@@ -134,7 +118,7 @@ def _as_begun(settings: Settings, theirs: dict[str, Any], workdir: str) -> Setti
         f"(--config.train.steps={2 * steps} does)"
       )
     say(f"sizing: {minutes:g} minutes instead of {before:g}: {change}")
-  return _with(settings, _open(settings, kept))
+  return with_values(settings, _open(settings, kept))
 
 
 def _longer(settings: Settings, workdir: str) -> int:
@@ -221,7 +205,7 @@ class _Plan:
     values = {
       "minutes": settings.sizing.minutes, "images": self.images, "step_seconds": self.step_seconds,
       "most_steps": self.most_steps, "first_minutes": first, "good_minutes": good,
-      "chosen": {name: _value(settings, name) for name in _CHOSEN},
+      "chosen": {name: value_of(settings, name) for name in _CHOSEN},
     }  # fmt: skip
     if hosts.is_main():
       summary.write_json(os.path.join(workdir, RECORD), values)
@@ -282,7 +266,7 @@ def _plan(
     kept = {name: kept[name] for name in ("data.resolution", "palette.size") if name in kept}
   if settings.palette.path:
     kept.pop("palette.size", None)
-  sized = _with(settings, _open(settings, kept))
+  sized = with_values(settings, _open(settings, kept))
   most_images = min(_GOOD * size.first_images, _MOST_PASSES * images)
   seen = min(settings.sizing.minutes * 60 * _FOR_STEPS / image_seconds, most_images)
   if not batch_size:
@@ -290,7 +274,7 @@ def _plan(
     while batch_size < _BATCHES[1] and seen > batch_size * _MANY_STEPS:
       batch_size *= 2
   batch_size = sharding.round_up_batch(mesh, batch_size)
-  sized = _with(sized, _open(settings, {"train.batch_size": batch_size}))
+  sized = with_values(sized, _open(settings, {"train.batch_size": batch_size}))
   seconds = image_seconds * sized.train.batch_size
   most_steps = max(-(-most_images // sized.train.batch_size), _LEAST_STEPS)
   steps = _steps(settings.sizing.minutes, seconds, most_steps)
@@ -304,7 +288,7 @@ def _plan(
     "train.eval_images": _EVAL_IMAGES,
     "train.checkpoint_every": every,
   }
-  sized = _with(sized, _open(settings, cadence))
+  sized = with_values(sized, _open(settings, cadence))
   settled = choices.settle(sized, None if start is None else start.config)
   model = choices.model_config(settled, n_vocab=choices.palette_size(settled))
   return _Plan(sized, model, images, seconds, max(most_steps, steps))
