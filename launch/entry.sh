@@ -12,16 +12,11 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-case ${1:-} in
-  --help | -h)
-    usage
-    exit 0
-    ;;
-  --dry-run)
-    dry_run=1
-    shift
-    ;;
-esac
+answer_help "$@"
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=1
+  shift
+fi
 
 command=("${PYTHON:-python}" -m igpt_jax.main "$@")
 if [ -n "$dry_run" ]; then

@@ -19,6 +19,16 @@ usage() {
   awk 'NR > 1 { if (!/^#( |$)/) exit; sub(/^# ?/, ""); print }' "$0"
 }
 
+# answer_help ARG…: prints the manual and ends the script if the first argument asks for it.
+answer_help() {
+  case ${1:-} in
+    --help | -h)
+      usage
+      exit 0
+      ;;
+  esac
+}
+
 say() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2
 }
@@ -106,11 +116,8 @@ read_options() {
   shift
   main_args=() others=()
   while [ $# -gt 0 ]; do
+    answer_help "$1"
     case $1 in
-      --help | -h)
-        usage
-        exit 0
-        ;;
       --)
         shift
         # shellcheck disable=SC2034  # for the scripts that source this

@@ -13,12 +13,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-case ${1:-} in
-  --help | -h)
-    usage
-    exit 0
-    ;;
-esac
+answer_help "$@"
 config=${1:-configs/quickstart.py}
 [ $# -eq 0 ] || shift
 case $config in --*) die "$config: expected a config file first, such as configs/quickstart.py" ;; esac

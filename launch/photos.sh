@@ -15,11 +15,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
+answer_help "$@"
 case ${1:-} in
-  --help | -h)
-    usage
-    exit 0
-    ;;
   "" | --*) die "${1:-no folder}: expected a folder of photos first, such as ~/Pictures" ;;
 esac
 [ -d "$1" ] || die "$1: no such folder; expected a folder of photos"

@@ -153,16 +153,11 @@ stop() {
   kill -KILL -- "-$(cat "$state_dir/pid")" 2>/dev/null || true
 }
 
-case ${1:-} in
-  --help | -h)
-    usage
-    exit 0
-    ;;
-  --dry-run)
-    dry_run=1
-    shift
-    ;;
-esac
+answer_help "$@"
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=1
+  shift
+fi
 [ $# -gt 0 ] || die "missing verb; see --help"
 verb=$1
 shift
