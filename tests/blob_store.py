@@ -1,11 +1,9 @@
 """A blob store on loopback, as the one that OpenAI's released files lie in; its fields make it misbehave."""
 
 import base64
-import contextlib
 import hashlib
 import http.server
 import sys
-import threading
 
 
 class BlobStore(http.server.ThreadingHTTPServer):
@@ -66,17 +64,3 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.end_headers()
     body = content[start:]
     self.wfile.write(body[: server.cut_after.pop(0)] if server.cut_after else body)
-
-
-@contextlib.contextmanager
-def serving():
-  """A store that answers while the block runs."""
-  store = BlobStore()
-  thread = threading.Thread(target=store.serve_forever, kwargs={"poll_interval": 0.02})
-  thread.start()
-  try:
-    yield store
-  finally:
-    store.shutdown()
-    thread.join()
-    store.server_close()

@@ -1,12 +1,10 @@
 """A hub on loopback that huggingface_hub's real client talks to; its fields make it misbehave."""
 
-import contextlib
 import hashlib
 import http.server
 import json
 import pathlib
 import sys
-import threading
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -131,17 +129,3 @@ def _entry(path: pathlib.Path) -> dict:
     sha256 = hashlib.sha256(content).hexdigest()
     entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
   return entry
-
-
-@contextlib.contextmanager
-def serving():
-  """A mirror that answers while the block runs."""
-  mirror = Mirror()
-  thread = threading.Thread(target=mirror.serve_forever, kwargs={"poll_interval": 0.02})
-  thread.start()
-  try:
-    yield mirror
-  finally:
-    mirror.shutdown()
-    thread.join()
-    mirror.server_close()

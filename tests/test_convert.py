@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 
-import blob_store
 import golden_files
 import jax
 import ml_dtypes
 import numpy as np
 import numpy_reference
 import pytest
+from blob_store import BlobStore
+from loopback import serving
 from PIL import Image
 from test_end_to_end import load_config
 from tiny import changed, settings_of
@@ -304,7 +305,7 @@ def test_download_then_evaluate_as_the_config_says(tmp_path, monkeypatch):
   release = tmp_path / "release"
   prefix, variables = write_tiny(release, num_shards=32, n_layer=4)
   monkeypatch.chdir(tmp_path)
-  with blob_store.serving() as server:
+  with serving(BlobStore()) as server:
     for path in release.iterdir():
       name = path.name.replace(prefix.name, "model.ckpt-1000000")
       folder = "color-clusters" if path.suffix == ".npy" else "checkpoints/igpt-s/1000000"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoint_cases import CLUSTERS, CONFIG, assert_same, edit_json, random_params
 from hosts import hosts
+from loopback import serving
 from tiny import settings_of
 
 from igpt_jax.demo import models
@@ -55,7 +56,7 @@ def client(monkeypatch, tmp_path):
 def mirror(client, tmp_path):
   folder = tmp_path / "served"
   formats.save(folder, "huggingface", CONFIG, random_params(CONFIG), clusters=CLUSTERS)
-  with hub_mirror.serving() as mirror:
+  with serving(hub_mirror.Mirror()) as mirror:
     mirror.models[NAME] = folder
     client(HF_ENDPOINT=mirror.url)
     yield mirror

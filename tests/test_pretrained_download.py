@@ -2,9 +2,10 @@
 
 import base64
 
-import blob_store
 import numpy as np
 import pytest
+from blob_store import BlobStore
+from loopback import serving
 
 from igpt_jax.errors import UserError
 from igpt_jax.pretrained import released
@@ -13,7 +14,7 @@ from igpt_jax.pretrained import released
 @pytest.fixture
 def server(monkeypatch):
   monkeypatch.setattr(released.time, "sleep", lambda seconds: None)
-  with blob_store.serving() as store:
+  with serving(BlobStore()) as store:
     yield store
 
 

@@ -5,10 +5,11 @@ import pathlib
 import subprocess
 import sys
 
-import blob_store
 import jax
 import numpy as np
 import pytest
+from blob_store import BlobStore
+from loopback import serving
 
 from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params
 from igpt_jax.pretrained import formats, released
@@ -18,7 +19,7 @@ MODEL = ImageGPTConfig(n_layer=1, n_head=2, n_embd=16, n_vocab=512, n_positions=
 IMAGES = 3
 
 
-def write_model(size: str, nats: float, folder: pathlib.Path, store: blob_store.BlobStore) -> None:
+def write_model(size: str, nats: float, folder: pathlib.Path, store: BlobStore) -> None:
   """Puts a checkpoint into the store that gives every token 0 a likelihood of `nats`."""
   params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(MODEL))
   params["wpe"] += 1  # whatever the tokens, the last norm's output is all ones
@@ -35,7 +36,7 @@ def write_model(size: str, nats: float, folder: pathlib.Path, store: blob_store.
     store.files[name] = (prefix.parent / name.rpartition("/")[2]).read_bytes()
 
 
-def write_tokens(folder: pathlib.Path, store: blob_store.BlobStore) -> None:
+def write_tokens(folder: pathlib.Path, store: BlobStore) -> None:
   for name in released.dataset_files("imagenet"):
     path = folder / name.rpartition("/")[2]
     np.save(path, np.zeros((IMAGES, MODEL.n_positions if "X" in path.name else 1000), np.uint8))
@@ -65,7 +66,7 @@ def run(tmp_path):
 
 @pytest.mark.slow
 def test_sizes_pass_or_fail_line_by_line_and_what_is_done_is_kept(run, tmp_path):
-  with blob_store.serving() as store:
+  with serving(BlobStore()) as store:
     write_tokens(tmp_path, store)
     write_model("s", 2.0895, tmp_path / "made", store)
     write_model("m", 2.0622, tmp_path / "made", store)
