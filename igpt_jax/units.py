@@ -1,4 +1,6 @@
-"""Numbers with their units, as messages say them: no amount reads as 0. Ground floor."""
+"""Numbers with their units, and lists, as messages say them: no amount reads as 0. Ground floor."""
+
+from collections.abc import Sequence
 
 _BYTES = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -6,6 +8,11 @@ _BYTES = ("bytes", "kB", "MB", "GB", "TB")
 def counted(n: int, noun: str) -> str:
   """Formats 1 as "1 image" and 2000 as "2,000 images"."""
   return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def some_of(names: Sequence[str]) -> str:
+  """Returns the first three names as text, with "…" for the others."""
+  return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def significant(value: float) -> str:

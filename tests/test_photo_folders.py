@@ -121,6 +121,13 @@ def test_train_alone_keeps_its_validation_which_stands_in_for_test(tmp_path, cap
     sources.open_split(config_of(tmp_path, validation=0.0), "test")
 
 
+def test_a_classifier_is_not_tested_on_what_chose_it(tmp_path):
+  for name in ("cats", "dogs"):
+    photos(tmp_path / "train" / name, [f"{name} {i}.png" for i in NUMBERS])
+  with pytest.raises(errors.UserError, match=r"stands in for a test split, .*fix: a folder test/"):
+    sources.check_labels(open_all(tmp_path))
+
+
 def test_an_image_of_two_stored_splits_is_told(tmp_path, capsys):
   photos(tmp_path / "train", [f"{i}.png" for i in NUMBERS])
   photos(tmp_path / "test", [f"other {i}.png" for i in range(3)], first=22)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import bisect
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from igpt_jax import errors
+from igpt_jax import errors, units
 from igpt_jax.data import digests, image_decoding, image_files, own_images
 from igpt_jax.data.folder import FolderRecords, say_once
 from igpt_jax.files import printable
@@ -29,7 +29,6 @@ _MIN_HELD_OUT = 3  # different images, in validation and in test
 _FINE, _PLAIN = "fine", "plain"  # what `_look` finds of an image that can be read
 _LOOKED_AT = 64  # shorter side at which a JPEG is looked at, in pixels
 _SAME_LEVELS, _SAME_SHARE = 12, 0.99  # an image is plain if this share of it is within these levels
-_NAMED = 3  # images that a message names
 
 
 def has_splits(root: pathlib.Path, validation_split: str = "") -> bool:
@@ -209,9 +208,8 @@ def _tell(
 
 
 def _counted(paths: Sequence[str]) -> str:
-  return f"{len(paths):,} image{'s are' if len(paths) > 1 else ' is'}"
+  return f"{units.counted(len(paths), 'image')} {'are' if len(paths) > 1 else 'is'}"
 
 
-def _some(paths: Iterable[str]) -> str:
-  names = [printable(path) for path in paths]
-  return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+def _some(paths: Sequence[str]) -> str:
+  return units.some_of([printable(path) for path in paths])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from igpt_jax import errors
+from igpt_jax import errors, units
 from igpt_jax.config.run_fields import DataConfig
 from igpt_jax.data import digests, photo_folder
 from igpt_jax.data.folder import FolderRecords, class_folders, open_stored, say_once
@@ -270,11 +270,6 @@ def _token_records(config: DataConfig, stored: str, held_out: str) -> TokenRecor
   return TokenRecords(path, config.resolution**2, config.verify)
 
 
-def some_of(names: tuple[str, ...]) -> str:
-  """Returns the first three names as text, with "…" for the others."""
-  return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
 def subset(split: Split, images: int, seed: int) -> Split:
   """Returns a random choice of the split's images, drawn by `seed`, not by class; 0: all of them."""
   if not images or images >= len(split):
@@ -283,7 +278,7 @@ def subset(split: Split, images: int, seed: int) -> Split:
 
 
 def check_labels(splits: Mapping[str, Split]) -> None:
-  """Raises UserError unless all splits have the same classes, two or more."""
+  """Raises UserError unless all splits have the same classes, two or more, and test isn't validation."""
   train = splits["train"]
   for split in splits.values():
     if split.n_classes < 2:
@@ -294,6 +289,11 @@ def check_labels(splits: Mapping[str, Split]) -> None:
       )
     if split.class_names != train.class_names:
       raise errors.UserError(
-        f"data: {split.fingerprint} has {split.n_classes} classes ({some_of(split.class_names)}), "
-        f"{train.fingerprint} has {train.n_classes} ({some_of(train.class_names)}); expected the same"
+        f"data: {split.fingerprint} has {split.n_classes} classes ({units.some_of(split.class_names)}), "
+        f"{train.fingerprint} has {train.n_classes} ({units.some_of(train.class_names)}); expected the same"
       )
+  if "test" in splits and splits["test"].name == "validation":
+    raise errors.UserError(
+      f"data: validation stands in for a test split, and a classifier is chosen by it; expected a test "
+      f"split besides {splits['test'].fingerprint}; fix: a folder test/ beside train/"
+    )

@@ -5,12 +5,12 @@ import os
 
 from jax.sharding import Mesh
 
-from igpt_jax import checkpoint, files
+from igpt_jax import checkpoint, files, units
 from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
-from igpt_jax.data.sources import DataConfig, Split, some_of
+from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel.hosts import say
@@ -76,8 +76,8 @@ def begin(
   if has_head and info.classes != split.class_names:
     raise UserError(
       f"checkpoint: the head of {info.path} has {len(info.classes)} classes "
-      f"({some_of(info.classes)}), {split.fingerprint} has {split.n_classes} "
-      f"({some_of(split.class_names)}); fix: the data that it was fine-tuned on, or the checkpoint "
+      f"({units.some_of(info.classes)}), {split.fingerprint} has {split.n_classes} "
+      f"({units.some_of(split.class_names)}); fix: the data that it was fine-tuned on, or the checkpoint "
       "that this was begun from, which has no head"
     )
   settled = choices.settle(settings, info.config)
