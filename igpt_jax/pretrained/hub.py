@@ -209,8 +209,11 @@ def _check_contents(name: str, folder: str) -> None:
 
 
 def _git_digest(path: str) -> str:
-  """Returns the 40 hexadecimal digits by which git knows a small file."""
-  with open(path, "rb") as file:
-    content = file.read()
+  """Returns the 40 hexadecimal digits by which git knows a small file; UNREADABLE if it can't be read."""
+  try:
+    with open(path, "rb") as file:
+      content = file.read()
+  except OSError:
+    return digests.UNREADABLE
   header = f"blob {len(content)}\0".encode()
   return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
