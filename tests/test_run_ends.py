@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from test_end_to_end import tiny
+from test_end_to_end import data_dir, tiny  # noqa: F401 (sets where TFDS is)
 from tiny import on_one_device
 
 from igpt_jax import checkpoint
@@ -24,15 +24,9 @@ class Killed(BaseException):
   pass
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
-
-
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
+  """A run of 12 steps."""
   workdir = tmp_path_factory.mktemp("ended")
   on_one_device(pretrain, tiny(), str(workdir))
   return workdir

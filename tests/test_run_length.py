@@ -1,10 +1,13 @@
 """A run's settings after its start: more steps in place; and a start without a checkpoint binds nothing."""
 
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
-from test_end_to_end import assert_same, params_of, tiny
+from PIL import Image
+from test_end_to_end import assert_same, data_dir, params_of, tiny  # noqa: F401 (sets where TFDS is)
 from test_run_ends import Killed
 from tiny import on_one_device
 
@@ -19,13 +22,6 @@ from igpt_jax.workspace import provenance, watch
 from igpt_jax.workspace import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +118,8 @@ OTHER = {"model.n_embd": 32, "palette.size": 9, "train.steps": 4}
 def test_a_start_without_a_checkpoint_binds_nothing(tmp_path, capsys):
   """Its palette isn't taken, either."""
   killed_before_a_checkpoint(tiny(), tmp_path / "run")
+  (tmp_path / "run" / "progress").mkdir()
+  (tmp_path / "run" / "progress" / "2.png").write_bytes(b"of the start before")
   capsys.readouterr()
   on_one_device(pretrain, tiny(**OTHER), str(tmp_path / "run"))
   assert "a start with other settings has left no checkpoint: begun afresh" in (
@@ -131,6 +129,25 @@ def test_a_start_without_a_checkpoint_binds_nothing(tmp_path, capsys):
   assert_same(params_of(tmp_path / "run"), params_of(tmp_path / "fresh"))
   both = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("run", "fresh")]
   assert both[0] == both[1]
+  assert not (tmp_path / "run" / "progress").exists()
+
+
+def test_later_jobs_look_for_the_data_where_the_run_resumed(tmp_path, monkeypatch):
+  """A folder that was moved between two starts: config.json names its new place."""
+  for i in range(24):
+    pixels = np.random.default_rng(i).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    (tmp_path / "before").mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(tmp_path / "before" / f"{i}.png")
+  places = [str(tmp_path / name) for name in ("before", "after")]
+  of_folder = {"data.name": "folder", "data.augment": "none", "train.batch_size": 8}
+  runs = [tiny(**{**of_folder, "data.path": place}) for place in places]
+  workdir = str(tmp_path / "run")
+  with monkeypatch.context() as patch:
+    stop_at(patch, 5)
+    on_one_device(pretrain, runs[0], workdir)
+  os.rename(*places)
+  on_one_device(pretrain, runs[1], workdir)
+  assert workdir_lib.read(workdir)["data.path"] == places[1]
 
 
 def test_a_palette_that_was_fitted_by_itself_is_kept(tmp_path):

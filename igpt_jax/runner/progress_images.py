@@ -31,8 +31,8 @@ from igpt_jax.sampling.completer import InputImage, prompt_rows, sample_keys
 from igpt_jax.training import compilation
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import memory, streams
+from igpt_jax.workspace.workdir import PROGRESS
 
-FOLDER = "progress"
 _FIRST_SECONDS = 30.0  # of steps before the first images, if no evaluation comes before
 _MADE_FROM = "igpt_jax"  # key of a PNG's text: the digest of all that decides its pixels
 
@@ -71,7 +71,7 @@ class ProgressImages(NoImages):
     mesh: Mesh,
   ):
     self._settings, self._palette, self._model, self._mesh = settings, palette, model, mesh
-    self._folder = os.path.join(folder, FOLDER)
+    self._folder = os.path.join(folder, PROGRESS)
     order = np.random.default_rng(settings.seed).permutation(len(held_out))
     self._images = held_out.select(np.sort(order[: settings.train.progress_images]))
     self._side = settings.data.resolution
@@ -116,7 +116,7 @@ class ProgressImages(NoImages):
         image = self._lay_out(drawn, step)
         _write(path, image, made_from)
     if image is not None:
-      writers.image(step, FOLDER, image)
+      writers.image(step, PROGRESS, image)
 
   def _compiled(self, params: Params) -> Callable[[Params], np.ndarray] | None:
     """Returns the function of parameters that draws tokens [N, T]; None: there is no memory for it."""
@@ -187,7 +187,7 @@ def _write(path: str, image: np.ndarray, made_from: str) -> None:
   """Writes a PNG that says what it was made from; training goes on if the disk is full."""
   about = PngImagePlugin.PngInfo()
   about.add_text(_MADE_FROM, made_from)
-  name = os.path.join(FOLDER, os.path.basename(path))
+  name = os.path.join(PROGRESS, os.path.basename(path))
   try:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with files.replacing(path) as partial:

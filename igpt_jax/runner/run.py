@@ -151,7 +151,7 @@ class TrainingRun:
     if before != self._steps:
       self.lengths.append({"at": self.first_step, "steps": before})
     if hosts.is_main():
-      workdir_lib.keep_steps(self._given, self._folder, self._kind)
+      workdir_lib.keep_current(self._given, self._folder, self._kind)
 
   def tell_length(self, config: OptimizerConfig) -> None:
     """Says how the learning rate goes on, if the run has resumed with another number of steps.

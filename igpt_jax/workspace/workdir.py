@@ -6,12 +6,13 @@ run may be given more steps, or fewer that it hasn't made yet.
 
 import contextlib
 import os
+import shutil
 import tempfile
 from typing import Any
 
 from igpt_jax import __version__, checkpoint, files, history
 from igpt_jax.config import saved
-from igpt_jax.config.fields import Settings, as_json, decides
+from igpt_jax.config.fields import Settings, as_json, decides, value_of
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -19,6 +20,9 @@ from igpt_jax.reporting import summary
 
 # The setting that says how long a run of a kind is.
 STEPS = {"pretraining": "train.steps", "finetuning": "finetune.steps"}
+# A run resumes wherever the same data lies, and later jobs look for it there.
+_PLACES_OF_DATA = ("data.path", "data.data_dir")
+PROGRESS = "progress"  # folder of what a run makes of held-out images while it trains
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 
 
@@ -75,16 +79,20 @@ def claim(settings: Settings, workdir: str) -> None:
     summary.write_json(path, {history.KEY: history.FORMAT, **as_json(settings)})
 
 
-def keep_steps(settings: Settings, workdir: str, kind: str) -> None:
-  """Notes in config.json how many steps a run has from now on."""
-  name, stored = STEPS[kind], read(workdir)
-  steps = files.flatten(as_json(settings))[name]
-  if stored is not None and stored[name] != steps:
+def keep_current(settings: Settings, workdir: str, kind: str) -> None:
+  """Notes in config.json how many steps a resumed run has, and where its data lies, from now on."""
+  stored = read(workdir)
+  if stored is None:
+    return
+  names = (STEPS[kind], *_PLACES_OF_DATA)
+  current = {name: value_of(settings, name) for name in names}
+  if current != {name: stored.get(name) for name in names}:
     path = os.path.join(workdir, saved.NAME)
     config = files.read_json(path)
     config = history.upgraded(config, history.format_of(config, f"workdir: {path}"))
-    group, field = name.split(".")
-    config[group][field] = steps
+    for name, value in current.items():
+      group, field = name.split(".")
+      config[group][field] = value
     summary.write_json(path, {history.KEY: history.FORMAT, **config})
 
 
@@ -102,6 +110,7 @@ def forget_unbegun(settings: Settings, workdir: str, kind: str) -> None:
         for name in (*_palette_of_run(workdir), "metrics.jsonl", "goodput.json", saved.NAME):
           with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(workdir, name))
+        shutil.rmtree(os.path.join(workdir, PROGRESS), ignore_errors=True)
   hosts.wait_for_all("workdir looked at")
 
 
