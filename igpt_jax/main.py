@@ -56,9 +56,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
   for flag in filter(None, (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)):
     if flag[1] not in FIELDS:
       raise SystemExit(_fail(f"--{_shortened(no_such(flag[1]))}"))
-  argv = sys.argv = _with_config_first(
-    argv
-  )  # config_flags looks at sys.argv for the config's fields
+  # config_flags looks at sys.argv for the config's fields.
+  argv = sys.argv = _with_config_first(argv)
   try:
     return flags.FLAGS(argv)
   except UserError as error:

@@ -28,7 +28,7 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-  """As a person's process: the tests' own cache comes back at the end."""
+  """A process as a person has it: the tests' own cache comes back at the end."""
   kept = {name: getattr(jax.config, name) for name in SETTINGS}
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
   monkeypatch.setattr(compilation_cache, "_LEAST_SECONDS", 0.0)

@@ -188,7 +188,7 @@ def test_a_run_is_sized_once(photos, tmp_path, machine):
 
 
 def test_more_minutes_are_more_steps(photos, tmp_path, machine, capsys):
-  """Of the time that was measured, not of this machine's today; always the same number of them."""
+  """The time that was measured decides, not this machine's today; always the same number of steps."""
   machine(CPU)
   first = begin(asking(photos, 1.0), tmp_path)
   timed = machine(CPU / 50)
@@ -227,7 +227,7 @@ def test_a_start_without_a_checkpoint_binds_nothing(photos, tmp_path, machine):
 
 
 def test_a_sized_run_trains_and_goes_on(photos, tmp_path):
-  """With this machine's own times; config.json has what was chosen, by which other jobs go."""
+  """A run by this machine's own times; config.json has what was chosen, by which other jobs go."""
   small = {
     "data.resolution": 4, "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 8,
     "palette.size": 8, "train.batch_size": 8, "palette.images": 20,

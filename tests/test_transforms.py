@@ -323,7 +323,7 @@ def test_shift_moves_by_up_to_an_eighth_over_black(side, reach):
 
 @pytest.mark.parametrize(("height", "width"), [(20, 20), (20, 31), (1, 3)])
 def test_photos_are_cropped_anywhere_and_mirrored(height, width):
-  """Of an image whose pixels tell their place: 70 to 100% of the shorter side, never past an edge."""
+  """Crops of an image whose pixels tell their place: 70 to 100% of the shorter side, never past an edge."""
   rows, columns = np.mgrid[:height, :width]
   image = np.stack([rows, columns, rows], -1).astype(np.uint8)
   rng = np.random.default_rng(0)
