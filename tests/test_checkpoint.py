@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from igpt_jax import checkpoint
-from igpt_jax.checkpoint import Checkpoints, find, load_pretrained, reading
+from igpt_jax.checkpoint import Checkpoints, find, load_pretrained, process_wide, reading, writing
 from igpt_jax.errors import UserError
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from igpt_jax.training.state import (
@@ -245,7 +245,10 @@ def test_a_failed_read_leaves_nothing_to_be_told_later(tmp_path, monkeypatch, ca
   assert (list(logging.getLogger("asyncio").filters), list(warnings.filters)) == filters
 
 
-def test_what_a_run_changes_of_the_process_is_undone_with_the_last_of_them(tmp_path):
+def test_what_a_run_changes_of_the_process_is_undone_with_the_last_of_them(tmp_path, monkeypatch):
+  # Other tests may have left runs open.
+  mine = process_wide.ProcessWide(process_wide._ignoring_followup_errors)
+  monkeypatch.setattr(writing, "ignore_followup_errors", mine)
   before = sys.unraisablehook, list(logging.getLogger("absl").filters)
   first, second = Checkpoints(str(tmp_path / "a")), Checkpoints(str(tmp_path / "b"))
   first.close()

@@ -180,15 +180,13 @@ def test_resumed_it_equals_the_uninterrupted_one(start, tuned, tmp_path, monkeyp
 def scripted(monkeypatch, accuracies):
   """Validation accuracies as given, test's as they are."""
   left = list(accuracies)
-  call = finetune_lib.Classifier.__call__
+  score = finetune.FineTuning.score
 
-  def scored(self, params, batches, report=None):
-    scores = call(self, params, batches, report)
-    if report is not None:  # test
-      return scores
-    return finetune_lib.Scores(32, left.pop(0), 0.0, 1.0, 2.0)
+  def scored(self, params, name, limit):
+    scores = score(self, params, name, limit)
+    return scores if name == "test" else finetune_lib.Scores(32, left.pop(0), 0.0, 1.0, 2.0)
 
-  monkeypatch.setattr(finetune_lib.Classifier, "__call__", scored)
+  monkeypatch.setattr(finetune.FineTuning, "score", scored)
   return left
 
 

@@ -99,6 +99,7 @@ def _below_text(
 ) -> np.ndarray:
   """Puts a title and column heads above a grid whose cells are `cell` pixels wide."""
   font = ImageFont.load_default(size=_FONT)
+  assert isinstance(font, ImageFont.FreeTypeFont), "Pillow's wheels have FreeType"
   line_height = sum(font.getmetrics()) + 2
   spans, left = [], gap
   for text, columns in heads:

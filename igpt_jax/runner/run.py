@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax import __version__
@@ -164,7 +165,7 @@ class TrainingRun:
     before, at = self.lengths[-1]["steps"], self.first_step
     change = f"{workdir_lib.STEPS[self._kind]} {before:,} → {self._steps:,}"
     rates = [
-      float(make_schedule(dataclasses.replace(config, steps=steps))(at))
+      float(np.asarray(make_schedule(dataclasses.replace(config, steps=steps))(at)))
       for steps in (before, self._steps)
     ]
     if config.schedule == "constant":

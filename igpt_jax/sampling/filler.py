@@ -102,7 +102,7 @@ class Filler:
     self._passes = settings.complete.passes
     alike, batch = sharding.replicated(mesh), sharding.sharding(mesh, "batch")
     # Results keep the inputs' sharding, so that one program serves all passes.
-    where = masked.Filling(alike, *[batch] * 4)
+    where = masked.Filling._make([alike, *[batch] * 4])
     self._begin = jax.jit(masked.begin, out_shardings=where)
     extend = functools.partial(masked.extend, self.trained.config)
     self._extend = jax.jit(extend, out_shardings=where)

@@ -62,8 +62,8 @@ class SamplingConfig:
 class Truncation(NamedTuple):
   """Top-k and top-p as arrays; 0 and 1 keep all colours."""
 
-  top_k: jax.Array | np.ndarray
-  top_p: jax.Array | np.ndarray
+  top_k: jax.Array | np.int32
+  top_p: jax.Array | np.float32
 
 
 class SamplingValues(NamedTuple):
@@ -75,8 +75,8 @@ class SamplingValues(NamedTuple):
     truncation: None in a program that keeps all colours: to truncate, it sorts them for every pixel.
   """
 
-  inverse_temperature: jax.Array | np.ndarray
-  greedy: jax.Array | np.ndarray
+  inverse_temperature: jax.Array | np.float32
+  greedy: jax.Array | np.bool_
   truncation: Truncation | None
 
 
