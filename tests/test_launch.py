@@ -135,7 +135,8 @@ printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/$tool.log"
 TRAIN_FOREVER = """
 trap 'echo saved >>"$FAKE/saved.$host"; exit 0' TERM
 echo "host $host trains"; touch "$FAKE/training.$host"
-while :; do sleep 0.02; done
+# bash loses a SIGTERM that comes at once with the SIGINT that ends a child in the foreground.
+while :; do sleep 0.02 & wait $! || true; done
 """
 
 
@@ -163,6 +164,8 @@ class World:
     )
 
   def start(self, script: str, *args: str) -> subprocess.Popen:
+    # As from a terminal: in a shell's background these tests ignore Ctrl-C, which children inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
       self.command(script, *args),
       env=self.env,
@@ -173,6 +176,7 @@ class World:
       text=True,
       start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     self.started.append(process)
     return process
 
