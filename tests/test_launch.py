@@ -133,7 +133,8 @@ printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/$tool.log"
 
 # Runs until it is told to stop, then saves and exits 0, as training does.
 TRAIN_FOREVER = """
-trap 'echo saved >>"$FAKE/saved.$host"; exit 0' TERM
+# Saving takes a moment, in which the Ctrl-C that a launcher has heard first comes, too.
+trap 'sleep 0.1; echo saved >>"$FAKE/saved.$host"; exit 0' TERM
 echo "host $host trains"; touch "$FAKE/training.$host"
 # bash loses a SIGTERM that comes at once with the SIGINT that ends a child in the foreground.
 while :; do sleep 0.02 & wait $! || true; done
