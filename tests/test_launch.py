@@ -133,11 +133,19 @@ printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/$tool.log"
 
 # Runs until it is told to stop, then saves and exits 0, as training does.
 TRAIN_FOREVER = """
-# Saving takes a moment, in which the Ctrl-C that a launcher has heard first comes, too.
-trap 'sleep 0.1; echo saved >>"$FAKE/saved.$host"; exit 0' TERM
+trap 'echo saved >>"$FAKE/saved.$host"; exit 0' TERM
 echo "host $host trains"; touch "$FAKE/training.$host"
-# bash loses a SIGTERM that comes at once with the SIGINT that ends a child in the foreground.
-while :; do sleep 0.02 & wait $! || true; done
+while :; do sleep 0.02; done
+"""
+# Hears Ctrl-C, and saves by SIGTERM. bash would lose one of the two, if they come at once.
+HEARS_CTRL_C = """
+import os, pathlib, signal
+fake, both = pathlib.Path(os.environ["FAKE"]), {signal.SIGINT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, both)
+(fake / "training.home").touch()
+while signal.sigwait(both) != signal.SIGTERM:
+  (fake / "heard").touch()
+(fake / "saved.home").write_text("saved\\n")
 """
 
 
@@ -183,6 +191,10 @@ class World:
 
   def write(self, name: str, text: str = "") -> None:
     (self.fake / name).write_text(text)
+
+  def write_run_of_two_signals(self) -> None:
+    self.write("train.py", HEARS_CTRL_C)
+    self.write("train.sh", f'exec "{sys.executable}" "$FAKE/train.py"')
 
   def exists(self, name: str) -> bool:
     return (self.fake / name).exists()
@@ -505,7 +517,7 @@ def test_entry_tells_a_stopped_run_from_a_finished_one(world, number):
 
 def test_entry_lets_the_run_hear_ctrl_c(world):
   """A terminal's Ctrl-C goes to both; a run that hears it twice leaves at once."""
-  world.write("train.sh", "trap 'touch \"$FAKE/heard\"' INT\n" + TRAIN_FOREVER)
+  world.write_run_of_two_signals()
   process = world.start("entry.sh", *MAIN_ARGS)
   world.wait_for("training.home")
   os.killpg(process.pid, signal.SIGINT)

@@ -79,8 +79,7 @@ def test_a_signal_stops_the_job_and_the_script(world, photos, script, number):  
   """SIGTERM comes to the script alone, Ctrl-C to all of its processes."""
   (world.repo / "configs").mkdir()
   (world.repo / "configs" / "quickstart.py").touch()
-  # A run hears Ctrl-C itself, and doesn't end by it.
-  world.write("train.sh", "trap : INT\n" + TRAIN_FOREVER)
+  world.write_run_of_two_signals()
   process = world.start(script, *[str(photos)] * (script == "photos.sh"))
   world.wait_for("training.home")
   if number == signal.SIGINT:
