@@ -3,7 +3,7 @@
 jax 0.10.2 (the only version in our range for Python 3.11) leaves some products to YNNPACK; followed by
 a reduction, over more than 32,768 rows, they come out wrong (jax-ml/jax issue 39103), and 0.11 can't
 compile some of bfloat16. Without that fusion results are right, and a training step takes as long.
-tests/test_cpu_compiler.py holds the program that shows it.
+tests/unit/ground/test_cpu_compiler.py holds the program that shows it.
 """
 
 import importlib.metadata

@@ -11,6 +11,8 @@ import shutil
 import signal
 import tempfile
 
+from support import kept_programs
+
 # Started in the background, this process ignores Ctrl-C, and so would every program a test starts
 # to interrupt it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -27,23 +29,13 @@ import pytest
 import igpt_jax  # noqa: F401 - before any device is asked for: it sets the compiler's flags
 
 jax.config.update("jax_num_cpu_devices", 8)
+kept_programs.use()
 
-# What data is known by is kept here, not in the home of who runs the tests.
-_cache = tempfile.mkdtemp(prefix="igpt_jax_cache_")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ["XDG_CACHE_HOME"] = _cache
-
-# Many tests compile the same small programs: this process, and those that it starts, do so once. A
-# folder for each process that runs tests: jax' cache isn't made for several writers.
-_compiled = tempfile.mkdtemp(prefix="igpt_jax_tests_")
-atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
-for name, value in {
-  "jax_compilation_cache_dir": _compiled,
-  "jax_persistent_cache_min_compile_time_secs": 0.1,
-  "jax_persistent_cache_min_entry_size_bytes": -1,
-}.items():
-  os.environ[name.upper()] = str(value)
-  jax.config.update(name, value)
+# What data is known by, and TFDS' data sets, are kept here, not in the home of who runs the tests.
+_own = tempfile.mkdtemp(prefix="igpt_jax_tests_")
+atexit.register(shutil.rmtree, _own, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.path.join(_own, "cache")
+os.environ["TFDS_DATA_DIR"] = os.path.join(_own, "tfds")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,7 @@
 # Runs the tests, in a virtual environment that it makes if need be.
 #
 #   bash tests/run.sh                  everything that needs no accelerator
-#   bash tests/run.sh tests/test_x.py  what follows goes to pytest
+#   bash tests/run.sh tests/unit/data  what follows goes to pytest
 #
 # VENV and PYTHON as in launch/local.sh.
 set -euo pipefail

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import os
-import pathlib
 import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from igpt_jax import checkpoint
 from igpt_jax.config.read import settings_of
@@ -26,22 +24,17 @@ from igpt_jax.training import state as state_lib
 from igpt_jax.training import step as step_lib
 from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.objectives import make_objective
+from support import tiny
+from support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-ROOT = pathlib.Path(__file__).parents[2]
+
 SMALL = {
   "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "train.batch_size": 16,
   "train.steps": 16, "train.warmup_steps": 2, "train.log_every": 1, "train.eval_every": 8,
   "train.checkpoint_every": 4, "train.eval_images": 32, "train.max_to_keep": 10,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
 
 
 def config_of(**overrides):

@@ -2,7 +2,6 @@
 or there is a clear error; nothing is read that isn't what was saved."""
 
 import collections
-import dataclasses
 import os
 import pathlib
 import random
@@ -11,22 +10,26 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import Checkpoints, reading, writing
 from igpt_jax.errors import UserError
-from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from igpt_jax.training.state import abstract_state, state_shardings
+from support import tiny
+from support.small_checkpoints import (
+  ABSTRACT,
+  CLASSES,
+  CONFIG,
+  PALETTE,
+  make_run,
+  random_state,
+  same,
+  shardings,
+  write,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"
-CONFIG = tiny.make_config(n_layer=1)
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, steps=10))
-CLASSES = ("cat", "dog", "owl")
-ABSTRACT = abstract_state(CONFIG, OPTIMIZER, len(CLASSES))
-PALETTE = np.random.default_rng(0).uniform(-1, 1, (11, 3)).astype(np.float32)
 OLD, NEW = 3, 7
 
 
@@ -37,48 +40,12 @@ def no_pause():
     yield
 
 
-def shardings():
-  return state_shardings(CONFIG, OPTIMIZER, tiny.mesh_of(), len(CLASSES))
-
-
-def random_state(step):
-  return tiny.random_state(ABSTRACT, step, shardings())
-
-
-def make_run(step):
-  return {
-    "model": dataclasses.asdict(CONFIG),
-    "classes": list(CLASSES),
-    "data": {"next_index": 16 * step, "seed": 0},
-    "elapsed_seconds": 12.5,
-  }
-
-
-def write(workdir, *steps):
-  checkpoints = Checkpoints(str(workdir), keep_best="accuracy")
-  for step in steps:
-    checkpoints.save(
-      random_state(step), palette=PALETTE, run=make_run(step), scores={"accuracy": 0.5}
-    )
-    checkpoints.wait()
-  checkpoints.close()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   """A workdir with two checkpoints."""
   workdir = tmp_path_factory.mktemp("whole")
   write(workdir, OLD, NEW)
   return workdir
-
-
-def same(found, expected) -> bool:
-  """Bit for bit."""
-  ours, theirs = jax.tree.leaves(found), jax.tree.leaves(expected)
-  return len(ours) == len(theirs) and all(
-    a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    for a, b in zip(ours, theirs, strict=True)
-  )
 
 
 def truncated(path: pathlib.Path, rng) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -30,10 +29,11 @@ from igpt_jax.jobs import complete, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training import compilation
 from igpt_jax.workspace import weights
+from support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-ROOT = pathlib.Path(__file__).parents[2]
+
 LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"
 COUNT = 1_000 if LONG else 100
 SECONDS = 60  # that a refusal may take; what is accepted may take them to compile, too
@@ -69,13 +69,6 @@ WORDS = (
 
 class Reached(BaseException):
   """A run has got as far as compiling."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
 
 
 def mesh_of(settings):

@@ -20,8 +20,6 @@ import time
 
 import numpy as np
 import pytest
-import test_checkpoint_files as small
-from hosts import hosts
 
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import Checkpoints, writing
@@ -31,6 +29,8 @@ from igpt_jax.jobs import pretrain
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import saving
 from igpt_jax.workspace import lock
+from support import small_checkpoints as small
+from support.hosts import hosts
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -5,8 +5,6 @@ import runpy
 import time
 
 import pytest
-import tiny
-from hosts import ROOT, SMALL
 
 from igpt_jax import checkpoint
 from igpt_jax.config.read import settings_of
@@ -15,6 +13,8 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import finetune, pretrain, probe
 from igpt_jax.reporting import summary
 from igpt_jax.runner import goodput, loop, run
+from support import tiny
+from support.hosts import ROOT, SMALL
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -146,13 +146,6 @@ def test_a_folder_that_can_not_be_written_does_not_end_a_run(times, tmp_path, ca
   assert "goodput.json: can't be written" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-    yield
-
-
 def config_of(**overrides):
   config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
   config.update_from_flattened_dict({**SMALL, "train.eval_every": 0, **overrides})
@@ -164,7 +157,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def trained(quick, tmp_path_factory):
+def trained(tmp_path_factory):
   """A run that was killed after step 6, and went on from its checkpoint of step 4; and what it said."""
   workdir = tmp_path_factory.mktemp("run")
 

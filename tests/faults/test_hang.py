@@ -9,11 +9,12 @@ import sys
 import time
 
 import pytest
-from hosts import ROOT, SMALL
 
 from igpt_jax import watchdog
+from support.hosts import ROOT, SMALL
+from support.paths import TESTS
 
-FAULTY = str(pathlib.Path(__file__).parent / "faulty_main.py")
+FAULTY = str(TESTS / "support" / "faulty_main.py")
 long = pytest.mark.skipif(
   os.environ.get("IGPT_JAX_FAULTS") != "long", reason="of the long form: IGPT_JAX_FAULTS=long"
 )
@@ -80,7 +81,6 @@ class Run:
     settings = {**SMALL, "mesh.fsdp": 1, **overrides}
     environment = {
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-      "TFDS_DATA_DIR": str(shared / "tfds"),
       "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

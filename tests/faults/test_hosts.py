@@ -4,14 +4,11 @@ Short: one of each kind. IGPT_JAX_FAULTS=long: every signal to every host.
 """
 
 import os
-import pathlib
 import signal
 
 import jax
-import networks
 import numpy as np
 import pytest
-from hosts import HOSTS, hosts
 
 from igpt_jax import checkpoint, watchdog
 from igpt_jax.config.fields import Settings
@@ -20,9 +17,12 @@ from igpt_jax.data.order import Stream, train_order
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.reporting import metrics
 from igpt_jax.workspace import agreement
+from support import networks
+from support.hosts import HOSTS, hosts
+from support.paths import TESTS
 
 LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"
-FAULTY = str(pathlib.Path(__file__).parent / "faulty_main.py")
+FAULTY = str(TESTS / "support" / "faulty_main.py")
 long = pytest.mark.skipif(not LONG, reason="of the long form: IGPT_JAX_FAULTS=long")
 HOST_SECONDS = 10
 BOUND = HOST_SECONDS + 60  # that the others may live on
@@ -38,10 +38,9 @@ ENDLESS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_folders(tmp_path_factory):
-  """The data is made once, and programs are compiled once."""
+  """Programs are compiled once, and kept apart: processes that are killed may leave halves of them."""
   folder = tmp_path_factory.mktemp("shared")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -10,9 +10,9 @@ import signal
 import time
 
 import pytest
-from test_kill import LONG, SECONDS, SEED, args_of, lives, result
 
 from igpt_jax import checkpoint
+from support.faults import LONG, SECONDS, SEED, args_of, lives, result
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 STEPS = 60

@@ -1,0 +1,219 @@
+"""A machine for the launch scripts: stand-ins for gcloud, xpk, kubectl, srun and Python."""
+
+import dataclasses
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from support.paths import ROOT
+
+PATIENCE = 90  # seconds; a script that works needs one or two, on a busy machine more
+
+
+LAUNCH = ROOT / "launch"
+
+
+FAKE_GCLOUD = r"""#!/usr/bin/env bash
+# State: $FAKE/qr/states (one per look, the last stays), $FAKE/qr/owner, $FAKE/hosts/N (homes).
+printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/gcloud.log"
+worker="" command="" owner=""
+for arg in "$@"; do
+  case $arg in
+    --worker=*) worker=${arg#*=} ;;
+    --command=*) command=${arg#*=} ;;
+    --labels=igpt_jax_owner=*) owner=${arg##*=} ;;
+  esac
+done
+kill_hosts() {
+  local pid
+  for pid in "$FAKE"/hosts/*/igpt_jax_run/pid; do
+    [ ! -e "$pid" ] || kill -KILL -- "-$(cat "$pid")" 2>/dev/null
+  done
+  rm -rf "$FAKE/hosts"
+}
+active() { [ "$(head -n 1 "$FAKE/qr/states" 2>/dev/null)" = ACTIVE ]; }
+case "$3 $4" in
+  "queued-resources describe")
+    if [ -e "$FAKE/flaky" ]; then rm "$FAKE/flaky"; echo "ERROR: no route" >&2; exit 1; fi
+    if [ ! -d "$FAKE/qr" ]; then echo "ERROR: NOT_FOUND: Resource was not found" >&2; exit 1; fi
+    state=$(head -n 1 "$FAKE/qr/states")
+    [ "$(wc -l <"$FAKE/qr/states")" -eq 1 ] || sed -i 1d "$FAKE/qr/states"
+    case $state in SUSPENDED | SUSPENDING | FAILED) kill_hosts ;; esac
+    printf '%s\t%s\n' "$state" "$(cat "$FAKE/qr/owner")" ;;
+  "queued-resources create")
+    if [ -e "$FAKE/quota" ]; then echo "ERROR: quota exceeded" >&2; exit 1; fi
+    if [ -e "$FAKE/race" ]; then
+      mkdir "$FAKE/qr"; echo ACTIVE >"$FAKE/qr/states"; echo somebody >"$FAKE/qr/owner"
+      echo "ERROR: ALREADY_EXISTS" >&2; exit 1
+    fi
+    mkdir "$FAKE/qr" || exit 1
+    cat "$FAKE/states" >"$FAKE/qr/states" && echo "$owner" >"$FAKE/qr/owner"
+    mkdir -p "$FAKE/hosts/0" "$FAKE/hosts/1" ;;
+  "queued-resources delete")
+    if [ -e "$FAKE/sticky" ]; then rm "$FAKE/sticky"; echo "ERROR: is SUSPENDING" >&2; exit 1; fi
+    [ -d "$FAKE/qr" ] || exit 1
+    kill_hosts; rm -rf "$FAKE/qr" ;;
+  "tpu-vm scp")
+    active || exit 255
+    for home in "$FAKE"/hosts/*; do cp "$5" "$home/${6#*:}" || exit 1; done ;;
+  "tpu-vm ssh")
+    active && [ ! -e "$FAKE/deaf" ] || exit 255
+    status=0
+    [ "$worker" != all ] || worker="*"
+    limit=""
+    case $command in
+      *"follow start") [ ! -e "$FAKE/broken" ] || limit="timeout 0.2" ;;
+      *"follow end") touch "$FAKE/followed_again" ;;
+    esac
+    pids=""
+    for home in "$FAKE"/hosts/$worker; do
+      (cd "$home" && HOME=$home exec $limit bash -c "$command") &
+      pids="$pids $!"
+    done
+    for pid in $pids; do wait "$pid" || status=$?; done
+    [ -z "$limit" ] || status=255
+    exit "$status" ;;
+  *) exit 64 ;;
+esac
+"""
+
+
+# Stands for the interpreter that makes the environment, and inside it for the training.
+FAKE_PYTHON = r"""#!/usr/bin/env bash
+case "$1 ${2:-}" in
+  "-c "*) exit 0 ;;
+  "-m venv")
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && printf '%s\n' '#!/usr/bin/env bash' \
+      'printf "%s\n" "$(printf "%s\x1f" "$@")" >>"$FAKE/pip.log"' \
+      '[ ! -e "$FAKE/pip_fails" ]' >"$3/bin/pip" && chmod +x "$3/bin/pip" ;;
+  "-m igpt_jax.main")
+    host=${HOME##*/}
+    printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/main.$host.log"
+    pwd >>"$FAKE/pwd.log"
+    attempt=$(wc -l <"$FAKE/main.$host.log")
+    . "$FAKE/train.sh" ;;
+  *) exit 64 ;;
+esac
+"""
+
+
+FAKE_TOOL = r"""#!/usr/bin/env bash
+tool=${0##*/}
+printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/$tool.log"
+[ ! -e "$FAKE/$tool.stdin" ] || cat >"$FAKE/$tool.stdin"
+[ ! -e "$FAKE/$tool.status" ] || exit "$(cat "$FAKE/$tool.status")"
+"""
+
+
+# Runs until it is told to stop, then saves and exits 0, as training does.
+TRAIN_FOREVER = """
+trap 'echo saved >>"$FAKE/saved.$host"; exit 0' TERM
+echo "host $host trains"; touch "$FAKE/training.$host"
+while :; do sleep 0.02; done
+"""
+
+
+# Hears Ctrl-C, and saves by SIGTERM. bash would lose one of the two, if they come at once.
+HEARS_CTRL_C = """
+import os, pathlib, signal
+fake, both = pathlib.Path(os.environ["FAKE"]), {signal.SIGINT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, both)
+(fake / "training.home").touch()
+while signal.sigwait(both) != signal.SIGTERM:
+  (fake / "heard").touch()
+(fake / "saved.home").write_text("saved\\n")
+"""
+
+
+@dataclasses.dataclass
+class World:
+  """A copy of launch/ in a repository whose path has a space, and the stand-ins on PATH."""
+
+  repo: pathlib.Path
+  fake: pathlib.Path
+  env: dict[str, str]
+  started: list[subprocess.Popen] = dataclasses.field(default_factory=list)
+
+  def command(self, script: str, *args: str) -> list[str]:
+    return ["bash", str(self.repo / "launch" / script), *args]
+
+  def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      self.command(script, *args),
+      env=self.env | env,
+      cwd=self.env["HOME"],
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+      timeout=PATIENCE,
+    )
+
+  def start(self, script: str, *args: str) -> subprocess.Popen:
+    # As from a terminal: in a shell's background these tests ignore Ctrl-C, which children inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+      self.command(script, *args),
+      env=self.env,
+      cwd=self.env["HOME"],
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      start_new_session=True,
+    )
+    signal.signal(signal.SIGINT, before)
+    self.started.append(process)
+    return process
+
+  def write(self, name: str, text: str = "") -> None:
+    (self.fake / name).write_text(text)
+
+  def write_run_of_two_signals(self) -> None:
+    self.write("train.py", HEARS_CTRL_C)
+    self.write("train.sh", f'exec "{sys.executable}" "$FAKE/train.py"')
+
+  def exists(self, name: str) -> bool:
+    return (self.fake / name).exists()
+
+  def calls(self, tool: str) -> list[list[str]]:
+    log = self.fake / f"{tool}.log"
+    if not log.exists():
+      return []
+    return [line.split("\x1f")[:-1] for line in log.read_text().splitlines()]
+
+  def gcloud(self, verb: str) -> list[list[str]]:
+    return [call for call in self.calls("gcloud") if call[3] == verb]
+
+  def wait_for(self, *names: str) -> None:
+    self.wait_until(lambda: all(self.exists(name) for name in names))
+
+  def wait_until(self, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+      assert time.monotonic() < deadline, "waited in vain"
+      time.sleep(0.02)
+
+  def processes(self, program: str) -> list[str]:
+    """Process ids of what runs `program` in this world."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+      try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        environment = (process / "environ").read_bytes()
+      except OSError:
+        continue
+      if words[0].decode() == program and f"FAKE={self.fake}".encode() in environment:
+        found.append(process.name)
+    return found
+
+  def follows(self) -> int:
+    """How often the run's log was followed from its start."""
+    return sum(call[-1].endswith("follow start") for call in self.gcloud("ssh"))
+
+
+def write_executable(path: pathlib.Path, text: str) -> None:
+  path.write_text(text)
+  path.chmod(0o755)

@@ -1,0 +1,127 @@
+"""Every config resolves, builds its abstract state and says what it is for."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from igpt_jax.config import base, choices
+from igpt_jax.config.read import settings_of
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import PRESETS, count_params
+from igpt_jax.training import optimizer, state
+from support.paths import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+# These read a checkpoint: what they are to be is in it.
+READERS = ("convert", "openai_s_eval", "openai_m_eval", "openai_l_eval")
+PUBLISHED = {"s": 76_571_648, "m": 455_157_760, "l": 1_362_250_752, "xl": 6_801_438_720}
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_configs_are_there():
+  names = {path.stem for path in CONFIGS}
+  wanted = {f"imagenet{side}_{size}" for side in (32, 48, 64) for size in PRESETS}
+  assert names >= wanted | {"quickstart", "cifar10_small", "cifar10_s", "imagenet32_s_bert"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_builds_its_abstract_state(path):
+  module = load(path)
+  config = module.get_config()
+  config = choices.settle(settings_of(config))
+  model = choices.model_config(config, n_vocab=choices.palette_size(config))
+  tx = optimizer.make_optimizer(choices.optimizer_config(config))
+  abstract = state.abstract_state(model, tx)
+  assert sum(leaf.size for leaf in jax.tree.leaves(abstract.params)) == count_params(model)
+  assert abstract.params["wpe"].shape == (config.data.resolution**2, model.n_embd)
+  assert ("sos" in abstract.params) == (config.objective == "autoregressive")
+  size = path.stem.split("_")[1] if path.stem.startswith("imagenet32") else None
+  if size in PUBLISHED and model.causal:
+    assert count_params(model) == PUBLISHED[size]
+  if path.stem.startswith("imagenet"):
+    epochs = 2_000_000 * 64 if size == "xl" else 1_000_000 * 128
+    if path.stem.startswith("imagenet32"):
+      assert config.train.steps * config.train.batch_size == epochs
+    seen = config.train.warmup_steps * config.train.batch_size
+    assert seen == pytest.approx(0.96 * 1_281_167, rel=1e-3)  # one epoch
+    assert config.data.augment == "paper"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_says_what_it_is(path):
+  doc = load(path).__doc__
+  assert f"configs/{path.name}" in doc or path.stem == "quickstart"
+  if path.stem in READERS:
+    return
+  assert "Hardware" in doc
+  assert "Expect" in doc or path.stem == "quickstart"
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "expected"),
+  [
+    ("train.steps", 0, "train.steps"),
+    ("train.warmup_steps", 10**9, "warmup_steps"),
+    ("train.batch_size", 0, "batch_size"),
+    ("train.b2", 1.0, "b2"),
+    ("train.learning_rate", float("nan"), "learning_rate"),
+    ("train.schedule", "linear", "cosine"),
+    ("mask_probability", 1.0, "mask_probability"),
+    ("data.validation", 1.5, "validation"),
+    ("palette.size", 1, "palette.size"),
+    ("model.size", "xxl", "s, m, l, xl"),
+    ("model.n_head", 7, "divisible"),
+    ("model.dtype", "float16", "bfloat16"),
+    ("model.attention", "flash", "auto"),
+    ("evaluate.split", "valid", "validation"),
+    ("sample.temperature", -1.0, "temperature"),
+    (
+      "sample.temperature",
+      1e-38,
+      r"temperature: 1e-38; expected 0 \(greedy\), or .* 1e-06 or more",
+    ),
+    (
+      "sample.temperature",
+      float("nan"),
+      "config.sample.temperature: nan; expected a finite number",
+    ),
+    (
+      "sample.temperature",
+      float("inf"),
+      "config.sample.temperature: inf; expected a finite number",
+    ),
+    ("sample.top_k", -1, "top_k"),
+    ("sample.top_p", 1e-30, "top_p: 1e-30; expected a number from 1e-06 to 1"),
+    ("seed", -1, "config.seed: -1; expected 0 to 4,294,967,295"),
+    ("seed", 2**32, "config.seed: 4294967296; expected 0 to 4,294,967,295"),
+    ("seed", 2**200, "config.seed: a number of 201 bits; expected 0 to 4,294,967,295"),
+    ("train.steps", 2**200, "config.train.steps: a number of 201 bits"),
+    ("features.layers", (1, 2**200), "config.features.layers: a number of 201 bits"),
+    ("probe.learning_rates", (1.0, float("inf")), "config.probe.learning_rates: inf"),
+    ("data.validation", 1.0, "data.validation"),
+    ("data.validation", -0.1, "data.validation"),
+    ("data.validation_split", "train", "data.validation_split"),
+  ],
+)
+def test_a_value_out_of_range_is_named(field, value, expected):
+  config = base()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=expected):
+    settings_of(config)
+
+
+def test_masks_that_hide_nothing_of_a_batch_are_refused():
+  config = base()
+  config.objective, config.train.batch_size = "masked", 8
+  config.mask_probability = 1 / 512  # one pixel of 8 images of 8 × 8
+  settings_of(config)
+  config.mask_probability = 1e-9
+  with pytest.raises(UserError, match=r"masks less than one of the 512 pixels.*expected 0\.002 or"):
+    settings_of(config)

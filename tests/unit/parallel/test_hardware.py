@@ -1,0 +1,75 @@
+"""FLOPs of a training step, counted by hand and in the program itself."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, abstract_params, bind
+from igpt_jax.parallel.hardware import CHIPS, chip_of
+from igpt_jax.training.compilation import flops_per_image
+from igpt_jax.training.objectives import token_nll
+from support import tiny
+
+
+def dot_flops(jaxpr) -> int:
+  """FLOPs of all matrix products of a program, those in its loops as often as they run."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      lhs = equation.invars[0].aval.shape
+      total += 2 * equation.outvars[0].aval.size * math.prod(lhs[axis] for axis in contracted)
+    times = equation.params["length"] if equation.primitive.name == "scan" else 1
+    for inner in jax.tree.leaves(
+      equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+    ):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        total += times * dot_flops(inner)
+  return total
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_flops_are_those_of_the_program(batch):
+  """Plain attention computes all of its scores, as BERT's must; causal ones are half of them."""
+  config = tiny.make_config(n_layer=3, causal=False, attention="xla")
+  tokens = jnp.asarray(tiny.random_tokens(config, batch))
+
+  def loss(params):
+    return jnp.mean(token_nll(bind(config, params)(tokens), tokens))
+
+  program = jax.make_jaxpr(jax.value_and_grad(loss))(abstract_params(config))
+  assert dot_flops(program.jaxpr) == batch * flops_per_image(config)
+  attention = 3 * 12 * config.n_positions**2 * config.n_embd
+  causal = tiny.make_config(n_layer=3)
+  assert flops_per_image(config) - flops_per_image(causal) == attention / 2
+
+
+def test_flops_of_the_published_small_model():
+  """6 N D for 131 billion tokens, as published estimates have it, and attention's share."""
+  preset = PRESETS["s"]
+  flops = flops_per_image(
+    ImageGPTConfig(preset.n_layer, preset.n_head, preset.n_embd, causal=False)
+  )
+  matmuls = 6 * (24 * 12 * 512**2 + 512 * 512) * 1024
+  assert flops == matmuls + 24 * 12 * 1024**2 * 512
+  images = 1_000_000 * 128
+  assert matmuls * images == pytest.approx(5.9e19, rel=0.02)
+  assert (flops - matmuls) * images == pytest.approx(2.0e19, rel=0.02)
+
+
+def test_a_cpu_has_no_known_peak():
+  assert chip_of(jax.devices("cpu")[0]) is None
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+def test_chips_are_found_by_what_jax_calls_them(kind):
+  class Device:
+    device_kind = kind
+
+  chip = chip_of(Device())
+  assert chip is CHIPS[kind]
+  assert 1e14 < chip.peak_flops < 1e16
+  assert 15 <= chip.hbm_bytes / 2**30 < 300

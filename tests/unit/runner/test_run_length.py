@@ -1,0 +1,172 @@
+"""A run's settings after its start: more steps in place; and a start without a checkpoint binds nothing."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt_jax import checkpoint
+from igpt_jax.config import choices
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import fit_palette, pretrain
+from igpt_jax.reporting import metrics
+from igpt_jax.runner import loop
+from igpt_jax.training import optimizer
+from igpt_jax.workspace import provenance, watch
+from igpt_jax.workspace import workdir as workdir_lib
+from support.quickstart import assert_same, params_of, shrunk
+from support.tiny import Killed, on_one_device
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+  """A run of 12 steps."""
+  workdir = tmp_path_factory.mktemp("ended")
+  on_one_device(pretrain, shrunk(), str(workdir))
+  return workdir
+
+
+def stop_at(patch, step):
+  asked = loop.StopSignal.asked
+
+  def at(self, at_step):
+    if at_step >= step:
+      self.requested = "SIGTERM"
+    return asked(self, at_step)
+
+  patch.setattr(loop.StopSignal, "asked", at)
+
+
+def run_of(workdir, step):
+  return checkpoint.describe(checkpoint.path_of(str(workdir), step))
+
+
+def test_an_ended_run_is_trained_longer_in_place(ended, tmp_path, monkeypatch, capsys):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  longer = shrunk(**{"train.steps": 20})
+  for workdir in (whole, parts):
+    shutil.copytree(ended, workdir)
+  on_one_device(pretrain, longer, str(whole))
+  said = capsys.readouterr().out
+  assert "train.steps 12 → 20: from step 12 on the learning rate follows the cosine" in said
+  assert json.loads((whole / "config.json").read_text())["train"]["steps"] == 20
+  records = [r for r in metrics.read_jsonl(whole / "metrics.jsonl") if "loss" in r]
+  assert [r["step"] for r in records] == list(range(2, 21, 2))
+  schedule = optimizer.make_schedule(choices.optimizer_config(choices.settle(longer)))
+  assert records[6]["learning_rate"] == pytest.approx(float(schedule(13)))
+  assert json.loads((whole / "training.json").read_text())["step"] == 20
+  new = run_of(whole, 20).run
+  assert new["lengths"] == [{"at": 12, "steps": 12}] and new["config"]["train"]["steps"] == 20
+  assert new["data"]["next_index"] == 20 * 16  # the order goes on
+  # It is the run that it was, for results of its checkpoints.
+  assert provenance.of_run(run_of(whole, 20)) == provenance.of_run(run_of(ended, 12))
+
+  # Stopped in between it goes on as if it hadn't been, and for those who watch it hasn't ended.
+  with monkeypatch.context() as patch:
+    stop_at(patch, 15)
+    on_one_device(pretrain, longer, str(parts))
+  assert not watch._training_has_ended(str(parts)) and not (parts / "training.json").exists()
+  capsys.readouterr()
+  on_one_device(pretrain, longer, str(parts))
+  assert "→" not in capsys.readouterr().out
+  assert_same(params_of(parts), params_of(whole))
+  assert run_of(parts, 20).run["lengths"] == new["lengths"]
+
+
+def test_fewer_steps_than_were_made_are_refused(ended, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(ended, workdir)
+  before = (workdir / "config.json").read_bytes()
+  with pytest.raises(UserError, match=r"train.steps: 8; .* has made 12 steps; expected 12 or more"):
+    on_one_device(pretrain, shrunk(**{"train.steps": 8}), str(workdir))
+  with pytest.raises(UserError, match=r"holds another config's run:\n  seed: 0 there, 1 here\nfix"):
+    on_one_device(pretrain, shrunk(**{"train.steps": 20, "seed": 1}), str(workdir))
+  assert (workdir / "config.json").read_bytes() == before
+  assert (workdir / "training.json").exists()
+
+
+def test_a_run_that_has_not_ended_may_end_earlier(tmp_path, monkeypatch, capsys):
+  with monkeypatch.context() as patch:
+    stop_at(patch, 5)
+    on_one_device(pretrain, shrunk(**{"train.schedule": "constant"}), str(tmp_path))
+  on_one_device(pretrain, shrunk(**{"train.schedule": "constant", "train.steps": 7}), str(tmp_path))
+  assert "train.steps 12 → 7: the learning rate stays 0.00" in capsys.readouterr().out
+  assert json.loads((tmp_path / "training.json").read_text())["step"] == 7
+
+
+def killed_before_a_checkpoint(settings, workdir):
+  with pytest.MonkeyPatch.context() as patch:
+
+    def killed(*args):
+      raise Killed
+
+    patch.setattr(loop, "_compiled", killed)
+    with pytest.raises(Killed):
+      on_one_device(pretrain, settings, str(workdir))
+  assert (workdir / "config.json").exists() and (workdir / "palette.npy").exists()
+
+
+OTHER = {"model.n_embd": 32, "palette.size": 9, "train.steps": 4}
+
+
+def test_a_start_without_a_checkpoint_binds_nothing(tmp_path, capsys):
+  """Its palette isn't taken, either."""
+  killed_before_a_checkpoint(shrunk(), tmp_path / "run")
+  (tmp_path / "run" / "progress").mkdir()
+  (tmp_path / "run" / "progress" / "2.png").write_bytes(b"of the start before")
+  capsys.readouterr()
+  on_one_device(pretrain, shrunk(**OTHER), str(tmp_path / "run"))
+  assert "a start with other settings has left no checkpoint: begun afresh" in (
+    capsys.readouterr().out
+  )
+  on_one_device(pretrain, shrunk(**OTHER), str(tmp_path / "fresh"))
+  assert_same(params_of(tmp_path / "run"), params_of(tmp_path / "fresh"))
+  both = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("run", "fresh")]
+  assert both[0] == both[1]
+  assert not (tmp_path / "run" / "progress").exists()
+
+
+def test_later_jobs_look_for_the_data_where_the_run_resumed(tmp_path, monkeypatch):
+  """A folder that was moved between two starts: config.json names its new place."""
+  for i in range(24):
+    pixels = np.random.default_rng(i).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    (tmp_path / "before").mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(tmp_path / "before" / f"{i}.png")
+  places = [str(tmp_path / name) for name in ("before", "after")]
+  of_folder = {"data.name": "folder", "data.augment": "none", "train.batch_size": 8}
+  runs = [shrunk(**{**of_folder, "data.path": place}) for place in places]
+  workdir = str(tmp_path / "run")
+  with monkeypatch.context() as patch:
+    stop_at(patch, 5)
+    on_one_device(pretrain, runs[0], workdir)
+  os.rename(*places)
+  on_one_device(pretrain, runs[1], workdir)
+  assert workdir_lib.read(workdir)["data.path"] == places[1]
+
+
+def test_a_palette_that_was_fitted_by_itself_is_kept(tmp_path):
+  fit_palette.run(shrunk(**{"palette.size": 9}), str(tmp_path))
+  colours = (tmp_path / "palette.npy").read_bytes()
+  killed_before_a_checkpoint(shrunk(**{"palette.size": 9}), tmp_path)
+  workdir_lib.forget_unbegun(shrunk(**OTHER), str(tmp_path), "pretraining")
+  assert not (tmp_path / "config.json").exists()
+  assert (tmp_path / "palette.npy").read_bytes() == colours
+
+
+@pytest.mark.parametrize("left", ["training.json", "goodput.json", "checkpoints/12.damaged/x"])
+def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(ended, tmp_path, left):
+  workdir = tmp_path / "run"
+  for name in ("config.json", "metrics.jsonl", left):
+    target = workdir / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = ended / name
+    target.write_bytes(source.read_bytes() if source.exists() else b"")
+  kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+  with pytest.raises(UserError, match="holds another config's run"):
+    on_one_device(pretrain, shrunk(**OTHER), str(workdir))
+  assert {p: p.read_bytes() for p in kept} == kept
