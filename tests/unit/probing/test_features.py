@@ -1,5 +1,7 @@
 """A split's features: every image once, whatever the mesh; of the layers, grid and masks asked for."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,12 +70,14 @@ def test_layers_and_a_grid_of_blocks():
   np.testing.assert_allclose(
     blocks.features.reshape(2, 8, 4, 16).mean(2), whole.features[[0, 2]], rtol=0, atol=1e-5
   )
-  # Layer 0 is position by position: the last block is made of the last rows' right halves.
+  # Layer 0 is position by position: the second block is made of the first rows' right halves.
   model = bind(config, tiny.random_params(config))
   tokens = tiny.random_tokens(config, 8)[:, ::1][np.arange(8)]
   entering = tiny.jit(lambda: model.hidden(model.embed(tokens), lambda b, x, _: b.ln_1(x))[1][0])()
-  corner = np.asarray(entering).reshape(8, 4, 4, 16)[:, 2:, 2:].mean((1, 2))
-  np.testing.assert_allclose(blocks.features[0, :, -16:], corner, rtol=0, atol=1e-5)
+  rows, halves = np.asarray(entering).reshape(8, 4, 4, 16), (np.s_[:2], np.s_[2:])
+  for at, (up, left) in enumerate(itertools.product(halves, halves)):
+    found = blocks.features[0].reshape(8, 4, 16)[:, at]
+    np.testing.assert_allclose(found, rows[:, up, left].mean((1, 2)), rtol=0, atol=1e-5)
 
 
 def test_masks_are_a_pictures_own():
