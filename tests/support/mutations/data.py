@@ -90,8 +90,8 @@ MUTATIONS = (
   Mutation(
     "distances-overflow",
     "data/palette.py",
-    "self._levels.astype(np.int32)",
-    "self._levels.astype(np.int16)",
+    "np.square(side[:, None] - centers[candidates])",
+    "np.square((side[:, None] - centers[candidates]).astype(np.int16))",
     _EXACT,
   ),
   Mutation(
@@ -127,7 +127,7 @@ MUTATIONS = (
     "data/palette_fit.py",
     "kmeans.fit(points, sample_weight=weights)",
     "kmeans.fit(points)",
-    f"{_PALETTE}::test_fit_is_good_distinct_and_repeatable",
+    f"{_PALETTE}::test_a_colour_counts_as_often_as_it_is_there",
   ),
   Mutation(
     "epochs-alike",

@@ -113,6 +113,13 @@ MUTATIONS = (
     "training/step.py",
     'jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])',
     'jax.vmap(lambda index: key)(batch["index"])',
+    f"{_EVALUATION}::test_a_mask_that_hides_nothing_is_in_no_mean",
+  ),
+  Mutation(
+    "evaluation-masks-by-row",
+    "training/step.py",
+    '(batch["index"])\n    nll, weight',
+    '(jnp.arange(len(tokens)))\n    nll, weight',
     f"{_EVALUATION}::test_masks_belong_to_pictures",
   ),
   Mutation(
@@ -120,7 +127,7 @@ MUTATIONS = (
     "training/evaluation.py",
     "jax.random.key(EVAL_SEED + n)",
     "jax.random.key(EVAL_SEED)",
-    f"{_EVALUATION}::test_masks_belong_to_pictures",
+    f"{_EVALUATION}::test_a_mask_that_hides_nothing_is_in_no_mean",
   ),
   Mutation(
     "padding-evaluated",
@@ -218,7 +225,7 @@ MUTATIONS = (
     "training/joint.py",
     'total + loss.generative * parts["generative_loss"]',
     'total + parts["generative_loss"]',
-    f"{_JOINT}::test_the_joint_gradient_is_the_sum_of_both",
+    f"{_JOINT}::test_the_parts_are_the_objectives_loss_and_cross_entropy",
   ),
   Mutation(
     "head-a-layer-too-high",

@@ -136,6 +136,11 @@ def test_few_colours_are_taken_as_they_are():
   assert error.mse == 0 and error.psnr == np.inf and error.n_pixels == 320
 
 
+def test_a_colour_counts_as_often_as_it_is_there():
+  levels = np.repeat(np.array([[0, 20, 40], [100, 20, 240]], np.uint8), [300, 100], axis=0)
+  np.testing.assert_array_equal(palette_fit.fit_palette([levels], 1).colors, [[25, 20, 90]])
+
+
 def test_fit_is_good_distinct_and_repeatable():
   train, held_out = _pictures(40, 0), _pictures(10, 1)
   palette = palette_fit.fit_palette([train[:20], train[20:]], 64)

@@ -141,6 +141,7 @@ def test_drawn_crops_are_valid_and_reach_the_edges(size):
   for _ in range(400):
     crop = transforms.draw_paper_crop(rng, *size)
     assert 256 <= min(crop.height, crop.width) <= 384
+    assert abs(crop.width * size[0] / size[1] - crop.height) < 1  # not squeezed
     assert 0 <= crop.top <= crop.height - 224 and 0 <= crop.left <= crop.width - 224
     left, top, right, bottom = crop.source_box(*size)
     assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
@@ -323,7 +324,7 @@ def test_photos_are_cropped_anywhere_and_mirrored(height, width):
   rows, columns = np.mgrid[:height, :width]
   image = np.stack([rows, columns, rows], -1).astype(np.uint8)
   rng = np.random.default_rng(0)
-  sides, lefts, mirrored = set(), set(), []
+  sides, lefts, rights, mirrored = set(), set(), set(), []
   most = min(height, width)
   for _ in range(1000):
     crop = transforms.photo_train(image, rng, most)
@@ -332,11 +333,12 @@ def test_photos_are_cropped_anywhere_and_mirrored(height, width):
     mirrored.append(crop[0, 0, 1] > crop[0, -1, 1])
     sides.add(int(crop[-1, 0, 0]) - int(crop[0, 0, 0]) + 1)
     lefts.add(left)
-    assert right < width
+    rights.add(right)
+  assert max(rights) < width
   assert sides <= set(range(math.ceil(0.7 * most) - 1, most + 1)) and most in sides
   if most > 1:
     assert len(sides) > 3 and 0.4 < np.mean(mirrored) < 0.6
-    assert {0, width - most} <= lefts
+    assert {0, width - most} <= lefts and max(rights) == width - 1
 
 
 def test_fit():
