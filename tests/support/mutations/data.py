@@ -204,7 +204,7 @@ MUTATIONS = (
     "data/sources.py",
     "digests.combined([(records.identity, chosen)])",
     "digests.combined([(records.identity,)])",
-    f"{_SOURCES}::test_fingerprint_tells_splits_and_shares_apart",
+    "unit/data/test_identity.py::test_a_fingerprint_names_which_records_are_chosen",
   ),
   Mutation(
     "changed-file-known-of-old",

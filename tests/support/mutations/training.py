@@ -119,7 +119,7 @@ MUTATIONS = (
     "evaluation-masks-by-row",
     "training/step.py",
     '(batch["index"])\n    nll, weight',
-    '(jnp.arange(len(tokens)))\n    nll, weight',
+    "(jnp.arange(len(tokens)))\n    nll, weight",
     f"{_EVALUATION}::test_masks_belong_to_pictures",
   ),
   Mutation(
