@@ -1,6 +1,6 @@
 """The text of --help and docs/settings.md, from the declarations of jobs and settings.
 
-  python -m igpt_jax.config.help > docs/settings.md
+python -m igpt_jax.config.help > docs/settings.md
 """
 
 import dataclasses
@@ -69,7 +69,9 @@ def of_all() -> str:
   root = {name: declaration for name, declaration in FIELDS.items() if "." not in name}
   parts = [_PAGE, _section("The whole program", "Settings that belong to no group.", root)]
   for group in sorted(groups, key=lambda group: group.prefix):
-    parts.append(_section(f"`{group.prefix}*`", inspect.getdoc(group) or "", dict(declarations(group))))
+    parts.append(
+      _section(f"`{group.prefix}*`", inspect.getdoc(group) or "", dict(declarations(group)))
+    )
   return "\n\n".join(parts)
 
 
