@@ -29,6 +29,9 @@ from support.quickstart import assert_same, call, command, load_config, params_o
 from support.tiny import changed, on_one_device
 
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_run, tmp_path_factory):
   """A run that was never interrupted."""
