@@ -44,6 +44,9 @@ def load(
 ) -> "Model":
   """Reads a trained model onto all devices that jax has.
 
+  On a CPU that is one, unless `jax.config.update("jax_num_cpu_devices", N)` comes before: on a device for
+  each core, as jobs have it, drawing is faster.
+
   Args:
     path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP; OpenAI's model.ckpt-N; a
       Hugging Face directory; or a model of the Hugging Face hub, such as "openai/imagegpt-small".
@@ -73,6 +76,7 @@ class Model:
 
   A method's first call compiles a program, later ones use it: batches are filled up to a few sizes, so
   that not every number of images has one of its own. All raise UserError for what they can't work with.
+  Calls from several threads must come one after the other.
 
   Attributes:
     info: the checkpoint: path, step, config (of the model), palette, run.

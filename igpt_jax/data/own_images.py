@@ -82,6 +82,7 @@ def from_pillow(image: Image.Image, name: str = "image") -> np.ndarray:
     BadRecord: that of `read`.
   """
   with image_decoding.naming(name):
+    image_decoding.check_format(image)
     image_decoding.check_size(image.height, image.width, name)
     image.load()  # before `_orientation`: for TIFF, Pillow applies and removes it here
     flat = _flat(image)

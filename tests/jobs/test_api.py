@@ -14,6 +14,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete, evaluate, sample
 from igpt_jax.pretrained import formats
 from igpt_jax.probing import sets
+from igpt_jax.workspace import weights
 from support import own_checkpoint
 from support.images import make_images
 from support.paths import ROOT
@@ -139,8 +140,12 @@ def test_nats_are_those_of_the_job(request, data, tmp_path, causal):
   assert len(np.unique(nats[np.isfinite(nats)])) > 1
 
 
-def test_features_are_those_of_the_job(trained, model, data, tmp_path):
-  settings = settings_of(changes={"job": "probe", "checkpoint": trained, **data})
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_features_are_those_of_the_job(trained, data, tmp_path, dtype):
+  """Of weights in the compute dtype, as drawing needs them, where the job has float32's."""
+  changes = {"job": "probe", "checkpoint": trained, "model.dtype": dtype, **data}
+  settings = settings_of(changes=changes)
+  model = igpt_jax.Model(weights.describe(trained, settings), settings, mesh_of())
   source = sets.open_source(settings, str(tmp_path), mesh_of())
   stored = sets.compute(settings, str(tmp_path), source)["layer"]["test"]
   images = images_of(settings)
@@ -186,6 +191,14 @@ def test_images_are_taken_as_they_come(model):
     np.testing.assert_allclose(model.nats_per_token(one), expected[:1], rtol=1e-5)
   different = [images[0], some(1, 20, 31)[0]]
   assert model.complete(different, n=1).shape == (2, 1, 4, 4, 3)
+
+
+def test_a_program_is_not_run(model, tmp_path):
+  """Pillow's images are read when they are used, and EPS by Ghostscript."""
+  Image.fromarray(some(1)[0]).save(tmp_path / "drawing.eps")
+  with Image.open(tmp_path / "drawing.eps") as image:
+    with pytest.raises(UserError, match="EPS is a program that draws"):
+      model.features(image)
 
 
 def test_another_number_of_images_compiles_nothing(model):
