@@ -152,7 +152,9 @@ def test_features_are_those_of_the_job(trained, data, tmp_path, dtype):
   for layer in range(3):
     features = model.features(images, layer=layer)
     assert features.shape == (5, 16) and features.dtype == np.float32
-    np.testing.assert_allclose(features, stored.layer(layer)[:], rtol=1e-5, atol=1e-6)
+    # The job's batch is larger; in bfloat16 what is fused, and so rounded, may depend on that.
+    atol = 1e-6 if dtype == "float32" else 5e-3
+    np.testing.assert_allclose(features, stored.layer(layer)[:], rtol=1e-5, atol=atol)
   np.testing.assert_array_equal(model.features(images), model.features(images, layer=1))
 
 
