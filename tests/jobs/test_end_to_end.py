@@ -28,6 +28,8 @@ from support.paths import ROOT
 from support.quickstart import assert_same, call, command, load_config, params_of, shrunk
 from support.tiny import changed, on_one_device
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def trained(tiny_run, tmp_path_factory):
