@@ -148,7 +148,7 @@ MUTATIONS = (
     "probing/lbfgs.py",
     "at = (newest + 1 + ahead) % MEMORY",
     "at = (newest - ahead) % MEMORY",
-    f"{_LOGISTIC}::test_badly_conditioned_features",
+    "unit/probing/test_lbfgs.py::test_two_loops_are_the_updates_one_after_the_other",
   ),
   Mutation(
     "cosine-of-the-probe-too-long",

@@ -3,9 +3,9 @@
 from support.mutations.mutation import Mutation
 
 _GUARD = "unit/runner/test_guard.py"
-_ENDS = "unit/runner/test_run_ends.py"
+_ENDS = "jobs/test_run_ends.py"
 _GOES_ON = f"{_ENDS}::test_a_run_that_goes_on_again_has_not_ended"
-_GOODPUT = "faults/test_goodput.py"
+_GOODPUT = "unit/runner/test_goodput.py"
 _SAVER = "unit/runner/test_saver.py"
 _LOOP = "unit/runner/test_loop.py"
 

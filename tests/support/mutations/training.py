@@ -125,22 +125,22 @@ MUTATIONS = (
   Mutation(
     "evaluation-draws-alike",
     "training/evaluation.py",
-    "jax.random.key(EVAL_SEED + n)",
+    "jax.random.key(EVAL_SEED + number)",
     "jax.random.key(EVAL_SEED)",
     f"{_EVALUATION}::test_a_mask_that_hides_nothing_is_in_no_mean",
   ),
   Mutation(
     "padding-evaluated",
     "training/step.py",
-    '"nats": jnp.sum(per_image(nll, weight) * counted)',
-    '"nats": jnp.sum(per_image(nll, weight))',
+    '"nats": jnp.sum(nats * counted)',
+    '"nats": jnp.sum(nats)',
     f"{_STEP}::test_evaluation_sums_over_what_the_mask_counts",
   ),
   Mutation(
     "evaluation-summed-in-bfloat16",
     "training/step.py",
-    '"nats": jnp.sum(per_image(nll, weight) * counted)',
-    '"nats": jnp.sum((per_image(nll, weight) * counted).astype(jnp.bfloat16))',
+    '"nats": jnp.sum(nats * counted)',
+    '"nats": jnp.sum((nats * counted).astype(jnp.bfloat16))',
     f"{_STEP}::test_evaluation_sums_over_what_the_mask_counts",
   ),
   Mutation(
