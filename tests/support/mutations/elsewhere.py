@@ -135,6 +135,13 @@ MUTATIONS = (
     "unit/demo/test_demo_server.py::test_settings_out_of_range_are_named",
   ),
   Mutation(
+    "nats-under-another-mask",
+    "training/evaluation.py",
+    "self._put(batch), self._key(0))",
+    "self._put(batch), self._key(1))",
+    "jobs/test_api.py::test_nats_are_those_of_the_job",
+  ),
+  Mutation(
     "bits-for-nats",
     "jobs/evaluate.py",
     "nats / math.log(2)",

@@ -176,6 +176,6 @@ MUTATIONS = (
     "probing/store.py",
     "    for array in self._arrays:\n      array.flush()\n    self._store._done(",
     "    self._store._done(",
-    "unit/probing/test_feature_store.py::test_rows_count_only_once_they_are_on_disk",
+    "unit/probing/test_feature_store.py::test_rows_are_flushed_before_they_count",
   ),
 )

@@ -180,3 +180,15 @@ def test_nothing_but_numbers_is_in_the_json(tmp_path):
   assert json.loads((tmp_path / "train" / "progress.json").read_text()) == {"0": ROWS, "1": ROWS}
   identity = json.loads((tmp_path / "train" / "identity.json").read_text())
   assert identity == {**IDENTITY, "width": WIDTH}
+
+
+def test_rows_are_flushed_before_they_count(tmp_path, monkeypatch):
+  """After a power cut, too, what progress.json counts is there."""
+  done, flush, note = [], np.memmap.flush, FeatureStore._done
+  writing = store(tmp_path / "train").begin((0, 2))
+  monkeypatch.setattr(np.memmap, "flush", lambda array: (done.append("flushed"), flush(array))[1])
+  monkeypatch.setattr(
+    FeatureStore, "_done", lambda *given: (done.append("counted"), note(*given))[1]
+  )
+  writing.add(rows_of((0, 2), 0, 20), 20)
+  assert done == ["flushed"] * 4 + ["counted"]  # labels, images and two layers
