@@ -3,8 +3,6 @@
 from support.mutations.mutation import Mutation
 
 _GUARD = "unit/runner/test_guard.py"
-_ENDS = "jobs/test_run_ends.py"
-_GOES_ON = f"{_ENDS}::test_a_run_that_goes_on_again_has_not_ended"
 _GOODPUT = "unit/runner/test_goodput.py"
 _SAVER = "unit/runner/test_saver.py"
 _LOOP = "unit/runner/test_loop.py"
@@ -71,14 +69,21 @@ MUTATIONS = (
     "runner/data_order.py",
     "start_step=step,",
     "start_step=step + 1,",
-    _GOES_ON,
+    "unit/runner/test_data_order.py::test_a_run_goes_on_with_the_next_batch",
   ),
   Mutation(
     "resumed-with-a-batch-again",
     "runner/data_order.py",
     "start_step=step,",
     "start_step=max(step - 1, 0),",
-    _GOES_ON,
+    "unit/runner/test_data_order.py::test_a_run_goes_on_with_the_next_batch",
+  ),
+  Mutation(
+    "back-to-the-first-order",
+    "runner/data_order.py",
+    "      seed=self._seeds()[-1],\n",
+    "      seed=self._seeds()[0],\n",
+    "unit/runner/test_data_order.py::test_a_run_goes_on_with_the_next_batch",
   ),
   Mutation(
     "never-evaluated-in-between",
