@@ -48,7 +48,7 @@ MUTATIONS = (
     "config/choices.py",
     "rate = size.learning_rate_masked if masked else size.learning_rate",
     "rate = size.learning_rate",
-    f"{_SETTINGS}::test_open_choices_are_made_once",
+    "unit/config/test_rates.py::test_a_rate_of_ones_own_comes_before_the_sizes",
   ),
   Mutation(
     "fine-tuned-at-full-rate",
@@ -62,21 +62,21 @@ MUTATIONS = (
     "config/declare.py",
     '"least": operator.ge',
     '"least": operator.gt',
-    f"{_SETTINGS}::test_a_value_is_checked_as_declared",
+    "unit/config/test_bounds.py::test_bounds_are_where_they_are_declared",
   ),
   Mutation(
     "upper-bounds-exclusive",
     "config/declare.py",
     '"most": operator.le',
     '"most": operator.lt',
-    f"{_SETTINGS}::test_a_value_is_checked_as_declared",
+    "unit/config/test_bounds.py::test_bounds_are_where_they_are_declared",
   ),
   Mutation(
     "longest-seed-wraps",
     "data/order.py",
     "MAX_SEED = 2**32 - 1",
     "MAX_SEED = 2**32",
-    "unit/config/test_configs.py::test_a_value_out_of_range_is_named",
+    "unit/data/test_pipeline.py::test_seeds_beyond_32_bits_are_refused",
   ),
   Mutation(
     "resumed-metrics-twice",

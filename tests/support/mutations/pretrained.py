@@ -89,7 +89,7 @@ MUTATIONS = (
     "pretrained/leaves.py",
     "dtype = dtypes.pop() if len(dtypes) == 1 else None",
     "dtype = None",
-    f"{_FORMATS}::test_dtype_is_kept_unless_asked_for",
+    f"{_FORMATS}::test_round_trip_is_exact",
   ),
   Mutation(
     "weights-unchecked",

@@ -88,6 +88,7 @@ def test_a_kill_loses_what_came_after_the_checkpoint(times, tmp_path):
   assert (found["repeated"], found["down"]) == (35, 53)
   assert sum(found.values()) == times.now - 1_000
   assert (spent["starts"], spent["steps_again"]) == (2, 40)
+  assert spent["goodput"] == pytest.approx(100 / 190)  # of all time, the lost included
   assert goodput.describe(spent).endswith(
     ", lost to 1 restart 46.3% (steps done again: 40, time between: 0:00:53)"
   )
