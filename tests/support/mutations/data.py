@@ -92,7 +92,7 @@ MUTATIONS = (
     "data/palette.py",
     "np.square(side[:, None] - centers[candidates])",
     "np.square((side[:, None] - centers[candidates]).astype(np.int16))",
-    _EXACT,
+    f"{_PALETTE}::test_distances_to_far_colours_do_not_overflow",
   ),
   Mutation(
     "ties-to-the-highest",

@@ -121,10 +121,10 @@ MUTATIONS = (
     _LINE,
   ),
   Mutation(
-    "who-leaves-stays-in-line",
+    "place-not-given-back",
     "demo/limits.py",
-    "      self._queue.remove(me)\n",
-    "",
+    "self._places -= 1",
+    "self._places -= 0",
     _LINE,
   ),
   Mutation(

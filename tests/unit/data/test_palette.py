@@ -40,6 +40,14 @@ def test_uint8_palette_is_exact_with_ties_to_the_lowest(k):
   np.testing.assert_array_equal(palette.encode(colors), tokens)  # from the table
 
 
+def test_distances_to_far_colours_do_not_overflow():
+  """178² fits 16 bits with a sign, 182² doesn't."""
+  colors = np.array([[178, 0, 0], [0, 182, 0]], np.uint8)
+  for levels in (colors, colors[::-1]):
+    found = palette_lib.Palette.from_uint8(levels).encode(np.zeros((1, 3), np.uint8))
+    np.testing.assert_array_equal(levels[found], colors[:1])
+
+
 def test_round_trip_of_its_own_colours():
   levels = np.unique(RNG.integers(0, 256, (600, 3), np.uint8), axis=0)
   palette = palette_lib.Palette.from_uint8(levels)
