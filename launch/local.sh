@@ -17,6 +17,7 @@ answer_help "$@"
 config=${1:-configs/quickstart.py}
 [ $# -eq 0 ] || shift
 case $config in --*) die "$config: expected a config file first, such as configs/quickstart.py" ;; esac
+need_checkout
 cd "$REPO_DIR"
 [ -f "$config" ] || die "$config: no such config; see configs/"
 name=$(basename "$config" .py)
