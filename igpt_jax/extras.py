@@ -21,7 +21,10 @@ def install(extra: str) -> str:
   if in_checkout():
     target = "." if pathlib.Path.cwd() == CHECKOUT else str(CHECKOUT)
     return f"pip install -e {shlex.quote(f'{target}[{extra}]')}"
-  return f"pip install {shlex.join(_requirements(extra))}"
+  try:
+    return f"pip install {shlex.join(_requirements(extra))}"
+  except importlib.metadata.PackageNotFoundError:  # the package was copied, not installed
+    return f"install what the extra {extra} of igpt_jax's setup.py lists"
 
 
 def _requirements(extra: str) -> list[str]:

@@ -151,6 +151,11 @@ def test_an_extra_is_installed_as_it_can_be(call, tmp_path, monkeypatch):
   assert extras.install("demo") == f"pip install -e '{ROOT}[demo]'"
   done = call(program="from igpt_jax import extras; print(extras.install('demo'))")
   assert done.stdout == "pip install 'starlette<2,>=0.46' 'uvicorn<1,>=0.34'\n", done.stderr
+  monkeypatch.setattr(
+    extras, "CHECKOUT", tmp_path
+  )  # of a package that was copied, nothing is known
+  monkeypatch.setattr(extras, "_requirements", importlib.metadata.requires)
+  assert extras.install("demo") == "install what the extra demo of igpt_jax's setup.py lists"
   program = (
     "from igpt_jax.data import tfds_source; print(tfds_source.prepare_command('mnist', '/d'))"
   )
