@@ -28,7 +28,6 @@ from support.paths import ROOT
 from support.quickstart import assert_same, call, command, load_config, params_of, shrunk
 from support.tiny import changed, on_one_device
 
-
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
