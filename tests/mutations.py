@@ -1,6 +1,6 @@
 """Tries whether the tests see mistakes: puts small ones into a copy of the project, one at a time.
 
-  python tests/mutations.py                    all of them, about half an hour on one core
+  python tests/mutations.py                    all of them, about twenty minutes on one core
   python tests/mutations.py NAME…              some
   python tests/mutations.py --room training    those in one room
   python tests/mutations.py --list             their names, files and tests
@@ -178,8 +178,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Mu
 def main(arguments: Sequence[str] | None = None) -> int:
   options, chosen = parsed(arguments)
   if options.list:
-    for mutation in chosen:
-      say(f"{mutation.name:28}  {PACKAGE}/{mutation.file}  {' '.join(mutation.tests)}")
+    say("\n".join(f"{m.name:36}  {PACKAGE}/{m.file}  {' '.join(m.tests)}" for m in chosen))
     return 0
   os.nice(10)
   outcomes: list[Outcome] = []
@@ -195,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       left = (time.monotonic() - first) / number * (len(chosen) - number)
       why = mutation.reason if outcome.is_well and mutation.reason else outcome.why
       say(
-        f"{number:3}/{len(chosen)}  {outcome.verdict:8}  {mutation.name:28} {outcome.seconds:4.0f} s  "
+        f"{number:3}/{len(chosen)}  {outcome.verdict:8}  {mutation.name:36} {outcome.seconds:4.0f} s  "
         f"ETA {left / 60:.0f} min  {why[:200]}"
       )
   say(f"\n{table(outcomes)}\n\n{(time.monotonic() - began) / 60:.1f} minutes")

@@ -538,6 +538,10 @@ def test_prepare_job(capsys):
 
   prepare.run(shrunk(), "unused")
   told = capsys.readouterr().out
-  assert os.environ["TFDS_DATA_DIR"] in told and "train[1347 of 1497]" in told and "test[300 of 300]" in told
+  assert (
+    os.environ["TFDS_DATA_DIR"] in told
+    and "train[1347 of 1497]" in told
+    and "test[300 of 300]" in told
+  )
   with pytest.raises(UserError, match="needs no preparation"):
     prepare.run(shrunk(**{"data.name": "tokens", "data.path": "x"}), "unused")
