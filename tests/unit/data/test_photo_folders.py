@@ -136,6 +136,61 @@ def test_an_image_of_two_stored_splits_is_told(tmp_path, capsys):
   assert capsys.readouterr().out == expected
 
 
+def layout(root, **folders):
+  """Images in folders, FOLDER=number of images; `beside` lie in the root itself."""
+  first = 0
+  for folder, n in folders.items():
+    photos(root / ("" if folder == "beside" else folder), [f"{i}.png" for i in range(n)], first)
+    first += n
+  return root
+
+
+@pytest.mark.parametrize(
+  ("folders", "classes", "said"),
+  [
+    ({"train": 9, "car": 9, "plane": 9}, ("car", "plane", "train"), "train/: car/, plane/ beside"),
+    ({"Test": 9, "beside": 20}, (), "Test/: images beside"),
+    ({"validation": 9, "beside": 20}, (), "validation/: images beside"),
+    ({"Train": 9, "beside": 20}, (), "Train/: images beside"),
+    ({"val": 12, "holidays": 12}, ("holidays", "val"), "val/: holidays/ beside"),
+  ],
+)
+@pytest.mark.parametrize("above", ["", "my"])
+def test_a_class_may_be_called_as_a_split_is(tmp_path, capsys, folders, classes, said, above):
+  root = layout(tmp_path / above, **folders)
+  splits = open_all(tmp_path)
+  assert all(split.class_names == classes for split in splits.values())
+  assert sum(map(len, splits.values())) == sum(folders.values())
+  first = capsys.readouterr().out.splitlines()[0]
+  assert (
+    first == f"{root}: no stored splits, though there is {said} (splits would be train/ and test/)"
+  )
+
+
+@pytest.mark.parametrize(
+  ("folders", "left_out"),
+  [
+    ({"train": 20, "test": 4, "extra": 4}, "test/, train/; left out extra/"),
+    ({"train": 20, "val": 4, "Test": 4, "beside": 1}, "train/, val/; left out images, Test/"),
+    ({"train": 20, "beside": 1}, "train/; left out images"),
+  ],
+)
+def test_what_lies_beside_stored_splits_is_told(tmp_path, capsys, folders, left_out):
+  root = layout(tmp_path, **folders)
+  (root / "notes").mkdir()
+  (root / "notes" / "a.txt").write_text("no image")
+  assert len(open_all(root)["train"]) == 18
+  assert capsys.readouterr().out.startswith(f"{root}: stored splits {left_out} beside them\n")
+
+
+def test_a_test_split_alone_is_for_evaluation_and_training_says_how(tmp_path, capsys):
+  root = layout(tmp_path, val=24)
+  assert len(sources.open_split(config_of(root), "test")) == 24
+  with pytest.raises(errors.NoSuchSplit, match=rf"fix: --config\.data\.path={root}/val divides"):
+    open_all(root)
+  assert sum(map(len, open_all(root / "val").values())) == 24
+
+
 # --- who is in which split -------------------------------------------------------------------------
 
 
@@ -361,6 +416,9 @@ def test_splits_that_are_nearly_there_are_not_mixed(tmp_path):
     errors.UserError, match=r"capitals/Test; expected .*/test; fix: rename it to test"
   ):
     open_all(tmp_path / "capitals")
+  layout(tmp_path / "one", train=20, Test=4)
+  with pytest.raises(errors.UserError, match=r"one/Test; .*fix: rename it to test$"):
+    open_all(tmp_path / "one")
 
 
 def test_results_are_no_photos(tmp_path):
@@ -370,6 +428,14 @@ def test_results_are_no_photos(tmp_path):
     with pytest.raises(errors.UserError, match=r"lies within data\.path"):
       places.check(settings, str(workdir))
   places.check(settings, str(tmp_path) + "-run")
+  for folders, is_safe in (({"train": 9, "test": 9}, True), ({"train": 18}, False)):
+    root = layout(tmp_path / f"{len(folders)}", **folders)
+    stored = Settings(data=config_of(root))
+    if is_safe:
+      places.check(stored, str(root / "runs" / "a"))
+    else:  # its images would make classes of train/ and runs/
+      with pytest.raises(errors.UserError, match=r"lies within data\.path"):
+        places.check(stored, str(root / "runs" / "a"))
 
 
 # --- jobs ------------------------------------------------------------------------------------------
