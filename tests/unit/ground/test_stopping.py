@@ -70,6 +70,53 @@ def test_ctrl_c_while_the_program_starts(tmp_path, job):
   assert errors.startswith("igpt_jax: stopped by Ctrl-C") and errors.count("\n") == 1
 
 
+def test_ctrl_c_while_the_package_itself_is_imported(tmp_path):
+  """Before a module of it runs: here on its way through an import of its own."""
+  (tmp_path / "sitecustomize.py").write_text(f"""
+import sys
+class Slow:
+  def find_spec(self, name, path=None, target=None):
+    if name == "igpt_jax.cpu_compiler":
+      print("ready", flush=True)
+      import time
+      time.sleep(1_000)
+sys.meta_path.insert(0, Slow())
+sys.path.insert(0, {str(ROOT)!r})
+""")
+  process = started("env", f"PYTHONPATH={tmp_path}", sys.executable, "-m", "igpt_jax.main")
+  process.send_signal(signal.SIGINT)
+  _, errors = process.communicate(timeout=SECONDS)
+  assert process.returncode == 130
+  assert errors.startswith("igpt_jax: stopped by Ctrl-C") and errors.count("\n") == 1
+
+
+def test_a_system_without_posix_can_import_and_listen():
+  """Windows has no fork, no fcntl, and before Python 3.12 no blocking to set."""
+  program = """
+import os, sys
+import jax  # and what Python itself imports by these names
+sys.modules["fcntl"] = None
+del os.register_at_fork, os.set_blocking
+import warnings
+from igpt_jax import stopping
+from igpt_jax.parallel import locking
+with locking.locked(sys.argv[1], "it", "go"):
+  print("held")
+stopping.take_back()
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program, os.devnull],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=SECONDS,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == (
+    "it can't be locked (this system has no such locks): take care that no other run uses it\nheld\n"
+  )
+
+
 def test_a_forked_worker_leaves_ctrl_c_to_its_parent():
   """Otherwise the parent would hear it twice, and leave without saving."""
   program = """
