@@ -200,7 +200,7 @@ def run(
     steps: the number of steps of the whole run.
     instruments: saving, logging, timing and checking.
     stopped_by: a signal that has asked the run to stop already.
-    evaluated: False: the checkpoint that the run resumes from has not been evaluated, and is its last.
+    evaluated: False if the last step is that of the checkpoint it resumes from, without evaluation.
 
   Raises:
     BadNumbers: raised by the guard; checkpoints under way are complete.
@@ -212,9 +212,7 @@ def run(
   clock.reads(batches := work.batches(first_step))
   clock.enter("step")
   logged = _Logged(instruments, batches)
-
-  def flush() -> None:
-    logged.report(lambda: train_state)
+  flush = functools.partial(logged.report, lambda: train_state)
 
   def pause(function: Callable, phase: str, recurs: bool = False) -> Any:
     """Calls `function` when the device is idle, excluded from the measured speed."""
