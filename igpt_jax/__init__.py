@@ -1,4 +1,7 @@
-"""Image GPT in JAX: pretraining transformers on raw pixels (Chen et al. 2020)."""
+"""Image GPT in JAX: pretraining transformers on raw pixels (Chen et al. 2020).
+
+`load` returns a trained model to complete, sample, describe and measure images with (`api.py`).
+"""
 
 import sys
 
@@ -9,8 +12,28 @@ if sys.argv[:1] == ["-m"] and "igpt_jax.main" in sys.orig_argv:
 
   stopping.listen()
 
+from typing import TYPE_CHECKING, Any
+
 from igpt_jax import cpu_compiler
+
+if TYPE_CHECKING:
+  from igpt_jax.api import Model as Model
+  from igpt_jax.api import load as load
 
 __version__ = "0.1.0"
 
+_LAZY = ("Model", "load")  # what reads a model isn't imported before it is asked for
+
 cpu_compiler.avoid_wrong_fusions()
+
+
+def __getattr__(name: str) -> Any:
+  if name in _LAZY:
+    from igpt_jax import api
+
+    return getattr(api, name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_LAZY])

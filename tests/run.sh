@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests, in a virtual environment that it makes if need be.
 #
-#   bash tests/run.sh                  everything that needs no accelerator
+#   bash tests/run.sh                  everything but what is marked slow, and what needs an accelerator
+#   bash tests/run.sh fast             the unit tests, for while one works
+#   bash tests/run.sh slow             what is marked slow, which the first leaves out
 #   bash tests/run.sh tests/unit/data  what follows goes to pytest
 #
 # VENV and PYTHON as in launch/local.sh.
@@ -9,6 +11,11 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../launch/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/lib.sh"
 
+case ${1:-} in
+  fast) set -- tests/unit -m "not slow" "${@:2}" ;;
+  slow) set -- -m slow "${@:2}" ;;
+  "" | -*) set -- -m "not slow" "$@" ;;
+esac
 cd "$REPO_DIR"
 venv=${VENV:-$REPO_DIR/.venv}
 python=$(find_python)

@@ -100,11 +100,16 @@ def open_image(data: bytes, record_id: str) -> Image.Image:
       f"{record_id}: implausible size of {n_pixels:,} pixels; expected 1 to {MAX_PIXELS:,} pixels; "
       "fix: scale it down"
     ) from None
-  if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
-    raise ValueError("EPS is a program that draws; expected an image of pixels")
+  check_format(image)
   jpeg_bytes = len(data) if image.format in ("JPEG", "MPO") else None
   check_size(image.height, image.width, record_id, jpeg_bytes=jpeg_bytes)
   return image
+
+
+def check_format(image: Image.Image) -> None:
+  """Raises ValueError for a program, which Pillow would have Ghostscript run."""
+  if image.format == "EPS":
+    raise ValueError("EPS is a program that draws; expected an image of pixels")
 
 
 @contextlib.contextmanager

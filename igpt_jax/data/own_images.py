@@ -69,15 +69,31 @@ def read(data: bytes, name: str = "image", short_side: int = 0) -> np.ndarray:
     least = short_side or large * _LARGE_SHORT_SIDE
     pixels = image_decoding.decode_jpeg(data, name, least) if jpeg else None
     if pixels is None:
-      image.load()  # before `_orientation`: for TIFF, Pillow applies and removes it here
-      flat = _flat(image)
-      if large:
-        flat = flat.reduce(max(1, min(flat.size) // _LARGE_SHORT_SIDE))
-      pixels = np.asarray(_in_srgb(flat, image.info))
-    elif _conversion(image.mode, image.info):
+      return from_pillow(image, name)
+    if _conversion(image.mode, image.info):
       pixels = np.asarray(_in_srgb(Image.fromarray(pixels).convert(image.mode), image.info))
-    turn = _TURNS.get(_orientation(image))
-    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+    return _upright(pixels, image)
+
+
+def from_pillow(image: Image.Image, name: str = "image") -> np.ndarray:
+  """Reads an image that Pillow has opened or made, as `read` does its file.
+
+  Raises:
+    BadRecord: that of `read`.
+  """
+  with image_decoding.naming(name):
+    image_decoding.check_format(image)
+    image_decoding.check_size(image.height, image.width, name)
+    image.load()  # before `_orientation`: for TIFF, Pillow applies and removes it here
+    flat = _flat(image)
+    if image.width * image.height > _LARGE:
+      flat = flat.reduce(max(1, min(flat.size) // _LARGE_SHORT_SIDE))
+    return _upright(np.asarray(_in_srgb(flat, image.info)), image)
+
+
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+  turn = _TURNS.get(_orientation(image))
+  return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 def as_stored(data: bytes) -> bool:

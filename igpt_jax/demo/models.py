@@ -15,6 +15,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.sampling import completer as completer_lib
+from igpt_jax.sampling import filler
 from igpt_jax.sampling.completer import Completer, InputImage, Reader
 from igpt_jax.sampling.filler import Filler
 from igpt_jax.workspace import devices
@@ -88,8 +89,7 @@ class Models:
     """Returns the model at an index, after reading its weights on first use."""
     offered = self._offered[index]
     if offered.completer is None:
-      kind = Completer if offered.info.config.causal else Filler
-      offered.completer = kind(offered.info, self._settings, self._mesh)
+      offered.completer = filler.open_model(offered.info, self._settings, self._mesh)
     if isinstance(offered.completer, Completer):
       offered.completer.keep_programs(self._kept)
     return offered.completer
@@ -131,10 +131,10 @@ class Models:
       known_HxW: True where the image is given: upper rows, or for a BERT model any pixels.
       passes: of a BERT model.
     """
-    drawer, common = self.completer(index), {"seed": seed, "watched": True}
-    if isinstance(drawer, Filler):
-      return drawer.draw([image], range(samples), known_HxW, sampling, passes=passes, **common)
-    return drawer.draw([image], range(samples), int(known_HxW[:, 0].sum()), sampling, **common)
+    drawer, numbers = self.completer(index), range(samples)
+    return filler.draw(
+      drawer, [image], numbers, known_HxW, sampling, seed=seed, passes=passes, watched=True
+    )
 
 
 def _name_of(info: checkpoint.CheckpointInfo) -> str:

@@ -125,8 +125,7 @@ def run(settings: Settings, workdir: str) -> None:
   given = f", {known.mean():.0%} of each given" if chosen else ""
   say(f"complete: {what}{given}" + (f"; {before} done before" if chosen and before else ""))
   if to_do:
-    causal = info.config.causal
-    completer = (Completer if causal else Filler)(info, settings, mesh)
+    completer = filler.open_model(info, settings, mesh)
     # A list, made before drawing: only the main process's targets get the samples that are drawn.
     batches = list(_batches(to_do, n, settings.sample.batch_size))
     clock = progress.Countdown("batches", len(batches), say)
@@ -229,9 +228,8 @@ def _batches(
 
   For that the last numbers may exceed n, and a group's last image may be repeated.
   """
-  pieces = -(-n // batch_size)
-  size = -(-n // pieces)
-  together = min(max(1, batch_size // size), len(targets))
+  size, most = completer_lib.batch_shape(n, batch_size)
+  together = min(most, len(targets))
   for start in range(0, len(targets), together):
     group = targets[start : start + together]
     for first in range(0, n, size):
@@ -245,11 +243,7 @@ def _draw(
 ) -> None:
   """Draws a batch and writes it to disk."""
   images, sampling = [target.image for target in batch], choices.sampling_config(settings)
-  if isinstance(completer, Completer):
-    results = completer.draw(images, numbers, recipe["rows_given"], sampling, seed=settings.seed)
-  else:
-    results = completer.draw(images, numbers, _known(recipe), sampling, seed=settings.seed)
-  *_, drawn = results
+  *_, drawn = filler.draw(completer, images, numbers, _known(recipe), sampling, seed=settings.seed)
   if not hosts.is_main():
     return
   kept = [number for number in numbers if number < settings.complete.n]

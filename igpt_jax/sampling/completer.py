@@ -26,7 +26,7 @@ from igpt_jax.parallel import sharding
 from igpt_jax.workspace import weights
 
 _PROGRAMS = 24  # compiled programs that are kept; there is one per shape
-_BUCKETS = (1, 4, 8, 16)  # samples that one program draws, where drawing is watched
+_BUCKETS = (1, 4, 8, 16)  # rows that one program computes, where any number may be wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +72,18 @@ def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpo
   """
   info = weights.of_job(settings, workdir)
   weights.palette_of(info)
-  if not info.config.causal and not bert:
+  if not bert:
+    check_causal(info)
+  return info
+
+
+def check_causal(info: checkpoint.CheckpointInfo) -> None:
+  """Raises UserError if it is a BERT model."""
+  if not info.config.causal:
     raise UserError(
       f"checkpoint: {info.path} is a BERT model, which has no left-to-right distribution to draw "
       "from; fix: a checkpoint of objective=autoregressive"
     )
-  return info
 
 
 class Reader:
@@ -104,8 +110,7 @@ class Reader:
     Raises:
       BadRecord: it isn't an image that can be read.
     """
-    square = self.square(data, name)
-    return InputImage(name, self.palette.encode(square).reshape(-1).astype(np.int32))
+    return InputImage(name, self.tokens(self.square(data, name)[None])[0])
 
   def square(self, data: bytes, name: str) -> np.ndarray:
     """Returns the centre square of an image, upright, scaled as in evaluation: uint8 [R, R, 3], sRGB.
@@ -113,7 +118,16 @@ class Reader:
     Raises:
       BadRecord: it isn't an image that can be read.
     """
-    return self._transform(own_images.read(data, name))
+    return self.fit(own_images.read(data, name))
+
+  def fit(self, image: np.ndarray) -> np.ndarray:
+    """Returns the centre square of uint8 [H, W, 3], scaled as in evaluation: uint8 [R, R, 3]."""
+    return self._transform(image)
+
+  def tokens(self, squares_BxRxRx3: np.ndarray) -> np.ndarray:
+    """Converts images of the model's size to tokens int32 [B, n_positions]."""
+    encoded = self.palette.encode(squares_BxRxRx3)
+    return encoded.reshape(len(encoded), -1).astype(np.int32)
 
   def paint(self, tokens_BxT: np.ndarray) -> np.ndarray:
     """Converts tokens to images uint8 [B, H, W, 3]."""
@@ -235,9 +249,18 @@ class Completer:
 
 
 def bucket(n: int) -> int:
-  """Number of samples that are drawn where n are watched: those beyond n are thrown away."""
+  """Number of rows that a program computes where n are wanted: those beyond n are thrown away."""
   most = _BUCKETS[-1]
   return next((size for size in _BUCKETS if n <= size), -(-n // most) * most)
+
+
+def batch_shape(n: int, batch_size: int) -> tuple[int, int]:
+  """Returns how many of an image's n samples, and of the images, are drawn at a time, at most.
+
+  With them all batches have one shape; the numbers of the last one's samples may exceed n.
+  """
+  size = -(-n // -(-n // batch_size))
+  return size, max(1, batch_size // size)
 
 
 def fill_up(numbers: ArrayLike, size: int) -> np.ndarray:

@@ -157,3 +157,31 @@ class Filler:
         results = self._fetch(filling.tokens, filling.nll, filling.settled)
         tokens, nll, settled = map(np.array, jax.device_get(results))
       yield PartialSamples(tokens[:wanted], nll[:wanted], settled[:wanted])
+
+
+def open_model(
+  info: checkpoint.CheckpointInfo, settings: Settings, mesh: Mesh
+) -> completer.Completer | Filler:
+  """Reads the weights of a checkpoint onto the mesh; returns what draws with such a model."""
+  return (completer.Completer if info.config.causal else Filler)(info, settings, mesh)
+
+
+def draw(
+  model: completer.Completer | Filler,
+  images: Sequence[InputImage],
+  numbers: Sequence[int],
+  known_HxW: np.ndarray,
+  sampling: SamplingConfig,
+  *,
+  seed: int,
+  passes: int = 0,
+  watched: bool = False,
+) -> Iterator[PartialSamples]:
+  """Yields samples by a model of either kind; `known_HxW` has the upper rows, if it is autoregressive.
+
+  The other arguments are those of `Filler.draw`.
+  """
+  common = {"seed": seed, "watched": watched}
+  if isinstance(model, Filler):
+    return model.draw(images, numbers, known_HxW, sampling, passes=passes, **common)
+  return model.draw(images, numbers, int(known_HxW[:, 0].sum()), sampling, **common)

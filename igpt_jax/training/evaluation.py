@@ -12,7 +12,7 @@ from igpt_jax.model.image_gpt import ImageGPTConfig, Params
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import Objective
 from igpt_jax.training.state import param_shardings
-from igpt_jax.training.step import Metrics, make_eval_step
+from igpt_jax.training.step import Metrics, make_eval_step, make_likelihood
 
 EVAL_SEED = 0  # seed of an image's first mask (BERT); its further masks count up from it
 
@@ -60,8 +60,9 @@ class LikelihoodEvaluator:
     self._mesh = mesh
     everywhere = sharding.replicated(mesh)
     shardings = param_shardings(config, mesh), sharding.sharding(mesh, "batch"), everywhere
-    eval_step = make_eval_step(config, objective)
+    eval_step, likelihood = make_eval_step(config, objective), make_likelihood(config, objective)
     self._step = jax.jit(eval_step, in_shardings=shardings, out_shardings=everywhere)
+    self._each = jax.jit(likelihood, in_shardings=shardings, out_shardings=everywhere)
 
   def __call__(
     self,
@@ -79,13 +80,11 @@ class LikelihoodEvaluator:
       masks: number of masks that the objective draws per image, if it draws any.
       report: called with the number of batches done.
     """
-    everywhere = sharding.replicated(self._mesh)
 
     def computed() -> Iterator[Metrics]:
-      keys = [jax.device_put(jax.random.key(EVAL_SEED + n), everywhere) for n in range(masks)]
+      keys = [self._key(n) for n in range(masks)]
       for done, batch in enumerate(batches, 1):
-        fields = {name: batch[name] for name in ("tokens", "mask", "index")}
-        rows = sharding.put_batch(fields, self._mesh)
+        rows = self._put(batch)
         for key in keys:
           yield self._step(params, rows, key)
         if report is not None:
@@ -97,6 +96,28 @@ class LikelihoodEvaluator:
       raise ValueError("no images to evaluate")
     nats = mean_nats(totals["nats"], totals["predicted"])
     return Result(nats, round(totals["images"] / masks), round(totals["predicted"]))
+
+  def each(
+    self, params: Params, batches: Iterable[Mapping[str, np.ndarray]]
+  ) -> Iterator[np.ndarray]:
+    """Yields nats per token of the images of each batch that `mask` counts, float32 [n], under one mask.
+
+    nan where a mask hides nothing. Arguments are those of `__call__`; in one process alone.
+    """
+    for batch in batches:
+      with jax.set_mesh(self._mesh):
+        computed = self._each(params, self._put(batch), self._key(0))
+      nats, predicted = jax.device_get(computed)
+      yield np.where(predicted > 0, nats, np.float32(np.nan))[batch["mask"]]
+
+  def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    fields = {name: batch[name] for name in ("tokens", "mask", "index")}
+    return sharding.put_batch(fields, self._mesh)
+
+  def _key(self, number: int) -> jax.Array:
+    """Returns the key of all images' masks of a number."""
+    key = jax.random.key(EVAL_SEED + number)
+    return jax.device_put(key, sharding.replicated(self._mesh))
 
 
 def mean_nats(nats: float, predicted: float) -> float:

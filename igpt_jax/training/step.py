@@ -126,15 +126,29 @@ def make_eval_step(
   An image's mask (BERT) depends on `key` and on its `batch["index"]` alone.
   """
 
+  each = make_likelihood(config, objective)
+
   def eval_step(params: Params, batch: Batch, key: jax.Array) -> Metrics:
-    tokens = batch["tokens"].astype(jnp.int32)
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
-    nll, weight = objective(bind(config, params), tokens, keys)
+    nats, predicted = each(params, batch, key)
     counted = batch["mask"].astype(jnp.float32)
     return {
-      "nats": jnp.sum(per_image(nll, weight) * counted),
+      "nats": jnp.sum(nats * counted),
       "images": jnp.sum(counted),
-      "predicted": jnp.sum(has_counted(weight) * counted),
+      "predicted": jnp.sum(predicted * counted),
     }
 
   return eval_step
+
+
+def make_likelihood(
+  config: ImageGPTConfig, objective: Objective
+) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
+  """Builds likelihood(params, batch, key) -> (each image's nats per token [B], `has_counted` [B])."""
+
+  def likelihood(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tokens = batch["tokens"].astype(jnp.int32)
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
+    nll, weight = objective(bind(config, params), tokens, keys)
+    return per_image(nll, weight), has_counted(weight)
+
+  return likelihood

@@ -22,6 +22,7 @@ _TRAINING = (
   "a smaller train.batch_size, or train.accumulate=2 or more, model.remat='full', mesh.fsdp=-1 with "
   "mesh.data=1, model.dtype='bfloat16'; --config.job=compile tells what each of them needs"
 )
+_SMALLER_CACHE = f"{_KNOBS['sample']}, sample.batch_size in job complete"
 _OTHERS = "a smaller batch_size of that job"
 
 
@@ -38,7 +39,9 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
     )
 
 
-def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh) -> None:
+def check_cache(
+  model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh, fix: str = _SMALLER_CACHE
+) -> None:
   """Raises UserError if a device's share of the key-value cache exceeds its memory."""
   available = hardware.memory_bytes(mesh.devices.flat[0])
   item = np.dtype(cache_dtype or model.dtype).itemsize
@@ -46,7 +49,7 @@ def check_cache(model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mes
   if available is not None and need > available:
     raise UserError(
       f"sampling: keys and values of {samples:,} images take {units.memory(need)} of each device, which has "
-      f"{units.memory(available)}; fix: {_KNOBS['sample']}, sample.batch_size in job complete, or more devices"
+      f"{units.memory(available)}; fix: {fix}, or more devices"
     )
 
 

@@ -216,7 +216,11 @@ def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
     )
 
 
-def no_palette(info: CheckpointInfo, setting: str = "checkpoint") -> UserError:
+def no_palette(
+  info: CheckpointInfo,
+  setting: str = "checkpoint",
+  fix: str = "--config.palette.path=FILE.npy",
+) -> UserError:
   """Returns the error about a checkpoint whose palette is needed and not known."""
   why = {
     "orbax": "it was trained on bare tokens",
@@ -225,7 +229,7 @@ def no_palette(info: CheckpointInfo, setting: str = "checkpoint") -> UserError:
   }[info.format]
   return UserError(
     f"{setting}: {info.path} carries no palette ({why}); expected the {info.config.n_vocab} colours "
-    "that its tokens stand for; fix: --config.palette.path=FILE.npy"
+    f"that its tokens stand for; fix: {fix}"
   )
 
 

@@ -153,6 +153,7 @@ def check_damaged(whole, tmp_path, name, damage, rng) -> str:
     shutil.rmtree(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(len(DAMAGES)) if LONG else [0])
 def test_every_file_in_turn(whole, tmp_path, turn):
   """Each by one kind of damage; in the long form by all kinds, some of them ten times."""

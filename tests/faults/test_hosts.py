@@ -6,17 +6,11 @@ Short: one of each kind. IGPT_JAX_FAULTS=long: every signal to every host.
 import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 
 from igpt_jax import checkpoint, watchdog
-from igpt_jax.config.fields import Settings
-from igpt_jax.config.run_fields import DataConfig, LogConfig
-from igpt_jax.data.order import Stream, train_order
-from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.reporting import metrics
-from igpt_jax.workspace import agreement
 from support import networks
 from support.hosts import HOSTS, hosts
 from support.paths import TESTS
@@ -62,6 +56,7 @@ def test_the_others_end_when_a_host_is_lost(tmp_path, number, lost):
     assert_ends_with_words(started, 1 - lost)
 
 
+@pytest.mark.slow
 def test_both_end_when_they_are_cut_off_from_each_other(tmp_path):
   with (
     networks.two_networks(tmp_path / "net") as cable,
@@ -90,69 +85,6 @@ def test_a_host_that_hangs_ends_both(tmp_path):
     statuses = [each.wait(15 + 60) for each in started.processes]
     assert watchdog.STATUS in statuses and not {0, 2} & set(statuses), statuses
     assert "igpt_jax: hung: in phase step" in started.everything()
-
-
-@pytest.fixture
-def other(monkeypatch):
-  """This process is one of two hosts; the other one says the same but for what is set here."""
-  said = {}
-
-  def gather(mine):
-    theirs = []
-    for row in mine:
-      name = bytes(row[4:]).partition(b"=")[0].decode()
-      theirs.append(agreement._as_bytes(name, said[name]) if name in said else row)
-    return np.stack([mine, np.stack(theirs)])
-
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(agreement.multihost_utils, "process_allgather", gather)
-  return said
-
-
-def test_what_differs_is_named_with_the_host(other):
-  place = {"order": "x" * 200, "empty": ""}
-  agreement.check(3, lambda: place)
-  other["step"] = 4
-  with pytest.raises(UserError, match=r"they differ at step 3: step: host 0 has 3, host 1 4;"):
-    agreement.check(3, lambda: place)
-  del other["step"]
-  other["order"] = "x" * 199 + "y"  # beyond what is shown
-  with pytest.raises(UserError, match=r"they differ at step 3: order: host 0 has xxx"):
-    agreement.check(3, lambda: place)
-
-
-def test_parameters_are_compared_by_their_numbers(other):
-  params = {"a": jax.numpy.ones(3)}
-  agreement.check(3, dict, params)
-  other["checksum"] = "0" * 16
-  with pytest.raises(HostsDiffer, match="host 1 0000000000000000; nothing of this is saved"):
-    agreement.check(3, dict, params)
-
-
-def test_only_what_is_a_hosts_own_may_differ(other):
-  settings = Settings(
-    seed=1, data=DataConfig(path="/here", name="folder"), log=LogConfig(wandb=True)
-  )
-  other.update({"config.data.path": "/there", "config.log.wandb": False})
-  agreement.check_settings(settings)
-  other["config.data.name"] = "tokens"
-  with pytest.raises(UserError, match=r"config\.data\.name: host 0 has folder, host 1 tokens;"):
-    agreement.check_settings(settings)
-
-
-def test_a_batch_that_is_not_of_the_order_is_noticed():
-  order = train_order(10, seed=3)
-  streams = [Stream(order, 3, 5, host, HOSTS) for host in range(HOSTS)]
-  batch = [order[i] for i in range((5 + 2) * 8, (5 + 3) * 8)]
-  places = [
-    each.place(2, np.array(rows))
-    for each, rows in zip(streams, np.split(np.array(batch), 2), strict=True)
-  ]
-  assert places[0] == places[1]
-  assert places[0]["order"].startswith("records 56 to 63 by seed 3, checksum ")
-  assert streams[0].place(2, np.array(batch[4:])) != places[0]
-  assert streams[0].place(3, np.array(batch[:4])) != places[0]
-  assert Stream(train_order(10, seed=4), 3, 5, 0, HOSTS).place(2, np.array(batch[:4])) != places[0]
 
 
 def both_say(started, status, *texts):
@@ -190,6 +122,7 @@ def test_parameters_that_differ_are_not_saved(tmp_path):
   assert checkpoint.whole_steps(str(tmp_path / "run")) == []
 
 
+@pytest.mark.slow
 def test_both_go_back_to_one_checkpoint_with_the_same_other_data(tmp_path):
   overrides = {"guard.in_row": 2, "train.steps": 12, "train.checkpoint_every": 4}
   workdir = tmp_path / "run"

@@ -28,13 +28,13 @@ from support.paths import ROOT
 from support.quickstart import assert_same, call, command, load_config, params_of, shrunk
 from support.tiny import changed, on_one_device
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tiny_run, tmp_path_factory):
   """A run that was never interrupted."""
-  workdir = tmp_path_factory.mktemp("trained")
-  on_one_device(pretrain, shrunk(), str(workdir))
-  return workdir
+  return pathlib.Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("trained") / "run"))
 
 
 def test_pretrain_leaves_everything(trained):

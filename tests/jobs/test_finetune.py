@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 
 import jax
@@ -13,7 +12,6 @@ from PIL import Image
 from igpt_jax import checkpoint
 from igpt_jax.checkpoint import writing
 from igpt_jax.config import choices
-from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, evaluate, finetune, pretrain, sample
 from igpt_jax.parallel.sharding import make_mesh
@@ -22,7 +20,7 @@ from igpt_jax.runner import loop, saving
 from igpt_jax.training import compilation
 from igpt_jax.training import joint as finetune_lib
 from igpt_jax.workspace import streams, weights
-from support.paths import ROOT
+from support.quickstart import shrunk
 from support.tiny import on_one_device
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -33,25 +31,19 @@ DIGITS = tuple("0123456789")
 
 def tiny(**overrides):
   """The quickstart, small, and a fine-tuning of 9 steps with 3 evaluations."""
-  config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
-  config.update_from_flattened_dict({
-    "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
-    "train.batch_size": 16, "train.steps": 4, "train.warmup_steps": 2, "train.log_every": 2,
-    "train.eval_every": 0, "train.eval_images": 32, "train.max_to_keep": 1, "evaluate.images": 50,
+  return shrunk(**{
+    "train.steps": 4, "train.eval_every": 0, "train.max_to_keep": 1, "evaluate.images": 50,
     "finetune.batch_size": 16, "finetune.steps": 9, "finetune.eval_every": 3,
     "finetune.learning_rate": 1e-2, "finetune.masks": 2,
     "sample.samples": 2, "sample.completions": 1, "sample.per_image": 1,
     **overrides,
   })  # fmt: skip
-  return settings_of(config)
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(tiny_run, tmp_path_factory):
   """A pretrained workdir to begin from; each test fine-tunes in a workdir of its own."""
-  workdir = tmp_path_factory.mktemp("start")
-  on_one_device(pretrain, tiny(), str(workdir))
-  return str(workdir)
+  return shutil.copytree(tiny_run, str(tmp_path_factory.mktemp("start") / "run"))
 
 
 @pytest.fixture(scope="module")

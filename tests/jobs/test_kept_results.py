@@ -4,17 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
-import runpy
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from igpt_jax import history
 from igpt_jax.config.fields import as_json
-from igpt_jax.config.read import settings_of
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import evaluate, finetune, fit_palette, lowdata, pretrain, probe, quality, sample
@@ -22,10 +19,10 @@ from igpt_jax.pretrained import formats
 from igpt_jax.probing import sets
 from igpt_jax.probing.features import FeatureExtractor
 from igpt_jax.workspace import provenance
-from support.paths import ROOT
+from support.quickstart import shrunk
 from support.tiny import changed, make_config, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
 
 SGD = {
@@ -35,27 +32,15 @@ SGD = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-  """One device of the eight."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "devices", lambda *args: jax.local_devices()[:1])
-    yield
-
-
 def config_of(**overrides):
-  config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
-  config.update_from_flattened_dict({
-    "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
-    "train.batch_size": 16, "train.steps": 12, "train.warmup_steps": 2, "train.log_every": 6,
-    "train.eval_every": 0, "train.eval_images": 32, "train.checkpoint_every": 4,
+  return shrunk(**{
+    "train.log_every": 6, "train.eval_every": 0,
     "features.images": 60, "features.eval_images": 40, "features.batch_size": 16,
     "features.baselines": ("pixels", "random"), "features.layers": (0, 2),
     "probe.max_iterations": 10, "evaluate.images": 40, "evaluate.baseline_images": 50,
     "watch_seconds": 0.01,
     **{name.replace("__", "."): value for name, value in overrides.items()},
   })  # fmt: skip
-  return settings_of(config)
 
 
 def watching(job, **overrides):
@@ -67,11 +52,9 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tiny_run, tmp_path_factory):
   """Checkpoints 4, 8 and 12 of a run that has ended."""
-  workdir = tmp_path_factory.mktemp("trained")
-  pretrain.run(config_of(), str(workdir))
-  return workdir
+  return pathlib.Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("trained") / "run"))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-import runpy
+import pathlib
 import shutil
 
 import jax
@@ -12,17 +12,16 @@ import pytest
 from PIL import Image
 
 from igpt_jax import checkpoint
-from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import evaluate, lowdata, pretrain, probe
 from igpt_jax.probing import sets
 from igpt_jax.probing.features import FeatureExtractor
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop
-from support.paths import ROOT
+from support.quickstart import shrunk
 from support.tiny import changed
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
 
 SGD = {
@@ -31,24 +30,8 @@ SGD = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-  """One device of the eight, unless a test asks for more."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "devices", lambda *args: jax.local_devices()[:1])
-    yield
-
-
 def config_of(**overrides):
-  config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
-  config.update_from_flattened_dict({
-    "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
-    "train.batch_size": 16, "train.steps": 12, "train.warmup_steps": 2, "train.log_every": 6,
-    "train.eval_every": 6, "train.eval_images": 32, "train.checkpoint_every": 4,
-    "features.images": 300, "lowdata.labels_per_class": (2, 5), "lowdata.trials": 2,
-    **{name.replace("__", "."): value for name, value in overrides.items()},
-  })  # fmt: skip
-  return settings_of(config)
+  return shrunk(**{"train.log_every": 6} | overrides)
 
 
 def with_sgd(**overrides):
@@ -60,11 +43,9 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tiny_run, tmp_path_factory):
   """Checkpoints 4, 8 and 12 of a run that has ended."""
-  workdir = tmp_path_factory.mktemp("trained")
-  pretrain.run(config_of(), str(workdir))
-  return workdir
+  return pathlib.Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("trained") / "run"))
 
 
 @pytest.fixture(scope="module")

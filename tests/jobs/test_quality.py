@@ -1,21 +1,20 @@
 """Fréchet distances, and the job that tells them."""
 
 import json
-import runpy
+import pathlib
+import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import pretrain, quality
 from igpt_jax.sampling import frechet
-from support.paths import ROOT
+from support.quickstart import shrunk
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
 
 
 def draw(n, mean, covariance, seed):
@@ -56,29 +55,13 @@ def test_more_alike_is_nearer():
   assert frechet.distance(near, reference) < 0.2 < frechet.distance(far, reference)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "devices", lambda *args: jax.local_devices()[:1])
-    yield
-
-
 def config_of(**overrides):
-  config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
-  config.update_from_flattened_dict({
-    "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "train.batch_size": 16,
-    "train.steps": 4, "train.warmup_steps": 2, "train.eval_images": 32,
-    "quality.images": 20, "sample.batch_size": 8,
-    **{name.replace("__", "."): value for name, value in overrides.items()},
-  })  # fmt: skip
-  return settings_of(config)
+  return shrunk(**{"quality.images": 20, "sample.batch_size": 8} | overrides)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("trained")
-  pretrain.run(config_of(), str(workdir))
-  return workdir
+def trained(tiny_run, tmp_path_factory):
+  return pathlib.Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("trained") / "run"))
 
 
 def test_the_job(trained):
@@ -99,7 +82,7 @@ def test_the_job(trained):
 
 def test_a_network_of_another_checkpoint(trained, tmp_path):
   other = tmp_path / "other"
-  pretrain.run(config_of(seed=1, model__n_layer=1), str(other))
+  pretrain.run(config_of(seed=1, model__n_layer=1, train__steps=4), str(other))
   quality.run(config_of(quality__network=str(other)), str(trained))
   values = json.loads((trained / "quality.json").read_text())
   assert str(other) in values["network"] and values["network"].startswith("layer 0 of ")

@@ -159,6 +159,7 @@ def test_two_processes_evaluate_as_one(of_two, tmp_path):
   assert found == expected
 
 
+@pytest.mark.slow
 def test_two_processes_watch_as_one(of_two, tmp_path):
   """They agree on what is done, and on what is to be done again."""
   workdir = shutil.copytree(of_two[0], tmp_path / "run")
@@ -219,6 +220,7 @@ def test_two_processes_complete_as_one(of_two, tmp_path, objective):
     np.testing.assert_array_equal(Image.open(two / name), Image.open(one / name), str(name))
 
 
+@pytest.mark.slow
 def test_two_processes_tell_quality_as_one(of_two, tmp_path):
   settings = {"quality.images": 20, "sample.batch_size": 8}
   two, one = run_both(quality, of_two, tmp_path, settings)
@@ -244,7 +246,7 @@ def test_two_processes_probe_as_one(of_two, tmp_path):
       assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.02)
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_two_processes_probe_by_sgd_as_one(of_two, tmp_path, cached):
   sgd = {"probe.method": "sgd", "probe.steps": 6, "probe.eval_every": 3, "probe.batch_size": 16}
   two, one = run_both(probe, of_two, tmp_path, {**sgd, "probe.cached": cached})
@@ -301,6 +303,7 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypat
   assert_same_run(workdir, tmp_path / "uninterrupted")
 
 
+@pytest.mark.slow
 def test_a_signal_to_both_before_they_train_ends_them_at_once(tmp_path):
   """jax has taken SIGTERM by then, and gets it back only when there is something to save."""
   with hosts(tmp_path / "said", tmp_path / "run", {}) as started:

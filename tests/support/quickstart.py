@@ -22,7 +22,7 @@ def load_config(name):
 
 
 def shrunk(**overrides):
-  """The quickstart, made small enough for a test."""
+  """Settings of the quickstart, made small enough for a test; "part.field" or part__field sets others."""
   config = load_config("quickstart")
   config.model.n_layer, config.model.n_head, config.model.n_embd = 2, 2, 16
   config.train.batch_size = 16
@@ -36,7 +36,9 @@ def shrunk(**overrides):
   config.sample.samples, config.sample.completions, config.sample.per_image = 4, 2, 2
   config.features.images = 300
   config.lowdata.labels_per_class, config.lowdata.trials = (2, 5), 2
-  config.update_from_flattened_dict(overrides)
+  config.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in overrides.items()}
+  )
   return settings_of(config)
 
 

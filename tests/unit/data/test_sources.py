@@ -134,7 +134,7 @@ def test_select_is_a_part_in_the_order_asked_for(data_dir):
 
 def test_photo_patches_have_imagenets_form_and_disjoint_regions(data_dir, monkeypatch):
   pytest.importorskip("skimage")
-  monkeypatch.setitem(tfds_source.OWN, "photo_patches", "photo_patches")
+  monkeypatch.setitem(tfds_source.OWN, "photo_patches", "support.photo_patches")
   config = _config(
     name="photo_patches", data_dir=data_dir, resolution=32, augment="paper", validation=0
   )

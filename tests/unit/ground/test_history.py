@@ -9,12 +9,13 @@ import shutil
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+import igpt_jax
 from igpt_jax import checkpoint, history
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.config.fields import Settings, as_json
 from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.training.state import state_shardings
-from igpt_jax.workspace import workdir
+from igpt_jax.workspace import weights, workdir
 from support.frozen import FROZEN, config_of
 from support.saved_states import ABSTRACT, CONFIG, OPTIMIZER, make_run, random_state, save
 from support.tiny import mesh_of
@@ -143,7 +144,35 @@ def test_a_newer_checkpoint_is_refused_and_stays(tmp_path, monkeypatch):
     with pytest.raises(NewerFormat, match=r"checkpoints/2: written in format"):
       read(str(tmp_path))
   assert sorted(os.listdir(tmp_path / "checkpoints")) == before == ["1", "2"]
-  assert checkpoint.describe(str(tmp_path / "checkpoints" / "1")).step == 1
+
+
+def test_a_newer_checkpoint_alone_is_refused(tmp_path, monkeypatch):
+  """Without the workdir around it, as a job's `checkpoint` or `init_from` names it."""
+  save(tmp_path, random_state(1))
+  with monkeypatch.context() as later:
+    later.setattr(history, "FORMAT", history.FORMAT + 1)
+    save(tmp_path, random_state(2))
+  older, newer = (str(shutil.copytree(tmp_path / "checkpoints" / n, tmp_path / n)) for n in "12")
+  for read in (
+    checkpoint.describe,
+    lambda path: weights.describe(path, Settings()),
+    lambda path: checkpoint.load_pretrained(path, mesh_of()),
+    igpt_jax.load,
+  ):
+    with pytest.raises(NewerFormat, match=r"/2: written in format \d+ by a newer igpt_jax"):
+      read(newer)
+  assert checkpoint.describe(older).step == 1
+
+
+def test_an_older_checkpoint_alone_is_read():
+  """One of the first version, without a number; its settings have today's names."""
+  path = str(FROZEN / "checkpoints" / "40")
+  stored = ocp.checkpointables_metadata(path).custom_metadata
+  assert history.KEY not in stored and "images" in stored["config"]
+  found = weights.describe(path, Settings())
+  assert found.step == 40 and found.run["config"]["complete"]["images"] == ""
+  assert "images" not in found.run["config"]
+  assert igpt_jax.load(path).sample(1).shape == (1, 8, 8, 3)
 
 
 def test_a_checkpoint_without_a_number_is_read(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ FLOORS = (
   ("runner/", "sampling/"),
   ("probing/",),
   ("jobs/",),
-  ("main.py", "demo/", "notebook.py"),
+  ("api.py", "main.py", "demo/", "notebook.py"),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 
@@ -471,7 +471,7 @@ import sys
 import igpt_jax
 from igpt_jax.config import base
 {more}
-heavy = [name for name in ("checkpoint", "sampling", "probing") if f"igpt_jax.{{name}}" in sys.modules]
+heavy = [name for name in ("api", "checkpoint", "sampling", "probing") if f"igpt_jax.{{name}}" in sys.modules]
 assert not heavy, heavy
 bridge = sys.modules.get("jax._src.xla_bridge")
 assert bridge is None or not bridge.backends_are_initialized(), "importing initialised a backend"
@@ -482,7 +482,7 @@ def test_a_config_is_light():
   """A config file loads without jax' backends, and without what reads checkpoints, draws or probes."""
   done = run(LIGHT.format(more="base()"))
   assert done.returncode == 0, done.stderr
-  for more in ("import igpt_jax.sampling.completer", "import jax; jax.devices()"):
+  for more in ("igpt_jax.load", "import igpt_jax.sampling.completer", "import jax; jax.devices()"):
     assert "AssertionError" in run(LIGHT.format(more=more)).stderr, more
 
 

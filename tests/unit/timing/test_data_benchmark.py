@@ -20,7 +20,7 @@ def patches(tmp_path_factory):
     threads=1,
   )
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(tfds_source.OWN, "photo_patches", "photo_patches")
+    patch.setitem(tfds_source.OWN, "photo_patches", "support.photo_patches")
     return sources.open_split(config, "train"), config
 
 

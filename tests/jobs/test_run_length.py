@@ -23,14 +23,6 @@ from support.tiny import Killed, on_one_device
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-  """A run of 12 steps."""
-  workdir = tmp_path_factory.mktemp("ended")
-  on_one_device(pretrain, shrunk(), str(workdir))
-  return workdir
-
-
 def stop_at(patch, step):
   asked = loop.StopSignal.asked
 
@@ -46,11 +38,11 @@ def run_of(workdir, step):
   return checkpoint.describe(checkpoint.path_of(str(workdir), step))
 
 
-def test_an_ended_run_is_trained_longer_in_place(ended, tmp_path, monkeypatch, capsys):
+def test_an_ended_run_is_trained_longer_in_place(tiny_run, tmp_path, monkeypatch, capsys):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   longer = shrunk(**{"train.steps": 20})
   for workdir in (whole, parts):
-    shutil.copytree(ended, workdir)
+    shutil.copytree(tiny_run, workdir)
   on_one_device(pretrain, longer, str(whole))
   said = capsys.readouterr().out
   assert "train.steps 12 → 20: from step 12 on the learning rate follows the cosine" in said
@@ -64,7 +56,7 @@ def test_an_ended_run_is_trained_longer_in_place(ended, tmp_path, monkeypatch, c
   assert new["lengths"] == [{"at": 12, "steps": 12}] and new["config"]["train"]["steps"] == 20
   assert new["data"]["next_index"] == 20 * 16  # the order goes on
   # It is the run that it was, for results of its checkpoints.
-  assert provenance.of_run(run_of(whole, 20)) == provenance.of_run(run_of(ended, 12))
+  assert provenance.of_run(run_of(whole, 20)) == provenance.of_run(run_of(tiny_run, 12))
 
   # Stopped in between it goes on as if it hadn't been, and for those who watch it hasn't ended.
   with monkeypatch.context() as patch:
@@ -78,9 +70,9 @@ def test_an_ended_run_is_trained_longer_in_place(ended, tmp_path, monkeypatch, c
   assert run_of(parts, 20).run["lengths"] == new["lengths"]
 
 
-def test_fewer_steps_than_were_made_are_refused(ended, tmp_path):
+def test_fewer_steps_than_were_made_are_refused(tiny_run, tmp_path):
   workdir = tmp_path / "run"
-  shutil.copytree(ended, workdir)
+  shutil.copytree(tiny_run, workdir)
   before = (workdir / "config.json").read_bytes()
   with pytest.raises(UserError, match=r"train.steps: 8; .* has made 12 steps; expected 12 or more"):
     on_one_device(pretrain, shrunk(**{"train.steps": 8}), str(workdir))
@@ -170,12 +162,12 @@ def test_a_palette_that_was_fitted_by_itself_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["training.json", "goodput.json", "checkpoints/12.damaged/x"])
-def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(ended, tmp_path, left):
+def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(tiny_run, tmp_path, left):
   workdir = tmp_path / "run"
   for name in ("config.json", "metrics.jsonl", left):
     target = workdir / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = ended / name
+    source = tiny_run / name
     target.write_bytes(source.read_bytes() if source.exists() else b"")
   kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
   with pytest.raises(UserError, match="holds another config's run"):

@@ -62,17 +62,15 @@ def cells(image, columns, side=8):
   ])  # fmt: skip
 
 
-def test_a_run_with_images_is_the_run_without(tmp_path):
+def test_a_run_with_images_is_the_run_without(tiny_run, tmp_path):
   """To the last bit; they are drawn at every evaluation."""
-  settings = shrunk(**WANTED)
-  for name, changed in (("with", settings), ("without", shrunk())):
-    on_one_device(pretrain, changed, str(tmp_path / name))
+  on_one_device(pretrain, shrunk(**WANTED), str(tmp_path / "with"))
   assert sorted(os.listdir(tmp_path / "with" / "progress")) == ["12.png", "6.png"]
-  assert not (tmp_path / "without" / "progress").exists()
-  assert_same(params_of(tmp_path / "with"), params_of(tmp_path / "without"))
+  assert not (tiny_run / "progress").exists()
+  assert_same(params_of(tmp_path / "with"), params_of(tiny_run))
   losses = [
     [(r["step"], r.get("loss"), r.get("validation_loss")) for r in metrics.read_jsonl(path)]
-    for path in (tmp_path / "with" / "metrics.jsonl", tmp_path / "without" / "metrics.jsonl")
+    for path in (tmp_path / "with" / "metrics.jsonl", tiny_run / "metrics.jsonl")
   ]
   assert losses[0] == losses[1]
 

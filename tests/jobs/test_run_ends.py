@@ -20,14 +20,6 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 RESULTS = ("training.json", "loss.png", "summary.md")
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-  """A run of 12 steps."""
-  workdir = tmp_path_factory.mktemp("ended")
-  on_one_device(pretrain, shrunk(), str(workdir))
-  return workdir
-
-
 def training(workdir):
   return json.loads((workdir / "training.json").read_text())
 
@@ -47,7 +39,7 @@ AFTER = {
 
 @pytest.mark.parametrize("place", AFTER)
 def test_what_a_killed_run_has_not_left_is_left_by_the_next_start(
-  ended, tmp_path, monkeypatch, place
+  tiny_run, tmp_path, monkeypatch, place
 ):
   """And then no start changes it any more."""
   with monkeypatch.context() as patch:
@@ -68,7 +60,7 @@ def test_what_a_killed_run_has_not_left_is_left_by_the_next_start(
 
   on_one_device(pretrain, shrunk(), str(tmp_path))
   assert watch._training_has_ended(str(tmp_path))
-  values, expected = training(tmp_path), training(ended)
+  values, expected = training(tmp_path), training(tiny_run)
   assert values.keys() >= {"goodput", "seconds", "starts"} and values["elapsed_seconds"] > 0
   assert values.keys() - {"data_wait"} == expected.keys() - {"data_wait"}
   assert values["starts"] == (2 if place == "the clock" else 1)
@@ -83,19 +75,19 @@ def test_what_a_killed_run_has_not_left_is_left_by_the_next_start(
   assert results(tmp_path) == before
 
 
-def test_a_damaged_training_json_is_written_again(ended, tmp_path):
-  shutil.copytree(ended, tmp_path / "run")
+def test_a_damaged_training_json_is_written_again(tiny_run, tmp_path):
+  shutil.copytree(tiny_run, tmp_path / "run")
   (tmp_path / "run" / "training.json").write_text('{"step": 1')
   on_one_device(pretrain, shrunk(), str(tmp_path / "run"))
-  found, expected = training(tmp_path / "run"), training(ended)
+  found, expected = training(tmp_path / "run"), training(tiny_run)
   assert found.pop("elapsed_seconds") > 0 and expected.pop("elapsed_seconds") > 0
   assert found == expected
 
 
-def test_a_run_that_goes_on_again_has_not_ended(ended, tmp_path, monkeypatch, recwarn):
+def test_a_run_that_goes_on_again_has_not_ended(tiny_run, tmp_path, monkeypatch, recwarn):
   """Its last checkpoint is damaged: nobody is told that it ended until it has, with the same numbers."""
   workdir = tmp_path / "run"
-  shutil.copytree(ended, workdir)
+  shutil.copytree(tiny_run, workdir)
   for path in (workdir / "checkpoints" / "12" / "params").glob("**/d/*"):
     path.write_bytes(b"")
   seen, asked = [], loop.StopSignal.asked
@@ -116,7 +108,7 @@ def test_a_run_that_goes_on_again_has_not_ended(ended, tmp_path, monkeypatch, re
   assert seen[3:] == [(10, False), (11, False)]
   assert watch._training_has_ended(str(workdir))
   for name in ("step", "loss", "validation_loss", "grad_norm"):
-    assert training(workdir)[name] == training(ended)[name], name
+    assert training(workdir)[name] == training(tiny_run)[name], name
 
 
 def test_an_error_leaves_the_process_as_it_was(tmp_path, monkeypatch):
