@@ -119,7 +119,8 @@ def _fetch(name: str, report: Report) -> Snapshot:
     if importlib.util.find_spec("torch") is None:
       raise UserError(
         f"checkpoint: {name} has no safetensors, and a {_PICKLE} is a pickle, which only torch opens "
-        f"safely; fix: pip install torch; or @REVISION with safetensors; or {_ELSEWHERE}"
+        f"safely; fix: pip install torch; or @REVISION with safetensors; or {_ELSEWHERE}; "
+        f"{_REST}"
       )
     get(commit, [_PICKLE])
   if lacking := _lacking(folder):
