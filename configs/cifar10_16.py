@@ -6,7 +6,7 @@
 
 Reproduces: the shape of the paper's figures 2 and 3, in small: features get better with the loss, and
 are best between the first and the last layer.
-Hardware: two CPU cores, about an hour. Expect: README, "What the features are worth".
+Hardware: two CPU cores, about an hour. Expect: docs/results.md.
 """
 
 from igpt_jax.config import base

@@ -5,7 +5,7 @@
   … --config.data.name=folder --config.data.path=DIR        # the same from DIR/{train,test}/CLASS/*.jpg
 
 Reproduces: nothing; it shows the whole path on real colour images.
-Hardware: any CPU. Expect: README, "Results".
+Hardware: any CPU. Expect: docs/results.md.
 """
 
 from igpt_jax.config import base

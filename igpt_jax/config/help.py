@@ -1,9 +1,15 @@
-"""The text of --help: the jobs, and the settings that a job reads, from their declarations."""
+"""The text of --help and docs/settings.md, from the declarations of jobs and settings.
 
+python -m igpt_jax.config.help > docs/settings.md
+"""
+
+import dataclasses
+import inspect
 import textwrap
+from collections.abc import Iterable
 
-from igpt_jax.config.declare import JOBS, Declaration
-from igpt_jax.config.fields import FIELDS
+from igpt_jax.config.declare import JOBS, Declaration, Group, declarations
+from igpt_jax.config.fields import FIELDS, Settings
 
 _WIDTH = 100
 
@@ -36,3 +42,61 @@ def _meaning(declaration: Declaration) -> str:
     return meaning
   expected = declaration.expected()
   return f"{meaning} ({expected})" if expected else meaning
+
+
+_PAGE = """# Settings
+
+Written by `python -m igpt_jax.config.help` from the declarations in `igpt_jax/config/fields.py`,
+`igpt_jax/config/run_fields.py` and `igpt_jax/config/job_fields.py`, and checked by a test: change those and run it
+again, not this page.
+
+Each setting is given as `--config.NAME=VALUE`, or set in a config file as `config.NAME = VALUE`. `0` and `''` leave a
+choice to the preset, the data or the checkpoint, as the meaning says. "Fixed" names the runs that a setting decides
+the numbers of: such a run can't be resumed with another value. `--config.job=NAME --help` lists what one job reads."""
+
+_FIXED = {
+  "nothing": "", "run": "every run", "pretraining": "pretraining", "finetuning": "fine-tuning"
+}  # fmt: skip
+
+
+def of_all() -> str:
+  """Returns docs/settings.md: a table of settings for each group."""
+  groups = [
+    type(field.default)
+    for field in dataclasses.fields(Settings)
+    if isinstance(field.default, Group)
+  ]
+  root = {name: declaration for name, declaration in FIELDS.items() if "." not in name}
+  parts = [_PAGE, _section("The whole program", "Settings that belong to no group.", root)]
+  for group in sorted(groups, key=lambda group: group.prefix):
+    parts.append(
+      _section(f"`{group.prefix}*`", inspect.getdoc(group) or "", dict(declarations(group)))
+    )
+  return "\n\n".join(parts)
+
+
+def _section(title: str, text: str, settings: dict[str, Declaration]) -> str:
+  rows = ["| setting | default | meaning | read by | fixed |", "|---|---|---|---|---|"]
+  for name, declaration in settings.items():
+    cells = (
+      f"`{name}`",
+      f"`{declaration.default!r}`",
+      _meaning(declaration).replace("|", "\\|"),
+      _jobs(declaration.jobs),
+      _FIXED[declaration.decides],
+    )
+    rows.append(f"| {' | '.join(cells)} |")
+  return "\n".join((f"## {title}", "", text, "", *rows))
+
+
+def _jobs(jobs: Iterable[str]) -> str:
+  """Returns the jobs' names, or those that are missing where these are fewer."""
+  missing = [job for job in JOBS if job not in jobs]
+  read = [job for job in JOBS if job in jobs]
+  if len(read) <= len(missing):
+    return ", ".join(read)
+  return f"all but {', '.join(missing)}" if missing else "all"
+
+
+if __name__ == "__main__":
+  print(of_all())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the README's table: which model fits which TPU slice, and how fast it should train there.
+# Writes the table of docs/scale.md: which model fits which TPU slice, and how fast it should train there.
 #
 #   bash tests/benchmarks/scale.sh runs/scale
 #

@@ -4,11 +4,17 @@ import re
 
 import pytest
 
+import igpt_jax
+from igpt_jax.config import help as help_lib
 from support.paths import ROOT
 
 PATH = re.compile(r"`((?:igpt_jax|tests|configs|launch|docs)/[\w./]*)`")
 NAMED_IN = re.compile(r"`(\w+)`\s+in\s+`(igpt_jax/[\w/]+\.py)`")
+LINK = re.compile(r"\]\(([^)#]+)")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+FRONT = [
+  ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -28,3 +34,28 @@ def test_every_room_stands_in_the_tree_of_the_architecture():
   rooms = {path.parent.name for path in (ROOT / "igpt_jax").glob("*/__init__.py")}
   assert not [room for room in sorted(rooms) if f"`igpt_jax/{room}/`" not in text]
   assert len(text.splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", [*FRONT, *PAGES], ids=lambda page: page.name)
+def test_every_link_and_image_of_a_page_is_there(page):
+  targets = LINK.findall(page.read_text(encoding="utf-8"))
+  local = [target for target in targets if not target.startswith("http")]
+  assert not [target for target in local if not (page.parent / target).exists()]
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+  text = (ROOT / "README.md").read_text(encoding="utf-8")
+  assert len(text.splitlines()) <= 100
+  assert max(map(len, text.splitlines())) <= 120
+  linked = {(ROOT / target).resolve() for target in LINK.findall(text)}
+  assert linked >= {*PAGES, *FRONT[1:], ROOT / "LICENSE", ROOT / "NOTICE", ROOT / "CITATION.cff"}
+
+
+def test_the_page_of_settings_is_what_the_declarations_give():
+  page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+  assert page == f"{help_lib.of_all()}\n", "fix: python -m igpt_jax.config.help > docs/settings.md"
+
+
+def test_the_citation_has_the_version():
+  text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+  assert f"\nversion: {igpt_jax.__version__}\n" in text
