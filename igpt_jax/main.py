@@ -19,8 +19,8 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from igpt_jax import files, watchdog
-from igpt_jax.config import fields, saved
+from igpt_jax import __version__, files, watchdog
+from igpt_jax.config import fields, named, saved
 from igpt_jax.config import help as help_lib
 from igpt_jax.config.declare import JOBS
 from igpt_jax.config.fields import FIELDS, Settings, no_such
@@ -31,8 +31,8 @@ _BEGAN = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "The config file, or the config.json of a workdir (default: --workdir's); --config.FIELD=VALUE "
-  "overrides a field.",
+  "The config file, a name of the project's, or the config.json of a workdir (default: --workdir's); "
+  "--config.FIELD=VALUE overrides a field.",
   lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -53,12 +53,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags; reports a mistake in them, or in the config file, in one line."""
   if {"--help", "-help", "-h"} & set(argv[1:]):
     raise SystemExit(_help(argv))
+  if {"--version", "-version"} & set(argv[1:]):
+    print(f"igpt_jax {__version__}")
+    raise SystemExit(0)
   for flag in filter(None, (re.match(r"--?config\.([\w.]+)", argument) for argument in argv)):
     if flag[1] not in FIELDS:
       raise SystemExit(_fail(f"--{_shortened(no_such(flag[1]))}"))
-  # config_flags looks at sys.argv for the config's fields.
-  argv = sys.argv = _with_config_first(argv)
   try:
+    # config_flags looks at sys.argv for the config's fields.
+    argv = sys.argv = _with_config_first(argv)
     return flags.FLAGS(argv)
   except UserError as error:
     raise SystemExit(_fail(error)) from None
@@ -83,6 +86,9 @@ def _with_config_first(argv: list[str]) -> list[str]:
   """Returns the arguments with --config=FILE, or the workdir's config.json, as the first of them.
 
   The config's fields are flags only from there on.
+
+  Raises:
+    UserError: there is no such config.
   """
   path, rest, arguments = "", [], iter(argv[1:])
   for argument in arguments:
@@ -96,6 +102,8 @@ def _with_config_first(argv: list[str]) -> list[str]:
     path = _config_json(argv)
   if path.endswith(".json"):
     path = f"{_SAVED}{path}"
+  elif path:
+    path = named.path_of(path)
   return [argv[0], *([f"--config={path}"] if path else []), *rest]
 
 
@@ -109,7 +117,7 @@ def _no_config(argv: list[str]) -> str:
   path = _config_json(argv)
   missing = f"missing, and there is no {path}" if path else "missing"
   return (
-    f"--config: {missing}; expected a config file, such as --config configs/quickstart.py, or the "
+    f"--config: {missing}; expected a config file or a name, such as --config quickstart, or the "
     "--workdir of a run, whose config.json is read"
   )
 
@@ -149,8 +157,6 @@ def main(argv: list[str]) -> int:
   source = config_flags.get_config_filename(flags.FLAGS["config"])
   from_run = source.startswith(_SAVED)
   source = source.removeprefix(_SAVED) if from_run else source.split(":")[0]
-  if not os.path.isfile(source):
-    return _fail(f"--config: {source}: no such file; configs/ holds those of the project")
   logging.set_verbosity(logging.WARNING)  # the libraries' own chatter
   folder, name = os.path.split(source)
   own = folder or "." if from_run else os.path.join("runs", os.path.splitext(name)[0])

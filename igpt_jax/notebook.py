@@ -76,7 +76,7 @@ class Run:
   """Jobs of one config in one workdir.
 
   Args:
-    config: a file of configs/.
+    config: a config file, or the name of one of the project's.
     workdir: folder of the run, which is resumed if it exists.
     overrides: "--config.FIELD=VALUE", …
   """
@@ -212,7 +212,7 @@ def complete(
   step = checkpoint.latest_step(checkpoint_path)
   workdir += "" if step is None else f"_{step}"
   inputs = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
-  run = Run("configs/complete.py", workdir, [*inputs, *overrides])
+  run = Run("complete", workdir, [*inputs, *overrides])
   run.job("complete", f"--config.complete.keep={keep}", f"--config.complete.n={n}")
   run.show("**/grid.png", "**/appearing.gif")
 

@@ -7,7 +7,8 @@
 # A run that is told to stop (SIGTERM, Ctrl-C) saves a checkpoint and exits 0, as a finished one
 # does. Whoever restarts runs must tell the two apart, so after such a signal the status here is 143
 # whatever the run's own was. Ctrl-C again ends it at once, unsaved. SIGUSR1 is handed on. PYTHON names the interpreter (default: python).
-# Relative paths are taken from the repository, wherever this is called from.
+# Relative paths are taken from the repository, wherever this is called from; beside an installed
+# package, from where one stands.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -23,7 +24,6 @@ if [ -n "$dry_run" ]; then
   run "${command[@]}"
   exit 0
 fi
-# Configs import each other from the repository.
 cd "$REPO_DIR"
 
 child="" stopped="" signalled=""

@@ -13,6 +13,8 @@ dry_run=""
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck disable=SC2034  # for the scripts that source this
 REPO_DIR=$(dirname "$LAUNCH_DIR")
+# Those of an installed package have no checkout around them: paths are taken from where one stands.
+[ -f "$REPO_DIR/setup.py" ] || REPO_DIR=$PWD
 
 # Prints the comment at the head of the script: it is the script's manual.
 usage() {
@@ -205,15 +207,43 @@ find_python() {
   die "no Python 3.11 or later with venv found${PYTHON:+ (PYTHON=$PYTHON)}; fix: install one, or set PYTHON"
 }
 
-# make_venv DIR PYTHON [EXTRA]: an environment with the package and one of its extras.
-# A stamp says what was installed: an interrupted or outdated installation is done again.
+need_checkout() {
+  [ -f "$REPO_DIR/setup.py" ] || die "$REPO_DIR has no setup.py; expected a checkout of igpt_jax, which" \
+    "this script installs; fix: clone it and use its launch/, or here: igpt_jax --config NAME"
+}
+
+# choose_constraints PYTHON: sets `constraints` to pip's option for the releases that were tested with
+# this Python; to nothing where none were. CONSTRAINTS names another file, or if empty none.
+choose_constraints() {
+  local file tag
+  constraints=()
+  if [ -n "${CONSTRAINTS+set}" ]; then
+    [ -n "$CONSTRAINTS" ] || return 0
+    file=$CONSTRAINTS
+    [ -f "$file" ] || die "CONSTRAINTS=$file: no such file; expected one as in constraints/, or nothing"
+  else
+    tag=$("$1" -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null || echo "$1")
+    file=$REPO_DIR/constraints/$tag.txt
+    if [ ! -f "$file" ]; then
+      say "there is no constraints/$tag.txt: installing the newest releases that setup.py allows, untested"
+      return 0
+    fi
+  fi
+  constraints=(--constraint "$file")
+}
+
+# make_venv DIR PYTHON [EXTRA]: an environment with the package and one of its extras, of the releases
+# in constraints/. A stamp says what was installed: an interrupted or outdated installation is done again.
 make_venv() {
   local dir=$1 python=$2 extra=${3:-} stamp wanted
+  need_checkout
+  choose_constraints "$python"
   stamp=$dir/igpt_jax${extra:+-$extra}.stamp
-  wanted=$(cksum <"$REPO_DIR/setup.py")
+  wanted=$(cat "$REPO_DIR/setup.py" ${constraints[1]+"${constraints[1]}"} | cksum)
   [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
   run "$python" -m venv "$dir"
-  run "$dir/bin/pip" install --quiet --disable-pip-version-check --editable "${REPO_DIR}${extra:+[$extra]}"
+  run "$dir/bin/pip" install --quiet --disable-pip-version-check ${constraints[@]+"${constraints[@]}"} \
+    --editable "${REPO_DIR}${extra:+[$extra]}"
   [ -n "$dry_run" ] || printf '%s\n' "$wanted" >"$stamp"
 }
 

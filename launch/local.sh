@@ -4,9 +4,10 @@
 #   bash launch/local.sh                             configs/quickstart.py
 #   bash launch/local.sh configs/cifar10_small.py    any config; what follows goes to igpt_jax.main
 #
-# VENV     the environment (default: .venv in the repository)
-# WORKDIR  where everything goes (default: runs/CONFIG)
-# PYTHON   the interpreter that makes the environment (default: the first of 3.11 or later)
+# VENV         the environment (default: .venv in the repository)
+# WORKDIR      where everything goes (default: runs/CONFIG)
+# PYTHON       the interpreter that makes the environment (default: the first of 3.11 or later)
+# CONSTRAINTS  the releases to install (default: constraints/ of this Python; empty: the newest)
 #
 # Ctrl-C saves; running it again goes on where it stopped.
 set -euo pipefail
@@ -17,6 +18,7 @@ answer_help "$@"
 config=${1:-configs/quickstart.py}
 [ $# -eq 0 ] || shift
 case $config in --*) die "$config: expected a config file first, such as configs/quickstart.py" ;; esac
+need_checkout
 cd "$REPO_DIR"
 [ -f "$config" ] || die "$config: no such config; see configs/"
 name=$(basename "$config" .py)

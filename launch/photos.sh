@@ -22,6 +22,7 @@ esac
 [ -d "$1" ] || die "$1: no such folder; expected a folder of photos"
 photos=$(cd "$1" && pwd)
 shift
+need_checkout
 cd "$REPO_DIR"
 name=${photos##*/}
 workdir=${WORKDIR:-runs/${name:-photos}}

@@ -170,6 +170,7 @@ reach() {
 # Makes the archive that `put_source` copies; first of all, so that a mistake costs nothing.
 pack_source() {
   local archive=$tmp/igpt_jax.tar.gz
+  need_checkout
   run tar -czf "$archive" -C "$REPO_DIR" --exclude=./.git --exclude='./.venv*' --exclude=./runs \
     --exclude=./build --exclude=./dist --exclude='*.egg-info' --exclude=__pycache__ \
     --exclude=.pytest_cache --exclude=.ruff_cache . || return

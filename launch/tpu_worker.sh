@@ -62,7 +62,8 @@ install() {
       python3 -m uv venv --quiet --seed --python 3.12 "$venv"
     fi
   fi
-  "$venv/bin/pip" install --quiet --editable "${REPO_DIR}[tpu]"
+  choose_constraints "$venv/bin/python"
+  "$venv/bin/pip" install --quiet ${constraints[@]+"${constraints[@]}"} --editable "${REPO_DIR}[tpu]"
 }
 
 mount_bucket() {

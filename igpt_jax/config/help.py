@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 
+from igpt_jax.config import named
 from igpt_jax.config.declare import JOBS, Declaration, Group, declarations
 from igpt_jax.config.fields import FIELDS, Settings
 
@@ -19,10 +20,11 @@ def of_program() -> str:
   width = max(map(len, JOBS))
   lines = (f"  {name:{width}}  {line}" for name, line in JOBS.items())
   return "\n".join((
-    "python -m igpt_jax.main --config FILE [--workdir DIR] [--config.SETTING=VALUE …]", "",
-    "FILE is a config file, as in configs/, or the config.json of a workdir; without --config it is",
-    "DIR/config.json. --config.job names a job:",
-    "", *lines, "", "--config.job=NAME --help lists the settings that a job reads.",
+    "igpt_jax --config FILE [--workdir DIR] [--config.SETTING=VALUE …]", "",
+    "FILE is a config file, the name of one of the project's, or the config.json of a workdir; without",
+    "--config it is DIR/config.json. --config.job names a job:",
+    "", *lines, "", "--config.job=NAME --help lists the settings that a job reads. --version prints the version.",
+    "", textwrap.fill(f"The project's configs: {', '.join(named.names())}", _WIDTH),
   ))  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from igpt_jax import errors
+from igpt_jax import errors, extras
 from igpt_jax.data import tfds_source
 from igpt_jax.parallel.locking import locked
 
@@ -50,7 +50,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
   if importlib.util.find_spec("tensorflow") is None:
     raise errors.UserError(
       f"data set {name}: its TFDS builder needs TensorFlow, which isn't installed; "
-      "fix: pip install -e '.[prepare]' (once; training does without it)"
+      f"fix: {extras.install('prepare')} (once; training does without it)"
     )
   manual = pathlib.Path(manual_dir or os.path.join(directory, "downloads", "manual")).expanduser()
   _check_archives(name, manual)

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from igpt_jax import errors, files
+from igpt_jax import errors, extras, files
 from igpt_jax.data import digests, image_decoding
 from igpt_jax.reporting.progress import Countdown
 
@@ -42,8 +42,11 @@ def resolve_data_dir(data_dir: str) -> str:
 
 def prepare_command(name: str, data_dir: str) -> str:
   """Returns the command that prepares a TFDS data set, once, for reading in any order."""
+  prepare = "bash launch/prepare_data.sh --"  # makes an environment with the extra
+  if not extras.in_checkout():
+    prepare = f"{extras.install('prepare')} && igpt_jax --config.job=prepare"
   return (
-    "bash launch/prepare_data.sh -- --config=configs/quickstart.py --workdir=runs/prepare "
+    f"{prepare} --config=quickstart --workdir=runs/prepare "
     f"--config.data.name={name} --config.data.data_dir={resolve_data_dir(data_dir)}"
   )
 

@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_jax import extras
 from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.demo.limits import Full, Limits, Line
 from igpt_jax.demo.models import Models
@@ -82,7 +83,7 @@ _log = logging.getLogger(__name__)
 def check_installed() -> None:
   """Raises UserError if the extra `demo` isn't installed."""
   if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
-    raise UserError("the page needs starlette and uvicorn; fix: pip install 'igpt_jax[demo]'")
+    raise UserError(f"the page needs starlette and uvicorn; fix: {extras.install('demo')}")
 
 
 def bind(host: str, port: int) -> socket.socket:

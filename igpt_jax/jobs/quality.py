@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from igpt_jax import checkpoint, files
+from igpt_jax import checkpoint, extras, files
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import pipeline
@@ -237,7 +237,7 @@ def onnx_network(path: str) -> Network:
     import onnxruntime
   except ImportError:
     raise UserError(
-      f"config.quality.network: {path} needs onnxruntime; fix: pip install 'igpt_jax[onnx]'"
+      f"config.quality.network: {path} needs onnxruntime; fix: {extras.install('onnx')}"
     ) from None
   try:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

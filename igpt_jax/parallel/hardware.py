@@ -8,6 +8,7 @@ from typing import TypeAlias
 import jax
 from jax.sharding import Mesh
 
+from igpt_jax import extras
 from igpt_jax.errors import UserError
 
 # jax declares it as a variable, which type checkers don't take.
@@ -87,7 +88,7 @@ def check_platform() -> None:
     why = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0][:300]
     raise UserError(
       f"JAX_PLATFORMS: {wanted}: {why or 'no such devices'}; expected cpu, or tpu or cuda with its "
-      "plugin (pip install 'igpt_jax[tpu]' or 'igpt_jax[cuda]') and its devices; fix: unset "
+      f"plugin ({extras.install('tpu')} or {extras.install('cuda')}) and its devices; fix: unset "
       "JAX_PLATFORMS, which takes what there is"
     ) from None
 

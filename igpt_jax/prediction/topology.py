@@ -10,6 +10,7 @@ import re
 
 import jax
 
+from igpt_jax import extras
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hardware
 from igpt_jax.prediction.bundles import Dump
@@ -139,7 +140,7 @@ def open_topology(name: str) -> Topology:
   check_name(name)
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
-      f"config.compile.topology: {name} needs the TPU's compiler, libtpu; fix: pip install 'igpt_jax[tpu]' "
+      f"config.compile.topology: {name} needs the TPU's compiler, libtpu; fix: {extras.install('tpu')} "
       "(0.7 GB; no TPU is needed)"
     )
   dump = _prepare_compiler()

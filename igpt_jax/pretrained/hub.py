@@ -18,14 +18,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from igpt_jax import files, watchdog
+from igpt_jax import extras, files, watchdog
 from igpt_jax.data import digests
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.pretrained import clusters, huggingface
 from igpt_jax.pretrained.leaves import Report
-
-PACKAGE = "huggingface_hub>=1,<3"  # as in setup.py
 
 _NAME = re.compile(r"([a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.A | re.I)
 _SUM = re.compile(
@@ -155,7 +153,7 @@ def _getter(name: str, repo: str) -> Callable[[str | None, list[str]], str]:
   except ImportError:
     raise UserError(
       f"checkpoint: {name}: nothing is there, and to fetch it from the Hugging Face hub needs "
-      f"huggingface_hub; fix: pip install '{PACKAGE}' (the extra `hub`), or a local path"
+      f"huggingface_hub; fix: {extras.install('hub')}, or a local path"
     ) from None
   if not hosts.is_main():
     disable_progress_bars()

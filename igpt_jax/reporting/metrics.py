@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_jax import extras
 from igpt_jax.errors import UserError
 from igpt_jax.files import replacing, sync
 
@@ -95,7 +96,7 @@ class TensorBoardWriter:
       import tensorboardX
     except ImportError:
       raise UserError(
-        "log.tensorboard: True needs tensorboardX; fix: pip install 'igpt_jax[tensorboard]'"
+        f"log.tensorboard: True needs tensorboardX; fix: {extras.install('tensorboard')}"
       ) from None
     self._writer = tensorboardX.SummaryWriter(
       os.path.join(workdir, "tensorboard"), purge_step=resume_step + 1
@@ -122,7 +123,7 @@ class WandbWriter:
     try:
       import wandb
     except ImportError:
-      raise UserError("log.wandb: True needs wandb; fix: pip install 'igpt_jax[wandb]'") from None
+      raise UserError(f"log.wandb: True needs wandb; fix: {extras.install('wandb')}") from None
     identity = os.path.join(workdir, "wandb_run_id")
     run_id = None
     if os.path.exists(identity):

@@ -532,12 +532,16 @@ def test_an_unwritable_workdir_is_said_at_once(tmp_path):
     on_one_device(pretrain, shrunk(), str(tmp_path / "file" / "run"))
 
 
-def test_prepare_job(data_dir, capsys):
+def test_prepare_job(capsys):
   """Our own data is made; what needs TensorFlow says so; what needs nothing says that."""
   from igpt_jax.jobs import prepare
 
   prepare.run(shrunk(), "unused")
   told = capsys.readouterr().out
-  assert str(data_dir) in told and "train[1347 of 1497]" in told and "test[300 of 300]" in told
+  assert (
+    os.environ["TFDS_DATA_DIR"] in told
+    and "train[1347 of 1497]" in told
+    and "test[300 of 300]" in told
+  )
   with pytest.raises(UserError, match="needs no preparation"):
     prepare.run(shrunk(**{"data.name": "tokens", "data.path": "x"}), "unused")

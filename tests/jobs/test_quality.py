@@ -120,7 +120,7 @@ def test_a_single_image_has_no_covariance(trained, tmp_path):
 
 def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "onnxruntime", None)
-  with pytest.raises(UserError, match=r"pip install 'igpt_jax\[onnx\]'"):
+  with pytest.raises(UserError, match=r"pip install -e '.*\[onnx\]'"):
     quality.onnx_network(str(tmp_path / "inception.onnx"))
 
 

@@ -105,7 +105,7 @@ def test_without_a_config_it_says_what_to_do(tmp_path, answer, arguments):
     status, _, err = answer(tmp_path, *arguments, *more)
     assert status == 2 and err.count("\n") == 1
     assert err.startswith("igpt_jax: --config: missing")
-    assert "--config configs/quickstart.py, or the --workdir of a run" in err
+    assert "--config quickstart, or the --workdir of a run" in err
     assert ("there is no" in err) == any("workdir" in each for each in arguments)
 
 

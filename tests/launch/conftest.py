@@ -21,6 +21,8 @@ def world(tmp_path):
   repo = tmp_path / "a repo"
   shutil.copytree(LAUNCH, repo / "launch")
   (repo / "setup.py").write_text("# stands for setup.py\n")
+  (repo / "constraints").mkdir()
+  (repo / "constraints" / "py313.txt").write_text("# stands for the releases that were tested\n")
   fake, bin_dir, home = tmp_path / "fake", tmp_path / "bin", tmp_path / "home"
   for directory in (fake, bin_dir, home):
     directory.mkdir()

@@ -321,6 +321,7 @@ def test_tpu_vm_creates_runs_on_all_hosts_and_deletes(world):
   for host in "01":
     assert world.calls(f"main.{host}") == [["-m", "igpt_jax.main", *MAIN_ARGS, "--distributed"]]
   assert [call[-1].endswith("/igpt_jax[tpu]") for call in world.calls("pip")] == [True, True]
+  assert [call[-3].endswith("/constraints/py313.txt") for call in world.calls("pip")] == [True] * 2
   assert [call[-2:] for call in world.calls("gcsfuse")] == [["bucket", "/mnt/a bucket"]] * 2
   _assert_gone_with(world, creations=1)
 
@@ -723,8 +724,49 @@ def test_dockerfile_installs_the_platforms_extra(world, tmp_path, platform, extr
   (step,) = re.findall(r"^RUN (?:--\S+ )*(.*?[^\\])$", text, re.M | re.S)
   write_executable(tmp_path / "bin" / "pip", FAKE_TOOL)
   env = world.env | {"PLATFORM": platform, "EXTRAS": extras}
-  result = subprocess.run(["sh", "-c", step], env=env, capture_output=True, text=True)
+  result = subprocess.run(
+    ["sh", "-c", step], cwd=world.repo, env=env, capture_output=True, text=True
+  )
   if installed is None:
     assert result.returncode == 2 and "PLATFORM=tpv" in result.stderr
   else:
-    assert world.calls("pip") == [["install", "--editable", installed]], result.stderr
+    tested = ["--constraint", "constraints/py313.txt"]
+    assert world.calls("pip") == [["install", *tested, "--editable", installed]], result.stderr
+
+
+def test_what_is_installed_is_what_was_tested_unless_told_otherwise(world, tmp_path):
+  """Another Python than those of constraints/ gets what pip chooses, and one line about it."""
+  tested = world.repo / "constraints" / "py313.txt"
+  own = tmp_path / "own.txt"
+  own.write_text("# of one's own\n")
+
+  def installs(**env):
+    world.write("pip.log")
+    result = world.run("prepare_data.sh", *MAIN, **env)
+    return result, [call[call.index("--quiet") :] for call in world.calls("pip")]
+
+  rest = ["--editable", f"{world.repo}[prepare]"]
+  quiet = ["--quiet", "--disable-pip-version-check"]
+  assert installs()[1] == [[*quiet, "--constraint", str(tested), *rest]]
+  assert installs()[1] == []  # it is there
+  tested.write_text("# newer releases\n")
+  assert len(installs()[1]) == 1
+  assert installs(CONSTRAINTS="")[1] == [[*quiet, *rest]]
+  assert installs(CONSTRAINTS=str(own))[1] == [[*quiet, "--constraint", str(own), *rest]]
+  result, calls = installs(CONSTRAINTS="/none.txt")
+  assert result.returncode == 2 and "CONSTRAINTS=/none.txt: no such file" in result.stderr
+  assert calls == []
+  tested.unlink()
+  result, calls = installs()
+  assert calls == [[*quiet, *rest]]
+  assert result.stderr.count("there is no constraints/py313.txt") == 1
+
+
+def test_without_a_checkout_nothing_is_installed_and_jobs_run_here(world):
+  """So the scripts of an installed package: entry.sh runs where one stands, others say what to do."""
+  (world.repo / "setup.py").unlink()
+  result = world.run("prepare_data.sh", *MAIN)
+  assert result.returncode == 2 and "expected a checkout" in result.stderr
+  assert world.run("local.sh").returncode == 2
+  assert world.run("entry.sh", "--config=quickstart").returncode == 0
+  assert (world.fake / "pwd.log").read_text() == f"{world.env['HOME']}\n"

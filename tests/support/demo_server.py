@@ -33,7 +33,7 @@ def need_extra() -> None:
   """Skips where starlette and uvicorn aren't there."""
   for name in ("starlette", "uvicorn"):
     if importlib.util.find_spec(name) is None:
-      pytest.skip(f"the page is NOT tested: no {name}; fix: pip install 'igpt_jax[demo]'")
+      pytest.skip(f"the page is NOT tested: no {name}; fix: pip install -e '.[demo]'")
 
 
 @contextlib.contextmanager

@@ -383,7 +383,7 @@ def test_mistakes_of_the_command(capsys, monkeypatch, tmp_path):
 
 def test_without_the_extra_it_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"pip install 'igpt_jax\[demo\]'"):
+  with pytest.raises(UserError, match=r"pip install -e '.*\[demo\]'"):
     serve.check_installed()
 
 

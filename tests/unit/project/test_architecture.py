@@ -24,6 +24,7 @@ FLOORS = (
   (
     "cpu_compiler.py",
     "errors.py",
+    "extras.py",
     "files.py",
     "history.py",
     "stopping.py",
@@ -40,7 +41,7 @@ FLOORS = (
   ("runner/", "sampling/"),
   ("probing/",),
   ("jobs/",),
-  ("api.py", "main.py", "demo/", "notebook.py"),
+  ("__main__.py", "api.py", "main.py", "demo/", "notebook.py"),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 
@@ -283,7 +284,7 @@ def nothing_loads_pickles(sources: Sources) -> list[str]:
 
 def names_are_given_once(sources: Sources) -> list[str]:
   """No two files of one name in two rooms, and no names that say nothing or nearly the same."""
-  paths = [pathlib.PurePath(name) for name in sources if not name.endswith("__init__.py")]
+  paths = [pathlib.PurePath(name) for name in sources if not name.endswith("__.py")]
   counted = collections.Counter(path.stem for path in paths)
   words = counted.keys() | {part for path in paths for part in path.parts[:-1]}
   nameless = words & {"common", "utils", "util", "helpers", "misc"}

@@ -90,9 +90,9 @@ def test_a_line_cut_short_is_dropped_wherever_it_was_cut(tmp_path, cut):
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(UserError, match=r"tensorboard.*pip install 'igpt_jax\[tensorboard\]'"):
+  with pytest.raises(UserError, match=r"tensorboard.*pip install -e '.*\[tensorboard\]'"):
     metrics.TensorBoardWriter(str(tmp_path), 0)
-  with pytest.raises(UserError, match=r"wandb.*pip install 'igpt_jax\[wandb\]'"):
+  with pytest.raises(UserError, match=r"wandb.*pip install -e '.*\[wandb\]'"):
     metrics.WandbWriter(str(tmp_path), {}, "project")
 
 

@@ -1,0 +1,35 @@
+"""Config files of the project, by name: configs/ of a checkout, which a wheel carries in the package."""
+
+import os
+import pathlib
+
+from igpt_jax.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
+
+def folder() -> pathlib.Path:
+  """Returns the folder of the project's config files."""
+  carried = _PACKAGE / "configs"
+  return carried if carried.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+  """Returns the names of the project's configs, such as "quickstart"."""
+  return sorted(path.stem for path in folder().glob("*.py"))
+
+
+def path_of(config: str) -> str:
+  """Returns the path of a config file that is given by its path or, unless that exists, by its name.
+
+  Raises:
+    UserError: there is neither.
+  """
+  if os.path.isfile(config.partition(":")[0]):  # what follows a colon goes to the file
+    return config
+  if config in names():
+    return str(folder() / f"{config}.py")
+  raise UserError(
+    f"--config: {config[:300]!r}: no such file; expected the path of a config, or the "
+    f"name of one of the project's: {', '.join(names())}"
+  )
