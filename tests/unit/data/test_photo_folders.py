@@ -1,6 +1,5 @@
 """Photos in any layout are divided by their contents, and what is wrong with some of them is said, not fatal."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -13,10 +12,8 @@ from igpt_jax import errors
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import image_decoding, image_files, own_images, photo_folder, pipeline, sources
 from igpt_jax.data.loader import Loader
-from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, quality, sample
 from igpt_jax.workspace import places
-from support.quickstart import call, shrunk
-from support.tiny import on_one_device
+from support.photos import make_album, photo, photos
 
 SPLITS = sources.SPLITS
 
@@ -28,17 +25,9 @@ def cache(tmp_path_factory, monkeypatch):
   monkeypatch.setattr("igpt_jax.data.digests._TICK_NS", -(10**12))
 
 
-def photo(path, seed, size=(20, 16), **options):
-  """Noise, a different one for each seed."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-  Image.fromarray(pixels).save(path, **options)
-
-
-def photos(root, names, first=0):
-  for seed, name in enumerate(names, first):
-    photo(root / name, seed)
-  return root
+@pytest.fixture
+def album(tmp_path):
+  return make_album(tmp_path)
 
 
 def config_of(root, **changes):
@@ -247,25 +236,6 @@ def test_neither_names_nor_places_nor_copies_decide(tmp_path):
 # --- what is wrong with some of them ---------------------------------------------------------------
 
 
-@pytest.fixture
-def album(tmp_path):
-  """30 photos, and one of everything that happens to photos."""
-  root = photos(tmp_path / "my photos", [f"2019/IMG_{i}.JPG" for i in range(30)])
-  shutil.copy(root / "2019/IMG_3.JPG", root / "IMG_3 (1).jpg")
-  whole = (root / "2019/IMG_4.JPG").read_bytes()
-  (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-  (root / "empty.jpg").write_bytes(b"")
-  heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
-  (root / "IMG_5.HEIC").write_bytes(heic)
-  (root / "phone.jpg").write_bytes(heic)
-  dark = np.random.default_rng(0).integers(0, 5, (32, 48, 3), np.uint8)
-  Image.fromarray(dark).save(root / "pocket.jpg")
-  for name in (".DS_Store", "Thumbs.db", "._IMG_6.JPG"):
-    (root / name).write_bytes(b"\xff\xd8\xff")
-  (root / "2019" / "up").symlink_to(root)
-  return root
-
-
 def test_all_that_is_wrong_is_said_once(album, capsys):
   splits = open_all(album)
   assert sum(map(len, splits.values())) == 32
@@ -439,57 +409,3 @@ def test_results_are_no_photos(tmp_path):
 
 
 # --- jobs ------------------------------------------------------------------------------------------
-
-
-def make_photos(root, names):
-  """Photos that a small model can tell apart: warm ones and cold ones."""
-  rng = np.random.default_rng(0)
-  for i, name in enumerate(names):
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.array(((220, 120, 30), (30, 90, 210))[i % 2]) + rng.integers(-30, 30, (20, 16, 3))
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name)
-  return str(root)
-
-
-JOBS = {
-  "flat": ([f"{'album/' * (i % 2)}{i}.png" for i in NUMBERS], (evaluate, sample)),
-  "classes": (
-    [f"{'cold' if i % 2 else 'warm'}/{i}.png" for i in range(40)],
-    (evaluate, sample, quality, probe, lowdata, finetune),
-  ),
-  "train alone": ([f"train/{i}.png" for i in range(40)], (evaluate, sample)),
-}
-
-
-@pytest.mark.parametrize("layout", JOBS)
-def test_jobs_work_after_training(tmp_path, layout):
-  names, jobs = JOBS[layout]
-  root, workdir = make_photos(tmp_path / "my", names), tmp_path / "run"
-  settings = shrunk(**{
-    "data.name": "folder", "data.path": root, "palette.size": 12, "lowdata.labels_per_class": (1,),
-    "lowdata.trials": 1, "features.baselines": (), "finetune.steps": 2, "finetune.eval_every": 2,
-    "finetune.warmup_steps": 1, "quality.images": 2,
-  })  # fmt: skip
-  on_one_device(pretrain, settings, str(workdir))
-  for job in jobs:
-    job.run(settings, str(workdir))
-  held_out = "validation[4 of 40]" if layout == "train alone" else " test["
-  assert held_out in json.loads((workdir / "evaluation.json").read_text())["data"]
-  assert held_out in json.loads((workdir / "sample.json").read_text())["completed_from"]
-  for job in {probe, lowdata, finetune}.difference(jobs):
-    with pytest.raises(errors.UserError, match="has no labels; a classifier needs"):
-      job.run(settings, str(workdir))
-
-
-def test_the_command_on_a_folder_with_damaged_photos(album, tmp_path):
-  """And again, from its checkpoint."""
-  overrides = [
-    "--config.data.name=folder", f"--config.data.path={album}", "--config.train.steps=4",
-    "--config.train.warmup_steps=1", "--config.model.n_layer=1", "--config.model.n_embd=16",
-    "--config.train.batch_size=8", "--config.train.checkpoint_every=2",
-  ]  # fmt: skip
-  for _ in range(2):
-    done = call("configs/quickstart.py", tmp_path / "run", *overrides)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("left out 5 files") == 1 and "Traceback" not in done.stderr
-  assert "resuming at step 4 of 4" in done.stdout
