@@ -3,6 +3,15 @@
 `load` returns a trained model to complete, sample, describe and measure images with (`api.py`).
 """
 
+import sys
+
+# `python -m igpt_jax.main` imports this first: Ctrl-C is answered from here on. (-m: until the module is
+# found, sys.argv[0] is that.)
+if sys.argv[:1] == ["-m"] and "igpt_jax.main" in sys.orig_argv:
+  from igpt_jax import stopping
+
+  stopping.listen()
+
 from typing import TYPE_CHECKING, Any
 
 from igpt_jax import cpu_compiler

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,14 @@ def local(name: str, path: str) -> str:
       f"{place}"
     )
   return os.path.abspath(os.path.expanduser(path))
+
+
+def hub_snapshot(path: str) -> tuple[str, str] | None:
+  """Returns OWNER/NAME and the commit of a model in the Hugging Face hub's cache; None: it is no such path."""
+  match = re.search(
+    r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$", path.replace(os.sep, "/")
+  )
+  return (f"{match[1]}/{match[2]}", match[3]) if match else None
 
 
 def printable(text: str | os.PathLike[str]) -> str:

@@ -203,11 +203,14 @@ def complete(
   Args:
     checkpoint_path: a checkpoint of any format.
     images: a file, a glob or a folder.
-    workdir: folder of the results; other settings need another one.
+    workdir: folder of the results, to which a run's step is added, _STEP; other settings need another.
     keep: share of the rows that is given.
     n: samples per image.
     overrides: "--config.FIELD=VALUE", …
   """
+  # The same cell after more training draws from another model.
+  step = checkpoint.latest_step(checkpoint_path)
+  workdir += "" if step is None else f"_{step}"
   inputs = [f"--config.checkpoint={checkpoint_path}", f"--config.complete.images={images}"]
   run = Run("complete", workdir, [*inputs, *overrides])
   run.job("complete", f"--config.complete.keep={keep}", f"--config.complete.n={n}")

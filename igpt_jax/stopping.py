@@ -25,6 +25,7 @@ def _leave(name: str) -> str:
 
 
 _answer: Answer = _leave
+_listens = False
 _handler_of_another: int | None = None  # address of the handler that `take_back` replaced
 
 
@@ -35,18 +36,24 @@ def answer_by(answer: Answer | None) -> None:
 
 
 def listen() -> None:
-  """Answers the signals from now on. Called once, by the main thread of a program.
+  """Answers the signals from now on. Called by the main thread of a program; again, it does nothing.
 
   A signal that is ignored, as by a shell's `&` or nohup, stays ignored.
   """
+  global _listens
+  if _listens:
+    return
+  _listens = True
   reading, writing = os.pipe()
-  os.set_blocking(writing, False)
+  if hasattr(os, "set_blocking"):  # Windows: from Python 3.12 on
+    os.set_blocking(writing, False)
   threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
   signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
   for number in _NAMES:
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, _wake)
-  os.register_at_fork(after_in_child=_leave_to_parent)
+  if hasattr(os, "register_at_fork"):  # Windows doesn't fork
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _wake(number, frame) -> None:
@@ -70,7 +77,8 @@ def _leave_to_parent() -> None:
 def take_back() -> None:
   """Answers SIGTERM again, after a library has set its own handler in native code."""
   global _handler_of_another
-  if signal.getsignal(signal.SIGTERM) is _wake:
+  # Windows has neither the library of the C functions under that name, nor jobs of several processes.
+  if os.name == "posix" and signal.getsignal(signal.SIGTERM) is _wake:
     _handler_of_another = _set_native(signal.SIG_DFL)
     signal.signal(signal.SIGTERM, _wake)
 

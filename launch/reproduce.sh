@@ -102,7 +102,9 @@ for size in "${sizes[@]}"; do
   esac
   letter=${size:0:1}
   config=configs/openai_${letter}_eval.py results=$workdir/$size
-  if [ ! -f "$results/evaluation.json" ]; then
+  # A result is kept if all that decides it is what it was: limits such as evaluate.images, and the files.
+  decides=$results/made_with.txt made_with=$(printf '%s\n' "$directory" ${main_args[@]+"${main_args[@]}"})
+  if [ ! -f "$results/evaluation.json" ] || [ "$made_with" != "$(cat "$decides" 2>/dev/null)" ]; then
     say "$size: fetching into $directory"
     fetched=0
     job download "$config" --workdir="$results" --config.download.directory="$directory" \
@@ -113,6 +115,7 @@ for size in "${sizes[@]}"; do
     fi
     say "$size: evaluating"
     evaluated=0
+    [ -n "$dry_run" ] || rm -f "$decides"
     job evaluate "$config" --workdir="$results" \
       --config.checkpoint="$directory/igpt-$letter-$STEP/model.ckpt-$STEP" \
       --config.data.path="$directory/datasets/imagenet_teX.npy" \
@@ -123,6 +126,7 @@ for size in "${sizes[@]}"; do
     fi
   fi
   [ -z "$dry_run" ] || continue
+  printf '%s\n' "$made_with" >"$decides"
   line=$(compare "$size" "$published" "$results/evaluation.json") || failed=1
   lines+=("${line:-FAIL  $size  $results/evaluation.json is unreadable; fix: remove it}")
 done

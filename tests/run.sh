@@ -6,7 +6,7 @@
 #   bash tests/run.sh slow             what is marked slow, which the first leaves out
 #   bash tests/run.sh tests/unit/data  what follows goes to pytest
 #
-# VENV and PYTHON as in launch/local.sh.
+# VENV, PYTHON and CONSTRAINTS as in launch/local.sh.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../launch/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/lib.sh"

@@ -140,6 +140,10 @@ def take_from_run(config: Any, workdir: str, given: Collection[str]) -> list[str
   if config.checkpoint and not _is_within(config.checkpoint, workdir):
     return []
   names = [name for name in FIELDS if _is_of_run(name) and config.job in FIELDS[name].jobs]
+  said_by = "command line"
+  # A config file of the job itself, such as fine-tuning's, names the job's data, not the run's.
+  if not {"job", "data.name"} & set(given) and config.data.name != FIELDS["data.name"].default:
+    given, said_by = {*given, "data.name"}, "config file"
   if "data.name" in given and saved.get("data.name") != config.data.name:
     names = ["data.name", *(name for name in names if name not in _OF_DATA_SET)]
   replaced, kept = overlay(config, workdir, names, given)
@@ -150,7 +154,7 @@ def take_from_run(config: Any, workdir: str, given: Collection[str]) -> list[str
       f"{'; '.join(replaced)} (another value: --config.NAME=VALUE)"
     )
   if kept:
-    messages.append(f"config: as the command line says, unlike the run's: {'; '.join(kept)}")
+    messages.append(f"config: as the {said_by} says, unlike the run's: {'; '.join(kept)}")
   return messages
 
 

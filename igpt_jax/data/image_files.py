@@ -109,6 +109,31 @@ def find(folder: str) -> tuple[list[str], dict[str, str]]:
   return sorted(images, key=_order), left_out
 
 
+def holds_image(folder: str) -> bool:
+  """Returns True if an image lies in a folder or below it; looks no further than the first.
+
+  Also True of a folder that can't be read: whoever opens it says why.
+  """
+  seen, waiting = set(), [folder]
+  while waiting:
+    below = waiting.pop()
+    if (inode := _inode(below)) in seen:
+      continue
+    seen.add(inode)
+    try:
+      with os.scandir(below) as entries:
+        for entry in entries:
+          if is_leftover(entry.name):
+            continue
+          if entry.is_dir():
+            waiting.append(entry.path)
+          elif entry.is_file() and not why_not(entry.path):
+            return True
+    except OSError:
+      return True
+  return False
+
+
 def why_not(path: str) -> str | None:
   """Returns the reason why a file isn't read as an image; None if it is one, or has an image's suffix."""
   suffix = os.path.splitext(path)[1].lower()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 
@@ -31,9 +31,28 @@ _LOOKED_AT = 64  # shorter side at which a JPEG is looked at, in pixels
 _SAME_LEVELS, _SAME_SHARE = 12, 0.99  # an image is plain if this share of it is within these levels
 
 
-def has_splits(root: pathlib.Path, validation_split: str = "") -> bool:
-  """Returns True if a folder holds stored splits, or if `validation_split` says so."""
-  return bool(validation_split) or any(os.path.isdir(root / name) for name in SPLIT_FOLDERS)
+def has_splits(root: pathlib.Path, validation_split: str = "", also: str = "") -> bool:
+  """Returns True if a folder holds stored splits: `validation_split` says so, or its folders' names do.
+
+  Args:
+    root: the folder.
+    validation_split: the setting of that name.
+    also: a folder in it that counts as if it held images.
+  """
+  if validation_split:
+    return True
+  names = _holding(root) | ({also} if also else set())
+  return _are_splits(names) and not _misnamed(names)
+
+
+def tell_left_out(root: pathlib.Path, validation_split: str) -> None:
+  """Tells, once, what lies beside the stored splits and isn't read."""
+  splits = {*SPLIT_FOLDERS, validation_split} - {""}
+  names = _holding(root)
+  if others := names - splits:
+    say_once(
+      f"{root}: stored splits {_in_words(names & splits)}; left out {_in_words(others)} beside them"
+    )
 
 
 def open_photos(
@@ -54,7 +73,7 @@ def open_photos(
     UserError: no such folder, stored splits deeper in it, or fewer than MIN_IMAGES different images.
   """
   paths, left_out = _find(root)
-  _check_no_splits(root, paths)
+  _check_no_splits(root, paths)  # before they are read
   absolute = os.path.abspath(root)
   files = [os.path.join(absolute, path) for path in paths]
   contents = digests.of_files(files, absolute, verify)
@@ -142,18 +161,70 @@ def _first_folders(paths: Sequence[str]) -> tuple[str, list[str]]:
   return above, [path[len(above) :].rpartition(os.sep)[0].split(os.sep)[0] for path in paths]
 
 
+def _holding(root: pathlib.Path) -> set[str]:
+  """Returns the folders in `root` that hold an image, and "" if one lies beside them.
+
+  They are looked at only if one is called as a split is. A train/ counts without an image, too: opening
+  it says what it holds instead.
+  """
+  try:
+    folders, images, _ = image_files.scan(os.fspath(root))
+  except OSError:  # whoever opens it says why
+    return set()
+  if not any(name.lower() in SPLIT_FOLDERS for name in folders):
+    return set()
+  beside = {""} if images else set()
+  return beside | {
+    name for name in folders if name == "train" or image_files.holds_image(os.path.join(root, name))
+  }
+
+
+def _are_splits(names: Set[str]) -> bool:
+  """Returns True if folders that lie side by side are splits, in whichever case their names are written.
+
+  A train/ beside cats/, or a Test/ beside photos, is a class or an album like any other; but where train/
+  and test/ are both there, they are splits, whatever lies beside them.
+
+  Args:
+    names: those that hold images; "" stands for images beside them.
+  """
+  splits = {name for name in names if name.lower() in SPLIT_FOLDERS}
+  if splits == names:
+    return bool(splits)
+  kinds = {name.lower() for name in splits}
+  return "train" in kinds and (len(kinds) > 1 or names == {"train", ""})
+
+
+def _misnamed(names: Set[str]) -> list[str]:
+  """Returns splits whose names are in another case; [] where train/ and a test split are named well."""
+  exact = names & set(SPLIT_FOLDERS)
+  if "train" in exact and len(exact) > 1:
+    return []
+  return sorted(name for name in names - exact if name.lower() in SPLIT_FOLDERS)
+
+
 def _check_no_splits(root: pathlib.Path, paths: Sequence[str]) -> None:
-  """Raises UserError if folders are splits, which lie deeper than `root` or are written in another way."""
+  """Raises UserError if folders are splits, which lie deeper than `root` or are written in another way.
+
+  Folders that are called like splits, and are none, are told.
+  """
   above, folders = _first_folders(paths)
-  splits = sorted({name for name in folders if name.lower() in SPLIT_FOLDERS})
-  if splits:
-    where, name = root / above, splits[0].lower()
-    written = all(split in SPLIT_FOLDERS for split in splits)
-    raise errors.UserError(
-      f"data.path {root}: its images lie in {printable(where / splits[0])}; expected splits in "
-      f"{root / name}; fix: "
-      + (f"--config.data.path={where}" if written else f"rename it to {name}")
-    )
+  names, where = set(folders), root / above
+  splits = {name for name in names if name.lower() in SPLIT_FOLDERS}
+  if not _are_splits(names):
+    if splits:
+      say_once(
+        f"{where}: no stored splits, though there is {_in_words(splits)}: {_in_words(names - splits)} beside "
+        "(splits would be train/ and test/)"
+      )
+    return
+  misnamed = _misnamed(names)
+  name = next(iter(misnamed), min(splits))
+  raise errors.UserError(
+    f"data.path {root}: its images lie in {printable(where / name)}; expected splits in "
+    f"{root / name.lower()}; fix: "
+    + (f"rename it to {name.lower()}" if misnamed else f"--config.data.path={where}")
+  )
 
 
 def _classes(paths: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -205,6 +276,11 @@ def _tell(
     )
   if plain:
     say_once(f"{root}: {_counted(plain)} nearly one colour ({_some(plain)})")
+
+
+def _in_words(names: Set[str]) -> str:
+  """Returns folders in words; "" stands for images that lie beside them."""
+  return units.some_of([f"{printable(name)}/" if name else "images" for name in sorted(names)])
 
 
 def _counted(paths: Sequence[str]) -> str:

@@ -174,6 +174,7 @@ def _folder_split(config: DataConfig, split: str) -> Split:
       )
     return Split(records, parts[split], split)
   held_out = config.validation_split
+  photo_folder.tell_left_out(root, held_out)
   names = {"train": ["train"], "validation": [held_out or "train"]}.get(
     split, [name for name in TEST_FOLDERS if name != held_out]
   )
@@ -190,7 +191,10 @@ def _folder_split(config: DataConfig, split: str) -> Split:
     kind, why = errors.NoSuchSplit, f"holds folders {folders}" if folders else "no folders"
     if folders is None:
       kind, why = errors.UserError, "no such folder"
-    raise kind(f"data.path {root}: {why}; expected {root / names[0]}/CLASS/*.jpg")
+    fix = (
+      f"; fix: --config.data.path={root / folders[0]} divides the images there" if folders else ""
+    )
+    raise kind(f"data.path {root}: {why}; expected {root / names[0]}/CLASS/*.jpg{fix}")
   train = root / "train"
   classes = class_folders(train) if folder != train and train.is_dir() else None
   records = open_stored(folder, classes, config.verify)

@@ -5,6 +5,7 @@ unless --host is given; uploads are kept in memory while they are processed, and
 """
 
 import argparse
+import os
 import sys
 
 from igpt_jax.errors import UserError
@@ -61,4 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  status = main()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)  # Python would wait for the thread that compiles, for minutes

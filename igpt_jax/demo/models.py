@@ -48,6 +48,7 @@ class Models:
     self._settings = Settings(palette=PaletteConfig(path=palette_path))
     devices.use_cores(self._settings)
     self._offered: list[_Offered] = []
+    self._kept = 0  # programs of each model that are compiled in advance
     for path in paths:
       if not path:
         raise UserError("--checkpoint: empty; expected a workdir, or one checkpoint in it")
@@ -89,12 +90,15 @@ class Models:
     offered = self._offered[index]
     if offered.completer is None:
       offered.completer = filler.open_model(offered.info, self._settings, self._mesh)
+    if isinstance(offered.completer, Completer):
+      offered.completer.keep_programs(self._kept)
     return offered.completer
 
   def programs(self, most_samples: int) -> list[tuple[int, int]]:
     """Returns the models and numbers of samples that each need a program, the page's defaults first."""
     sizes = {completer_lib.bucket(n) for n in range(1, most_samples + 1)}
     default = completer_lib.bucket(min(_SAMPLES, most_samples))
+    self._kept = len(sizes)
     ordered = sorted(sizes, key=lambda size: (size != default, size))
     return [(index, size) for size in ordered for index in range(len(self))]
 

@@ -13,6 +13,7 @@ const HOW = {
 
 let about = null; // response of GET /models
 let chosen = null; // the file
+let choices = 0; // made so far: only the newest counts, whichever is ready first
 let looking = null; // AbortController of the request for what the model sees
 let stopper = null; // AbortController of the current completion
 
@@ -74,8 +75,10 @@ function takeModel() {
   look();
 }
 
-async function choose(file) {
-  if (!file) return;
+async function choose(coming) {
+  if (!coming) return;
+  const mine = ++choices, file = await coming;
+  if (mine !== choices) return;
   tell("");
   chosen = null;
   preview.square = null;
@@ -85,6 +88,7 @@ async function choose(file) {
   } else {
     try {
       const bitmap = await createImageBitmap(file);
+      if (mine !== choices) return;
       const length = Math.min(bitmap.width, bitmap.height);
       preview.square = document.createElement("canvas");
       preview.square.width = preview.square.height = 512;
@@ -95,6 +99,7 @@ async function choose(file) {
         bitmap, (bitmap.width - length) / 2, (bitmap.height - length) / 2, length, length, 0, 0, 512, 512);
       bitmap.close();
     } catch {
+      if (mine !== choices) return;
       tell(`The browser can't show ${file.name}. It can be sent all the same: the model's side may know its format.`);
     }
     chosen = file;
@@ -124,16 +129,18 @@ async function look() {
   }
 }
 
+async function example(address, name) {
+  const blob = await (await fetch(address)).blob();
+  return new File([blob], name, { type: blob.type });
+}
+
 function showExamples() {
   for (const { name, title } of about.examples) {
     const button = document.createElement("button"), image = document.createElement("img");
     image.src = `/examples/${name}`;
     image.alt = title;
     button.append(image);
-    button.addEventListener("click", async () => {
-      const blob = await (await fetch(image.src)).blob();
-      choose(new File([blob], name, { type: blob.type }));
-    });
+    button.addEventListener("click", () => choose(example(image.src, name)));
     at("examples").append(button);
   }
 }

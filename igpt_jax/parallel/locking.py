@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import time
@@ -11,6 +10,11 @@ from typing import TextIO
 
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None
 
 # Errors of file systems without such locks: some network file systems, most mounted buckets.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
@@ -33,6 +37,8 @@ def locked(path: str, what: str, fix: str) -> Iterator[None]:
   """
   with open(path, "a+", encoding="utf-8") as file:
     try:
+      if fcntl is None:
+        raise OSError(errno.ENOSYS, "this system has no such locks")
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
@@ -62,4 +68,5 @@ def _let_go_in_child() -> None:
     _files.pop().close()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+if hasattr(os, "register_at_fork"):  # Windows doesn't fork
+  os.register_at_fork(after_in_child=_let_go_in_child)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from igpt_jax import extras, watchdog
+from igpt_jax import extras, files, watchdog
 from igpt_jax.data import digests
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
@@ -33,6 +33,10 @@ _DESCRIPTIONS = ["config.json", clusters.JSON_NAME]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _PICKLE = "pytorch_model.bin"
 _DOING = "fetching from the Hugging Face hub"
+_REST = (
+  "if fetching was cut off, the same command with a network, without HF_HUB_OFFLINE, gets the rest"
+)
+_OWN_FOLDERS = ("runs", "downloads", "checkpoints")  # as this project's commands and docs name them
 _ELSEWHERE = "OpenAI's own files come with --config.job=download"
 
 
@@ -46,12 +50,26 @@ class Snapshot(NamedTuple):
 def is_name(path: str) -> bool:
   """Returns True if a path names a model of the hub: nothing is there, nor a folder OWNER.
 
-  With @REVISION it does unless that very path exists.
+  With @REVISION it does unless that very path exists; without, OWNER isn't a folder of this project's
+  commands, such as runs/, which may be missing.
   """
   match = _NAME.fullmatch(path)
   if match is None or ".." in path or "--" in path or os.path.lexists(path):
     return False
-  return match[2] is not None or not os.path.isdir(os.path.dirname(path))
+  owner = os.path.dirname(path)
+  return match[2] is not None or not (owner in _OWN_FOLDERS or os.path.isdir(owner))
+
+
+def is_snapshot(path: str, name: str) -> bool:
+  """Returns True if a path is that of files that `fetch` got for this name.
+
+  A branch or a tag may have moved since: any commit is its.
+  """
+  match, snapshot = _NAME.fullmatch(name), files.hub_snapshot(path)
+  if match is None or snapshot is None or snapshot[0].lower() != match[1].lower():
+    return False
+  is_commit = match[2] is not None and re.fullmatch("[0-9a-f]{7,40}", match[2])
+  return not is_commit or snapshot[1].startswith(match[2])
 
 
 def fetch(name: str, report: Report) -> Snapshot:
@@ -88,7 +106,9 @@ def _fetch(name: str, report: Report) -> Snapshot:
   get = _getter(name, match[1])
   folder = get(match[2], _DESCRIPTIONS)
   if not os.path.exists(os.path.join(folder, "config.json")):
-    raise UserError(f"checkpoint: {name} has no config.json; expected an Image GPT of transformers")
+    raise UserError(
+      f"checkpoint: {name} has no config.json; expected an Image GPT of transformers; fix: {_REST}"
+    )
   _check_contents(name, folder)
   huggingface.read_config(folder)  # another model is refused before its weights are fetched
   commit = os.path.basename(folder)
@@ -97,12 +117,32 @@ def _fetch(name: str, report: Report) -> Snapshot:
     if importlib.util.find_spec("torch") is None:
       raise UserError(
         f"checkpoint: {name} has no safetensors, and a {_PICKLE} is a pickle, which only torch opens "
-        f"safely; fix: pip install torch; or @REVISION with safetensors; or {_ELSEWHERE}"
+        f"safely; fix: pip install torch; or @REVISION with safetensors; or {_ELSEWHERE}; "
+        f"{_REST}"
       )
     get(commit, [_PICKLE])
+  if lacking := _lacking(folder):
+    raise UserError(
+      f"checkpoint: {name}: {folder} lacks {lacking}; expected all weights; fix: {_REST}; {_ELSEWHERE}"
+    )
   _check_contents(name, folder)
   report(f"{match[1]} of the Hugging Face hub: commit {commit}, in {folder}")
   return Snapshot(folder, commit)
+
+
+def _lacking(folder: str) -> str:
+  """Returns a file of weights that a snapshot lacks; "" if it is whole."""
+  index = os.path.join(folder, "model.safetensors.index.json")
+  names = set()
+  if os.path.exists(index):
+    try:
+      names = set(files.read_json(index)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+      return ""  # whoever reads it says what is wrong
+  lacking = [name for name in names if not os.path.exists(os.path.join(folder, str(name)))]
+  if names or glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")):
+    return str(min(lacking, default=""))
+  return "" if os.path.exists(os.path.join(folder, _PICKLE)) else "model.safetensors"
 
 
 def _getter(name: str, repo: str) -> Callable[[str | None, list[str]], str]:

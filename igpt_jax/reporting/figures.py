@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from igpt_jax.files import replacing
+from igpt_jax.files import hub_snapshot, replacing
 
 HIDDEN = 200  # grey of hidden pixels
 
@@ -28,8 +28,11 @@ def grid_scale(resolution: int, cells: int) -> int:
 
 
 def checkpoint_name(path: str, step: int) -> str:
-  """Returns a checkpoint's name in titles: its step, or its folder if the step is unknown."""
-  return f"step {step:,}" if step else os.path.basename(os.path.abspath(path))
+  """Returns a checkpoint's name in titles: its step, else the hub's name of it, else its folder."""
+  if step:
+    return f"step {step:,}"
+  snapshot = hub_snapshot(path)
+  return snapshot[0] if snapshot else os.path.basename(os.path.abspath(path))
 
 
 def grid(

@@ -189,6 +189,7 @@ def run(
   steps: int,
   instruments: Instruments,
   stopped_by: str | None = None,
+  evaluated: bool = True,
 ) -> Outcome:
   """Trains from `train_state` until `steps`, until `work.ended`, or until it is asked to stop.
 
@@ -199,20 +200,19 @@ def run(
     steps: the number of steps of the whole run.
     instruments: saving, logging, timing and checking.
     stopped_by: a signal that has asked the run to stop already.
+    evaluated: False if the last step is that of the checkpoint it resumes from, without evaluation.
 
   Raises:
     BadNumbers: raised by the guard; checkpoints under way are complete.
   """
   save_state, writers, clock = instruments.save, instruments.writers, instruments.clock
   stop, profiler = StopSignal(save_state.newest, stopped_by), instruments.profiler
-  # The checkpoint that a run resumes from has been evaluated.
-  first_step = at_step = evaluated_at = int(train_state.step)
+  first_step = at_step = int(train_state.step)
+  evaluated_at = first_step if evaluated else -1
   clock.reads(batches := work.batches(first_step))
   clock.enter("step")
   logged = _Logged(instruments, batches)
-
-  def flush() -> None:
-    logged.report(lambda: train_state)
+  flush = functools.partial(logged.report, lambda: train_state)
 
   def pause(function: Callable, phase: str, recurs: bool = False) -> Any:
     """Calls `function` when the device is idle, excluded from the measured speed."""
@@ -221,13 +221,13 @@ def run(
     return instruments.pause(function, phase, recurs)
 
   def draw_images() -> None:
-    pause(functools.partial(work.images, train_state, writers), "evaluation")
+    if not stop.requested:  # the same on all processes
+      pause(functools.partial(work.images, train_state, writers), "evaluation")
 
   def evaluate() -> None:
     nonlocal evaluated_at
     assert work.evaluate is not None
-    evaluated_at = at_step
-    evaluation = functools.partial(work.evaluate, train_state)
+    evaluated_at, evaluation = at_step, functools.partial(work.evaluate, train_state)
     instruments.tell(at_step, pause(evaluation, "evaluation", recurs=True))
     draw_images()
 

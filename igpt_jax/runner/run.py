@@ -195,6 +195,16 @@ class TrainingRun:
       del self.checkpoints, state
       state = self._resume_again()
 
+  def _evaluated(self) -> bool:
+    """Returns False if a run that was made shorter ends where it resumes, at a step without evaluation."""
+    if not self.lengths or not self.lengths[-1]["at"] == self.first_step == self._steps:
+      return True
+    records = (
+      metrics.read_jsonl(os.path.join(self._folder, "metrics.jsonl")) if hosts.is_main() else []
+    )
+    here = (record for record in records if record["step"] == self.first_step)
+    return bool(hosts.from_main(any(name.startswith("validation") for r in here for name in r)))
+
   def _train(self, state: TrainState, work: Work, stopped_by: str | None) -> Outcome:
     self._since = time.monotonic()
     checkpoints, settings = self.checkpoints, self.settings
@@ -218,7 +228,9 @@ class TrainingRun:
       guard=guard.Guard(settings.guard, self._folder),
     )
     try:
-      outcome = loop.run(work, state, self.mesh, self._steps, instruments, stopped_by)
+      outcome = loop.run(
+        work, state, self.mesh, self._steps, instruments, stopped_by, self._evaluated()
+      )
     except Exception:
       with contextlib.suppress(OSError):  # the error that ends the run is the one to report
         writers.close()

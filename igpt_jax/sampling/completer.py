@@ -153,6 +153,7 @@ class Completer:
     self._mesh = mesh
     self._cache_dtype = settings.sample.cache
     self._programs: collections.OrderedDict[tuple, _Program] = collections.OrderedDict()
+    self._n_kept = _PROGRAMS
     self._fetch = jax.jit(lambda *arrays: arrays, out_shardings=sharding.replicated(mesh))
 
   def draw(
@@ -204,6 +205,10 @@ class Completer:
         tokens, nll = map(wanted, jax.device_get(self._fetch(progress.tokens, progress.nll)))
       yield PartialSamples(tokens, nll, np.broadcast_to(np.arange(n_positions) < end, nll.shape))
 
+  def keep_programs(self, n: int) -> None:
+    """Keeps as many programs, at least: those that were compiled last stay, whatever is drawn."""
+    self._n_kept = max(self._n_kept, n)
+
   def _lay_out(self, images, n: int, n_given: int) -> tuple[int, np.ndarray]:
     """Returns the number of samples that share an image's prefill, and the prompts [B, P].
 
@@ -225,7 +230,7 @@ class Completer:
       options = {"samples_per_image": per_image, "cache_dtype": self._cache_dtype}
       begin = functools.partial(autoregressive.begin, self.trained.config, **options)
       self._programs[key] = _Program(jax.jit(begin), {})
-      if len(self._programs) > _PROGRAMS:
+      if len(self._programs) > self._n_kept:
         self._programs.popitem(last=False)
     self._programs.move_to_end(key)
     return self._programs[key]

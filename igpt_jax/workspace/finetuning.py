@@ -14,6 +14,7 @@ from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel.hosts import say
+from igpt_jax.pretrained import hub
 from igpt_jax.training import state
 from igpt_jax.workspace import provenance, training_palette
 from igpt_jax.workspace import weights as weights_lib
@@ -94,6 +95,8 @@ def _check_same_start(settings: Settings, workdir: str, own: CheckpointInfo) -> 
   """
   began = own.run["began_with"]
   path = weights_lib.path_of_job(settings, workdir) or workdir
+  if hub.is_name(path) and hub.is_snapshot(began["checkpoint"], path):
+    return  # what it was begun from isn't fetched again
   path = os.path.abspath(os.path.expanduser(path))
   if not os.path.exists(path) and f"{began['checkpoint']}/".startswith(f"{path}/"):
     return

@@ -47,10 +47,11 @@ def check(settings: Settings, workdir: str) -> None:
   if settings.data.name == "folder":
     data = settings.data
     inside = os.path.relpath(os.path.realpath(workdir), _real(data.path)).split(os.sep)
-    if photo_folder.has_splits(pathlib.Path(_real(data.path)), data.validation_split):
+    is_read = _is_within(workdir, data.path)
+    # The run's own images mustn't make classes of splits.
+    also = inside[0] if is_read and inside[0] != "." else ""
+    if photo_folder.has_splits(pathlib.Path(_real(data.path)), data.validation_split, also):
       is_read = inside[0] in (*photo_folder.SPLIT_FOLDERS, data.validation_split)
-    else:
-      is_read = _is_within(workdir, data.path)
     if is_read:
       raise UserError(
         f"--workdir: {workdir} lies within data.path {data.path}: the results would be read as "

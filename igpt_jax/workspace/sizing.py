@@ -118,6 +118,11 @@ def _as_begun(settings: Settings, theirs: dict[str, Any], workdir: str) -> Setti
         f"(--config.train.steps={2 * steps} does)"
       )
     say(f"sizing: {minutes:g} minutes instead of {before:g}: {change}")
+  elif minutes < before:
+    say(
+      f"sizing.minutes: {minutes:g} changes nothing: the run was sized for {before:g} and keeps its "
+      f"{kept['train.steps']:,} steps; fix: --config.train.steps=N ends it earlier"
+    )
   return with_values(settings, _open(settings, kept))
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from igpt_jax.config.fields import Settings
 from igpt_jax.config.job_fields import CompleteConfig
 from igpt_jax.data.image_decoding import BadRecord
+from igpt_jax.demo import models
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
@@ -146,6 +147,13 @@ def test_another_temperature_compiles_nothing_in_a_job(trained):
 @pytest.mark.parametrize(("n", "expected"), [(1, 1), (2, 4), (4, 4), (9, 16), (16, 16), (17, 32)])
 def test_buckets(n, expected):
   assert completer_lib.bucket(n) == expected
+
+
+def test_the_pages_programs_all_stay(trained, monkeypatch):
+  monkeypatch.setattr(completer_lib, "_PROGRAMS", 1)
+  served = models.Models([str(trained)])
+  assert served.programs(8) == [(0, 4), (0, 1), (0, 8)]
+  assert served.completer(0)._n_kept == 3
 
 
 def test_only_the_newest_programs_are_kept(trained, monkeypatch):

@@ -113,6 +113,28 @@ def hidden_pixels(page) -> str:
   return page.inner_text("#masked-shown")
 
 
+def test_the_newest_choice_counts_whichever_is_ready_first(browser, server):
+  held = []
+  with person(browser, server) as page:
+    page.wait_for_selector("#examples button")
+    page.route("**/examples/astronaut.jpg", lambda route: held.append(route))
+    page.evaluate("""() => {
+      const [slow, quick] = document.querySelectorAll("#examples button");
+      slow.click();
+      quick.click();
+    }""")
+    page.wait_for_selector("#preview:visible")
+    page.wait_for_function(
+      "document.getElementById('seen').getContext('2d').getImageData(0, 0, 1, 1).data[3]"
+    )
+    seen = page.evaluate("document.getElementById('preview').toDataURL()")
+    assert held, "the one that was chosen first is still on its way"
+    with page.expect_response("**/examples/astronaut.jpg"):
+      held.pop().continue_()
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.getElementById('preview').toDataURL()") == seen
+
+
 def test_upload_complete_and_save(browser, server, tmp_path):
   with person(browser, server) as page:
     assert page.is_disabled("#complete") and page.is_hidden("#take")

@@ -15,6 +15,7 @@ from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import progress_images
 from igpt_jax.runner.progress_images import ProgressImages
+from igpt_jax.runner.stop_signal import StopSignal
 from igpt_jax.training import optimizer, state
 from igpt_jax.workspace import memory
 from support.quickstart import assert_same, params_of, shrunk
@@ -136,6 +137,32 @@ def test_the_first_are_drawn_early_and_once(tmp_path, monkeypatch):
   assert not draw.overdue()
   resumed, _ = drawer(tmp_path, mesh_of())
   assert not resumed.overdue()
+
+
+def test_several_processes_ask_rarely_and_at_the_same_calls(tmp_path, monkeypatch):
+  draw, _ = drawer(tmp_path, mesh_of())
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  asked = []
+  monkeypatch.setattr(
+    progress_images.hosts, "from_main", lambda value: asked.append(draw._asked) or value
+  )
+  assert not any(draw.overdue() for _ in range(100))
+  assert asked == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_a_run_that_is_to_stop_draws_no_more(tmp_path, monkeypatch):
+  asked = StopSignal.asked
+
+  def stop_at_six(self, at_step):
+    if at_step >= 6:
+      self.requested = "SIGTERM"
+    return asked(self, at_step)
+
+  monkeypatch.setattr(StopSignal, "asked", stop_at_six)
+  on_one_device(pretrain, shrunk(**WANTED), str(tmp_path))
+  records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+  assert [r["step"] for r in records if "validation_loss" in r] == [6]
+  assert not (tmp_path / "progress").exists()
 
 
 def test_a_run_draws_before_its_first_evaluation(tmp_path, monkeypatch):

@@ -91,6 +91,17 @@ def test_a_run_that_has_not_ended_may_end_earlier(tmp_path, monkeypatch, capsys)
   assert json.loads((tmp_path / "training.json").read_text())["step"] == 7
 
 
+def test_a_run_may_end_where_it_was_stopped_and_is_evaluated_there_once(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    stop_at(patch, 5)
+    on_one_device(pretrain, shrunk(), str(tmp_path))
+  for _ in range(2):
+    on_one_device(pretrain, shrunk(**{"train.steps": 5}), str(tmp_path))
+  records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+  assert [r["step"] for r in records if "validation_loss" in r] == [5]
+  assert "validation_loss" in json.loads((tmp_path / "training.json").read_text())
+
+
 def killed_before_a_checkpoint(settings, workdir):
   with pytest.MonkeyPatch.context() as patch:
 

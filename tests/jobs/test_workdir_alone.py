@@ -135,6 +135,22 @@ def test_which_jobs_take_a_runs_settings(tmp_path, changes, taken):
   assert config.to_dict() == before.to_dict()  # the seed is this job's
 
 
+@pytest.mark.parametrize(
+  ("given", "name"), [((), "cifar10"), (("job",), "folder"), (("job", "data.name"), "cifar10")]
+)
+def test_a_config_file_of_the_job_itself_names_its_data(tmp_path, given, name):
+  """One of pretraining, whose job the command line changes, names what the run may have had otherwise."""
+  write(tmp_path, {"data": {"name": "folder", "path": "photos", "validation": 0.3}})
+  config = base()
+  config.job, config.data.name, config.data.validation = "finetune", "cifar10", 0.2
+  messages = saved.take_from_run(config, str(tmp_path), given)
+  assert (config.data.name, config.data.validation) == (name, 0.3 if name == "folder" else 0.2)
+  who = {(): "config file", ("job", "data.name"): "command line"}.get(given)
+  assert who is None or messages == [
+    f"config: as the {who} says, unlike the run's: data.name: 'cifar10' here, 'folder' in the run"
+  ]
+
+
 def test_what_a_fine_tuning_began_from_is_not_what_it_has_made(tmp_path):
   write(tmp_path, {"job": "finetune", "checkpoint": "/pretrained"})
   for job, given, read in (

@@ -98,7 +98,7 @@ def test_every_cell_runs_and_again_goes_on(shown, tmp_path, monkeypatch, capsys)
   assert (run / "sample" / "6" / "completions.png").exists()
   assert "nats/token" in (run / "summary.md").read_text()
   assert (run / "probe.png").exists()
-  mine = tmp_path / "runs" / "tiny_mine"
+  mine = tmp_path / "runs" / "tiny_mine_12"
   assert {path.parent.name for path in mine.glob("*/appearing.gif")} == {"digit", "photograph"}
   assert any("image/gif" in part for part in shown)
   assert any("summary" in part or "Likelihood" in part for part in shown)

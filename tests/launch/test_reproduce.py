@@ -90,11 +90,17 @@ def test_sizes_pass_or_fail_line_by_line_and_what_is_done_is_kept(run, tmp_path)
     assert not [path for path in fetched if "/igpt-l/" not in path and "clusters" not in path]
     third = run("small", "medium")
     assert third.returncode == 1 and third.stdout.splitlines() == lines[:2]
+    limited = run(f"--url={store.url}", "small", "--", "--config.evaluate.images=2")
+    assert "of 2 images" in limited.stdout.splitlines()[-1], (
+      "what was made of all isn't what is asked"
+    )
+    assert "of 3 images" in run(f"--url={store.url}", "small").stdout.splitlines()[-1], "nor this"
 
 
 def test_a_damaged_result_is_a_failure(run, tmp_path):
   (tmp_path / "results" / "small").mkdir(parents=True)
   (tmp_path / "results" / "small" / "evaluation.json").write_text("{")
+  (tmp_path / "results" / "small" / "made_with.txt").write_text(f"{tmp_path / 'files'}\n")
   done = run("small")
   assert done.returncode == 1
   assert done.stdout.startswith("FAIL  small") and "fix: remove it" in done.stdout

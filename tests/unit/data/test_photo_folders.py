@@ -1,6 +1,5 @@
 """Photos in any layout are divided by their contents, and what is wrong with some of them is said, not fatal."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -13,10 +12,8 @@ from igpt_jax import errors
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import image_decoding, image_files, own_images, photo_folder, pipeline, sources
 from igpt_jax.data.loader import Loader
-from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, quality, sample
 from igpt_jax.workspace import places
-from support.quickstart import call, shrunk
-from support.tiny import on_one_device
+from support.photos import make_album, photo, photos
 
 SPLITS = sources.SPLITS
 
@@ -28,17 +25,9 @@ def cache(tmp_path_factory, monkeypatch):
   monkeypatch.setattr("igpt_jax.data.digests._TICK_NS", -(10**12))
 
 
-def photo(path, seed, size=(20, 16), **options):
-  """Noise, a different one for each seed."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-  Image.fromarray(pixels).save(path, **options)
-
-
-def photos(root, names, first=0):
-  for seed, name in enumerate(names, first):
-    photo(root / name, seed)
-  return root
+@pytest.fixture
+def album(tmp_path):
+  return make_album(tmp_path)
 
 
 def config_of(root, **changes):
@@ -136,6 +125,61 @@ def test_an_image_of_two_stored_splits_is_told(tmp_path, capsys):
   assert capsys.readouterr().out == expected
 
 
+def layout(root, **folders):
+  """Images in folders, FOLDER=number of images; `beside` lie in the root itself."""
+  first = 0
+  for folder, n in folders.items():
+    photos(root / ("" if folder == "beside" else folder), [f"{i}.png" for i in range(n)], first)
+    first += n
+  return root
+
+
+@pytest.mark.parametrize(
+  ("folders", "classes", "said"),
+  [
+    ({"train": 9, "car": 9, "plane": 9}, ("car", "plane", "train"), "train/: car/, plane/ beside"),
+    ({"Test": 9, "beside": 20}, (), "Test/: images beside"),
+    ({"validation": 9, "beside": 20}, (), "validation/: images beside"),
+    ({"Train": 9, "beside": 20}, (), "Train/: images beside"),
+    ({"val": 12, "holidays": 12}, ("holidays", "val"), "val/: holidays/ beside"),
+  ],
+)
+@pytest.mark.parametrize("above", ["", "my"])
+def test_a_class_may_be_called_as_a_split_is(tmp_path, capsys, folders, classes, said, above):
+  root = layout(tmp_path / above, **folders)
+  splits = open_all(tmp_path)
+  assert all(split.class_names == classes for split in splits.values())
+  assert sum(map(len, splits.values())) == sum(folders.values())
+  first = capsys.readouterr().out.splitlines()[0]
+  assert (
+    first == f"{root}: no stored splits, though there is {said} (splits would be train/ and test/)"
+  )
+
+
+@pytest.mark.parametrize(
+  ("folders", "left_out"),
+  [
+    ({"train": 20, "test": 4, "extra": 4}, "test/, train/; left out extra/"),
+    ({"train": 20, "val": 4, "Test": 4, "beside": 1}, "train/, val/; left out images, Test/"),
+    ({"train": 20, "beside": 1}, "train/; left out images"),
+  ],
+)
+def test_what_lies_beside_stored_splits_is_told(tmp_path, capsys, folders, left_out):
+  root = layout(tmp_path, **folders)
+  (root / "notes").mkdir()
+  (root / "notes" / "a.txt").write_text("no image")
+  assert len(open_all(root)["train"]) == 18
+  assert capsys.readouterr().out.startswith(f"{root}: stored splits {left_out} beside them\n")
+
+
+def test_a_test_split_alone_is_for_evaluation_and_training_says_how(tmp_path, capsys):
+  root = layout(tmp_path, val=24)
+  assert len(sources.open_split(config_of(root), "test")) == 24
+  with pytest.raises(errors.NoSuchSplit, match=rf"fix: --config\.data\.path={root}/val divides"):
+    open_all(root)
+  assert sum(map(len, open_all(root / "val").values())) == 24
+
+
 # --- who is in which split -------------------------------------------------------------------------
 
 
@@ -190,25 +234,6 @@ def test_neither_names_nor_places_nor_copies_decide(tmp_path):
 
 
 # --- what is wrong with some of them ---------------------------------------------------------------
-
-
-@pytest.fixture
-def album(tmp_path):
-  """30 photos, and one of everything that happens to photos."""
-  root = photos(tmp_path / "my photos", [f"2019/IMG_{i}.JPG" for i in range(30)])
-  shutil.copy(root / "2019/IMG_3.JPG", root / "IMG_3 (1).jpg")
-  whole = (root / "2019/IMG_4.JPG").read_bytes()
-  (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-  (root / "empty.jpg").write_bytes(b"")
-  heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
-  (root / "IMG_5.HEIC").write_bytes(heic)
-  (root / "phone.jpg").write_bytes(heic)
-  dark = np.random.default_rng(0).integers(0, 5, (32, 48, 3), np.uint8)
-  Image.fromarray(dark).save(root / "pocket.jpg")
-  for name in (".DS_Store", "Thumbs.db", "._IMG_6.JPG"):
-    (root / name).write_bytes(b"\xff\xd8\xff")
-  (root / "2019" / "up").symlink_to(root)
-  return root
 
 
 def test_all_that_is_wrong_is_said_once(album, capsys):
@@ -361,6 +386,9 @@ def test_splits_that_are_nearly_there_are_not_mixed(tmp_path):
     errors.UserError, match=r"capitals/Test; expected .*/test; fix: rename it to test"
   ):
     open_all(tmp_path / "capitals")
+  layout(tmp_path / "one", train=20, Test=4)
+  with pytest.raises(errors.UserError, match=r"one/Test; .*fix: rename it to test$"):
+    open_all(tmp_path / "one")
 
 
 def test_results_are_no_photos(tmp_path):
@@ -370,60 +398,14 @@ def test_results_are_no_photos(tmp_path):
     with pytest.raises(errors.UserError, match=r"lies within data\.path"):
       places.check(settings, str(workdir))
   places.check(settings, str(tmp_path) + "-run")
+  for folders, is_safe in (({"train": 9, "test": 9}, True), ({"train": 18}, False)):
+    root = layout(tmp_path / f"{len(folders)}", **folders)
+    stored = Settings(data=config_of(root))
+    if is_safe:
+      places.check(stored, str(root / "runs" / "a"))
+    else:  # its images would make classes of train/ and runs/
+      with pytest.raises(errors.UserError, match=r"lies within data\.path"):
+        places.check(stored, str(root / "runs" / "a"))
 
 
 # --- jobs ------------------------------------------------------------------------------------------
-
-
-def make_photos(root, names):
-  """Photos that a small model can tell apart: warm ones and cold ones."""
-  rng = np.random.default_rng(0)
-  for i, name in enumerate(names):
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.array(((220, 120, 30), (30, 90, 210))[i % 2]) + rng.integers(-30, 30, (20, 16, 3))
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name)
-  return str(root)
-
-
-JOBS = {
-  "flat": ([f"{'album/' * (i % 2)}{i}.png" for i in NUMBERS], (evaluate, sample)),
-  "classes": (
-    [f"{'cold' if i % 2 else 'warm'}/{i}.png" for i in range(40)],
-    (evaluate, sample, quality, probe, lowdata, finetune),
-  ),
-  "train alone": ([f"train/{i}.png" for i in range(40)], (evaluate, sample)),
-}
-
-
-@pytest.mark.parametrize("layout", JOBS)
-def test_jobs_work_after_training(tmp_path, layout):
-  names, jobs = JOBS[layout]
-  root, workdir = make_photos(tmp_path / "my", names), tmp_path / "run"
-  settings = shrunk(**{
-    "data.name": "folder", "data.path": root, "palette.size": 12, "lowdata.labels_per_class": (1,),
-    "lowdata.trials": 1, "features.baselines": (), "finetune.steps": 2, "finetune.eval_every": 2,
-    "finetune.warmup_steps": 1, "quality.images": 2,
-  })  # fmt: skip
-  on_one_device(pretrain, settings, str(workdir))
-  for job in jobs:
-    job.run(settings, str(workdir))
-  held_out = "validation[4 of 40]" if layout == "train alone" else " test["
-  assert held_out in json.loads((workdir / "evaluation.json").read_text())["data"]
-  assert held_out in json.loads((workdir / "sample.json").read_text())["completed_from"]
-  for job in {probe, lowdata, finetune}.difference(jobs):
-    with pytest.raises(errors.UserError, match="has no labels; a classifier needs"):
-      job.run(settings, str(workdir))
-
-
-def test_the_command_on_a_folder_with_damaged_photos(album, tmp_path):
-  """And again, from its checkpoint."""
-  overrides = [
-    "--config.data.name=folder", f"--config.data.path={album}", "--config.train.steps=4",
-    "--config.train.warmup_steps=1", "--config.model.n_layer=1", "--config.model.n_embd=16",
-    "--config.train.batch_size=8", "--config.train.checkpoint_every=2",
-  ]  # fmt: skip
-  for _ in range(2):
-    done = call("configs/quickstart.py", tmp_path / "run", *overrides)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("left out 5 files") == 1 and "Traceback" not in done.stderr
-  assert "resuming at step 4 of 4" in done.stdout

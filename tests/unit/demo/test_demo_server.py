@@ -407,6 +407,31 @@ def test_it_listens_before_it_says_so_and_ends_when_told(tmp_path):
   assert "compiling 1 of 3: small, 4 samples at a time\n" in [*lines, *rest.splitlines(True)]
 
 
+ENDLESS = """
+import runpy, time
+from igpt_jax.demo import models
+models.Models.compile = lambda *given: time.sleep(1_000)
+runpy.run_module("igpt_jax.demo", run_name="__main__")
+"""
+
+
+def test_ctrl_c_does_not_wait_for_a_program_that_is_compiled(tmp_path):
+  demo_server.need_extra()
+  path = own_checkpoint.write(tmp_path / "small")
+  command = [sys.executable, "-c", ENDLESS, f"--checkpoint={path}", "--port=0"]
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    try:
+      said = ""
+      while "open " not in said or "compiling " not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+      process.send_signal(signal.SIGINT)
+      assert process.wait(60) == 130
+    finally:
+      process.kill()
+
+
 def test_it_binds_to_this_machine_alone():
   assert command.parse(["--checkpoint=x"]).host == "127.0.0.1"
   done = subprocess.run(

@@ -11,40 +11,15 @@ import jax.numpy as jnp
 import pytest
 
 from igpt_jax import files
-from igpt_jax.jobs import pretrain
 from igpt_jax.parallel import compilation_cache
-from igpt_jax.reporting import metrics
 from igpt_jax.training import compilation
-from support.quickstart import assert_same, params_of, shrunk
-from support.tiny import on_one_device
-
-SETTINGS = (
-  "jax_compilation_cache_dir",
-  "jax_persistent_cache_min_compile_time_secs",
-)
+from support.compiled import kept_in, own_cache, start
 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
   """A process as a person has it: the tests' own cache comes back at the end."""
-  kept = {name: getattr(jax.config, name) for name in SETTINGS}
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-  monkeypatch.setattr(compilation_cache, "_LEAST_SECONDS", 0.0)
-  yield
-  compilation_cache.use("off", "")
-  for name, value in kept.items():
-    jax.config.update(name, value)
-  jax.clear_caches()
-
-
-def kept_in(folder) -> list[str]:
-  return sorted(os.path.relpath(path, folder) for path in folder.rglob("*-cache"))
-
-
-def start(setting, workdir="") -> None:
-  """Forgets what this process has compiled, as a new one knows nothing."""
-  jax.clear_caches()
-  compilation_cache.use(str(setting), str(workdir))
+  yield from own_cache(monkeypatch)
 
 
 def compiled() -> bool:
@@ -54,29 +29,6 @@ def compiled() -> bool:
   assert float(step.executable(jnp.ones(3))) == 3.5
   assert step.took.endswith(" s (read from the cache)" if step.from_cache else " s")
   return step.from_cache
-
-
-@pytest.mark.usefixtures("quick_compile")
-def test_training_is_the_same_to_the_bit(tmp_path, capsys):
-  """Donated arrays, the evaluation, and the run's parameters: compiled, kept, read, and without a cache."""
-  steps = {"train.steps": 8, "train.checkpoint_every": 8}
-  for name, setting in (("off", "off"), ("cold", tmp_path / "c"), ("warm", tmp_path / "c")):
-    start(setting)
-    on_one_device(pretrain, shrunk(**steps), str(tmp_path / name))
-    if name == "cold":
-      kept = kept_in(tmp_path / "c")
-      assert any("train_step" in path for path in kept) and any("eval" in path for path in kept)
-  assert kept_in(tmp_path / "c") == kept  # nothing was compiled
-  records = [
-    metrics.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("off", "cold", "warm")
-  ]
-  numbers = [
-    [{key: record.get(key) for key in ("step", "loss", "validation_loss")} for record in run]
-    for run in records
-  ]
-  assert numbers[0] == numbers[1] == numbers[2]
-  for name in ("cold", "warm"):
-    assert_same(params_of(tmp_path / "off"), params_of(tmp_path / name))
 
 
 def test_it_is_known_whether_a_program_was_read(tmp_path):

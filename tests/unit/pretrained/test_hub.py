@@ -1,5 +1,6 @@
 """Models of the Hugging Face hub: the real client against a mirror on loopback."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,7 +14,8 @@ from igpt_jax.demo import models
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert
 from igpt_jax.pretrained import formats, hub
-from igpt_jax.workspace import provenance, weights
+from igpt_jax.reporting import figures
+from igpt_jax.workspace import finetuning, provenance, weights
 from support import hub_mirror
 from support.checkpoint_cases import CLUSTERS, CONFIG, assert_same, edit_json, random_params
 from support.hosts import hosts
@@ -74,6 +76,9 @@ def test_what_is_a_name_and_what_a_path(client, tmp_path):
   (tmp_path / "openai").mkdir()
   assert not hub.is_name(NAME), "a misspelt path isn't sent to anybody"
   assert hub.is_name(f"{NAME}@main")
+  assert not hub.is_name("runs/photos") and hub.is_name("runs/photos@main")
+  with pytest.raises(UserError, match="nothing is there"):
+    weights.describe("runs/photos", settings_of())
   with pytest.raises(UserError, match=r"nothing is there.*OWNER/NAME@main"):
     weights.describe(NAME, settings_of())
 
@@ -152,6 +157,58 @@ def test_what_is_in_the_cache_needs_no_network(mirror, client):
   client(HF_HUB_OFFLINE="1")
   with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*--config.job=download"):
     fetch("openai/imagegpt-other")
+
+
+@needs_client
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_a_part_of_a_model_in_the_cache_says_how_to_get_the_rest(mirror, client, lost):
+  folder = pathlib.Path(fetch().folder)
+  (folder / lost).unlink()
+  client(HF_HUB_OFFLINE="1")  # the client's first versions return what is there
+  with pytest.raises(UserError, match=r"fix: (fetch it once without|.*gets the rest)"):
+    fetch()
+  client(HF_HUB_OFFLINE="0")
+  assert (pathlib.Path(fetch().folder) / lost).exists()
+
+
+@needs_client
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_a_client_that_returns_a_part_is_told_from_a_whole(mirror, monkeypatch, lost):
+  folder = pathlib.Path(fetch().folder)
+  (folder / lost).unlink()
+  monkeypatch.setattr(hub, "_getter", lambda name, repo: lambda revision, patterns: str(folder))
+  with pytest.raises(UserError, match=rf"{lost.removeprefix('model.')}.*fix: .*gets the rest"):
+    fetch()
+
+
+def test_shards_that_a_snapshot_lacks_are_named(tmp_path):
+  names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+  index = tmp_path / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": names}))
+  (tmp_path / "model-1.safetensors").touch()
+  assert hub._lacking(str(tmp_path)) == "model-2.safetensors"
+  (tmp_path / "model-2.safetensors").touch()
+  assert hub._lacking(str(tmp_path)) == ""
+
+
+@needs_client
+def test_a_snapshot_is_known_by_its_name_and_titles_bear_it(mirror):
+  snapshot = fetch()
+  assert figures.checkpoint_name(snapshot.folder, 0) == NAME
+  for name in (NAME, f"{NAME}@main", f"{NAME}@{snapshot.commit[:12]}"):
+    assert hub.is_snapshot(snapshot.folder, name)
+  for name in ("openai/imagegpt-other", f"{NAME}@fffffff", "runs"):
+    assert not hub.is_snapshot(snapshot.folder, name)
+  assert not hub.is_snapshot("/runs/a", NAME)
+
+
+@needs_client
+def test_a_resumed_fine_tuning_asks_the_hub_for_nothing(mirror):
+  info = weights.describe(NAME, settings_of())
+  own = dataclasses.replace(info, run={"began_with": {"checkpoint": info.path}})
+  before = len(mirror.requests)
+  finetuning._check_same_start(settings_of(changes={"checkpoint": NAME}), "run", own)
+  assert len(mirror.requests) == before
 
 
 @needs_client

@@ -177,14 +177,17 @@ def claim(settings, folder):
   (folder / "checkpoints" / "10").mkdir(parents=True)
 
 
-def test_a_run_is_sized_once(photos, tmp_path, machine):
+def test_a_run_is_sized_once(photos, tmp_path, machine, capsys):
   timed = machine(CPU)
   first = begin(asking(photos), tmp_path)
   timed.clear()
   machine(CPU / 50)
   assert sized(asking(photos), tmp_path) == first and not timed
   workdir.check(first, str(tmp_path))
+  capsys.readouterr()
   assert sized(asking(photos, 6.0), tmp_path).train.steps == first.train.steps
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith("sizing.minutes: 6 changes nothing: the run was sized for ")
 
 
 def test_more_minutes_are_more_steps(photos, tmp_path, machine, capsys):
