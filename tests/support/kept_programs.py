@@ -17,7 +17,10 @@ from igpt_jax.parallel import compilation_cache
 
 def use() -> None:
   """Has this process, and those that it starts, keep what they compile; by jax' variables, too."""
-  root = files.user_cache(f"tests-jax-{jax.__version__}")
+  # Set once: processes that run tests begin in one whose user's cache is another folder already.
+  root = os.environ.setdefault(
+    "IGPT_JAX_TESTS_PROGRAMS", files.user_cache(f"tests-jax-{jax.__version__}")
+  )
   worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
   compilation_cache.use(os.path.join(root, worker), workdir="")
   folder = jax.config.jax_compilation_cache_dir
