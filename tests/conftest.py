@@ -22,6 +22,9 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
   signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which would wait for each other
+  os.environ.setdefault("OMP_NUM_THREADS", "1")
+  os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

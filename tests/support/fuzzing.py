@@ -20,7 +20,7 @@ from igpt_jax.pretrained.tensor_bundle import _fields
 CONFIG = ImageGPTConfig(n_layer=2, n_head=2, n_embd=8, n_vocab=16, n_positions=9)
 
 
-MUTATIONS = 300
+MUTATIONS = 100
 
 
 # The checkpoint has 10 kB; what is refused must not have cost more than parsing it.

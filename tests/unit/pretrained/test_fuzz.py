@@ -1,6 +1,6 @@
 """Damaged and hostile checkpoints: a clear error, in bounded memory, and nothing else.
 
-Each kind of file is mutated 300 times, byte by byte and, with checksums made right again, in what
+Each kind of file is mutated 100 times, byte by byte and, with checksums made right again, in what
 it means. Whatever isn't a `UserError` must be a checkpoint of the right shapes.
 """
 

@@ -59,7 +59,9 @@ def relative(found, expected) -> float:
     ((1, 8, 1), {}),
     ((8, 1, 1), {}),
     ((2, 2, 2), {}),
-    ((1, 1, 1), {"attention": "tpu_interpret", "remat": "names"}),
+    pytest.param(
+      (1, 1, 1), {"attention": "tpu_interpret", "remat": "names"}, marks=pytest.mark.slow
+    ),
     ((1, 8, 1), {"attention": "tpu_interpret", "remat": "names"}),
   ],
   ids=["one", "fsdp", "data", "all", "tpu", "tpu fsdp"],
@@ -103,6 +105,7 @@ def test_weight_gradients_are_summed_over_devices_in_float32():
   assert sums and not [line for line in sums if "bf16" in line]
 
 
+@pytest.mark.slow
 def test_300_steps_go_where_float32s_go():
   """Loss curves of one start and one data order stay together."""
   recipe = OptimizerConfig(learning_rate=3e-3, steps=300, warmup_steps=20)

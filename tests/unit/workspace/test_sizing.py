@@ -1,37 +1,23 @@
 """Sizes of a run: larger on faster machines, small for few images, chosen once, kept where given."""
 
 import dataclasses
-import json
 import math
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 
 from igpt_jax.config import choices
 from igpt_jax.config.fields import value_of, with_values
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import pretrain
 from igpt_jax.training import compilation
 from igpt_jax.workspace import sizing, workdir
 from support import own_checkpoint
-from support.tiny import mesh_of, on_one_device, settings_of
+from support.sizing import asking, folder_of, record
+from support.tiny import mesh_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CPU = 6e10  # FLOP/s of two cores
-
-
-def folder_of(path, images: int):
-  """A folder of `images` to train on, nothing of which is held out."""
-  folder = path / "photos" / "train" / "all"
-  folder.mkdir(parents=True)
-  rng = np.random.default_rng(0)
-  for i in range(images):
-    pixels = rng.integers(0, 256, (3, 3, 3)).astype(np.uint8)
-    Image.fromarray(pixels).resize((40, 30)).save(folder / f"{i}.png")
-  return path / "photos"
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +41,8 @@ def machine(monkeypatch):
   return of_speed
 
 
-def asking(photos, minutes=12.0, **changes):
-  given = {"data.name": "folder", "data.path": str(photos), "sizing.minutes": minutes}
-  return settings_of(changes={**given, "data.validation": 0.0, **changes})
-
-
 def sized(settings, folder):
   return sizing.size(settings, str(folder), mesh_of())
-
-
-def record(folder):
-  return json.loads((folder / "sizing.json").read_text())
 
 
 def flops(settings):
@@ -227,21 +204,6 @@ def test_a_start_without_a_checkpoint_binds_nothing(photos, tmp_path, machine):
   moved = dataclasses.replace(found, data=dataclasses.replace(found.data, path="elsewhere"))
   workdir.claim(moved, str(tmp_path))
   assert workdir.read(str(tmp_path))["data.path"] == "elsewhere"
-
-
-def test_a_sized_run_trains_and_goes_on(photos, tmp_path):
-  """A run by this machine's own times; config.json has what was chosen, by which other jobs go."""
-  small = {
-    "data.resolution": 4, "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 8,
-    "palette.size": 8, "train.batch_size": 8, "palette.images": 20,
-  }  # fmt: skip
-  settings = asking(photos, 0.001, **small)
-  on_one_device(pretrain, settings, str(tmp_path))
-  stored = workdir.read(str(tmp_path))
-  assert stored["train.steps"] == record(tmp_path)["chosen"]["train.steps"] >= 20
-  result = (tmp_path / "training.json").read_bytes()
-  on_one_device(pretrain, settings, str(tmp_path))
-  assert (tmp_path / "training.json").read_bytes() == result
 
 
 def test_many_devices_share_a_batch(photos, tmp_path, machine):
