@@ -154,7 +154,7 @@ def outcome(job, settings, workdir, checkpoint, compiled):
 
 
 @pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
+def trained(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("trained")
   config = parse("pretrain", {}, workdir, None)
   settings = settings_of(config)

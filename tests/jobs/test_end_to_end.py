@@ -387,7 +387,7 @@ def test_tensorboard_and_wandb_are_extras(tmp_path, monkeypatch):
 
   for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"igpt_jax\[{name}\]"):
+    with pytest.raises(UserError, match=rf"fix: pip install -e '?.*\[{name}\]"):
       on_one_device(pretrain, shrunk(**{f"log.{name}": True}), str(tmp_path / name))
 
 

@@ -8,7 +8,6 @@ from PIL import Image
 
 from igpt_jax import errors
 from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, quality, sample
-from support.fuzzing import NUMBERS
 from support.photos import make_album
 from support.quickstart import call, shrunk
 from support.tiny import on_one_device
@@ -37,7 +36,7 @@ def make_photos(root, names):
 
 
 JOBS = {
-  "flat": ([f"{'album/' * (i % 2)}{i}.png" for i in NUMBERS], (evaluate, sample)),
+  "flat": ([f"{'album/' * (i % 2)}{i}.png" for i in range(24)], (evaluate, sample)),
   "classes": (
     [f"{'cold' if i % 2 else 'warm'}/{i}.png" for i in range(40)],
     (evaluate, sample, quality, probe, lowdata, finetune),
