@@ -53,7 +53,7 @@ setuptools.setup(
   entry_points={"console_scripts": ["igpt_jax = igpt_jax.__main__:run"]},
   packages=setuptools.find_packages(include=["igpt_jax", "igpt_jax.*"]),
   package_data={
-    "igpt_jax.data": ["assets/*.npy"],
+    "igpt_jax.data": ["assets/*"],
     "igpt_jax.demo": ["page.html", "*.css", "*.js", "examples/*"],
   },
   python_requires=">=3.11",

@@ -165,7 +165,8 @@ class Model:
       )
     batches = self._batches(self._squares(images))
     rows = self._features(self._params, batches)
-    return np.concatenate([batch.features[layer] for batch in rows])
+    # Copies: the others of a batch's layers can go.
+    return np.concatenate([batch.features[layer].copy() for batch in rows])
 
   def nats_per_token(self, images: Images) -> np.ndarray:
     """Computes images' negative log-likelihoods, as job `evaluate` does: float32 [batch], nats per token.

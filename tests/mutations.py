@@ -66,7 +66,7 @@ def run_tests(copy: pathlib.Path, nodes: Sequence[str], timeout: float) -> tuple
     "PYTHONDONTWRITEBYTECODE": "1",
     "IGPT_SHARED": str(SHARED),
   }
-  options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
+  options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
   process = subprocess.Popen(
     [sys.executable, "-m", "pytest", *options, *nodes], cwd=copy, env=environment, text=True,
     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

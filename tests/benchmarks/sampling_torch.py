@@ -139,7 +139,7 @@ def copy_speed() -> tuple[float, float]:
 
 
 def bytes_per_step(config: ImageGPTConfig, batch: int, n_given: int, cache: str = "") -> float:
-  """That a step must read, on average: every matrix once, and the filled part of the cache."""
+  """Bytes that a step must read, on average: every matrix once, and the filled part of the cache."""
   item, cached = jnp.dtype(config.dtype).itemsize, jnp.dtype(cache or config.dtype).itemsize
   weights = count_params(config) - (config.n_vocab + config.n_positions) * config.n_embd  # tables
   positions = (n_given + 1 + config.n_positions) / 2

@@ -104,7 +104,7 @@ class Run:
       time.sleep(0.05)
 
   def workers(self):
-    """Of the processes that this one has started, those that load data."""
+    """Processes that this one has started to load data."""
     found = []
     for each in pathlib.Path("/proc").glob("[0-9]*"):
       with contextlib.suppress(OSError):

@@ -1,8 +1,10 @@
 """Trained models in Python: what the jobs compute for the same images and seed, and mistakes in words."""
 
+import dataclasses
 import io
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -229,6 +231,22 @@ def test_a_large_batch_is_computed_in_parts(trained):
   np.testing.assert_array_equal(whole.sample(7), parts.sample(7))
   np.testing.assert_allclose(whole.features(images), parts.features(images), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(whole.nats_per_token(images), parts.nats_per_token(images), rtol=1e-5)
+
+
+def test_other_layers_features_are_not_kept(trained, monkeypatch):
+  model, computed = igpt_jax.load(trained, batch_size=2), []
+  extract = model._features
+
+  def watched(params, batches):
+    for rows in extract(params, batches):
+      assert not any(ref() is not None for ref in computed[:-1])
+      features = rows.features.copy()  # an array of its own, which views would keep
+      computed.append(weakref.ref(features))
+      yield dataclasses.replace(rows, features=features)
+      del rows, features
+
+  monkeypatch.setattr(model, "_features", watched)
+  assert model.features(some(7), layer=1).shape == (7, 16) and len(computed) == 4
 
 
 # --- mistakes --------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def settings(name="quickstart", **overrides):
 
 
 def run(job, config, workdir="unused"):
-  """As `main` does."""
+  """Runs the job as `main` does."""
   job.run(config, str(workdir))
 
 

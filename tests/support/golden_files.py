@@ -1,4 +1,4 @@
-"""Where the golden files of the original code are: `../shared/golden`, or under $IGPTSHARED.
+"""Where the golden files of the original code are: `../shared/golden`, or under $IGPT_SHARED.
 
 They hold what openai/image-gpt's own code computes on random weights. A clone without them still
 compares the model with `numpy_reference`.

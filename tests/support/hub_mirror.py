@@ -121,7 +121,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _entry(path: pathlib.Path) -> dict:
-  """What the hub says of a file: git's digest, and for weights the SHA-256 of its contents."""
+  """The hub's description of a file: git's digest, and for weights the SHA-256 of its contents."""
   content = path.read_bytes()
   git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
   entry = {"type": "file", "path": path.name, "size": len(content), "oid": git}

@@ -28,7 +28,7 @@ def use() -> None:
     return
   machine = os.path.basename(folder)
   for program in glob.iglob(os.path.join(glob.escape(root), "*", machine, "*-cache")):
-    with contextlib.suppress(FileExistsError, FileNotFoundError):
+    with contextlib.suppress(OSError):  # it is there, or gone, or the file system has no links
       os.link(program, os.path.join(folder, os.path.basename(program)))
   settings = {
     "jax_compilation_cache_dir": folder,

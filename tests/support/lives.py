@@ -46,7 +46,7 @@ class Lives:
     return self._started.get(timeout=60)
 
   def status(self, pid: int, timeout: float) -> int | None:
-    """As of os.waitstatus_to_exitcode; None: it goes on."""
+    """Exit status, as of os.waitstatus_to_exitcode; None: it goes on."""
     with self._news:
       self._news.wait_for(lambda: pid in self._ended, timeout)
       return self._ended.get(pid)

@@ -11,17 +11,9 @@ from igpt_jax.training.state import abstract_state, state_shardings
 from support import tiny
 
 CONFIG = tiny.make_config(n_layer=1)
-
-
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, steps=10))
-
-
 CLASSES = ("cat", "dog", "owl")
-
-
 ABSTRACT = abstract_state(CONFIG, OPTIMIZER, len(CLASSES))
-
-
 PALETTE = np.random.default_rng(0).uniform(-1, 1, (11, 3)).astype(np.float32)
 
 

@@ -63,7 +63,7 @@ def random_params(config: ImageGPTConfig, seed: int = 0) -> Params:
 
 
 def settings_of(config=None, changes=None) -> Settings:
-  """What `main` reads from a config, or from the defaults, with changes by "part.field"."""
+  """Settings that `main` reads from a config, or from the defaults, with changes by "part.field"."""
   config = base() if config is None else config
   config.update_from_flattened_dict(changes or {})
   return read.settings_of(config)
@@ -109,7 +109,7 @@ def on_one_device(job, settings: Settings, workdir: str) -> None:
 
 @functools.cache
 def tpu_devices(topology: str) -> list[jax.Device]:
-  """Of a slice that isn't here, for tests that compile for one."""
+  """Devices of a slice that isn't here, for tests that compile for one."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -61,7 +61,7 @@ def root(tmp_path):
 
 
 def prints(path, name="folder", **changes):
-  """Of every split, its fingerprint."""
+  """Fingerprints of all splits."""
   config = sources.DataConfig(name=name, path=str(path), **changes)
   return {split: sources.open_split(config, split).fingerprint for split in SPLITS}
 

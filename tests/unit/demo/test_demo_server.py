@@ -265,25 +265,17 @@ def test_other_sites_are_refused(server):
 
 
 def test_who_comes_second_waits_and_a_third_is_told(server, monkeypatch):
-  slow = demo_server.Slow(monkeypatch, seconds=0.4)
-  statuses, answers = {}, {}
-
-  def person(name):
-    response = ask(server)
-    statuses[name] = response.status
-    answers[name] = events(response) if response.status == 200 else message(response)
-
-  people = [threading.Thread(target=person, args=[name]) for name in ("first", "second", "third")]
-  people[0].start()
+  slow, first = demo_server.Slow(monkeypatch, seconds=0.4), []
+  person = threading.Thread(target=lambda: first.extend(events(ask(server))))
+  person.start()
   assert slow.begun.wait(20)
-  people[1].start()
-  time.sleep(0.2)
-  people[2].start()
-  for each in people:
-    each.join(30)
-  assert answers["first"][-1]["event"] == answers["second"][-1]["event"] == "done"
-  assert answers["second"][0] == {"event": "waiting", "ahead": 1}
-  assert statuses["third"] == 503 and "2 people are in line already" in answers["third"]
+  second = ask(server)
+  assert json.loads(second.readline()) == {"event": "waiting", "ahead": 1}
+  third = ask(server)
+  assert third.status == 503 and "2 people are in line already" in message(third)
+  assert events(second)[-1]["event"] == "done"
+  person.join(30)
+  assert first[-1]["event"] == "done"
   assert free_again(server)
 
 

@@ -1,4 +1,4 @@
-"""That programs compiled for a CPU compute what they say, whatever XLA_FLAGS a user has."""
+"""Programs compiled for a CPU compute what they say, whatever XLA_FLAGS a user has."""
 
 import os
 import subprocess

@@ -38,7 +38,7 @@ def tokens():
 
 
 def their_logits(model, tokens):
-  """Of every pixel, the first included: they want the start token given."""
+  """Logits of every pixel, the first included: they want the start token given."""
   start = np.full_like(tokens[:, :1], model.config.vocab_size - 1)
   input_ids = torch.from_numpy(np.concatenate([start, tokens[:, :-1]], axis=1)).long()
   with torch.no_grad():

@@ -135,7 +135,7 @@ def modules_of(name: str, sources: Sources) -> Iterator[str]:
 
 
 def unit_of(name: str) -> str:
-  """What of `FLOORS` a file belongs to; "" where nothing fits."""
+  """Entry of `FLOORS` that a file belongs to; "" where nothing fits."""
   return max((unit for unit in FLOOR_OF if name.startswith(unit)), key=len, default="")
 
 

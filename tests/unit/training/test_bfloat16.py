@@ -35,7 +35,7 @@ def images(config, batch: int, seed: int = 0) -> np.ndarray:
 
 
 def gradients(config, mesh, tokens):
-  """Of the training loss, by leaf."""
+  """Gradients of the training loss, by leaf."""
   objective = make_objective("autoregressive" if config.causal else "masked", 0.15)
 
   def loss(params, tokens):
