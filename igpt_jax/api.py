@@ -56,6 +56,9 @@ def load(
   Raises:
     UserError: nothing readable is there, or it has no palette.
   """
+  for name, value in (("path", path), ("palette", palette)):
+    if not isinstance(value, str | os.PathLike) or (name == "path" and not os.fspath(value)):
+      raise UserError(f"{name}: {value!r:.80}; expected a path, as text or pathlib's")
   values = _checked(palette=os.fspath(palette), batch_size=batch_size)
   settings = with_values(Settings(), {_SETTINGS[name]: value for name, value in values.items()})
   hardware.check_platform()
@@ -110,7 +113,8 @@ class Model:
     Args:
       images: those to complete.
       keep: share of the rows that is given.
-      n: samples of each image. Another number compiles once more, as do other rows.
+      n: samples of each image. Another number compiles once more, as do other rows, and the first use of
+        top_k or top_p.
       seed: with an image's pixels and a sample's number, it determines the sample.
       temperature: divides the logits; 0 takes the likeliest colour.
       top_k: keeps the k likeliest colours; 0: all.

@@ -287,6 +287,9 @@ def test_mistakes_are_told_before_anything_compiles(model, call, message):
 def test_checkpoints_that_cannot_be_loaded(trained, tmp_path):
   with pytest.raises(UserError, match="nothing is there; expected"):
     igpt_jax.load(tmp_path / "nowhere")
+  for nothing in ("", None, b"runs/quickstart", 7):
+    with pytest.raises(UserError, match=re.escape(f"path: {nothing!r}; expected a path")):
+      igpt_jax.load(nothing)
   with pytest.raises(UserError, match="batch_size: 0; expected 1 to"):
     igpt_jax.load(trained, batch_size=0)
   bare = own_checkpoint.write(tmp_path / "bare", palette=False)
