@@ -124,9 +124,11 @@ def test_the_newest_choice_counts_whichever_is_ready_first(browser, server):
       quick.click();
     }""")
     page.wait_for_selector("#preview:visible")
-    page.wait_for_function(
-      "document.getElementById('seen').getContext('2d').getImageData(0, 0, 1, 1).data[3]"
-    )
+    opacity = "document.getElementById('seen').getContext('2d').getImageData(0, 0, 1, 1).data[3]"
+    while not page.evaluate(
+      opacity
+    ):  # wait_for_function would have the page evaluate text, which it may not
+      page.wait_for_timeout(20)
     seen = page.evaluate("document.getElementById('preview').toDataURL()")
     assert held, "the one that was chosen first is still on its way"
     with page.expect_response("**/examples/astronaut.jpg"):
