@@ -125,10 +125,13 @@ def test_the_newest_choice_counts_whichever_is_ready_first(browser, server):
     }""")
     page.wait_for_selector("#preview:visible")
     opacity = "document.getElementById('seen').getContext('2d').getImageData(0, 0, 1, 1).data[3]"
-    while not page.evaluate(
-      opacity
-    ):  # wait_for_function would have the page evaluate text, which it may not
+    for _ in range(
+      1_000
+    ):  # its own wait_for_function evaluates text in the page, which refuses that
+      if page.evaluate(opacity):
+        break
       page.wait_for_timeout(20)
+    assert page.evaluate(opacity)
     seen = page.evaluate("document.getElementById('preview').toDataURL()")
     assert held, "the one that was chosen first is still on its way"
     with page.expect_response("**/examples/astronaut.jpg"):
