@@ -125,9 +125,8 @@ def test_the_newest_choice_counts_whichever_is_ready_first(browser, server):
     }""")
     page.wait_for_selector("#preview:visible")
     opacity = "document.getElementById('seen').getContext('2d').getImageData(0, 0, 1, 1).data[3]"
-    for _ in range(
-      1_000
-    ):  # its own wait_for_function evaluates text in the page, which refuses that
+    # Its own wait_for_function evaluates text in the page, which refuses that.
+    for _ in range(1_000):
       if page.evaluate(opacity):
         break
       page.wait_for_timeout(20)
