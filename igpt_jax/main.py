@@ -138,7 +138,10 @@ def _help(argv: list[str]) -> int:
   jobs = re.findall(r"^--?config\.job[=\n](.*)$", "\n".join(argv), re.MULTILINE)
   if jobs and jobs[-1] not in JOBS:
     return _fail(f"config.job: {jobs[-1]!r}; expected one of {', '.join(JOBS)}")
-  print(help_lib.of_job(jobs[-1]) if jobs else help_lib.of_program())
+  try:
+    print(help_lib.of_job(jobs[-1]) if jobs else help_lib.of_program(), flush=True)
+  except BrokenPipeError:  # whoever read it has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   return 0
 
 

@@ -1,5 +1,6 @@
 """Config files of the project, by name: configs/ of a checkout, which a wheel carries in the package."""
 
+import difflib
 import os
 import pathlib
 
@@ -29,7 +30,8 @@ def path_of(config: str) -> str:
     return config
   if config in names():
     return str(folder() / f"{config}.py")
+  meant = "".join(f"; fix: {name}" for name in difflib.get_close_matches(config, names(), 1))
   raise UserError(
     f"--config: {config[:300]!r}: no such file; expected the path of a config, or the "
-    f"name of one of the project's: {', '.join(names())}"
+    f"name of one of the project's: {', '.join(names())}{meant}"
   )

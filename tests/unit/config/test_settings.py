@@ -1,6 +1,7 @@
 """Every setting is declared once; what lists them, checks them and tells of them follows from that."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -202,6 +203,18 @@ def test_open_choices_are_made_once():
 def call(*arguments):
   command = [sys.executable, "-m", "igpt_jax.main", *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_may_be_read_in_part():
+  """By `head`, say, which is gone before all of it is written."""
+  read, write = os.pipe()
+  os.close(read)
+  with os.fdopen(write, "wb") as closed:
+    done = subprocess.run(
+      [sys.executable, "-m", "igpt_jax.main", "--help"],
+      cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+  assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_lists_the_jobs():

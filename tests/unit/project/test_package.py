@@ -140,6 +140,9 @@ def test_a_path_goes_before_a_name(tmp_path, monkeypatch):
   for wrong in ("own", "quickstart.py", "../configs/quickstart", "a\nb" + 9_999 * "x"):
     with pytest.raises(UserError, match=r"^--config: .*: no such file; expected the path"):
       named.path_of(wrong)
+  for wrong in ("quickstrat", "quickstart.py", "configs/quickstart"):
+    with pytest.raises(UserError, match=r"; fix: quickstart$"):
+      named.path_of(wrong)
 
 
 # --- Extras ---------------------------------------------------------------------------------------
