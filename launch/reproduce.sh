@@ -102,7 +102,7 @@ for size in "${sizes[@]}"; do
   esac
   letter=${size:0:1}
   config=configs/openai_${letter}_eval.py results=$workdir/$size
-  # A result is kept if all that decides it is what it was: limits such as evaluate.images, and the files.
+  # A result is kept if made with the same settings, limits such as evaluate.images too, on the same folder.
   decides=$results/made_with.txt made_with=$(printf '%s\n' "$directory" ${main_args[@]+"${main_args[@]}"})
   if [ ! -f "$results/evaluation.json" ] || [ "$made_with" != "$(cat "$decides" 2>/dev/null)" ]; then
     say "$size: fetching into $directory"
