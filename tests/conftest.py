@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 
-from support import kept_programs
+from support import kept_programs, photos
 
 # Started in the background, this process ignores Ctrl-C, and so would every program a test starts
 # to interrupt it.
@@ -61,3 +61,16 @@ def quick_compile():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def old_files(tmp_path_factory, monkeypatch):
+  """An empty cache of the user's, to which all files were written long ago."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+  monkeypatch.setattr("igpt_jax.data.digests._TICK_NS", -(10**12))
+
+
+@pytest.fixture
+def album(tmp_path):
+  """A folder of photos in which much is wrong."""
+  return photos.make_album(tmp_path)

@@ -144,7 +144,7 @@ def test_nats_are_those_of_the_job(request, data, tmp_path, causal):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_features_are_those_of_the_job(trained, data, tmp_path, dtype):
-  """Of weights in the compute dtype, as drawing needs them, where the job has float32's."""
+  """The API's weights are in the compute dtype, as drawing needs them; the job's are float32."""
   changes = {"job": "probe", "checkpoint": trained, "model.dtype": dtype, **data}
   settings = settings_of(changes=changes)
   model = igpt_jax.Model(weights.describe(trained, settings), settings, mesh_of())

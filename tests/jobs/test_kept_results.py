@@ -75,7 +75,7 @@ def train_anew(run, **overrides):
 
 
 def test_more_images_and_fewer_in_any_order(trained, run, tmp_path):
-  """As in docs/results.md: probe, watch with fewer images, probe with another number; each as in a fresh workdir."""
+  """Probe, watch with fewer images, probe with another number (docs/results.md): each as in a fresh workdir."""
   asked = (
     {"features__images": 90, "features__eval_images": 50},
     {"watch": True, "job": "probe"},

@@ -8,21 +8,10 @@ from PIL import Image
 
 from igpt_jax import errors
 from igpt_jax.jobs import evaluate, finetune, lowdata, pretrain, probe, quality, sample
-from support.photos import make_album
 from support.quickstart import call, shrunk
 from support.tiny import on_one_device
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-  """An empty cache of the user's, whose files were written long ago."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-  monkeypatch.setattr("igpt_jax.data.digests._TICK_NS", -(10**12))
-
-
-@pytest.fixture
-def album(tmp_path):
-  return make_album(tmp_path)
+pytestmark = pytest.mark.usefixtures("old_files")
 
 
 def make_photos(root, names):

@@ -13,21 +13,11 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.data import image_decoding, image_files, own_images, photo_folder, pipeline, sources
 from igpt_jax.data.loader import Loader
 from igpt_jax.workspace import places
-from support.photos import make_album, photo, photos
+from support.photos import photo, photos
+
+pytestmark = pytest.mark.usefixtures("old_files")
 
 SPLITS = sources.SPLITS
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-  """An empty cache of the user's, whose files were written long ago."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-  monkeypatch.setattr("igpt_jax.data.digests._TICK_NS", -(10**12))
-
-
-@pytest.fixture
-def album(tmp_path):
-  return make_album(tmp_path)
 
 
 def config_of(root, **changes):

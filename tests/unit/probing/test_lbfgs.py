@@ -10,7 +10,7 @@ from igpt_jax.probing import lbfgs
 @pytest.mark.parametrize("newest", [0, 3, lbfgs.MEMORY - 1])
 @pytest.mark.parametrize("n_pairs", [1, lbfgs.MEMORY])
 def test_two_loops_are_the_updates_one_after_the_other(newest, n_pairs):
-  """Of a matrix of 2 × 3; the pairs lie in a ring, the oldest after the newest."""
+  """The parameters are a matrix of 2 × 3; the pairs lie in a ring, the oldest after the newest."""
   rng = np.random.default_rng(newest)
   size, shape = 6, (1, 1, 2, 3)
   bends = rng.uniform(0.5, 2.0, size)
