@@ -35,6 +35,9 @@ ADDED: dict[str, Any] = {
   "data.verify": False,
   "train.progress_images": 0,
   "train.optimizer": "adam",
+  "model.parametrisation": "",
+  "model.base_embd": 0,
+  "model.base_layer": 0,
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
 }

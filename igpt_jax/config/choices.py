@@ -9,11 +9,13 @@ import dataclasses
 import jax
 
 from igpt_jax.config.fields import Settings
+from igpt_jax.model import parametrisation
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
 from igpt_jax.training.optimizer import OptimizerConfig
 
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
+_PARAMETRISATION = ("parametrisation", "base_embd", "base_layer")
 _SIZE, _OBJECTIVE, _COLOURS = "s", "autoregressive", 512
 
 
@@ -26,7 +28,8 @@ def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
   size = model.size
   if start is not None:
     shape = {name: getattr(start, name) for name in MODEL_SHAPE}
-    model = dataclasses.replace(model, **shape)
+    kept = () if model.parametrisation else _PARAMETRISATION
+    model = dataclasses.replace(model, **shape, **{name: getattr(start, name) for name in kept})
     palette = dataclasses.replace(palette, size=start.n_vocab)
     objective = "autoregressive" if start.causal else "masked"
     published = (
@@ -74,6 +77,9 @@ def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
     dtype=compute_dtype(settings),
     remat=model.remat or size.remat,
     attention=model.attention,
+    parametrisation=model.parametrisation or "standard",
+    base_embd=model.base_embd,
+    base_layer=model.base_layer,
   )
 
 
@@ -91,6 +97,13 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     weight_decay=train.weight_decay,
     clip_norm=train.clip_norm,
     optimizer=train.optimizer,
+    scale=parametrisation.scale_of(
+      settings.model.parametrisation or "standard",
+      n_embd=settings.model.n_embd or size.n_embd,
+      n_layer=settings.model.n_layer or size.n_layer,
+      base_embd=settings.model.base_embd,
+      base_layer=settings.model.base_layer,
+    ),
   )
 
 

@@ -98,6 +98,12 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
   n_layer: int = setting(0, "layers; 0: the size's", **FROM_0, decides="run")
   n_head: int = setting(0, "attention heads; 0: the size's", **FROM_0, decides="run")
   n_embd: int = setting(0, "width; 0: the size's", **FROM_0, decides="run")
+  parametrisation: str = setting("", "what initial values and learning rates depend on: standard, or "
+    "complete_p, with which one learning rate serves every width and depth; \"\": the checkpoint's, or "
+    "standard", choices=("standard", "complete_p"), decides="run")
+  base_embd: int = setting(0, "complete_p: width of the model whose learning rate was tuned", **FROM_0,
+    decides="run")
+  base_layer: int = setting(0, "complete_p: its layers", **FROM_0, decides="run")
   dtype: str = setting("", 'dtype of activations; "": bfloat16 on accelerators, float32 on CPU',
     choices=("float32", "bfloat16"), jobs=COMPUTING)
   remat: str = setting("", "rematerialization in the backward pass: none, names, offload, full; "

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from igpt_jax.errors import UserError
 from igpt_jax.model import fused_stack, layers
 from igpt_jax.model.attention.dispatch import SAVED_NAMES, attention, choose
+from igpt_jax.model.parametrisation import Scale, initialised, scale_of
 from igpt_jax.model.projection import Einsum, sharded_einsum
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
@@ -55,6 +56,9 @@ class ImageGPTConfig:
       matmuls' and the attention's outputs, "offload" keeps those in the host's memory, "full" keeps
       one vector per block and position.
     attention: one of `attention.dispatch.IMPLEMENTATIONS`.
+    parametrisation: one of `parametrisation.PARAMETRISATIONS`: what initial values and learning rates
+      depend on, not what the model computes.
+    base_embd, base_layer: complete_p: the shape at which it is the standard one.
   """
 
   n_layer: int
@@ -66,6 +70,9 @@ class ImageGPTConfig:
   dtype: str = "float32"
   remat: str = "none"
   attention: str = "auto"
+  parametrisation: str = "standard"
+  base_embd: int = 0
+  base_layer: int = 0
 
   def __post_init__(self):
     for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
@@ -86,6 +93,18 @@ class ImageGPTConfig:
       raise UserError(f"model.dtype: {self.dtype!r}; expected 'float32' or 'bfloat16'")
     if self.remat not in REMAT_POLICIES:
       raise UserError(f"model.remat: {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}")
+    _ = self.scale  # raises if its settings have a mistake
+
+  @property
+  def scale(self) -> Scale:
+    """Its shape's ratio to the base shape."""
+    return scale_of(
+      self.parametrisation,
+      n_embd=self.n_embd,
+      n_layer=self.n_layer,
+      base_embd=self.base_embd,
+      base_layer=self.base_layer,
+    )
 
   @property
   def head_dim(self) -> int:
@@ -312,7 +331,8 @@ class ImageGPT(nnx.Module):
 
 def init_params(config: ImageGPTConfig, key: jax.Array) -> Params:
   """Returns random parameters: a nested dict of float32 arrays, layers stacked on axis 0 of "blocks"."""
-  return nnx.to_pure_dict(nnx.state(ImageGPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+  released = nnx.to_pure_dict(nnx.state(ImageGPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+  return initialised(released, config.scale)
 
 
 @functools.lru_cache(maxsize=32)

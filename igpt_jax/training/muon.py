@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from igpt_jax.model import layers
+from igpt_jax.model.parametrisation import names
 from igpt_jax.parallel import hardware, sharding
 
 MOMENTUM = 0.95
@@ -31,13 +32,9 @@ _MATRICES = {
 }
 
 
-def _keys(path) -> tuple[str, ...]:
-  return tuple(getattr(entry, "key", "") for entry in path)
-
-
 def is_muons(path) -> bool:
   """True if Muon updates the parameter at a path of jax.tree_util, not Adam."""
-  return _keys(path) in _MATRICES
+  return names(path) in _MATRICES
 
 
 def scale_by_muon() -> optax.GradientTransformation:
@@ -55,7 +52,7 @@ def _orthogonalised(path, momentum: jax.Array) -> jax.Array:
   """Returns the update [..., rows, columns] of a stack of matrices, its RMS about `RMS`."""
   # bfloat16 as in the papers, half the bytes between devices too. CPUs emulate it slowly.
   dtype = jnp.float32 if hardware.platform() == "cpu" else jnp.bfloat16
-  axes = ("layers", *_MATRICES[_keys(path)])
+  axes = ("layers", *_MATRICES[names(path)])
   made = sharding.on_whole_matrices(newton_schulz, momentum.astype(dtype), axes)
   # Orthogonal rows or columns have an RMS of 1/sqrt(the longer side).
   return made.astype(momentum.dtype) * (RMS * max(momentum.shape[-2:]) ** 0.5)
