@@ -36,6 +36,10 @@ ADDED: dict[str, Any] = {
   "train.progress_images": 0,
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
+  "model.positions": "learned",
+  "model.qk_norm": False,
+  "model.value_embeddings": False,
+  "model.x0_skip": False,
 }
 
 

@@ -104,6 +104,15 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
     "\"\": the size's", choices=("none", "names", "offload", "full"))
   attention: str = setting("auto", "implementation of attention", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
+  # The following aren't the paper's. A checkpoint that training starts from keeps its own.
+  positions: str = setting("learned", "learned (a table of all positions), axial (tables of rows and of "
+    "columns), rope2d (rotations of queries and keys by row and column; images of any size)",
+    choices=("learned", "axial", "rope2d"), decides="run")
+  qk_norm: bool = setting(False, "RMS norms of every head's queries and keys", decides="run")
+  value_embeddings: bool = setting(False, "every layer adds a vector chosen by the token to the values",
+    decides="run")
+  x0_skip: bool = setting(False, "every layer adds the embeddings, times learned gains, to its input",
+    decides="run")
 
 
 @dataclasses.dataclass(frozen=True)
