@@ -34,6 +34,7 @@ ADDED: dict[str, Any] = {
   "data.validation_split": "",
   "data.verify": False,
   "train.progress_images": 0,
+  "train.optimizer": "adam",
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
   "model.positions": "learned",

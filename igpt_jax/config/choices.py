@@ -99,6 +99,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     b2=train.b2,
     weight_decay=train.weight_decay,
     clip_norm=train.clip_norm,
+    optimizer=train.optimizer,
   )
 
 

@@ -127,6 +127,8 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
   warmup_steps: int = setting(0, "steps of linear warm-up", **FROM_0, decides="pretraining")
   schedule: str = setting("cosine", "after the warm-up: cosine, to 0 at `steps`, or constant",
     decides="pretraining", choices=("cosine", "constant"))
+  optimizer: str = setting("adam", "adam, or muon: the blocks' matrices by Muon, all else by Adam, at one "
+    "learning rate", decides="run", choices=("adam", "muon"), jobs=MAKING)
   b1: float = setting(0.9, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
   b2: float = setting(0.95, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
   weight_decay: float = setting(0.0, "weight decay of matrices, decoupled", **FROM_0, decides="run", jobs=MAKING)
