@@ -35,11 +35,15 @@ ADDED: dict[str, Any] = {
   "data.verify": False,
   "train.progress_images": 0,
   "train.optimizer": "adam",
-  "model.parametrisation": "",
+  "model.parametrisation": "standard",
   "model.base_embd": 0,
   "model.base_layer": 0,
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
+  "model.positions": "learned",
+  "model.qk_norm": False,
+  "model.value_embeddings": False,
+  "model.x0_skip": False,
 }
 
 

@@ -5,17 +5,19 @@ treat an open choice as it is without a checkpoint.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
-from igpt_jax.config.fields import Settings
-from igpt_jax.model import parametrisation
+from igpt_jax.config.fields import FIELDS, Settings
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
+from igpt_jax.model.model_config import OPTIONS, PRESETS, ImageGPTConfig, Preset
+from igpt_jax.model.parametrisation import scale_of
 from igpt_jax.training.optimizer import OptimizerConfig
 
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
-_PARAMETRISATION = ("parametrisation", "base_embd", "base_layer")
+# What else a checkpoint that training starts from decides.
+_KEPT = (*OPTIONS, "parametrisation", "base_embd", "base_layer")
 _SIZE, _OBJECTIVE, _COLOURS = "s", "autoregressive", 512
 
 
@@ -28,8 +30,8 @@ def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
   size = model.size
   if start is not None:
     shape = {name: getattr(start, name) for name in MODEL_SHAPE}
-    kept = () if model.parametrisation else _PARAMETRISATION
-    model = dataclasses.replace(model, **shape, **{name: getattr(start, name) for name in kept})
+    options = {name: getattr(start, name) for name in _KEPT}
+    model = dataclasses.replace(model, **shape, **options)
     palette = dataclasses.replace(palette, size=start.n_vocab)
     objective = "autoregressive" if start.causal else "masked"
     published = (
@@ -64,6 +66,12 @@ def compute_dtype(settings: Settings) -> str:
   return "float32" if on_cpu else "bfloat16"
 
 
+def model_options(settings: Settings) -> dict[str, Any]:
+  """Returns the settings that make the model another than the paper's."""
+  values = {name: getattr(settings.model, name) for name in _KEPT}
+  return {name: v for name, v in values.items() if v != FIELDS[f"model.{name}"].default}
+
+
 def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
   """Returns the model's config; initialises devices if `model.dtype` is open."""
   size, model = preset(settings), settings.model
@@ -77,14 +85,12 @@ def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
     dtype=compute_dtype(settings),
     remat=model.remat or size.remat,
     attention=model.attention,
-    parametrisation=model.parametrisation or "standard",
-    base_embd=model.base_embd,
-    base_layer=model.base_layer,
+    **{name: getattr(model, name) for name in _KEPT},
   )
 
 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
-  size, train = preset(settings), settings.train
+  size, model, train = preset(settings), settings.model, settings.train
   masked = settings.objective == "masked"
   rate = size.learning_rate_masked if masked else size.learning_rate
   return OptimizerConfig(
@@ -97,12 +103,12 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     weight_decay=train.weight_decay,
     clip_norm=train.clip_norm,
     optimizer=train.optimizer,
-    scale=parametrisation.scale_of(
-      settings.model.parametrisation or "standard",
-      n_embd=settings.model.n_embd or size.n_embd,
-      n_layer=settings.model.n_layer or size.n_layer,
-      base_embd=settings.model.base_embd,
-      base_layer=settings.model.base_layer,
+    scale=scale_of(
+      model.parametrisation,
+      n_embd=model.n_embd or size.n_embd,
+      n_layer=model.n_layer or size.n_layer,
+      base_embd=model.base_embd,
+      base_layer=model.base_layer,
     ),
   )
 

@@ -98,18 +98,27 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
   n_layer: int = setting(0, "layers; 0: the size's", **FROM_0, decides="run")
   n_head: int = setting(0, "attention heads; 0: the size's", **FROM_0, decides="run")
   n_embd: int = setting(0, "width; 0: the size's", **FROM_0, decides="run")
-  parametrisation: str = setting("", "what initial values and learning rates depend on: standard, or "
-    "complete_p, with which one learning rate serves every width and depth; \"\": the checkpoint's, or "
-    "standard", choices=("standard", "complete_p"), decides="run")
-  base_embd: int = setting(0, "complete_p: width of the model whose learning rate was tuned", **FROM_0,
-    decides="run")
-  base_layer: int = setting(0, "complete_p: its layers", **FROM_0, decides="run")
   dtype: str = setting("", 'dtype of activations; "": bfloat16 on accelerators, float32 on CPU',
     choices=("float32", "bfloat16"), jobs=COMPUTING)
   remat: str = setting("", "rematerialization in the backward pass: none, names, offload, full; "
     "\"\": the size's", choices=("none", "names", "offload", "full"))
   attention: str = setting("auto", "implementation of attention", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
+  # The following aren't the paper's. A checkpoint that training starts from keeps its own.
+  positions: str = setting("learned", "learned (a table of all positions), axial (tables of rows and of "
+    "columns), rope2d (rotations of queries and keys by row and column; images of any size)",
+    choices=("learned", "axial", "rope2d"), decides="run")
+  qk_norm: bool = setting(False, "RMS norms of every head's queries and keys", decides="run")
+  value_embeddings: bool = setting(False, "every layer adds a vector chosen by the token to the values",
+    decides="run")
+  x0_skip: bool = setting(False, "every layer adds the embeddings, times learned gains, to its input",
+    decides="run")
+  parametrisation: str = setting("standard", "what initial values and learning rates depend on: standard, "
+    "or complete_p: train.learning_rate is that of the base shape and serves every width and depth",
+    choices=("standard", "complete_p"), decides="run")
+  base_embd: int = setting(0, "complete_p: width of the model whose learning rate was tuned", **FROM_0,
+    decides="run")
+  base_layer: int = setting(0, "complete_p: its layers", **FROM_0, decides="run")
 
 
 @dataclasses.dataclass(frozen=True)

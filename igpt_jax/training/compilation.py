@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from igpt_jax import units
-from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params
+from igpt_jax.model.image_gpt import abstract_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import compilation_cache
 from igpt_jax.training import muon
 from igpt_jax.training.optimizer import OptimizerConfig

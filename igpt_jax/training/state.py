@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params, param_axes
+from igpt_jax.model.image_gpt import Params, init_params, param_axes
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 
 HEAD = "clf"  # name of a classifier's weights among the parameters

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import sklearn.datasets
 
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from igpt_jax.training.state import make_state

@@ -17,7 +17,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import benchmark
 from igpt_jax.model.attention.dispatch import IMPLEMENTATIONS
 from igpt_jax.model.decoding.cache import CACHE_DTYPES
-from igpt_jax.model.image_gpt import PRESETS, REMAT_POLICIES, ImageGPTConfig
+from igpt_jax.model.model_config import PRESETS, REMAT_POLICIES, ImageGPTConfig
 from igpt_jax.pretrained import formats, released
 from igpt_jax.probing import sets
 from igpt_jax.training.objectives import OBJECTIVES
@@ -82,7 +82,9 @@ def test_what_decides_a_runs_numbers():
     "seed", "init_from", "objective", "mask_probability", "data.name", "data.resolution",
     "data.augment", "data.validation", "data.validation_split", "data.resample", "palette.size",
     "palette.images", "model.size", "model.n_layer", "model.n_head", "model.n_embd", "train.b1",
-    "train.b2", "train.weight_decay", "train.clip_norm",
+    "train.b2", "train.weight_decay", "train.clip_norm", "train.optimizer", "model.positions",
+    "model.qk_norm", "model.value_embeddings", "model.x0_skip", "model.parametrisation",
+    "model.base_embd", "model.base_layer",
   }  # fmt: skip
   assert deciding["pretraining"] - both == {
     f"train.{name}" for name in ("batch_size", "steps", "learning_rate", "warmup_steps", "schedule")

@@ -10,7 +10,7 @@ import pytest
 from igpt_jax.config import choices
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import bind, init_params
-from igpt_jax.model.parametrisation import STANDARD, Scale, multipliers, names, scale_of
+from igpt_jax.model.parametrisation import Scale, multipliers, names, scale_of
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from support import rates, tiny
 
@@ -166,6 +166,3 @@ def test_settings_reach_model_and_optimizer_and_a_checkpoint_keeps_them():
   assert model.scale == Scale(4.0, 4.0) == choices.optimizer_config(settings).scale
   tuned = choices.settle(tiny.settings_of(), dataclasses.replace(model, n_embd=256))
   assert choices.finetuning_optimizer_config(tuned).scale == Scale(2.0, 4.0)
-  plain = tiny.settings_of(changes={"model.parametrisation": "standard"})
-  tuned = choices.settle(plain, dataclasses.replace(model, n_embd=256))
-  assert choices.finetuning_optimizer_config(tuned).scale == STANDARD
