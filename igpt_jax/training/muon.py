@@ -26,7 +26,7 @@ _STEPS = 5
 
 # Where Muon's matrices stand among the parameters, and the logical axes of one layer's: [3, D, D] are
 # three matrices.
-_MATRICES = {
+_MATRICES: dict[tuple[str, ...], tuple[str, ...]] = {
   ("blocks", "attn", "qkv"): layers.TO_QKV.weight_axes,
   ("blocks", "attn", "proj"): layers.FROM_HEADS.weight_axes,
   ("blocks", "mlp", "fc"): layers.TO_INNER.weight_axes,
