@@ -35,6 +35,8 @@ ADDED: dict[str, Any] = {
   "data.verify": False,
   "train.progress_images": 0,
   "sizing.minutes": 0.0,
+  "train.decay_steps": 0,
+  "train.decay_shape": "1-sqrt",
   "compilation_cache": "user",
 }
 

@@ -116,10 +116,17 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
   steps: int = setting(1_000_000, "updates, in all", least=1, decides="pretraining")
   learning_rate: float = setting(0.0, "peak; 0: the size's", above=0, decides="pretraining")
   warmup_steps: int = setting(0, "steps of linear warm-up", **FROM_0, decides="pretraining")
-  schedule: str = setting("cosine", "after the warm-up: cosine, to 0 at `steps`, or constant",
-    decides="pretraining", choices=("cosine", "constant"))
+  schedule: str = setting("cosine", "after the warm-up: cosine, to 0 at `steps`; constant; or wsd, constant "
+    "until a decay to 0 at `steps`, so that a run can be trained longer from before its decay",
+    decides="pretraining", choices=("cosine", "constant", "wsd"))
+  decay_steps: int = setting(0, "steps of wsd's decay; 0: a fifth of `steps`", **FROM_0,
+    decides="pretraining")
+  decay_shape: str = setting("1-sqrt", "how the rate falls in wsd's decay, with the share x of it that "
+    "is done: 1-sqrt, with 1 - √x, or linear", decides="pretraining", choices=("linear", "1-sqrt"))
   b1: float = setting(0.9, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
-  b2: float = setting(0.95, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
+  b2: float = setting(0.95, "Adam's decay rate of squares; 0: 0.95^(batch_size / 128), which averages "
+    "over as many tokens as 0.95 does at 128: a rule to test, not to trust", least=0, below=1,
+    decides="run", jobs=MAKING)
   weight_decay: float = setting(0.0, "weight decay of matrices, decoupled", **FROM_0, decides="run", jobs=MAKING)
   clip_norm: float = setting(0.0, "limit of the gradient's global norm; 0: none", **FROM_0, decides="run",
     jobs=MAKING)

@@ -29,7 +29,7 @@ from igpt_jax.runner.progress_images import NoImages, ProgressImages
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import LikelihoodEvaluator
-from igpt_jax.workspace import memory, streams, training_palette, weights
+from igpt_jax.workspace import branches, memory, streams, training_palette, weights
 
 RESULT = "training.json"  # written when a run has made all its steps
 _LOSSES = 10  # logged losses, of a batch each, whose mean stands for training's
@@ -65,7 +65,10 @@ def pretrain(
     began: when the process began, by time.monotonic, if it serves this run alone; None: now.
   """
   train, data = settings.train, settings.data
-  with TrainingRun(settings, workdir, train.steps, mesh=mesh, began=began) as run:
+  trunk_ends = branches.trunk_ends(choices.optimizer_config(settings))
+  with TrainingRun(
+    settings, workdir, train.steps, mesh=mesh, began=began, keep_steps=trunk_ends
+  ) as run:
     mesh, batch_size = run.mesh, train.batch_size
     sharding.batch_size_per_shard(mesh, batch_size, accumulate=train.accumulate)
     split = open_split(data, "train")
@@ -84,6 +87,7 @@ def pretrain(
     run.claim(settings, palette)  # only now: a UserError above must leave it unclaimed
 
     order = DataOrder(workdir, split, batch_size=batch_size, seed=settings.seed)
+    branches.leave_decay(workdir, optimizer_config, order.check)
     train_state = run.resume_or(
       lambda: state.make_state(model, tx, settings.seed, mesh, start.params(mesh, say)),
       state.abstract_state(model, tx),
@@ -111,6 +115,7 @@ def pretrain(
         log_every=train.log_every,
         eval_every=train.eval_every,
         save_every=train.checkpoint_every,
+        save_at=trunk_ends,
         evaluate=_evaluation(settings, held_out, likelihood, palette, mesh),
         images=_images(settings, workdir, held_out, palette, model, mesh),
       ),

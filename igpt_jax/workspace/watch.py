@@ -20,7 +20,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
-from igpt_jax.workspace import provenance, rollbacks, weights
+from igpt_jax.workspace import branches, provenance, rollbacks, weights
 from igpt_jax.workspace import workdir as workdir_lib
 
 MADE_FROM = "made_from.json"
@@ -98,7 +98,7 @@ class _Watch:
     self._result, self._decisive = result, decisive
     self._gone: set[int] = set()
     self._news = time.monotonic()
-    self._rollbacks = 0  # of the run's, handled so far
+    self._turns = (0, 0)  # of the run's rollbacks and decays put aside, those handled so far
     self.last: MadeFrom = {}  # on the main process, from `next` on
 
   def next(self) -> int:
@@ -147,11 +147,13 @@ class _Watch:
     return out
 
   def _put_abandoned_aside(self) -> None:
-    """Moves results of steps away that the run went back behind."""
-    count = len(rollbacks.rollback_steps(self._watched))
-    if count == self._rollbacks:
+    """Moves results of steps away that the run went back behind, after bad numbers or to train longer."""
+    back, decays = rollbacks.rollback_steps(self._watched), branches.put_aside(self._watched)
+    turns = len(back), sum(map(len, decays.values()))
+    if turns == self._turns:
       return
-    self._rollbacks = count
+    self._turns = turns
+    self._gone.clear()  # the run makes these steps again
     names = os.listdir(self._folder) if os.path.isdir(self._folder) else []
     for step in (int(name) for name in names if name.isdigit()):
       out = os.path.join(self._folder, str(step))
@@ -159,6 +161,8 @@ class _Watch:
       seed, order = kept["seeds"] if kept else (0, 0)
       if kept and rollbacks.is_abandoned(self._watched, seed, order, step):
         _put_aside(out, "is of a step that the run went back behind")
+      elif kept and kept["checkpoint"]["parameters"] in map(_checksum, decays.get(step, ())):
+        _put_aside(out, "is of a decay that the run has put aside")
 
   def pass_over(self, step: int) -> None:
     """Skips a step from now on."""
@@ -221,6 +225,10 @@ def _read_made_from(out: str) -> MadeFrom | None:
   if not kept.keys() >= {"checkpoint", "run", "seeds", "settings"}:
     return None
   return {**kept, "settings": history.with_todays_names(kept["settings"])}
+
+
+def _checksum(path: str) -> str:
+  return provenance.of_checkpoint(checkpoint.describe(path))["parameters"]
 
 
 def _put_aside(out: str, why: str, lines: Sequence[str] = ()) -> None:
