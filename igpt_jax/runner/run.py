@@ -174,8 +174,8 @@ class TrainingRun:
     change = f"{workdir_lib.STEPS[self._kind]} {before:,} → {self._steps:,}"
     if config.decays_from is not None:
       say(
-        f"{change}: going on from step {at:,}; the decay is from step {config.decays_from:,} on "
-        f"({config.decay_shape})"
+        f"{change}: the learning rate is {config.learning_rate:.3g} until the decay, from step "
+        f"{config.decays_from:,} on ({config.decay_shape})"
       )
       return
     rates = [

@@ -9,6 +9,7 @@ reads:
     config.json, metrics.jsonl, …   as they were at its end
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -62,12 +63,12 @@ def leave_decay(
   """
   if config.decays_from is None:
     return
-  old, decayed, trunk = None, [], None
+  old, after, trunk = None, [], None
   for step in reversed(checkpoint.whole_steps(workdir)):
     try:
       run = checkpoint.describe(checkpoint.path_of(workdir, step)).run
     except UserError:  # damaged: opening the checkpoints says so
-      decayed.append(step)
+      after.append(step)
       continue
     theirs = _ending(run)
     if theirs == _ending_of(config):
@@ -77,18 +78,19 @@ def leave_decay(
       check(step, run)
       break
     old = old or theirs
-    decayed.append(step)
+    after.append(step)
   _refuse(workdir, config, trunk, old)
   hosts.wait_for_all("decay looked at")
   if old is None:
     return
   target = os.path.join(workdir, FOLDER, f"{old[0]}-{old[1]}")
+  decayed = sorted(step for step in after if step > old[0])
   if hosts.is_main():
-    _move(workdir, target, trunk or 0, sorted(decayed))
+    _move(workdir, target, old[0], decayed)
   hosts.wait_for_all("decay put aside")
   say(
-    f"train.steps {old[1]:,} → {config.steps:,}: the decay from step {old[0]:,} to {max(decayed):,} is put "
-    f"aside as {target}; going on from before it, step {trunk:,}"
+    f"going back to step {trunk:,}, before the decay; that from step {old[0]:,} to {decayed[-1]:,} is put "
+    f"aside as {target}, a workdir of its own"
   )
 
 
@@ -114,7 +116,7 @@ def _refuse(workdir: str, config: OptimizerConfig, trunk: int | None, old: Any) 
   if old is not None and trunk is None:
     raise UserError(
       f"{begins}; the run in {workdir} has no checkpoint from before its decay, at step {old[0]}; "
-      f"expected one to go on from; fix: the settings that it was begun with, or another --workdir"
+      "expected one to go on from; fix: the settings that it was begun with, or another --workdir"
     )
   if trunk is not None and trunk > config.decays_from:
     most = config.steps - trunk
@@ -125,17 +127,15 @@ def _refuse(workdir: str, config: OptimizerConfig, trunk: int | None, old: Any) 
     )
 
 
-def _move(workdir: str, target: str, trunk: int, steps: Iterable[int]) -> None:
-  """Moves checkpoints after the step `trunk` into another workdir, with copies of what belongs to them."""
+def _move(workdir: str, target: str, since: int, steps: Iterable[int]) -> None:
+  """Moves these checkpoints, and images after the step `since`, into another workdir, beside copies."""
   os.makedirs(os.path.join(target, checkpoint.FOLDER), exist_ok=True)
   _copy(workdir, target, (*_OF_RUN, *_TOLD))
-  if os.path.exists(
-    os.path.join(workdir, _RESULT)
-  ):  # moved first: the run hasn't ended, for watchers
+  with contextlib.suppress(FileNotFoundError):  # moved first: for watchers the run hasn't ended
     os.replace(os.path.join(workdir, _RESULT), os.path.join(target, _RESULT))
   drawn, images = (os.path.join(each, workdir_lib.PROGRESS) for each in (workdir, target))
   for name in os.listdir(drawn) if os.path.isdir(drawn) else ():
-    if (step := os.path.splitext(name)[0]).isdigit() and int(step) > trunk:
+    if (step := os.path.splitext(name)[0]).isdigit() and int(step) > since:
       os.makedirs(images, exist_ok=True)
       os.replace(os.path.join(drawn, name), os.path.join(images, name))
   for step in steps:

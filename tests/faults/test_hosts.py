@@ -129,7 +129,7 @@ def test_both_leave_a_decay_for_a_longer_run(tmp_path):
   for steps in (8, 12):
     with hosts(tmp_path / f"said{steps}", workdir, recipe | {"train.steps": steps}) as started:
       started.succeed()
-  assert "going on from before it, step 6" in started.said(0)
+  assert "going back to step 6, before the decay" in started.said(0)
   assert checkpoint.whole_steps(str(workdir)) == [8, 10, 12]
   assert checkpoint.whole_steps(str(workdir / "decays" / "6-8")) == [8]
   told = [r for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in r]

@@ -99,8 +99,11 @@ def test_an_ended_run_trains_longer_from_its_trunks_end(runs, short, capsys):
   on_one_device(pretrain, wsd(steps=20), str(short))
   assert_is(short, runs / "long", 20)
   said, aside = capsys.readouterr().out, short / "decays" / "10-12"
-  assert f"train.steps 12 → 20: the decay from step 10 to 12 is put aside as {aside}" in said
-  assert "going on from step 10; the decay is from step 16 on (1-sqrt)" in said
+  assert (
+    f"going back to step 10, before the decay; that from step 10 to 12 is put aside as {aside}"
+    in said
+  )
+  assert "train.steps 12 → 20: the learning rate is 0.003 until the decay, from step 16 on" in said
   assert checkpoint.whole_steps(str(short)) == [16, 20]
   assert json.loads((short / "training.json").read_text())["step"] == 20
   info = checkpoint.describe(str(short))

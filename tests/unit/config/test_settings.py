@@ -21,7 +21,7 @@ from igpt_jax.model.image_gpt import PRESETS, REMAT_POLICIES, ImageGPTConfig
 from igpt_jax.pretrained import formats, released
 from igpt_jax.probing import sets
 from igpt_jax.training.objectives import OBJECTIVES
-from igpt_jax.training.optimizer import SCHEDULES
+from igpt_jax.training.optimizer import DECAY_SHAPES, SCHEDULES
 from support.paths import ROOT
 from support.tiny import changed, settings_of
 
@@ -48,7 +48,8 @@ def test_every_setting_is_declared():
     ("data.augment", transforms.AUGMENTATIONS), ("finetune.augment", transforms.AUGMENTATIONS),
     ("data.resample", transforms.RESAMPLINGS), ("model.size", PRESETS), ("objective", OBJECTIVES),
     ("model.remat", REMAT_POLICIES), ("model.attention", IMPLEMENTATIONS),
-    ("sample.cache", CACHE_DTYPES), ("train.schedule", SCHEDULES), ("convert.format", formats.FORMATS),
+    ("sample.cache", CACHE_DTYPES), ("train.schedule", SCHEDULES),
+    ("train.decay_shape", DECAY_SHAPES), ("convert.format", formats.FORMATS),
     ("features.baselines", sets.BASELINES), ("benchmark.parts", benchmark.PARTS),
     ("download.model", (*released.MODELS, "")), ("download.step", released.STEPS),
     ("download.data", (*released.DATASETS, "")),
@@ -85,7 +86,16 @@ def test_what_decides_a_runs_numbers():
     "train.b2", "train.weight_decay", "train.clip_norm",
   }  # fmt: skip
   assert deciding["pretraining"] - both == {
-    f"train.{name}" for name in ("batch_size", "steps", "learning_rate", "warmup_steps", "schedule")
+    f"train.{name}"
+    for name in (
+      "batch_size",
+      "steps",
+      "learning_rate",
+      "warmup_steps",
+      "schedule",
+      "decay_steps",
+      "decay_shape",
+    )
   }
   assert deciding["finetuning"] - both == {name for name in FIELDS if name.startswith("finetune.")}
   assert {name for name, declaration in FIELDS.items() if declaration.host} == {
