@@ -34,10 +34,15 @@ ADDED: dict[str, Any] = {
   "data.validation_split": "",
   "data.verify": False,
   "train.progress_images": 0,
+  "train.optimizer": "adam",
   "sizing.minutes": 0.0,
   "train.decay_steps": 0,
   "train.decay_shape": "1-sqrt",
   "compilation_cache": "user",
+  "model.positions": "learned",
+  "model.qk_norm": False,
+  "model.value_embeddings": False,
+  "model.x0_skip": False,
 }
 
 

@@ -104,6 +104,15 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
     "\"\": the size's", choices=("none", "names", "offload", "full"))
   attention: str = setting("auto", "implementation of attention", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
+  # The following aren't the paper's. A checkpoint that training starts from keeps its own.
+  positions: str = setting("learned", "learned (a table of all positions), axial (tables of rows and of "
+    "columns), rope2d (rotations of queries and keys by row and column; images of any size)",
+    choices=("learned", "axial", "rope2d"), decides="run")
+  qk_norm: bool = setting(False, "RMS norms of every head's queries and keys", decides="run")
+  value_embeddings: bool = setting(False, "every layer adds a vector chosen by the token to the values",
+    decides="run")
+  x0_skip: bool = setting(False, "every layer adds the embeddings, times learned gains, to its input",
+    decides="run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +132,8 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
     decides="pretraining")
   decay_shape: str = setting("1-sqrt", "how the rate falls in wsd's decay, with the share x of it that "
     "is done: 1-sqrt, with 1 - √x, or linear", decides="pretraining", choices=("linear", "1-sqrt"))
+  optimizer: str = setting("adam", "adam, or muon: the blocks' matrices by Muon, all else by Adam, at one "
+    "learning rate", decides="run", choices=("adam", "muon"), jobs=MAKING)
   b1: float = setting(0.9, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
   b2: float = setting(0.95, "Adam's decay rate of squares; 0: 0.95^(batch_size / 128), which averages "
     "over as many tokens as 0.95 does at 128: a rule to test, not to trust", least=0, below=1,

@@ -13,10 +13,15 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from igpt_jax import units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import fused_kernel
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.prediction import forecast as forecasting
@@ -26,7 +31,7 @@ from igpt_jax.prediction.forecast import Forecast, Training
 from igpt_jax.prediction.topology import Topology, check_name, open_topology
 from igpt_jax.reporting import summary as summary_lib
 from igpt_jax.reporting import versions
-from igpt_jax.training.compilation import flops_per_image
+from igpt_jax.training.compilation import flops_per_image, optimizer_flops
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import workdir as workdir_lib
 
@@ -130,6 +135,7 @@ def summary(
     "batch_size": training.batch_size,
     "accumulate": training.accumulate,
     "remat": model.remat,
+    "blocks": path_of_blocks(training, mesh),
     "model": dataclasses.asdict(model),
     "objective": "autoregressive" if model.causal else "masked",
     "fits": memory.fits,
@@ -145,6 +151,7 @@ def summary(
       {"bytes": size, "shape": shape, "origin": origin} for size, shape, origin in memory.largest
     ],
     "flops_per_step": flops,
+    "optimizer_flops_per_step": optimizer_flops(model, training.optimizer),
     "schedule_images": images,
     "compile_seconds": round(step.compile_seconds, 1),
     "versions": versions.versions(),
@@ -172,6 +179,16 @@ def summary(
     },
     "compute_by_origin": dict(list(predicted.by_origin.items())[:20]),
   }
+
+
+def path_of_blocks(training: Training, mesh: Mesh) -> str:
+  """Returns how the program computes the blocks: by the stack with a gradient of its own, or scanned."""
+  model = training.model
+  rows = training.batch_size // training.accumulate
+  stream = jax.ShapeDtypeStruct((rows, model.n_positions, model.n_embd), jnp.dtype(model.dtype))
+  with jax.set_mesh(mesh):
+    fused = fused_kernel(model, stream)
+  return "hand-written stack" if fused else "scanned, differentiated by JAX"
 
 
 def sampling_summary(drawn: Forecast, topology: Topology, batch: int) -> dict[str, Any]:
@@ -208,7 +225,10 @@ def table(values: dict[str, Any]) -> str:
     f"    {units.memory(buffer['bytes']):>10}  {buffer['shape']}  {buffer['origin']}"
     for buffer in values["largest_buffers"][:5]
   ]
+  lines.append(f"  blocks             {values['blocks']}")
   lines.append(f"  model FLOPs        {values['flops_per_step']:.3e} a step")
+  if own := values["optimizer_flops_per_step"]:
+    lines.append(f"  optimizer's FLOPs  {own:.3e} a step, not in MFU")
   if "step_seconds" in values:
     parts = values["step_parts"]
     lines += [

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import image_gpt
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, bind, count_params, init_params
+from igpt_jax.model import image_gpt, model_config
+from igpt_jax.model.image_gpt import bind, count_params, init_params
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.training.objectives import token_nll
 from support import tiny
 
@@ -135,7 +136,7 @@ def influence(config, tokens, keep=None):
   return np.abs(np.asarray(rows_TxVxD)).sum(-1)[:, tokens]
 
 
-@pytest.mark.parametrize("remat", image_gpt.REMAT_POLICIES)
+@pytest.mark.parametrize("remat", model_config.REMAT_POLICIES)
 def test_causality_by_gradient(remat):
   """Pixel t's distribution depends on every pixel before it, and not at all on another."""
   config = tiny.make_config(n_vocab=16, remat=remat)
@@ -185,19 +186,21 @@ def test_fewer_positions_are_the_first_ones():
   np.testing.assert_allclose(apply(CAUSAL, params, tokens[:, :5]), whole[:, :5], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [CAUSAL, BERT], ids=["causal", "bert"])
-def test_scan_is_the_loop_over_layers(config):
-  config = tiny.make_config(n_layer=3, causal=config.causal)
+@pytest.mark.parametrize("options", [{}, tiny.ALL_OPTIONS], ids=["original", "options"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scan_is_the_loop_over_layers(causal, options):
+  config = tiny.make_config(n_layer=3, causal=causal, **options)
   params, tokens = tiny.random_params(config), tiny.random_tokens(config, 2)
   keep = None if config.causal else keep_mask(tokens)
 
   @tiny.jit
   def loop(params):
     model = bind(config, params)
-    x = model.embed(tokens, keep)
+    embedded = model.embed(tokens, keep)
+    x = embedded.stream
     for layer in range(config.n_layer):
       block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
-      x, _ = block(x)
+      x, _ = block(block.enter(x, embedded), embedded)
     return model.logits(model.ln_f(x))
 
   logits = apply(config, params, tokens, keep)
@@ -213,7 +216,7 @@ def mean_nll(config, params, tokens, keep):
 @pytest.mark.parametrize("causal", [True, False])
 def test_recomputing_changes_nothing(causal):
   results = {}
-  for remat in image_gpt.REMAT_POLICIES:
+  for remat in model_config.REMAT_POLICIES:
     config = tiny.make_config(causal=causal, remat=remat)
     tokens = tiny.random_tokens(config, 3)
     keep = None if causal else keep_mask(tokens)
@@ -233,7 +236,7 @@ def test_recomputing_changes_nothing(causal):
 def test_recomputing_saves_memory():
   """What the backward pass is handed shrinks from "none" to "names" to "full"."""
   held = {}
-  for policy in image_gpt.REMAT_POLICIES:
+  for policy in model_config.REMAT_POLICIES:
     config = tiny.make_config(n_layer=4, n_positions=32, remat=policy)
     tokens = jnp.asarray(tiny.random_tokens(config, 8))
 
