@@ -173,8 +173,16 @@ class TrainingRun:
     before, at = self.lengths[-1]["steps"], self.first_step
     change = f"{workdir_lib.STEPS[self._kind]} {before:,} → {self._steps:,}"
     if config.decays_from is not None:
+      now = {
+        name: value_of(self._given, f"train.{name}") for name in self.lengths[-1].keys() - {"at"}
+      }
+      changes = (
+        f"train.{name} {self.lengths[-1][name]} → {now[name]}"
+        for name in sorted(now, reverse=True)
+        if now[name] != self.lengths[-1][name]
+      )
       say(
-        f"{change}: the learning rate is {config.learning_rate:.3g} until the decay, from step "
+        f"{', '.join(changes)}: the learning rate is {config.learning_rate:.3g} until the decay, from step "
         f"{config.decays_from:,} on ({config.decay_shape})"
       )
       return

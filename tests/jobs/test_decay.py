@@ -161,6 +161,8 @@ def test_a_run_killed_while_it_leaves_its_decay_loses_nothing(runs, tmp_path, mo
 def test_another_decay_begins_from_the_trunk(runs, short, tmp_path, capsys):
   other = wsd(decay_steps=1, decay_shape="linear")
   on_one_device(pretrain, other, str(short))
+  said = "\ntrain.decay_steps 0 → 1, train.decay_shape 1-sqrt → linear: the learning rate is 0.003"
+  assert said in capsys.readouterr().out
   on_one_device(pretrain, other, str(tmp_path / "straight"))
   assert_is(short, tmp_path / "straight", 12)
   assert workdir_lib.read(str(short))["train.decay_shape"] == "linear"

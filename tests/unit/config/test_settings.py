@@ -86,17 +86,9 @@ def test_what_decides_a_runs_numbers():
     "train.b2", "train.weight_decay", "train.clip_norm",
   }  # fmt: skip
   assert deciding["pretraining"] - both == {
-    f"train.{name}"
-    for name in (
-      "batch_size",
-      "steps",
-      "learning_rate",
-      "warmup_steps",
-      "schedule",
-      "decay_steps",
-      "decay_shape",
-    )
-  }
+    "train.batch_size", "train.steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
+    "train.decay_steps", "train.decay_shape",
+  }  # fmt: skip
   assert deciding["finetuning"] - both == {name for name in FIELDS if name.startswith("finetune.")}
   assert {name for name, declaration in FIELDS.items() if declaration.host} == {
     "init_from", "checkpoint", "convert.source", "complete.images", "palette.path", "features.cache",
