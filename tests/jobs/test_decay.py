@@ -12,7 +12,6 @@ from igpt_jax.jobs import pretrain
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop
 from igpt_jax.workspace import branches, provenance, watch
-from igpt_jax.workspace import workdir as workdir_lib
 from support.quickstart import shrunk
 from support.tiny import Killed, on_one_device
 
@@ -111,7 +110,7 @@ def test_an_ended_run_trains_longer_from_its_trunks_end(runs, short, capsys):
   # What it was is a workdir of its own.
   assert contents(aside, 12) == contents(runs / "short", 12) and numbers(aside) == ended
   assert json.loads((aside / "training.json").read_text())["step"] == 12
-  assert workdir_lib.read(str(aside))["train.steps"] == 12
+  assert json.loads((aside / "config.json").read_text())["train"]["steps"] == 12
   assert (aside / "palette.npy").read_bytes() == (short / "palette.npy").read_bytes()
 
   on_one_device(pretrain, wsd(steps=20), str(short))
@@ -165,7 +164,8 @@ def test_another_decay_begins_from_the_trunk(runs, short, tmp_path, capsys):
   assert said in capsys.readouterr().out
   on_one_device(pretrain, other, str(tmp_path / "straight"))
   assert_is(short, tmp_path / "straight", 12)
-  assert workdir_lib.read(str(short))["train.decay_shape"] == "linear"
+  config = json.loads((short / "config.json").read_text())
+  assert config["train"]["decay_shape"] == "linear"
   changed = {"at": 10, "steps": 12, "decay_steps": 0, "decay_shape": "1-sqrt"}
   assert checkpoint.describe(str(short)).run["lengths"] == [changed]
 
