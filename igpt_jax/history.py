@@ -36,6 +36,12 @@ ADDED: dict[str, Any] = {
   "train.progress_images": 0,
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
+  "ablate.runs": [],
+  "ablate.seeds": [0, 1, 2],
+  "ablate.baseline": "",
+  "ablate.test": True,
+  "ablate.probe": "none",
+  "ablate.workdirs": [],
 }
 
 

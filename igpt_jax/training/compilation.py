@@ -10,6 +10,7 @@ import jax
 from igpt_jax import units
 from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.parallel import compilation_cache
+from igpt_jax.training.optimizer import OptimizerConfig
 from igpt_jax.training.state import TrainState
 
 
@@ -85,6 +86,11 @@ def timed(compile_it: Callable[[], jax.stages.Compiled]) -> CompiledStep:
   began, programs = time.monotonic(), compilation_cache.Tally()
   executable = compile_it()
   return CompiledStep(executable, time.monotonic() - began, programs.all_read)
+
+
+def flops_per_step(model: ImageGPTConfig, optimizer: OptimizerConfig, batch_size: int) -> float:
+  """Model FLOPs of a training step: a batch's, and the optimizer's own matmuls (Adam has none)."""
+  return flops_per_image(model) * batch_size
 
 
 def flops_per_image(config: ImageGPTConfig) -> float:
