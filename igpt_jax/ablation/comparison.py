@@ -20,7 +20,14 @@ from igpt_jax.reporting.tables import csv_table, markdown_table
 _OF_LENGTH = (
   "train.steps", "train.warmup_steps", "train.eval_every", "train.checkpoint_every", "train.log_every",
 )  # fmt: skip
-_PREFIXES = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1.0, "FLOP"))
+_PREFIXES = (
+  (1e18, "EFLOP"),
+  (1e15, "PFLOP"),
+  (1e12, "TFLOP"),
+  (1e9, "GFLOP"),
+  (1e6, "MFLOP"),
+  (1.0, "FLOP"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
