@@ -34,6 +34,7 @@ ADDED: dict[str, Any] = {
   "data.validation_split": "",
   "data.verify": False,
   "train.progress_images": 0,
+  "train.optimizer": "adam",
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
   "ablate.runs": [],
@@ -42,6 +43,10 @@ ADDED: dict[str, Any] = {
   "ablate.test": True,
   "ablate.probe": "none",
   "ablate.workdirs": [],
+  "model.positions": "learned",
+  "model.qk_norm": False,
+  "model.value_embeddings": False,
+  "model.x0_skip": False,
 }
 
 

@@ -8,17 +8,19 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from igpt_jax import units
+from igpt_jax import files, units
 from igpt_jax.ablation.entries import Entry, differences
 from igpt_jax.ablation.outcomes import UNFINISHED, Point, Result
-from igpt_jax.config.fields import with_values
+from igpt_jax.config.fields import as_json
 from igpt_jax.reporting import plots, summary
 from igpt_jax.reporting.tables import csv_table, markdown_table
 
 # Settings that runs of different lengths differ in.
 _OF_LENGTH = (
-  "train.steps", "train.warmup_steps", "train.eval_every", "train.checkpoint_every", "train.log_every",
+  "train.steps", "train.warmup_steps", "train.decay_steps", "train.eval_every",
+  "train.checkpoint_every", "train.log_every",
 )  # fmt: skip
 _PREFIXES = (
   (1e18, "EFLOP"),
@@ -126,9 +128,9 @@ def share_of_flops(run: Run, baseline: Run) -> Mean:
 def shorter(run: Run, runs: Sequence[Run]) -> list[Run]:
   """Returns the runs that are the same as `run` but for fewer steps, and what goes with their number."""
 
-  def key(of: Run) -> str:
-    alike = {name: 1 for name in _OF_LENGTH}
-    return repr(with_values(dataclasses.replace(of.entry.settings, seed=0), alike))
+  def key(of: Run) -> dict[str, Any]:
+    flat = files.flatten(as_json(of.entry.settings))
+    return {name: value for name, value in flat.items() if name not in ("seed", *_OF_LENGTH)}
 
   return [other for other in runs if key(other) == key(run) and other.entry.steps < run.entry.steps]
 

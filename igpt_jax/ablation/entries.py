@@ -1,6 +1,7 @@
 """The runs of an ablation, one seed each: those that job ablate is to train, or finished workdirs."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -52,11 +53,11 @@ class Entry:
   def steps(self) -> int:
     return self.settings.train.steps
 
-  @property
+  @functools.cached_property
   def parameters(self) -> int:
     return count_params(self.model)
 
-  @property
+  @functools.cached_property
   def flops_per_step(self) -> float:
     optimizer = choices.optimizer_config(self.settings)
     return compilation.flops_per_step(self.model, optimizer, self.settings.train.batch_size)

@@ -13,12 +13,12 @@ import pytest
 from igpt_jax.ablation import comparison, entries, outcomes
 from igpt_jax.ablation.comparison import Run
 from igpt_jax.ablation.outcomes import FINISHED, Point, Result
-from igpt_jax.config import base, overrides
+from igpt_jax.config import base, choices, overrides
 from igpt_jax.config.fields import FIELDS
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import ablate, pretrain
 from igpt_jax.runner import loop
-from igpt_jax.training.compilation import flops_per_image, flops_per_step
+from igpt_jax.training.compilation import flops_per_image, optimizer_flops
 from igpt_jax.workspace import weights
 from support.quickstart import load_config, shrunk
 from support.tiny import Killed, changed, mesh_of, on_one_device, settings_of
@@ -318,12 +318,12 @@ def test_the_study_of_the_project_is_readable():
   assert runs[0].name == "original" and len(runs) > 2
 
 
-def test_adam_adds_no_flops():
-  settings = study()
-  entry = Result(entry=make_entry("a", 0), status=FINISHED).entry
-  assert flops_per_step(entry.model, entries.choices.optimizer_config(settings), 16) == (
-    16 * flops_per_image(entry.model)
-  )
+def test_flops_are_the_models_and_the_optimizers_own():
+  adam, muon = make_entry("a", 0), make_entry("b", 0, **{"train.optimizer": "muon"})
+  assert adam.flops_per_step == 16 * flops_per_image(adam.model)
+  own = optimizer_flops(muon.model, choices.optimizer_config(muon.settings))
+  assert own > 0 and muon.flops_per_step == adam.flops_per_step + own
+  assert muon.flops == 100 * muon.flops_per_step
 
 
 # --- the comparison's numbers ----------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_adam_adds_no_flops():
 
 def make_entry(name, seed, steps=100, **changes):
   settings = changed(study(**{"job": "pretrain"}), {"train.steps": steps, "seed": seed, **changes})
-  model = entries.choices.model_config(settings, n_vocab=8)
+  model = choices.model_config(settings, n_vocab=8)
   return entries.Entry(name=name, seed=seed, settings=settings, folder="", model=model)
 
 
