@@ -137,22 +137,24 @@ def test_the_same_command_changes_nothing(done, tmp_path, capsys):
   assert not (workdir / "features").exists() or not any((workdir / "features").iterdir())
 
 
-def test_a_run_that_diverges_is_marked_and_the_others_go_on(tmp_path, capsys):
+def test_a_run_that_diverges_is_marked_and_the_others_go_on(done, tmp_path, capsys):
+  workdir = shutil.copytree(done, tmp_path / "study")
   settings = study(**{
-    "ablate.runs": ("wild: train.learning_rate=1e30", *RUNS[:1]), "ablate.seeds": (0,),
-    "ablate.baseline": "original", "guard.in_row": 2, "guard.then": "stop", "ablate.test": False,
-    "ablate.probe": "none",
+    "ablate.runs": ("wild: train.learning_rate=1e30 train.clip_norm=0.5", *RUNS),
+    "ablate.baseline": "original", "guard.in_row": 1, "guard.then": "stop", "ablate.probe": "none",
   })  # fmt: skip
-  on_one_device(ablate, settings, str(tmp_path))
-  rows = rows_of(tmp_path)
-  assert list(rows) == [("original", 0), ("wild", 0)]  # the baseline first
-  assert rows["wild", 0]["status"].startswith("diverged at step ")
-  assert rows["wild", 0]["validation_loss"] == rows["wild", 0]["test_loss"] == ""
-  assert rows["original", 0]["status"] == FINISHED
-  assert "| wild | 0 of 1: seed 0 diverged at step" in (tmp_path / "ablate.md").read_text()
+  on_one_device(ablate, settings, str(workdir))
+  rows = rows_of(workdir)
+  assert list(rows)[::2] == [("original", 0), ("wild", 0), ("short", 0)]  # the baseline first
+  for seed in (0, 1):
+    assert rows["wild", seed]["status"].startswith("diverged at step ")
+    assert rows["wild", seed]["validation_loss"] == rows["wild", seed]["test_loss"] == ""
+    assert rows["original", seed] == {**rows_of(done)["original", seed], "probe_accuracy": ""}
+  text = (workdir / "ablate.md").read_text()
+  assert "| wild | 0 of 2: seed 0 diverged at step" in text
   capsys.readouterr()
-  on_one_device(ablate, settings, str(tmp_path))
-  assert "2 of 2 trainings ended before" in capsys.readouterr().out
+  on_one_device(ablate, settings, str(workdir))
+  assert "6 of 6 trainings ended before" in capsys.readouterr().out
 
 
 def test_a_signal_after_the_last_step_of_a_run_stops_before_the_next(tmp_path, monkeypatch, capsys):
@@ -229,7 +231,7 @@ def test_finished_workdirs_are_compared(done, tmp_path):
   assert text.count("\n| `") == 2  # and the warm-up
 
 
-def test_workdirs_that_can_not_be_compared(done, tmp_path, tiny_run):
+def test_workdirs_that_can_not_be_compared(done, tmp_path):
   def compare(*folders):
     return study(**{"ablate.runs": (), "ablate.workdirs": tuple(map(str, folders))})
 
@@ -241,7 +243,7 @@ def test_workdirs_that_can_not_be_compared(done, tmp_path, tiny_run):
   ):
     with pytest.raises(UserError, match=expected):
       entries.finished(settings)
-  _, notes = entries.finished(compare(original, tiny_run))
+  _, notes = entries.finished(compare(original, done / "runs/short/0"))
   assert notes == []  # the same images, tokens and limits
   (copy / "config.json").write_text(
     (copy / "config.json").read_text().replace('"eval_images": 32', '"eval_images": 31')
