@@ -13,10 +13,15 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
 from igpt_jax import units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import fused_kernel
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.prediction import forecast as forecasting
@@ -130,6 +135,7 @@ def summary(
     "batch_size": training.batch_size,
     "accumulate": training.accumulate,
     "remat": model.remat,
+    "blocks": path_of_blocks(training, mesh),
     "model": dataclasses.asdict(model),
     "objective": "autoregressive" if model.causal else "masked",
     "fits": memory.fits,
@@ -175,6 +181,16 @@ def summary(
   }
 
 
+def path_of_blocks(training: Training, mesh: Mesh) -> str:
+  """Returns how the program computes the blocks: by the stack with a gradient of its own, or scanned."""
+  model = training.model
+  rows = training.batch_size // training.accumulate
+  stream = jax.ShapeDtypeStruct((rows, model.n_positions, model.n_embd), jnp.dtype(model.dtype))
+  with jax.set_mesh(mesh):
+    fused = fused_kernel(model, stream)
+  return "hand-written stack" if fused else "scanned, differentiated by JAX"
+
+
 def sampling_summary(drawn: Forecast, topology: Topology, batch: int) -> dict[str, Any]:
   per_chip = len(topology.devices) // topology.n_chips
   values: dict[str, Any] = {
@@ -209,6 +225,7 @@ def table(values: dict[str, Any]) -> str:
     f"    {units.memory(buffer['bytes']):>10}  {buffer['shape']}  {buffer['origin']}"
     for buffer in values["largest_buffers"][:5]
   ]
+  lines.append(f"  blocks             {values['blocks']}")
   lines.append(f"  model FLOPs        {values['flops_per_step']:.3e} a step")
   if own := values["optimizer_flops_per_step"]:
     lines.append(f"  optimizer's FLOPs  {own:.3e} a step, not in MFU")

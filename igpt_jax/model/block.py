@@ -1,23 +1,27 @@
 """A block of the transformer: attention and MLP, each after a norm and added to the residual stream."""
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from igpt_jax.model import heads, layers
+from igpt_jax.model import layers, options
 from igpt_jax.model.attention.dispatch import attention
 from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.model.options import Embedded
 from igpt_jax.model.projection import sharded_einsum
-from igpt_jax.parallel.sharding import constrain, gather_weight
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, axes: tuple[str, ...]):
   """Returns a parameter with random values."""
   return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def _arrays(module: nnx.Module) -> dict:
+  """Returns a module's parameters by name, as `init_params` names them."""
+  return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 class RMSNorm(nnx.Module):
@@ -35,20 +39,6 @@ class Gain(nnx.Module):
 
   def __init__(self, width: int):
     self.g = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("norm",))
-
-
-class Embedded(NamedTuple):
-  """Embeddings of tokens, which blocks read.
-
-  Attributes:
-    stream: token plus position embeddings [B, T, D], shifted right by the start vector if causal.
-    tokens: int32 [B, T], shifted likewise.
-    visible: bool [B, T], True where there is a token, neither a start nor a masked pixel.
-  """
-
-  stream: jax.Array
-  tokens: jax.Array
-  visible: jax.Array
 
 
 class Attention(nnx.Module):
@@ -69,21 +59,8 @@ class Attention(nnx.Module):
 
   def project_qkv(self, x_BxTxD: jax.Array, embedded: Embedded) -> jax.Array:
     """[B, T, D] -> queries, keys and values as attention takes them, [3, B, T, n_head * head_dim]."""
-    config = self.config
     qkv = checkpoint_name(sharded_einsum(layers.TO_QKV, x_BxTxD, self.qkv[...]), "qkv")
-    if config.value_embeddings:
-      added = gather_weight(self.value_embed[...], "vocab", "heads_rows")[embedded.tokens]
-      added = jnp.where(embedded.visible[..., None], added, 0.0).astype(qkv.dtype)
-      qkv = heads.add_to_values(qkv, constrain(added, *layers.HEADS))
-    if not config.qk_norm and config.positions != "rope2d":
-      return qkv
-    per_head = qkv.reshape(*qkv.shape[:-1], config.n_head, config.head_dim)
-    prepared = heads.prepare(per_head, self.qk_gains(), rotation_of(config, qkv.shape[2]))
-    return constrain(prepared.reshape(qkv.shape), *layers.QKV)
-
-  def qk_gains(self) -> tuple[jax.Array, jax.Array] | None:
-    """Gains of queries' and keys' norms, [head_dim] each (stacked: [L, head_dim]); None without."""
-    return (self.q_norm.g[...], self.k_norm.g[...]) if self.config.qk_norm else None
+    return options.change_qkv(self.config, _arrays(self), qkv, embedded)
 
   def project_out(self, heads_BxTxE: jax.Array) -> jax.Array:
     return sharded_einsum(layers.FROM_HEADS, heads_BxTxE, self.proj[...])
@@ -116,9 +93,7 @@ class Block(nnx.Module):
 
   def enter(self, x: jax.Array, embedded: Embedded) -> jax.Array:
     """Returns what the block computes on, [B, T, D], from the output of the one before."""
-    if not self.config.x0_skip:
-      return x
-    return x + (self.x0.g[...] * embedded.stream.astype(jnp.float32)).astype(x.dtype)
+    return options.enter(self.config, _arrays(self), x, embedded)
 
   def __call__(self, x_BxTxD: jax.Array, embedded: Embedded) -> tuple[jax.Array, jax.Array]:
     """Returns the block's output [B, T, D] and the queries, keys and values it used [3, B, T, E].
@@ -138,11 +113,3 @@ class Block(nnx.Module):
     """Applies the rest of the block to its input x and the heads' outputs, both [B, T, D]."""
     x = x + self.attn.project_out(heads)
     return x + self.mlp(self.ln_2(x))
-
-
-def rotation_of(config: ImageGPTConfig, length: int) -> heads.Rotation | None:
-  """Returns the rotation of the first `length` positions; None: positions aren't rotations."""
-  if config.positions != "rope2d":
-    return None
-  whole = heads.rotation_by_pixel(config.n_positions, config.head_dim)
-  return heads.Rotation(*(part[:, :length] for part in whole))

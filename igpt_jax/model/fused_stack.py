@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from igpt_jax.model import layers
+from igpt_jax.model import layers, options
 from igpt_jax.model.attention import tpu
 from igpt_jax.model.attention.dispatch import attention
+from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.model.options import Embedded
 from igpt_jax.model.projection import sharded_einsum, sharded_einsum_gradients
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.sharding import constrain
@@ -32,26 +34,30 @@ def _norm_gradients(x, scale, gain, dout) -> tuple[jax.Array, jax.Array]:
   return scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True)), dgain
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def run(
-  blocks: dict, x_BxTxD: jax.Array, n_head: int, causal: bool, interpret: bool = False
+  config: ImageGPTConfig, blocks: dict, embedded: Embedded, interpret: bool = False
 ) -> jax.Array:
   """Returns the output of the last block [B, T, D].
 
   Args:
+    config: the model's; the fused attention kernel must support a device's share of its heads.
     blocks: the stacked parameters, as under "blocks" in the model's dict.
-    x_BxTxD: embeddings.
-    n_head, causal: the model's; the fused attention kernel must support a device's share.
+    embedded: embeddings.
     interpret: run the kernel on the CPU, for tests.
   """
   # This body runs only where nothing is differentiated: it keeps no residuals.
   implementation = "tpu_interpret" if interpret else "tpu"
 
   def body(x, block):
+    x = options.enter(config, block, x, embedded)
     qkv = sharded_einsum(
       layers.TO_QKV, layers.rms_norm(x, block["ln_1"]["g"]), block["attn"]["qkv"]
     )
-    heads = attention(qkv, n_head=n_head, causal=causal, implementation=implementation)
+    qkv = options.change_qkv(config, block["attn"], qkv, embedded)
+    heads = attention(
+      qkv, n_head=config.n_head, causal=config.causal, implementation=implementation
+    )
     x = x + sharded_einsum(layers.FROM_HEADS, heads, block["attn"]["proj"])
     hidden = sharded_einsum(
       layers.TO_INNER, layers.rms_norm(x, block["ln_2"]["g"]), block["mlp"]["fc"]
@@ -59,14 +65,14 @@ def run(
     x = x + sharded_einsum(layers.FROM_INNER, layers.activation(hidden), block["mlp"]["proj"])
     return constrain(x, *layers.STREAM), None
 
-  return jax.lax.scan(body, x_BxTxD, blocks)[0]
+  return jax.lax.scan(body, embedded.stream, blocks)[0]
 
 
 class _Residuals(NamedTuple):
   """Stacks of every layer's residuals; everything else is cheap to recompute in the backward pass.
 
   Attributes:
-    inputs: the blocks' inputs, followed by the output of the last, [L + 1, B, T, D].
+    inputs: the embeddings, followed by the blocks' outputs, [L + 1, B, T, D].
     scales: inverse RMS at both norms, float32 [L, 2, B, T, 1].
     attention: stacks that the kernels read and write.
     hidden: the MLP's hidden units before the activation, [L, B, T, 4D]; None on 256 × 256 matrix
@@ -79,9 +85,9 @@ class _Residuals(NamedTuple):
   hidden: jax.Array | None
 
 
-def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Residuals:
+def _empty_stacks(config: ImageGPTConfig, blocks: dict, x: jax.Array) -> _Residuals:
   """Allocates stacks for `_forward` to write; their contents are undefined."""
-  n_layer, width = blocks["ln_1"]["g"].shape
+  n_layer, n_head, width = config.n_layer, config.n_head, config.n_embd
   batch, length, _ = x.shape
 
   def stack(shape, axes, depth=n_layer, dtype: Any = x.dtype):
@@ -90,7 +96,7 @@ def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Res
   heads = sharding.axis_share("heads", n_head)
   assert heads, "the kernel is not chosen where heads don't divide over the mesh"
   qkv = (3, batch, length, width)
-  lse = tpu.lse_shape(qkv, x.dtype, n_head=heads, head_dim=width // n_head, causal=causal)
+  lse = tpu.lse_shape(qkv, x.dtype, n_head=heads, head_dim=config.head_dim, causal=config.causal)
   hidden = (batch, length, blocks["mlp"]["fc"].shape[-1])
   return _Residuals(
     inputs=stack(x.shape, layers.STREAM, depth=n_layer + 1),
@@ -104,13 +110,13 @@ def _empty_stacks(blocks: dict, x: jax.Array, n_head: int, causal: bool) -> _Res
   )
 
 
-def _kernel(layer_function, n_head: int, causal: bool, interpret: bool):
-  local = sharding.axis_share("heads", n_head)
-  return functools.partial(layer_function, n_head=local, causal=causal, interpret=interpret)
+def _kernel(layer_function, config: ImageGPTConfig, interpret: bool):
+  local = sharding.axis_share("heads", config.n_head)
+  return functools.partial(layer_function, n_head=local, causal=config.causal, interpret=interpret)
 
 
-def _forward(blocks, x, n_head, causal, interpret):
-  kernel = _kernel(tpu.forward_layer, n_head, causal, interpret)
+def _forward(config, blocks, embedded, interpret):
+  kernel = _kernel(tpu.forward_layer, config, interpret)
   attend = sharding.per_device(
     lambda layer, *stacks: kernel(layer, tpu.Stacks(*stacks)), ((), *_STACKS), _STACKS[1:]
   )
@@ -118,10 +124,12 @@ def _forward(blocks, x, n_head, causal, interpret):
   def body(carry, scanned):
     x, residuals = carry
     layer, block = scanned
+    x = options.enter(config, block, x, embedded)
     scale_1 = layers.inverse_rms(x)
     qkv = sharded_einsum(
       layers.TO_QKV, layers.scaled_norm(x, scale_1, block["ln_1"]["g"]), block["attn"]["qkv"]
     )
+    qkv = options.change_qkv(config, block["attn"], qkv, embedded)
     qkv_stack = _put(residuals.attention.qkv, qkv, layer)
     out, lse = attend(layer, qkv_stack, *residuals.attention[1:])
     middle = x + sharded_einsum(layers.FROM_HEADS, _get(out, layer), block["attn"]["proj"])
@@ -139,26 +147,28 @@ def _forward(blocks, x, n_head, causal, interpret):
     )
     return (x, residuals), None
 
-  residuals = _empty_stacks(blocks, x, n_head, causal)
-  residuals = residuals._replace(inputs=_put(residuals.inputs, x, 0))
-  n_layer = len(blocks["ln_1"]["g"])
-  (x, residuals), _ = jax.lax.scan(body, (x, residuals), (jnp.arange(n_layer), blocks))
-  return x, (blocks, residuals)
+  residuals = _empty_stacks(config, blocks, embedded.stream)
+  residuals = residuals._replace(inputs=_put(residuals.inputs, embedded.stream, 0))
+  carry = embedded.stream, residuals
+  (x, residuals), _ = jax.lax.scan(body, carry, (jnp.arange(config.n_layer), blocks))
+  return x, (blocks, embedded, residuals)
 
 
-def _backward(n_head, causal, interpret, blocks_and_residuals, dx):
-  blocks, residuals = blocks_and_residuals
-  kernel = _kernel(tpu.backward_layer, n_head, causal, interpret)
+def _backward(config, interpret, saved, dx):
+  blocks, embedded, residuals = saved
+  kernel = _kernel(tpu.backward_layer, config, interpret)
   attention_gradient = sharding.per_device(
     lambda layer, dout, *stacks: kernel(layer, tpu.Stacks(*stacks), dout),
     ((), layers.HEADS, *_STACKS),
     layers.QKV,
   )
 
-  def body(dx, scanned):
+  def body(carry, scanned):
+    dx, dembedded = carry
     layer, block = scanned
     gain_1, gain_2 = block["ln_1"]["g"], block["ln_2"]["g"]
     x, out = _get(residuals.inputs, layer), _get(residuals.attention.out, layer)
+    x, pull_entry = _vjp_of_entry(config, block, x, embedded)
     # Recomputing it is cheaper than keeping it.
     middle = x + sharded_einsum(layers.FROM_HEADS, out, block["attn"]["proj"])
     scale_1, scale_2 = _get(residuals.scales, layer)
@@ -180,22 +190,66 @@ def _backward(n_head, causal, interpret, blocks_and_residuals, dx):
     dout, dattn_proj = sharded_einsum_gradients(layers.FROM_HEADS, out, block["attn"]["proj"], dx)
     dqkv = attention_gradient(layer, dout, *residuals.attention)
     normed = layers.scaled_norm(x, scale_1, gain_1)
+    dqkv, dattn = _gradients_of_change(config, block["attn"], normed, embedded, dqkv)
     dnormed, dqkv_weight = sharded_einsum_gradients(
       layers.TO_QKV, normed, block["attn"]["qkv"], dqkv
     )
     dinput, dgain_1 = _norm_gradients(x, scale_1, gain_1, dnormed)
     dx = constrain((dx + dinput).astype(x.dtype), *layers.STREAM)
+    dx, dstream, dentry = pull_entry(dx)
     gradients = {
+      **dentry,
       "ln_1": {"g": dgain_1},
-      "attn": {"qkv": dqkv_weight, "proj": dattn_proj},
+      "attn": {"qkv": dqkv_weight, "proj": dattn_proj, **dattn},
       "ln_2": {"g": dgain_2},
       "mlp": {"fc": dfc, "proj": dproj},
     }
-    return dx, gradients
+    return (dx, jax.tree.map(jnp.add, dembedded, dstream)), gradients
 
-  n_layer = len(blocks["ln_1"]["g"])
-  dx, gradients = jax.lax.scan(body, dx, (jnp.arange(n_layer), blocks), reverse=True)
-  return gradients, dx
+  # The embeddings enter every block by their skips, if there are any: a float32 sum over layers.
+  carry = dx, jnp.zeros(dx.shape, jnp.float32) if config.x0_skip else None
+  layers_of = jnp.arange(config.n_layer), blocks
+  (dx, dembedded), gradients = jax.lax.scan(body, carry, layers_of, reverse=True)
+  dx = dx if dembedded is None else (dx + dembedded).astype(dx.dtype)
+  return gradients, Embedded(dx, None, None)  # tokens have no gradient
+
+
+def _vjp_of_entry(config: ImageGPTConfig, block: dict, x: jax.Array, embedded: Embedded):
+  """Returns `options.enter`'s result and the function of its gradient.
+
+  That returns gradients of x, of the embeddings (float32; None if they don't enter) and of the block's
+  parameters that are used.
+  """
+  if not config.x0_skip:
+    return x, lambda dx: (dx, None, {})
+
+  def enter(x, stream, own):
+    return options.enter(config, own, x, embedded._replace(stream=stream.astype(x.dtype)))
+
+  entered, pull = jax.vjp(enter, x, embedded.stream.astype(jnp.float32), {"x0": block["x0"]})
+  return entered, pull
+
+
+def _gradients_of_change(
+  config: ImageGPTConfig, attn: dict, normed: jax.Array, embedded: Embedded, dqkv: jax.Array
+) -> tuple[jax.Array, dict]:
+  """Pulls a gradient back through `options.change_qkv`.
+
+  Args:
+    config: the model's.
+    attn: parameters of the block's attention.
+    normed: what queries, keys and values were made from.
+    embedded: embeddings.
+    dqkv: gradient of what attention took.
+
+  Returns:
+    The gradient of what the matmul made; those of the parameters that were used.
+  """
+  own = {name: leaf for name, leaf in attn.items() if name not in ("qkv", "proj")}
+  # Only norms need their inputs again; otherwise the compiler drops this product.
+  made = sharded_einsum(layers.TO_QKV, normed, attn["qkv"])
+  _, pull = jax.vjp(lambda qkv, own: options.change_qkv(config, own, qkv, embedded), made, own)
+  return pull(dqkv)
 
 
 run.defvjp(_forward, _backward)

@@ -20,8 +20,9 @@ from flax import nnx, traverse_util
 
 from igpt_jax.model import fused_stack, layers
 from igpt_jax.model.attention.dispatch import SAVED_NAMES, choose
-from igpt_jax.model.block import Block, Embedded, RMSNorm, normal
+from igpt_jax.model.block import Block, RMSNorm, normal
 from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.model.options import Embedded
 from igpt_jax.model.projection import Einsum, sharded_einsum
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
@@ -137,8 +138,7 @@ class ImageGPT(nnx.Module):
     config, x_BxTxD = self.config, embedded.stream
     if collect is None and (kernel := fused_kernel(config, x_BxTxD)):
       blocks = nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param))
-      interpret = kernel == "tpu_interpret"
-      x_BxTxD = fused_stack.run(blocks, x_BxTxD, config.n_head, config.causal, interpret)
+      x_BxTxD = fused_stack.run(config, blocks, embedded, kernel == "tpu_interpret")
       return self.ln_f(x_BxTxD), None
 
     def body(x, block):
@@ -186,8 +186,7 @@ def fused_kernel(config: ImageGPTConfig, x_BxTxD: jax.Array | jax.ShapeDtypeStru
   """Returns the kernel with which `fused_stack` computes all blocks; "": they are scanned."""
   qkv = jax.ShapeDtypeStruct((3, *x_BxTxD.shape), x_BxTxD.dtype)
   kernel = config.attention if config.attention != "auto" else choose(qkv, config.n_head)
-  in_blocks = config.options.keys() - {"positions"} or config.positions == "rope2d"
-  return kernel if config.remat == "names" and kernel.startswith("tpu") and not in_blocks else ""
+  return kernel if config.remat == "names" and kernel.startswith("tpu") else ""
 
 
 def init_params(config: ImageGPTConfig, key: jax.Array) -> Params:

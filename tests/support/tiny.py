@@ -22,6 +22,11 @@ from igpt_jax.training.state import TrainState
 # Compiling small programs is most of these tests' time: these emitters triple it.
 _COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
+# Every option that the paper's model hasn't.
+ALL_OPTIONS = {
+  "positions": "rope2d", "qk_norm": True, "value_embeddings": True, "x0_skip": True
+}  # fmt: skip
+
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 
 

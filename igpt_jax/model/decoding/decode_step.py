@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from igpt_jax.model import heads, layers
-from igpt_jax.model.block import rotation_of
+from igpt_jax.model import layers, options
 from igpt_jax.model.decoding.attend import attend
 from igpt_jax.model.decoding.cache import KeysValues, keeps_rows, put, store
 from igpt_jax.model.image_gpt import ImageGPT
@@ -36,7 +36,7 @@ class Tables(NamedTuple):
 
   wte: jax.Array
   wpe: jax.Array | None
-  rotation: heads.Rotation | None
+  rotation: options.Rotation | None
   sos: jax.Array
   gain: jax.Array
   wtet: jax.Array
@@ -58,7 +58,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     return weight.swapaxes(0, 1) if keeps_rows() else weight
 
   blocks, config = model.blocks, model.config
-  gains = blocks.attn.qk_gains()
+  gains = options.qk_gains(config, nnx.to_pure_dict(nnx.state(blocks.attn, nnx.Param)))
   positions = model.position_table()
   per_layer = [
     Weights(
@@ -79,7 +79,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
   tables = Tables(
     wte=whole(model.wte, ("vocab", "embed")),
     wpe=None if positions is None else positions.astype(dtype),
-    rotation=rotation_of(config, config.n_positions),
+    rotation=options.rotation_of(config, config.n_positions),
     sos=model.sos[...].astype(dtype),
     gain=model.ln_f.g[...],
     wtet=whole(model.wtet, ("vocab", "embed")),
@@ -124,9 +124,9 @@ def decode_step(
     qkv = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
     if layer.value_embed is not None:
       added = jnp.where(position == 0, 0, layer.value_embed[token_N])
-      qkv = heads.add_to_values(qkv, added.reshape(qkv.shape[1:]))
+      qkv = options.add_to_values(qkv, added.reshape(qkv.shape[1:]))
     if layer.qk_gains is not None or rotation is not None:
-      qkv = heads.prepare(qkv[:, :, None], layer.qk_gains, rotation)[:, :, 0]
+      qkv = options.prepare(qkv[:, :, None], layer.qk_gains, rotation)[:, :, 0]
     q, k, v = qkv
     at = position - prompt.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)

@@ -5,6 +5,7 @@ from support.mutations.mutation import Mutation
 _REFERENCE = "unit/model/test_golden.py::test_model_agrees_with_reference"
 _ATTENTION = "unit/model/test_attention.py"
 _MODEL = "unit/model/test_image_gpt.py"
+_OPTIONS = "unit/model/test_options.py"
 
 MUTATIONS = (
   Mutation(
@@ -30,7 +31,7 @@ MUTATIONS = (
   ),
   Mutation(
     "residual-scale",
-    "model/image_gpt.py",
+    "model/block.py",
     "1 / math.sqrt(width * config.n_layer)",
     "1 / math.sqrt(width)",
     f"{_MODEL}::test_initial_values",
@@ -38,15 +39,15 @@ MUTATIONS = (
   Mutation(
     "positions-shifted",
     "model/image_gpt.py",
-    'gather_weight(self.wpe[...], "position", "embed")[:length]',
-    'jnp.roll(gather_weight(self.wpe[...], "position", "embed"), 1, 0)[:length]',
+    "broadcast_to(table[:length], x.shape)",
+    "broadcast_to(jnp.roll(table, 1, 0)[:length], x.shape)",
     _REFERENCE,
   ),
   Mutation(
     "positions-from-the-end",
     "model/image_gpt.py",
-    'gather_weight(self.wpe[...], "position", "embed")[:length]',
-    'gather_weight(self.wpe[...], "position", "embed")[-length:]',
+    "broadcast_to(table[:length], x.shape)",
+    "broadcast_to(table[-length:], x.shape)",
     f"{_MODEL}::test_fewer_positions_are_the_first_ones",
   ),
   Mutation(
@@ -152,6 +153,62 @@ MUTATIONS = (
     "model/fused_stack.py",
     "layers.scaled_norm(middle, scale_2, gain_2)",
     "layers.scaled_norm(x, scale_2, gain_2)",
+    "unit/model/test_layers.py::test_values_and_gradients_are_those_of_the_blocks",
+  ),
+  Mutation(
+    "row-and-column-alike",
+    "model/options.py",
+    "(rows, columns)",
+    "(rows, rows)",
+    f"{_OPTIONS}::test_rotated_scores_depend_on_the_offset_in_rows_and_columns_alone",
+  ),
+  Mutation(
+    "rotation-is-a-reflection",
+    "model/options.py",
+    "np.repeat([-1.0, 1.0, -1.0, 1.0]",
+    "np.repeat([1.0, 1.0, 1.0, 1.0]",
+    f"{_OPTIONS}::test_rotated_scores_depend_on_the_offset_in_rows_and_columns_alone",
+  ),
+  Mutation(
+    "values-normed-too",
+    "model/options.py",
+    "jnp.where(is_value, 1.0, layers.inverse_rms(x))",
+    "layers.inverse_rms(x)",
+    f"{_OPTIONS}::test_normed_queries_and_keys_have_no_length",
+  ),
+  Mutation(
+    "masked-values-seen",
+    "model/options.py",
+    "jnp.where(embedded.visible[..., None], added, 0.0)",
+    "added",
+    f"{_OPTIONS}::test_a_masked_token_is_seen_by_no_option",
+  ),
+  Mutation(
+    "value-embeddings-of-the-token-itself",
+    "model/image_gpt.py",
+    "      tokens_BxT = jnp.pad(tokens_BxT, ((0, 0), (1, 0)))[:, :-1]",
+    "      pass",
+    f"{_OPTIONS}::test_every_option_is_seen_and_only_by_what_comes_after",
+  ),
+  Mutation(
+    "start-has-a-value-embedding-when-drawing",
+    "model/decoding/decode_step.py",
+    "jnp.where(position == 0, 0, layer.value_embed[token_N])",
+    "layer.value_embed[token_N]",
+    f"{_OPTIONS}::test_cached_decoding_is_the_full_forward_pass",
+  ),
+  Mutation(
+    "columns-before-rows",
+    "model/image_gpt.py",
+    "whole(self.wpe_row)[:, None] + whole(self.wpe_column)",
+    "whole(self.wpe_row) + whole(self.wpe_column)[:, None]",
+    f"{_OPTIONS}::test_axial_positions_are_the_sum_of_the_rows_and_the_columns",
+  ),
+  Mutation(
+    "skips-without-a-gradient",
+    "model/fused_stack.py",
+    "(dx + dembedded).astype(dx.dtype)",
+    "dx",
     "unit/model/test_layers.py::test_values_and_gradients_are_those_of_the_blocks",
   ),
 )

@@ -82,7 +82,8 @@ def test_what_decides_a_runs_numbers():
     "seed", "init_from", "objective", "mask_probability", "data.name", "data.resolution",
     "data.augment", "data.validation", "data.validation_split", "data.resample", "palette.size",
     "palette.images", "model.size", "model.n_layer", "model.n_head", "model.n_embd", "train.b1",
-    "train.b2", "train.weight_decay", "train.clip_norm",
+    "train.b2", "train.weight_decay", "train.clip_norm", "train.optimizer", "model.positions",
+    "model.qk_norm", "model.value_embeddings", "model.x0_skip",
   }  # fmt: skip
   assert deciding["pretraining"] - both == {
     f"train.{name}" for name in ("batch_size", "steps", "learning_rate", "warmup_steps", "schedule")

@@ -186,19 +186,21 @@ def test_fewer_positions_are_the_first_ones():
   np.testing.assert_allclose(apply(CAUSAL, params, tokens[:, :5]), whole[:, :5], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [CAUSAL, BERT], ids=["causal", "bert"])
-def test_scan_is_the_loop_over_layers(config):
-  config = tiny.make_config(n_layer=3, causal=config.causal)
+@pytest.mark.parametrize("options", [{}, tiny.ALL_OPTIONS], ids=["original", "options"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scan_is_the_loop_over_layers(causal, options):
+  config = tiny.make_config(n_layer=3, causal=causal, **options)
   params, tokens = tiny.random_params(config), tiny.random_tokens(config, 2)
   keep = None if config.causal else keep_mask(tokens)
 
   @tiny.jit
   def loop(params):
     model = bind(config, params)
-    x = model.embed(tokens, keep)
+    embedded = model.embed(tokens, keep)
+    x = embedded.stream
     for layer in range(config.n_layer):
       block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
-      x, _ = block(x)
+      x, _ = block(block.enter(x, embedded), embedded)
     return model.logits(model.ln_f(x))
 
   logits = apply(config, params, tokens, keep)

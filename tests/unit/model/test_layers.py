@@ -34,19 +34,22 @@ def value_and_grad(config):
 
 
 @pytest.mark.parametrize(
-  "causal, shape, wide",
+  "causal, shape, wide, options",
   [
-    (True, (1, 1, 1), False),
-    (False, (2, 2, 2), False),
-    (True, (2, 2, 2), True),
-    (False, (1, 1, 1), True),
+    (True, (1, 1, 1), False, {}),
+    (False, (2, 2, 2), False, {}),
+    (True, (2, 2, 2), True, {}),
+    (False, (1, 1, 1), True, {}),
+    (True, (1, 1, 1), False, tiny.ALL_OPTIONS),
+    (False, (2, 2, 2), True, tiny.ALL_OPTIONS),
+    (True, (1, 1, 1), False, {"positions": "rope2d"}),
   ],
   ids=str,
 )
-def test_values_and_gradients_are_those_of_the_blocks(causal, shape, wide, monkeypatch):
+def test_values_and_gradients_are_those_of_the_blocks(causal, shape, wide, options, monkeypatch):
   """On both kinds of matrix unit: they keep different things."""
   monkeypatch.setattr(tpu, "wide_matrix_unit", lambda: wide)
-  plain, stacked = configs(causal, n_head=4 if shape[2] > 1 else 2, n_embd=128)
+  plain, stacked = configs(causal, n_head=4 if shape[2] > 1 else 2, n_embd=128, **options)
   params = tiny.random_params(plain)
   tokens = tiny.random_tokens(plain, 4)
   keep = None if causal else np.random.default_rng(0).random(tokens.shape) > 0.3

@@ -1,9 +1,11 @@
-"""Changes to queries, keys and values before attention, whose kernels stay as they are.
+"""Options within blocks that the paper's model hasn't; attention's kernels stay as they are.
 
-Two-dimensional rotary positions (Su et al. 2021, "RoFormer"; by row and column as in Heo et al. 2024,
+They change the stream that enters a block, and queries, keys and values before attention:
+two-dimensional rotary positions (Su et al. 2021, "RoFormer"; by row and column as in Heo et al. 2024,
 "Rotary Position Embedding for Vision Transformer", axial frequencies), and norms of every head's queries
 and keys (Henry et al. 2020, "Query-Key Normalization for Transformers"; with a gain as in Dehghani et
-al. 2023, "Scaling Vision Transformers to 22 Billion Parameters").
+al. 2023, "Scaling Vision Transformers to 22 Billion Parameters"), value embeddings, and skips from the
+embeddings (`ImageGPTConfig` has their sources). A model without an option computes nothing for it.
 """
 
 import math
@@ -14,9 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from igpt_jax.model import layers
+from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.parallel.sharding import constrain, gather_weight
 
 # The lowest frequency turns by about a radian over 60 pixels, the longest side that the paper trains at.
 _BASE = 100.0
+
+
+class Embedded(NamedTuple):
+  """Embeddings of tokens, which blocks read.
+
+  Attributes:
+    stream: token plus position embeddings [B, T, D], shifted right by the start vector if causal.
+    tokens: int32 [B, T], shifted likewise.
+    visible: bool [B, T], True where there is a token, neither a start nor a masked pixel.
+  """
+
+  stream: jax.Array
+  tokens: jax.Array
+  visible: jax.Array
 
 
 class Rotation(NamedTuple):
@@ -58,6 +76,57 @@ def rotation_by_pixel(length: int, head_dim: int) -> Rotation:
     np.stack([cos, cos, np.ones_like(cos)]).astype(np.float32),
     np.stack([sin, sin, np.zeros_like(sin)]).astype(np.float32),
   )
+
+
+def rotation_of(config: ImageGPTConfig, length: int) -> Rotation | None:
+  """Returns the rotation of the first `length` positions; None: positions aren't rotations."""
+  if config.positions != "rope2d":
+    return None
+  whole = rotation_by_pixel(config.n_positions, config.head_dim)
+  return Rotation(*(part[:, :length] for part in whole))
+
+
+def qk_gains(config: ImageGPTConfig, attn: dict) -> tuple[jax.Array, jax.Array] | None:
+  """Gains of queries' and keys' norms, [head_dim] each (stacked: [L, head_dim]); None without."""
+  return (attn["q_norm"]["g"], attn["k_norm"]["g"]) if config.qk_norm else None
+
+
+def enter(config: ImageGPTConfig, block: dict, x: jax.Array, embedded: Embedded) -> jax.Array:
+  """Returns what a block computes on, [B, T, D], from the output of the one before.
+
+  Args:
+    config: the model's.
+    block: the block's parameters.
+    x: [B, T, D].
+    embedded: the model's embeddings.
+  """
+  if not config.x0_skip:
+    return x
+  return x + (block["x0"]["g"] * embedded.stream.astype(jnp.float32)).astype(x.dtype)
+
+
+def change_qkv(
+  config: ImageGPTConfig, attn: dict, qkv_3xBxTxE: jax.Array, embedded: Embedded
+) -> jax.Array:
+  """Returns queries, keys and values as attention takes them, from those of the matmul.
+
+  Args:
+    config: the model's.
+    attn: parameters of the block's attention.
+    qkv_3xBxTxE: E = n_head * head_dim.
+    embedded: the model's embeddings.
+  """
+  qkv = qkv_3xBxTxE
+  if config.value_embeddings:
+    added = gather_weight(attn["value_embed"], "vocab", "heads_rows")[embedded.tokens]
+    added = jnp.where(embedded.visible[..., None], added, 0.0).astype(qkv.dtype)
+    qkv = add_to_values(qkv, constrain(added, *layers.HEADS))
+  gains, rotation = qk_gains(config, attn), rotation_of(config, qkv.shape[2])
+  if gains is None and rotation is None:
+    return qkv
+  per_head = qkv.reshape(*qkv.shape[:-1], config.n_head, config.head_dim)
+  prepared = prepare(per_head, gains, rotation)
+  return constrain(prepared.reshape(qkv.shape), *layers.QKV)
 
 
 def prepare(

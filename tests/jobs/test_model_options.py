@@ -1,0 +1,105 @@
+"""A run whose model has every option the paper's hasn't: trained, resumed, read by the other jobs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from igpt_jax import checkpoint
+from igpt_jax.config import choices
+from igpt_jax.errors import UserError
+from igpt_jax.jobs import convert, evaluate, finetune, pretrain, probe, sample
+from igpt_jax.reporting import metrics
+from igpt_jax.runner import loop
+from support import tiny
+from support.quickstart import assert_same, params_of, shrunk
+from support.tiny import on_one_device
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+
+OPTIONS = {f"model.{name}": value for name, value in tiny.ALL_OPTIONS.items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("options") / "run"
+  on_one_device(pretrain, shrunk(**OPTIONS), str(workdir))
+  return workdir
+
+
+def test_it_is_recorded_and_resumed_bit_for_bit(run, tmp_path, monkeypatch):
+  assert checkpoint.describe(str(run)).config.options == tiny.ALL_OPTIONS
+  with monkeypatch.context() as patch:
+    asked = loop.StopSignal.asked
+
+    def at(self, at_step):
+      self.requested = self.requested or ("SIGTERM" if at_step >= 7 else None)
+      return asked(self, at_step)
+
+    patch.setattr(loop.StopSignal, "asked", at)
+    on_one_device(pretrain, shrunk(**OPTIONS), str(tmp_path))
+  with pytest.raises(UserError, match=r"model\.qk_norm: True there, False here"):
+    on_one_device(pretrain, shrunk(**{**OPTIONS, "model.qk_norm": False}), str(tmp_path))
+  on_one_device(pretrain, shrunk(**OPTIONS), str(tmp_path))
+  assert_same(params_of(tmp_path), params_of(run))
+  losses = [
+    [r["loss"] for r in metrics.read_jsonl(w / "metrics.jsonl") if "loss" in r]
+    for w in (run, tmp_path)
+  ]
+  assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+
+
+def test_other_jobs_take_it(run, tmp_path):
+  at = {"checkpoint": str(run), "evaluate.images": 32, "train.eval_images": 32}
+  # Their settings name no option: the checkpoint does.
+  evaluate.run(shrunk(**at), str(tmp_path))
+  exact = json.loads((tmp_path / "evaluation.json").read_text())
+  sample.run(shrunk(**at), str(tmp_path))
+  assert (tmp_path / "samples.png").exists()
+  probe.run(shrunk(**at, **{"features.layers": (1,)}), str(tmp_path))
+  layers = json.loads((tmp_path / "probe.json").read_text())["rows"]
+  assert any(row["layer"] == 1 for row in layers)
+  assert 0 < exact["nats_per_token"] < np.log(17) + 0.5
+  tuned = tmp_path / "tuned"
+  few = {"finetune.steps": 2, "finetune.eval_every": 2, "finetune.images": 32}
+  finetune.run(shrunk(**at, **few), str(tuned))
+  assert checkpoint.describe(str(tuned / "finetune")).config.options == tiny.ALL_OPTIONS
+
+
+def test_rotary_positions_are_evaluated_and_sampled_at_another_size(
+  run, tmp_path, tiny_run, capsys
+):
+  at = {"checkpoint": str(run), "evaluate.images": 16, "data.resolution": 12}
+  evaluate.run(shrunk(**at), str(tmp_path))
+  assert "was trained at 8×8 pixels, and is used at 12×12" in capsys.readouterr().out
+  larger = json.loads((tmp_path / "evaluation.json").read_text())
+  assert 0 < larger["nats_per_token"] < 2 * np.log(17)
+  sample.run(shrunk(**at, **{"sample.samples": 1, "sample.completions": 1}), str(tmp_path))
+  with pytest.raises(
+    UserError, match=r"data.resolution: 12; .* trained at 8, and has no positions"
+  ):
+    evaluate.run(shrunk(**{**at, "checkpoint": str(tiny_run)}), str(tmp_path))
+  # Training goes on from it there.
+  start = {**OPTIONS, "init_from": str(run), "data.resolution": 12, "train.steps": 2}
+  on_one_device(pretrain, shrunk(**start), str(tmp_path / "larger"))
+  made = checkpoint.describe(str(tmp_path / "larger"))
+  assert made.run["resolution"] == 12 and made.config.n_positions == 144
+
+
+def test_a_start_keeps_its_checkpoints_options_and_refuses_others(run, tiny_run, tmp_path):
+  settings = shrunk(init_from=str(run))
+  settled = choices.settle(settings, checkpoint.describe(str(run)).config)
+  assert choices.model_config(settled, n_vocab=17).options == tiny.ALL_OPTIONS
+  with pytest.raises(
+    UserError, match=r"model\.x0_skip: True in the config, False in the checkpoint"
+  ):
+    on_one_device(
+      pretrain, shrunk(**{"init_from": str(tiny_run), "model.x0_skip": True}), str(tmp_path)
+    )
+  target = {"convert.source": str(run), "convert.target": str(tmp_path / "out")}
+  with pytest.raises(
+    UserError, match=r"format: openai, but the model was made with model.positions="
+  ):
+    convert.run(shrunk(**target, **{"convert.format": "openai"}), "")
+  convert.run(shrunk(**target, **{"convert.format": "orbax"}), "")
+  assert_same(params_of(tmp_path / "out"), params_of(run))
