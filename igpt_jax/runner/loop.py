@@ -160,11 +160,13 @@ class Outcome:
     state: the last state, which has been saved.
     step: its step.
     stopped_by: the signal that stopped it; None: it ended by itself.
+    asked_by: the signal that asked it to stop, if it came after the last step, too; None: none did.
   """
 
   state: TrainState
   step: int
   stopped_by: str | None
+  asked_by: str | None
 
 
 class _Logged:
@@ -287,7 +289,7 @@ def run(
     clock.enter("checkpoint")  # it is still being written
     save_state.finish(train_state, at_step)
   done = at_step >= steps or work.ended()
-  return Outcome(train_state, at_step, None if done else stop.requested)
+  return Outcome(train_state, at_step, None if done else stop.requested, stop.requested)
 
 
 def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: Mesh):

@@ -46,16 +46,22 @@ class Outcome:
     losses: on the main process the newest `loss` and, if images are held out, `validation_loss`, in
       nats per token; {} on others.
     workdir: the folder of checkpoints, metrics and results.
+    asked_by: the signal that asked it to stop, if it came after the last step, too; None: none did.
   """
 
   step: int
   stopped_by: str | None
   losses: dict[str, float]
   workdir: str
+  asked_by: str | None = None
 
 
 def pretrain(
-  settings: Settings, workdir: str, mesh: Mesh | None = None, began: float | None = None
+  settings: Settings,
+  workdir: str,
+  mesh: Mesh | None = None,
+  began: float | None = None,
+  listener: metrics.Listener | None = None,
 ) -> Outcome:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM, Ctrl-C).
 
@@ -64,11 +70,12 @@ def pretrain(
     workdir: the run's folder; a run that was begun there is resumed.
     mesh: the mesh of state and batches; None: the settings'.
     began: when the process began, by time.monotonic, if it serves this run alone; None: now.
+    listener: is told the metrics on the main process, too.
   """
   train, data = settings.train, settings.data
   trunk_ends = branches.trunk_ends(choices.optimizer_config(settings))
   with TrainingRun(
-    settings, workdir, train.steps, mesh=mesh, began=began, keep_steps=trunk_ends
+    settings, workdir, train.steps, mesh=mesh, began=began, listener=listener, keep_steps=trunk_ends
   ) as run:
     mesh, batch_size = run.mesh, train.batch_size
     sharding.batch_size_per_shard(mesh, batch_size, accumulate=train.accumulate)
@@ -128,7 +135,7 @@ def pretrain(
         **newest, **run.spent,
       })  # fmt: skip
   losses = {name: newest[name] for name in ("loss", "validation_loss") if name in newest}
-  return Outcome(outcome.step, outcome.stopped_by, losses, workdir)
+  return Outcome(outcome.step, outcome.stopped_by, losses, workdir, outcome.asked_by)
 
 
 def _newest(path: str) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class TrainingRun:
       part of another job, which neither claims its folder nor goes back.
     mesh: the mesh of state and batches; None: the settings'.
     began: when the process began, by time.monotonic, if it serves this run alone; None: now.
+    listener: is told the metrics on the main process, too.
     checkpoints: arguments of `Checkpoints`; those of `settings.train` otherwise.
 
   Attributes:
@@ -71,12 +72,13 @@ class TrainingRun:
     *,
     mesh: Mesh | None = None,
     began: float | None = None,
+    listener: metrics.Listener | None = None,
     **checkpoints: Any,
   ):
     self.settings, self._folder, self._steps, self._kind = settings, folder, steps, kind
     self._given, self._given_mesh = settings, mesh
     self._began: float | None = time.monotonic() if began is None else began
-    self._kept = checkpoints
+    self._kept, self._listener = checkpoints, listener
     self._palette: Palette | None = None
     self._held = contextlib.ExitStack()
     self.lengths: list[dict[str, Any]] = []
@@ -272,6 +274,8 @@ class TrainingRun:
       writers.append(metrics.TensorBoardWriter(folder, step))
     if log.wandb:
       writers.append(metrics.WandbWriter(folder, as_json(self.settings), log.wandb_project))
+    if self._listener is not None:
+      writers.append(metrics.ListenerWriter(self._listener))
     return metrics.Writers(writers)
 
   def elapsed(self) -> float:
