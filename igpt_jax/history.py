@@ -36,6 +36,8 @@ ADDED: dict[str, Any] = {
   "train.progress_images": 0,
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
+  "probe.pooling": "mean",
+  "probe.heads": 0,
 }
 
 

@@ -1,7 +1,9 @@
-"""The probe for large data sets: all classifiers are trained at once by SGD, on images or stored features.
+"""The probe by gradient descent: all classifiers are trained at once, on images or stored features.
 
-Its state is checkpointed in OUT/probe_sgd, so that the same command resumes; validation accuracy goes
-to metrics.jsonl there. Learning rates are chosen on validation, per layer; test is evaluated once.
+Linear ones by SGD are for large data sets, attentive ones (probing/attentive.py) by AdamW for any. Their
+state is checkpointed in OUT/probe_sgd or OUT/probe_adamw, so that the same command resumes; validation
+accuracy goes to metrics.jsonl there. Learning rates are chosen on validation, per layer; test is
+evaluated once.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.errors import Stopped, UserError
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
-from igpt_jax.probing import feeds, sets, sgd
+from igpt_jax.probing import attentive, feeds, sets, sgd
 from igpt_jax.probing.feeds import LAYERS
 from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.reporting import progress
@@ -40,14 +42,29 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
       "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
       "with sgd; fix: config.probe.method=lbfgs"
     )
-  folder, steps = os.path.join(out, "probe_sgd"), settings.probe.steps
+  if settings.probe.pooling == "attentive":
+    method, source = "adamw", feeds.by_position(source)
+  else:
+    method = "sgd"
+  folder, steps = os.path.join(out, f"probe_{method}"), steps_of(settings, source)
   keeping: dict[str, Any] = {"keep": 1, "keep_every": 0}
   with TrainingRun(settings, folder, steps, None, mesh=source.mesh, **keeping) as training:
-    return _run(settings, workdir, folder, source, training)
+    return _run(settings, workdir, folder, steps, source, training)
+
+
+def steps_of(settings: Settings, source: Source) -> int:
+  """Returns the number of updates; where `config.probe.steps` is 0, those of AIM's 100 epochs."""
+  epochs = 100
+  return settings.probe.steps or -(-epochs * source.rows("train") // settings.probe.batch_size)
 
 
 def _run(
-  settings: Settings, workdir: str, folder: str, source: Source, training: TrainingRun
+  settings: Settings,
+  workdir: str,
+  folder: str,
+  steps: int,
+  source: Source,
+  training: TrainingRun,
 ) -> list[dict[str, Any]]:
   mesh = source.mesh
   batch_size = settings.probe.batch_size
@@ -60,7 +77,7 @@ def _run(
     "images": source.rows("train"),
     "learning_rates": list(rates),
     "groups": {name: list(group) for name, group in groups.items()},
-    "steps": settings.probe.steps,
+    "steps": steps,
     "layers": list(source.features.layers),
   }
   order = DataOrder(folder, source.splits["train"], batch_size=batch_size, seed=settings.seed)
@@ -75,19 +92,22 @@ def _run(
   if latest is not None:  # before features are computed
     check(latest, training.checkpoints.read_run(latest))
   feed = feeds.open_feed(settings, workdir, source)
-  optimizer = sgd.make_optimizer(rates, settings.probe.steps)
+  kind = attentive if settings.probe.pooling == "attentive" else sgd
+  optimizer = kind.make_optimizer(rates, steps)
 
   def fresh(frozen) -> TrainState:
-    return sgd.make_state(groups, optimizer, len(rates), source.n_classes, frozen)
+    return sgd.make_state(groups, optimizer, len(rates), source.n_classes, frozen, settings.seed)
 
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(fresh, feed.frozen)
     frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
-    shardings = sgd.state_shardings(abstract, groups, mesh, frozen_shardings)
+    shardings = sgd.state_shardings(abstract, mesh, frozen_shardings)
     whole = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
   saved = training.resume_or(lambda: _probes(whole), _probes(abstract), _probes(shardings), check)
 
-  evaluate_step = jax.jit(sgd.make_eval_step(feed.extract), out_shardings=sharding.replicated(mesh))
+  evaluate_step = jax.jit(
+    sgd.make_eval_step(feed.extract, groups), out_shardings=sharding.replicated(mesh)
+  )
 
   def accuracies(params, split: str) -> dict[str, np.ndarray]:
     """Accuracies of all classifiers, [R, F] for every group."""
@@ -105,7 +125,7 @@ def _run(
 
   began = time.monotonic()
   work = Work(
-    train_step=sgd.make_train_step(feed.extract, optimizer),
+    train_step=sgd.make_train_step(feed.extract, groups, optimizer),
     batches=feed.training,
     fields=feed.fields,
     batch_size=batch_size,
