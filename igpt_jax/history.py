@@ -38,6 +38,8 @@ ADDED: dict[str, Any] = {
   "compilation_cache": "user",
   "probe.pooling": "mean",
   "probe.heads": 0,
+  "probe.attention_rates": [3e-3, 1e-3, 3e-4, 1e-4],
+  "probe.epochs": 100,
 }
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import jax
 
 from igpt_jax.config.fields import Settings
-from igpt_jax.config.job_fields import ProbeConfig
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
 from igpt_jax.training.optimizer import OptimizerConfig
@@ -41,22 +40,6 @@ def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
     model=dataclasses.replace(model, size=size or _SIZE),
     palette=palette,
     objective=objective or _OBJECTIVE,
-  )
-
-
-def probe_config(settings: Settings) -> ProbeConfig:
-  """Returns the probe's settings with learning rates and steps chosen.
-
-  Steps of attentive pooling stay open: they depend on the number of images.
-  """
-  probe = settings.probe
-  linear = probe.pooling == "mean"
-  # The paper's for ImageNet (section 3.4 and appendix), and half decades around AIM's.
-  rates = (30.0, 10.0, 3.0, 1.0, 0.3) if linear else (3e-3, 1e-3, 3e-4, 1e-4)
-  return dataclasses.replace(
-    probe,
-    learning_rates=probe.learning_rates or rates,
-    steps=probe.steps or (1_000_000 if linear else 0),
   )
 
 

@@ -53,10 +53,12 @@ class ProbeConfig(Group, prefix="probe", jobs=("probe",)):
   max_iterations: int = setting(1_000, "iterations of L-BFGS", **COUNT, jobs=("probe", "lowdata"))
   cached: bool = setting(True, "sgd, attentive: train on stored features (attentive: of every "
     "position); False: compute them anew")
-  learning_rates: tuple[float, ...] = setting((), "sgd, attentive: trained in parallel; (): 30, 10, "
-    "3, 1, 0.3 for sgd, 3e-3, 1e-3, 3e-4, 1e-4 for attentive", above=0)
-  steps: int = setting(0, "sgd, attentive: updates; 0: 1,000,000 for sgd, 100 epochs for attentive",
-    **FROM_0)
+  learning_rates: tuple[float, ...] = setting((30.0, 10.0, 3.0, 1.0, 0.3), "sgd: trained in "
+    "parallel", above=0, empty=False)
+  attention_rates: tuple[float, ...] = setting((3e-3, 1e-3, 3e-4, 1e-4), "attentive: AdamW's "
+    "learning rates, trained in parallel", above=0, empty=False)
+  steps: int = setting(1_000_000, "sgd: updates", **COUNT)
+  epochs: int = setting(100, "attentive: passes over the training images", **COUNT)
   batch_size: int = setting(128, "sgd, attentive: images in an update", **BATCH)
   eval_every: int = setting(10_000, "sgd, attentive: steps between two evaluations, and checkpoints",
     **COUNT)

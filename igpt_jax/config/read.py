@@ -36,11 +36,10 @@ def check(settings: Settings) -> None:
       files.local(f"config.{name}", value_of(settings, name))
   data, job = settings.data, settings.job
   transforms.check_recipe(data.augment, data.resolution, data.resample)
-  probe = choices.probe_config(settings)
-  steps = {"finetune": settings.finetune, "probe": probe}.get(job, settings.train).steps
-  if settings.profile.steps and 0 < steps <= settings.profile.start:
+  trained = {"finetune": settings.finetune, "probe": settings.probe}.get(job, settings.train)
+  if settings.profile.steps and settings.profile.start >= trained.steps:
     raise UserError(
-      f"config.profile.start: {settings.profile.start}; expected less than the run's {steps} steps"
+      f"config.profile.start: {settings.profile.start}; expected less than the run's {trained.steps} steps"
     )
   if job != "compile" and not settings.sample.samples:
     raise UserError("config.sample.samples: 0; expected 1 or more")

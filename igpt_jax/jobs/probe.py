@@ -15,7 +15,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from igpt_jax import files
-from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
@@ -31,6 +30,10 @@ from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
 _LBFGS_UP_TO = 200_000  # training images
 
+# Settings of one pooling, which decide nothing of the other's results.
+_OF_ATTENTIVE = ("probe.heads", "probe.attention_rates", "probe.epochs")
+_OF_LINEAR = ("probe.learning_rates", "probe.steps", "probe.max_iterations")
+
 
 def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
@@ -44,12 +47,15 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
 
 def depends_on(settings: Settings) -> dict[str, Any]:
   """Everything that determines the result, except the checkpoint."""
-  settings = dataclasses.replace(settings, probe=choices.probe_config(settings))
+  linear = settings.probe.pooling == "mean"
+  of_others = _OF_ATTENTIVE if linear else _OF_LINEAR
   return {
     "data": provenance.of_data(settings.data, sets_lib.SPLITS),
     **provenance.of_settings(
       settings, ["features", "probe", "train.eval_images", "seed"],
-      without=["features.batch_size", "features.cache", "probe.cached", "probe.eval_every"],
+      without=[
+        "features.batch_size", "features.cache", "probe.cached", "probe.eval_every", *of_others
+      ],
     ),
   }  # fmt: skip
 
@@ -79,7 +85,6 @@ def check(settings: Settings) -> None:
 
 def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
   """Probes one checkpoint; features are stored in `workdir`, results go to `out`."""
-  settings = dataclasses.replace(settings, probe=choices.probe_config(settings))
   source = sets_lib.open_source(settings, workdir, mesh)
   features_folder = sets_lib.folder_of(settings, workdir, source)
   own_features = not os.path.exists(features_folder)

@@ -9,10 +9,12 @@ evaluated once.
 import dataclasses
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from igpt_jax import files
 from igpt_jax.config.fields import Settings
@@ -35,6 +37,16 @@ _SHOWN = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """How classifiers are trained."""
+
+  method: str
+  make_optimizer: Callable[[Sequence[float], int], optax.GradientTransformation]
+  rates: tuple[float, ...]
+  steps: int
+
+
 def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
   """Trains all classifiers; returns the rows of the table, as JSON."""
   if settings.probe.concatenate or settings.probe.around_best:
@@ -42,34 +54,31 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
       "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
       "with sgd; fix: config.probe.method=lbfgs"
     )
-  if settings.probe.pooling == "attentive":
-    method, source = "adamw", feeds.by_position(source)
+  probe = settings.probe
+  if probe.pooling == "attentive":
+    source = feeds.by_position(source)
+    steps = -(-probe.epochs * source.rows("train") // probe.batch_size)
+    plan = _Plan("adamw", attentive.make_optimizer, probe.attention_rates, steps)
   else:
-    method = "sgd"
-  folder, steps = os.path.join(out, f"probe_{method}"), steps_of(settings, source)
+    plan = _Plan("sgd", sgd.make_optimizer, probe.learning_rates, probe.steps)
+  folder = os.path.join(out, f"probe_{plan.method}")
   keeping: dict[str, Any] = {"keep": 1, "keep_every": 0}
-  with TrainingRun(settings, folder, steps, None, mesh=source.mesh, **keeping) as training:
-    return _run(settings, workdir, folder, steps, source, training)
-
-
-def steps_of(settings: Settings, source: Source) -> int:
-  """Returns the number of updates; where `config.probe.steps` is 0, those of AIM's 100 epochs."""
-  epochs = 100
-  return settings.probe.steps or -(-epochs * source.rows("train") // settings.probe.batch_size)
+  with TrainingRun(settings, folder, plan.steps, None, mesh=source.mesh, **keeping) as training:
+    return _run(settings, workdir, folder, plan, source, training)
 
 
 def _run(
   settings: Settings,
   workdir: str,
   folder: str,
-  steps: int,
+  plan: _Plan,
   source: Source,
   training: TrainingRun,
 ) -> list[dict[str, Any]]:
   mesh = source.mesh
   batch_size = settings.probe.batch_size
   sharding.batch_size_per_shard(mesh, batch_size, "probe.batch_size")
-  rates = tuple(float(rate) for rate in settings.probe.learning_rates)
+  rates = tuple(float(rate) for rate in plan.rates)
   groups = feeds.groups_of(settings, source)
   identity = {
     "features_of": sets.identity_of(settings, source, "train", source.checksum),
@@ -77,7 +86,7 @@ def _run(
     "images": source.rows("train"),
     "learning_rates": list(rates),
     "groups": {name: list(group) for name, group in groups.items()},
-    "steps": steps,
+    "steps": plan.steps,
     "layers": list(source.features.layers),
   }
   order = DataOrder(folder, source.splits["train"], batch_size=batch_size, seed=settings.seed)
@@ -92,8 +101,7 @@ def _run(
   if latest is not None:  # before features are computed
     check(latest, training.checkpoints.read_run(latest))
   feed = feeds.open_feed(settings, workdir, source)
-  kind = attentive if settings.probe.pooling == "attentive" else sgd
-  optimizer = kind.make_optimizer(rates, steps)
+  optimizer = plan.make_optimizer(rates, plan.steps)
 
   def fresh(frozen) -> TrainState:
     return sgd.make_state(groups, optimizer, len(rates), source.n_classes, frozen, settings.seed)
