@@ -38,21 +38,20 @@ class Attentive(NamedTuple):
 
     All learning rates begin alike.
     """
-    keys = jax.random.split(key, 3)
-    stddev = {"query": 0.02, "keys": self.width**-0.5, "values": self.width**-0.5}
-    shapes = {name: (self.sets, self.width, self.width) for name in stddev}
-    shapes["query"] = (self.sets, self.width)
+    vector, matrix = (self.sets, self.width), (self.sets, self.width, self.width)
+    scale = self.width**-0.5
+    begun = {"query": (0.02, vector), "keys": (scale, matrix), "values": (scale, matrix)}
     drawn = {
-      name: stddev[name] * jax.random.normal(of, shapes[name], jnp.float32)
-      for name, of in zip(stddev, keys, strict=True)
+      name: stddev * jax.random.normal(of, shape, jnp.float32)
+      for of, (name, (stddev, shape)) in zip(jax.random.split(key, 3), begun.items(), strict=True)
     }
     everywhere = {
       name: jnp.broadcast_to(leaf, (n_rates, *leaf.shape)) for name, leaf in drawn.items()
     }
     return everywhere | sgd.Linear(self.sets, self.width).init(n_rates, n_classes, key)
 
-  def logits(self, probe: sgd.Probe, features_FxBxTxD: jax.Array) -> jax.Array:
-    """Returns logits [R, F, B, K].
+  def logits(self, probe: sgd.Probe, features: jax.Array) -> jax.Array:
+    """Returns logits [R, F, B, K] of features [F, B, T, D].
 
     There is one query, so that q·(W x) is taken as (Wᵀq)·x, and values are projected after they are
     pooled: no key or value of a position is ever made, which would cost E times as much.
@@ -63,8 +62,8 @@ class Attentive(NamedTuple):
       return leaf.reshape(*leaf.shape[:-1], *of_heads)
 
     asked = jnp.einsum("rfhe,rfdhe->rfdh", split(probe["query"]), split(probe["keys"]))
-    scores = jnp.einsum("fbtd,rfdh->rfbht", features_FxBxTxD, asked * of_heads[1] ** -0.5)
-    pooled = jnp.einsum("rfbht,fbtd->rfbhd", jax.nn.softmax(scores), features_FxBxTxD)
+    scores = jnp.einsum("fbtd,rfdh->rfbht", features, asked * of_heads[1] ** -0.5)
+    pooled = jnp.einsum("rfbht,fbtd->rfbhd", jax.nn.softmax(scores), features)
     values = jnp.einsum("rfbhd,rfdhe->rfbhe", pooled, split(probe["values"]))
     logits = jnp.einsum("rfbd,rfdk->rfbk", values.reshape(*values.shape[:3], -1), probe["weights"])
     return logits + probe["bias"][:, :, None]

@@ -8,7 +8,7 @@ and `rows_of`, one pass over a split in order.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from igpt_jax.probing.features import pooled_features
 from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.probing.sgd import Features, Group, Groups, Linear
 from igpt_jax.workspace import streams, weights
+
+_Rows = Generator[dict[str, np.ndarray], None, None]
 
 LAYERS = "layer"
 _PCA_IMAGES = 20_000
@@ -126,7 +128,7 @@ class StoredFeed:
   def training(self, start_step: int) -> "_Shuffled":
     return _Shuffled(self, start_step)
 
-  def rows_of(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+  def rows_of(self, split: str) -> _Rows:
     size = self._settings.probe.batch_size
     share, shares = sharding.input_share(self._source.mesh)
     local = size // shares
@@ -224,7 +226,7 @@ class ImageFeed:
       augment=False,
     )
 
-  def rows_of(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+  def rows_of(self, split: str) -> _Rows:
     source = self._source
     with streams.eval_stream(
       source.splits[split],
