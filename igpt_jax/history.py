@@ -34,12 +34,17 @@ ADDED: dict[str, Any] = {
   "data.validation_split": "",
   "data.verify": False,
   "train.progress_images": 0,
+  "train.optimizer": "adam",
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
   "probe.pooling": "mean",
   "probe.heads": 0,
   "probe.attention_rates": [3e-3, 1e-3, 3e-4, 1e-4],
   "probe.epochs": 100,
+  "model.positions": "learned",
+  "model.qk_norm": False,
+  "model.value_embeddings": False,
+  "model.x0_skip": False,
 }
 
 

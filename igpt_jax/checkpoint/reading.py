@@ -20,7 +20,8 @@ from orbax.checkpoint._src.futures import synchronization  # no public API numbe
 from igpt_jax.checkpoint import file_sums, folders
 from igpt_jax.checkpoint.settled import settled
 from igpt_jax.errors import NewerFormat, UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
+from igpt_jax.model.image_gpt import Params, abstract_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.training.state import HEAD, head_sharding, param_shardings
 
 

@@ -5,12 +5,13 @@ treat an open choice as it is without a checkpoint.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
-from igpt_jax.config.fields import Settings
+from igpt_jax.config.fields import FIELDS, Settings
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Preset
+from igpt_jax.model.model_config import OPTIONS, PRESETS, ImageGPTConfig, Preset
 from igpt_jax.training.optimizer import OptimizerConfig
 
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
@@ -26,7 +27,8 @@ def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
   size = model.size
   if start is not None:
     shape = {name: getattr(start, name) for name in MODEL_SHAPE}
-    model = dataclasses.replace(model, **shape)
+    options = {name: getattr(start, name) for name in OPTIONS}
+    model = dataclasses.replace(model, **shape, **options)
     palette = dataclasses.replace(palette, size=start.n_vocab)
     objective = "autoregressive" if start.causal else "masked"
     published = (
@@ -61,6 +63,12 @@ def compute_dtype(settings: Settings) -> str:
   return "float32" if on_cpu else "bfloat16"
 
 
+def model_options(settings: Settings) -> dict[str, Any]:
+  """Returns the settings that make the model another than the paper's."""
+  values = {name: getattr(settings.model, name) for name in OPTIONS}
+  return {name: v for name, v in values.items() if v != FIELDS[f"model.{name}"].default}
+
+
 def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
   """Returns the model's config; initialises devices if `model.dtype` is open."""
   size, model = preset(settings), settings.model
@@ -74,6 +82,7 @@ def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
     dtype=compute_dtype(settings),
     remat=model.remat or size.remat,
     attention=model.attention,
+    **{name: getattr(model, name) for name in OPTIONS},
   )
 
 
@@ -90,6 +99,7 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     b2=train.b2,
     weight_decay=train.weight_decay,
     clip_norm=train.clip_norm,
+    optimizer=train.optimizer,
   )
 
 

@@ -104,6 +104,15 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
     "\"\": the size's", choices=("none", "names", "offload", "full"))
   attention: str = setting("auto", "implementation of attention", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
+  # The following aren't the paper's. A checkpoint that training starts from keeps its own.
+  positions: str = setting("learned", "learned (a table of all positions), axial (tables of rows and of "
+    "columns), rope2d (rotations of queries and keys by row and column; images of any size)",
+    choices=("learned", "axial", "rope2d"), decides="run")
+  qk_norm: bool = setting(False, "RMS norms of every head's queries and keys", decides="run")
+  value_embeddings: bool = setting(False, "every layer adds a vector chosen by the token to the values",
+    decides="run")
+  x0_skip: bool = setting(False, "every layer adds the embeddings, times learned gains, to its input",
+    decides="run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +127,8 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
   warmup_steps: int = setting(0, "steps of linear warm-up", **FROM_0, decides="pretraining")
   schedule: str = setting("cosine", "after the warm-up: cosine, to 0 at `steps`, or constant",
     decides="pretraining", choices=("cosine", "constant"))
+  optimizer: str = setting("adam", "adam, or muon: the blocks' matrices by Muon, all else by Adam, at one "
+    "learning rate", decides="run", choices=("adam", "muon"), jobs=MAKING)
   b1: float = setting(0.9, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
   b2: float = setting(0.95, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
   weight_decay: float = setting(0.0, "weight decay of matrices, decoupled", **FROM_0, decides="run", jobs=MAKING)

@@ -26,7 +26,7 @@ from igpt_jax.prediction.forecast import Forecast, Training
 from igpt_jax.prediction.topology import Topology, check_name, open_topology
 from igpt_jax.reporting import summary as summary_lib
 from igpt_jax.reporting import versions
-from igpt_jax.training.compilation import flops_per_image
+from igpt_jax.training.compilation import flops_per_image, optimizer_flops
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.workspace import workdir as workdir_lib
 
@@ -145,6 +145,7 @@ def summary(
       {"bytes": size, "shape": shape, "origin": origin} for size, shape, origin in memory.largest
     ],
     "flops_per_step": flops,
+    "optimizer_flops_per_step": optimizer_flops(model, training.optimizer),
     "schedule_images": images,
     "compile_seconds": round(step.compile_seconds, 1),
     "versions": versions.versions(),
@@ -209,6 +210,8 @@ def table(values: dict[str, Any]) -> str:
     for buffer in values["largest_buffers"][:5]
   ]
   lines.append(f"  model FLOPs        {values['flops_per_step']:.3e} a step")
+  if own := values["optimizer_flops_per_step"]:
+    lines.append(f"  optimizer's FLOPs  {own:.3e} a step, not in MFU")
   if "step_seconds" in values:
     parts = values["step_parts"]
     lines += [

@@ -91,6 +91,7 @@ def check(settings: Settings) -> None:
 
 def check_format(kind: str, info: checkpoint.CheckpointInfo) -> None:
   """Raises UserError, before the weights are read, if `kind` can't hold the model."""
+  formats.check_holds(kind, info.config)
   if kind == "huggingface" and not info.config.causal:
     raise UserError(
       f"config.convert.format: huggingface, but {info.path} is a BERT model, which transformers' Image GPT "

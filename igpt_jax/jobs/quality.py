@@ -60,8 +60,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 def quality(settings: Settings, workdir: str, out: str) -> None:
   """Measures one checkpoint; results go to `out`."""
-  info = completer_lib.describe(settings, workdir)
-  weights.check_resolution(settings, info)
+  info = weights.at_resolution(settings, completer_lib.describe(settings, workdir))
   mesh = devices.mesh_of(settings)
   splits = {name: open_split(settings.data, name) for name in ("train", "test")}
   for split in splits.values():
@@ -175,7 +174,7 @@ def describe_network(
   path = settings.quality.network
   chosen = weights.describe(path, settings) if path else info
   weights.palette_of(chosen)
-  weights.check_resolution(settings, chosen)
+  chosen = weights.at_resolution(settings, chosen)
   n_layer, layer = chosen.config.n_layer, settings.quality.layer
   if not -1 <= layer <= n_layer:
     raise UserError(

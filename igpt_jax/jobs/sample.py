@@ -43,8 +43,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def sample(settings: Settings, workdir: str, out: str) -> None:
   """Samples from one checkpoint; images go to `out`."""
   sampling = choices.sampling_config(settings)
-  info = completer_lib.describe(settings, workdir)
-  weights.check_resolution(settings, info)
+  info = weights.at_resolution(settings, completer_lib.describe(settings, workdir))
   say(f"checkpoint: {info.path}")
   n_samples, per_image = settings.sample.samples, settings.sample.per_image
   n_completions = settings.sample.completions

@@ -1,14 +1,14 @@
-"""Image GPT, as the released code has it (openai/image-gpt, src/model.py).
+"""Image GPT, by default as the released code has it (openai/image-gpt, src/model.py).
 
 Pre-norm blocks with scale-only RMS norms, x·sigmoid(1.702x), no biases, learned absolute positions
 in raster order, an untied output table. A causal model shifts its input by a learned start vector
-and predicts every pixel; a BERT model sees the pixels that a mask leaves visible.
+and predicts every pixel; a BERT model sees the pixels that a mask leaves visible. What later work
+changed is optional (`ImageGPTConfig`).
 
 The layers are stacked on axis 0 and scanned, so that compilation doesn't grow with depth.
 Parameters carry logical axis names (`axes`); `parallel.sharding` maps those to the mesh.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jax.ad_checkpoint import checkpoint_name
 
-from igpt_jax.errors import UserError
 from igpt_jax.model import fused_stack, layers
-from igpt_jax.model.attention.dispatch import SAVED_NAMES, attention, choose
+from igpt_jax.model.attention.dispatch import SAVED_NAMES, choose
+from igpt_jax.model.block import Block, Embedded, RMSNorm, normal
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.model.projection import Einsum, sharded_einsum
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
@@ -36,165 +36,12 @@ _REMAT_POLICIES = {
   ),
   "full": None,
 }
-REMAT_POLICIES = ("none", *_REMAT_POLICIES)
 
 Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageGPTConfig:
-  """Configuration of a model. Parameters are float32 whatever `dtype` is.
-
-  Attributes:
-    n_layer, n_head, n_embd: depth, heads, width.
-    n_vocab: palette size; also the number of output classes per pixel.
-    n_positions: pixels of an image, height × width.
-    causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
-    dtype: dtype of activations and matmuls, "float32" or "bfloat16".
-    remat: policy of what the backward pass recomputes: "none" keeps all activations, "names" keeps the
-      matmuls' and the attention's outputs, "offload" keeps those in the host's memory, "full" keeps
-      one vector per block and position.
-    attention: one of `attention.dispatch.IMPLEMENTATIONS`.
-  """
-
-  n_layer: int
-  n_head: int
-  n_embd: int
-  n_vocab: int = 512
-  n_positions: int = 1024
-  causal: bool = True
-  dtype: str = "float32"
-  remat: str = "none"
-  attention: str = "auto"
-
-  def __post_init__(self):
-    for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
-      if getattr(self, name) < 1:
-        raise UserError(f"model.{name}: {getattr(self, name)}; expected a positive number")
-    if self.n_vocab < 2:
-      raise UserError(
-        f"model.n_vocab: {self.n_vocab}; expected 2 colours or more: one is no choice"
-      )
-    if self.n_embd % self.n_head:
-      fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-      nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
-      raise UserError(
-        f"model.n_embd: {self.n_embd} isn't divisible by model.n_head: {self.n_head}; "
-        f"expected heads that divide it, such as {', '.join(map(str, nearest))}"
-      )
-    if self.dtype not in ("float32", "bfloat16"):
-      raise UserError(f"model.dtype: {self.dtype!r}; expected 'float32' or 'bfloat16'")
-    if self.remat not in REMAT_POLICIES:
-      raise UserError(f"model.remat: {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}")
-
-  @property
-  def head_dim(self) -> int:
-    return self.n_embd // self.n_head
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-  """Shape of a published model and its learning rates (paper, section 3.3 and appendix).
-
-  `remat` is the fastest policy with which the paper's batch fits on 16 chips of the smallest memory
-  (XL: on 256), according to compiled programs; on a CPU it is the fastest of all.
-  """
-
-  n_layer: int
-  n_embd: int
-  n_head: int
-  learning_rate: float
-  learning_rate_masked: float
-  remat: str
-
-
-# XL's number of heads isn't published. 24 heads of 128 fill the 128 lanes of a TPU's matrix unit
-# and of a GPU's fused attention, where S, M, L's own head sizes (64, 128, 96) don't all do.
-# BERT learning rates for S, M, L are from the paper's appendix; XL was never trained as BERT and
-# takes the autoregressive rate.
-PRESETS = {
-  "s": Preset(24, 512, 8, 3e-3, 1e-2, "names"),
-  "m": Preset(36, 1024, 8, 3e-3, 3e-3, "names"),
-  "l": Preset(48, 1536, 16, 1e-3, 1e-3, "names"),
-  "xl": Preset(60, 3072, 24, 3e-4, 3e-4, "full"),
-}
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, axes: tuple[str, ...]):
-  return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
-
 
 _TO_LOGITS = Einsum(
   "btd,vd->btv", layers.STREAM, ("vocab", "embed"), ("batch", "length", "vocab"), "float32"
 )
-
-
-class RMSNorm(nnx.Module):
-  """x · rsqrt(mean(x²) + 1e-5) · g, in float32. The paper calls it layer norm."""
-
-  def __init__(self, width: int):
-    self.g = nnx.Param(jnp.ones((width,), jnp.float32), axes=("norm",))
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return layers.rms_norm(x, self.g[...])
-
-
-class Attention(nnx.Module):
-  """Multi-head self-attention without biases; q, k and v come from one matmul."""
-
-  def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
-    self.config = config
-    width = config.n_embd
-    self.qkv = _normal(rngs, (3, width, width), 1 / math.sqrt(width), layers.TO_QKV.weight_axes)
-    self.proj = _normal(
-      rngs, (width, width), 1 / math.sqrt(width * config.n_layer), layers.FROM_HEADS.weight_axes
-    )
-
-  def project_qkv(self, x_BxTxD: jax.Array) -> jax.Array:
-    """[B, T, D] -> queries, keys and values, [3, B, T, n_head * head_dim]."""
-    return checkpoint_name(sharded_einsum(layers.TO_QKV, x_BxTxD, self.qkv[...]), "qkv")
-
-  def project_out(self, heads_BxTxE: jax.Array) -> jax.Array:
-    return sharded_einsum(layers.FROM_HEADS, heads_BxTxE, self.proj[...])
-
-
-class MLP(nnx.Module):
-  """D -> 4D -> D with x·sigmoid(1.702x) between."""
-
-  def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
-    width = config.n_embd
-    self.fc = _normal(rngs, (width, 4 * width), 0.02, layers.TO_INNER.weight_axes)
-    self.proj = _normal(rngs, (4 * width, width), 0.02, layers.FROM_INNER.weight_axes)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = checkpoint_name(sharded_einsum(layers.TO_INNER, x, self.fc[...]), "mlp_in")
-    return sharded_einsum(layers.FROM_INNER, layers.activation(hidden), self.proj[...])
-
-
-class Block(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-  def __init__(self, config: ImageGPTConfig, rngs: nnx.Rngs):
-    self.config = config
-    self.ln_1 = RMSNorm(config.n_embd)
-    self.attn = Attention(config, rngs)
-    self.ln_2 = RMSNorm(config.n_embd)
-    self.mlp = MLP(config, rngs)
-
-  def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the block's output [B, T, D] and the queries, keys and values it used [3, B, T, E]."""
-    config = self.config
-    qkv = self.attn.project_qkv(self.ln_1(x_BxTxD))
-    heads = attention(
-      qkv, n_head=config.n_head, causal=config.causal, implementation=config.attention
-    )
-    return self.finish(x_BxTxD, heads), qkv
-
-  def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
-    """Applies the rest of the block to its input x and the heads' outputs, both [B, T, D]."""
-    x = x + self.attn.project_out(heads)
-    return x + self.mlp(self.ln_2(x))
-
 
 Collect = Callable[[Block, jax.Array, jax.Array], Any]  # (block, its input, its qkv) -> pytree
 
@@ -211,10 +58,17 @@ class ImageGPT(nnx.Module):
   def __init__(self, config: ImageGPTConfig, *, rngs: nnx.Rngs):
     self.config = config
     width = config.n_embd
-    self.wte = _normal(rngs, (config.n_vocab, width), 0.02, ("vocab", "embed"))
-    self.wpe = _normal(rngs, (config.n_positions, width), 0.01, ("position", "embed"))
+    self.wte = normal(rngs, (config.n_vocab, width), 0.02, ("vocab", "embed"))
+    axes = ("position", "embed")
+    if config.positions == "learned":
+      self.wpe = normal(rngs, (config.n_positions, width), 0.01, axes)
+    elif config.positions == "axial":
+      # Their sum varies as the learned table does.
+      shape = (math.isqrt(config.n_positions), width)
+      self.wpe_row = normal(rngs, shape, 0.01 / math.sqrt(2), axes)
+      self.wpe_column = normal(rngs, shape, 0.01 / math.sqrt(2), axes)
     if config.causal:
-      self.sos = _normal(rngs, (width,), 0.02, ("norm",))
+      self.sos = normal(rngs, (width,), 0.02, ("norm",))
     self.blocks = jax.vmap(lambda r: Block(config, r))(rngs.split(config.n_layer))
     self.ln_f = RMSNorm(width)
     self.wtet = nnx.Param(jnp.zeros((config.n_vocab, width), jnp.float32), axes=("vocab", "embed"))
@@ -231,8 +85,8 @@ class ImageGPT(nnx.Module):
     final, _ = self.hidden(self.embed(tokens_BxT, keep_BxT))
     return self.logits(final)
 
-  def embed(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
-    """Returns token plus position embeddings [B, T, D], shifted right by the start vector if causal."""
+  def embed(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> Embedded:
+    """Returns the embeddings of tokens [B, T]; `keep_BxT` as in `__call__`."""
     dtype = jnp.dtype(self.config.dtype)
     batch, length = tokens_BxT.shape
     # Rows are looked up in float32, then cast: the other way round their gradients, sums over all
@@ -240,38 +94,56 @@ class ImageGPT(nnx.Module):
     # The tables are small, so gather them whole: otherwise the partitioner moves the activations.
     x = gather_weight(self.wte[...], "vocab", "embed")[tokens_BxT].astype(dtype)
     x = constrain(x, *layers.STREAM)
+    visible = jnp.ones(tokens_BxT.shape, bool)
     if self.config.causal:
       if keep_BxT is not None:
         raise ValueError("a causal model takes no mask: every pixel is predicted from those before")
       start = jnp.broadcast_to(self.sos[...], (batch, 1, x.shape[-1])).astype(dtype)
       x = jnp.concatenate([start, x[:, :-1]], axis=1)
+      tokens_BxT = jnp.pad(tokens_BxT, ((0, 0), (1, 0)))[:, :-1]
+      visible = visible.at[:, :1].set(False)
     elif keep_BxT is not None:
       x = x * keep_BxT[..., None].astype(dtype)
-    positions = gather_weight(self.wpe[...], "position", "embed")[:length]
-    positions = jnp.broadcast_to(positions, x.shape).astype(dtype)
-    return constrain(x + positions, *layers.STREAM)
+      visible = keep_BxT.astype(bool)
+    table = self.position_table()
+    if table is not None:
+      positions = jnp.broadcast_to(table[:length], x.shape).astype(dtype)
+      x = x + positions
+    return Embedded(constrain(x, *layers.STREAM), tokens_BxT, visible)
 
-  def hidden(self, x_BxTxD: jax.Array, collect: Collect | None = None) -> tuple[jax.Array, Any]:
+  def position_table(self) -> jax.Array | None:
+    """Returns what is added at each position, float32 [n_positions, D], whole; None: nothing is."""
+
+    def whole(table: nnx.Param) -> jax.Array:
+      return gather_weight(table[...], "position", "embed")
+
+    if self.config.positions == "learned":
+      return whole(self.wpe)
+    if self.config.positions == "axial":
+      by_place = whole(self.wpe_row)[:, None] + whole(self.wpe_column)
+      return by_place.reshape(self.config.n_positions, -1)
+    return None
+
+  def hidden(self, embedded: Embedded, collect: Collect | None = None) -> tuple[jax.Array, Any]:
     """Runs all blocks and the final norm.
 
     Args:
-      x_BxTxD: embeddings.
+      embedded: embeddings.
       collect: called in each block; its results are stacked over layers.
 
     Returns:
       The final norm's output [B, T, D], and the collected results ([L, ...] leaves, or None).
     """
-    config = self.config
-    qkv = jax.ShapeDtypeStruct((3, *x_BxTxD.shape), x_BxTxD.dtype)
-    kernel = config.attention if config.attention != "auto" else choose(qkv, config.n_head)
-    if collect is None and config.remat == "names" and kernel.startswith("tpu"):
+    config, x_BxTxD = self.config, embedded.stream
+    if collect is None and (kernel := fused_kernel(config, x_BxTxD)):
       blocks = nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param))
       interpret = kernel == "tpu_interpret"
       x_BxTxD = fused_stack.run(blocks, x_BxTxD, config.n_head, config.causal, interpret)
       return self.ln_f(x_BxTxD), None
 
     def body(x, block):
-      y, qkv = block(x)
+      x = block.enter(x, embedded)
+      y, qkv = block(x, embedded)
       y = constrain(y, *layers.STREAM)
       return y, None if collect is None else collect(block, x, qkv)
 
@@ -310,6 +182,14 @@ class ImageGPT(nnx.Module):
     return jnp.concatenate([pooled, pool(final)[None]])
 
 
+def fused_kernel(config: ImageGPTConfig, x_BxTxD: jax.Array | jax.ShapeDtypeStruct) -> str:
+  """Returns the kernel with which `fused_stack` computes all blocks; "": they are scanned."""
+  qkv = jax.ShapeDtypeStruct((3, *x_BxTxD.shape), x_BxTxD.dtype)
+  kernel = config.attention if config.attention != "auto" else choose(qkv, config.n_head)
+  in_blocks = config.options.keys() - {"positions"} or config.positions == "rope2d"
+  return kernel if config.remat == "names" and kernel.startswith("tpu") and not in_blocks else ""
+
+
 def init_params(config: ImageGPTConfig, key: jax.Array) -> Params:
   """Returns random parameters: a nested dict of float32 arrays, layers stacked on axis 0 of "blocks"."""
   return nnx.to_pure_dict(nnx.state(ImageGPT(config, rngs=nnx.Rngs(key)), nnx.Param))
@@ -346,7 +226,7 @@ def abstract_params(config: ImageGPTConfig) -> Params:
 
 
 def compute_dtypes(config: ImageGPTConfig) -> Params:
-  """Returns the dtype in which each parameter is multiplied: the config's; float32 for norms' gains."""
+  """Returns the dtype in which each parameter is multiplied: the config's; float32 for gains."""
 
   def dtype_of(path, leaf):
     return leaf.dtype if path[-1].key == "g" else jnp.dtype(config.dtype)

@@ -189,6 +189,54 @@ def per_device(
   )
 
 
+def on_whole_matrices(function: Callable, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """Returns `function` of matrices that are split over devices; each is made whole on one of them.
+
+  All devices share the work, those too that hold the same numbers. Left to itself the partitioner
+  computes every matrix in parts, with a sum over devices after each product. The matrices change
+  places by all-to-all, and by an all-gather to the copies in the end; if they don't divide among the
+  devices, there are zeros among them.
+
+  Args:
+    function: maps [n, rows, columns] to as many, each by itself; zeros to anything finite.
+    x: matrices [..., rows, columns], split along the last two axes alone.
+    axes: logical axes of `x`, and of the result.
+  """
+
+  def stacked(part: jax.Array) -> jax.Array:
+    return part.reshape(-1, *part.shape[-2:])
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(stacked(x)).reshape(x.shape)
+  sides = [RULES[axis] or () if axis else () for axis in axes[-2:]]
+  sides = [(side,) if isinstance(side, str) else side for side in sides]
+  sides = [tuple(name for name in side if mesh.shape[name] > 1) for side in sides]
+  moves = [(at, side) for at, side in enumerate(sides, start=1) if side]
+  copies = tuple(
+    name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in sides[0] + sides[1]
+  )
+  n = math.prod(x.shape[:-2])
+  padded = -(-n // mesh.size) * mesh.size
+  share = padded // math.prod(mesh.shape[name] for name in copies)
+
+  def on_device(part):
+    parts = jnp.pad(stacked(part), ((0, padded - n), (0, 0), (0, 0)))
+    if copies:
+      first = jax.lax.axis_index(copies) * share
+      parts = jax.lax.dynamic_slice_in_dim(parts, first, share)
+    for side, names in moves:
+      parts = jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=side, tiled=True)
+    parts = function(parts)
+    for side, names in reversed(moves):
+      parts = jax.lax.all_to_all(parts, names, split_axis=side, concat_axis=0, tiled=True)
+    if copies:
+      parts = jax.lax.all_gather(parts, copies, tiled=True)
+    return parts[:n].reshape(part.shape)
+
+  return per_device(on_device, [axes], axes)(x)
+
+
 def batch_shards(mesh: Mesh) -> int:
   """Number of parts that a batch is split into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from igpt_jax.model.decoding import autoregressive
-from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params, compute_dtypes
+from igpt_jax.model.image_gpt import abstract_params, compute_dtypes
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.prediction import bundles, hlo, schedule
 from igpt_jax.prediction.topology import Topology

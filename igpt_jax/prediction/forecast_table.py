@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import PRESETS
+from igpt_jax.model.model_config import PRESETS
 from igpt_jax.reporting import summary
 from igpt_jax.reporting.tables import markdown_table
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.model.image_gpt import count_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction.forecast import Forecast, Training

@@ -15,7 +15,7 @@ import numpy as np
 
 from igpt_jax import files
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import clusters as palettes
 from igpt_jax.pretrained import huggingface, openai
 from igpt_jax.pretrained.leaves import Foreign, Path, Report
@@ -150,6 +150,16 @@ def load(
     return Loaded(foreign.config, params, foreign.clusters, foreign.notes)
 
 
+def check_holds(format: str, config: ImageGPTConfig) -> None:
+  """Raises UserError if a format can't hold the model: others' code would compute another."""
+  if format != "orbax" and config.options:
+    chosen = ", ".join(f"model.{name}={value}" for name, value in config.options.items())
+    raise UserError(
+      f"format: {format}, but the model was made with {chosen}, which others' Image GPT doesn't compute; "
+      "expected the paper's model; fix: orbax, this program's own format"
+    )
+
+
 def save(
   path: str | os.PathLike[str],
   format: str,
@@ -173,6 +183,7 @@ def save(
   Raises:
     UserError: the target exists, or the format can't hold this model.
   """
+  check_holds(format, config)
   if format == "huggingface":
     huggingface.write_directory(path, config, params, clusters=clusters, fetch=fetch, report=report)
   elif format == "openai":

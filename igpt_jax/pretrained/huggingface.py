@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 
 from igpt_jax import files
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig
 from igpt_jax.model.layers import NORM_EPSILON
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import clusters as palettes
 from igpt_jax.pretrained.leaves import (
   Foreign,

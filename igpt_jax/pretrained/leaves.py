@@ -18,7 +18,7 @@ import numpy as np
 
 from igpt_jax import units
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.reporting import progress
 from igpt_jax.units import data_size
 

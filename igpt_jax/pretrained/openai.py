@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained.leaves import (
   Foreign,
   Leaf,

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.model.image_gpt import Params, bind
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import draw_visible
 from igpt_jax.training.state import param_shardings

@@ -18,7 +18,8 @@ from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split, has_validation, open_split
-from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.model.image_gpt import count_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics, progress, summary

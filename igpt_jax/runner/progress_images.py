@@ -22,7 +22,8 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split
 from igpt_jax.model.decoding import autoregressive, masked
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, to_compute_dtypes
+from igpt_jax.model.image_gpt import Params, to_compute_dtypes
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import figures

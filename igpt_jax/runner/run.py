@@ -21,7 +21,7 @@ from igpt_jax.config.fields import Settings, as_json
 from igpt_jax.config.run_fields import ProfileConfig
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import SaveFailed
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics

@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from igpt_jax.model.attention import dispatch as attention_lib
 from igpt_jax.model.decoding import autoregressive
-from igpt_jax.model.image_gpt import ImageGPTConfig, init_params
+from igpt_jax.model.image_gpt import init_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.training import compilation, state, step
 

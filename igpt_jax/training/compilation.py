@@ -8,8 +8,11 @@ from typing import Any
 import jax
 
 from igpt_jax import units
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.image_gpt import abstract_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import compilation_cache
+from igpt_jax.training import muon
+from igpt_jax.training.optimizer import OptimizerConfig
 from igpt_jax.training.state import TrainState
 
 
@@ -96,3 +99,13 @@ def flops_per_image(config: ImageGPTConfig) -> float:
   matmul_parameters = config.n_layer * 12 * config.n_embd**2 + config.n_vocab * config.n_embd
   attention = config.n_layer * 12 * config.n_positions * config.n_embd
   return config.n_positions * (6 * matmul_parameters + attention * (0.5 if config.causal else 1.0))
+
+
+def optimizer_flops(model: ImageGPTConfig, optimizer: OptimizerConfig) -> float:
+  """FLOPs of the matrix products of one update; 0 for Adam, whose elementwise work isn't counted."""
+  return muon.flops(abstract_params(model)) if optimizer.optimizer == "muon" else 0.0
+
+
+def flops_per_step(model: ImageGPTConfig, optimizer: OptimizerConfig, batch_size: int) -> float:
+  """Model FLOPs of a batch, and the optimizer's own."""
+  return flops_per_image(model) * batch_size + optimizer_flops(model, optimizer)

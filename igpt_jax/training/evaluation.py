@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params
+from igpt_jax.model.image_gpt import Params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.training.objectives import Objective
 from igpt_jax.training.state import param_shardings

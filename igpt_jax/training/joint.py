@@ -14,7 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.model.image_gpt import Params, bind
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.training.evaluation import EVAL_SEED, mean_nats, sum_metrics
 from igpt_jax.training.objectives import draw_visible, has_counted, per_image, token_nll

@@ -1,4 +1,4 @@
-"""Adam with a linear warm-up and a cosine to zero, the paper's recipe (section 3.3)."""
+"""Adam with a linear warm-up and a cosine to zero, the paper's recipe (section 3.3); or Muon with it."""
 
 import dataclasses
 
@@ -6,7 +6,9 @@ import jax
 import optax
 
 from igpt_jax.errors import UserError
+from igpt_jax.training import muon
 
+OPTIMIZERS = ("adam", "muon")
 SCHEDULES = ("cosine", "constant")
 
 
@@ -22,6 +24,7 @@ class OptimizerConfig:
     b1, b2, eps: Adam's.
     weight_decay: decoupled, on matrices only; 0 in the paper.
     clip_norm: global gradient norm to clip to; 0 for no clipping.
+    optimizer: "adam", or "muon": the blocks' matrices by Muon, all else by Adam.
   """
 
   learning_rate: float
@@ -33,8 +36,13 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float = 0.0
+  optimizer: str = "adam"
 
   def __post_init__(self):
+    if self.optimizer not in OPTIMIZERS:
+      raise UserError(
+        f"train.optimizer: {self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}"
+      )
     if self.schedule not in SCHEDULES:
       raise UserError(f"train.schedule: {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
     if self.steps < 1:
@@ -67,12 +75,21 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-  parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+  scaled = optax.scale_by_adam(config.b1, config.b2, config.eps)
+  if config.optimizer == "muon":
+    scaled = optax.partition({"muon": muon.scale_by_muon(), "adam": scaled}, _optimizer_of)
+  parts.append(scaled)
   if config.weight_decay:
     # Gains, and everything else that isn't a matrix per layer, don't decay.
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
   parts.append(optax.scale_by_learning_rate(make_schedule(config)))
   return optax.chain(*parts)
+
+
+def _optimizer_of(params):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "muon" if muon.is_muons(path) else "adam", params
+  )
 
 
 def _is_matrix(params):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, init_params, param_axes
+from igpt_jax.model.image_gpt import Params, init_params, param_axes
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 
 HEAD = "clf"  # name of a classifier's weights among the parameters
@@ -79,8 +80,17 @@ def state_shardings(
     params[HEAD] = head_sharding(mesh)
   everywhere: Any = sharding.replicated(mesh)
   opt_state = abstract_state(config, optimizer, n_classes).opt_state
+
+  def is_absent(moment) -> bool:  # of a parameter that another optimizer updates
+    return isinstance(moment, optax.MaskedNode)
+
   moments = optax.tree.map_params(
-    optimizer, lambda _, param: param, opt_state, params, transform_non_params=lambda _: everywhere
+    optimizer,
+    lambda moment, param: moment if is_absent(moment) else param,
+    opt_state,
+    params,
+    transform_non_params=lambda _: everywhere,
+    is_leaf=is_absent,
   )
   return TrainState(
     step=everywhere, params=params, opt_state=moments, rng=everywhere, skipped=everywhere

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.model.image_gpt import Params, bind
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel.sharding import constrain
 from igpt_jax.training.objectives import Objective, has_counted, per_image
 from igpt_jax.training.state import TrainState

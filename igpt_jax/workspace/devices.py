@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 
 from igpt_jax.config.fields import Settings
 from igpt_jax.config.run_fields import MeshConfig
-from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.model.image_gpt import count_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware
 from igpt_jax.parallel.sharding import make_mesh
 

@@ -71,7 +71,7 @@ def begin(
   elif own is not None and not named:
     fix = f"put those colours back, which {folder}/palette.npy holds"
     weights_lib.check_palette(settings, own, fix)
-  weights_lib.check_resolution(settings, info)
+  info = weights_lib.at_resolution(settings, info)
   palette = weights_lib.palette_of(info)
   has_head = bool(info.classes) and (own is not None or not scratch)
   if has_head and info.classes != split.class_names:

@@ -6,7 +6,8 @@ from jax.sharding import Mesh
 
 from igpt_jax import units
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.model.image_gpt import count_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training.compilation import CompiledStep
 

@@ -20,7 +20,7 @@ from igpt_jax.config import choices
 from igpt_jax.config.fields import FIELDS, Settings, value_of, with_values
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary

@@ -20,7 +20,8 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import PRESETS, Params, to_compute_dtypes
+from igpt_jax.model.image_gpt import Params, to_compute_dtypes
+from igpt_jax.model.model_config import PRESETS
 from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats, hub
 from igpt_jax.pretrained.leaves import Report, placer
@@ -204,10 +205,17 @@ def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
     elif size is not None:
       source = f"config's model.size {settings.model.size}"
       compare(field, getattr(size, name), theirs, "model.size=", source)
+  asked = choices.model_options(settings)
+  for name, value in asked.items():
+    theirs = getattr(info.config, name)
+    compare(f"model.{name}", value, theirs, f"model.{name}={theirs}")
   n_vocab, resolution = info.config.n_vocab, info.run["resolution"]
   compare("palette.size", settings.palette.size, n_vocab, f"palette.size={n_vocab}")
   compare("objective", settings.objective, info.run["objective"], "objective=")
-  compare("data.resolution", settings.data.resolution, resolution, f"data.resolution={resolution}")
+  if info.config.positions != "rope2d":
+    compare(
+      "data.resolution", settings.data.resolution, resolution, f"data.resolution={resolution}"
+    )
   if differing:
     raise UserError(
       f"init_from: {info.path} is another model than the config's:\n"
@@ -249,8 +257,7 @@ def load_model(
     UserError, before the weights are read: there is none, it is of another resolution than the
       data, or it needs a palette and has none.
   """
-  info = of_job(settings, workdir)
-  check_resolution(settings, info)
+  info = at_resolution(settings, of_job(settings, workdir))
   if needs_palette:
     palette_of(info)
   check(info)
@@ -271,14 +278,25 @@ def read_to_draw(settings: Settings, info: CheckpointInfo, mesh: Mesh) -> checkp
   return dataclasses.replace(model, params=to_compute_dtypes(model.config, model.params))
 
 
-def check_resolution(settings: Settings, info: CheckpointInfo) -> None:
-  """Raises UserError if the data's resolution isn't the checkpoint's."""
+def at_resolution(settings: Settings, info: CheckpointInfo) -> CheckpointInfo:
+  """Returns the checkpoint's description at the data's resolution.
+
+  Raises:
+    UserError: that isn't the checkpoint's, and its positions are tables of its own resolution.
+  """
   ours, theirs = settings.data.resolution, info.run["resolution"]
-  if ours != theirs:
-    raise UserError(
-      f"data.resolution: {ours}; the checkpoint {info.path} was trained at {theirs}; fix: "
-      f"--config.data.resolution={theirs}"
+  if ours == theirs:
+    return info
+  if info.config.positions == "rope2d":
+    say(
+      f"checkpoint: {info.path} was trained at {theirs}×{theirs} pixels, and is used at {ours}×{ours}"
     )
+    config = dataclasses.replace(info.config, n_positions=ours**2)
+    return dataclasses.replace(info, config=config, run={**info.run, "resolution": ours})
+  raise UserError(
+    f"data.resolution: {ours}; the checkpoint {info.path} was trained at {theirs}, and has no positions "
+    f"beyond that (model.positions=rope2d would); fix: --config.data.resolution={theirs}"
+  )
 
 
 def palette_of(info: CheckpointInfo) -> Palette:

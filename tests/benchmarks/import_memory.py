@@ -30,7 +30,8 @@ from igpt_jax import checkpoint  # noqa: E402
 from igpt_jax.config.fields import Settings  # noqa: E402
 from igpt_jax.config.job_fields import ConvertConfig  # noqa: E402
 from igpt_jax.jobs import convert as convert_job  # noqa: E402
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, abstract_params  # noqa: E402
+from igpt_jax.model.image_gpt import abstract_params  # noqa: E402
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig  # noqa: E402
 from igpt_jax.parallel.sharding import make_mesh  # noqa: E402
 from igpt_jax.pretrained import formats, openai  # noqa: E402
 from igpt_jax.pretrained.leaves import placer  # noqa: E402

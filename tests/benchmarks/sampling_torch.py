@@ -36,7 +36,8 @@ import torch
 import transformers
 
 from igpt_jax.model.decoding import autoregressive
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, Params, count_params, init_params
+from igpt_jax.model.image_gpt import Params, count_params, init_params
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.pretrained import huggingface
 

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 import transformers
 
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, count_params, init_params
+from igpt_jax.model.image_gpt import count_params, init_params
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.pretrained import huggingface
 from igpt_jax.training import compilation, objectives, optimizer, state, step

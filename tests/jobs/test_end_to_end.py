@@ -66,9 +66,8 @@ def test_the_step_compiles_once_and_moves_nothing_to_the_host(trained, tmp_path,
   assert_same(params_of(tmp_path), params_of(trained))  # and the same seed gives the same run
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 6])
-def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch, stop_at):
-  """Stopped after any step and begun again: the same parameters, metrics without gap or repeat."""
+def run_until(stop_at, settings, workdir, monkeypatch):
+  """Pretraining that is asked to stop after so many steps."""
   stop = loop.StopSignal
   steps = []
 
@@ -89,9 +88,15 @@ def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch
       "__call__",
       lambda self, *args: steps.append(1) or call_step(self, *args),
     )
-    on_one_device(pretrain, shrunk(), str(tmp_path))
+    on_one_device(pretrain, settings, str(workdir))
   assert len(steps) == stop_at
-  assert checkpoint.find(str(tmp_path))[1] == stop_at
+  assert checkpoint.find(str(workdir))[1] == stop_at
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch, stop_at):
+  """Stopped after any step and begun again: the same parameters, metrics without gap or repeat."""
+  run_until(stop_at, shrunk(), tmp_path, monkeypatch)
   on_one_device(pretrain, shrunk(), str(tmp_path))
   assert_same(params_of(tmp_path), params_of(trained))
 
@@ -104,6 +109,23 @@ def test_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, monkeypatch
   assert told(tmp_path) == told(trained)
   saved = checkpoint.Checkpoints(str(tmp_path)).read_run(12)
   assert saved["data"]["next_index"] == 12 * 16
+
+
+def test_muon_resumes_bit_for_bit_and_no_run_changes_its_optimizer(tmp_path, monkeypatch):
+  """Its momentum and Adam's moments are saved, and neither goes on as the other."""
+  settings = shrunk(train__optimizer="muon")
+  straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+  on_one_device(pretrain, settings, str(straight))
+  run_until(5, settings, stopped, monkeypatch)
+  with pytest.raises(UserError, match=r"train\.optimizer"):
+    on_one_device(pretrain, shrunk(), str(stopped))
+  on_one_device(pretrain, settings, str(stopped))
+  assert_same(params_of(stopped), params_of(straight))
+  losses = [
+    [r["loss"] for r in metrics.read_jsonl(run / "metrics.jsonl") if "loss" in r]
+    for run in (straight, stopped)
+  ]
+  assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.jobs import pretrain
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import progress_images
 from igpt_jax.runner.progress_images import ProgressImages

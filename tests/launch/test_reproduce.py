@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params
+from igpt_jax.model.image_gpt import abstract_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import formats, released
 from support.blob_store import BlobStore
 from support.loopback import serving

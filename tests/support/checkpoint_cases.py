@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params
+from igpt_jax.model.image_gpt import abstract_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.tensor_bundle import Bundle, write_bundle
 

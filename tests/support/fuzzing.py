@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, abstract_params
+from igpt_jax.model.image_gpt import abstract_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.leveldb_table import Malformed, pack_table, table_entries, varint
 from igpt_jax.pretrained.tensor_bundle import _fields

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from igpt_jax.config import read
 from igpt_jax.config.fields import Settings, base
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, abstract_params
+from igpt_jax.model.image_gpt import Params, abstract_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training.state import TrainState
 

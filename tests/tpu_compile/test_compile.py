@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from igpt_jax.model.decoding import autoregressive
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast, hlo
 from igpt_jax.training import compilation

@@ -24,7 +24,8 @@ from igpt_jax.model.decoding.draw import (
   nats_of,
 )
 from igpt_jax.model.decoding.masked import fill
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.model.image_gpt import Params, bind
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware
 
 __all__ = [

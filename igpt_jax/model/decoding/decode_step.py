@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from igpt_jax.model import layers
+from igpt_jax.model import heads, layers
+from igpt_jax.model.block import rotation_of
 from igpt_jax.model.decoding.attend import attend
 from igpt_jax.model.decoding.cache import KeysValues, keeps_rows, put, store
 from igpt_jax.model.image_gpt import ImageGPT
@@ -25,13 +26,17 @@ class Weights(NamedTuple):
   gain_2: jax.Array
   fc: jax.Array
   mlp_proj: jax.Array
+  qk_gains: tuple[jax.Array, jax.Array] | None
+  value_embed: jax.Array | None
+  x0_gain: jax.Array | None
 
 
 class Tables(NamedTuple):
-  """Weights before and after the layers, likewise."""
+  """Weights before and after the layers, likewise; None where the model has none."""
 
   wte: jax.Array
-  wpe: jax.Array
+  wpe: jax.Array | None
+  rotation: heads.Rotation | None
   sos: jax.Array
   gain: jax.Array
   wtet: jax.Array
@@ -52,7 +57,9 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     weight = matrix(blocks.attn.qkv, layers.TO_QKV, layer)
     return weight.swapaxes(0, 1) if keeps_rows() else weight
 
-  blocks = model.blocks
+  blocks, config = model.blocks, model.config
+  gains = blocks.attn.qk_gains()
+  positions = model.position_table()
   per_layer = [
     Weights(
       gain_1=blocks.ln_1.g[...][layer],
@@ -61,12 +68,18 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
       gain_2=blocks.ln_2.g[...][layer],
       fc=matrix(blocks.mlp.fc, layers.TO_INNER, layer),
       mlp_proj=matrix(blocks.mlp.proj, layers.FROM_INNER, layer),
+      qk_gains=None if gains is None else (gains[0][layer], gains[1][layer]),
+      value_embed=whole(blocks.attn.value_embed, ("vocab", "heads_rows"), layer)
+      if config.value_embeddings
+      else None,
+      x0_gain=blocks.x0.g[...][layer] if config.x0_skip else None,
     )
-    for layer in range(model.config.n_layer)
+    for layer in range(config.n_layer)
   ]
   tables = Tables(
     wte=whole(model.wte, ("vocab", "embed")),
-    wpe=whole(model.wpe, ("position", "embed")),
+    wpe=None if positions is None else positions.astype(dtype),
+    rotation=rotation_of(config, config.n_positions),
     sos=model.sos[...].astype(dtype),
     gain=model.ln_f.g[...],
     wtet=whole(model.wtet, ("vocab", "embed")),
@@ -97,12 +110,24 @@ def decode_step(
     n_head: the model's.
   """
   embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
-  stream = _stream(_from_rows(embedded + tables.wpe[position]))
+  if tables.wpe is not None:
+    embedded = embedded + tables.wpe[position]
+  stream = x0 = _stream(_from_rows(embedded))
   n = len(token_N)
+  rotation = None if tables.rotation is None else tables.rotation.at(position)
   updated = []
   for layer, (prompt, done), block in zip(weights, before, blocks, strict=True):
+    if layer.x0_gain is not None:
+      gain = layer.x0_gain if keeps_rows() else layer.x0_gain[:, None]
+      stream = stream + (gain * x0.astype(jnp.float32)).astype(stream.dtype)
     qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
-    q, k, v = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
+    qkv = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
+    if layer.value_embed is not None:
+      added = jnp.where(position == 0, 0, layer.value_embed[token_N])
+      qkv = heads.add_to_values(qkv, added.reshape(qkv.shape[1:]))
+    if layer.qk_gains is not None or rotation is not None:
+      qkv = heads.prepare(qkv[:, :, None], layer.qk_gains, rotation)[:, :, 0]
+    q, k, v = qkv
     at = position - prompt.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
     heads_NxHxK = attend(q, prompt, done, block, at).astype(stream.dtype)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding.draw import Samples, SamplingConfig, SamplingValues, draw, nats_of
-from igpt_jax.model.image_gpt import ImageGPTConfig, Params, bind
+from igpt_jax.model.image_gpt import Params, bind
+from igpt_jax.model.model_config import ImageGPTConfig
 
 
 class Filling(NamedTuple):

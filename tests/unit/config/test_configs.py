@@ -8,7 +8,8 @@ import pytest
 from igpt_jax.config import base, choices
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import PRESETS, count_params
+from igpt_jax.model.image_gpt import count_params
+from igpt_jax.model.model_config import PRESETS
 from igpt_jax.training import optimizer, state
 from support.paths import ROOT
 

@@ -3,7 +3,7 @@
 import pytest
 
 from igpt_jax.config import choices
-from igpt_jax.model.image_gpt import PRESETS
+from igpt_jax.model.model_config import PRESETS
 from support.tiny import settings_of
 
 

@@ -17,7 +17,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import benchmark
 from igpt_jax.model.attention.dispatch import IMPLEMENTATIONS
 from igpt_jax.model.decoding.cache import CACHE_DTYPES
-from igpt_jax.model.image_gpt import PRESETS, REMAT_POLICIES, ImageGPTConfig
+from igpt_jax.model.model_config import PRESETS, REMAT_POLICIES, ImageGPTConfig
 from igpt_jax.pretrained import formats, released
 from igpt_jax.probing import sets
 from igpt_jax.training.objectives import OBJECTIVES

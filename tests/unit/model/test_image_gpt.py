@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from igpt_jax.errors import UserError
-from igpt_jax.model import image_gpt
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, bind, count_params, init_params
+from igpt_jax.model import image_gpt, model_config
+from igpt_jax.model.image_gpt import bind, count_params, init_params
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.training.objectives import token_nll
 from support import tiny
 
@@ -135,7 +136,7 @@ def influence(config, tokens, keep=None):
   return np.abs(np.asarray(rows_TxVxD)).sum(-1)[:, tokens]
 
 
-@pytest.mark.parametrize("remat", image_gpt.REMAT_POLICIES)
+@pytest.mark.parametrize("remat", model_config.REMAT_POLICIES)
 def test_causality_by_gradient(remat):
   """Pixel t's distribution depends on every pixel before it, and not at all on another."""
   config = tiny.make_config(n_vocab=16, remat=remat)
@@ -213,7 +214,7 @@ def mean_nll(config, params, tokens, keep):
 @pytest.mark.parametrize("causal", [True, False])
 def test_recomputing_changes_nothing(causal):
   results = {}
-  for remat in image_gpt.REMAT_POLICIES:
+  for remat in model_config.REMAT_POLICIES:
     config = tiny.make_config(causal=causal, remat=remat)
     tokens = tiny.random_tokens(config, 3)
     keep = None if causal else keep_mask(tokens)
@@ -233,7 +234,7 @@ def test_recomputing_changes_nothing(causal):
 def test_recomputing_saves_memory():
   """What the backward pass is handed shrinks from "none" to "names" to "full"."""
   held = {}
-  for policy in image_gpt.REMAT_POLICIES:
+  for policy in model_config.REMAT_POLICIES:
     config = tiny.make_config(n_layer=4, n_positions=32, remat=policy)
     tokens = jnp.asarray(tiny.random_tokens(config, 8))
 

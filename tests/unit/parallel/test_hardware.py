@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from igpt_jax.model.image_gpt import PRESETS, ImageGPTConfig, abstract_params, bind
+from igpt_jax.model.image_gpt import abstract_params, bind
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.parallel.hardware import CHIPS, chip_of
 from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import token_nll

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import formats, leaves, leveldb_table, openai
 from igpt_jax.pretrained.tensor_bundle import Bundle, write_bundle
 from support import golden_files, numpy_reference

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, bind
+from igpt_jax.model.image_gpt import bind
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import formats, huggingface
 from igpt_jax.pretrained.tensor_bundle import write_bundle
 from support import numpy_reference

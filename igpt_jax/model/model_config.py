@@ -1,0 +1,127 @@
+"""Configuration of a model, and the published models' shapes."""
+
+import dataclasses
+import math
+from typing import Any
+
+from igpt_jax.errors import UserError
+
+REMAT_POLICIES = ("none", "names", "offload", "full")
+POSITIONS = ("learned", "axial", "rope2d")
+OPTIONS = (
+  "positions",
+  "qk_norm",
+  "value_embeddings",
+  "x0_skip",
+)  # of which the paper's model has none
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageGPTConfig:
+  """Configuration of a model. Parameters are float32 whatever `dtype` is.
+
+  Attributes:
+    n_layer, n_head, n_embd: depth, heads, width.
+    n_vocab: palette size; also the number of output classes per pixel.
+    n_positions: pixels of an image, height × width.
+    causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
+    dtype: dtype of activations and matmuls, "float32" or "bfloat16".
+    remat: policy of what the backward pass recomputes: "none" keeps all activations, "names" keeps the
+      matmuls' and the attention's outputs, "offload" keeps those in the host's memory, "full" keeps
+      one vector per block and position.
+    attention: one of `attention.dispatch.IMPLEMENTATIONS`.
+    positions: "learned", a table of all positions, as in the paper; "axial", the sum of a table of rows
+      and one of columns; "rope2d", rotations of queries and keys by row and column, without a table, so
+      that the model takes images of any size.
+    qk_norm: RMS norms of every head's queries and keys, with gains.
+    value_embeddings: every block adds a table's row, chosen by the token, to the values (Zhou et al.
+      2024, "Value Residual Learning"; tables as in the modded-nanogpt speed runs); the tables begin at 0.
+    x0_skip: every block adds the embeddings, times gains that begin at 0, to its input.
+  """
+
+  n_layer: int
+  n_head: int
+  n_embd: int
+  n_vocab: int = 512
+  n_positions: int = 1024
+  causal: bool = True
+  dtype: str = "float32"
+  remat: str = "none"
+  attention: str = "auto"
+  positions: str = "learned"
+  qk_norm: bool = False
+  value_embeddings: bool = False
+  x0_skip: bool = False
+
+  def __post_init__(self):
+    for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
+      if getattr(self, name) < 1:
+        raise UserError(f"model.{name}: {getattr(self, name)}; expected a positive number")
+    if self.n_vocab < 2:
+      raise UserError(
+        f"model.n_vocab: {self.n_vocab}; expected 2 colours or more: one is no choice"
+      )
+    if self.n_embd % self.n_head:
+      fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+      nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
+      raise UserError(
+        f"model.n_embd: {self.n_embd} isn't divisible by model.n_head: {self.n_head}; "
+        f"expected heads that divide it, such as {', '.join(map(str, nearest))}"
+      )
+    if self.dtype not in ("float32", "bfloat16"):
+      raise UserError(f"model.dtype: {self.dtype!r}; expected 'float32' or 'bfloat16'")
+    if self.remat not in REMAT_POLICIES:
+      raise UserError(f"model.remat: {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}")
+    if self.positions not in POSITIONS:
+      raise UserError(
+        f"model.positions: {self.positions!r}; expected one of {', '.join(POSITIONS)}"
+      )
+    if self.positions != "learned" and math.isqrt(self.n_positions) ** 2 != self.n_positions:
+      raise UserError(
+        f"model.positions: {self.positions} is for square images, not {self.n_positions} pixels; "
+        "expected learned"
+      )
+    if self.positions == "rope2d" and self.head_dim % 4:
+      raise UserError(
+        f"model.positions: rope2d takes heads of 4 channels, 8, 12, …, not n_embd / n_head = "
+        f"{self.head_dim}; fix: another model.n_head"
+      )
+
+  @property
+  def head_dim(self) -> int:
+    return self.n_embd // self.n_head
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """What makes the model another than the paper's, by name."""
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    values = {name: getattr(self, name) for name in OPTIONS}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """Shape of a published model and its learning rates (paper, section 3.3 and appendix).
+
+  `remat` is the fastest policy with which the paper's batch fits on 16 chips of the smallest memory
+  (XL: on 256), according to compiled programs; on a CPU it is the fastest of all.
+  """
+
+  n_layer: int
+  n_embd: int
+  n_head: int
+  learning_rate: float
+  learning_rate_masked: float
+  remat: str
+
+
+# XL's number of heads isn't published. 24 heads of 128 fill the 128 lanes of a TPU's matrix unit
+# and of a GPU's fused attention, where S, M, L's own head sizes (64, 128, 96) don't all do.
+# BERT learning rates for S, M, L are from the paper's appendix; XL was never trained as BERT and
+# takes the autoregressive rate.
+PRESETS = {
+  "s": Preset(24, 512, 8, 3e-3, 1e-2, "names"),
+  "m": Preset(36, 1024, 8, 3e-3, 3e-3, "names"),
+  "l": Preset(48, 1536, 16, 1e-3, 1e-3, "names"),
+  "xl": Preset(60, 3072, 24, 3e-4, 3e-4, "full"),
+}

@@ -1,0 +1,90 @@
+"""Muon: momentum whose matrices are orthogonalised, each by itself (Jordan et al. 2024).
+
+The blocks' four matrices are Muon's. All else isn't a map between activations and stays with Adam: tables,
+gains, the start vector, the output table, a classifier's head. Every update of Muon has a root mean
+square of about 0.2, as Adam's have, so one learning rate serves both (Liu et al. 2025, "Muon is Scalable
+for LLM Training", arXiv 2502.16982, section 2.2).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from igpt_jax.model import layers
+from igpt_jax.parallel import hardware, sharding
+
+MOMENTUM = 0.95
+RMS = 0.2
+
+# The quintic that Jordan chose: 5 of its steps take singular values from [0.003, 1] to about [0.7, 1.2].
+# (They don't converge to 1, which costs nothing in the loss.)
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+
+# Where Muon's matrices stand among the parameters, and the logical axes of one layer's: [3, D, D] are
+# three matrices.
+_MATRICES = {
+  ("blocks", "attn", "qkv"): layers.TO_QKV.weight_axes,
+  ("blocks", "attn", "proj"): layers.FROM_HEADS.weight_axes,
+  ("blocks", "mlp", "fc"): layers.TO_INNER.weight_axes,
+  ("blocks", "mlp", "proj"): layers.FROM_INNER.weight_axes,
+}
+
+
+def _keys(path) -> tuple[str, ...]:
+  return tuple(getattr(entry, "key", "") for entry in path)
+
+
+def is_muons(path) -> bool:
+  """True if Muon updates the parameter at a path of jax.tree_util, not Adam."""
+  return _keys(path) in _MATRICES
+
+
+def scale_by_muon() -> optax.GradientTransformation:
+  """Returns a transformation of Muon's matrices, layers stacked on axis 0; its state is a momentum.
+
+  Nesterov's momentum as in Jordan's code, but for a factor that orthogonalisation takes out again.
+  """
+  orthogonal = optax.stateless(
+    lambda updates, _: jax.tree_util.tree_map_with_path(_orthogonalised, updates)
+  )
+  return optax.chain(optax.trace(MOMENTUM, nesterov=True), orthogonal)
+
+
+def _orthogonalised(path, momentum: jax.Array) -> jax.Array:
+  """Returns the update [..., rows, columns] of a stack of matrices, its RMS about `RMS`."""
+  # bfloat16 as in the papers, half the bytes between devices too. CPUs emulate it slowly.
+  dtype = jnp.float32 if hardware.platform() == "cpu" else jnp.bfloat16
+  axes = ("layers", *_MATRICES[_keys(path)])
+  made = sharding.on_whole_matrices(newton_schulz, momentum.astype(dtype), axes)
+  # Orthogonal rows or columns have an RMS of 1/sqrt(the longer side).
+  return made.astype(momentum.dtype) * (RMS * max(momentum.shape[-2:]) ** 0.5)
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+  """Returns matrices [..., m, n] with the singular vectors of `x` and singular values near 1.
+
+  Zeros stay zeros. The products are in the dtype of `x`.
+  """
+  transposed = x.shape[-2] > x.shape[-1]
+  x = x.mT if transposed else x
+  exact = x.astype(jnp.float32)
+  # The Frobenius norm bounds the largest singular value.
+  norm = jnp.sqrt(jnp.sum(jnp.square(exact), axis=(-2, -1), keepdims=True))
+  x = (exact / jnp.maximum(norm, 1e-20)).astype(x.dtype)
+  a, b, c = _COEFFICIENTS
+  for _ in range(_STEPS):
+    gram = x @ x.mT
+    x = a * x + (b * gram + c * gram @ gram) @ x
+  return x.mT if transposed else x
+
+
+def flops(params) -> float:
+  """FLOPs of the matrix products of one update of the parameters (arrays or shapes)."""
+  total = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if is_muons(path):
+      m, n = sorted(leaf.shape[-2:])
+      # x xᵀ and the last product: m²n multiplications each; the square of x xᵀ: m³.
+      total += (leaf.size // (m * n)) * _STEPS * 2 * (2 * m * m * n + m**3)
+  return float(total)
