@@ -147,7 +147,8 @@ def _help(argv: list[str]) -> int:
 
 def _trains(settings: Settings) -> bool:
   return settings.job in ("pretrain", "ablate", "finetune") or (
-    settings.job == "probe" and settings.probe.method == "sgd"
+    settings.job == "probe"
+    and (settings.probe.method == "sgd" or settings.probe.pooling == "attentive")
   )
 
 

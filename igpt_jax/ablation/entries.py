@@ -22,7 +22,8 @@ from igpt_jax.config.fields import (
 from igpt_jax.data import sources
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import ImageGPTConfig, count_params
+from igpt_jax.model.image_gpt import count_params
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.training import compilation
 from igpt_jax.workspace import provenance, training_palette, weights

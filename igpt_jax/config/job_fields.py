@@ -68,21 +68,30 @@ class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata", "ablate
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(Group, prefix="probe", jobs=("probe",)):
-  """Linear classifiers on all labels."""
+  """Classifiers on all labels."""
 
-  method: str = setting("", "lbfgs, sgd (ImageNet's size); \"\": by the number of images",
+  pooling: str = setting("mean", "mean over positions, and linear classifiers; or attentive: one "
+    "learned query attends to all positions (AIM's probe), results in probe_attentive.*",
+    choices=("mean", "attentive"))
+  heads: int = setting(0, "attentive: heads of the attention; 0: as many as the model has", **FROM_0)
+  method: str = setting("", "mean: lbfgs, sgd (ImageNet's size); \"\": by the number of images",
     choices=("lbfgs", "sgd"))
   concatenate: tuple[int, ...] = setting((), "layers to concatenate, as one more set of features")
   around_best: int = setting(0, "layers around the best to concatenate, likewise; 5 in the paper",
     **FROM_0)
   max_iterations: int = setting(1_000, "iterations of L-BFGS", **COUNT,
     jobs=("probe", "lowdata", "ablate"))
-  cached: bool = setting(True, "sgd: train on stored features; False: compute them anew")
+  cached: bool = setting(True, "sgd, attentive: train on stored features (attentive: of every "
+    "position); False: compute them anew")
   learning_rates: tuple[float, ...] = setting((30.0, 10.0, 3.0, 1.0, 0.3), "sgd: trained in "
     "parallel", above=0, empty=False)
+  attention_rates: tuple[float, ...] = setting((3e-3, 1e-3, 3e-4, 1e-4), "attentive: AdamW's "
+    "learning rates, trained in parallel", above=0, empty=False)
   steps: int = setting(1_000_000, "sgd: updates", **COUNT)
-  batch_size: int = setting(128, "sgd: images in an update", **BATCH)
-  eval_every: int = setting(10_000, "sgd: steps between two evaluations, and checkpoints", **COUNT)
+  epochs: int = setting(100, "attentive: passes over the training images", **COUNT)
+  batch_size: int = setting(128, "sgd, attentive: images in an update", **BATCH)
+  eval_every: int = setting(10_000, "sgd, attentive: steps between two evaluations, and checkpoints",
+    **COUNT)
 
 
 @dataclasses.dataclass(frozen=True)

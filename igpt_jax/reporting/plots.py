@@ -113,7 +113,7 @@ def plot(
   last = axes_of[-1, 0]
   last.set_xlabel(x_label or panels[-1].x_label)
   if whole_steps:
-    last.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    last.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
   if reverse_x:
     last.invert_xaxis()
   if x_ticks:

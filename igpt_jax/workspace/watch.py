@@ -1,6 +1,6 @@
 """Runs a job on every checkpoint of a training run, beside the training, until that has ended.
 
-Results go to WORKDIR/JOB/STEP, with made_from.json: the checkpoint's contents, by checksum, and the
+Results go to WORKDIR/FOLDER/STEP (the folder is the job's name or one that it chooses), with made_from.json: the checkpoint's contents, by checksum, and the
 settings that decide the results. A step whose results were made from the same isn't repeated. If they
 were made from something else (the run went back and wrote that step again, or settings changed), they
 are moved to STEP.before and the step is repeated. Only complete checkpoints are used; one that is
@@ -38,6 +38,7 @@ def run(
   result: str,
   one: Callable[[Settings, str, str], None],
   decisive: Callable[[Settings], dict[str, Any]],
+  folder: str = "",
 ) -> MadeFrom | None:
   """Runs `one` on the checkpoint that the settings name or, if they say watch, on every one of a run.
 
@@ -47,6 +48,7 @@ def run(
     result: the name of the JSON file that the job writes last.
     one: called with settings that name a checkpoint, the workdir, and the folder of results.
     decisive: returns all that decides the results except the checkpoint, as JSON.
+    folder: the workdir's folder of the watched checkpoints' results; "": the job's name.
 
   Returns:
     What the results of the last watched checkpoint were made from; None: none was watched.
@@ -66,7 +68,8 @@ def run(
     )
   workdir_lib.open_workdir(workdir)
   say(f"watching {watched}")
-  watch = _Watch(settings, watched, os.path.join(workdir, settings.job), result, decisive(settings))
+  folder = os.path.join(workdir, folder or settings.job)
+  watch = _Watch(settings, watched, folder, result, decisive(settings))
   while True:
     step = hosts.from_main(watch.next() if hosts.is_main() else 0)
     if step == _ENDED:
