@@ -136,7 +136,8 @@ class ImageGPT(nnx.Module):
     Returns:
       The final norm's output [B, T, D], and the collected results ([L, ...] leaves, or None).
     """
-    config, x_BxTxD = self.config, embedded.stream
+    config = self.config
+    x_BxTxD: Any = embedded.stream
     if collect is None and (kernel := fused_kernel(config, x_BxTxD)):
       blocks = nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param))
       x_BxTxD = fused_stack.run(config, blocks, embedded, kernel == "tpu_interpret")
