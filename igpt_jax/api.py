@@ -40,7 +40,10 @@ _SETTINGS = {
 
 
 def load(
-  path: str | os.PathLike[str], *, palette: str | os.PathLike[str] = "", batch_size: int = 64
+  path: str | os.PathLike[str] | None = None,
+  *,
+  palette: str | os.PathLike[str] = "",
+  batch_size: int = 64,
 ) -> "Model":
   """Reads a trained model onto all devices that jax has.
 
@@ -49,13 +52,16 @@ def load(
 
   Args:
     path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP; OpenAI's model.ckpt-N; a
-      Hugging Face directory; or a model of the Hugging Face hub, such as "openai/imagegpt-small".
+      Hugging Face directory; a model in one file; a model of the Hugging Face hub, such as
+      "openai/imagegpt-small"; or, as None, "packaged", which comes with igpt_jax.
     palette: a .npy with the colours of a checkpoint that carries none.
     batch_size: images, or samples, that are computed at a time; fewer take less memory.
 
   Raises:
     UserError: nothing readable is there, or it has no palette.
   """
+  if path is None:
+    path = weights.by_default('igpt_jax.load("runs/quickstart"), or "openai/imagegpt-small"')
   for name, value in (("path", path), ("palette", palette)):
     if not isinstance(value, str | os.PathLike) or (name == "path" and not os.fspath(value)):
       raise UserError(f"{name}: {value!r:.80}; expected a path, as text or pathlib's")

@@ -37,6 +37,7 @@ ADDED: dict[str, Any] = {
   "train.optimizer": "adam",
   "sizing.minutes": 0.0,
   "compilation_cache": "user",
+  "convert.dtype": "",
   "model.positions": "learned",
   "model.qk_norm": False,
   "model.value_embeddings": False,

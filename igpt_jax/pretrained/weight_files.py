@@ -30,6 +30,7 @@ class _SafetensorsSource:
     self._files: dict[str, safe_open] = {}
     self.file_of: dict[str, str] = {}  # by tensor
     self.specs: dict[str, Spec] = {}
+    self.metadata: dict[str, str] = {}  # of all files
 
   def add(self, file: str) -> None:
     path = os.path.join(self._directory, file)
@@ -37,6 +38,7 @@ class _SafetensorsSource:
     try:
       handle = safe_open(path, framework="np", backend="pread")
       self._files[file] = handle
+      self.metadata |= handle.metadata() or {}
       for name in handle.keys():
         if not name.isprintable() or len(name) > _MAX_NAME:
           raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
@@ -66,6 +68,13 @@ def _damaged(path: str, error: Exception) -> UserError:
     f"weights: {path}: {str(error)[:300]}; expected a whole safetensors file; "
     "fix: copy or download it again"
   )
+
+
+def is_safetensors(path: str) -> bool:
+  """Returns True if a file begins as safetensors do: a length, then a header in JSON."""
+  with open(path, "rb") as file:
+    start = file.read(9)
+  return start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER_BYTES
 
 
 def _check_header(path: str) -> None:
