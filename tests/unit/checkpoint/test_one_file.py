@@ -11,18 +11,18 @@ from safetensors.numpy import save_file
 
 from igpt_jax import checkpoint, history
 from igpt_jax.checkpoint import CheckpointInfo, one_file
-from igpt_jax.config.fields import Settings, as_json, with_values
+from igpt_jax.config.fields import Settings, as_json
 from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.pretrained import formats
 from igpt_jax.training.state import param_shardings
 from igpt_jax.workspace import weights
-from support.tiny import ALL_OPTIONS, make_config, mesh_of, random_params
+from support.tiny import ALL_OPTIONS, make_config, mesh_of, random_params, settings_of
 
 CONFIG = make_config(n_layer=1, n_embd=8, **ALL_OPTIONS)
 PALETTE = np.random.default_rng(0).uniform(-1, 1, (11, 3)).astype(np.float32)
 PLACES = {
   "data.path": "/home/somebody/photos", "init_from": "runs/another", "palette.path": "default",
-  "compilation_cache": "/tmp/cache", "data.resolution": 4,
+  "compilation_cache": "/tmp/cache", "data.resolution": 4, "data.augment": "none",
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def info_of(palette=PALETTE, **more):
     "objective": "autoregressive",
     "mask_probability": 0.15,
     "resolution": 4,
-    "config": as_json(with_values(Settings(), PLACES)),
+    "config": as_json(settings_of(changes=PLACES)),
     **more,
   }
   return CheckpointInfo("", 70, CONFIG, palette, run)
