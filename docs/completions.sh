@@ -19,6 +19,7 @@ for name in astronaut cat coffee rocket; do
   cp "igpt_jax/demo/examples/$name.jpg" "$work/photographs"
 done
 "${PYTHON:-python}" -m igpt_jax.main --config=configs/complete.py --workdir="$work/out" \
-  --config.complete.images="$work/photographs" --config.complete.n=4 --config.sample.top_p=0.95 "$@"
+  --config.complete.images="$work/photographs" --config.complete.n=4 \
+  --config.sample.top_p=0.95 --config.sample.scale=6 "$@"
 cp "$work/out/grid.png" "$target"
 echo "wrote $target"

