@@ -132,6 +132,7 @@ def _without_places(run: Mapping[str, Any]) -> dict[str, Any]:
   for name, declaration in FIELDS.items():
     group, _, field = name.rpartition(".")
     values = config.get(group, {}) if group else config
-    if declaration.path and os.path.dirname(values.get(field, "")):
+    paths = values.get(field, ()) if declaration.path else ()
+    if any(map(os.path.dirname, [paths] if isinstance(paths, str) else paths)):
       values[field] = declaration.default
   return {**run, "config": config} if config else dict(run)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -72,6 +72,7 @@ class Checkpoints:
     workdir: the run's workdir.
     keep: number of the newest checkpoints to keep.
     keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
+    keep_steps: also keep the checkpoints of these steps.
     keep_best: also keep the first checkpoint with the largest score of this name; "": none.
     say: called with a message about every checkpoint that is set aside.
     patience: seconds that a process waits for the others during a save; 0: orbax' 20 minutes.
@@ -86,6 +87,7 @@ class Checkpoints:
     *,
     keep: int = 3,
     keep_every: int = 0,
+    keep_steps: Collection[int] = (),
     keep_best: str = "",
     say: Callable[[str], None] = lambda message: None,
     patience: float = 0.0,
@@ -96,6 +98,8 @@ class Checkpoints:
     preserve: list[Any] = [policies.LatestN(keep)]
     if keep_every:
       preserve.append(policies.EveryNSteps(keep_every))
+    if keep_steps:
+      preserve.append(policies.CustomSteps(tuple(keep_steps)))
     if keep_best:
 
       def rank(scores) -> Any:  # orbax asks for a float, but takes any comparable value

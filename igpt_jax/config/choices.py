@@ -18,10 +18,13 @@ MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
 _SIZE, _OBJECTIVE, _COLOURS = "s", "autoregressive", 512
 
 
-def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
+def settle(
+  settings: Settings, start: ImageGPTConfig | None = None, batch_size: int = 0
+) -> Settings:
   """Returns settings with open choices made: as in `start`, the model that training starts from, or s.
 
   Learning rates depend on the size: `model.size` becomes the published one of that shape, if any.
+  `train.b2` depends on `batch_size`, images in an update; 0: `train.batch_size`.
   """
   model, palette, objective = settings.model, settings.palette, settings.objective
   size = model.size
@@ -40,9 +43,20 @@ def settle(settings: Settings, start: ImageGPTConfig | None = None) -> Settings:
   return dataclasses.replace(
     settings,
     model=dataclasses.replace(model, size=size or _SIZE),
+    train=dataclasses.replace(
+      settings.train, b2=_b2(settings.train.b2, batch_size or settings.train.batch_size)
+    ),
     palette=palette,
     objective=objective or _OBJECTIVE,
   )
+
+
+def _b2(given: float, batch_size: int) -> float:
+  """Returns Adam's β₂: as given or, if that is 0, with the paper's half-life in tokens at any batch size.
+
+  Its 0.95 is for batches of 128. (Marek et al. 2025, "Small Batch Size Training for Language Models".)
+  """
+  return given or 0.95 ** (batch_size / 128)
 
 
 def palette_size(settings: Settings) -> int:
@@ -95,8 +109,10 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     steps=train.steps,
     warmup_steps=train.warmup_steps,
     schedule=train.schedule,
+    decay_steps=train.decay_steps,
+    decay_shape=train.decay_shape,
     b1=train.b1,
-    b2=train.b2,
+    b2=_b2(train.b2, train.batch_size),
     weight_decay=train.weight_decay,
     clip_norm=train.clip_norm,
     optimizer=train.optimizer,
@@ -111,6 +127,7 @@ def finetuning_optimizer_config(settings: Settings) -> OptimizerConfig:
     learning_rate=finetune.learning_rate,
     steps=finetune.steps,
     warmup_steps=finetune.warmup_steps,
+    batch_size=finetune.batch_size,
     schedule="constant",
   )
   made = optimizer_config(dataclasses.replace(settings, train=train))

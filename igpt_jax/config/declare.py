@@ -27,6 +27,7 @@ _BOUNDS = {"least": operator.ge, "most": operator.le, "above": operator.gt, "bel
 # Modules of igpt_jax.jobs, each with run(settings, workdir).
 JOBS = {
   "pretrain": "train a model on images, from random parameters or from a checkpoint's",
+  "ablate": "train runs that differ in some settings, and compare what each reaches with its compute",
   "evaluate": "measure the exact likelihood of a split, beside baselines that know no neighbours",
   "probe": "fit linear classifiers to the features of every layer",
   "lowdata": "fit linear classifiers to a few labels of each class",
@@ -42,16 +43,18 @@ JOBS = {
   "benchmark": "measure how fast this machine trains, attends, samples and reads images",
 }
 
-TRAINING = ("pretrain", "finetune", "probe")
+# Jobs that pretrain.
+PRETRAINING = ("pretrain", "ablate")
+TRAINING = (*PRETRAINING, "finetune", "probe")
 # Jobs that read a checkpoint.
 READING = ("evaluate", "probe", "lowdata", "finetune", "sample", "complete", "quality")
 # Jobs that can follow a training run, checkpoint by checkpoint.
 WATCHING = ("evaluate", "probe", "sample", "quality")
-DRAWING = ("pretrain", "sample", "complete", "quality", "compile", "benchmark")
+DRAWING = (*PRETRAINING, "sample", "complete", "quality", "compile", "benchmark")
 # Jobs that can make a model without a checkpoint.
-MAKING = ("pretrain", "finetune", "compile", "benchmark")
-UPDATING = ("pretrain", "compile", "benchmark")
-COMPUTING = ("pretrain", *READING, "compile", "benchmark")
+MAKING = (*PRETRAINING, "finetune", "compile", "benchmark")
+UPDATING = (*PRETRAINING, "compile", "benchmark")
+COMPUTING = (*PRETRAINING, *READING, "compile", "benchmark")
 OPENING = tuple(job for job in JOBS if job not in ("complete", "convert", "download", "compile"))
 
 # Bounds that many settings have.

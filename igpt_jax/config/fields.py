@@ -19,6 +19,7 @@ from igpt_jax.config.declare import (
   FROM_0,
   JOBS,
   MAKING,
+  PRETRAINING,
   READING,
   TRAINING,
   WATCHING,
@@ -41,7 +42,7 @@ class Settings(Group, jobs=tuple(JOBS)):
     jobs=(*TRAINING, "lowdata", "sample", "complete", "quality", "fit_palette"))
   init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from, such as "
     'packaged, the model that comes with igpt_jax; "": random ones', path=True, decides="run", host=True,
-    jobs=("pretrain", *READING, "benchmark"))
+    jobs=(*PRETRAINING, *READING, "benchmark"))
   checkpoint: str = setting("", "checkpoint to read, local or of the Hugging Face hub "
     "(openai/imagegpt-small), or packaged; \"\": --workdir's newest, or else init_from, or else for job "
     "complete packaged",
@@ -66,8 +67,9 @@ class Settings(Group, jobs=tuple(JOBS)):
     "--distributed", least=1, most=10**6)
   compilation_cache: str = setting("user", "where compiled programs are kept, so that the next start "
     "reads them: user (the user's cache folder), workdir, off, or a folder; the environment's "
-    "JAX_COMPILATION_CACHE_DIR goes first", path=True, host=True, jobs=("pretrain", *READING))
+    "JAX_COMPILATION_CACHE_DIR goes first", path=True, host=True, jobs=(*PRETRAINING, *READING))
   profile: runs.ProfileConfig = runs.ProfileConfig()
+  ablate: jobs.AblateConfig = jobs.AblateConfig()
   evaluate: jobs.EvaluateConfig = jobs.EvaluateConfig()
   watch: bool = setting(False, "run the job on every checkpoint of a run, until that ends",
     jobs=WATCHING)
@@ -148,16 +150,17 @@ def value_of(settings: Settings, name: str) -> Any:
 
 
 def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
-  """Returns the settings with these values, by "group.field"."""
+  """Returns the settings with these values, by "group.field" or "field"."""
   groups: dict[str, dict[str, Any]] = {}
   for name, value in values.items():
     group, _, field = name.rpartition(".")
     groups.setdefault(group, {})[field] = value
+  root = groups.pop("", {})
   changed = {
     group: dataclasses.replace(getattr(settings, group), **fields)
     for group, fields in groups.items()
   }
-  return dataclasses.replace(settings, **changed)
+  return dataclasses.replace(settings, **root, **changed)
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

@@ -2,25 +2,54 @@
 
 import dataclasses
 
-from igpt_jax.config.declare import BATCH, COUNT, DRAWING, FROM_0, Group, setting
+from igpt_jax.config.declare import BATCH, COUNT, DRAWING, FROM_0, PRETRAINING, Group, setting
+from igpt_jax.errors import UserError
 
 # A table: a setting takes as few lines as it needs.
 # fmt: off
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig(Group, prefix="evaluate", jobs=("evaluate",)):
-  """The likelihood of a split."""
+class AblateConfig(Group, prefix="ablate", jobs=("ablate",)):
+  """Runs that differ in some settings (igpt_jax/config/overrides.py), trained and compared."""
 
-  split: str = setting("test", "split to evaluate", choices=("test", "validation", "train"))
-  batch_size: int = setting(128, "images at a time", **BATCH)
-  images: int = setting(0, "images, at most; 0: all", **FROM_0, jobs=("evaluate", "finetune"))
-  masks: int = setting(1, "masked objective: masks drawn per image", **COUNT)
-  baseline_images: int = setting(50_000, "training images that unigrams are counted on", **COUNT)
+  runs: tuple[str, ...] = setting((), 'each "NAME: SETTING=VALUE …", over the other settings')
+  seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of every run", least=0, most=2**32 - 1,
+    empty=False)
+  baseline: str = setting("", 'run that the others are compared with; "": the first')
+  test: bool = setting(True, "evaluate on test, when all runs have been trained")
+  probe: str = setting("none", "linear probe of every run: none, layers (of which the best counts)",
+    choices=("none", "layers"))
+  workdirs: tuple[str, ...] = setting((), "finished workdirs of job pretrain, to compare instead of "
+    "training")
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ("seeds", "runs", "workdirs"):
+      values = getattr(self, name)
+      if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise UserError(f"config.ablate.{name}: {twice[0]!r} twice; expected each once")
+      if name != "seeds" and not all(isinstance(value, str) for value in values):
+        raise UserError(f"config.ablate.{name}: {values!r:.200}; expected texts")
+    if len(self.workdirs) == 1:
+      raise UserError(f"config.ablate.workdirs: {self.workdirs[0]!r}; expected two or more to compare")
 
 
 @dataclasses.dataclass(frozen=True)
-class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata")):
+class EvaluateConfig(Group, prefix="evaluate", jobs=("evaluate", "ablate")):
+  """The likelihood of a split."""
+
+  split: str = setting("test", "split to evaluate", choices=("test", "validation", "train"),
+    jobs=("evaluate",))
+  batch_size: int = setting(128, "images at a time", **BATCH)
+  images: int = setting(0, "images, at most; 0: all", **FROM_0, jobs=("evaluate", "finetune", "ablate"))
+  masks: int = setting(1, "masked objective: masks drawn per image", **COUNT)
+  baseline_images: int = setting(50_000, "training images that unigrams are counted on", **COUNT,
+    jobs=("evaluate",))
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata", "ablate")):
   """Features that linear classifiers are fitted to."""
 
   layers: tuple[int, ...] = setting((), "layers, 0 to n_layer; (): all")
@@ -32,27 +61,37 @@ class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata")):
   images: int = setting(0, "training images, at most; 0: all", **FROM_0)
   eval_images: int = setting(0, "images of validation, and of test, at most; 0: all", **FROM_0)
   cache: str = setting("", 'folder of stored features; "": features/ in the workdir', path=True,
-    host=True)
+    host=True, jobs=("probe", "lowdata"))
   baselines: tuple[str, ...] = setting(("pixels", "pca", "random"), "to compare with: these, or "
-    "some of them", choices=("pixels", "pca", "random"))
+    "some of them", choices=("pixels", "pca", "random"), jobs=("probe", "lowdata"))
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(Group, prefix="probe", jobs=("probe",)):
-  """Linear classifiers on all labels."""
+  """Classifiers on all labels."""
 
-  method: str = setting("", "lbfgs, sgd (ImageNet's size); \"\": by the number of images",
+  pooling: str = setting("mean", "mean over positions, and linear classifiers; or attentive: one "
+    "learned query attends to all positions (AIM's probe), results in probe_attentive.*",
+    choices=("mean", "attentive"))
+  heads: int = setting(0, "attentive: heads of the attention; 0: as many as the model has", **FROM_0)
+  method: str = setting("", "mean: lbfgs, sgd (ImageNet's size); \"\": by the number of images",
     choices=("lbfgs", "sgd"))
   concatenate: tuple[int, ...] = setting((), "layers to concatenate, as one more set of features")
   around_best: int = setting(0, "layers around the best to concatenate, likewise; 5 in the paper",
     **FROM_0)
-  max_iterations: int = setting(1_000, "iterations of L-BFGS", **COUNT, jobs=("probe", "lowdata"))
-  cached: bool = setting(True, "sgd: train on stored features; False: compute them anew")
+  max_iterations: int = setting(1_000, "iterations of L-BFGS", **COUNT,
+    jobs=("probe", "lowdata", "ablate"))
+  cached: bool = setting(True, "sgd, attentive: train on stored features (attentive: of every "
+    "position); False: compute them anew")
   learning_rates: tuple[float, ...] = setting((30.0, 10.0, 3.0, 1.0, 0.3), "sgd: trained in "
     "parallel", above=0, empty=False)
+  attention_rates: tuple[float, ...] = setting((3e-3, 1e-3, 3e-4, 1e-4), "attentive: AdamW's "
+    "learning rates, trained in parallel", above=0, empty=False)
   steps: int = setting(1_000_000, "sgd: updates", **COUNT)
-  batch_size: int = setting(128, "sgd: images in an update", **BATCH)
-  eval_every: int = setting(10_000, "sgd: steps between two evaluations, and checkpoints", **COUNT)
+  epochs: int = setting(100, "attentive: passes over the training images", **COUNT)
+  batch_size: int = setting(128, "sgd, attentive: images in an update", **BATCH)
+  eval_every: int = setting(10_000, "sgd, attentive: steps between two evaluations, and checkpoints",
+    **COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +110,18 @@ class SampleConfig(Group, prefix="sample", jobs=("sample",)):
   samples: int = setting(32, "unconditional images; 0: compile leaves sampling out", least=0,
     most=65_536, jobs=("sample", "compile"))
   completions: int = setting(8, "images of test to complete", **BATCH)
-  per_image: int = setting(4, "completions per image", **BATCH, jobs=("pretrain", "sample"))
+  per_image: int = setting(4, "completions per image", **BATCH, jobs=(*PRETRAINING, "sample"))
   keep: float = setting(0.5, "share of the rows that is kept", above=0, below=1,
-    jobs=("pretrain", "sample", "quality"))
+    jobs=(*PRETRAINING, "sample", "quality"))
   temperature: float = setting(1.0, "1e-6 or more; 0: the likeliest colour", jobs=DRAWING)
   top_k: int = setting(0, "of the likeliest colours; 0: all", jobs=DRAWING)
   top_p: float = setting(1.0, "1e-6 to 1: the likeliest colours whose probabilities reach it",
     jobs=DRAWING)
   cache: str = setting("", "dtype of keys and values: float32, bfloat16, int8; \"\": the model's",
     choices=("float32", "bfloat16", "int8"),
-    jobs=("pretrain", "sample", "complete", "quality", "compile"))
+    jobs=(*PRETRAINING, "sample", "complete", "quality", "compile"))
   scale: int = setting(0, "image pixels per model pixel in the PNGs; 0: chosen", **FROM_0,
-    jobs=("pretrain", "sample", "complete"))
+    jobs=(*PRETRAINING, "sample", "complete"))
   batch_size: int = setting(64, "samples drawn at a time", **BATCH, jobs=("complete", "quality"))
 
 
@@ -97,7 +136,7 @@ class CompleteConfig(Group, prefix="complete", jobs=("complete",)):
   hide: str = setting("lower", "the part to draw; by BERT also upper, left, right, centre, or an "
     "image of a mask")
   passes: int = setting(16, "BERT: passes over the image, the most confident pixels first", **COUNT,
-    jobs=("pretrain", "complete"))
+    jobs=(*PRETRAINING, "complete"))
   n: int = setting(8, "samples per image", **BATCH)
 
 

@@ -11,6 +11,7 @@ from igpt_jax.config.declare import (
   FROM_0,
   MAKING,
   OPENING,
+  PRETRAINING,
   READING,
   TRAINING,
   UPDATING,
@@ -50,7 +51,7 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
     "always may, unless this is 0", least=0, most=1)
   resample: str = setting("fused", "resizing of augment=paper in training: fused (one resize), "
     "literal (the paper's two)", decides="run", choices=("fused", "literal"),
-    jobs=("pretrain", "finetune", "fit_palette", "benchmark"))
+    jobs=(*PRETRAINING, "finetune", "fit_palette", "benchmark"))
   threads: int = setting(0, "threads that load batches, in every process, two batches ahead; more "
     "hide slow reads; 0: chosen", least=0, most=1_024, host=True)
   workers: int = setting(0, "processes that load batches; 0: this one", least=0, host=True)
@@ -77,13 +78,13 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
 
 
 @dataclasses.dataclass(frozen=True)
-class PaletteConfig(Group, prefix="palette", jobs=("pretrain", "finetune", "fit_palette")):
+class PaletteConfig(Group, prefix="palette", jobs=(*PRETRAINING, "finetune", "fit_palette")):
   """The palette whose colours are the tokens."""
 
   path: str = setting("", ".npy [k, 3] in [-1, 1]; \"default\": the project's 512 colours, which "
     "were fitted to CIFAR-10 (igpt_jax/data/assets/README.md); \"\": the checkpoint's, or fitted "
     "to the training images", path=True, host=True,
-    jobs=("pretrain", *READING, "convert", "benchmark"))
+    jobs=(*PRETRAINING, *READING, "convert", "benchmark"))
   size: int = setting(0, "colours; 0: the checkpoint's, those of the path, or 512", least=2,
     decides="run", jobs=(*MAKING, "fit_palette"))
   images: int = setting(10_000, "training images that it is fitted to, at most", **COUNT, decides="run")
@@ -125,29 +126,36 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
   steps: int = setting(1_000_000, "updates, in all", least=1, decides="pretraining")
   learning_rate: float = setting(0.0, "peak; 0: the size's", above=0, decides="pretraining")
   warmup_steps: int = setting(0, "steps of linear warm-up", **FROM_0, decides="pretraining")
-  schedule: str = setting("cosine", "after the warm-up: cosine, to 0 at `steps`, or constant",
-    decides="pretraining", choices=("cosine", "constant"))
+  schedule: str = setting("cosine", "after the warm-up: cosine, to 0 at `steps`; constant; or wsd, constant "
+    "until a decay to 0 at `steps`, so that a run can be trained longer from before its decay",
+    decides="pretraining", choices=("cosine", "constant", "wsd"))
+  decay_steps: int = setting(0, "steps of wsd's decay; 0: a fifth of `steps`", **FROM_0,
+    decides="pretraining")
+  decay_shape: str = setting("1-sqrt", "how the rate falls in wsd's decay, with the share x of it that "
+    "is done: 1-sqrt, with 1 - √x, or linear", decides="pretraining", choices=("linear", "1-sqrt"))
   optimizer: str = setting("adam", "adam, or muon: the blocks' matrices by Muon, all else by Adam, at one "
     "learning rate", decides="run", choices=("adam", "muon"), jobs=MAKING)
   b1: float = setting(0.9, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
-  b2: float = setting(0.95, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
+  b2: float = setting(0.95, "Adam's decay rate of squares; 0: 0.95^(batch_size / 128), which averages "
+    "over as many tokens as 0.95 does at 128: a rule to test, not to trust", least=0, below=1,
+    decides="run", jobs=MAKING)
   weight_decay: float = setting(0.0, "weight decay of matrices, decoupled", **FROM_0, decides="run", jobs=MAKING)
   clip_norm: float = setting(0.0, "limit of the gradient's global norm; 0: none", **FROM_0, decides="run",
     jobs=MAKING)
   log_every: int = setting(50, "steps between two logs", least=1, jobs=TRAINING)
   eval_every: int = setting(1_000, "steps between two evaluations; 0: at the end only", **FROM_0,
-    jobs=("pretrain",))
+    jobs=PRETRAINING)
   eval_images: int = setting(10_000, "images of the validation split, at most; 0: all", **FROM_0,
     jobs=TRAINING)
   progress_images: int = setting(0, "held-out images that are completed at each evaluation, and once "
     "early, for progress/STEP.png, TensorBoard and W&B; 0: none", least=0, most=256,
-    jobs=("pretrain",))
+    jobs=PRETRAINING)
   checkpoint_every: int = setting(1_000, "steps between two checkpoints", least=1,
-    jobs=("pretrain",))
+    jobs=PRETRAINING)
   max_to_keep: int = setting(3, "newest checkpoints to keep", least=1,
-    jobs=("pretrain", "finetune"))
+    jobs=(*PRETRAINING, "finetune"))
   keep_period: int = setting(0, "checkpoints to keep at multiples of it, too; 0: none", **FROM_0,
-    jobs=("pretrain", "finetune"))
+    jobs=(*PRETRAINING, "finetune"))
   save_retry_seconds: float = setting(600.0, "seconds in which a failed save is retried; 0: never",
     **FROM_0, jobs=TRAINING)
 

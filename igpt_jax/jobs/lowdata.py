@@ -29,6 +29,11 @@ _OURS = "best layer"
 def run(settings: Settings, workdir: str) -> None:
   """Fits to few labels, on features of `checkpoint` (or the workdir's newest)."""
   workdir_lib.open_workdir(workdir)
+  if settings.probe.pooling != "mean":
+    say(
+      f"few labels: linear classifiers of mean features; config.probe.pooling={settings.probe.pooling} is "
+      "for job probe"
+    )
   source = sets_lib.open_source(settings, workdir)
   sets = sets_lib.extract(settings, workdir, source)
   if not hosts.is_main():

@@ -1,8 +1,9 @@
-"""Linear probe: fits a classifier to the features of every layer and to baselines.
+"""Probe: fits a classifier to the features of every layer and to baselines.
 
-Writes probe.json, probe.md (the table) and probe.png (accuracy against layer, the paper's figure 2).
-The layer is chosen on validation; test is evaluated once per row, after all choices. With
-`watch`, every checkpoint of a run is probed, and two more images compare them (probing/probe_tables.py).
+Writes probe.json, probe.md (the table) and probe.png (accuracy against layer, the paper's figure 2); with
+attentive pooling probe_attentive.*, beside them. The layer is chosen on validation; test is evaluated
+once per row, after all choices. With `watch`, every checkpoint of a run is probed, and two more images
+compare them (probing/probe_tables.py).
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.probing import linear, probe_tables, sgd_run
 from igpt_jax.probing import sets as sets_lib
+from igpt_jax.probing.attentive import heads_of
 from igpt_jax.probing.sets import FeatureSet, Source
 from igpt_jax.reporting import progress, summary
 from igpt_jax.training.evaluation import LikelihoodEvaluator
@@ -28,23 +30,32 @@ from igpt_jax.workspace import devices, provenance, streams, watch, weights
 
 _LBFGS_UP_TO = 200_000  # training images
 
+# Settings of one pooling, which decide nothing of the other's results.
+_OF_ATTENTIVE = ("probe.heads", "probe.attention_rates", "probe.epochs")
+_OF_LINEAR = ("probe.learning_rates", "probe.steps", "probe.max_iterations")
+
 
 def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
   """Probes `checkpoint` (or the workdir's newest) on the configured data."""
   check(settings)
   one = functools.partial(probe, mesh=mesh)
-  made_from = watch.run(settings, workdir, "probe.json", one, depends_on)
+  name = probe_tables.name_of(settings.probe.pooling)
+  made_from = watch.run(settings, workdir, f"{name}.json", one, depends_on, folder=name)
   if made_from is not None and hosts.is_main():
-    probe_tables.compare_checkpoints(workdir, made_from)
+    probe_tables.compare_checkpoints(workdir, name, made_from)
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
-  """Everything that determines probe.json, except the checkpoint."""
+  """Everything that determines the result, except the checkpoint."""
+  linear = settings.probe.pooling == "mean"
+  of_others = _OF_ATTENTIVE if linear else _OF_LINEAR
   return {
     "data": provenance.of_data(settings.data, sets_lib.SPLITS),
     **provenance.of_settings(
       settings, ["features", "probe", "train.eval_images", "seed"],
-      without=["features.batch_size", "features.cache", "probe.cached", "probe.eval_every"],
+      without=[
+        "features.batch_size", "features.cache", "probe.cached", "probe.eval_every", *of_others
+      ],
     ),
   }  # fmt: skip
 
@@ -56,6 +67,20 @@ def check(settings: Settings) -> None:
       f"config.features.cache: {settings.features.cache} is for one checkpoint; config.watch probes several; "
       "fix: leave one of them out"
     )
+  probe = settings.probe
+  if probe.pooling == "mean":
+    return
+  for name, value, expected in (
+    ("features.grid", settings.features.grid, 1),
+    ("probe.method", probe.method, ""),
+    ("probe.concatenate", probe.concatenate, ()),
+    ("probe.around_best", probe.around_best, 0),
+  ):
+    if value != expected:
+      raise UserError(
+        f"config.{name}: {value!r} is for linear classifiers of mean features; config.probe.pooling is "
+        f"{probe.pooling!r}; expected {expected!r}"
+      )
 
 
 def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
@@ -63,10 +88,15 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
   source = sets_lib.open_source(settings, workdir, mesh)
   features_folder = sets_lib.folder_of(settings, workdir, source)
   own_features = not os.path.exists(features_folder)
+  pooling, heads = settings.probe.pooling, None
   method = settings.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
-  say(f"probe: {method}, {source.rows('train'):,} training images of {source.n_classes} classes")
+  if pooling == "attentive":
+    model = source.trained.config
+    method, heads = "adamw", heads_of(settings.probe.heads, model.n_embd, model.n_head)
+  images = f"{source.rows('train'):,} training images of {source.n_classes} classes"
+  say(f"probe: {pooling} pooling, {method}, {images}")
   nats = validation_loss(settings, source)
-  if method == "sgd":
+  if method != "lbfgs":
     rows = sgd_run.run(settings, workdir, out, source)
   else:
     rows = by_lbfgs(settings, workdir, source)
@@ -80,6 +110,8 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
     "step": trained.step,
     "parameters": source.checksum,
     "method": method,
+    "pooling": pooling,
+    "heads": heads,
     "data": {name: split.fingerprint for name, split in source.splits.items()},
     "train_images": source.rows("train"),
     "test_images": source.rows("test"),
@@ -94,10 +126,11 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
     "verdict": probe_tables.verdict(rows),
     "rows": rows,
   }
-  text = probe_tables.table(rows)
-  summary.write_text(os.path.join(out, "probe.md"), text)
-  probe_tables.draw(os.path.join(out, "probe.png"), values)
-  summary.write_json(os.path.join(out, "probe.json"), values)
+  name = probe_tables.name_of(pooling)
+  text = f"{probe_tables.table(rows)}\n{probe_tables.in_words(values)}\n"
+  summary.write_text(os.path.join(out, f"{name}.md"), text)
+  probe_tables.draw(os.path.join(out, f"{name}.png"), values)
+  summary.write_json(os.path.join(out, f"{name}.json"), values)
   summary.write_summary(out)
   # Every checkpoint's features together would fill the disk.
   if settings.watch and own_features:

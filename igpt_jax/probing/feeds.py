@@ -1,41 +1,77 @@
-"""Inputs of the SGD probe: features stored on disk, or images whose features the step computes.
+"""Inputs of probes by gradient descent: features stored on disk, or images whose features the step computes.
 
-Both feeds have `groups`, the widths of the features; `frozen`, arrays on the mesh that the step needs;
+All feeds have `groups`, the classifiers of the features; `frozen`, arrays on the mesh that the step needs;
 `fields` of a batch; `extract`, (frozen, batch) -> features; `training`, the endless shuffled stream;
 and `rows_of`, one pass over a split in order.
 """
 
-from collections.abc import Iterator
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from igpt_jax import watchdog
+from igpt_jax import units, watchdog
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import order, pipeline
 from igpt_jax.parallel import sharding
+from igpt_jax.parallel.hosts import say
 from igpt_jax.probing import sets
+from igpt_jax.probing.attentive import Attentive, heads_of
 from igpt_jax.probing.features import pooled_features
 from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
-from igpt_jax.probing.sgd import Features, Groups
+from igpt_jax.probing.sgd import Features, Group, Groups, Linear
 from igpt_jax.workspace import streams, weights
+
+_Rows = Generator[dict[str, np.ndarray], None, None]
 
 LAYERS = "layer"
 _PCA_IMAGES = 20_000
+_MOMENTS = "moments"
+_MOMENT_IMAGES = 2_048
+_EPSILON = 1e-6  # AIM's
 
 
-def open_feed(settings: Settings, workdir: str, source: Source) -> "StoredFeed | ImageFeed":
-  """Returns the feed that `config.probe.cached` selects."""
-  return (StoredFeed if settings.probe.cached else ImageFeed)(settings, workdir, source)
+def open_feed(
+  settings: Settings, workdir: str, source: Source
+) -> "StoredFeed | ImageFeed | PositionFeed":
+  """Returns the feed that `config.probe.cached` and `pooling` select."""
+  attentive = settings.probe.pooling == "attentive"
+  if attentive and settings.probe.cached:
+    kinds = 2 if RANDOM in source.baselines else 1
+    rows = kinds * len(source.features.layers) * sum(source.rows(name) for name in sets.SPLITS)
+    size = 4 * rows * source.trained.config.n_positions * source.trained.config.n_embd
+    say(
+      f"attentive: stores the features of every position, {units.data_size(size)} on disk; "
+      "config.features.layers makes them fewer, config.probe.cached=False computes them anew"
+    )
+  feed = (StoredFeed if settings.probe.cached else ImageFeed)(settings, workdir, source)
+  return PositionFeed(feed, settings, source) if attentive else feed
+
+
+def by_position(source: Source) -> Source:
+  """Returns the source of features that aren't pooled: each position is a block of the grid."""
+  side = round(source.trained.config.n_positions**0.5)
+  return dataclasses.replace(source, features=dataclasses.replace(source.features, grid=side))
 
 
 def groups_of(settings: Settings, source: Source) -> Groups:
-  """Shapes (sets, width) of the features that classifiers are trained on; computes no feature."""
+  """Classifiers that are trained, by the features that they are trained on; computes no feature.
+
+  Pixels and their principal components have linear ones, whatever the layers' are.
+  """
   pixels = settings.data.resolution**2 * 3
-  n_embd = source.trained.config.n_embd
-  layers = (len(source.features.layers), source.features.grid**2 * n_embd)
-  baselines = {RANDOM: layers, PIXELS: (1, pixels), PCA: (1, min(n_embd, pixels))}
+  model = source.trained.config
+  sets_of_layers, width = len(source.features.layers), model.n_embd
+  layers: Group = Linear(sets_of_layers, source.features.grid**2 * width)
+  if settings.probe.pooling == "attentive":
+    heads = heads_of(settings.probe.heads, width, model.n_head)
+    layers = Attentive(sets_of_layers, width, heads)
+  baselines = {RANDOM: layers, PIXELS: Linear(1, pixels), PCA: Linear(1, min(width, pixels))}
   return {LAYERS: layers, **{name: baselines[name] for name in source.baselines}}
 
 
@@ -92,7 +128,7 @@ class StoredFeed:
   def training(self, start_step: int) -> "_Shuffled":
     return _Shuffled(self, start_step)
 
-  def rows_of(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+  def rows_of(self, split: str) -> _Rows:
     size = self._settings.probe.batch_size
     share, shares = sharding.input_share(self._source.mesh)
     local = size // shares
@@ -190,7 +226,7 @@ class ImageFeed:
       augment=False,
     )
 
-  def rows_of(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+  def rows_of(self, split: str) -> _Rows:
     source = self._source
     with streams.eval_stream(
       source.splits[split],
@@ -203,3 +239,72 @@ class ImageFeed:
     ) as batches:
       for batch in batches:
         yield {name: batch[name] for name in (*self.fields, "mask")}
+
+
+class PositionFeed:
+  """Another feed's features of every position, [F, B, T, D], each with mean 0 and variance 1.
+
+  The moments are those of the first training images and all positions. AIM normalises by a batch's
+  moments in training and by running ones in evaluation; of frozen features both estimate these, with
+  which an image's features depend on no other image of its batch.
+  """
+
+  def __init__(self, feed: StoredFeed | ImageFeed, settings: Settings, source: Source):
+    """Computes the moments.
+
+    Args:
+      feed: of a `by_position` source.
+      settings: the job's.
+      source: the feed's.
+    """
+    self._feed, self._width = feed, source.trained.config.n_embd
+    self.groups, self.fields = feed.groups, feed.fields
+    self.training, self.rows_of = feed.training, feed.rows_of
+    n_images = min(_MOMENT_IMAGES, source.rows("train"))
+    say(f"attentive: mean and variance of the features of {n_images:,} training images")
+    batches = -(-n_images // settings.probe.batch_size)
+    moments = self._moments_of(source.mesh, batches)
+    moments = jax.device_put(moments, sharding.replicated(source.mesh))
+    self.frozen = {**feed.frozen, _MOMENTS: moments}
+
+  def _positions(self, features: Features) -> Features:
+    """The layers' features, [F, B, T, D]."""
+    return {
+      name: of.reshape(*of.shape[:2], -1, self._width)
+      for name, of in features.items()
+      if isinstance(self.groups[name], Attentive)
+    }
+
+  def _moments_of(self, mesh: Mesh, n_batches: int) -> dict[str, dict[str, np.ndarray]]:
+    """Mean and inverse standard deviation, float32 [F, D], over the first batches of train."""
+
+    def sums_of(frozen, batch):
+      counts = batch["mask"][None, :, None]
+      features = self._positions(self._feed.extract(frozen, batch))
+      sums = {
+        name: [jnp.where(counts, (x**power).mean(2), 0).sum(1) for power in (1, 2)]
+        for name, x in features.items()
+      }
+      return sums, batch["mask"].sum()
+
+    step, total, images = jax.jit(sums_of, out_shardings=sharding.replicated(mesh)), None, 0
+    with jax.set_mesh(mesh), contextlib.closing(self._feed.rows_of("train")) as rows:
+      for batch in itertools.islice(rows, n_batches):
+        sums, counted = jax.device_get(step(self._feed.frozen, sharding.put_batch(batch, mesh)))
+        sums = jax.tree.map(np.float64, sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+        images += int(counted)
+    moments = {}
+    for name, (first, second) in (total or {}).items():
+      mean = first / images
+      variance = np.maximum(second / images - mean**2, 0)
+      scale = 1 / np.sqrt(variance + _EPSILON)
+      moments[name] = {"mean": mean.astype(np.float32), "scale": scale.astype(np.float32)}
+    return moments
+
+  def extract(self, frozen: dict, batch) -> Features:
+    features = self._feed.extract(frozen, batch)
+    for name, positions in self._positions(features).items():
+      moments = {key: of[:, None, None] for key, of in frozen[_MOMENTS][name].items()}
+      features[name] = (positions - moments["mean"]) * moments["scale"]
+    return features

@@ -15,6 +15,26 @@ _RANDOM = "random weights"
 _UNLAYERED = (sets.PIXELS, sets.PCA, "layers")
 
 
+def name_of(pooling: str) -> str:
+  """The name of a result's files and folder: results of all poolings lie beside each other."""
+  return "probe" if pooling == "mean" else f"probe_{pooling}"
+
+
+def title_of(values: dict[str, Any]) -> str:
+  """What a result is of; results older than attentive pooling are of means."""
+  return "Linear probe" if values.get("pooling", "mean") == "mean" else "Attentive probe"
+
+
+def in_words(values: dict[str, Any]) -> str:
+  """One line: how features were pooled and classifiers fitted."""
+  if values["pooling"] == "mean":
+    return f"pooling: mean over positions; linear classifiers by {values['method']}"
+  return (
+    f"pooling: attentive, one learned query with {values['heads']} heads for each layer; by "
+    f"{values['method']}; raw pixels and their principal components have linear classifiers"
+  )
+
+
 def best_of(rows: list[Row], kind: str = "layer") -> Row:
   """The first row of a kind with the best validation accuracy."""
   rows = [row for row in rows if row["kind"] == kind]
@@ -72,7 +92,7 @@ def draw(path: str, values: dict[str, Any]) -> None:
     curves[_RANDOM] = plots.Curve(*curve(rows, sets.RANDOM))
   name = figures.checkpoint_name(values["checkpoint"], values["step"])
   _plot(
-    path, curves, values, title=f"Linear probe of every layer, {name}", chosen=[values],
+    path, curves, values, title=f"{title_of(values)} of every layer, {name}", chosen=[values],
     x_label="layer", whole_steps=True,
   )  # fmt: skip
 
@@ -105,16 +125,17 @@ def _plot(
   plots.plot(path, panel, note=note, **texts)
 
 
-def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:
+def compare_checkpoints(workdir: str, name: str, made_from: watch.MadeFrom) -> None:
   """Plots the paper's figures 2 and 3 over all probed checkpoints: accuracy against layer and loss.
 
-  Writes probe_checkpoints.{json,png} and probe_loss.png.
+  Writes NAME_checkpoints.{json,png} and NAME_loss.png.
 
   Args:
     workdir: workdir of the job.
+    name: of the results' files and folder, by `name_of`.
     made_from: as returned by `watch.run`; results of another run or other settings are left out.
   """
-  probed = _probed(workdir, made_from)
+  probed = _probed(workdir, name, made_from)
   if len(probed) < 2:
     return
   shown = probed if len(probed) <= 6 else [probed[i * (len(probed) - 1) // 5] for i in range(6)]
@@ -124,8 +145,8 @@ def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:
     label = f"step {values['step']:,}, validation loss {nats:.3f} nats"
     curves[label] = plots.Curve(*curve(values["rows"]))
   _plot(
-    os.path.join(workdir, "probe_checkpoints.png"), curves, probed[-1], shown,
-    title="Linear probe of every layer, as training goes on", x_label="layer", whole_steps=True,
+    os.path.join(workdir, f"{name}_checkpoints.png"), curves, probed[-1], shown,
+    title=f"{title_of(probed[-1])} of every layer, as training goes on", x_label="layer", whole_steps=True,
   )  # fmt: skip
   nats = [values["validation_nats_per_token"] for values in probed]
   of_layers = {
@@ -133,10 +154,10 @@ def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:
     "last layer": [curve(values["rows"])[1][-1] for values in probed],
   }
   _plot(
-    os.path.join(workdir, "probe_loss.png"),
+    os.path.join(workdir, f"{name}_loss.png"),
     {name: plots.Curve(nats, accuracies) for name, accuracies in of_layers.items()},
     probed[-1],
-    title="Linear probe against validation loss, as training goes on",
+    title=f"{title_of(probed[-1])} against validation loss, as training goes on",
     x_label="validation loss, nats per token (better to the right)",
     reverse_x=True,
   )
@@ -147,16 +168,16 @@ def compare_checkpoints(workdir: str, made_from: watch.MadeFrom) -> None:
     {**{name: values[name] for name in kept}, "accuracy_of_layers": curve(values["rows"])}
     for values in probed
   ]
-  path = os.path.join(workdir, "probe_checkpoints.json")
+  path = os.path.join(workdir, f"{name}_checkpoints.json")
   summary.write_json(path, {"data": probed[-1]["data"], "checkpoints": checkpoints})
 
 
-def _probed(workdir: str, made_from: watch.MadeFrom) -> list[dict[str, Any]]:
+def _probed(workdir: str, name: str, made_from: watch.MadeFrom) -> list[dict[str, Any]]:
   """Results of this run's checkpoints with these settings, by step."""
-  folder = os.path.join(workdir, "probe")
+  folder = os.path.join(workdir, name)
   names = os.listdir(folder) if os.path.isdir(folder) else []
   results = (
-    watch.results_like(os.path.join(folder, str(step)), "probe.json", made_from)
-    for step in sorted(int(name) for name in names if name.isdigit())
+    watch.results_like(os.path.join(folder, str(step)), f"{name}.json", made_from)
+    for step in sorted(int(each) for each in names if each.isdigit())
   )
   return [values for values in results if values is not None]

@@ -1,23 +1,27 @@
-"""The probe for large data sets: all classifiers are trained at once by SGD, on images or stored features.
+"""The probe by gradient descent: all classifiers are trained at once, on images or stored features.
 
-Its state is checkpointed in OUT/probe_sgd, so that the same command resumes; validation accuracy goes
-to metrics.jsonl there. Learning rates are chosen on validation, per layer; test is evaluated once.
+Linear ones by SGD are for large data sets, attentive ones (probing/attentive.py) by AdamW for any. Their
+state is checkpointed in OUT/probe_sgd or OUT/probe_adamw, so that the same command resumes; validation
+accuracy goes to metrics.jsonl there. Learning rates are chosen on validation, per layer; test is
+evaluated once.
 """
 
 import dataclasses
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from igpt_jax import files
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import Stopped, UserError
 from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
-from igpt_jax.probing import feeds, sets, sgd
+from igpt_jax.probing import attentive, feeds, sets, sgd
 from igpt_jax.probing.feeds import LAYERS
 from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.reporting import progress
@@ -33,6 +37,16 @@ _SHOWN = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """How classifiers are trained."""
+
+  method: str
+  make_optimizer: Callable[[Sequence[float], int], optax.GradientTransformation]
+  rates: tuple[float, ...]
+  steps: int
+
+
 def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict[str, Any]]:
   """Trains all classifiers; returns the rows of the table, as JSON."""
   if settings.probe.concatenate or settings.probe.around_best:
@@ -40,19 +54,31 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
       "config.probe.concatenate, around_best: layers side by side are for method lbfgs; expected () and 0 "
       "with sgd; fix: config.probe.method=lbfgs"
     )
-  folder, steps = os.path.join(out, "probe_sgd"), settings.probe.steps
+  probe = settings.probe
+  if probe.pooling == "attentive":
+    source = feeds.by_position(source)
+    steps = -(-probe.epochs * source.rows("train") // probe.batch_size)
+    plan = _Plan("adamw", attentive.make_optimizer, probe.attention_rates, steps)
+  else:
+    plan = _Plan("sgd", sgd.make_optimizer, probe.learning_rates, probe.steps)
+  folder = os.path.join(out, f"probe_{plan.method}")
   keeping: dict[str, Any] = {"keep": 1, "keep_every": 0}
-  with TrainingRun(settings, folder, steps, None, mesh=source.mesh, **keeping) as training:
-    return _run(settings, workdir, folder, source, training)
+  with TrainingRun(settings, folder, plan.steps, None, mesh=source.mesh, **keeping) as training:
+    return _run(settings, workdir, folder, plan, source, training)
 
 
 def _run(
-  settings: Settings, workdir: str, folder: str, source: Source, training: TrainingRun
+  settings: Settings,
+  workdir: str,
+  folder: str,
+  plan: _Plan,
+  source: Source,
+  training: TrainingRun,
 ) -> list[dict[str, Any]]:
   mesh = source.mesh
   batch_size = settings.probe.batch_size
   sharding.batch_size_per_shard(mesh, batch_size, "probe.batch_size")
-  rates = tuple(float(rate) for rate in settings.probe.learning_rates)
+  rates = tuple(float(rate) for rate in plan.rates)
   groups = feeds.groups_of(settings, source)
   identity = {
     "features_of": sets.identity_of(settings, source, "train", source.checksum),
@@ -60,7 +86,7 @@ def _run(
     "images": source.rows("train"),
     "learning_rates": list(rates),
     "groups": {name: list(group) for name, group in groups.items()},
-    "steps": settings.probe.steps,
+    "steps": plan.steps,
     "layers": list(source.features.layers),
   }
   order = DataOrder(folder, source.splits["train"], batch_size=batch_size, seed=settings.seed)
@@ -75,19 +101,21 @@ def _run(
   if latest is not None:  # before features are computed
     check(latest, training.checkpoints.read_run(latest))
   feed = feeds.open_feed(settings, workdir, source)
-  optimizer = sgd.make_optimizer(rates, settings.probe.steps)
+  optimizer = plan.make_optimizer(rates, plan.steps)
 
   def fresh(frozen) -> TrainState:
-    return sgd.make_state(groups, optimizer, len(rates), source.n_classes, frozen)
+    return sgd.make_state(groups, optimizer, len(rates), source.n_classes, frozen, settings.seed)
 
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(fresh, feed.frozen)
     frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
-    shardings = sgd.state_shardings(abstract, groups, mesh, frozen_shardings)
+    shardings = sgd.state_shardings(abstract, mesh, frozen_shardings)
     whole = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
   saved = training.resume_or(lambda: _probes(whole), _probes(abstract), _probes(shardings), check)
 
-  evaluate_step = jax.jit(sgd.make_eval_step(feed.extract), out_shardings=sharding.replicated(mesh))
+  evaluate_step = jax.jit(
+    sgd.make_eval_step(feed.extract, groups), out_shardings=sharding.replicated(mesh)
+  )
 
   def accuracies(params, split: str) -> dict[str, np.ndarray]:
     """Accuracies of all classifiers, [R, F] for every group."""
@@ -105,7 +133,7 @@ def _run(
 
   began = time.monotonic()
   work = Work(
-    train_step=sgd.make_train_step(feed.extract, optimizer),
+    train_step=sgd.make_train_step(feed.extract, groups, optimizer),
     batches=feed.training,
     fields=feed.fields,
     batch_size=batch_size,

@@ -77,7 +77,7 @@ class FeatureStore:
         raise UserError(
           f"features.cache: {self.folder} needs {units.data_size(needed)} for {len(layers)} layers of "
           f"{self._rows:,} images, {units.data_size(free)} are free; fix: config.features.layers, "
-          "config.features.cache on another disk, or config.probe.cached=False (method sgd)"
+          "config.features.cache on another disk, or config.probe.cached=False (sgd, attentive)"
         )
       for name in short:
         self._lengthen(name)

@@ -6,7 +6,7 @@ The latter two show images as well.
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,22 @@ class WandbWriter:
 
   def close(self) -> None:
     self._run.finish()
+
+
+Listener = Callable[[int, Mapping[str, Any]], object]  # called with a step and its metrics
+
+
+class ListenerWriter:
+  """Hands metrics on to a function."""
+
+  def __init__(self, listener: Listener):
+    self.write = listener
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Does nothing: a listener is for numbers."""
+
+  def close(self) -> None:
+    """Does nothing: a listener has nothing open."""
 
 
 class Writers:

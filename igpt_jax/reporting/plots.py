@@ -15,6 +15,7 @@ _LEVEL_STYLES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 _GREY = "0.3"  # of baselines
 _LINE = 0.04  # height of a line of text, in shares of the axes' height
 _FEW = 30  # points up to which a curve has markers
+_MOST_WITHIN = 8  # curves whose legend lies within the axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,16 @@ class Curve:
     x, y: coordinates of its points.
     error: half the length of each point's error bar; None: of accuracies, their standard error.
     faint: True if it is shown behind the others.
+    band: (lowest, highest) y of each point, shaded; None: there is none.
+    dashed: True for a dashed black line; the other curves of the panel are solid then.
   """
 
   x: Sequence[float]
   y: Sequence[float]
   error: Sequence[float] | None = None
   faint: bool = False
+  band: tuple[Sequence[float], Sequence[float]] | None = None
+  dashed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class Panel:
     images: number of images that accuracies were measured on, for error bars; 0: unknown.
     classes: number of classes, for the accuracy of guessing; 0: unknown.
     ordered: True if the curves have an order, which their colours show.
+    x_label: of an x axis of its own; "": it shares the figure's.
   """
 
   curves: Mapping[str, Curve]
@@ -56,6 +62,7 @@ class Panel:
   images: int = 0
   classes: int = 0
   ordered: bool = False
+  x_label: str = ""
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -67,7 +74,7 @@ def plot(
   path: str,
   *panels: Panel,
   title: str,
-  x_label: str,
+  x_label: str = "",
   note: str = "",
   whole_steps: bool = False,
   reverse_x: bool = False,
@@ -77,7 +84,7 @@ def plot(
 
   Args:
     path: path of the PNG.
-    panels: share the x axis.
+    panels: share the x axis, unless they have x labels of their own.
     title, x_label: texts of the figure.
     note: line below the title; what error bars are, say.
     whole_steps: True if x is a small integer (a layer): ticks at integers only.
@@ -89,21 +96,24 @@ def plot(
   matplotlib.use("Agg")
   from matplotlib import pyplot, ticker
 
+  shared = not any(panel.x_label for panel in panels)
   figure, axes_of = pyplot.subplots(
-    len(panels), squeeze=False, sharex=True, constrained_layout=True,
-    figsize=(7.5, 4.5 + 2.5 * (len(panels) - 1)),
+    len(panels), squeeze=False, sharex=shared, constrained_layout=True,
+    figsize=(7.5, 4.5 + (2.5 if shared else 4) * (len(panels) - 1)),
   )  # fmt: skip
   for axes, panel in zip(axes_of[:, 0], panels, strict=True):
     _draw(axes, panel)
     axes.set_ylabel(panel.y_label)
+    axes.set_xlabel(panel.x_label)
     if panel.accuracy:
       axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
+    axes.legend(fontsize=8, **(beside if len(panel.curves) > _MOST_WITHIN else {}))
   last = axes_of[-1, 0]
-  last.set_xlabel(x_label)
+  last.set_xlabel(x_label or panels[-1].x_label)
   if whole_steps:
-    last.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    last.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
   if reverse_x:
     last.invert_xaxis()
   if x_ticks:
@@ -124,22 +134,27 @@ def _draw(axes: Any, panel: Panel) -> None:
   from matplotlib import colormaps
 
   many = max(len(panel.curves) - 1, 1)
+  solid = panel.ordered or any(curve.dashed for curve in panel.curves.values())
   i = 0
   for name, curve in panel.curves.items():
     colour = _COLOURS[i % len(_COLOURS)]
     if panel.ordered:
       colour = colormaps["viridis"](0.9 * (1 - i / many))
+    if curve.dashed:
+      colour = "black"
     error = curve.error
     if error is None and panel.accuracy and panel.images:
       error = [standard_error(y, panel.images) for y in curve.y]
     # Hollow markers of different shapes, and gaps in later lines: equal curves show below each other.
     axes.errorbar(
       curve.x, curve.y, yerr=error, label=name, color=colour, alpha=0.35 if curve.faint else 1,
-      linestyle="-" if panel.ordered else _CURVE_STYLES[i % len(_CURVE_STYLES)],
+      linestyle="--" if curve.dashed else "-" if solid else _CURVE_STYLES[i % len(_CURVE_STYLES)],
       linewidth=1 if curve.faint else 1.6, elinewidth=0.8, capsize=2,
-      marker=_MARKERS[i % len(_MARKERS)] if len(curve.x) <= _FEW else None,
+      marker=_MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)] if len(curve.x) <= _FEW else None,
       markersize=6.5, markerfacecolor="none",
     )  # fmt: skip
+    if curve.band:
+      axes.fill_between(curve.x, *curve.band, color=colour, alpha=0.15, linewidth=0)
     i += not curve.faint  # the next one has a faint one's colour
   if panel.chosen:
     name, x, y = panel.chosen

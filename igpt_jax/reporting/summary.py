@@ -11,6 +11,9 @@ from typing import Any
 from igpt_jax import files
 from igpt_jax.units import significant
 
+_PROBING = {
+  "best_layer": "best layer {}", "test_accuracy": "test accuracy {:.2%}", "verdict": "{}"
+}  # fmt: skip
 _FINETUNING = {
   "steps": "{:,} steps",
   "classes": "{} classes",
@@ -47,10 +50,8 @@ _SECTIONS: dict[str, tuple[str, Mapping[str, str | Callable[[Any], str]]]] = {
       "below_position_unigram": "{:.1%} below the per-position unigram",
     },
   ),
-  "probe.json": (
-    "Linear probe",
-    {"best_layer": "best layer {}", "test_accuracy": "test accuracy {:.2%}", "verdict": "{}"},
-  ),
+  "probe.json": ("Linear probe", _PROBING),
+  "probe_attentive.json": ("Attentive probe", _PROBING),
   "lowdata.json": ("Few labels", {"verdict": "{}"}),
   "finetune/finetune.json": ("Fine-tuning", _FINETUNING),
   "finetune_scratch/finetune.json": ("The same from random parameters", _FINETUNING),

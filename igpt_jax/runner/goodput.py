@@ -24,7 +24,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from igpt_jax import watchdog
@@ -57,9 +57,17 @@ class Clock:
     folder: the run's folder; only the main process writes there.
     first_step: the step that this process begins at.
     began: when the process began, by time.monotonic; None: now.
+    keep_steps: steps whose times are kept as long as the run: it may resume from their checkpoints.
   """
 
-  def __init__(self, folder: str, first_step: int, began: float | None = None):
+  def __init__(
+    self,
+    folder: str,
+    first_step: int,
+    began: float | None = None,
+    keep_steps: Collection[int] = (),
+  ):
+    self._keep_steps = keep_steps
     self._path = os.path.join(folder, FILE)
     self._since = time.monotonic() if began is None else began
     self._first_step, self._phase = first_step, "start"
@@ -141,7 +149,8 @@ class Clock:
     if hosts.is_main():
       self._saved[str(step)] = {name: self.seconds()[name] for name in PHASES}
       for old in sorted(self._saved, key=int)[:-_SNAPSHOTS]:
-        del self._saved[old]
+        if int(old) not in self._keep_steps:
+          del self._saved[old]
       self._write(step)
 
   def end(self, step: int, ended: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -59,6 +59,7 @@ class Work:
     fields: the arrays of a batch that the step takes.
     batch_size: images in a step, all hosts together.
     log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
+    save_at: further steps whose checkpoints are saved.
     describe: step -> the `run` in the checkpoint of that step.
     evaluate: state -> metrics; None: there are no images to evaluate on.
     images: draws what the state makes of held-out images, after each evaluation and once early.
@@ -81,6 +82,7 @@ class Work:
   ended: Callable[[], bool] = lambda: False
   kept: Callable[[TrainState], TrainState] = lambda state: state
   scores: Callable[[int], dict[str, float] | None] = lambda step: None
+  save_at: Collection[int] = ()
   flops: float = 0.0
   shown: Sequence[tuple[str, str]] = Progress.PRETRAINING
   images: NoImages = dataclasses.field(default_factory=NoImages)
@@ -89,6 +91,10 @@ class Work:
     """Returns True if a run of `steps` is to be evaluated at this step."""
     due = step >= steps or (self.eval_every and step % self.eval_every == 0)
     return bool(self.evaluate and due)
+
+  def saves_at(self, step: int) -> bool:
+    """Returns True if this step's checkpoint is to be saved."""
+    return step % self.save_every == 0 or step in self.save_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,11 +160,13 @@ class Outcome:
     state: the last state, which has been saved.
     step: its step.
     stopped_by: the signal that stopped it; None: it ended by itself.
+    asked_by: the signal that asked it to stop, if it came after the last step, too; None: none did.
   """
 
   state: TrainState
   step: int
   stopped_by: str | None
+  asked_by: str | None
 
 
 class _Logged:
@@ -250,7 +258,7 @@ def run(
             break
         elif work.images.overdue():
           draw_images()
-        if at_step % work.save_every == 0 or save_state.failed():
+        if work.saves_at(at_step) or save_state.failed():
           save()
       # Asynchronous: the transfer overlaps with the step before.
       read = next(batches)
@@ -281,7 +289,7 @@ def run(
     clock.enter("checkpoint")  # it is still being written
     save_state.finish(train_state, at_step)
   done = at_step >= steps or work.ended()
-  return Outcome(train_state, at_step, None if done else stop.requested)
+  return Outcome(train_state, at_step, None if done else stop.requested, stop.requested)
 
 
 def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: Mesh):

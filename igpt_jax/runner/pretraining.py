@@ -30,7 +30,7 @@ from igpt_jax.runner.progress_images import NoImages, ProgressImages
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import LikelihoodEvaluator
-from igpt_jax.workspace import memory, streams, training_palette, weights
+from igpt_jax.workspace import branches, memory, streams, training_palette, weights
 
 RESULT = "training.json"  # written when a run has made all its steps
 _LOSSES = 10  # logged losses, of a batch each, whose mean stands for training's
@@ -46,16 +46,22 @@ class Outcome:
     losses: on the main process the newest `loss` and, if images are held out, `validation_loss`, in
       nats per token; {} on others.
     workdir: the folder of checkpoints, metrics and results.
+    asked_by: the signal that asked it to stop, if it came after the last step, too; None: none did.
   """
 
   step: int
   stopped_by: str | None
   losses: dict[str, float]
   workdir: str
+  asked_by: str | None = None
 
 
 def pretrain(
-  settings: Settings, workdir: str, mesh: Mesh | None = None, began: float | None = None
+  settings: Settings,
+  workdir: str,
+  mesh: Mesh | None = None,
+  began: float | None = None,
+  listener: metrics.Listener | None = None,
 ) -> Outcome:
   """Trains until `train.steps`, or until it is asked to stop (SIGTERM, Ctrl-C).
 
@@ -64,9 +70,13 @@ def pretrain(
     workdir: the run's folder; a run that was begun there is resumed.
     mesh: the mesh of state and batches; None: the settings'.
     began: when the process began, by time.monotonic, if it serves this run alone; None: now.
+    listener: is told the metrics on the main process, too.
   """
   train, data = settings.train, settings.data
-  with TrainingRun(settings, workdir, train.steps, mesh=mesh, began=began) as run:
+  trunk_ends = branches.trunk_ends(choices.optimizer_config(settings))
+  with TrainingRun(
+    settings, workdir, train.steps, mesh=mesh, began=began, listener=listener, keep_steps=trunk_ends
+  ) as run:
     mesh, batch_size = run.mesh, train.batch_size
     sharding.batch_size_per_shard(mesh, batch_size, accumulate=train.accumulate)
     split = open_split(data, "train")
@@ -85,6 +95,7 @@ def pretrain(
     run.claim(settings, palette)  # only now: a UserError above must leave it unclaimed
 
     order = DataOrder(workdir, split, batch_size=batch_size, seed=settings.seed)
+    branches.leave_decay(workdir, optimizer_config, order.check)
     train_state = run.resume_or(
       lambda: state.make_state(model, tx, settings.seed, mesh, start.params(mesh, say)),
       state.abstract_state(model, tx),
@@ -112,6 +123,7 @@ def pretrain(
         log_every=train.log_every,
         eval_every=train.eval_every,
         save_every=train.checkpoint_every,
+        save_at=trunk_ends,
         evaluate=_evaluation(settings, held_out, likelihood, palette, mesh),
         images=_images(settings, workdir, held_out, palette, model, mesh),
       ),
@@ -123,7 +135,7 @@ def pretrain(
         **newest, **run.spent,
       })  # fmt: skip
   losses = {name: newest[name] for name in ("loss", "validation_loss") if name in newest}
-  return Outcome(outcome.step, outcome.stopped_by, losses, workdir)
+  return Outcome(outcome.step, outcome.stopped_by, losses, workdir, outcome.asked_by)
 
 
 def _newest(path: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax import __version__
+from igpt_jax import __version__, files
 from igpt_jax.checkpoint import Checkpoints
-from igpt_jax.config.fields import Settings, as_json
+from igpt_jax.config.fields import Settings, as_json, value_of
 from igpt_jax.config.run_fields import ProfileConfig
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import SaveFailed
@@ -47,13 +47,15 @@ class TrainingRun:
       part of another job, which neither claims its folder nor goes back.
     mesh: the mesh of state and batches; None: the settings'.
     began: when the process began, by time.monotonic, if it serves this run alone; None: now.
+    listener: is told the metrics on the main process, too.
     checkpoints: arguments of `Checkpoints`; those of `settings.train` otherwise.
 
   Attributes:
     mesh: the mesh of state and batches, once the run is entered.
     settings: as given; from `claim` on with all choices made.
     first_step: the step of the state that `resume_or` returned.
-    lengths: changes of the run's number of steps, "at" which step and from how many "steps".
+    lengths: changes of the run's number of steps, or of its decay: "at" which step, from how many
+      "steps" and, if they changed, which "decay_steps" and "decay_shape".
     spent: the clock's `goodput.Clock.end`, after `train`.
   """
 
@@ -70,15 +72,16 @@ class TrainingRun:
     *,
     mesh: Mesh | None = None,
     began: float | None = None,
+    listener: metrics.Listener | None = None,
     **checkpoints: Any,
   ):
     self.settings, self._folder, self._steps, self._kind = settings, folder, steps, kind
     self._given, self._given_mesh = settings, mesh
     self._began: float | None = time.monotonic() if began is None else began
-    self._kept = checkpoints
+    self._kept, self._listener = checkpoints, listener
     self._palette: Palette | None = None
     self._held = contextlib.ExitStack()
-    self.lengths: list[dict[str, int]] = []
+    self.lengths: list[dict[str, Any]] = []
 
   def __enter__(self) -> "TrainingRun":
     workdir_lib.open_workdir(self._folder)
@@ -100,6 +103,8 @@ class TrainingRun:
   def claim(self, settled: Settings, palette: Palette | None) -> None:
     """Writes settings and palette into the folder, which makes it this run's."""
     self.settings, self._palette = settled, palette
+    if self._given.train.b2 != settled.train.b2:
+      say(f"train.b2: 0: chosen by the batch size: {settled.train.b2:.6g}")
     if hosts.is_main():
       workdir_lib.claim(self._given, self._folder)
       if palette is not None:
@@ -138,32 +143,51 @@ class TrainingRun:
       read(resumed.run)
       say(f"resuming at step {self.first_step} of {self._steps} from {self._folder}")
       self._compare_length(resumed.run)
-    self._clock = goodput.Clock(self._folder, self.first_step, self._began)
+    self._clock = goodput.Clock(
+      self._folder, self.first_step, self._began, self._kept.get("keep_steps", ())
+    )
     self._began = None  # counted
     return state
 
   def _compare_length(self, run: dict[str, Any]) -> None:
-    """Notes a change of the run's number of steps since the checkpoint with this `run`."""
+    """Notes a change of how the run ends since the checkpoint with this `run`."""
     if self._kind is None:
       return
     self.lengths = list(run.get("lengths", ()))
-    group, field = workdir_lib.STEPS[self._kind].split(".")
-    before = run.get("config", {}).get(group, {}).get(field, self._steps)
-    if before != self._steps:
-      self.lengths.append({"at": self.first_step, "steps": before})
+    saved, before = files.flatten(run.get("config", {})), {}
+    for name in workdir_lib.LENGTH[self._kind]:
+      ours = value_of(self._given, name)
+      if saved.get(name, ours) != ours:
+        before[name.split(".")[1]] = saved[name]
+    if before:
+      self.lengths.append({"at": self.first_step, "steps": self._steps} | before)
     if hosts.is_main():
       workdir_lib.keep_current(self._given, self._folder, self._kind)
 
   def tell_length(self, config: OptimizerConfig) -> None:
-    """Says how the learning rate goes on, if the run has resumed with another number of steps.
+    """Says how the learning rate goes on, if the run has resumed with another number of steps, or decay.
 
     Args:
-      config: the run's, of the new number.
+      config: the run's, with the new values.
     """
     if self._kind is None or not self.lengths or self.lengths[-1]["at"] != self.first_step:
       return
     before, at = self.lengths[-1]["steps"], self.first_step
     change = f"{workdir_lib.STEPS[self._kind]} {before:,} → {self._steps:,}"
+    if config.decays_from is not None:
+      now = {
+        name: value_of(self._given, f"train.{name}") for name in self.lengths[-1].keys() - {"at"}
+      }
+      changes = (
+        f"train.{name} {self.lengths[-1][name]} → {now[name]}"
+        for name in sorted(now, reverse=True)
+        if now[name] != self.lengths[-1][name]
+      )
+      say(
+        f"{', '.join(changes)}: the learning rate is {config.learning_rate:.3g} until the decay, from step "
+        f"{config.decays_from:,} on ({config.decay_shape})"
+      )
+      return
     rates = [
       float(np.asarray(make_schedule(dataclasses.replace(config, steps=steps))(at)))
       for steps in (before, self._steps)
@@ -250,6 +274,8 @@ class TrainingRun:
       writers.append(metrics.TensorBoardWriter(folder, step))
     if log.wandb:
       writers.append(metrics.WandbWriter(folder, as_json(self.settings), log.wandb_project))
+    if self._listener is not None:
+      writers.append(metrics.ListenerWriter(self._listener))
     return metrics.Writers(writers)
 
   def elapsed(self) -> float:

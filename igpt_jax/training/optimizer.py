@@ -1,15 +1,17 @@
-"""Adam with a linear warm-up and a cosine to zero, the paper's recipe (section 3.3); or Muon with it."""
+"""Adam, or Muon, with the paper's warm-up and cosine to zero (section 3.3), or another schedule."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from igpt_jax.errors import UserError
 from igpt_jax.training import muon
 
 OPTIMIZERS = ("adam", "muon")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "wsd")
+DECAY_SHAPES = ("linear", "1-sqrt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,11 @@ class OptimizerConfig:
     learning_rate: peak.
     steps: length of the whole schedule, warm-up included.
     warmup_steps: length of a linear warm-up from 0; the paper takes one epoch.
-    schedule: "cosine" (to 0 at `steps`) or "constant" after the warm-up.
+    schedule: after the warm-up "cosine" (to 0 at `steps`), "constant", or "wsd": constant, the trunk
+      that runs of every length share, and then a decay to 0 at `steps`.
+    decay_steps: length of wsd's decay; 0: a fifth of `steps`.
+    decay_shape: the rate falls with 1 - x or 1 - √x of the decay's share x that is done; Hägele et al.
+      (2024, arXiv:2405.18392) found 1 - √x better, and a fifth of the steps enough.
     b1, b2, eps: Adam's.
     weight_decay: decoupled, on matrices only; 0 in the paper.
     clip_norm: global gradient norm to clip to; 0 for no clipping.
@@ -31,6 +37,8 @@ class OptimizerConfig:
   steps: int
   warmup_steps: int = 0
   schedule: str = "cosine"
+  decay_steps: int = 0
+  decay_shape: str = "1-sqrt"
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
@@ -51,6 +59,19 @@ class OptimizerConfig:
       raise UserError(
         f"train.warmup_steps: {self.warmup_steps}; expected between 0 and train.steps {self.steps}"
       )
+    if self.decay_steps < 0:
+      raise UserError(f"train.decay_steps: {self.decay_steps}; expected 0 or more")
+    if self.decay_shape not in DECAY_SHAPES:
+      raise UserError(
+        f"train.decay_shape: {self.decay_shape!r}; expected one of {', '.join(DECAY_SHAPES)}"
+      )
+    if self.decays_from is not None and self.decays_from <= self.warmup_steps:
+      decay = self.steps - self.decays_from
+      raise UserError(
+        f"train.steps: {self.steps}; with train.schedule=wsd, a warm-up of {self.warmup_steps} and a "
+        f"decay of {decay} leave no step between them; expected more than {self.warmup_steps + decay}; "
+        "fix: more train.steps, fewer train.warmup_steps, or fewer train.decay_steps"
+      )
     if not self.learning_rate > 0:
       raise UserError(f"train.learning_rate: {self.learning_rate}; expected a positive number")
     for name in ("b1", "b2"):
@@ -60,6 +81,13 @@ class OptimizerConfig:
       if not getattr(self, name) >= 0:
         raise UserError(f"train.{name}: {getattr(self, name)}; expected 0 or more")
 
+  @property
+  def decays_from(self) -> int | None:
+    """Number of steps before wsd's decay, whose parameters it begins from; None: another schedule."""
+    if self.schedule != "wsd":
+      return None
+    return self.steps - (self.decay_steps or max(self.steps // 5, 1))
+
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
   """Returns the function from step to learning rate."""
@@ -67,10 +95,24 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
   main = optax.constant_schedule(config.learning_rate)
   if config.schedule == "cosine":
     main = optax.cosine_decay_schedule(config.learning_rate, after)
-  if not config.warmup_steps:
-    return main
-  warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-  return optax.join_schedules([warmup, main], [config.warmup_steps])
+  parts, ends = [main], []
+  if config.warmup_steps:
+    parts.insert(0, optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps))
+    ends.append(config.warmup_steps)
+  if config.decays_from is not None:
+    parts.append(_decay(config, config.steps - config.decays_from))
+    ends.append(config.decays_from)
+  return optax.join_schedules(parts, ends) if ends else main
+
+
+def _decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Returns the function from the steps of a decay of `steps` that are done to the learning rate."""
+
+  def rate(done):
+    share = jnp.clip(done / steps, 0.0, 1.0)
+    return config.learning_rate * (1 - (share if config.decay_shape == "linear" else share**0.5))
+
+  return rate
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -61,7 +61,7 @@ def begin(
   own = checkpoint.newest(folder)
   named = settings.checkpoint or settings.init_from or checkpoint.latest_step(workdir) is not None
   if scratch and own is None and not named:
-    settings = choices.settle(settings)
+    settings = choices.settle(settings, batch_size=settings.finetune.batch_size)
     palette = training_palette.training_palette(settings, data_config, split, folder)
     assert palette is not None, "only bare tokens have none, and they have no labels"
     return Begin(settings, palette, settings.mask_probability)
@@ -81,7 +81,7 @@ def begin(
       f"({units.some_of(split.class_names)}); fix: the data that it was fine-tuned on, or the checkpoint "
       "that this was begun from, which has no head"
     )
-  settled = choices.settle(settings, info.config)
+  settled = choices.settle(settings, info.config, settings.finetune.batch_size)
   mask_probability = info.run["mask_probability"]
   if own is not None or scratch:
     return Begin(settled, palette, mask_probability)

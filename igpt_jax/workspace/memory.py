@@ -17,6 +17,8 @@ _KNOBS = {
   "sample": "a smaller sample.samples or sample.completions, sample.cache='int8'",
   "complete": "a smaller sample.batch_size or complete.n, sample.cache='int8'",
   "evaluate": "a smaller evaluate.batch_size",
+  "probe": "a smaller probe.batch_size or features.batch_size, fewer features.layers, mesh.fsdp=-1 with "
+  "mesh.data=1",
   "finetune": "a smaller finetune.batch_size, model.remat='full', mesh.fsdp=-1 with mesh.data=1",
 }
 _TRAINING = (
@@ -81,6 +83,6 @@ def in_words(error: Exception, job: str) -> UserError | None:
   if not exhausted and not isinstance(error, MemoryError):
     return None
   first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "MemoryError"
-  training = job in ("pretrain", "probe", "lowdata")
+  training = job in ("pretrain", "ablate", "lowdata")
   knobs = _KNOBS.get(job, _TRAINING if training else _OTHERS)
   return UserError(f"out of memory ({first}); fix: {knobs}")

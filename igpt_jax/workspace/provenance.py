@@ -47,15 +47,16 @@ def of_run(info: CheckpointInfo) -> str:
   """Returns 16 hexadecimal digits of a checkpoint's run: its data and settings.
 
   Training is deterministic: runs with the same digits have the same numbers, up to the step where one
-  was given another number of steps: it stays the run that it was.
+  was given another number of steps, or decay: it stays the run that it was.
   """
+  config = files.flatten(info.run.get("config", {}))
+  for changed in reversed(info.run.get("lengths", [])):
+    config |= {f"train.{name}": value for name, value in changed.items() if name != "at"}
   settings = {
     name: value
-    for name, value in files.flatten(info.run.get("config", {})).items()
+    for name, value in config.items()
     if decides(name, "pretraining") and not history.is_default_of_later(name, value)
   }
-  for changed in info.run.get("lengths", [])[:1]:
-    settings["train.steps"] = changed["steps"]
   return files.digest({"settings": settings, "data": info.run.get("data", {}).get("fingerprint")})
 
 

@@ -26,7 +26,25 @@ def rollback_steps(folder: str) -> list[int]:
   if not os.path.exists(path):
     return []
   with open(path, encoding="utf-8") as file:
-    return [int(step) for step in re.findall(r'"what": "rollback", "to": (\d+)}', file.read())]
+    return _steps_in(file.read())
+
+
+def copy(folder: str, target: str, step: int) -> None:
+  """Copies the record of what decided the data order from `step` on: up to the last return to it or before."""
+  path, kept, waiting = os.path.join(folder, _RECORD), [], []
+  if not os.path.exists(path):
+    return
+  with open(path, encoding="utf-8") as file:
+    for line in file:
+      waiting.append(line)
+      if any(to <= step for to in _steps_in(line)):
+        kept, waiting = kept + waiting, []
+  with open(os.path.join(target, _RECORD), "w", encoding="utf-8") as out:
+    out.writelines(kept)
+
+
+def _steps_in(text: str) -> list[int]:
+  return [int(step) for step in re.findall(r'"what": "rollback", "to": (\d+)}', text)]
 
 
 def order_seeds(folder: str, seed: int) -> list[int]:

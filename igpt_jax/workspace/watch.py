@@ -1,6 +1,6 @@
 """Runs a job on every checkpoint of a training run, beside the training, until that has ended.
 
-Results go to WORKDIR/JOB/STEP, with made_from.json: the checkpoint's contents, by checksum, and the
+Results go to WORKDIR/FOLDER/STEP (the folder is the job's name or one that it chooses), with made_from.json: the checkpoint's contents, by checksum, and the
 settings that decide the results. A step whose results were made from the same isn't repeated. If they
 were made from something else (the run went back and wrote that step again, or settings changed), they
 are moved to STEP.before and the step is repeated. Only complete checkpoints are used; one that is
@@ -20,7 +20,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
-from igpt_jax.workspace import provenance, rollbacks, weights
+from igpt_jax.workspace import branches, provenance, rollbacks, weights
 from igpt_jax.workspace import workdir as workdir_lib
 
 MADE_FROM = "made_from.json"
@@ -38,6 +38,7 @@ def run(
   result: str,
   one: Callable[[Settings, str, str], None],
   decisive: Callable[[Settings], dict[str, Any]],
+  folder: str = "",
 ) -> MadeFrom | None:
   """Runs `one` on the checkpoint that the settings name or, if they say watch, on every one of a run.
 
@@ -47,6 +48,7 @@ def run(
     result: the name of the JSON file that the job writes last.
     one: called with settings that name a checkpoint, the workdir, and the folder of results.
     decisive: returns all that decides the results except the checkpoint, as JSON.
+    folder: the workdir's folder of the watched checkpoints' results; "": the job's name.
 
   Returns:
     What the results of the last watched checkpoint were made from; None: none was watched.
@@ -66,7 +68,8 @@ def run(
     )
   workdir_lib.open_workdir(workdir)
   say(f"watching {watched}")
-  watch = _Watch(settings, watched, os.path.join(workdir, settings.job), result, decisive(settings))
+  folder = os.path.join(workdir, folder or settings.job)
+  watch = _Watch(settings, watched, folder, result, decisive(settings))
   while True:
     step = hosts.from_main(watch.next() if hosts.is_main() else 0)
     if step == _ENDED:
@@ -98,7 +101,7 @@ class _Watch:
     self._result, self._decisive = result, decisive
     self._gone: set[int] = set()
     self._news = time.monotonic()
-    self._rollbacks = 0  # of the run's, handled so far
+    self._turns = (0, 0)  # of the run's rollbacks and decays put aside, those handled so far
     self.last: MadeFrom = {}  # on the main process, from `next` on
 
   def next(self) -> int:
@@ -147,11 +150,13 @@ class _Watch:
     return out
 
   def _put_abandoned_aside(self) -> None:
-    """Moves results of steps away that the run went back behind."""
-    count = len(rollbacks.rollback_steps(self._watched))
-    if count == self._rollbacks:
+    """Moves results of steps away that the run went back behind, after bad numbers or to train longer."""
+    back, decays = rollbacks.rollback_steps(self._watched), branches.put_aside(self._watched)
+    turns = len(back), sum(map(len, decays.values()))
+    if turns == self._turns:
       return
-    self._rollbacks = count
+    self._turns = turns
+    self._gone.clear()  # the run makes these steps again
     names = os.listdir(self._folder) if os.path.isdir(self._folder) else []
     for step in (int(name) for name in names if name.isdigit()):
       out = os.path.join(self._folder, str(step))
@@ -159,6 +164,8 @@ class _Watch:
       seed, order = kept["seeds"] if kept else (0, 0)
       if kept and rollbacks.is_abandoned(self._watched, seed, order, step):
         _put_aside(out, "is of a step that the run went back behind")
+      elif kept and kept["checkpoint"]["parameters"] in map(_checksum, decays.get(step, ())):
+        _put_aside(out, "is of a decay that the run has put aside")
 
   def pass_over(self, step: int) -> None:
     """Skips a step from now on."""
@@ -221,6 +228,10 @@ def _read_made_from(out: str) -> MadeFrom | None:
   if not kept.keys() >= {"checkpoint", "run", "seeds", "settings"}:
     return None
   return {**kept, "settings": history.with_todays_names(kept["settings"])}
+
+
+def _checksum(path: str) -> str:
+  return provenance.of_checkpoint(checkpoint.describe(path))["parameters"]
 
 
 def _put_aside(out: str, why: str, lines: Sequence[str] = ()) -> None:

@@ -1,7 +1,7 @@
 """The workdir of a run: config.json is written when the run begins and compared when it is resumed.
 
 Two things may change: a start that came to no checkpoint leaves nothing that binds the next one, and a
-run may be given more steps, or fewer that it hasn't made yet.
+run may be given more steps, or fewer that it hasn't made yet, or another decay.
 """
 
 import contextlib
@@ -20,6 +20,11 @@ from igpt_jax.reporting import summary
 
 # The setting that says how long a run of a kind is.
 STEPS = {"pretraining": "train.steps", "finetuning": "finetune.steps"}
+# The settings that say how it ends, which may change.
+LENGTH = {
+  "pretraining": (STEPS["pretraining"], "train.decay_steps", "train.decay_shape"),
+  "finetuning": (STEPS["finetuning"],),
+}
 # A run resumes wherever the same data lies, and later jobs look for it there.
 _PLACES_OF_DATA = ("data.path", "data.data_dir")
 PROGRESS = "progress"  # folder of what a run makes of held-out images while it trains
@@ -53,7 +58,10 @@ def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:
   ours = {name: ours[name] for name in decisive}
   made = checkpoint.latest_step(workdir)
   if made is not None and (name := STEPS[kind]) in theirs:
-    before, steps = theirs.pop(name), ours.pop(name)
+    before, steps = theirs[name], ours[name]
+    for each in LENGTH[kind]:
+      theirs.pop(each, None)
+      ours.pop(each)
     if steps < made:
       raise UserError(
         f"config.{name}: {steps:,}; the run in {workdir} has made {made:,} steps; expected {made:,} or "
@@ -80,11 +88,11 @@ def claim(settings: Settings, workdir: str) -> None:
 
 
 def keep_current(settings: Settings, workdir: str, kind: str) -> None:
-  """Notes in config.json how many steps a resumed run has, and where its data lies, from now on."""
+  """Notes in config.json how a resumed run ends, and where its data lies, from now on."""
   stored = read(workdir)
   if stored is None:
     return
-  names = (STEPS[kind], *_PLACES_OF_DATA)
+  names = (*LENGTH[kind], *_PLACES_OF_DATA)
   current = {name: value_of(settings, name) for name in names}
   if current != {name: stored.get(name) for name in names}:
     path = os.path.join(workdir, saved.NAME)

@@ -123,6 +123,20 @@ def test_parameters_that_differ_are_not_saved(tmp_path):
 
 
 @pytest.mark.slow
+def test_both_leave_a_decay_for_a_longer_run(tmp_path):
+  recipe = {"train.schedule": "wsd", "train.decay_steps": 2, "train.progress_images": 0}
+  workdir = tmp_path / "run"
+  for steps in (8, 12):
+    with hosts(tmp_path / f"said{steps}", workdir, recipe | {"train.steps": steps}) as started:
+      started.succeed()
+  assert "going back to step 6, before the decay" in started.said(0)
+  assert checkpoint.whole_steps(str(workdir)) == [8, 10, 12]
+  assert checkpoint.whole_steps(str(workdir / "decays" / "6-8")) == [8]
+  told = [r for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
+  assert [r["learning_rate"] for r in told[2:11]] == [pytest.approx(3e-3)] * 9
+
+
+@pytest.mark.slow
 def test_both_go_back_to_one_checkpoint_with_the_same_other_data(tmp_path):
   overrides = {"guard.in_row": 2, "train.steps": 12, "train.checkpoint_every": 4}
   workdir = tmp_path / "run"

@@ -324,6 +324,14 @@ def test_a_tenth_of_the_sizes_rate():
     assert (made.schedule, made.b1, made.b2, made.steps) == ("constant", 0.9, 0.9, 9)
 
 
+def test_a_chosen_b2_is_that_of_the_fine_tunings_batches():
+  config = tiny(**{"train.b2": 0.0, "train.batch_size": 64, "finetune.batch_size": 16})
+  chosen = 0.95 ** (16 / 128)
+  assert choices.finetuning_optimizer_config(config).b2 == chosen
+  settled = choices.settle(config, batch_size=config.finetune.batch_size)
+  assert settled.train.b2 == choices.finetuning_optimizer_config(settled).b2 == chosen
+
+
 MISTAKES = {
   "layer": ({"finetune.layer": 3}, r"finetune.layer: 3; expected 0 to the model's n_layer 2"),
   "layer below": ({"finetune.layer": -2}, r"finetune.layer: -2"),

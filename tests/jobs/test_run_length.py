@@ -102,6 +102,23 @@ def test_a_run_may_end_where_it_was_stopped_and_is_evaluated_there_once(tmp_path
   assert "validation_loss" in json.loads((tmp_path / "training.json").read_text())
 
 
+def test_a_b2_that_is_left_open_is_chosen_by_the_batch_said_and_recorded(tmp_path, capsys):
+  """Half of what an average of squares holds is forgotten after as many images as in batches of 128."""
+  chosen = 0.95 ** (16 / 128)
+  assert chosen ** (128 / 16) == pytest.approx(0.95)
+  told = []
+  for name, b2 in (("open", 0.0), ("given", chosen)):
+    on_one_device(pretrain, shrunk(**{"train.b2": b2, "train.steps": 4}), str(tmp_path / name))
+    told.append("train.b2: 0: chosen by the batch size: 0.993609" in capsys.readouterr().out)
+  assert told == [True, False]
+  assert_same(params_of(tmp_path / "open"), params_of(tmp_path / "given"))
+  info = run_of(tmp_path / "open", 4)
+  assert info.run["config"]["train"]["b2"] == chosen
+  assert provenance.of_run(info) == provenance.of_run(run_of(tmp_path / "given", 4))
+  on_one_device(pretrain, shrunk(**{"train.b2": 0.0, "train.steps": 6}), str(tmp_path / "open"))
+  assert checkpoint.latest_step(str(tmp_path / "open")) == 6
+
+
 def killed_before_a_checkpoint(settings, workdir):
   with pytest.MonkeyPatch.context() as patch:
 

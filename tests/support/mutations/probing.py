@@ -8,6 +8,7 @@ _LINEAR = "unit/probing/test_linear_probe.py"
 _CHOSEN = f"{_LINEAR}::test_the_strength_is_chosen_on_validation_alone_and_the_refit_sees_both"
 _LOGISTIC = "unit/probing/test_logistic.py"
 _SGD = "unit/probing/test_sgd_probe.py"
+_ATTENTIVE = "unit/probing/test_attentive.py"
 
 MUTATIONS = (
   Mutation(
@@ -170,6 +171,20 @@ MUTATIONS = (
     "rates.reshape(-1, *[1] * (u.ndim - 1))",
     "rates[::-1].reshape(-1, *[1] * (u.ndim - 1))",
     f"{_SGD}::test_each_classifier_is_as_if_trained_alone",
+  ),
+  Mutation(
+    "attention-unscaled",
+    "probing/attentive.py",
+    "asked * of_heads[1] ** -0.5",
+    "asked",
+    f"{_ATTENTIVE}::test_a_head_is_multi_head_attention_with_one_query",
+  ),
+  Mutation(
+    "positions-not-normalised",
+    "probing/feeds.py",
+    '(positions - moments["mean"]) * moments["scale"]',
+    'positions - moments["mean"]',
+    f"{_ATTENTIVE}::test_features_are_those_of_all_positions_normalised",
   ),
   Mutation(
     "rows-counted-before-they-are-written",

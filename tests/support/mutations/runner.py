@@ -65,6 +65,27 @@ MUTATIONS = (
     "unit/workspace/test_watch.py::test_a_step_that_the_run_went_back_behind_has_no_numbers",
   ),
   Mutation(
+    "branch-with-the-order-before",
+    "workspace/rollbacks.py",
+    "any(to <= step for to in",
+    "any(to < step for to in",
+    "unit/runner/test_data_order.py::test_a_branch_has_the_order_that_its_checkpoint_goes_on_with",
+  ),
+  Mutation(
+    "decays-results-stand",
+    "workspace/watch.py",
+    'kept["checkpoint"]["parameters"] in map(',
+    'kept["checkpoint"]["parameters"] not in map(',
+    "unit/workspace/test_watch.py::test_a_decay_that_the_run_has_left_has_no_numbers",
+  ),
+  Mutation(
+    "trunks-end-not-saved",
+    "runner/loop.py",
+    "step % self.save_every == 0 or step in self.save_at",
+    "step % self.save_every == 0",
+    "jobs/test_decay.py::test_the_trunk_is_the_same_at_every_length",
+  ),
+  Mutation(
     "resumed-a-batch-late",
     "runner/data_order.py",
     "start_step=step,",

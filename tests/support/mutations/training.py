@@ -207,6 +207,20 @@ MUTATIONS = (
     f"{_OPTIMIZER}::test_schedule_at_exact_steps",
   ),
   Mutation(
+    "decay-a-step-early",
+    "training/optimizer.py",
+    "return self.steps - (self.decay_steps or max(self.steps // 5, 1))",
+    "return self.steps - (self.decay_steps or max(self.steps // 5, 1)) - 1",
+    f"{_OPTIMIZER}::test_schedule_at_exact_steps",
+  ),
+  Mutation(
+    "decay-shapes-swapped",
+    "training/optimizer.py",
+    'config.decay_shape == "linear"',
+    'config.decay_shape != "linear"',
+    f"{_OPTIMIZER}::test_schedule_at_exact_steps",
+  ),
+  Mutation(
     "warm-up-off-by-one",
     "training/optimizer.py",
     "optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)",

@@ -21,7 +21,7 @@ from igpt_jax.model.model_config import PRESETS, REMAT_POLICIES, ImageGPTConfig
 from igpt_jax.pretrained import formats, released
 from igpt_jax.probing import sets
 from igpt_jax.training.objectives import OBJECTIVES
-from igpt_jax.training.optimizer import SCHEDULES
+from igpt_jax.training.optimizer import DECAY_SHAPES, SCHEDULES
 from support.paths import ROOT
 from support.tiny import changed, settings_of
 
@@ -48,7 +48,8 @@ def test_every_setting_is_declared():
     ("data.augment", transforms.AUGMENTATIONS), ("finetune.augment", transforms.AUGMENTATIONS),
     ("data.resample", transforms.RESAMPLINGS), ("model.size", PRESETS), ("objective", OBJECTIVES),
     ("model.remat", REMAT_POLICIES), ("model.attention", IMPLEMENTATIONS),
-    ("sample.cache", CACHE_DTYPES), ("train.schedule", SCHEDULES), ("convert.format", formats.FORMATS),
+    ("sample.cache", CACHE_DTYPES), ("train.schedule", SCHEDULES),
+    ("train.decay_shape", DECAY_SHAPES), ("convert.format", formats.FORMATS),
     ("features.baselines", sets.BASELINES), ("benchmark.parts", benchmark.PARTS),
     ("download.model", (*released.MODELS, "")), ("download.step", released.STEPS),
     ("download.data", (*released.DATASETS, "")),
@@ -66,7 +67,7 @@ def test_defaults_are_one():
       name: list(value) if isinstance(value, tuple) else value
       for name, value in base()[group].items()
     }
-    for group in ("features", "probe", "lowdata", "benchmark")
+    for group in ("ablate", "features", "probe", "lowdata", "benchmark")
   }
   assert FIELDS["seed"].most == order.MAX_SEED
 
@@ -86,8 +87,9 @@ def test_what_decides_a_runs_numbers():
     "model.qk_norm", "model.value_embeddings", "model.x0_skip",
   }  # fmt: skip
   assert deciding["pretraining"] - both == {
-    f"train.{name}" for name in ("batch_size", "steps", "learning_rate", "warmup_steps", "schedule")
-  }
+    "train.batch_size", "train.steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
+    "train.decay_steps", "train.decay_shape",
+  }  # fmt: skip
   assert deciding["finetuning"] - both == {name for name in FIELDS if name.startswith("finetune.")}
   assert {name for name, declaration in FIELDS.items() if declaration.host} == {
     "init_from", "checkpoint", "convert.source", "complete.images", "palette.path", "features.cache",

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CLASSES, STEPS, BATCH = 3, 12, 16
 RATES = (1.0, 0.1, 3e38)  # the last one diverges, to infinity and beyond
-GROUPS = {"layer": (2, 8), "pixels": (1, 5)}
+GROUPS = {"layer": sgd.Linear(2, 8), "pixels": sgd.Linear(1, 5)}
 
 
 def batches(seed=0):
@@ -41,15 +41,15 @@ def trained(mesh, frozen_scale=1.0):
   frozen = {"scale": jnp.float32(frozen_scale)}
 
   def fresh(frozen) -> TrainState:
-    return sgd.make_state(GROUPS, optimizer, len(RATES), CLASSES, frozen)
+    return sgd.make_state(GROUPS, optimizer, len(RATES), CLASSES, frozen, 0)
 
   with jax.set_mesh(mesh):
     everywhere = sharding.replicated(mesh)
-    shardings = sgd.state_shardings(
-      jax.eval_shape(fresh, frozen), GROUPS, mesh, {"scale": everywhere}
-    )
+    shardings = sgd.state_shardings(jax.eval_shape(fresh, frozen), mesh, {"scale": everywhere})
     state = tiny.jit(fresh, out_shardings=shardings)(frozen)
-    step = tiny.jit(sgd.make_train_step(extract, optimizer), out_shardings=(shardings, everywhere))
+    step = tiny.jit(
+      sgd.make_train_step(extract, GROUPS, optimizer), out_shardings=(shardings, everywhere)
+    )
     told = []
     for batch in batches():
       state, metrics = step(state, sharding.put_batch(batch, mesh))
@@ -118,7 +118,7 @@ def test_what_is_frozen_stays(of_one_device):
 def test_evaluation_counts_what_the_mask_counts(of_one_device):
   state, _ = of_one_device
   batch = next(batches(1))
-  step = tiny.jit(sgd.make_eval_step(extract))
+  step = tiny.jit(sgd.make_eval_step(extract, GROUPS))
   mask = np.arange(BATCH) < 10
   correct, counted = step(state.params, {**batch, "mask": mask})
   assert int(counted) == 10

@@ -40,6 +40,7 @@ FLOORS = (
   ("workspace/",),
   ("runner/", "sampling/"),
   ("probing/",),
+  ("ablation/",),
   ("jobs/",),
   ("__main__.py", "api.py", "main.py", "demo/", "notebook.py"),
 )

@@ -38,6 +38,41 @@ def draw(tmp_path, panel, **texts):
     return np.asarray(image.convert("RGB"))
 
 
+def test_a_dashed_curve_stands_out_and_a_band_is_shaded(tmp_path, drawn):
+  band = ([0.2, 0.3, 0.4], [0.4, 0.5, 0.6])
+  curves = {
+    "a": CURVE,
+    "base": Curve([0, 1], [0.5, 0.4], dashed=True),
+    "b": Curve(CURVE.x, CURVE.y, band=band),
+  }
+  draw(tmp_path, Panel(curves=curves, y_label="y"))
+  axes = drawn[0].axes[0]
+  lines = [container.lines[0] for container in axes.containers]
+  assert [line.get_linestyle() for line in lines] == ["-", "--", "-"]
+  assert [line.get_color() for line in lines][1] == "black"
+  (shade,) = axes.collections[len(axes.containers) :] or axes.collections[-1:]
+  assert np.ptp(shade.get_paths()[0].vertices[:, 1]) == pytest.approx(0.4)
+
+
+def test_panels_have_x_axes_of_their_own(tmp_path, drawn):
+  path = str(tmp_path / "plot.png")
+  left = Panel(curves={"a": Curve([0, 10], [1, 2])}, y_label="y", x_label="FLOPs")
+  right = Panel(curves={"a": Curve([0, 1], [1, 2])}, y_label="y", x_label="seconds")
+  plots.plot(path, left, right, title="t")
+  first, second = drawn[0].axes
+  assert (first.get_xlabel(), second.get_xlabel()) == ("FLOPs", "seconds")
+  assert first.get_xlim()[1] > 9 > 2 > second.get_xlim()[1]
+
+
+def test_the_legend_of_many_curves_lies_beside_them(tmp_path, drawn):
+  for count in (8, 9):
+    draw(tmp_path, Panel(curves={str(i): Curve([0, 1], [i, i]) for i in range(count)}, y_label="y"))
+  within, beside = (figure.axes[0] for figure in drawn)
+  for axes, outside in ((within, False), (beside, True)):
+    legend = axes.get_legend().get_window_extent()
+    assert (legend.x0 >= axes.get_window_extent().x1) == outside
+
+
 def texts_of(axes):
   return [text.get_text() for text in axes.texts]
 

@@ -39,3 +39,17 @@ def test_an_earlier_order_of_the_run_is_its_own(order, tmp_path):
   order.check(4, run)
   with pytest.raises(UserError, match=r"data seed: .* expected 8"):
     order.check(4, {"data": run["data"] | {"seed": 8}})
+
+
+def test_a_branch_has_the_order_that_its_checkpoint_goes_on_with(order, tmp_path):
+  """Later returns to after the checkpoint aren't its own."""
+  went_back = (8, 4, 6)  # so that the run goes on from step 4 with the second other order
+  for to in went_back:
+    rollbacks.record(str(tmp_path), {"step": 9, "what": "spike", "loss": 1.0})
+    rollbacks.record(str(tmp_path), {"step": 9, "what": "rollback", "to": to})
+  for step, count in ((3, 0), (4, 2), (5, 2), (6, 3), (8, 3)):
+    branch = tmp_path / str(step)
+    branch.mkdir()
+    rollbacks.copy(str(tmp_path), str(branch), step)
+    assert rollbacks.rollback_steps(str(branch)) == list(went_back[:count])
+  rollbacks.copy(str(tmp_path / "3" / "none"), str(branch), 3)

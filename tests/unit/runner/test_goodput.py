@@ -106,6 +106,16 @@ def test_an_older_checkpoint_and_none_at_all_lose_more(times, tmp_path):
     assert told["steps_again"] == again
 
 
+def test_the_times_at_a_kept_checkpoint_are_kept(times, tmp_path):
+  """A run that goes back behind a long decay still knows what it had spent until then."""
+  clock = goodput.Clock(str(tmp_path), 0, keep_steps=(10,))
+  for step in range(10, 50):
+    spend(times, clock, step=1)
+    clock.saved(step)
+  told = goodput.Clock(str(tmp_path), 10).spent()["seconds"]
+  assert (told["step"], told["repeated"]) == (1, 39)
+
+
 def test_what_had_ended_stays_as_it_was(times, tmp_path):
   clock = goodput.Clock(str(tmp_path), 0)
   clock.enter("step")

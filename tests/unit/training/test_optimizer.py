@@ -26,8 +26,24 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
     ),
     (dict(steps=100, schedule="constant"), {0: 1.0, 99: 1.0}),
     (dict(steps=4, warmup_steps=4), {0: 0.0, 3: 0.75, 4: 1.0}),
+    (
+      dict(steps=100, warmup_steps=4, schedule="wsd", decay_steps=16, decay_shape="linear"),
+      {0: 0.0, 1: 0.25, 4: 1.0, 50: 1.0, 84: 1.0, 85: 15 / 16, 92: 0.5, 99: 1 / 16, 100: 0, 500: 0},
+    ),
+    (
+      dict(steps=100, schedule="wsd"),
+      {0: 1.0, 80: 1.0, 81: 1 - 0.05**0.5, 85: 0.5, 95: 1 - 0.75**0.5, 100: 0, 500: 0},
+    ),
   ],
-  ids=["warm-up and cosine", "cosine", "warm-up and constant", "constant", "warm-up alone"],
+  ids=[
+    "warm-up and cosine",
+    "cosine",
+    "warm-up and constant",
+    "constant",
+    "warm-up alone",
+    "warm-up, stable, linear",
+    "stable, 1-sqrt",
+  ],
 )
 @pytest.mark.parametrize("peak", [1.0, 3e-3])
 def test_schedule_at_exact_steps(settings, expected, peak):
@@ -35,6 +51,33 @@ def test_schedule_at_exact_steps(settings, expected, peak):
   found = [float(schedule(jnp.asarray(step, jnp.int32))) for step in expected]
   expected = [peak * share for share in expected.values()]
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7 * peak)
+
+
+def test_trunks_have_one_rate_whatever_the_length():
+  """Bit for bit, compiled, as in training."""
+  recipes = [
+    OptimizerConfig(learning_rate=3e-3, steps=steps, warmup_steps=7, schedule="wsd", **decay)
+    for steps, decay in ((50, {}), (999, {}), (47, {"decay_steps": 7, "decay_shape": "linear"}))
+  ]
+  assert [recipe.decays_from for recipe in recipes] == [40, 800, 40]
+  made = [jax.jit(jax.vmap(make_schedule(recipe)))(jnp.arange(40)) for recipe in recipes]
+  for rates in made:
+    np.testing.assert_array_equal(rates, made[0])
+  assert np.all(made[0][7:] == np.float32(3e-3))
+
+
+@pytest.mark.parametrize(
+  "decay, expected",
+  [
+    ({"decay_steps": 6}, "a decay of 6 leave .* expected more than 10"),
+    ({"steps": 5}, "decay of 1"),
+  ],
+)
+def test_a_trunk_without_a_stable_step_is_refused(decay, expected):
+  recipe = dict(learning_rate=0.1, steps=10, warmup_steps=4, schedule="wsd") | decay
+  with pytest.raises(UserError, match=expected):
+    OptimizerConfig(**recipe)
+  assert OptimizerConfig(**recipe | {"steps": recipe["steps"] + 1}).decays_from == 5
 
 
 def test_schedule_rises_then_falls():
@@ -136,7 +179,7 @@ def test_only_matrices_decay():
   [
     ("schedule", "step"), ("steps", 0), ("warmup_steps", -1), ("warmup_steps", 11),
     ("learning_rate", 0.0), ("learning_rate", float("nan")), ("b1", 1.0), ("b2", -0.1),
-    ("weight_decay", -1.0), ("clip_norm", float("nan")),
+    ("decay_steps", -1), ("decay_shape", "sqrt"), ("weight_decay", -1.0), ("clip_norm", float("nan")),
   ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(field, value):

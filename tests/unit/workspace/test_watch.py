@@ -182,6 +182,52 @@ def test_a_step_that_the_run_went_back_behind_has_no_numbers(tmp_path, whole, mo
   assert seen == [20, 40, 60, 60]
 
 
+def test_a_decay_that_the_run_has_left_has_no_numbers(tmp_path, whole):
+  """The run trains longer from before it, and makes those steps anew."""
+  for step in (20, 40, 60):
+    write(tmp_path, step)
+  end(tmp_path)
+  seen = []
+  run(config_of(), tmp_path, recorder(seen))
+  for step in (40, 60):
+    target = tmp_path / "decays" / "30-60" / "checkpoints" / str(step)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(tmp_path / "checkpoints" / str(step), target)
+  write(tmp_path, 60, parameters="second")
+  for _ in range(2):
+    run(config_of(), tmp_path, recorder(seen))
+  kept = sorted(os.listdir(tmp_path / "evaluate"))
+  assert kept == ["20", "40.before", "60", "60.before"] and seen == [20, 40, 60, 60]
+
+
+def test_a_step_that_vanishes_into_a_decay_is_done_when_it_is_made_again(tmp_path, whole):
+  """Moved away while it is read, it is passed over, but not what the run then makes in its place."""
+  for step in (20, 40, 60):
+    write(tmp_path, step)
+  seen, aside = [], tmp_path / "decays" / "30-60" / "checkpoints"
+
+  def leave(step):
+    if step == 40 and not aside.exists():
+      aside.mkdir(parents=True)
+      for each in (40, 60):
+        os.rename(tmp_path / "checkpoints" / str(each), aside / str(each))
+      raise UserError("it can't be read")
+    if step == 80:
+      end(tmp_path)
+
+  passed_over = watch._Watch.pass_over
+
+  def pass_over(self, step):
+    passed_over(self, step)
+    write(tmp_path, 40, parameters="second")
+    write(tmp_path, 80)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(watch._Watch, "pass_over", pass_over)
+    run(config_of(), tmp_path, recorder(seen, leave))
+  assert seen == [20, 40, 80]
+
+
 def test_other_settings_are_other_results(tmp_path, whole):
   write(tmp_path, 20)
   end(tmp_path)

@@ -1,0 +1,374 @@
+"""The comparison of an ablation's runs: seeds paired, losses against FLOPs and against time.
+
+Writes ablate.csv (a row for each run and seed), ablate.md and ablate.png.
+"""
+
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from igpt_jax import files, units
+from igpt_jax.ablation.entries import Entry, differences
+from igpt_jax.ablation.outcomes import UNFINISHED, Point, Result
+from igpt_jax.config.fields import as_json
+from igpt_jax.reporting import plots, summary
+from igpt_jax.reporting.tables import csv_table, markdown_table
+
+# Settings that runs of different lengths differ in.
+_OF_LENGTH = (
+  "train.steps", "train.warmup_steps", "train.decay_steps", "train.eval_every",
+  "train.checkpoint_every", "train.log_every",
+)  # fmt: skip
+_PREFIXES = (
+  (1e18, "EFLOP"),
+  (1e15, "PFLOP"),
+  (1e12, "TFLOP"),
+  (1e9, "GFLOP"),
+  (1e6, "MFLOP"),
+  (1.0, "FLOP"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """A mean over seeds.
+
+  Attributes:
+    mean: the mean; nan of no values.
+    spread: the sample standard deviation; nan of less than two values.
+    n: the number of values.
+  """
+
+  mean: float
+  spread: float
+  n: int
+
+  @classmethod
+  def of(cls, values: Sequence[float]) -> "Mean":
+    values = [value for value in values if not math.isnan(value)]
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return cls(statistics.fmean(values) if values else math.nan, spread, len(values))
+
+  def text(self, form: str) -> str:
+    """Formats "mean ± spread", the spread without a sign; "" if there are no values."""
+    if not self.n:
+      return ""
+    spread = "" if math.isnan(self.spread) else f" ± {self.spread:{form.lstrip('+')}}"
+    return f"{self.mean:{form}}{spread}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run with all of its seeds, in their order."""
+
+  results: tuple[Result, ...]
+
+  @property
+  def entry(self) -> Entry:
+    """The run with its first seed, which stands for it where seeds make no difference."""
+    return self.results[0].entry
+
+  @property
+  def name(self) -> str:
+    return self.entry.name
+
+  def mean(self, field: str) -> Mean:
+    return Mean.of([getattr(result, field) for result in self.results])
+
+
+def runs_of(results: Sequence[Result]) -> list[Run]:
+  """Returns the results by run; the first is the baseline's."""
+  by_name: dict[str, list[Result]] = {}
+  for result in results:
+    by_name.setdefault(result.entry.name, []).append(result)
+  return [Run(tuple(of_run)) for of_run in by_name.values()]
+
+
+def pairs(run: Run, baseline: Run) -> list[tuple[Result, Result]]:
+  """Returns the finished results of both runs with the same seed."""
+  theirs = {result.entry.seed: result for result in baseline.results if result.finished}
+  ours = (result for result in run.results if result.finished)
+  return [(result, theirs[result.entry.seed]) for result in ours if result.entry.seed in theirs]
+
+
+def paired_difference(run: Run, baseline: Run, field: str = "validation_loss") -> Mean:
+  """Returns the differences to the baseline, seed by seed."""
+  return Mean.of([getattr(a, field) - getattr(b, field) for a, b in pairs(run, baseline)])
+
+
+def step_reaching(curve: Sequence[Point], loss: float) -> float:
+  """Returns the step at which a curve first reaches a loss, by straight lines between evaluations.
+
+  nan if it doesn't. A falling loss is convex: the line lies above it, and the step is an upper bound.
+  """
+  for i, point in enumerate(curve):
+    if point.loss <= loss:
+      if not i:
+        return point.step
+      before = curve[i - 1]
+      share = (before.loss - loss) / (before.loss - point.loss)
+      return before.step + share * (point.step - before.step)
+  return math.nan
+
+
+def share_of_flops(run: Run, baseline: Run) -> Mean:
+  """Returns, of the baseline's FLOPs, those in which the run reaches its final validation loss.
+
+  Seed by seed; those that don't reach it are left out of the mean and of its n.
+  """
+  return Mean.of([
+    step_reaching(a.curve, b.validation_loss) * a.entry.flops_per_step / b.entry.flops
+    for a, b in pairs(run, baseline)
+  ])  # fmt: skip
+
+
+def shorter(run: Run, runs: Sequence[Run]) -> list[Run]:
+  """Returns the runs that are the same as `run` but for fewer steps, and what goes with their number."""
+
+  def key(of: Run) -> dict[str, Any]:
+    flat = files.flatten(as_json(of.entry.settings))
+    return {name: value for name, value in flat.items() if name not in ("seed", *_OF_LENGTH)}
+
+  return [other for other in runs if key(other) == key(run) and other.entry.steps < run.entry.steps]
+
+
+# --- ablate.csv ------------------------------------------------------------------------------------
+
+_COLUMNS: dict[str, Callable[[Result], object]] = {
+  "name": lambda result: result.entry.name,
+  "seed": lambda result: result.entry.seed,
+  "parameters": lambda result: result.entry.parameters,
+  "steps": lambda result: result.entry.steps,
+  "flops_per_step": lambda result: result.entry.flops_per_step,
+  "flops": lambda result: result.entry.flops,
+  **{
+    name: lambda result, name=name: _number(getattr(result, name))
+    for name in (
+      "step_seconds", "train_loss", "validation_loss", "test_loss", "probe_accuracy"
+    )
+  },
+  "status": lambda result: result.status,
+}  # fmt: skip
+
+
+def _number(value: float) -> object:
+  return "" if math.isnan(value) else value
+
+
+def csv_text(runs: Sequence[Run]) -> str:
+  """Returns ablate.csv."""
+  changed = overrides(runs)
+  rows = [
+    [
+      result.entry.name,
+      changed[run.name],
+      *(column(result) for column in list(_COLUMNS.values())[1:]),
+    ]
+    for run in runs
+    for result in run.results
+  ]
+  return csv_table(["name", "overrides", *list(_COLUMNS)[1:]], rows)
+
+
+def overrides(runs: Sequence[Run]) -> dict[str, str]:
+  """Returns, by name, the settings in which a run differs from the baseline."""
+  differing = differences([run.entry for run in runs])
+  return {
+    run.name: " ".join(
+      f"{name}={values[i]}" for name, values in differing.items() if values[i] != values[0]
+    )
+    for i, run in enumerate(runs)
+  }
+
+
+# --- ablate.md -------------------------------------------------------------------------------------
+
+
+def markdown(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
+  """Returns ablate.md; `notes`: in words, what keeps losses from being compared."""
+  baseline = runs[0]
+  scale, unit = flop_unit(max(run.entry.flops for run in runs))
+  rows = []
+  for run in by_loss(runs):
+    entry, difference, reached = (
+      run.entry,
+      paired_difference(run, baseline),
+      _reached(run, baseline),
+    )
+    rows.append((
+      f"{run.name} (baseline)" if run is baseline else run.name, _seeds(run),
+      f"{entry.parameters:,}", f"{entry.steps:,}", f"{entry.flops / scale:.4g}",
+      f"{entry.flops / baseline.entry.flops:.3f}", run.mean("step_seconds").text(".3f"),
+      run.mean("train_loss").text(".4f"), run.mean("validation_loss").text(".4f"),
+      "" if run is baseline else difference.text("+.4f"), run.mean("test_loss").text(".4f"),
+      run.mean("probe_accuracy").text(".2%"), reached,
+    ))  # fmt: skip
+  head = (
+    "run", "seeds", "parameters", "steps", unit, "× FLOPs", "s/step", "train", "validation",
+    "− baseline's, paired", "test", "probe", "baseline's loss at",
+  )  # fmt: skip
+  empty = {i for i in range(len(head)) if not any(row[i] for row in rows)}
+  kept = [i for i in range(len(head)) if i not in empty]
+  table = markdown_table(
+    "l" + "r" * (len(kept) - 1), [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+  )
+  parts = ["# Ablation", verdict(runs), table.rstrip(), _legend(runs)]
+  parts += [f"**Not comparable** in {note}" for note in notes]
+  if lines := _lengths(runs):
+    parts.append("\n".join(lines))
+  if differing := differences([run.entry for run in runs]):
+    cells = ((f"`{name}`", *map(_shown, values)) for name, values in differing.items())
+    fields = markdown_table("l" * (1 + len(runs)), ("setting", *(run.name for run in runs)), cells)
+    parts.append(f"## Settings that differ\n\n{fields.rstrip()}")
+  return "\n\n".join(parts) + "\n"
+
+
+def by_loss(runs: Sequence[Run]) -> list[Run]:
+  """Returns the runs by their validation loss, each followed by the shorter ones of its kind."""
+  ordered = sorted(runs, key=lambda run: _or_last(run.mean("validation_loss").mean))
+  shorts = {run.name: shorter(run, ordered) for run in ordered}
+  beside = {short.name for of_run in shorts.values() for short in of_run}
+  longest = [run for run in ordered if run.name not in beside]
+  return [each for run in longest for each in (run, *sorted(
+    shorts[run.name], key=lambda short: -short.entry.steps))]  # fmt: skip
+
+
+def _or_last(loss: float) -> float:
+  return math.inf if math.isnan(loss) else loss
+
+
+def verdict(runs: Sequence[Run]) -> str:
+  """Returns a line: the run with the best validation loss, and what it reaches with how much."""
+  baseline = runs[0]
+  done = [run for run in runs if run.mean("validation_loss").n]
+  if not done:
+    return "No run has finished."
+  best = min(done, key=lambda run: run.mean("validation_loss").mean)
+  text = f"Best on validation: {best.name}, {best.mean('validation_loss').text('.4f')} nats/token"
+  difference = paired_difference(best, baseline)
+  if best is baseline or not difference.n:
+    return f"{text}."
+  reached = share_of_flops(best, baseline)
+  at = f"; {baseline.name}'s final loss at {reached.mean:.1%} of its FLOPs" if reached.n else ""
+  paired = (
+    f"{difference.text('+.4f')} against {baseline.name} ({units.counted(difference.n, 'seed')})"
+  )
+  return f"{text}, {paired}{at}."
+
+
+def _seeds(run: Run) -> str:
+  """Formats "3", or "2 of 3: seed 1 diverged at step 40"."""
+  others = [result for result in run.results if not result.finished]
+  if not others:
+    return str(len(run.results))
+  why = ", ".join(f"seed {result.entry.seed} {result.status}" for result in others)
+  return f"{len(run.results) - len(others)} of {len(run.results)}: {why}"
+
+
+def _reached(run: Run, baseline: Run) -> str:
+  """Formats the share of the baseline's FLOPs at which its final validation loss is reached."""
+  paired = len(pairs(run, baseline))
+  if run is baseline or not paired:
+    return ""
+  reached = share_of_flops(run, baseline)
+  if not reached.n:
+    return "not reached"
+  return reached.text(".1%") + (f" ({reached.n} of {paired})" if reached.n < paired else "")
+
+
+def _legend(runs: Sequence[Run]) -> str:
+  return (
+    "Losses in nats per token. ±: sample standard deviation over the seeds; differences are of the same "
+    "seed. s/step: median, beside whatever else the machine did. "
+    f"“Baseline's loss at”: the share of {runs[0].name}'s FLOPs in which a run's own curve reaches the "
+    "final validation loss of the same seed, by straight lines between its evaluations: an upper bound, "
+    "because the learning rate isn't low yet in the middle of a schedule."
+  )
+
+
+def _lengths(runs: Sequence[Run]) -> list[str]:
+  """Returns a line for each run that is a shorter one of the same kind, with a schedule of its own."""
+  baseline, lines = runs[0], []
+  for run in by_loss(runs):
+    for short in shorter(run, runs):
+      difference = paired_difference(short, baseline)
+      to = f", {difference.text('+.4f')} against {baseline.name}" if difference.n else ""
+      share = short.entry.flops / baseline.entry.flops
+      lines.append(
+        f"- {short.name} is {run.name} with a whole schedule in {short.entry.steps:,} of its "
+        f"{run.entry.steps:,} steps: {share:.1%} of {baseline.name}'s FLOPs{to}."
+      )
+  return lines
+
+
+def _shown(value: object) -> str:
+  return f"`{value!r}`"
+
+
+def flop_unit(flops: float) -> tuple[float, str]:
+  """Returns (FLOPs in one, name) of the unit that an amount is told in."""
+  return next(unit for unit in _PREFIXES if flops >= unit[0] or unit[0] == 1)
+
+
+# --- ablate.png ------------------------------------------------------------------------------------
+
+
+def draw(path: str, runs: Sequence[Run]) -> bool:
+  """Plots validation losses against FLOPs and time; returns False if there is none yet."""
+  scale, unit = flop_unit(max(run.entry.flops for run in runs))
+  shown = [run for run in by_loss(runs) if _points(run)]
+  if not shown:
+    return False
+  longest = max(point.seconds for run in shown for point in run.results[0].curve)
+  minutes = longest > 300
+  by_flops, by_time = {}, {}
+  for run in shown:
+    steps = _points(run)
+    losses = [[point.loss for point in points] for points in steps]
+    means = [statistics.fmean(of_step) for of_step in losses]
+    several = len(losses[0]) > 1
+    band = ([min(of) for of in losses], [max(of) for of in losses]) if several else None
+    name = f"{run.name}: {means[-1]:.4f}" + (" (baseline)" if run is runs[0] else "")
+    flops = [points[0].step * run.entry.flops_per_step / scale for points in steps]
+    seconds = [statistics.fmean(point.seconds for point in points) for points in steps]
+    times = [value / 60 if minutes else value for value in seconds]
+    dashed = run is runs[0]
+    by_flops[name] = plots.Curve(flops, means, band=band, dashed=dashed)
+    by_time[name] = plots.Curve(times, means, band=band, dashed=dashed)
+  y_label = "validation loss, nats per token"
+  seeds = max(len(_points(run)[0]) for run in shown)
+  plots.plot(
+    path,
+    plots.Panel(curves=by_flops, y_label=y_label, x_label=f"training so far, {unit}"),
+    plots.Panel(
+      curves=by_time, y_label=y_label,
+      x_label=f"time in training steps, {'minutes' if minutes else 'seconds'}",
+    ),
+    title="Ablation: validation loss against FLOPs and time",
+    note=f"means over {seeds} seeds; shaded: lowest to highest" if seeds > 1 else "one seed",
+  )  # fmt: skip
+  return True
+
+
+def _points(run: Run) -> list[list[Point]]:
+  """Returns, for each step at which all seeds that have an evaluation have one, their points there."""
+  curves = [
+    {point.step: point for point in result.curve if math.isfinite(point.loss)}
+    for result in run.results
+    if result.curve and (result.finished or result.status == UNFINISHED)
+  ]
+  common = sorted(set.intersection(*map(set, curves))) if curves else []
+  return [[curve[step] for curve in curves] for step in common]
+
+
+def write(workdir: str, results: Sequence[Result], notes: Sequence[str] = ()) -> str:
+  """Writes ablate.csv, ablate.md and ablate.png; returns the text of ablate.md."""
+  runs = runs_of(results)
+  text = markdown(runs, notes)
+  summary.write_text(os.path.join(workdir, "ablate.csv"), csv_text(runs))
+  summary.write_text(os.path.join(workdir, "ablate.md"), text)
+  draw(os.path.join(workdir, "ablate.png"), runs)
+  return text

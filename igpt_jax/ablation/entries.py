@@ -1,0 +1,234 @@
+"""The runs of an ablation, one seed each: those that job ablate is to train, or finished workdirs."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from igpt_jax import checkpoint, files
+from igpt_jax.config import choices, overrides, saved
+from igpt_jax.config.fields import (
+  FIELDS,
+  Settings,
+  as_json,
+  decides,
+  from_config,
+  value_of,
+  with_values,
+)
+from igpt_jax.data import sources
+from igpt_jax.data.sources import Split, open_split
+from igpt_jax.errors import UserError
+from igpt_jax.model.image_gpt import count_params
+from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.parallel import hosts, sharding
+from igpt_jax.training import compilation
+from igpt_jax.workspace import provenance, training_palette, weights
+from igpt_jax.workspace import workdir as workdir_lib
+
+FOLDER = "runs"  # in the workdir: FOLDER/NAME/SEED is a pretraining's workdir
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+  """A run with one seed.
+
+  Attributes:
+    name: the run's, which its seeds share.
+    seed: its seed.
+    settings: those of job pretrain.
+    folder: its workdir.
+    model: its model.
+  """
+
+  name: str
+  seed: int
+  settings: Settings
+  folder: str
+  model: ImageGPTConfig
+
+  @property
+  def steps(self) -> int:
+    return self.settings.train.steps
+
+  @functools.cached_property
+  def parameters(self) -> int:
+    return count_params(self.model)
+
+  @functools.cached_property
+  def flops_per_step(self) -> float:
+    optimizer = choices.optimizer_config(self.settings)
+    return compilation.flops_per_step(self.model, optimizer, self.settings.train.batch_size)
+
+  @property
+  def flops(self) -> float:
+    """FLOPs of the whole run."""
+    return self.flops_per_step * self.steps
+
+
+def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
+  """Returns the runs of `ablate.runs` with every seed, the baseline's first, all of them checked.
+
+  The palette is chosen, or fitted, once for all of them, and kept in the workdir.
+
+  Raises:
+    UserError: data, palette, a model or a run's folder isn't as it must be; nothing has been trained.
+  """
+  data, ablate = settings.data, settings.ablate
+  splits = {name: open_split(data, name) for name in ("train", "validation")}
+  if ablate.test or ablate.probe != "none":
+    splits["test"] = open_split(data, "test")
+  if ablate.probe != "none":
+    sources.check_labels(splits)
+  start = weights.of_run(settings, workdir, splits["train"])
+  palette = training_palette.training_palette(
+    start.settings, data, splits["train"], workdir, start.palette
+  )
+  n_vocab = choices.palette_size(start.settings) if palette is None else palette.size
+  digest = None if palette is None else provenance.of_palette(palette.centers)
+  if palette is not None:
+    if hosts.is_main():
+      training_palette.keep_palette(palette, workdir)
+    hosts.wait_for_all("palette kept")
+    if not settings.palette.path:
+      kept = os.path.join(workdir, training_palette.PALETTE)
+      settings = with_values(settings, {"palette.path": kept})
+  entries = []
+  for run in overrides.named_runs(settings):
+    for seed in ablate.seeds:
+      folder = os.path.join(workdir, FOLDER, run.name, str(seed))
+      own = run.settings(settings, seed)
+      _check_folder(own, folder, splits["train"], digest)
+      settled = weights.of_run(own, folder, splits["train"]).settings
+      model = choices.model_config(settled, n_vocab=n_vocab)
+      train = settled.train
+      sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)
+      sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
+      entries.append(Entry(name=run.name, seed=seed, settings=own, folder=folder, model=model))
+  return entries
+
+
+def _check_folder(settings: Settings, folder: str, split: Split, palette: str | None) -> None:
+  """Raises UserError if a folder holds a run that these settings, data and palette didn't make."""
+  if not os.path.isdir(folder) or not workdir_lib.has_begun(folder):
+    return
+  workdir_lib.check(settings, folder)
+  theirs = workdir_lib.read(folder)
+  if theirs is None:
+    raise UserError(
+      f"workdir: {folder} holds checkpoints without {saved.NAME}, which says what they are of; fix: "
+      "that file, or remove the folder"
+    )
+  ours: dict[str, Any] = {"train.steps": settings.train.steps}
+  info = checkpoint.newest(folder)
+  if info is not None:
+    theirs |= {
+      "data": info.run["data"]["fingerprint"],
+      "palette": provenance.of_palette(info.palette),
+    }
+    ours |= {"data": split.fingerprint, "palette": palette}
+    if lengths := info.run.get("lengths"):  # its schedule was another's at first
+      theirs["train.steps"] = lengths[0]["steps"]
+  what = f"{folder} holds another run"
+  files.check_same(
+    "workdir", what, theirs, ours, "remove it, another name in ablate.runs, or --workdir"
+  )
+
+
+def finished(settings: Settings) -> tuple[list[Entry], list[str]]:
+  """Returns the runs in `ablate.workdirs`, and in words what keeps their losses from being compared.
+
+  Runs that differ in nothing but their seeds share a name: that of the folder, or of the one above if the
+  folder is named after the seed.
+
+  Raises:
+    UserError: one isn't a finished pretraining, or is there twice.
+  """
+  folders = [files.local("config.ablate.workdirs", path) for path in settings.ablate.workdirs]
+  runs = [_read(folder) for folder in folders]
+  keys = [_without_seed(own) for own, _ in runs]
+  names: dict[str, str] = {}  # key -> name
+  for folder, (own, _), key in zip(folders, runs, keys, strict=True):
+    names.setdefault(key, _name_of(folder, own.seed))
+  if len(set(names.values())) < len(names):
+    above = os.path.commonpath(folders)
+    names = {key: os.path.relpath(folders[keys.index(key)], above) for key in names}
+  entries: list[Entry] = []
+  for folder, (own, info), key in zip(folders, runs, keys, strict=True):
+    for other in entries:
+      if (other.name, other.seed) == (names[key], own.seed):
+        raise UserError(
+          f"config.ablate.workdirs: {folder}: the same settings and seed as {other.folder}; expected "
+          "each run once"
+        )
+    entries.append(
+      Entry(name=names[key], seed=own.seed, settings=own, folder=folder, model=info.config)
+    )
+  first = overrides.baseline(settings, list(names.values()))
+  entries.sort(key=lambda entry: entry.name != first)
+  return entries, _incomparable([info for _, info in runs], [own for own, _ in runs])
+
+
+def _read(folder: str) -> tuple[Settings, checkpoint.CheckpointInfo]:
+  """Returns the settings and the last checkpoint of a finished pretraining."""
+  theirs = workdir_lib.read(folder)
+  if theirs is None or theirs["job"] != "pretrain":
+    what = "no config.json" if theirs is None else f"a run of job {theirs['job']}"
+    raise UserError(
+      f"config.ablate.workdirs: {folder} has {what}; expected the workdir of a finished run of job pretrain"
+    )
+  own = from_config(saved.get_config(os.path.join(folder, saved.NAME)))
+  made = checkpoint.latest_step(folder)
+  if made != own.train.steps or not os.path.exists(os.path.join(folder, "training.json")):
+    raise UserError(
+      f"config.ablate.workdirs: {folder} has made {made or 0:,} of {own.train.steps:,} steps; expected "
+      f"a finished run; fix: igpt_jax --workdir {folder} goes on with it"
+    )
+  return own, checkpoint.describe(folder)
+
+
+def _without_seed(settings: Settings) -> str:
+  """Returns the digest of all settings, but the seed, that decide a pretraining's numbers."""
+  flat = files.flatten(as_json(settings))
+  return files.digest(
+    {name: flat[name] for name in flat if name != "seed" and decides(name, "pretraining")}
+  )
+
+
+def _name_of(folder: str, seed: int) -> str:
+  above, name = os.path.split(folder)
+  return os.path.basename(above) if name == str(seed) else name
+
+
+def _incomparable(
+  infos: Sequence[checkpoint.CheckpointInfo], settings: Sequence[Settings]
+) -> list[str]:
+  """Returns in words what differs of the tokens that losses were measured on."""
+  measured_on = [
+    {
+      "data": info.run["data"]["fingerprint"],
+      "palette": provenance.of_palette(info.palette),
+      "objective": info.run["objective"],
+      "preprocessing": provenance.recipe(own.data),
+      **{name: value_of(own, name) for name in ("data.resolution", "train.eval_images")},
+    }
+    for info, own in zip(infos, settings, strict=True)
+  ]
+  return [
+    f"{name}: {', '.join(map(str, values))}"
+    for name in measured_on[0]
+    if len(values := list(dict.fromkeys(each[name] for each in measured_on))) > 1
+  ]
+
+
+def differences(entries: Sequence[Entry]) -> dict[str, list[Any]]:
+  """Returns the settings in which runs differ, and the value of each run; its first seed stands for it."""
+  return {
+    name: values
+    for name, declaration in FIELDS.items()
+    if "pretrain" in declaration.jobs and not declaration.host and name != "seed"
+    if len(set(map(repr, values := [value_of(entry.settings, name) for entry in entries]))) > 1
+  }
