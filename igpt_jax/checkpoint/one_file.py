@@ -128,11 +128,20 @@ def _name(keys: tuple[Any, ...]) -> str:
 
 def _without_places(run: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the run without paths of the machine it was made on: nobody else's files lie there."""
-  config = json.loads(json.dumps(run.get("config", {})))
+  run = json.loads(json.dumps(run))
+  config = run.get("config", {})
   for name, declaration in FIELDS.items():
     group, _, field = name.rpartition(".")
     values = config.get(group, {}) if group else config
-    paths = values.get(field, ()) if declaration.path else ()
-    if any(map(os.path.dirname, [paths] if isinstance(paths, str) else paths)):
+    if declaration.path and os.path.dirname(values.get(field, "")):
       values[field] = declaration.default
-  return {**run, "config": config} if config else dict(run)
+  return _without_absolute(run)
+
+
+def _without_absolute(value: Any) -> Any:
+  """Returns a value of JSON with "" for absolute paths."""
+  if isinstance(value, dict):
+    return {name: _without_absolute(item) for name, item in value.items()}
+  if isinstance(value, list):
+    return [_without_absolute(item) for item in value]
+  return "" if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value

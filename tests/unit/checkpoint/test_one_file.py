@@ -23,6 +23,7 @@ PALETTE = np.random.default_rng(0).uniform(-1, 1, (11, 3)).astype(np.float32)
 PLACES = {
   "data.path": "/home/somebody/photos", "init_from": "runs/another", "palette.path": "default",
   "compilation_cache": "/tmp/cache", "data.resolution": 4, "data.augment": "none",
+  "ablate.workdirs": ("~/somebody", "/home/somebody/run"),
 }  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def info_of(palette=PALETTE, **more):
     "mask_probability": 0.15,
     "resolution": 4,
     "config": as_json(settings_of(changes=PLACES)),
+    "began_with": {"checkpoint": "/home/somebody/model", "step": 3},
     **more,
   }
   return CheckpointInfo("", 70, CONFIG, palette, run)
@@ -92,7 +94,11 @@ def test_the_same_model_makes_the_same_bytes(path, tmp_path):
 
 
 def test_it_tells_no_places_of_the_machine_that_it_was_made_on(path):
-  config = one_file.describe(path).run["config"]
+  run = one_file.describe(path).run
+  config = run["config"]
+  assert (
+    run["began_with"] == {"checkpoint": "", "step": 3} and config["ablate"]["workdirs"] == [""] * 2
+  )
   assert config["data"]["path"] == "" and config["init_from"] == "" and config["seed"] == 0
   assert config["compilation_cache"] == "user" and config["palette"]["path"] == "default"
   assert config["data"]["resolution"] == 4
