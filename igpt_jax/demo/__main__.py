@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from igpt_jax.demo import models, serve
     from igpt_jax.demo.limits import Limits
     from igpt_jax.parallel import compilation_cache, hardware
+    from igpt_jax.pretrained import packaged
     from igpt_jax.workspace import weights
 
     hardware.check_platform()
@@ -55,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     serve.check_installed()
     sock = serve.bind(options.host, options.port)
-    another = "--checkpoint=WORKDIR, or openai/imagegpt-small"
-    paths = options.checkpoint or [weights.by_default(another)]
-    served = models.Models(paths, options.palette)
+    if not options.checkpoint:
+      weights.say_packaged("--checkpoint=WORKDIR, or openai/imagegpt-small")
+    served = models.Models(options.checkpoint or [packaged.NAME], options.palette)
     compilation_cache.use("user", "")
     served.completer(0)  # errors of reading it are raised before serving
     serve.run(served, limits, sock)

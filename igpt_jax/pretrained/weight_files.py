@@ -72,9 +72,17 @@ def _damaged(path: str, error: Exception) -> UserError:
 
 def is_safetensors(path: str) -> bool:
   """Returns True if a file begins as safetensors do: a length, then a header in JSON."""
-  with open(path, "rb") as file:
-    start = file.read(9)
+  start = _start_of(path, 9)
   return start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER_BYTES
+
+
+def _start_of(path: str, size: int) -> bytes:
+  """Reads a file's first bytes; raises UserError if it can't be read."""
+  try:
+    with open(path, "rb") as file:
+      return file.read(size)
+  except OSError as error:
+    raise UserError(f"weights: {path}: {error.strerror}; expected a readable file") from error
 
 
 def _check_header(path: str) -> None:
@@ -82,10 +90,9 @@ def _check_header(path: str) -> None:
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise UserError(f"weights: {path}; expected a regular file")
-    with open(path, "rb") as file:
-      start = file.read(8)
   except OSError as error:
     raise UserError(f"weights: {path}: {error.strerror}; expected a readable file") from error
+  start = _start_of(path, 8)
   if len(start) < 8 or struct.unpack("<Q", start)[0] > _MAX_HEADER_BYTES:
     raise UserError(
       f"weights: {path}: no header of at most 4 MiB; expected a safetensors file; "

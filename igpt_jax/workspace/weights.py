@@ -150,15 +150,14 @@ def of_job(settings: Settings, workdir: str) -> CheckpointInfo:
   return with_palette(checkpoint.describe(workdir), settings)
 
 
-def by_default(another: str) -> str:
-  """Returns the name of the packaged model, after saying what it is, and how `another` is named."""
+def say_packaged(another: str) -> None:
+  """Says which model the packaged one is, and how `another` is named."""
   info = describe(packaged.NAME, Settings())
   side, name = info.run["resolution"], os.path.splitext(os.path.basename(info.path))[0]
   say(
-    f"checkpoint: none is named: {name} is used, the model that comes with igpt_jax ({side}×{side} pixels, "
-    f"{count_params(info.config):,} parameters, {info.step:,} steps); another one: {another}"
+    f"checkpoint: {packaged.NAME}, the model that comes with igpt_jax: {name}, {side}×{side} pixels, "
+    f"{count_params(info.config):,} parameters, {info.step:,} steps; another one: {another}"
   )
-  return packaged.NAME
 
 
 def or_packaged(settings: Settings, workdir: str) -> Settings:
@@ -166,8 +165,8 @@ def or_packaged(settings: Settings, workdir: str) -> Settings:
   of_a_run = workdir_lib.has_begun(workdir) or workdir_lib.read(workdir) is not None
   if of_a_run or settings.checkpoint or settings.init_from:
     return settings
-  name = by_default("--config.checkpoint=WORKDIR, or openai/imagegpt-small")
-  return dataclasses.replace(settings, checkpoint=name)
+  say_packaged("--config.checkpoint=WORKDIR, or openai/imagegpt-small")
+  return dataclasses.replace(settings, checkpoint=packaged.NAME)
 
 
 @dataclasses.dataclass(frozen=True)
