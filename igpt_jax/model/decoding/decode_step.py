@@ -125,8 +125,10 @@ def decode_step(
     if layer.value_embed is not None:
       added = jnp.where(position == 0, 0, layer.value_embed[token_N])
       qkv = options.add_to_values(qkv, added.reshape(qkv.shape[1:]))
-    if layer.qk_gains is not None or rotation is not None:
-      qkv = options.prepare(qkv[:, :, None], layer.qk_gains, rotation)[:, :, 0]
+    if layer.qk_gains is not None:
+      qkv = options.norm_queries_and_keys(qkv[:, :, None], layer.qk_gains)[:, :, 0]
+    if rotation is not None:
+      qkv = options.rotate(qkv[:, :, None], rotation)[:, :, 0]
     q, k, v = qkv
     at = position - prompt.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)

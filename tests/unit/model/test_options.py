@@ -83,7 +83,7 @@ def test_rotated_scores_depend_on_the_offset_in_rows_and_columns_alone():
   rotation = options_lib.rotation_by_pixel(side**2, head_dim)
   q, k = np.random.default_rng(0).standard_normal((2, head_dim)).astype(np.float32)
   everywhere = np.broadcast_to(np.stack([q, k, k])[:, None, None, None], (3, 1, side**2, 1, 8))
-  q, k, v = np.asarray(options_lib.prepare(jnp.asarray(everywhere), None, rotation))[:, 0, :, 0]
+  q, k, v = np.asarray(options_lib.rotate(jnp.asarray(everywhere), rotation))[:, 0, :, 0]
   np.testing.assert_array_equal(v, everywhere[2, 0, :, 0])
   scores = (q @ k.T).reshape(side, side, side, side)
   by_offset: dict = {}
@@ -96,6 +96,18 @@ def test_rotated_scores_depend_on_the_offset_in_rows_and_columns_alone():
   # The plane of the highest frequency turns by a radian a pixel.
   assert rotation.cos[0, side, 0] == pytest.approx(np.cos(1.0))
   assert rotation.cos[0, 1, 0] == 1.0 and rotation.cos[0, 1, 4] == pytest.approx(np.cos(1.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tpus_rotation_is_the_same(dtype):
+  rotation = options_lib.rotation_by_pixel(16, 24)
+  qkv = jax.random.normal(jax.random.key(0), (3, 2, 16, 4, 24), dtype)
+  flat = options_lib._rotate_by_product(rotation, qkv.reshape(3, 2, 16, 96))
+  expected = options_lib.rotate(qkv, rotation).reshape(flat.shape)
+  # XLA may add the two products in one rounding.
+  np.testing.assert_allclose(
+    np.float32(flat), np.float32(expected), atol=1e-6 if dtype == "float32" else 2e-2
+  )
 
 
 def test_rotated_positions_take_images_of_another_size():
@@ -132,7 +144,7 @@ def test_normed_queries_and_keys_have_no_length():
   )
   qkv = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8))
   gain = jnp.arange(1.0, 9.0)
-  q, k, v = options_lib.prepare(qkv, (gain, 2 * gain), None)
+  q, k, v = options_lib.norm_queries_and_keys(qkv, (gain, 2 * gain))
   np.testing.assert_allclose(np.mean(np.square(q / gain), -1), 1, rtol=1e-3)
   np.testing.assert_allclose(np.mean(np.square(k / gain), -1), 4, rtol=1e-3)
   np.testing.assert_array_equal(v, qkv[2])
