@@ -12,9 +12,12 @@ import jax
 from igpt_jax.config.fields import FIELDS, Settings
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.model_config import OPTIONS, PRESETS, ImageGPTConfig, Preset
+from igpt_jax.model.parametrisation import scale_of
 from igpt_jax.training.optimizer import OptimizerConfig
 
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
+# What else a checkpoint that training starts from decides.
+_KEPT = (*OPTIONS, "parametrisation", "base_embd", "base_layer")
 _SIZE, _OBJECTIVE, _COLOURS = "s", "autoregressive", 512
 
 
@@ -30,7 +33,7 @@ def settle(
   size = model.size
   if start is not None:
     shape = {name: getattr(start, name) for name in MODEL_SHAPE}
-    options = {name: getattr(start, name) for name in OPTIONS}
+    options = {name: getattr(start, name) for name in _KEPT}
     model = dataclasses.replace(model, **shape, **options)
     palette = dataclasses.replace(palette, size=start.n_vocab)
     objective = "autoregressive" if start.causal else "masked"
@@ -79,7 +82,7 @@ def compute_dtype(settings: Settings) -> str:
 
 def model_options(settings: Settings) -> dict[str, Any]:
   """Returns the settings that make the model another than the paper's."""
-  values = {name: getattr(settings.model, name) for name in OPTIONS}
+  values = {name: getattr(settings.model, name) for name in _KEPT}
   return {name: v for name, v in values.items() if v != FIELDS[f"model.{name}"].default}
 
 
@@ -96,12 +99,12 @@ def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
     dtype=compute_dtype(settings),
     remat=model.remat or size.remat,
     attention=model.attention,
-    **{name: getattr(model, name) for name in OPTIONS},
+    **{name: getattr(model, name) for name in _KEPT},
   )
 
 
 def optimizer_config(settings: Settings) -> OptimizerConfig:
-  size, train = preset(settings), settings.train
+  size, model, train = preset(settings), settings.model, settings.train
   masked = settings.objective == "masked"
   rate = size.learning_rate_masked if masked else size.learning_rate
   return OptimizerConfig(
@@ -116,6 +119,13 @@ def optimizer_config(settings: Settings) -> OptimizerConfig:
     weight_decay=train.weight_decay,
     clip_norm=train.clip_norm,
     optimizer=train.optimizer,
+    scale=scale_of(
+      model.parametrisation,
+      n_embd=model.n_embd or size.n_embd,
+      n_layer=model.n_layer or size.n_layer,
+      base_embd=model.base_embd,
+      base_layer=model.base_layer,
+    ),
   )
 
 

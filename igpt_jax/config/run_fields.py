@@ -114,6 +114,12 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
     decides="run")
   x0_skip: bool = setting(False, "every layer adds the embeddings, times learned gains, to its input",
     decides="run")
+  parametrisation: str = setting("standard", "what initial values and learning rates depend on: standard, "
+    "or complete_p: train.learning_rate is that of the base shape and serves every width and depth",
+    choices=("standard", "complete_p"), decides="run")
+  base_embd: int = setting(0, "complete_p: width of the model whose learning rate was tuned", **FROM_0,
+    decides="run")
+  base_layer: int = setting(0, "complete_p: its layers", **FROM_0, decides="run")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -211,7 +211,8 @@ def _backward(config, interpret, saved, dx):
   layers_of = jnp.arange(config.n_layer), blocks
   (dx, dembedded), gradients = jax.lax.scan(body, carry, layers_of, reverse=True)
   dx = dx if dembedded is None else (dx + dembedded).astype(dx.dtype)
-  return gradients, Embedded(dx, None, None)  # tokens have no gradient
+  no_gradient: Any = None  # of tokens
+  return gradients, Embedded(dx, no_gradient, no_gradient)
 
 
 def _vjp_of_entry(config: ImageGPTConfig, block: dict, x: jax.Array, embedded: Embedded):

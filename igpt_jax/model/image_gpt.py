@@ -23,6 +23,7 @@ from igpt_jax.model.attention.dispatch import SAVED_NAMES, choose
 from igpt_jax.model.block import Block, RMSNorm, normal
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.model.options import Embedded
+from igpt_jax.model.parametrisation import initialised
 from igpt_jax.model.projection import Einsum, sharded_einsum
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
@@ -135,7 +136,8 @@ class ImageGPT(nnx.Module):
     Returns:
       The final norm's output [B, T, D], and the collected results ([L, ...] leaves, or None).
     """
-    config, x_BxTxD = self.config, embedded.stream
+    config = self.config
+    x_BxTxD: Any = embedded.stream
     if collect is None and (kernel := fused_kernel(config, x_BxTxD)):
       blocks = nnx.to_pure_dict(nnx.state(self.blocks, nnx.Param))
       x_BxTxD = fused_stack.run(config, blocks, embedded, kernel == "tpu_interpret")
@@ -191,7 +193,8 @@ def fused_kernel(config: ImageGPTConfig, x_BxTxD: jax.Array | jax.ShapeDtypeStru
 
 def init_params(config: ImageGPTConfig, key: jax.Array) -> Params:
   """Returns random parameters: a nested dict of float32 arrays, layers stacked on axis 0 of "blocks"."""
-  return nnx.to_pure_dict(nnx.state(ImageGPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+  released = nnx.to_pure_dict(nnx.state(ImageGPT(config, rngs=nnx.Rngs(key)), nnx.Param))
+  return initialised(released, config.scale)
 
 
 @functools.lru_cache(maxsize=32)

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from igpt_jax.errors import UserError
+from igpt_jax.model.parametrisation import Scale, scale_of
 
 REMAT_POLICIES = ("none", "names", "offload", "full")
 POSITIONS = ("learned", "axial", "rope2d")
@@ -37,6 +38,9 @@ class ImageGPTConfig:
     value_embeddings: every block adds a table's row, chosen by the token, to the values (Zhou et al.
       2024, "Value Residual Learning"; tables as in the modded-nanogpt speed runs); the tables begin at 0.
     x0_skip: every block adds the embeddings, times gains that begin at 0, to its input.
+    parametrisation: what initial values and learning rates depend on, not what the model computes: one
+      of `parametrisation.PARAMETRISATIONS`.
+    base_embd, base_layer: complete_p: the shape at which it is the standard one.
   """
 
   n_layer: int
@@ -52,6 +56,9 @@ class ImageGPTConfig:
   qk_norm: bool = False
   value_embeddings: bool = False
   x0_skip: bool = False
+  parametrisation: str = "standard"
+  base_embd: int = 0
+  base_layer: int = 0
 
   def __post_init__(self):
     for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
@@ -86,6 +93,19 @@ class ImageGPTConfig:
         f"model.positions: rope2d takes heads of 4 channels, 8, 12, …, not n_embd / n_head = "
         f"{self.head_dim}; fix: another model.n_head"
       )
+
+    _ = self.scale  # raises if its settings have a mistake
+
+  @property
+  def scale(self) -> Scale:
+    """Ratio of its shape to the base shape."""
+    return scale_of(
+      self.parametrisation,
+      n_embd=self.n_embd,
+      n_layer=self.n_layer,
+      base_embd=self.base_embd,
+      base_layer=self.base_layer,
+    )
 
   @property
   def head_dim(self) -> int:

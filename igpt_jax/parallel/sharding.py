@@ -189,6 +189,26 @@ def per_device(
   )
 
 
+# The TPU's compiler exchanges along the first axis; for another it would copy more, in float32.
+
+
+def _gather_side(parts: jax.Array, side: int, names: tuple[str, ...]) -> jax.Array:
+  """Gathers the axis `side` of matrices [n, rows, columns] over mesh axes, and keeps a share of them."""
+  devices = jax.lax.axis_size(names)
+  parts = jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=0, tiled=True)
+  parts = jnp.moveaxis(parts.reshape(devices, -1, *parts.shape[1:]), 0, side)
+  return parts.reshape(*parts.shape[:side], -1, *parts.shape[side + 2 :])
+
+
+def _scatter_side(parts: jax.Array, side: int, names: tuple[str, ...]) -> jax.Array:
+  """Undoes `_gather_side`."""
+  devices = jax.lax.axis_size(names)
+  parts = parts.reshape(*parts.shape[:side], devices, -1, *parts.shape[side + 1 :])
+  parts = jnp.moveaxis(parts, side, 0)
+  parts = parts.reshape(-1, *parts.shape[2:])
+  return jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=0, tiled=True)
+
+
 def on_whole_matrices(function: Callable, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   """Returns `function` of matrices that are split over devices; each is made whole on one of them.
 
@@ -226,10 +246,10 @@ def on_whole_matrices(function: Callable, x: jax.Array, axes: Sequence[str | Non
       first = jax.lax.axis_index(copies) * share
       parts = jax.lax.dynamic_slice_in_dim(parts, first, share)
     for side, names in moves:
-      parts = jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=side, tiled=True)
+      parts = _gather_side(parts, side, names)
     parts = function(parts)
     for side, names in reversed(moves):
-      parts = jax.lax.all_to_all(parts, names, split_axis=side, concat_axis=0, tiled=True)
+      parts = _scatter_side(parts, side, names)
     if copies:
       parts = jax.lax.all_gather(parts, copies, tiled=True)
     return parts[:n].reshape(part.shape)

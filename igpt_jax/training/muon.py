@@ -6,11 +6,14 @@ square of about 0.2, as Adam's have, so one learning rate serves both (Liu et al
 for LLM Training", arXiv 2502.16982, section 2.2).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from igpt_jax.model import layers
+from igpt_jax.model.parametrisation import names
 from igpt_jax.parallel import hardware, sharding
 
 MOMENTUM = 0.95
@@ -23,7 +26,7 @@ _STEPS = 5
 
 # Where Muon's matrices stand among the parameters, and the logical axes of one layer's: [3, D, D] are
 # three matrices.
-_MATRICES = {
+_MATRICES: dict[tuple[str, ...], tuple[str, ...]] = {
   ("blocks", "attn", "qkv"): layers.TO_QKV.weight_axes,
   ("blocks", "attn", "proj"): layers.FROM_HEADS.weight_axes,
   ("blocks", "mlp", "fc"): layers.TO_INNER.weight_axes,
@@ -31,13 +34,9 @@ _MATRICES = {
 }
 
 
-def _keys(path) -> tuple[str, ...]:
-  return tuple(getattr(entry, "key", "") for entry in path)
-
-
 def is_muons(path) -> bool:
   """True if Muon updates the parameter at a path of jax.tree_util, not Adam."""
-  return _keys(path) in _MATRICES
+  return names(path) in _MATRICES
 
 
 def scale_by_muon() -> optax.GradientTransformation:
@@ -55,28 +54,35 @@ def _orthogonalised(path, momentum: jax.Array) -> jax.Array:
   """Returns the update [..., rows, columns] of a stack of matrices, its RMS about `RMS`."""
   # bfloat16 as in the papers, half the bytes between devices too. CPUs emulate it slowly.
   dtype = jnp.float32 if hardware.platform() == "cpu" else jnp.bfloat16
-  axes = ("layers", *_MATRICES[_keys(path)])
-  made = sharding.on_whole_matrices(newton_schulz, momentum.astype(dtype), axes)
+  axes = ("layers", *_MATRICES[names(path)])
   # Orthogonal rows or columns have an RMS of 1/sqrt(the longer side).
-  return made.astype(momentum.dtype) * (RMS * max(momentum.shape[-2:]) ** 0.5)
+  orthogonal = functools.partial(newton_schulz, size=RMS * max(momentum.shape[-2:]) ** 0.5)
+  made = sharding.on_whole_matrices(orthogonal, momentum.astype(dtype), axes)
+  return made.astype(momentum.dtype)
 
 
-def newton_schulz(x: jax.Array) -> jax.Array:
-  """Returns matrices [..., m, n] with the singular vectors of `x` and singular values near 1.
+def newton_schulz(x: jax.Array, size: float = 1.0) -> jax.Array:
+  """Returns matrices [..., m, n] with the singular vectors of `x` and singular values near `size`.
 
   Zeros stay zeros. The products are in the dtype of `x`.
   """
-  transposed = x.shape[-2] > x.shape[-1]
-  x = x.mT if transposed else x
-  exact = x.astype(jnp.float32)
-  # The Frobenius norm bounds the largest singular value.
-  norm = jnp.sqrt(jnp.sum(jnp.square(exact), axis=(-2, -1), keepdims=True))
-  x = (exact / jnp.maximum(norm, 1e-20)).astype(x.dtype)
+  wide = x.shape[-2] <= x.shape[-1]
   a, b, c = _COEFFICIENTS
-  for _ in range(_STEPS):
-    gram = x @ x.mT
-    x = a * x + (b * gram + c * gram @ gram) @ x
-  return x.mT if transposed else x
+  for step in range(_STEPS):
+    gram = x @ x.mT if wide else x.mT @ x
+    factor = jnp.float32(1.0 if step < _STEPS - 1 else size)
+    if step == 0:
+      # The Frobenius norm, which bounds the largest singular value, is the trace's root. Dividing the
+      # small matrices by it leaves the large one alone.
+      square = jnp.trace(gram.astype(jnp.float32), axis1=-2, axis2=-1)[..., None, None]
+      inverse = jnp.where(square > 0, jax.lax.rsqrt(square), 0.0)
+      gram = (gram * inverse**2).astype(x.dtype)
+      factor = factor * inverse
+    product = gram @ gram
+    polynomial = a * jnp.eye(gram.shape[-1]) + b * gram + c * product
+    polynomial = (factor * polynomial).astype(x.dtype)
+    x = polynomial @ x if wide else x @ polynomial
+  return x
 
 
 def flops(params) -> float:

@@ -1,12 +1,14 @@
 """Adam, or Muon, with the paper's warm-up and cosine to zero (section 3.3), or another schedule."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from igpt_jax.errors import UserError
+from igpt_jax.model.parametrisation import STANDARD, Multipliers, Scale, multipliers, names
 from igpt_jax.training import muon
 
 OPTIMIZERS = ("adam", "muon")
@@ -31,6 +33,7 @@ class OptimizerConfig:
     weight_decay: decoupled, on matrices only; 0 in the paper.
     clip_norm: global gradient norm to clip to; 0 for no clipping.
     optimizer: "adam", or "muon": the blocks' matrices by Muon, all else by Adam.
+    scale: the model's, by which rates of single parameters and ε differ (model/parametrisation.py).
   """
 
   learning_rate: float
@@ -45,6 +48,7 @@ class OptimizerConfig:
   weight_decay: float = 0.0
   clip_norm: float = 0.0
   optimizer: str = "adam"
+  scale: Scale = STANDARD
 
   def __post_init__(self):
     if self.optimizer not in OPTIMIZERS:
@@ -120,12 +124,32 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   scaled = optax.scale_by_adam(config.b1, config.b2, config.eps)
   if config.optimizer == "muon":
     scaled = optax.partition({"muon": muon.scale_by_muon(), "adam": scaled}, _optimizer_of)
-  parts.append(scaled)
+  parts.append(scaled if config.scale == STANDARD else _parametrised(scaled, config))
   if config.weight_decay:
     # Gains, and everything else that isn't a matrix per layer, don't decay.
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
   parts.append(optax.scale_by_learning_rate(make_schedule(config)))
   return optax.chain(*parts)
+
+
+def _parametrised(
+  scaled: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
+  """Returns `scaled` with every parameter's own ε, its updates times the parameter's own factor."""
+
+  def times(factor: Callable[[Multipliers, bool], float]) -> optax.GradientTransformation:
+    def multiplied(path, leaf):
+      by_muon = config.optimizer == "muon" and muon.is_muons(path)
+      return leaf * factor(multipliers(names(path), config.scale), by_muon)
+
+    return optax.stateless(lambda tree, _: jax.tree_util.tree_map_with_path(multiplied, tree))
+
+  return optax.chain(
+    # Adam of a gradient times k, with ε, is Adam of the gradient with ε/k. Muon has no ε.
+    times(lambda own, by_muon: 1.0 if by_muon else 1 / own.epsilon),
+    scaled,
+    times(lambda own, by_muon: own.muon if by_muon else own.adam),
+  )
 
 
 def _optimizer_of(params):

@@ -1,6 +1,6 @@
 """Decoding of one position: the weights laid out for it, and one pass through the model's layers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
   """Casts, gathers, transposes and unstacks the weights: once, before a loop over positions."""
   dtype = jnp.dtype(model.config.dtype)
 
-  def whole(parameter, axes, layer=...):
+  def whole(parameter, axes, layer: Any = ...):
     return gather_weight(parameter[...][layer].astype(dtype), *axes)
 
   def matrix(parameter, product, layer):

@@ -84,7 +84,8 @@ def test_what_decides_a_runs_numbers():
     "data.augment", "data.validation", "data.validation_split", "data.resample", "palette.size",
     "palette.images", "model.size", "model.n_layer", "model.n_head", "model.n_embd", "train.b1",
     "train.b2", "train.weight_decay", "train.clip_norm", "train.optimizer", "model.positions",
-    "model.qk_norm", "model.value_embeddings", "model.x0_skip",
+    "model.qk_norm", "model.value_embeddings", "model.x0_skip", "model.parametrisation",
+    "model.base_embd", "model.base_layer",
   }  # fmt: skip
   assert deciding["pretraining"] - both == {
     "train.batch_size", "train.steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
