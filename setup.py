@@ -54,6 +54,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["igpt_jax", "igpt_jax.*"]),
   package_data={
     "igpt_jax.data": ["assets/*"],
+    "igpt_jax.pretrained": ["assets/*"],
     "igpt_jax.demo": ["page.html", "*.css", "*.js", "examples/*"],
   },
   python_requires=">=3.11",

@@ -1,8 +1,10 @@
 """Completes your own images, of any format, with any trained checkpoint.
 
+  python -m igpt_jax.main --config configs/complete.py --config.complete.images=my.jpg --workdir runs/my
   python -m igpt_jax.main --config configs/complete.py --config.checkpoint=runs/cifar10_16 \
     --config.complete.images='my/*.jpg' --config.complete.keep=0.5 --config.complete.n=8 --workdir runs/mine
 
+Without a checkpoint, named or in the workdir, the model that comes with igpt_jax is used.
 `images` is a file, a glob in quotes, or a folder (CLASS/*.jpg: a grid for each class); without it, n
 images are drawn from nothing. The upper `keep` of the rows is given; a BERT checkpoint fills any region:
 --config.complete.hide=upper, left, right, centre, or an image that is white where to fill (cropped to its centre square,

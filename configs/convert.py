@@ -4,8 +4,9 @@
     --config.convert.source=downloads/igpt-s-1000000/model.ckpt-1000000 \
     --config.convert.target=runs/openai_s --config.convert.format=orbax
 
-Formats: orbax (a workdir that every job takes as --config.checkpoint), huggingface (a directory that
-transformers loads), openai (a TensorFlow checkpoint's prefix, such as out/model.ckpt-1000000).
+Formats: orbax (a workdir that every job takes as --config.checkpoint), safetensors (the same as one file,
+without paths of this machine, to be handed on; --config.convert.dtype=bfloat16 halves it), huggingface (a
+directory that transformers loads), openai (a TensorFlow checkpoint's prefix, such as out/model.ckpt-1000000).
 The palette travels along, or comes from --config.palette.path. Nothing is overwritten.
 Hardware: no accelerator; memory for the weights and a half more (L: 8 GB), twice them to orbax.
 """

@@ -22,6 +22,7 @@ from igpt_jax.data.image_decoding import BadRecord
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.parallel import hardware, sharding
+from igpt_jax.pretrained import packaged
 from igpt_jax.probing.features import FeatureExtractor, feature_config
 from igpt_jax.sampling import completer, filler
 from igpt_jax.sampling.completer import NOTHING, InputImage
@@ -40,7 +41,10 @@ _SETTINGS = {
 
 
 def load(
-  path: str | os.PathLike[str], *, palette: str | os.PathLike[str] = "", batch_size: int = 64
+  path: str | os.PathLike[str] = packaged.NAME,
+  *,
+  palette: str | os.PathLike[str] = "",
+  batch_size: int = 64,
 ) -> "Model":
   """Reads a trained model onto all devices that jax has.
 
@@ -49,7 +53,8 @@ def load(
 
   Args:
     path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP; OpenAI's model.ckpt-N; a
-      Hugging Face directory; or a model of the Hugging Face hub, such as "openai/imagegpt-small".
+      Hugging Face directory; a model in one file; a model of the Hugging Face hub, such as
+      "openai/imagegpt-small"; or "packaged", the model that comes with igpt_jax.
     palette: a .npy with the colours of a checkpoint that carries none.
     batch_size: images, or samples, that are computed at a time; fewer take less memory.
 
@@ -62,6 +67,8 @@ def load(
   values = _checked(palette=os.fspath(palette), batch_size=batch_size)
   settings = with_values(Settings(), {_SETTINGS[name]: value for name, value in values.items()})
   hardware.check_platform()
+  if path == packaged.NAME:
+    weights.say_packaged('igpt_jax.load("runs/quickstart"), or "openai/imagegpt-small"')
   info = weights.describe(os.fspath(path), settings)
   if info.palette is None:
     raise weights.no_palette(info, "path", 'palette="FILE.npy"')

@@ -4,6 +4,7 @@
 #
 #   bash launch/photos.sh DIR                             any folder of 20 images or more
 #   bash launch/photos.sh DIR --config.sizing.minutes=50  a longer training; any flags of igpt_jax.main
+#   bash launch/photos.sh DIR --config.init_from=packaged from the model that comes with igpt_jax
 #
 # VENV     the environment (default: .venv in the repository)
 # WORKDIR  where everything goes (default: runs/NAME of the folder)

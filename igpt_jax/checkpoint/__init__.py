@@ -11,7 +11,8 @@ A checkpoint holds everything that a run needs to resume and that another job ne
 
 Writes are asynchronous and atomic: a step's folder appears when it is complete. A converted checkpoint
 has no `training`: every job can read it, but no run can resume from it. `reading` is for every job,
-`writing` for jobs that train, `model_only` for converted weights.
+`writing` for jobs that train, `model_only` for converted weights, `one_file` for a model that is handed on
+as one file.
 """
 
 from igpt_jax.checkpoint.folders import FOLDER, find, latest_step, path_of, whole_steps

@@ -71,6 +71,8 @@ def find(path: str) -> tuple[str, int]:
 
 def advice(folder: str) -> str:
   """Returns advice on what to use instead of a checkpoint, with the complete ones beside it."""
+  if os.path.isfile(folder):
+    return "copy it again, or install igpt_jax again if it came with that"
   beside, name = os.path.split(folder)
   steps = [str(n) for n in whole_steps(beside)] if os.path.basename(beside) == FOLDER else []
   others = ", ".join(step for step in steps if step != name)

@@ -1,7 +1,8 @@
 """All settings, each declared once. Light: a wrong value is refused before jax is imported.
 
 0 and "" leave a choice to the preset, the data or a checkpoint, as the meanings say. A checkpoint is
-this program's (a workdir, or one step of it), OpenAI's (model.ckpt-N) or Hugging Face's (a directory).
+this program's (a workdir, one step of it, a model in one file, or "packaged", which comes with it), OpenAI's
+(model.ckpt-N) or Hugging Face's (a directory).
 A new or renamed setting needs an entry in `history.py`, so that older workdirs can be resumed.
 """
 
@@ -39,11 +40,12 @@ class Settings(Group, jobs=tuple(JOBS)):
   job: str = setting("pretrain", "job to run", choices=tuple(JOBS))
   seed: int = setting(0, "seed of all random numbers", least=0, most=2**32 - 1, decides="run",
     jobs=(*TRAINING, "lowdata", "sample", "complete", "quality", "fit_palette"))
-  init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from; "
-    '"": random ones', path=True, decides="run", host=True,
+  init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from, such as "
+    'packaged, the model that comes with igpt_jax; "": random ones', path=True, decides="run", host=True,
     jobs=(*PRETRAINING, *READING, "benchmark"))
   checkpoint: str = setting("", "checkpoint to read, local or of the Hugging Face hub "
-    "(openai/imagegpt-small); \"\": --workdir's newest, or else init_from",
+    "(openai/imagegpt-small), or packaged; \"\": --workdir's newest, or else init_from, or else for job "
+    "complete packaged",
     path=True, host=True, jobs=READING)
 
   data: runs.DataConfig = runs.DataConfig()

@@ -157,8 +157,10 @@ class ConvertConfig(Group, prefix="convert", jobs=("convert",)):
 
   source: str = setting("", "a checkpoint", path=True, host=True)
   target: str = setting("", "what to write; nothing may be there", path=True)
-  format: str = setting("orbax", "orbax (this program's own), huggingface, openai",
-    choices=("openai", "huggingface", "orbax"))
+  format: str = setting("orbax", "orbax (this program's own), safetensors (the same as one file), "
+    "huggingface, openai", choices=("openai", "huggingface", "orbax", "safetensors"))
+  dtype: str = setting("", 'what weights are rounded to; "": as they are',
+    choices=("float32", "bfloat16", ""))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """python -m igpt_jax.demo --checkpoint=runs/cifar10_16 --port=7860
 
-Serves a page that completes the lower part of an image, row by row. It binds to this machine alone
+Serves a page that completes the lower part of an image, row by row. Without --checkpoint the model that comes
+with igpt_jax does. It binds to this machine alone
 unless --host is given; uploads are kept in memory while they are processed, and nowhere else.
 """
 
@@ -19,7 +20,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     prog="python -m igpt_jax.demo", description="A page to complete images on."
   )
   add = parser.add_argument
-  add("--checkpoint", action="append", required=True, help="to choose from; may be given again")
+  add(
+    "--checkpoint",
+    action="append",
+    help="to choose from; may be given again (default: the model that comes with igpt_jax)",
+  )
   add("--palette", default="", help=".npy, for checkpoints that carry none")
   add("--host", default="127.0.0.1", help="address to bind to (default: this machine alone)")
   add("--port", type=int, default=7860, help="0: any that is free")
@@ -38,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     from igpt_jax.demo import models, serve
     from igpt_jax.demo.limits import Limits
     from igpt_jax.parallel import compilation_cache, hardware
+    from igpt_jax.pretrained import packaged
+    from igpt_jax.workspace import weights
 
     hardware.check_platform()
     compilation_cache.use("user", "")
@@ -49,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     serve.check_installed()
     sock = serve.bind(options.host, options.port)
-    served = models.Models(options.checkpoint, options.palette)
+    if not options.checkpoint:
+      weights.say_packaged("--checkpoint=WORKDIR, or openai/imagegpt-small")
+    served = models.Models(options.checkpoint or [packaged.NAME], options.palette)
     compilation_cache.use("user", "")
     served.completer(0)  # errors of reading it are raised before serving
     serve.run(served, limits, sock)

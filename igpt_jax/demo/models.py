@@ -138,10 +138,11 @@ class Models:
 
 
 def _name_of(info: checkpoint.CheckpointInfo) -> str:
-  """Returns the name of the run's folder, or a model's name on the hub."""
+  """Returns the name of the run's folder, a model's name on the hub, or that of its one file."""
   if info.format == "huggingface" and "hub" in info.run:
     return info.run["hub"].partition("@")[0]
-  parts = os.path.normpath(info.path).split(os.sep)
+  path = os.path.splitext(info.path)[0] if info.format == "safetensors" else info.path
+  parts = os.path.normpath(path).split(os.sep)
   if len(parts) > 2 and parts[-2] == checkpoint.FOLDER:
     return parts[-3]
   return parts[-2] if info.format == "openai" and len(parts) > 1 else parts[-1]

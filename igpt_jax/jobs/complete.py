@@ -37,7 +37,7 @@ from igpt_jax.sampling import filler, prompt_files
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, Reader, prompt_rows
 from igpt_jax.sampling.filler import Filler
 from igpt_jax.sampling.prompt_files import File
-from igpt_jax.workspace import devices, memory, provenance
+from igpt_jax.workspace import devices, memory, provenance, weights
 from igpt_jax.workspace import workdir as workdir_lib
 
 _GRID_ROWS = 64  # images in a grid
@@ -96,6 +96,7 @@ class Target:
 def run(settings: Settings, workdir: str) -> None:
   """Completes `images`, or draws `n` images, with `checkpoint`."""
   devices.use_cores(settings)
+  settings = weights.or_packaged(settings, workdir)
   info = completer_lib.describe(settings, workdir, bert=True)
   known = filler.known_pixels(settings, info)
   n, images = settings.complete.n, settings.complete.images

@@ -1,10 +1,10 @@
-"""Rewrites a checkpoint in another format, numbers untouched.
+"""Rewrites a checkpoint in another format, numbers untouched unless `convert.dtype` rounds them.
 
   python -m igpt_jax.main --config configs/convert.py \
     --config.convert.source=PATH --config.convert.target=PATH --config.convert.format=orbax|huggingface|openai
 
-From and to: this program's own (orbax), OpenAI's and Hugging Face's. All in this host's memory, no
-device is touched. The palette travels with the weights.
+From and to: this program's own (orbax; safetensors, one file), OpenAI's and Hugging Face's. All in this
+host's memory, no device is touched. The palette travels with the weights.
 """
 
 import contextlib
@@ -13,11 +13,13 @@ import os
 import jax
 
 from igpt_jax import checkpoint
+from igpt_jax.checkpoint import one_file
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.clusters import NPY_NAME
+from igpt_jax.units import data_size
 from igpt_jax.workspace import weights
 
 
@@ -34,18 +36,20 @@ def run(settings: Settings, workdir: str) -> None:
     f"{model.n_embd}, {model.n_positions} positions of {model.n_vocab} colours, "
     f"{info.run['objective']}, {'with a' if info.palette is not None else 'no'} palette"
   )
-  if info.format == "orbax":
-    say(f"reading {info.path}")
-    params = checkpoint.load_host_params(info)
-  else:
-    params = formats.load(info.path, report=say).params
+  params = weights.read_on_host(info, say)
+  if wanted.dtype:
+    params = jax.tree.map(lambda leaf: leaf.astype(wanted.dtype), params)
   if wanted.format == "orbax":
     say(f"writing {target}")
     target = checkpoint.save_params(target, params, info)
+  elif wanted.format == one_file.FORMAT:
+    with parent_of(target):
+      one_file.save(target, params, info)
   else:
     with parent_of(target):
       formats.save(target, wanted.format, model, params, clusters=info.palette, report=say)
-  say(f"target: {target}, {wanted.format}")
+  size = f", {data_size(os.path.getsize(target))}" if os.path.isfile(target) else ""
+  say(f"target: {target}, {wanted.format}{size}")
 
 
 @contextlib.contextmanager

@@ -19,19 +19,21 @@ from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.pretrained import clusters as palettes
 from igpt_jax.pretrained import huggingface, openai
 from igpt_jax.pretrained.leaves import Foreign, Path, Report
+from igpt_jax.pretrained.weight_files import is_safetensors
 
-FORMATS = ("openai", "huggingface", "orbax")
+FORMATS = ("openai", "huggingface", "orbax", "safetensors")
+OWN = ("orbax", "safetensors")  # this program's
 _BUNDLE_FILE = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt", "descriptor")
 
 
 def detect(path: str | os.PathLike[str]) -> str:
-  """Returns the format of a checkpoint: "openai", "huggingface" or "orbax".
+  """Returns the format of a checkpoint: "openai", "huggingface", "orbax" or "safetensors".
 
   Args:
     path: a TensorFlow checkpoint's prefix, one of its files, or a directory with just that
       checkpoint; a Hugging Face model directory or its config.json; a directory that Orbax wrote,
-      or a run's workdir.
+      or a run's workdir; a model of this program in one file.
 
   Raises:
     UserError: the path doesn't exist, or its format is unknown.
@@ -41,11 +43,13 @@ def detect(path: str | os.PathLike[str]) -> str:
     return "openai"
   if os.path.isfile(path) and os.path.basename(path) == "config.json":
     return "huggingface"
+  if os.path.isfile(path) and is_safetensors(path):
+    return "safetensors"
   if not os.path.isdir(path):
     what = "a file of no known format" if os.path.exists(path) else "nothing is there"
     raise UserError(
       f"checkpoint: {path}: {what}; expected a TensorFlow checkpoint's prefix (model.ckpt-N), a "
-      "Hugging Face directory, a workdir of this program, or a model of the Hugging Face hub "
+      "Hugging Face directory, a workdir of this program, a model in one file, or one of the Hugging Face hub "
       "(OWNER/NAME, and where a folder OWNER lies here OWNER/NAME@main)"
     )
   names = set(os.listdir(path))
@@ -96,7 +100,7 @@ def open_foreign(path: str | os.PathLike[str]) -> Foreign:
   """
   path = os.fspath(path)
   kind = detect(path)
-  if kind == "orbax":
+  if kind in OWN:
     raise UserError(
       f"checkpoint: {path} is this program's own; expected OpenAI's or Hugging Face's"
     )
@@ -152,11 +156,11 @@ def load(
 
 def check_holds(format: str, config: ImageGPTConfig) -> None:
   """Raises UserError if a format can't hold the model: others' code would compute another."""
-  if format != "orbax" and config.options:
+  if format not in OWN and config.options:
     chosen = ", ".join(f"model.{name}={value}" for name, value in config.options.items())
     raise UserError(
       f"format: {format}, but the model was made with {chosen}, which others' Image GPT doesn't compute; "
-      "expected the paper's model; fix: orbax, this program's own format"
+      "expected the paper's model; fix: orbax or safetensors, this program's own formats"
     )
 
 

@@ -30,6 +30,7 @@ class _SafetensorsSource:
     self._files: dict[str, safe_open] = {}
     self.file_of: dict[str, str] = {}  # by tensor
     self.specs: dict[str, Spec] = {}
+    self.metadata: dict[str, str] = {}  # of all files
 
   def add(self, file: str) -> None:
     path = os.path.join(self._directory, file)
@@ -37,6 +38,7 @@ class _SafetensorsSource:
     try:
       handle = safe_open(path, framework="np", backend="pread")
       self._files[file] = handle
+      self.metadata |= handle.metadata() or {}
       for name in handle.keys():
         if not name.isprintable() or len(name) > _MAX_NAME:
           raise UserError(f"weights: {path} names a tensor {shown(name)}; expected a tensor's name")
@@ -68,15 +70,29 @@ def _damaged(path: str, error: Exception) -> UserError:
   )
 
 
+def is_safetensors(path: str) -> bool:
+  """Returns True if a file begins as safetensors do: a length, then a header in JSON."""
+  start = _start_of(path, 9)
+  return start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER_BYTES
+
+
+def _start_of(path: str, size: int) -> bytes:
+  """Reads a file's first bytes; raises UserError if it can't be read."""
+  try:
+    with open(path, "rb") as file:
+      return file.read(size)
+  except OSError as error:
+    raise UserError(f"weights: {path}: {error.strerror}; expected a readable file") from error
+
+
 def _check_header(path: str) -> None:
   """Raises UserError if the header is too large for the library's JSON parser, or missing."""
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise UserError(f"weights: {path}; expected a regular file")
-    with open(path, "rb") as file:
-      start = file.read(8)
   except OSError as error:
     raise UserError(f"weights: {path}: {error.strerror}; expected a readable file") from error
+  start = _start_of(path, 8)
   if len(start) < 8 or struct.unpack("<Q", start)[0] > _MAX_HEADER_BYTES:
     raise UserError(
       f"weights: {path}: no header of at most 4 MiB; expected a safetensors file; "

@@ -1,7 +1,7 @@
 """Weights that a job starts from: located, compared with the settings, read.
 
-A checkpoint is this program's own, OpenAI's or Hugging Face's, or is fetched from Hugging Face's hub; its
-reader sees no difference.
+A checkpoint is this program's own, OpenAI's or Hugging Face's, is fetched from Hugging Face's hub, or came
+with this package (`packaged`); its reader sees no difference.
 """
 
 import dataclasses
@@ -14,18 +14,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax import __version__, checkpoint
-from igpt_jax.checkpoint import CheckpointInfo, checksum
+from igpt_jax.checkpoint import CheckpointInfo, checksum, one_file
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split
 from igpt_jax.errors import UserError
-from igpt_jax.model.image_gpt import Params, to_compute_dtypes
+from igpt_jax.model.image_gpt import Params, count_params, to_compute_dtypes
 from igpt_jax.model.model_config import PRESETS
 from igpt_jax.parallel.hosts import say
-from igpt_jax.pretrained import formats, hub
+from igpt_jax.pretrained import formats, hub, packaged
 from igpt_jax.pretrained.leaves import Report, placer
 from igpt_jax.training.state import param_shardings
+from igpt_jax.workspace import workdir as workdir_lib
 
 
 def describe(path: str, settings: Settings) -> CheckpointInfo:
@@ -38,16 +39,19 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
   Raises:
     UserError: nothing readable is there, or `palette.path` doesn't fit it.
   """
-  path, origin = os.path.expanduser(path), {}
+  path, origin = packaged.path() if path == packaged.NAME else os.path.expanduser(path), {}
   if hub.is_name(path):
     snapshot = hub.fetch(path, say)
     origin = {"hub": f"{path.partition('@')[0]}@{snapshot.commit}"}
     path = snapshot.folder
-  if formats.detect(path) == "orbax":
+  kind = formats.detect(path)
+  if kind == "orbax":
     info = checkpoint.describe(path)
+  elif kind == one_file.FORMAT:
+    info = one_file.describe(path)
   else:
     with formats.open_foreign(path) as foreign:
-      config, clusters, kind = foreign.config, foreign.clusters, foreign.format
+      config, clusters = foreign.config, foreign.clusters
       where = os.path.abspath(foreign.path)
     resolution = math.isqrt(config.n_positions)
     if resolution**2 != config.n_positions:
@@ -98,11 +102,23 @@ def check_palette(settings: Settings, info: CheckpointInfo, fix: str) -> None:
 
 
 def read(info: CheckpointInfo, mesh: Mesh, report: Report) -> Params:
-  """Reads the parameters, float32, onto the mesh; a foreign checkpoint leaf by leaf."""
+  """Reads the parameters, float32, onto the mesh; from another format than Orbax' leaf by leaf."""
   if info.format == "orbax":
     return checkpoint.load_params(info, mesh)
   place = placer(param_shardings(info.config, mesh))
+  if info.format == one_file.FORMAT:
+    return one_file.load(info, place=place, dtype=np.float32, report=report)
   return formats.load(info.path, place=place, dtype=np.float32, report=report).params
+
+
+def read_on_host(info: CheckpointInfo, report: Report) -> Params:
+  """Reads the parameters as numpy arrays of the stored dtype, without devices."""
+  if info.format == "orbax":
+    report(f"reading {info.path}")
+    return checkpoint.load_host_params(info)
+  if info.format == one_file.FORMAT:
+    return one_file.load(info, report=report)
+  return formats.load(info.path, report=report).params
 
 
 def checksum_of(info: CheckpointInfo) -> str:
@@ -132,6 +148,25 @@ def of_job(settings: Settings, workdir: str) -> CheckpointInfo:
   if path:
     return describe(path, settings)
   return with_palette(checkpoint.describe(workdir), settings)
+
+
+def say_packaged(another: str) -> None:
+  """Says which model the packaged one is, and how `another` is named."""
+  info = describe(packaged.NAME, Settings())
+  side, name = info.run["resolution"], os.path.splitext(os.path.basename(info.path))[0]
+  say(
+    f"checkpoint: {packaged.NAME}, the model that comes with igpt_jax: {name}, {side}×{side} pixels, "
+    f"{count_params(info.config):,} parameters, {info.step:,} steps; another one: {another}"
+  )
+
+
+def or_packaged(settings: Settings, workdir: str) -> Settings:
+  """Returns settings that name the packaged model if they name none, and the workdir is no run's."""
+  of_a_run = workdir_lib.has_begun(workdir) or workdir_lib.read(workdir) is not None
+  if of_a_run or settings.checkpoint or settings.init_from:
+    return settings
+  say_packaged("--config.checkpoint=WORKDIR, or openai/imagegpt-small")
+  return dataclasses.replace(settings, checkpoint=packaged.NAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +267,7 @@ def no_palette(
   """Returns the error about a checkpoint whose palette is needed and not known."""
   why = {
     "orbax": "it was trained on bare tokens",
+    "safetensors": "it was trained on bare tokens",
     "openai": "no kmeans_centers.npy lies beside it",
     "huggingface": "it has no preprocessor_config.json",
   }[info.format]

@@ -535,5 +535,7 @@ def test_checkpoints_that_cannot_complete(photos, tmp_path):
   bert = own_checkpoint.write(tmp_path / "bert", causal=False)
   with pytest.raises(UserError, match="is a BERT model"):  # as the page asks
     completer_lib.describe(settings(bert), "")
+  (tmp_path / "begun").mkdir()
+  (tmp_path / "begun" / "config.json").write_text("{}")
   with pytest.raises(UserError, match="no checkpoint in"):
-    complete.run(settings("", images=str(photos)), str(tmp_path / "nothing"))
+    complete.run(settings("", images=str(photos)), str(tmp_path / "begun"))

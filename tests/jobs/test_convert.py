@@ -25,6 +25,7 @@ from igpt_jax.jobs import convert, download, evaluate, pretrain, probe, sample
 from igpt_jax.pretrained import formats
 from igpt_jax.pretrained.tensor_bundle import Bundle, write_bundle
 from igpt_jax.reporting import metrics
+from igpt_jax.workspace import weights
 from support import golden_files, numpy_reference
 from support.blob_store import BlobStore
 from support.loopback import serving
@@ -94,6 +95,7 @@ def tiny(tmp_path_factory):
     "openai": prefix,
     "orbax": convert_to("orbax", prefix, folder / "workdir"),
     "huggingface": convert_to("huggingface", prefix, folder / "hf"),
+    "safetensors": convert_to("safetensors", prefix, folder / "one" / "m.safetensors"),
   }
 
 
@@ -135,11 +137,12 @@ def source(request, tmp_path):
 def test_round_trip_is_bit_exact_and_every_format_evaluates_alike(source, tmp_path, capsys):
   prefix, tokens, loss = source
   checkpoints = [prefix]
-  for i, kind in enumerate(["orbax", "huggingface", "openai", "huggingface", "orbax", "openai"]):
+  kinds = "orbax huggingface openai safetensors orbax openai huggingface safetensors openai".split()
+  for i, kind in enumerate(kinds):
     target = tmp_path / f"{i}" / (f"model.ckpt-{STEP}" if kind == "openai" else kind)
     checkpoints.append(convert_to(kind, checkpoints[-1], target))
     assert str(target) in capsys.readouterr().out
-  for back in (checkpoints[3], checkpoints[6]):
+  for back in (checkpoints[3], checkpoints[6], checkpoints[9]):
     assert_same_variables(variables_of(back), variables_of(prefix))
     palette, original = back.parent / "kmeans_centers.npy", prefix.parent / "kmeans_centers.npy"
     assert palette.exists() == original.exists()
@@ -147,7 +150,7 @@ def test_round_trip_is_bit_exact_and_every_format_evaluates_alike(source, tmp_pa
       np.testing.assert_array_equal(np.load(palette), np.load(original))
 
   np.save(tmp_path / "tokens.npy", tokens)
-  for i, path in enumerate(checkpoints[:3]):
+  for i, path in enumerate([*checkpoints[:3], checkpoints[4]]):
     config = settings(
       "openai_s_eval",
       checkpoint=str(path),
@@ -202,6 +205,26 @@ def test_dtype_is_kept(tmp_path):
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float32)), loaded, params)
 
 
+@pytest.mark.parametrize("kind", ["openai", "huggingface", "orbax", "safetensors"])
+def test_weights_are_rounded_where_it_is_asked_for(kind, tiny, tmp_path):
+  exact = formats.load(tiny["openai"]).params
+  target = tmp_path / f"{kind}-7"
+  values = {"source": str(tiny["orbax"]), "target": str(target), "format": kind}
+  run(
+    convert,
+    settings(
+      "convert", convert__dtype="bfloat16", **{f"convert__{k}": v for k, v in values.items()}
+    ),
+  )
+  found = weights.read_on_host(weights.describe(str(target), settings()), lambda line: None)
+
+  def check(leaf, expected):
+    assert leaf.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(leaf, expected.astype(ml_dtypes.bfloat16))
+
+  jax.tree.map(check, found, exact)
+
+
 def test_a_trained_checkpoint_goes_out_without_its_optimizer(tiny, tmp_path):
   """A run's own workdir, the newest step of it, with the palette that it was trained with."""
   prefix = convert_to("openai", tiny["orbax"] / "checkpoints" / str(STEP), tmp_path / "x" / "m")
@@ -212,7 +235,7 @@ def test_a_trained_checkpoint_goes_out_without_its_optimizer(tiny, tmp_path):
 # --- jobs that read --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["openai", "huggingface", "orbax"])
+@pytest.mark.parametrize("kind", ["openai", "huggingface", "orbax", "safetensors"])
 def test_samples_come_with_the_palette_that_lay_beside_the_weights(kind, tiny, pictures, tmp_path):
   config = settings("base", checkpoint=str(tiny[kind]), sample__samples=2, **pictures)
   changes = {"sample.completions": 2, "sample.per_image": 1, "sample.scale": 1}
@@ -246,12 +269,13 @@ def test_a_missing_palette_can_be_given(bare, pictures, tmp_path):
 # --- training --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["openai", "huggingface", "orbax"])
+@pytest.mark.parametrize("kind", ["openai", "huggingface", "orbax", "safetensors"])
 def test_pretraining_starts_from_the_weights(kind, tiny, tmp_path):
   """The first loss is the reference's; size, palette and objective are the checkpoint's."""
   source = tmp_path / "source"
-  shutil.copytree(tiny[kind].parent if kind == "openai" else tiny[kind], source)
-  path = source / tiny[kind].name if kind == "openai" else source
+  folder = tiny[kind] if tiny[kind].is_dir() else tiny[kind].parent
+  shutil.copytree(folder, source)
+  path = source / tiny[kind].relative_to(folder)
   (tmp_path / "tokens").mkdir()
   for split in ("train", "validation", "test"):
     np.save(tmp_path / "tokens" / f"{split}.npy", np.repeat(TOKENS[:1], 16, 0))

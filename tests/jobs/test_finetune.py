@@ -232,7 +232,7 @@ def test_every_other_job_reads_what_it_wrote(tuned, tmp_path):
     result(tuned)["test_nats_per_token"], abs=1e-5
   )
   sample.run(config, str(tmp_path / "sample"))
-  for format in ("orbax", "huggingface"):
+  for format in ("orbax", "safetensors", "huggingface"):
     target = str(tmp_path / format)
     settings = {"convert.source": path, "convert.target": target, "convert.format": format}
     convert.run(tiny(**settings), str(tmp_path / "convert"))

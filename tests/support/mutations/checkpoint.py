@@ -5,6 +5,7 @@ from support.mutations.mutation import Mutation
 _CHECKPOINT = "unit/checkpoint/test_checkpoint.py"
 _RESTORED = f"{_CHECKPOINT}::test_restored_state_is_the_saved_one_on_any_mesh"
 _FILES = "faults/test_checkpoint_files.py"
+_ONE = "unit/checkpoint/test_one_file.py"
 _SUMS = "unit/probing/test_features.py::test_checksums_tell_parameters_apart"
 
 MUTATIONS = (
@@ -119,5 +120,19 @@ MUTATIONS = (
     "        self._set_aside(why)\n        self._checkpointer = self._open()",
     "        self._checkpointer = self._open()",
     f"{_FILES}::test_the_newest_good_one_may_be_far_back",
+  ),
+  Mutation(
+    "one-file-not-compared",
+    "checkpoint/one_file.py",
+    "  file_sums.check(info.path, info.sums, {_PARAMS: params})\n",
+    "",
+    f"{_ONE}::test_no_changed_byte_goes_unnoticed",
+  ),
+  Mutation(
+    "one-file-tells-paths",
+    "checkpoint/one_file.py",
+    "values[field] = declaration.default",
+    "pass",
+    f"{_ONE}::test_it_tells_no_places_of_the_machine_that_it_was_made_on",
   ),
 )

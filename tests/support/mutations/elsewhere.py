@@ -169,4 +169,11 @@ MUTATIONS = (
     "if number > FORMAT + 1:",
     "unit/ground/test_history.py::test_a_newer_workdir_is_refused",
   ),
+  Mutation(
+    "packaged-before-the-workdirs",
+    "workspace/weights.py",
+    "if of_a_run or settings.checkpoint or settings.init_from:",
+    "if settings.checkpoint or settings.init_from:",
+    "jobs/test_packaged.py::test_it_is_not_used_where_another_is_named_or_was_trained",
+  ),
 )

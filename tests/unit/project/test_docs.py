@@ -5,6 +5,7 @@ import re
 import pytest
 
 from igpt_jax.config import help as help_lib
+from igpt_jax.pretrained import packaged
 from support.paths import ROOT
 
 PATH = re.compile(r"`((?:igpt_jax|tests|configs|launch|docs)/[\w./]*)`")
@@ -54,3 +55,13 @@ def test_the_readme_is_short_and_leads_to_every_page():
 def test_the_page_of_settings_is_what_the_declarations_give():
   page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
   assert page == f"{help_lib.of_all()}\n", "fix: python -m igpt_jax.config.help > docs/settings.md"
+
+
+def test_files_are_small_but_for_the_packaged_model():
+  """As CONTRIBUTING.md says; a clone carries every version of every file."""
+  folders = ("igpt_jax", "configs", "launch", "docs", "tests")
+  paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+  sizes = {path: path.stat().st_size for path in paths if "__pycache__" not in path.parts}
+  assert len(sizes) > 300 and max(sizes.values()) > 100_000
+  most = {packaged.FILE: 3_000_000}
+  assert not [path for path, size in sizes.items() if size > most.get(path, 200_000)]
