@@ -138,6 +138,7 @@ def summary(
     "blocks": path_of_blocks(training, mesh),
     "model": dataclasses.asdict(model),
     "objective": "autoregressive" if model.causal else "masked",
+    "optimizer": training.optimizer.optimizer,
     "fits": memory.fits,
     "bytes_per_chip": memory.needed * per_chip,
     "hbm_bytes": memory.hbm * per_chip,

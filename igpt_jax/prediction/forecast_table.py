@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.model_config import PRESETS
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.reporting import summary
 from igpt_jax.reporting.tables import markdown_table
 
@@ -32,19 +32,25 @@ def add(workdir: str, values: dict[str, Any]) -> None:
         rows = dict(json.load(file))
     except (ValueError, TypeError) as error:
       raise UserError(f"workdir: {path} is damaged ({error}); fix: remove it") from None
-  rows[f"{name_of(values['model'], values['objective'])}, {values['topology']}"] = _row(values)
+  rows[f"{name_of(values)}, {values['topology']}"] = _row(values)
   summary.write_json(path, rows)
   summary.write_text(os.path.join(workdir, "scale.md"), markdown(rows))
 
 
-def name_of(model: dict[str, Any], objective: str) -> str:
-  """Returns a model's name, such as "iGPT-L 48²"."""
+def name_of(values: dict[str, Any]) -> str:
+  """Returns the name of compile.json's model, such as "iGPT-L 48²", and what isn't the paper's."""
+  model = values["model"]
   name = f"{model['n_layer']} layers of {model['n_embd']}"
   for size, preset in PRESETS.items():
     if all(getattr(preset, field) == model[field] for field in ("n_layer", "n_embd", "n_head")):
       name = f"iGPT-{size.upper()}"
-  bert = " BERT" if objective == "masked" else ""
-  return f"{name}{bert} {round(model['n_positions'] ** 0.5)}²"
+  bert = " BERT" if values["objective"] == "masked" else ""
+  options = ImageGPTConfig(**model).options
+  chosen = [value if isinstance(value, str) else option for option, value in options.items()]
+  if values.get("optimizer", "adam") != "adam":
+    chosen.append(values["optimizer"])
+  others = f" ({', '.join(chosen)})" if chosen else ""
+  return f"{name}{bert} {round(model['n_positions'] ** 0.5)}²{others}"
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:
@@ -52,8 +58,7 @@ def _row(values: dict[str, Any]) -> dict[str, Any]:
     "topology", "chips", "mesh", "batch_size", "accumulate", "remat", "fits", "bytes_per_chip",
     "hbm_bytes", "step_seconds", "mfu", "images_per_second", "days", "chip_hours",
   )  # fmt: skip
-  name = name_of(values["model"], values["objective"])
-  return {"name": name} | {key: values[key] for key in kept if key in values}
+  return {"name": name_of(values)} | {key: values[key] for key in kept if key in values}
 
 
 def markdown(rows: dict[str, Any]) -> str:

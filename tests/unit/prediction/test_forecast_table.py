@@ -1,0 +1,43 @@
+"""The table of forecasts: a row for every model, slice and optimizer."""
+
+import dataclasses
+import json
+
+import pytest
+
+from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
+from igpt_jax.prediction import forecast_table
+
+
+def values_of(optimizer="adam", **options):
+  shape = {name: getattr(PRESETS["s"], name) for name in ("n_layer", "n_head", "n_embd")}
+  return {
+    "model": dataclasses.asdict(ImageGPTConfig(**shape, **options)),
+    "objective": "autoregressive", "optimizer": optimizer, "topology": "v5e:4x4", "chips": 16,
+    "mesh": {"data": 16, "fsdp": 1, "tensor": 1}, "batch_size": 128, "accumulate": 1,
+    "remat": "names", "fits": False, "bytes_per_chip": 2**30, "hbm_bytes": 2**31,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "made, name",
+  [
+    ({}, "iGPT-S 32²"),
+    ({"optimizer": "muon"}, "iGPT-S 32² (muon)"),
+    (
+      {"positions": "rope2d", "value_embeddings": True, "optimizer": "muon"},
+      "iGPT-S 32² (rope2d, value_embeddings, muon)",
+    ),
+  ],
+)
+def test_a_name_tells_what_is_not_the_papers(made, name):
+  assert forecast_table.name_of(values_of(**made)) == name
+
+
+def test_another_recipe_has_a_row_of_its_own(tmp_path):
+  for values in (values_of(), values_of("muon"), values_of()):
+    forecast_table.add(str(tmp_path), values)
+  assert list(json.loads((tmp_path / "scale.json").read_text())) == [
+    "iGPT-S 32², v5e:4x4", "iGPT-S 32² (muon), v5e:4x4"
+  ]  # fmt: skip
+  assert "iGPT-S 32² (muon)" in (tmp_path / "scale.md").read_text()
