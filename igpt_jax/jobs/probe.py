@@ -72,7 +72,6 @@ def check(settings: Settings) -> None:
     return
   for name, value, expected in (
     ("features.grid", settings.features.grid, 1),
-    ("features.masks", settings.features.masks, 0),
     ("probe.method", probe.method, ""),
     ("probe.concatenate", probe.concatenate, ()),
     ("probe.around_best", probe.around_best, 0),
