@@ -230,7 +230,9 @@ def test_a_run_that_another_differs_from_keeps_its_own_settings(done, tmp_path):
   """With the base's dtype changed too, the csv would tell of a difference in dtype that isn't there."""
   workdir = shutil.copytree(done, tmp_path / "study")
   settings = study(**{"model.dtype": "bfloat16", "ablate.runs": (*RUNS, "w: model.dtype=float32")})
-  with pytest.raises(UserError, match=r"original/0 holds .*\n  model\.dtype: float32 there, bfl"):
+  with pytest.raises(
+    UserError, match=r"original/0 holds .*\n  model\.dtype:  there, bfloat16 here"
+  ):
     entries.planned(settings, str(workdir), mesh_of())
 
 
