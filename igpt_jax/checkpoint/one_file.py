@@ -65,12 +65,45 @@ def describe(path: str) -> CheckpointInfo:
     if _PARAMS not in sums:
       raise LookupError("checksums are missing")
     step, config = run.pop(_STEP), ImageGPTConfig(**run["model"])
+    _check_run(path, run, step, config)
     palette = None
     if "palette" in sums:
       palette = source.read(_COLOURS)
       file_sums.check(path, sums, {"palette": {"centers": palette}})
+      if palette.shape != (config.n_vocab, 3) or palette.dtype != np.float32:
+        raise UserError(
+          f"checkpoint: {path}: its palette is {palette.dtype.name} {list(palette.shape)}; expected "
+          f"float32 [{config.n_vocab}, 3], the model's colours"
+        )
     check_specs(_table(config), source.specs, path)
   return CheckpointInfo(path, step, config, palette, run, FORMAT, sums=sums)
+
+
+def _check_run(path: str, run: Any, step: Any, config: ImageGPTConfig) -> None:
+  """Raises UserError if what a file says of its training doesn't fit its model: anybody may write one."""
+  probability = run.get("mask_probability")
+  for name, value, fits, expected in (
+    ("step", step, type(step) is int and step >= 0, "a number of updates"),
+    (
+      "resolution", run.get("resolution"),
+      type(run.get("resolution")) is int and run["resolution"] ** 2 == config.n_positions,
+      f"the side of {config.n_positions} pixels",
+    ),
+    (
+      "objective", run.get("objective"),
+      run.get("objective") == ("autoregressive" if config.causal else "masked"),
+      "autoregressive" if config.causal else "masked",
+    ),
+    (
+      "mask_probability", probability,
+      isinstance(probability, int | float) and 0 < probability < 1, "a number within (0, 1)",
+    ),
+  ):  # fmt: skip
+    if not fits:
+      raise UserError(
+        f"checkpoint: {path}: its {name} is {value!r:.80}; expected {expected}; fix: "
+        f"{folders.advice(path)}"
+      )
 
 
 def load(

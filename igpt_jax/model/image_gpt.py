@@ -143,6 +143,9 @@ class ImageGPT(nnx.Module):
       x_BxTxD = fused_stack.run(config, blocks, embedded, kernel == "tpu_interpret")
       return self.ln_f(x_BxTxD), None
 
+    if config.x0_skip:  # its gradient is summed over layers, which bfloat16 would round
+      embedded = embedded._replace(stream=embedded.stream.astype(jnp.float32))
+
     def body(x, block):
       x = block.enter(x, embedded)
       y, qkv = block(x, embedded)

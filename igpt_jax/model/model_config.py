@@ -69,7 +69,8 @@ class ImageGPTConfig:
         f"model.n_vocab: {self.n_vocab}; expected 2 colours or more: one is no choice"
       )
     if self.n_embd % self.n_head:
-      fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+      most = min(self.n_embd, 4_096)  # a width may be any number that a file names
+      fits = [h for h in range(1, most + 1) if self.n_embd % h == 0]
       nearest = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
       raise UserError(
         f"model.n_embd: {self.n_embd} isn't divisible by model.n_head: {self.n_head}; "

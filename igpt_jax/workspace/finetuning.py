@@ -100,7 +100,7 @@ def _check_same_start(settings: Settings, workdir: str, own: CheckpointInfo) -> 
   path = os.path.abspath(os.path.expanduser(path))
   if not os.path.exists(path) and f"{began['checkpoint']}/".startswith(f"{path}/"):
     return
-  now = weights_lib.of_job(settings, workdir)
+  now = weights_lib.at_resolution(settings, weights_lib.of_job(settings, workdir))
   # Older versions identified it by its path.
   ours = provenance.of_checkpoint(now) if "parameters" in began else {"checkpoint": now.path}
   folder = os.path.dirname(os.path.dirname(own.path))

@@ -79,6 +79,11 @@ def test_rotary_positions_are_evaluated_and_sampled_at_another_size(
     UserError, match=r"data.resolution: 12; .* trained at 8, and has no positions"
   ):
     evaluate.run(shrunk(**{**at, "checkpoint": str(tiny_run)}), str(tmp_path))
+  # Fine-tuning does, and goes on.
+  for steps in (2, 4):
+    tuned = {"finetune.steps": steps, "finetune.eval_every": 2, "finetune.images": 32}
+    finetune.run(shrunk(**at, **tuned), str(tmp_path / "tuned"))
+  assert checkpoint.describe(str(tmp_path / "tuned" / "finetune")).config.n_positions == 144
   # Training goes on from it there.
   start = {**OPTIONS, "init_from": str(run), "data.resolution": 12, "train.steps": 2}
   on_one_device(pretrain, shrunk(**start), str(tmp_path / "larger"))

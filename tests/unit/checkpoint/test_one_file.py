@@ -162,3 +162,36 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
   with pytest.raises(OSError):
     one_file.save(str(tmp_path / "no" / "file"), params_of(), info_of())
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "more, message",
+  [
+    ({"resolution": 7}, "its resolution is 7; expected the side of 16 pixels"),
+    ({"resolution": None}, "its resolution is None"),
+    ({"objective": "masked"}, "its objective is 'masked'; expected autoregressive"),
+    ({"mask_probability": "some"}, "its mask_probability is 'some'; expected a number within"),
+    (
+      {"model": {**dataclasses.asdict(CONFIG), "n_embd": 2**40 + 1}},
+      r"model\.n_embd: 1099511627777",
+    ),
+  ],
+)
+def test_a_description_that_does_not_fit_its_model_is_one_line(tmp_path, more, message):
+  """Its checksums fit: anybody may write such a file."""
+  path = str(tmp_path / "model.safetensors")
+  one_file.save(path, params_of(), info_of(**more))
+  with pytest.raises(UserError, match=message):
+    one_file.describe(path)
+
+
+def test_a_step_and_a_palette_that_do_not_fit_are_refused(tmp_path):
+  path = str(tmp_path / "model.safetensors")
+  one_file.save(path, params_of(), dataclasses.replace(info_of(), step="many"))
+  with pytest.raises(UserError, match="its step is 'many'; expected a number of updates"):
+    one_file.describe(path)
+  one_file.save(path, params_of(), info_of(palette=PALETTE[:2]))
+  with pytest.raises(
+    UserError, match=r"its palette is float32 \[2, 3\]; expected float32 \[11, 3\]"
+  ):
+    one_file.describe(path)

@@ -215,6 +215,38 @@ def test_recomputing_changes_nothing():
       np.testing.assert_allclose(leaf, expected[name], atol=1e-6, err_msg=f"{remat} {name}")
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["scanned", "stack"])
+def test_bfloat16_gradients_are_near(stacked):
+  """Sums over positions and layers are float32: of tables, gains, and skips of the embeddings."""
+  shape = {"n_head": 2, "n_embd": 64, "n_layer": 12, "n_positions": 64}
+  config = tiny.make_config(**shape, **tiny.ALL_OPTIONS)
+  half = dataclasses.replace(config, dtype="bfloat16")
+  if stacked:
+    half = dataclasses.replace(half, attention="tpu_interpret", remat="names")
+  _, expected = gradients(config, tiny.mesh_of())
+  _, grads = gradients(half, tiny.mesh_of())
+  for name, leaf in grads.items():
+    assert leaf.dtype == jnp.float32, name
+    error = np.linalg.norm(leaf - expected[name]) / np.linalg.norm(expected[name])
+    assert error < 0.06, (name, error)
+
+
+def test_skips_sum_the_embeddings_gradient_in_float32():
+  config = tiny.make_config(x0_skip=True, dtype="bfloat16", n_layer=5)
+  tokens = tiny.random_tokens(config, 2)
+
+  def loss(params):
+    return jnp.sum(bind(config, params)(tokens))
+
+  program = jax.make_jaxpr(jax.grad(loss))(tiny.random_params(config))
+  (back,) = [e for e in program.eqns if e.primitive.name == "scan" and e.params["reverse"]]
+  carried = [variable.aval for variable in back.outvars[: back.params["num_carry"]]]
+  sums = {
+    str(each.dtype) for each in carried if each.shape == (2, config.n_positions, config.n_embd)
+  }
+  assert sums == {"bfloat16", "float32"}  # of the stream from block to block, and of the embeddings
+
+
 def test_features_are_of_what_enters_each_block():
   config = tiny.make_config(**tiny.ALL_OPTIONS)
   params, tokens = tiny.random_params(config), tiny.random_tokens(config, 2)
