@@ -8,7 +8,6 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from igpt_jax import files, units
 from igpt_jax.ablation.entries import Entry, differences
@@ -125,14 +124,33 @@ def share_of_flops(run: Run, baseline: Run) -> Mean:
   ])  # fmt: skip
 
 
-def shorter(run: Run, runs: Sequence[Run]) -> list[Run]:
-  """Returns the runs that are the same as `run` but for fewer steps, and what goes with their number."""
+def with_shorter(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
+  """Returns each run with those that are the same but for fewer steps, longest first; all of them once.
 
-  def key(of: Run) -> dict[str, Any]:
-    flat = files.flatten(as_json(of.entry.settings))
-    return {name: value for name, value in flat.items() if name not in ("seed", *_OF_LENGTH)}
+  What goes with the number of steps may differ, too. If several runs are equally long, a shorter one
+  stands beside that whose warm-up and decay it has, and alone if it has neither's.
+  """
+  kinds: dict[str, list[Run]] = {}
+  for run in runs:
+    flat = files.flatten(as_json(run.entry.settings))
+    kept = {name: value for name, value in flat.items() if name not in ("seed", *_OF_LENGTH)}
+    kinds.setdefault(files.digest(kept), []).append(run)
+  beside: dict[str, list[Run]] = {}  # of each run that isn't beside another
+  for kind in kinds.values():
+    kind.sort(key=lambda run: -run.entry.steps)
+    longest = [run for run in kind if run.entry.steps == kind[0].entry.steps]
+    beside |= {run.name: [] for run in longest}
+    for run in kind[len(longest) :]:
+      alike = [each for each in longest if len(longest) == 1 or _ramps(each) == _ramps(run)]
+      if alike:
+        beside[alike[0].name].append(run)
+      else:
+        beside[run.name] = []
+  return [(run, beside[run.name]) for run in runs if run.name in beside]
 
-  return [other for other in runs if key(other) == key(run) and other.entry.steps < run.entry.steps]
+
+def _ramps(run: Run) -> tuple[int, int]:
+  return run.entry.settings.train.warmup_steps, run.entry.settings.train.decay_steps
 
 
 # --- ablate.csv ------------------------------------------------------------------------------------
@@ -193,18 +211,14 @@ def markdown(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
   scale, unit = flop_unit(max(run.entry.flops for run in runs))
   rows = []
   for run in by_loss(runs):
-    entry, difference, reached = (
-      run.entry,
-      paired_difference(run, baseline),
-      _reached(run, baseline),
-    )
+    entry = run.entry
     rows.append((
       f"{run.name} (baseline)" if run is baseline else run.name, _seeds(run),
       f"{entry.parameters:,}", f"{entry.steps:,}", f"{entry.flops / scale:.4g}",
       f"{entry.flops / baseline.entry.flops:.3f}", run.mean("step_seconds").text(".3f"),
       run.mean("train_loss").text(".4f"), run.mean("validation_loss").text(".4f"),
-      "" if run is baseline else difference.text("+.4f"), run.mean("test_loss").text(".4f"),
-      run.mean("probe_accuracy").text(".2%"), reached,
+      "" if run is baseline else _difference(run, baseline), run.mean("test_loss").text(".4f"),
+      run.mean("probe_accuracy").text(".2%"), _reached(run, baseline),
     ))  # fmt: skip
   head = (
     "run", "seeds", "parameters", "steps", unit, "× FLOPs", "s/step", "train", "validation",
@@ -227,17 +241,15 @@ def markdown(runs: Sequence[Run], notes: Sequence[str] = ()) -> str:
 
 
 def by_loss(runs: Sequence[Run]) -> list[Run]:
-  """Returns the runs by their validation loss, each followed by the shorter ones of its kind."""
-  ordered = sorted(runs, key=lambda run: _or_last(run.mean("validation_loss").mean))
-  shorts = {run.name: shorter(run, ordered) for run in ordered}
-  beside = {short.name for of_run in shorts.values() for short in of_run}
-  longest = [run for run in ordered if run.name not in beside]
-  return [each for run in longest for each in (run, *sorted(
-    shorts[run.name], key=lambda short: -short.entry.steps))]  # fmt: skip
+  """Returns the runs, the best first, each followed by the shorter ones of its kind."""
+  return [each for run, short in with_shorter(sorted(runs, key=_rank)) for each in (run, *short)]
 
 
-def _or_last(loss: float) -> float:
-  return math.inf if math.isnan(loss) else loss
+def _rank(run: Run) -> tuple[bool, float]:
+  """Returns what orders runs by their validation loss, those of which a seed has diverged last."""
+  loss = run.mean("validation_loss").mean
+  diverged = any(result.ended and not result.finished for result in run.results)
+  return diverged, math.inf if math.isnan(loss) else loss
 
 
 def verdict(runs: Sequence[Run]) -> str:
@@ -246,17 +258,22 @@ def verdict(runs: Sequence[Run]) -> str:
   done = [run for run in runs if run.mean("validation_loss").n]
   if not done:
     return "No run has finished."
-  best = min(done, key=lambda run: run.mean("validation_loss").mean)
-  text = f"Best on validation: {best.name}, {best.mean('validation_loss').text('.4f')} nats/token"
+  best = min(done, key=_rank)
+  loss, seeds = best.mean("validation_loss"), len(best.results)
+  text = f"Best on validation: {best.name}, {loss.text('.4f')} nats/token{_if_fewer(loss.n, seeds)}"
   difference = paired_difference(best, baseline)
   if best is baseline or not difference.n:
     return f"{text}."
   reached = share_of_flops(best, baseline)
   at = f"; {baseline.name}'s final loss at {reached.mean:.1%} of its FLOPs" if reached.n else ""
-  paired = (
-    f"{difference.text('+.4f')} against {baseline.name} ({units.counted(difference.n, 'seed')})"
-  )
-  return f"{text}, {paired}{at}."
+  at += _if_fewer(reached.n, seeds) if at else ""
+  paired = _if_fewer(difference.n, seeds) or f" ({units.counted(seeds, 'seed')})"
+  return f"{text}, {difference.text('+.4f')} against {baseline.name}{paired}{at}."
+
+
+def _if_fewer(n: int, seeds: int) -> str:
+  """Formats " (2 of 3 seeds)", which a mean is over; "" if it is over all of them."""
+  return f" ({n} of {units.counted(seeds, 'seed')})" if n < seeds else ""
 
 
 def _seeds(run: Run) -> str:
@@ -268,21 +285,28 @@ def _seeds(run: Run) -> str:
   return f"{len(run.results) - len(others)} of {len(run.results)}: {why}"
 
 
+def _difference(run: Run, baseline: Run) -> str:
+  """Formats the paired difference of validation losses, "" without pairs."""
+  difference = paired_difference(run, baseline)
+  if not difference.n:
+    return ""
+  return difference.text("+.4f") + _if_fewer(difference.n, len(run.results))
+
+
 def _reached(run: Run, baseline: Run) -> str:
   """Formats the share of the baseline's FLOPs at which its final validation loss is reached."""
-  paired = len(pairs(run, baseline))
-  if run is baseline or not paired:
+  if run is baseline or not pairs(run, baseline):
     return ""
   reached = share_of_flops(run, baseline)
   if not reached.n:
     return "not reached"
-  return reached.text(".1%") + (f" ({reached.n} of {paired})" if reached.n < paired else "")
+  return reached.text(".1%") + _if_fewer(reached.n, len(run.results))
 
 
 def _legend(runs: Sequence[Run]) -> str:
   return (
-    "Losses in nats per token. ±: sample standard deviation over the seeds; differences are of the same "
-    "seed. s/step: median, beside whatever else the machine did. "
+    "Losses in nats per token, best first; a run with a diverged seed stands last. ±: sample standard "
+    "deviation over the seeds that have finished; differences are of the same seed. s/step: median, beside whatever else the machine did. "
     f"“Baseline's loss at”: the share of {runs[0].name}'s FLOPs in which a run's own curve reaches the "
     "final validation loss of the same seed, by straight lines between its evaluations: an upper bound, "
     "because the learning rate isn't low yet in the middle of a schedule."
@@ -292,10 +316,10 @@ def _legend(runs: Sequence[Run]) -> str:
 def _lengths(runs: Sequence[Run]) -> list[str]:
   """Returns a line for each run that is a shorter one of the same kind, with a schedule of its own."""
   baseline, lines = runs[0], []
-  for run in by_loss(runs):
-    for short in shorter(run, runs):
-      difference = paired_difference(short, baseline)
-      to = f", {difference.text('+.4f')} against {baseline.name}" if difference.n else ""
+  for run, shorter in with_shorter(sorted(runs, key=_rank)):
+    for short in shorter:
+      difference = _difference(short, baseline)
+      to = f", {difference} against {baseline.name}" if difference else ""
       share = short.entry.flops / baseline.entry.flops
       lines.append(
         f"- {short.name} is {run.name} with a whole schedule in {short.entry.steps:,} of its "
@@ -339,7 +363,8 @@ def draw(path: str, runs: Sequence[Run]) -> bool:
     by_flops[name] = plots.Curve(flops, means, band=band, dashed=dashed)
     by_time[name] = plots.Curve(times, means, band=band, dashed=dashed)
   y_label = "validation loss, nats per token"
-  seeds = max(len(_points(run)[0]) for run in shown)
+  seeds = sorted({len(_points(run)[0]) for run in shown})
+  over = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
   plots.plot(
     path,
     plots.Panel(curves=by_flops, y_label=y_label, x_label=f"training so far, {unit}"),
@@ -348,7 +373,7 @@ def draw(path: str, runs: Sequence[Run]) -> bool:
       x_label=f"time in training steps, {'minutes' if minutes else 'seconds'}",
     ),
     title="Ablation: validation loss against FLOPs and time",
-    note=f"means over {seeds} seeds; shaded: lowest to highest" if seeds > 1 else "one seed",
+    note=f"means over {over} seeds; shaded: lowest to highest" if seeds[-1] > 1 else "one seed",
   )  # fmt: skip
   return True
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -96,12 +96,14 @@ def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
     if not settings.palette.path:
       kept = os.path.join(workdir, training_palette.PALETTE)
       settings = with_values(settings, {"palette.path": kept})
-  entries = []
-  for run in overrides.named_runs(settings):
+  entries, runs = [], overrides.named_runs(settings)
+  # A run keeps the others' overrides at the base's values, which may have been others when it began.
+  varied = {name for run in runs for name in run.values}
+  for run in runs:
     for seed in ablate.seeds:
       folder = os.path.join(workdir, FOLDER, run.name, str(seed))
       own = run.settings(settings, seed)
-      _check_folder(own, folder, splits["train"], digest)
+      _check_folder(own, folder, splits["train"], digest, varied)
       settled = weights.of_run(own, folder, splits["train"]).settings
       model = choices.model_config(settled, n_vocab=n_vocab)
       train = settled.train
@@ -111,8 +113,14 @@ def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
   return entries
 
 
-def _check_folder(settings: Settings, folder: str, split: Split, palette: str | None) -> None:
-  """Raises UserError if a folder holds a run that these settings, data and palette didn't make."""
+def _check_folder(
+  settings: Settings, folder: str, split: Split, palette: str | None, varied: Collection[str]
+) -> None:
+  """Raises UserError if a folder holds a run that these settings, data and palette didn't make.
+
+  What a resumed run may change is compared as it was when the run began, and so are the settings that are
+  `varied` between runs, whether or not they decide a run's numbers: the comparison is about them.
+  """
   if not os.path.isdir(folder) or not workdir_lib.has_begun(folder):
     return
   workdir_lib.check(settings, folder)
@@ -122,16 +130,16 @@ def _check_folder(settings: Settings, folder: str, split: Split, palette: str | 
       f"workdir: {folder} holds checkpoints without {saved.NAME}, which says what they are of; fix: "
       "that file, or remove the folder"
     )
-  ours: dict[str, Any] = {"train.steps": settings.train.steps}
+  lengths = workdir_lib.LENGTH["pretraining"]
+  ours = {name: value_of(settings, name) for name in sorted({*lengths, *varied})}
   info = checkpoint.newest(folder)
   if info is not None:
-    theirs |= {
+    begun = provenance.begun_with(info)
+    theirs |= {name: begun[name] for name in lengths if name in begun} | {
       "data": info.run["data"]["fingerprint"],
       "palette": provenance.of_palette(info.palette),
     }
     ours |= {"data": split.fingerprint, "palette": palette}
-    if lengths := info.run.get("lengths"):  # its schedule was another's at first
-      theirs["train.steps"] = lengths[0]["steps"]
   what = f"{folder} holds another run"
   files.check_same(
     "workdir", what, theirs, ours, "remove it, another name in ablate.runs, or --workdir"

@@ -14,9 +14,10 @@ from igpt_jax.config.fields import FIELDS, Settings, no_such, with_values
 from igpt_jax.config.job_fields import AblateConfig
 from igpt_jax.errors import UserError
 
-# Runs share these: losses are compared on the same tokens, and seeds are paired.
+# Runs share these: losses are compared on the same tokens, seeds are paired, and one process trains all.
 _SHARED = (
   "job", "seed", "data", "palette", "objective", "mask_probability", "train.eval_images", "sizing",
+  "mesh", "hang_seconds", "host_seconds", "compilation_cache",
 )  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def _check_field(name: str, field: str) -> None:
   if any(f"{field}.".startswith(f"{shared}.") for shared in _SHARED):
     how = "ablate.seeds" if field == "seed" else f"--config.{field}=, for all runs"
     raise UserError(
-      f"config.ablate.runs: {name}: {field} is the same for all runs, whose losses are compared; "
+      f"config.ablate.runs: {name}: {field} is the same for all runs, which are compared; "
       f"fix: {how}"
     )
   if "pretrain" not in FIELDS[field].jobs:

@@ -49,15 +49,20 @@ def of_run(info: CheckpointInfo) -> str:
   Training is deterministic: runs with the same digits have the same numbers, up to the step where one
   was given another number of steps, or decay: it stays the run that it was.
   """
-  config = files.flatten(info.run.get("config", {}))
-  for changed in reversed(info.run.get("lengths", [])):
-    config |= {f"train.{name}": value for name, value in changed.items() if name != "at"}
   settings = {
     name: value
-    for name, value in config.items()
+    for name, value in begun_with(info).items()
     if decides(name, "pretraining") and not history.is_default_of_later(name, value)
   }
   return files.digest({"settings": settings, "data": info.run.get("data", {}).get("fingerprint")})
+
+
+def begun_with(info: CheckpointInfo) -> dict[str, Any]:
+  """Returns the settings of a checkpoint's run by "group.field", its length and decay as at its begin."""
+  config = files.flatten(info.run.get("config", {}))
+  for changed in reversed(info.run.get("lengths", [])):
+    config |= {f"train.{name}": value for name, value in changed.items() if name != "at"}
+  return config
 
 
 def seeds_of(info: CheckpointInfo) -> tuple[int, int]:

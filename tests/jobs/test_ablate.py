@@ -192,6 +192,50 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_trained(done, tmp
     on_one_device(ablate, study(), str(workdir))
 
 
+@pytest.mark.parametrize(
+  ("begun", "now", "expected"),
+  [
+    ("train.decay_steps=1 train.decay_shape=linear", "train.decay_steps=3 train.decay_shape=1-sqrt",
+     r"train\.decay_shape: linear there, 1-sqrt here\n  train\.decay_steps: 1 there, 3 here"),
+    ("model.dtype=bfloat16", "model.dtype=float32", r"model\.dtype: bfloat16 there, float32 here"),
+    ("train.log_every=2", "train.accumulate=2", r"train\.accumulate: 1 there, 2 here"),
+  ],
+)  # fmt: skip
+def test_a_finished_run_is_not_reported_under_other_settings(tmp_path, begun, now, expected):
+  """Neither those that a resumed run may change nor those that decide no run's numbers."""
+
+  def one(values):
+    return study(**{
+      "ablate.runs": ("original:", f"w: train.schedule=wsd {values}"), "ablate.seeds": (0,),
+      "ablate.probe": "none", "train.steps": 5, "train.checkpoint_every": 5, "train.eval_every": 5,
+      "train.warmup_steps": 1,
+    })  # fmt: skip
+
+  _, run = overrides.named_runs(one(begun))
+  on_one_device(pretrain, run.settings(one(begun), 0), str(tmp_path / "runs/w/0"))
+  with pytest.raises(UserError, match=rf"runs/w/0 holds another run:\n  {expected}"):
+    entries.planned(one(now), str(tmp_path), mesh_of())
+  if (
+    "decay" in begun
+  ):  # nor once it has gone on with the other decay, with two changes of its length
+    longer = changed(run.settings(one(now), 0), {"train.steps": 6, "train.decay_steps": 1})
+    for settings in (longer, changed(longer, {"train.decay_shape": "1-sqrt", "train.steps": 7})):
+      on_one_device(pretrain, settings, str(tmp_path / "runs/w/0"))
+    seven = changed(one("train.decay_steps=1 train.decay_shape=1-sqrt"), {"train.steps": 7})
+    with pytest.raises(UserError, match=r"decay_shape: linear there.*\n  train\.steps: 5 there, 7"):
+      entries.planned(seven, str(tmp_path), mesh_of())
+
+
+def test_a_run_that_another_differs_from_keeps_its_own_settings(done, tmp_path):
+  """With the base's dtype changed too, the csv would tell of a difference in dtype that isn't there."""
+  workdir = shutil.copytree(done, tmp_path / "study")
+  settings = study(**{"model.dtype": "bfloat16", "ablate.runs": (*RUNS, "w: model.dtype=float32")})
+  with pytest.raises(
+    UserError, match=r"original/0 holds .*\n  model\.dtype:  there, bfloat16 here"
+  ):
+    entries.planned(settings, str(workdir), mesh_of())
+
+
 def test_a_run_on_other_images_is_refused(done, tmp_path, monkeypatch):
   """By the contents that its checkpoint was trained on, whatever config.json says."""
   workdir = shutil.copytree(done, tmp_path / "study")
@@ -275,6 +319,10 @@ def test_workdirs_that_can_not_be_compared(done, tmp_path):
     ({"runs": ("a: 'train.b2=0.9",)}, r"No closing quotation\); expected SETTING=VALUE"),
     ({"runs": ("a: seed=3",)}, r"a: seed is the same for all runs.* fix: ablate\.seeds"),
     ({"runs": ("a: data.resolution=4",)}, r"fix: --config\.data\.resolution=, for all runs"),
+    ({"runs": ("a: mesh.data=2",)}, r"mesh\.data is the same for all runs.* fix: --config\.mesh\.data="),
+    ({"runs": ("a: hang_seconds=2",)}, r"a: hang_seconds is the same for all runs"),
+    ({"runs": ("a: host_seconds=2",)}, r"a: host_seconds is the same for all runs"),
+    ({"runs": ("a: compilation_cache=off",)}, r"a: compilation_cache is the same for all runs"),
     ({"runs": ("a: quality.images=4",)}, r"a: quality\.images isn't read by job pretrain; expected"),
     ({"runs": ("a:", "a: train.b2=0.9")}, r"'a' names two runs"),
     ({"runs": ("a: train.b2=0.95", "b:")}, r"b: the same settings as a"),
@@ -351,6 +399,10 @@ def make_run(name, *losses, steps=100, **changes):
   )  # fmt: skip
 
 
+def without_end(result, status):
+  return dataclasses.replace(result, status=status, validation_loss=math.nan, train_loss=math.nan)
+
+
 def test_means_and_paired_differences_by_hand():
   first, other = (
     make_run("original", 3.0, 3.2, 3.4),
@@ -397,6 +449,77 @@ def test_a_shorter_run_stands_beside_the_longer_one():
     "- half is modern with a whole schedule in 50 of its 100 steps: 50.0% of original's FLOPs, -0.0500 "
     "against original." in comparison.markdown(runs)
   )
+
+
+def test_a_shorter_run_stands_beside_one_of_two_equally_long_ones():
+  """Beside that whose warm-up it has, or alone: of neither is it the same with a whole schedule."""
+  first = make_run("original", 3.0, **{"train.b1": 0.8})
+  a = make_run("a", 2.8, **{"train.warmup_steps": 1})
+  a2 = make_run("a2", 2.7, **{"train.warmup_steps": 10})
+  s, q = (make_run(n, 2.9, steps=k, **{"train.warmup_steps": 1}) for n, k in (("s", 50), ("q", 25)))
+  runs = [first, a, q, s, a2]
+  assert [run.name for run in comparison.by_loss(runs)] == ["a2", "a", "s", "q", "original"]
+  text = comparison.markdown(runs)
+  for line, n in (("\n- s is a with", 1), ("\n- q is a with", 1), (" with a whole schedule", 2)):
+    assert text.count(line) == n
+  other = make_run("s", 2.75, steps=50, **{"train.warmup_steps": 5})
+  runs = [a, other, a2, first]
+  assert [run.name for run in comparison.by_loss(runs)] == ["a2", "s", "a", "original"]
+  assert "with a whole schedule" not in comparison.markdown(runs)
+
+
+def test_the_verdict_says_which_seeds_a_mean_is_over():
+  """Seeds 1 and 2 end at 3.1, above the baseline's 3.0; seed 0 reaches that on its way to 2.0."""
+  first, other = (
+    make_run("original", 3.0, 3.0, 3.0),
+    make_run("b2", 2.0, 3.1, 3.1, **{"train.b2": 0.9}),
+  )
+  text = comparison.markdown([first, other])
+  assert (
+    "against original (3 seeds); original's final loss at 75.0% of its FLOPs (1 of 3 seeds)."
+    in text
+  )
+  assert "| 75.0% (1 of 3 seeds) |" in text
+  fewer = Run(
+    (*first.results[:1], *(without_end(each, "unfinished") for each in first.results[1:]))
+  )
+  text = comparison.markdown([fewer, other])
+  assert "b2, 2.7333 ± 0.6351 nats/token, -1.0000 against original (1 of 3 seeds); " in text
+  assert "| -1.0000 (1 of 3 seeds) |" in text
+  text = comparison.markdown(
+    [first, Run((*other.results[:1], without_end(other.results[1], "unfinished")))]
+  )
+  assert (
+    "Best on validation: b2, 2.0000 nats/token (1 of 2 seeds), -1.0000 against original (1 of 2"
+    in text
+  )
+
+
+def test_a_run_with_diverged_seeds_stands_last():
+  """Its best seed says nothing of the others: the mean of those that are left isn't the run's."""
+  first, slow = (
+    make_run("original", 3.0, 3.0, 3.0),
+    make_run("slow", 3.2, 3.2, 3.2, **{"train.b2": 0.9}),
+  )
+  wild = make_run("wild", 2.0, 2.0, 2.0, **{"train.learning_rate": 1.0})
+  wild = Run(
+    (wild.results[0], *(without_end(each, "diverged at step 9") for each in wild.results[1:]))
+  )
+  runs = [first, wild, slow]
+  assert [run.name for run in comparison.by_loss(runs)] == ["original", "slow", "wild"]
+  assert "Best on validation: original, 3.0000 ± 0.0000 nats/token." in comparison.markdown(runs)
+  assert "a run with a diverged seed stands last" in comparison.markdown(runs)
+  assert "wild, 2.0000 nats/token (1 of 3 seeds)." in comparison.verdict([wild])
+
+
+def test_the_plot_says_over_how_many_seeds_its_means_are(tmp_path, monkeypatch):
+  notes = []
+  monkeypatch.setattr(comparison.plots, "plot", lambda *_, note, **__: notes.append(note))
+  first, other = make_run("original", 3.0, 3.2), make_run("b2", 2.9, **{"train.b2": 0.9})
+  for runs in ([first], [first, other], [other]):
+    comparison.draw(str(tmp_path / "ablate.png"), runs)
+  shaded = "seeds; shaded: lowest to highest"
+  assert notes == [f"means over 2 {shaded}", f"means over 1 to 2 {shaded}", "one seed"]
 
 
 def test_time_is_that_of_the_steps():
