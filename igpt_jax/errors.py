@@ -19,6 +19,10 @@ class NewerFormat(UserError):
   """A workdir or a checkpoint was written by a newer version; it isn't damaged."""
 
 
+class DoesNotFit(UserError):
+  """A model, or a step, needs more memory than a device has."""
+
+
 class SaveFailed(UserError):
   """A checkpoint can't be written; the same command may succeed later."""
 

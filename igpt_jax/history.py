@@ -60,6 +60,10 @@ ADDED: dict[str, Any] = {
 }
 
 
+# Adam's β₂ of a run from before train.b2=0 left it open, which was 0: in float32 this is 0, too.
+_B2_OF_ZERO = 1e-300
+
+
 def format_of(values: Mapping[str, Any], where: str) -> int:
   """Returns the format of a config.json, or of a checkpoint's `run`; `where` is for errors.
 
@@ -106,6 +110,9 @@ def upgraded(config: Mapping[str, Any], number: int) -> dict[str, Any]:
     for new, value in moved:
       if new and value is not _ABSENT:
         _put(config, new, value)
+  train = config.get("train", {})
+  if train.get("b2") == 0 and "decay_steps" not in train:  # they came together
+    train["b2"] = _B2_OF_ZERO
   for name, value in ADDED.items():
     _put(config, name, value)
   return config

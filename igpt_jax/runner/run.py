@@ -157,7 +157,8 @@ class TrainingRun:
     saved, before = files.flatten(run.get("config", {})), {}
     for name in workdir_lib.LENGTH[self._kind]:
       ours = value_of(self._given, name)
-      if saved.get(name, ours) != ours:
+      used = workdir_lib.is_used(name, self._given.train.schedule)
+      if used and saved.get(name, ours) != ours:
         before[name.split(".")[1]] = saved[name]
     if before:
       self.lengths.append({"at": self.first_step, "steps": self._steps} | before)

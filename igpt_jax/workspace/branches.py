@@ -4,12 +4,13 @@ With train.schedule=wsd a run is a trunk, which is the same at every length, and
 it goes on from the trunk's end. The decay that it leaves becomes a workdir of its own, which any job
 reads:
 
-  WORKDIR/decays/FROM-STEPS/
+  WORKDIR/decays/FROM-STEPS-SHAPE/  with -2, -3, … if the run has left one like it before
     checkpoints, progress           those after the trunk's last checkpoint
     config.json, metrics.jsonl, …   as they were at its end
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -71,7 +72,7 @@ def leave_decay(
       after.append(step)
       continue
     theirs = _ending(run)
-    if theirs == _ending_of(config):
+    if old is None and theirs == _ending_of(config):
       return
     if step <= theirs[0]:
       trunk = step
@@ -80,11 +81,11 @@ def leave_decay(
     old = old or theirs
     after.append(step)
   _refuse(workdir, config, trunk, old)
+  decayed = [] if old is None else sorted(step for step in after if step > old[0])
+  target = "" if old is None else _place(workdir, old, decayed[0])
   hosts.wait_for_all("decay looked at")
   if old is None:
     return
-  target = os.path.join(workdir, FOLDER, f"{old[0]}-{old[1]}")
-  decayed = sorted(step for step in after if step > old[0])
   if hosts.is_main():
     _move(workdir, target, old[0], decayed)
   hosts.wait_for_all("decay put aside")
@@ -127,6 +128,14 @@ def _refuse(workdir: str, config: OptimizerConfig, trunk: int | None, old: Any) 
     )
 
 
+def _place(workdir: str, ending: tuple[int, int, str], first: int) -> str:
+  """Returns the workdir for a decay whose oldest checkpoint is `first`: a free one, or where a move was begun."""
+  target = os.path.join(workdir, FOLDER, "-".join(map(str, ending)))
+  names = itertools.chain([target], (f"{target}-{n}" for n in itertools.count(2)))
+  # The oldest are moved first: a killed move has left older ones there.
+  return next(name for name in names if all(s < first for s in checkpoint.whole_steps(name)))
+
+
 def _move(workdir: str, target: str, since: int, steps: Iterable[int]) -> None:
   """Moves these checkpoints, and images after the step `since`, into another workdir, beside copies."""
   os.makedirs(os.path.join(target, checkpoint.FOLDER), exist_ok=True)
@@ -139,9 +148,7 @@ def _move(workdir: str, target: str, since: int, steps: Iterable[int]) -> None:
       os.makedirs(images, exist_ok=True)
       os.replace(os.path.join(drawn, name), os.path.join(images, name))
   for step in steps:
-    place = checkpoint.path_of(target, step)
-    shutil.rmtree(place, ignore_errors=True)
-    os.rename(checkpoint.path_of(workdir, step), place)
+    os.rename(checkpoint.path_of(workdir, step), checkpoint.path_of(target, step))
   files.sync(os.path.join(target, checkpoint.FOLDER))
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax import units
-from igpt_jax.errors import UserError
+from igpt_jax.errors import DoesNotFit, UserError
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
@@ -30,12 +30,12 @@ _OTHERS = "a smaller batch_size of that job"
 
 
 def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
-  """Raises UserError if a device's share of the training state exceeds its memory."""
+  """Raises DoesNotFit if a device's share of the training state exceeds its memory."""
   parameters = count_params(model)
   need = _STATE_BYTES * parameters / sharding.weight_shards(mesh)
   available = hardware.memory_bytes(mesh.devices.flat[0])
   if available is not None and need > available:
-    raise UserError(
+    raise DoesNotFit(
       f"model: {parameters:,} parameters ({model.n_layer} layers of {model.n_embd}) take "
       f"{units.memory(need)} of each device to train, on a mesh of {hardware.describe_mesh(mesh)}; expected at "
       f"most {units.memory(available)}; fix: mesh.fsdp=-1 with mesh.data=1 over more devices, or a smaller model"
@@ -45,22 +45,22 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
 def check_cache(
   model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh, fix: str = _SMALLER_CACHE
 ) -> None:
-  """Raises UserError if a device's share of the key-value cache exceeds its memory."""
+  """Raises DoesNotFit if a device's share of the key-value cache exceeds its memory."""
   available = hardware.memory_bytes(mesh.devices.flat[0])
   item = np.dtype(cache_dtype or model.dtype).itemsize
   need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
   if available is not None and need > available:
-    raise UserError(
+    raise DoesNotFit(
       f"sampling: keys and values of {samples:,} images take {units.memory(need)} of each device, which has "
       f"{units.memory(available)}; fix: {fix}, or more devices"
     )
 
 
 def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
-  """Raises UserError if a compiled step needs more memory than a device has."""
+  """Raises DoesNotFit if a compiled step needs more memory than a device has."""
   available, need = hardware.memory_bytes(mesh.devices.flat[0]), compiled.needed_bytes
   if available is not None and need > available:
-    raise UserError(
+    raise DoesNotFit(
       f"training: a step needs {units.memory(need)} of each device, which has {units.memory(available)}; fix: {_TRAINING}"
     )
 

@@ -19,6 +19,7 @@ from igpt_jax.config.run_fields import DataConfig
 from igpt_jax.data import transforms
 from igpt_jax.data.sources import open_split
 from igpt_jax.workspace import weights
+from igpt_jax.workspace import workdir as workdir_lib
 
 # Fields of a model that don't belong to its checkpoint.
 _HOW_IT_IS_COMPUTED = ("dtype", "remat", "attention")
@@ -49,10 +50,13 @@ def of_run(info: CheckpointInfo) -> str:
   Training is deterministic: runs with the same digits have the same numbers, up to the step where one
   was given another number of steps, or decay: it stays the run that it was.
   """
+  config = begun_with(info)
   settings = {
     name: value
-    for name, value in begun_with(info).items()
-    if decides(name, "pretraining") and not history.is_default_of_later(name, value)
+    for name, value in config.items()
+    if decides(name, "pretraining")
+    and workdir_lib.is_used(name, config.get("train.schedule", ""))
+    and not history.is_default_of_later(name, value)
   }
   return files.digest({"settings": settings, "data": info.run.get("data", {}).get("fingerprint")})
 

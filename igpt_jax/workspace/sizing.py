@@ -19,7 +19,7 @@ from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
 from igpt_jax.config.fields import FIELDS, Settings, value_of, with_values
 from igpt_jax.data.sources import open_split
-from igpt_jax.errors import UserError
+from igpt_jax.errors import DoesNotFit, UserError
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
@@ -150,6 +150,9 @@ def size(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Settings
 
   A run that has been begun in `workdir` keeps the size that was chosen then. Every process must call it:
   they time steps together, and the main one's times decide.
+
+  Raises:
+    UserError: the smallest size doesn't fit, or the steps of the chosen one don't suit what is given.
   """
   if not settings.sizing.minutes:
     return settings
@@ -247,12 +250,14 @@ def _chosen(settings: Settings, images: int, start: CheckpointInfo | None, mesh:
     try:
       same = size is sizes[0] and guessed.batch_size == trial.batch_size
       image_seconds = (trial_seconds if same else _timed(guessed, mesh)) / guessed.batch_size
-    except UserError:  # it doesn't fit the devices' memory
+    except DoesNotFit:
       if size is sizes[0]:
         raise
       continue
     if size is sizes[0] or reaches(size, image_seconds / _SLACK):
-      return plan(size, image_seconds, guessed.batch_size)
+      chosen = plan(size, image_seconds, guessed.batch_size)
+      choices.optimizer_config(chosen.settings)  # raises if its steps don't suit what is given
+      return chosen
   raise AssertionError("the smallest size is always taken")
 
 
@@ -303,9 +308,10 @@ def _timed(plan: _Plan, mesh: Mesh) -> float:
   """Returns the seconds of a compiled step of the plan.
 
   Raises:
-    UserError: it doesn't fit the devices' memory.
+    DoesNotFit: it needs more memory than the devices have.
   """
-  settings = plan.settings
+  # A rate takes no time, and the plan's steps are a guess that given settings needn't suit.
+  settings = with_values(plan.settings, {"train.schedule": "constant", "train.warmup_steps": 0})
   memory.check_state(plan.model, mesh)
   config = choices.optimizer_config(settings)
   schedule = optimizer.make_schedule(config)

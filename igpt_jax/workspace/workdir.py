@@ -20,15 +20,21 @@ from igpt_jax.reporting import summary
 
 # The setting that says how long a run of a kind is.
 STEPS = {"pretraining": "train.steps", "finetuning": "finetune.steps"}
+_OF_WSD = ("train.decay_steps", "train.decay_shape")
 # The settings that say how it ends, which may change.
 LENGTH = {
-  "pretraining": (STEPS["pretraining"], "train.decay_steps", "train.decay_shape"),
+  "pretraining": (STEPS["pretraining"], *_OF_WSD),
   "finetuning": (STEPS["finetuning"],),
 }
 # A run resumes wherever the same data lies, and later jobs look for it there.
 _PLACES_OF_DATA = ("data.path", "data.data_dir")
 PROGRESS = "progress"  # folder of what a run makes of held-out images while it trains
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+
+
+def is_used(name: str, schedule: str) -> bool:
+  """Returns False for a setting of the decay if the run's schedule has none."""
+  return schedule == "wsd" or name not in _OF_WSD
 
 
 def check(settings: Settings, workdir: str, kind: str = "pretraining") -> None:

@@ -131,7 +131,7 @@ def test_both_leave_a_decay_for_a_longer_run(tmp_path):
       started.succeed()
   assert "going back to step 6, before the decay" in started.said(0)
   assert checkpoint.whole_steps(str(workdir)) == [8, 10, 12]
-  assert checkpoint.whole_steps(str(workdir / "decays" / "6-8")) == [8]
+  assert checkpoint.whole_steps(str(workdir / "decays" / "6-8-1-sqrt")) == [8]
   told = [r for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
   assert [r["learning_rate"] for r in told[2:11]] == [pytest.approx(3e-3)] * 9
 

@@ -97,7 +97,7 @@ def test_an_ended_run_trains_longer_from_its_trunks_end(runs, short, capsys):
   before, ended = provenance.of_run(checkpoint.describe(str(short))), numbers(short)
   on_one_device(pretrain, wsd(steps=20), str(short))
   assert_is(short, runs / "long", 20)
-  said, aside = capsys.readouterr().out, short / "decays" / "10-12"
+  said, aside = capsys.readouterr().out, short / "decays" / "10-12-1-sqrt"
   assert (
     f"going back to step 10, before the decay; that from step 10 to 12 is put aside as {aside}"
     in said
@@ -127,7 +127,7 @@ def test_a_run_stopped_in_its_decay_goes_on_or_is_made_longer(runs, tmp_path, mo
   assert_is(stopped, runs / "short", 12)
   on_one_device(pretrain, wsd(steps=20), str(longer))
   assert_is(longer, runs / "long", 20)
-  assert checkpoint.whole_steps(str(longer / "decays" / "10-12")) == [11]
+  assert checkpoint.whole_steps(str(longer / "decays" / "10-12-1-sqrt")) == [11]
 
 
 def test_a_run_killed_while_it_leaves_its_decay_loses_nothing(runs, tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_run_killed_while_it_leaves_its_decay_loses_nothing(runs, tmp_path, mo
   assert watch._training_has_ended(str(as_it_was))
   on_one_device(pretrain, wsd(steps=20), str(workdir))
   assert_is(workdir, runs / "long", 20)
-  assert checkpoint.whole_steps(str(workdir / "decays" / "10-12")) == [11, 12]
+  assert checkpoint.whole_steps(str(workdir / "decays" / "10-12-1-sqrt")) == [11, 12]
 
 
 def test_another_decay_begins_from_the_trunk(runs, short, tmp_path, capsys):
@@ -168,6 +168,36 @@ def test_another_decay_begins_from_the_trunk(runs, short, tmp_path, capsys):
   assert config["train"]["decay_shape"] == "linear"
   changed = {"at": 10, "steps": 12, "decay_steps": 0, "decay_shape": "1-sqrt"}
   assert checkpoint.describe(str(short)).run["lengths"] == [changed]
+
+
+def test_every_decay_that_a_run_leaves_is_kept(runs, short, monkeypatch, capsys):
+  """There and back again is the straight run, though the trunk's checkpoint is of the first decay."""
+  linear, aside = wsd(decay_shape="linear"), short / "decays"
+  with monkeypatch.context() as patch:
+    stop_at(patch, 11)
+    on_one_device(pretrain, linear, str(short))
+  capsys.readouterr()
+  on_one_device(pretrain, wsd(), str(short))
+  assert "going back to step 10, before the decay" in capsys.readouterr().out
+  assert_is(short, runs / "short", 12)
+  assert json.loads((short / "config.json").read_text())["train"]["decay_shape"] == "1-sqrt"
+  with monkeypatch.context() as patch:
+    stop_at(patch, 11)
+    on_one_device(pretrain, linear, str(short))
+  on_one_device(pretrain, wsd(steps=20), str(short))
+  assert_is(short, runs / "long", 20)
+  shapes, kept = {"1-sqrt": 12, "linear": 11}, {}
+  for shape, step in shapes.items():
+    for name in (f"10-12-{shape}", f"10-12-{shape}-2"):
+      assert checkpoint.whole_steps(str(aside / name)) == [step]
+      assert numbers(aside / name)[-1]["step"] == step
+      config = json.loads((aside / name / "config.json").read_text())
+      assert config["train"]["decay_shape"] == shape and config["train"]["steps"] == 12
+      assert (aside / name / "training.json").exists() == (step == 12)
+      kept.setdefault(shape, []).append(contents(aside / name, step))
+  assert len(os.listdir(aside)) == 4
+  assert kept["1-sqrt"] == [contents(runs / "short", 12)] * 2
+  assert kept["linear"][0] == kept["linear"][1] and kept["linear"][0] != kept["1-sqrt"][0]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,21 @@ def test_an_ended_run_is_trained_longer_in_place(tiny_run, tmp_path, monkeypatch
   assert run_of(parts, 20).run["lengths"] == new["lengths"]
 
 
+def test_a_decay_that_the_schedule_does_not_have_changes_nothing(tmp_path, monkeypatch, capsys):
+  with monkeypatch.context() as patch:
+    stop_at(patch, 3)
+    on_one_device(pretrain, shrunk(), str(tmp_path))
+  before = provenance.of_run(run_of(tmp_path, 3))
+  capsys.readouterr()
+  other = {"train.decay_steps": 4, "train.decay_shape": "linear", "train.steps": 12}
+  with monkeypatch.context() as patch:
+    stop_at(patch, 5)
+    on_one_device(pretrain, shrunk(**other), str(tmp_path))
+  assert "resuming at step 3 of 12" in (said := capsys.readouterr().out) and "→" not in said
+  info = run_of(tmp_path, 5)
+  assert "lengths" not in info.run and provenance.of_run(info) == before
+
+
 def test_fewer_steps_than_were_made_are_refused(tiny_run, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(tiny_run, workdir)

@@ -1,11 +1,15 @@
 """Workdirs of other versions: older ones go on, newer ones are refused in words and stay as they are."""
 
 import copy
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
@@ -14,6 +18,7 @@ from igpt_jax import checkpoint, history
 from igpt_jax.checkpoint import Checkpoints
 from igpt_jax.config.fields import Settings, as_json
 from igpt_jax.errors import NewerFormat, UserError
+from igpt_jax.training import optimizer
 from igpt_jax.training.state import state_shardings
 from igpt_jax.workspace import weights, workdir
 from support.frozen import FROZEN, config_of
@@ -100,6 +105,35 @@ def test_a_field_that_came_later_had_its_default(older, monkeypatch):
   config["data"]["crop"] = 3
   with pytest.raises(UserError, match=r"  data\.crop: 0 there, 3 here\nfix"):
     workdir.check(config, older)
+
+
+def test_a_b2_of_0_from_before_it_was_left_open_stays_0(older):
+  """Under today's name for it, which float32 rounds to 0; a later 0 is open."""
+  config = json.loads((pathlib.Path(older) / "config.json").read_text())
+  change_config(older, train=config["train"] | {"b2": 0.0})
+  ours = config_of()
+  given = [
+    dataclasses.replace(ours, train=dataclasses.replace(ours.train, b2=b2)) for b2 in (0.0, 1e-300)
+  ]
+  with pytest.raises(UserError, match=r"train\.b2: 1e-300 there, 0\.0 here"):
+    workdir.check(given[0], older)
+  workdir.check(given[1], older)
+  os.remove(older + "/config.json")
+  workdir.claim(given[0], older)
+  workdir.check(given[0], older)
+
+
+def test_b2_of_1e_300_is_0_to_the_last_bit():
+  gradients, updates = {"w": jnp.array([0.3, -2e-4, 1e4])}, []
+  for b2 in (0.0, 1e-300):
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=1.0, steps=9, b2=b2))
+    state = tx.init(gradients)
+    for _ in range(3):
+      made, state = jax.jit(tx.update)(gradients, state, gradients)
+      gradients = {"w": gradients["w"] * 1.7}
+    updates.append(made["w"])
+    gradients = {"w": jnp.array([0.3, -2e-4, 1e4])}
+  np.testing.assert_array_equal(*updates)
 
 
 def test_settings_that_this_version_hasnt_are_named(older):

@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import pytest
 
 from igpt_jax.config import choices
 from igpt_jax.config.fields import value_of, with_values
-from igpt_jax.errors import UserError
+from igpt_jax.errors import DoesNotFit, UserError
+from igpt_jax.parallel import hardware
 from igpt_jax.training import compilation
-from igpt_jax.workspace import sizing, workdir
+from igpt_jax.workspace import memory, sizing, workdir
 from support import own_checkpoint
 from support.sizing import asking, folder_of, record
 from support.tiny import mesh_of
@@ -102,11 +104,46 @@ def test_a_size_that_is_slower_than_extrapolated_is_left(photos, tmp_path, monke
 def test_a_size_that_does_not_fit_the_memory_is_left(photos, tmp_path, monkeypatch):
   def seconds(plan, mesh):
     if plan.settings.data.resolution == 24:
-      raise UserError("training: a step needs too much; fix: less")
+      raise DoesNotFit("training: a step needs too much; fix: less")
     return compilation.flops_per_image(plan.model) * plan.batch_size / CPU
 
   monkeypatch.setattr(sizing, "_timed", seconds)
   assert sized(asking(photos), tmp_path).data.resolution == 16
+
+
+def test_another_error_of_a_size_is_not_taken_for_a_lack_of_memory(photos, tmp_path, monkeypatch):
+  def seconds(plan, mesh):
+    if plan.settings.data.resolution == 24:
+      raise UserError("train.steps: too few")
+    return compilation.flops_per_image(plan.model) * plan.batch_size / CPU
+
+  monkeypatch.setattr(sizing, "_timed", seconds)
+  with pytest.raises(UserError, match=r"train\.steps: too few"):
+    sized(asking(photos), tmp_path)
+
+
+def test_what_is_too_large_is_told_from_other_mistakes(monkeypatch):
+  monkeypatch.setattr(hardware, "memory_bytes", lambda device: 1)
+  model, mesh = choices.model_config(choices.settle(asking("any")), n_vocab=9), mesh_of()
+  with pytest.raises(DoesNotFit, match="parameters"):
+    memory.check_state(model, mesh)
+  with pytest.raises(DoesNotFit, match="a step needs"):
+    memory.check_step(types.SimpleNamespace(needed_bytes=2), mesh)
+
+
+def test_a_given_decay_must_suit_the_chosen_steps_alone(photos, tmp_path, monkeypatch):
+  """Not those of the plans that are only timed; and it is refused before anything is written."""
+  monkeypatch.setattr(sizing.device, "training_step", lambda *args: (None, None))
+  monkeypatch.setattr(sizing.memory, "check_step", lambda *args: None)
+  of_step = {"step": types.SimpleNamespace(seconds=0.02)}
+  monkeypatch.setattr(sizing.device, "take_turns", lambda *args: of_step)
+  given = {"train.schedule": "wsd", "train.warmup_steps": 50}
+  found = sized(asking(photos, **given, **{"train.decay_steps": 400}), tmp_path / "run")
+  assert (found.train.schedule, found.train.decay_steps) == ("wsd", 400)
+  assert found.train.steps > 450 and found.train.warmup_steps == 50
+  with pytest.raises(UserError, match=r"a decay of 900000 leave no step between them; .*fix: more"):
+    sized(asking(photos, **given, **{"train.decay_steps": 900_000}), tmp_path / "other")
+  assert not (tmp_path / "other" / "sizing.json").exists()
 
 
 def test_what_is_given_is_kept(photos, tmp_path, machine):

@@ -190,7 +190,7 @@ def test_a_decay_that_the_run_has_left_has_no_numbers(tmp_path, whole):
   seen = []
   run(config_of(), tmp_path, recorder(seen))
   for step in (40, 60):
-    target = tmp_path / "decays" / "30-60" / "checkpoints" / str(step)
+    target = tmp_path / "decays" / "30-60-1-sqrt" / "checkpoints" / str(step)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(tmp_path / "checkpoints" / str(step), target)
   write(tmp_path, 60, parameters="second")
@@ -204,7 +204,7 @@ def test_a_step_that_vanishes_into_a_decay_is_done_when_it_is_made_again(tmp_pat
   """Moved away while it is read, it is passed over, but not what the run then makes in its place."""
   for step in (20, 40, 60):
     write(tmp_path, step)
-  seen, aside = [], tmp_path / "decays" / "30-60" / "checkpoints"
+  seen, aside = [], tmp_path / "decays" / "30-60-1-sqrt" / "checkpoints"
 
   def leave(step):
     if step == 40 and not aside.exists():
