@@ -12,7 +12,7 @@ from igpt_jax.jobs import pretrain
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop
 from igpt_jax.workspace import branches, provenance, watch
-from support.quickstart import shrunk
+from support.quickstart import shrunk, stop_at
 from support.tiny import Killed, on_one_device
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -51,17 +51,6 @@ def numbers(workdir, upto=99):
   records = metrics.read_jsonl(workdir / "metrics.jsonl")
   told = [{name: each[name] for name in names if name in each} for each in records]
   return [each for each in told if each["step"] <= upto]
-
-
-def stop_at(patch, step):
-  asked = loop.StopSignal.asked
-
-  def at(self, at_step):
-    if at_step >= step:
-      self.requested = "SIGTERM"
-    return asked(self, at_step)
-
-  patch.setattr(loop.StopSignal, "asked", at)
 
 
 def assert_is(workdir, expected, step):

@@ -10,9 +10,8 @@ from igpt_jax.config import choices
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, evaluate, finetune, pretrain, probe, sample
 from igpt_jax.reporting import metrics
-from igpt_jax.runner import loop
 from support import tiny
-from support.quickstart import assert_same, params_of, shrunk
+from support.quickstart import assert_same, params_of, shrunk, stop_at
 from support.tiny import on_one_device
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
@@ -30,13 +29,7 @@ def run(tmp_path_factory):
 def test_it_is_recorded_and_resumed_bit_for_bit(run, tmp_path, monkeypatch):
   assert checkpoint.describe(str(run)).config.options == tiny.ALL_OPTIONS
   with monkeypatch.context() as patch:
-    asked = loop.StopSignal.asked
-
-    def at(self, at_step):
-      self.requested = self.requested or ("SIGTERM" if at_step >= 7 else None)
-      return asked(self, at_step)
-
-    patch.setattr(loop.StopSignal, "asked", at)
+    stop_at(patch, 7)
     on_one_device(pretrain, shrunk(**OPTIONS), str(tmp_path))
   with pytest.raises(UserError, match=r"model\.qk_norm: True there, False here"):
     on_one_device(pretrain, shrunk(**{**OPTIONS, "model.qk_norm": False}), str(tmp_path))

@@ -17,21 +17,10 @@ from igpt_jax.runner import loop
 from igpt_jax.training import optimizer
 from igpt_jax.workspace import provenance, watch
 from igpt_jax.workspace import workdir as workdir_lib
-from support.quickstart import assert_same, params_of, shrunk
+from support.quickstart import assert_same, params_of, shrunk, stop_at
 from support.tiny import Killed, on_one_device
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-def stop_at(patch, step):
-  asked = loop.StopSignal.asked
-
-  def at(self, at_step):
-    if at_step >= step:
-      self.requested = "SIGTERM"
-    return asked(self, at_step)
-
-  patch.setattr(loop.StopSignal, "asked", at)
 
 
 def run_of(workdir, step):

@@ -7,10 +7,12 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from igpt_jax import checkpoint
 from igpt_jax.config.read import settings_of
 from igpt_jax.parallel.sharding import make_mesh
+from igpt_jax.runner import loop
 from support.paths import ROOT
 
 
@@ -50,6 +52,18 @@ def params_of(workdir, step=None):
 
 def assert_same(left, right):
   jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+  """Has a training run asked to stop when it has made so many steps."""
+  asked = loop.StopSignal.asked
+
+  def at(self, at_step):
+    if at_step >= step:
+      self.requested = "SIGTERM"
+    return asked(self, at_step)
+
+  patch.setattr(loop.StopSignal, "asked", at)
 
 
 def command(config, workdir, *overrides):
