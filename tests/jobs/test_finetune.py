@@ -341,7 +341,7 @@ MISTAKES = {
     {"finetune.generative": 0.0, "finetune.classification": 0.0}, "both 0; expected a positive",
   ),
   "warm-up": ({"finetune.warmup_steps": 10}, r"finetune.warmup_steps: 10; .* finetune.steps 9"),
-  "resolution": ({"data.resolution": 16}, r"trained at 8; fix: --config.data.resolution=8"),
+  "resolution": ({"data.resolution": 16}, r"trained at 8, .*; fix: --config.data.resolution=8"),
   "augmentation": ({"finetune.augment": "mixup"}, "mixup"),
   "unlabelled": ({"data.name": "folder", "data.path": "unlabelled"}, "has no labels"),
   "one class": ({"data.name": "folder", "data.path": "one"}, "has one class alone, cold"),

@@ -271,10 +271,11 @@ def test_features_are_pooled_norms_of_what_enters_each_block(causal):
   @tiny.jit
   def entering(params):
     model = bind(config, params)
-    x, states = model.embed(tokens), []
+    embedded, states = model.embed(tokens), []
+    x = embedded.stream
     for layer in range(config.n_layer):
       states.append(x)
-      x, _ = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)(x)
+      x, _ = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)(x, embedded)
     return jnp.stack([*states, x])
 
   def norm(x, g):
