@@ -19,12 +19,10 @@ from igpt_jax.config.fields import Settings, with_values
 from igpt_jax.data.sources import open_split
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
-from igpt_jax.probing import linear, probe_tables
+from igpt_jax.probing import probe_tables
 from igpt_jax.probing import sets as sets_lib
 from igpt_jax.reporting import progress, summary
-from igpt_jax.training.evaluation import LikelihoodEvaluator
-from igpt_jax.training.objectives import make_objective
-from igpt_jax.workspace import devices, provenance, streams, weights
+from igpt_jax.workspace import likelihood, provenance, weights
 
 FOLDER = "measured"
 
@@ -94,17 +92,10 @@ def _test_loss(settings: Settings, workdir: str, mesh: Mesh) -> float:
   """Evaluates nats per token on test."""
   own, split = settings.evaluate, open_split(settings.data, "test")
   trained = weights.load_model(settings, workdir, mesh, needs_palette=not split.is_tokens)
-  name = trained.run["objective"]
-  likelihood = LikelihoodEvaluator(
-    trained.config, make_objective(name, trained.run["mask_probability"]), mesh
-  )
-  palette = None if split.is_tokens else weights.palette_of(trained)
-  total = min(own.images or len(split), len(split))
-  clock = progress.Countdown(f"{split.name}: {total:,} images", total, say)
-  with streams.eval_stream(split, settings.data, palette, mesh, own.batch_size, total) as batches:
-    masks = own.masks if name == "masked" else 1
-    report = clock.batches(own.batch_size)
-    return likelihood(trained.params, batches, masks=masks, report=report).nats_per_token
+  return likelihood.nats_per_token(
+    trained, split, settings.data, mesh,
+    batch_size=own.batch_size, images=own.images, masks=own.masks,
+  )  # fmt: skip
 
 
 def _probe(settings: Settings, workdir: str, mesh: Mesh) -> dict[str, Any]:
@@ -115,11 +106,7 @@ def _probe(settings: Settings, workdir: str, mesh: Mesh) -> dict[str, Any]:
     return {"test_accuracy": math.nan}
   clock, rows = progress.Countdown("probes", len(sets), say), []
   for done, features in enumerate(sets, 1):
-    result = linear.probe(
-      *features.parts(), n_classes=source.n_classes,
-      max_iterations=settings.probe.max_iterations, mesh=devices.own_mesh(mesh),
-    )  # fmt: skip
-    rows.append({"layer": features.layer, "kind": features.kind, **dataclasses.asdict(result)})
+    rows.append(sets_lib.fit(features, source, settings.probe.max_iterations))
     clock.tick(done)
   shutil.rmtree(sets_lib.folder_of(settings, workdir, source), ignore_errors=True)
   return probe_tables.best_of(rows)

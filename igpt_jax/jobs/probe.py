@@ -19,14 +19,12 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
-from igpt_jax.probing import linear, probe_tables, sgd_run
+from igpt_jax.probing import probe_tables, sgd_run
 from igpt_jax.probing import sets as sets_lib
 from igpt_jax.probing.attentive import heads_of
-from igpt_jax.probing.sets import FeatureSet, Source
+from igpt_jax.probing.sets import Source
 from igpt_jax.reporting import progress, summary
-from igpt_jax.training.evaluation import LikelihoodEvaluator
-from igpt_jax.training.objectives import make_objective
-from igpt_jax.workspace import devices, provenance, streams, watch, weights
+from igpt_jax.workspace import likelihood, provenance, watch
 
 _LBFGS_UP_TO = 200_000  # training images
 
@@ -141,22 +139,14 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
 
 def validation_loss(settings: Settings, source: Source) -> float:
   """Evaluates the checkpoint's nats per token on the probe's validation images."""
-  trained = source.trained
-  objective = make_objective(trained.run["objective"], trained.run["mask_probability"])
-  split = source.splits["validation"]
-  batch_size = settings.features.batch_size
-  total = min(settings.train.eval_images or len(split), len(split))
-  clock = progress.Countdown(f"likelihood: {total:,} images of validation", total, say)
-  with streams.eval_stream(
-    split,
+  return likelihood.nats_per_token(
+    source.trained,
+    source.splits["validation"],
     settings.data,
-    weights.palette_of(trained),
     source.mesh,
-    batch_size,
-    total,
-  ) as stream:
-    likelihood = LikelihoodEvaluator(trained.config, objective, source.mesh)
-    return likelihood(trained.params, stream, report=clock.batches(batch_size)).nats_per_token
+    batch_size=settings.features.batch_size,
+    images=settings.train.eval_images,
+  )
 
 
 def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str, Any]]:
@@ -172,27 +162,16 @@ def by_lbfgs(settings: Settings, workdir: str, source: Source) -> list[dict[str,
   if not hosts.is_main():
     return []
   clock = progress.Countdown("probes", len(sets), say)
-
-  def fit(features: FeatureSet) -> dict[str, Any]:
-    with progress.doing(f"probe: {features.name}", say, after=3.0):
-      result = linear.probe(
-        *features.parts(),
-        n_classes=source.n_classes,
-        max_iterations=settings.probe.max_iterations,
-        mesh=devices.own_mesh(source.mesh),
-      )
-    names = {"name": features.name, "kind": features.kind, "layer": features.layer}
-    return {**names, **dataclasses.asdict(result)}
-
+  most = settings.probe.max_iterations
   for done, features in enumerate(sets, 1):
-    rows.append(fit(features))
+    rows.append(sets_lib.fit(features, source, most))
     clock.tick(done)
   if source.baselines:
     baselines.keep([row for row in rows if row["kind"] in sets_lib.BASELINES])
   if settings.probe.around_best:
     best = probe_tables.best_of(rows)["layer"]
     layers = around(best, source.features.layers, settings.probe.around_best)
-    rows.append(fit(sets_lib.side_by_side(sets, layers)))
+    rows.append(sets_lib.fit(sets_lib.side_by_side(sets, layers), source, most))
   return rows
 
 

@@ -23,6 +23,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params, init_params
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
+from igpt_jax.probing import linear
 from igpt_jax.probing.features import FeatureConfig, FeatureExtractor, feature_config
 from igpt_jax.probing.linear import Labelled
 from igpt_jax.probing.store import FeatureStore
@@ -306,3 +307,16 @@ def _fill(
         writing.add(rows, number * batch_size)
       clock.tick(min(number * batch_size, total))
   hosts.wait_for_all("features written")
+
+
+def fit(features: FeatureSet, source: Source, max_iterations: int) -> dict[str, Any]:
+  """Fits logistic regression to a set of features; returns a row of the probe's table, as JSON."""
+  with progress.doing(f"probe: {features.name}", say, after=3.0):
+    result = linear.probe(
+      *features.parts(),
+      n_classes=source.n_classes,
+      max_iterations=max_iterations,
+      mesh=devices.own_mesh(source.mesh),
+    )
+  names = {"name": features.name, "kind": features.kind, "layer": features.layer}
+  return {**names, **dataclasses.asdict(result)}

@@ -88,7 +88,7 @@ def test_the_smallest_come_first_and_a_killed_one_goes_on(done):
 
 
 def test_a_run_is_that_of_job_pretrain(done, tmp_path):
-  """With the same settings job pretrain makes the same numbers, and ablate takes its workdir as finished."""
+  """Job pretrain with the same settings makes the same numbers, and ablate takes its workdir as finished."""
   on_one_device(pretrain, study(**{"job": "pretrain", "seed": 0}), str(tmp_path / "plain"))
   row = rows_of(done)["original", 0]
   trained = json.loads((tmp_path / "plain" / "training.json").read_text())
@@ -227,7 +227,7 @@ def test_a_finished_run_is_not_reported_under_other_settings(tmp_path, begun, no
 
 
 def test_a_run_that_another_differs_from_keeps_its_own_settings(done, tmp_path):
-  """With the base's dtype changed too, the csv would tell of a difference in dtype that isn't there."""
+  """The base's dtype has changed, too: the csv would tell of a difference in dtype that isn't there."""
   workdir = shutil.copytree(done, tmp_path / "study")
   settings = study(**{"model.dtype": "bfloat16", "ablate.runs": (*RUNS, "w: model.dtype=float32")})
   with pytest.raises(

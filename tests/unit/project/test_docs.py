@@ -58,7 +58,7 @@ def test_the_page_of_settings_is_what_the_declarations_give():
 
 
 def test_files_are_small_but_for_the_packaged_model():
-  """As CONTRIBUTING.md says; a clone carries every version of every file."""
+  """CONTRIBUTING.md has the limit: a clone carries every version of every file."""
   folders = ("igpt_jax", "configs", "launch", "docs", "tests")
   paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
   sizes = {path: path.stat().st_size for path in paths if "__pycache__" not in path.parts}

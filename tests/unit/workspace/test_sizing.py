@@ -101,23 +101,24 @@ def test_a_size_that_is_slower_than_extrapolated_is_left(photos, tmp_path, monke
   assert (found.data.resolution, found.model.n_embd) == (16, 128)
 
 
-def test_a_size_that_does_not_fit_the_memory_is_left(photos, tmp_path, monkeypatch):
+def refuse(resolution, error, patch):
+  """Has the timing of a step at a resolution end with an error."""
+
   def seconds(plan, mesh):
-    if plan.settings.data.resolution == 24:
-      raise DoesNotFit("training: a step needs too much; fix: less")
+    if plan.settings.data.resolution == resolution:
+      raise error
     return compilation.flops_per_image(plan.model) * plan.batch_size / CPU
 
-  monkeypatch.setattr(sizing, "_timed", seconds)
+  patch.setattr(sizing, "_timed", seconds)
+
+
+def test_a_size_that_does_not_fit_the_memory_is_left(photos, tmp_path, monkeypatch):
+  refuse(24, DoesNotFit("training: a step needs too much; fix: less"), monkeypatch)
   assert sized(asking(photos), tmp_path).data.resolution == 16
 
 
 def test_another_error_of_a_size_is_not_taken_for_a_lack_of_memory(photos, tmp_path, monkeypatch):
-  def seconds(plan, mesh):
-    if plan.settings.data.resolution == 24:
-      raise UserError("train.steps: too few")
-    return compilation.flops_per_image(plan.model) * plan.batch_size / CPU
-
-  monkeypatch.setattr(sizing, "_timed", seconds)
+  refuse(24, UserError("train.steps: too few"), monkeypatch)
   with pytest.raises(UserError, match=r"train\.steps: too few"):
     sized(asking(photos), tmp_path)
 
