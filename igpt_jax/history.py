@@ -57,6 +57,8 @@ ADDED: dict[str, Any] = {
   "model.qk_norm": False,
   "model.value_embeddings": False,
   "model.x0_skip": False,
+  "mesh.slices": 1,
+  "compile.network": 0.0,
 }
 
 

@@ -182,7 +182,10 @@ class DownloadConfig(Group, prefix="download", jobs=("download",)):
 class CompileConfig(Group, prefix="compile", jobs=("compile",)):
   """The slice to compile for."""
 
-  topology: str = setting("", "chips that needn't be here, such as v5p:4x4x4")
+  topology: str = setting("", "chips that needn't be here, such as v5p:4x4x4; mesh.slices: how many "
+    "such slices")
+  network: float = setting(0.0, "Gbit/s that a chip sends to other slices; 0: the figure published for "
+    "its generation", **FROM_0)
   plan: bool = setting(False, "look for the fastest mesh, batch and remat that fit")
 
 

@@ -177,11 +177,13 @@ class SizingConfig(Group, prefix="sizing", jobs=("pretrain",)):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Group, prefix="mesh", jobs=COMPUTING):
-  """Numbers of devices on the mesh's axes; one may be -1: what is left."""
+  """Numbers of devices on the mesh's axes, within a slice; one may be -1: what is left."""
 
   data: int = setting(-1, "groups of devices, with different images")
   fsdp: int = setting(1, "devices that split parameters, optimizer state and images")
   tensor: int = setting(1, "devices that split the computation of an image")
+  slices: int = setting(1, "slices of accelerators, each with a copy of the state and other images, that "
+    "sum gradients over the network; -1: as many as there are")
 
 
 @dataclasses.dataclass(frozen=True)

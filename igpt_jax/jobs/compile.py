@@ -5,7 +5,8 @@
 
 The TPU compiler runs on any machine. Writes compile.json: memory needed and available, collectives, a
 predicted step time with its parts, MFU, and days to the end of the schedule; scale.md has a row for
-every model and slice compiled into the workdir. With `plan` it searches for the mesh, batch and remat
+every model and slice compiled into the workdir. `mesh.slices` of them are joined by the data center's
+network: then it also says what crosses that, and how much of it work hides. With `plan` it searches for the mesh, batch and remat
 that train fastest there (without sampling).
 """
 
@@ -28,6 +29,7 @@ from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction import forecast_table
 from igpt_jax.prediction import plan as planning
 from igpt_jax.prediction.forecast import Forecast, Training
+from igpt_jax.prediction.schedule import Crossing
 from igpt_jax.prediction.topology import Topology, check_name, open_topology
 from igpt_jax.reporting import summary as summary_lib
 from igpt_jax.reporting import versions
@@ -56,7 +58,9 @@ def run(settings: Settings, workdir: str) -> None:
     )
   check_name(settings.compile.topology)
   workdir_lib.open_workdir(workdir)
-  topology = open_topology(settings.compile.topology)
+  topology = open_topology(
+    settings.compile.topology, settings.mesh.slices, settings.compile.network
+  )
   training = training_of(settings)
   chosen, tried = None, []
   if settings.compile.plan:
@@ -66,7 +70,7 @@ def run(settings: Settings, workdir: str) -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh), devices=list(topology.devices))
     sharding.batch_size_per_shard(mesh, training.batch_size, accumulate=training.accumulate)
     sharding.check_model_fits(mesh, n_head=training.model.n_head, n_embd=training.model.n_embd)
-  say(f"{describe(training, mesh)} on {topology.name}: compiling the training step")
+  say(f"{describe(training, mesh)} on {topology.title}: compiling the training step")
   step = chosen.forecast if chosen else forecasting.training_step(training, topology, mesh)
   values = summary(settings, training, topology, mesh, step)
   if tried:
@@ -77,7 +81,7 @@ def run(settings: Settings, workdir: str) -> None:
   say(table(values))
   if not step.memory.fits:
     raise UserError(
-      f"{describe(training, mesh)} doesn't fit {topology.name}: it needs "
+      f"{describe(training, mesh)} doesn't fit {topology.title}: it needs "
       f"{units.memory(step.memory.needed)} of a device's {units.memory(step.memory.hbm)}; fix: "
       + "; or ".join(planning.remedies(training, mesh))
     )
@@ -129,6 +133,7 @@ def summary(
   images = settings.train.steps * settings.train.batch_size
   values: dict[str, Any] = {
     "topology": topology.name,
+    "slices": topology.slices,
     "chips": topology.n_chips,
     "devices": len(topology.devices),
     "mesh": dict(mesh.shape),
@@ -163,22 +168,44 @@ def summary(
   predicted = step.prediction
   images_per_second = training.batch_size / predicted.seconds
   days = images / images_per_second / 86_400
-  return values | {
-    "step_seconds": predicted.seconds,
-    "step_parts": {
-      "compute": predicted.compute,
-      "attention_kernels": predicted.kernels,
-      "communication_not_hidden": predicted.exposed,
-    },
-    "mfu": flops / predicted.seconds / (topology.chip.peak_flops * mesh.size),
-    "images_per_second": images_per_second,
-    "days": days,
-    "chip_hours": days * 24 * topology.n_chips,
-    "collectives": {
-      kind: {"count": total.count, "bytes": total.bytes, "seconds": total.seconds}
-      for kind, total in predicted.collectives.items()
-    },
-    "compute_by_origin": dict(list(predicted.by_origin.items())[:20]),
+  return (
+    values
+    | {
+      "step_seconds": predicted.seconds,
+      "step_parts": {
+        "compute": predicted.compute,
+        "attention_kernels": predicted.kernels,
+        "communication_not_hidden": predicted.exposed,
+      },
+      "mfu": flops / predicted.seconds / (topology.chip.peak_flops * mesh.size),
+      "images_per_second": images_per_second,
+      "days": days,
+      "chip_hours": days * 24 * topology.n_chips,
+      "collectives": {
+        kind: {"count": total.count, "bytes": total.bytes, "seconds": total.seconds}
+        for kind, total in predicted.collectives.items()
+      },
+      "compute_by_origin": dict(list(predicted.by_origin.items())[:20]),
+    }
+    | between_slices(topology, predicted.network)
+  )
+
+
+def between_slices(topology: Topology, network: Crossing) -> dict[str, Any]:
+  """Returns compile.json's figures of the network between slices; none of one slice."""
+  if topology.slices == 1:
+    return {}
+  per_chip = len(topology.devices) // topology.n_chips
+  sent = network.bytes * per_chip
+  return {
+    "between_slices": {
+      "transfers": network.count,
+      "bytes_sent_per_chip": sent,
+      "bytes_sent": sent * topology.n_chips,
+      "gbit_per_second_and_chip": topology.network / 1e9,
+      "seconds": network.seconds,
+      "seconds_not_hidden": network.exposed,
+    }
   }
 
 
@@ -244,5 +271,14 @@ def table(values: dict[str, Any]) -> str:
     lines += [
       f"  {kind:18} {total['count']} a step, {units.data_size(total['bytes'])}, {1e3 * total['seconds']:.1f} ms"
       for kind, total in sorted(values["collectives"].items())
+    ]
+  if network := values.get("between_slices"):
+    hidden = network["seconds"] - network["seconds_not_hidden"]
+    lines += [
+      f"  between slices     {units.data_size(network['bytes_sent_per_chip'])} sent a chip and step, "
+      f"{units.data_size(network['bytes_sent'])} in all, in {network['transfers']} transfers",
+      f"                     {1e3 * network['seconds']:.1f} ms at "
+      f"{network['gbit_per_second_and_chip']:g} Gbit/s a chip, {1e3 * hidden:.1f} of them hidden by "
+      f"work (--config.compile.network=GBITS for another network)",
     ]
   return "\n".join(lines)

@@ -25,7 +25,7 @@ from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.model.options import Embedded
 from igpt_jax.model.parametrisation import initialised
 from igpt_jax.model.projection import Einsum, sharded_einsum
-from igpt_jax.parallel.sharding import constrain, gather_weight
+from igpt_jax.parallel.sharding import constrain, gather_weight, lookup
 
 _KEPT_NAMES = ("qkv", "mlp_in", *SAVED_NAMES)
 _REMAT_POLICIES = {
@@ -94,7 +94,8 @@ class ImageGPT(nnx.Module):
     # Rows are looked up in float32, then cast: the other way round their gradients, sums over all
     # pixels of a batch, would be summed in bfloat16 and stall after a few hundred summands.
     # The tables are small, so gather them whole: otherwise the partitioner moves the activations.
-    x = gather_weight(self.wte[...], "vocab", "embed")[tokens_BxT].astype(dtype)
+    table = gather_weight(self.wte[...], "vocab", "embed")
+    x = lookup(table, tokens_BxT, layers.STREAM).astype(dtype)
     x = constrain(x, *layers.STREAM)
     visible = jnp.ones(tokens_BxT.shape, bool)
     if self.config.causal:

@@ -19,7 +19,7 @@ import numpy as np
 from igpt_jax.model import layers
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
-from igpt_jax.parallel.sharding import constrain, gather_weight
+from igpt_jax.parallel.sharding import constrain, gather_weight, lookup
 
 # The lowest frequency turns by about a radian over 60 pixels, the longest side that the paper trains at.
 _BASE = 100.0
@@ -120,7 +120,8 @@ def change_qkv(
   """
   qkv = qkv_3xBxTxE
   if config.value_embeddings:
-    added = gather_weight(attn["value_embed"], "vocab", "heads_rows")[embedded.tokens]
+    table = gather_weight(attn["value_embed"], "vocab", "heads_rows")
+    added = lookup(table, embedded.tokens, layers.HEADS)
     added = jnp.where(embedded.visible[..., None], added, 0.0).astype(qkv.dtype)
     qkv = add_to_values(qkv, constrain(added, *layers.HEADS))
   per_head = (*qkv.shape[:-1], config.n_head, config.head_dim)

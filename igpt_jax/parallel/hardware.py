@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax
 from jax.sharding import Mesh
 
-from igpt_jax import extras
+from igpt_jax import extras, units
 from igpt_jax.errors import UserError
 
 # jax declares it as a variable, which type checkers don't take.
@@ -127,6 +128,46 @@ def memory_bytes(device: Device) -> float | None:
   limit = (device.memory_stats() or {}).get("bytes_limit")
   chip = chip_of(device)
   return limit or (chip and chip.hbm_bytes)
+
+
+def slice_index(device: Device) -> int | None:
+  """Number of the slice that a device is in; None if it doesn't say, as a CPU doesn't."""
+  return getattr(device, "slice_index", None)
+
+
+def by_slice(devices: Sequence[Device], slices: int) -> list[list[Device]]:
+  """Returns the devices of every slice, in the slices' order.
+
+  Args:
+    devices: in the order that each slice's devices keep.
+    slices: `config.mesh.slices`: 1 takes all devices for one slice's; -1 is as many as they say.
+
+  Raises:
+    UserError: the devices are in another number of slices, or unevenly.
+  """
+  groups: dict[int | None, list[Device]] = {}
+  for device in devices:
+    groups.setdefault(slice_index(device), []).append(device)
+  if slices == 1 and (len(groups) == 1 or devices[0].platform != "tpu"):
+    return [list(devices)]
+  if slices not in (-1, len(groups)):
+    if None in groups:
+      raise UserError(
+        f"config.mesh.slices: {slices}; the {len(devices)} {devices[0].device_kind} devices of this run "
+        "don't say which slice they are in (slice_index); expected 1, or TPUs of several slices"
+      )
+    raise UserError(
+      f"config.mesh.slices: {slices}; the {len(devices)} devices of this run are in "
+      f"{units.counted(len(groups), 'slice')}; expected {len(groups)}, or -1: as many as there are"
+    )
+  sizes = {index: len(group) for index, group in groups.items()}
+  if len(set(sizes.values())) > 1:
+    raise UserError(
+      f"config.mesh.slices: {slices}; the slices have different numbers of devices "
+      f"({', '.join(f'slice {index}: {n}' for index, n in sorted(sizes.items()))}); expected slices "
+      "of one shape"
+    )
+  return [groups[index] for index in sorted(groups, key=lambda index: index or 0)]
 
 
 def peak_flops(mesh: Mesh) -> float | None:

@@ -13,12 +13,18 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from igpt_jax.errors import UserError
+from igpt_jax.parallel import hardware
 
+# The axes of every mesh. One over several slices has the axis of slices before them.
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
+SLICES = "slice"
+# Those whose devices hold the same parameters, and sum their gradients.
+COPIES = (SLICES, "data")
 
 # Logical axis -> mesh axes. A matrix is split over fsdp by its rows (the axis its product sums over),
 # so that a device's part of its gradient is contiguous; and over tensor by its heads or hidden units.
-# Activations are split over both batch axes.
+# Activations are split over the batch axes. Parameters have a whole copy in every slice, so that only
+# sums of gradients cross the network between slices.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
   # parameters
   "layers": None,  # scanned over
@@ -32,7 +38,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "position": None,
   "norm": None,  # gains: n_embd numbers
   # activations
-  "batch": ("data", "fsdp"),
+  "batch": (SLICES, "data", "fsdp"),
   "length": None,
   "channels": None,  # n_embd of an activation
 }
@@ -41,48 +47,92 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 _WHOLE = {"embed": "channels", "heads_rows": "heads", "mlp_rows": "mlp"}
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1, devices=None
+) -> Mesh:
   """Builds the (data, fsdp, tensor) mesh over `devices` (all devices by default).
 
+  Over several slices it has an axis before these, one of them over each slice's devices: a batch's rows
+  are divided over the slices first, whatever the number of hosts.
+
   Args:
-    data, fsdp, tensor: axis sizes; at most one may be -1, which takes what is left.
+    data, fsdp, tensor: axis sizes within a slice; at most one may be -1, which takes what is left.
+    slices: number of slices; -1: as many as the devices say.
     devices: the devices to use, in order.
 
   Raises:
-    UserError: the sizes don't multiply to the number of devices.
+    UserError: the sizes don't multiply to the number of a slice's devices, or the devices are in another
+      number of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  groups = hardware.by_slice(devices, slices)
+  sizes = _sizes(data, fsdp, tensor, len(groups[0]), len(groups))
+  grids = [_grid(sizes, group) for group in groups]
+  names = MESH_AXES if len(groups) == 1 else (SLICES, *MESH_AXES)
+  grid = grids[0] if len(groups) == 1 else np.stack(grids)
+  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _sizes(data: int, fsdp: int, tensor: int, n: int, slices: int) -> tuple[int, ...]:
+  """Returns the axis sizes over the n devices of each slice."""
   sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
   name = f"mesh (data, fsdp, tensor) = ({data}, {fsdp}, {tensor})"
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f"{name}: sizes must be positive, with at most one -1; fix: config.mesh")
   fixed = math.prod(size for size in sizes.values() if size != -1)
-  if free and len(devices) % fixed == 0:
-    sizes[free[0]] = len(devices) // fixed
-  if math.prod(sizes.values()) != len(devices):
-    nearest = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+  if free and n % fixed == 0:
+    sizes[free[0]] = n // fixed
+  if math.prod(sizes.values()) != n:
+    nearest = [d for d in range(1, n + 1) if n % d == 0]
+    whose = "of this run" if slices == 1 else f"of each of the {slices} slices"
     raise UserError(
-      f"{name} doesn't multiply to the {len(devices)} devices of this run; expected sizes that "
-      f"divide {len(devices)} ({', '.join(map(str, nearest))}); fix: config.mesh, or leave one "
+      f"{name} doesn't multiply to the {n} devices {whose}; expected sizes that "
+      f"divide {n} ({', '.join(map(str, nearest))}); fix: config.mesh, or leave one "
       "axis at -1"
     )
-  shape = tuple(sizes.values())
-  if devices[0].platform == "tpu" and len(devices) > 1:
-    from jax.experimental import mesh_utils
-
-    try:
-      grid = mesh_utils.create_device_mesh(shape, devices=devices)
-    except NotImplementedError:  # sizes that aren't products of the slice's dimensions
-      grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
-  else:
-    grid = np.asarray(devices).reshape(shape)
-  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  return tuple(sizes.values())
 
 
-def spec(*logical: str | None) -> PartitionSpec:
+def _grid(shape: tuple[int, ...], devices: Sequence[hardware.Device]) -> np.ndarray:
+  """Returns a slice's devices in the order of the mesh, neighbours near each other on TPUs."""
+  if devices[0].platform != "tpu" or len(devices) == 1:
+    return np.asarray(devices).reshape(shape)
+  from jax.experimental import mesh_utils
+
+  try:
+    return mesh_utils.create_device_mesh(shape, devices=devices)
+  except NotImplementedError:  # sizes that aren't products of the slice's dimensions
+    return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+
+
+def _free_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """Returns the axes of a mesh that aren't split by a `shard_map` around."""
+  axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in axes if kind != AxisType.Manual)
+
+
+def _entry(mesh: Mesh | AbstractMesh | None, logical: str | None) -> str | tuple[str, ...] | None:
+  """Returns the mesh axes that a logical axis is split over: those that are free on the mesh.
+
+  Without a mesh, it is that of one slice.
+  """
+  entry = RULES[logical] if logical else None
+  if entry is None or isinstance(entry, str):
+    return entry
+  free = MESH_AXES if mesh is None else _free_axes(mesh)
+  return tuple(axis for axis in entry if axis in free)
+
+
+def mesh_axes(mesh: Mesh | AbstractMesh, logical: str | None) -> tuple[str, ...]:
+  """Returns the mesh axes that a logical axis is split over, without those of one device."""
+  entry = _entry(mesh, logical) or ()
+  return tuple(a for a in ((entry,) if isinstance(entry, str) else entry) if mesh.shape[a] > 1)
+
+
+def spec(*logical: str | None, mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
   """Returns the PartitionSpec of an array with these logical axes (None: replicated)."""
-  entries = [None if axis is None else RULES[axis] for axis in logical]
+  entries = [_entry(mesh, axis) for axis in logical]
   used = [a for entry in entries if entry for a in ([entry] if isinstance(entry, str) else entry)]
   if len(used) != len(set(used)):
     raise ValueError(f"axes {logical} use a mesh axis twice: {entries}")
@@ -90,7 +140,7 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
-  return NamedSharding(mesh, spec(*logical))
+  return NamedSharding(mesh, spec(*logical, mesh=mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -102,7 +152,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(*logical))
+  return jax.lax.with_sharding_constraint(x, spec(*logical, mesh=mesh))
 
 
 def gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
@@ -112,6 +162,23 @@ def gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
   parallelism. Without it the partitioner moves the activations instead, which are larger.
   """
   return constrain(constrain(weight, *axes), *(_WHOLE.get(axis, axis) for axis in axes))
+
+
+def lookup(table: jax.Array, rows: jax.Array, out_axes: Sequence[str | None]) -> jax.Array:
+  """Returns rows [..., D] of a table [N, D].
+
+  Args:
+    table: [N, D], split like the last axis of the result.
+    rows: numbers of rows, int32 [...].
+    out_axes: logical axes of the result.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if len(_free_axes(mesh)) == len(mesh.axis_names):
+    return table[rows]
+  # Within a `shard_map` over some axes the partitioner would gather the gradient's rows over the others.
+  return per_device(
+    lambda table, rows: table[rows], [(None, out_axes[-1]), out_axes[:-1]], out_axes
+  )(table, rows)
 
 
 def sum_of_batch(
@@ -130,19 +197,23 @@ def sum_of_batch(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function
-  batch_axes = [axis for axis in RULES["batch"] or () if mesh.shape[axis] > 1]
+  batch_axes = mesh_axes(mesh, "batch")
+  # Together, so that the compiler scatters the sum within a slice before it crosses the network.
+  copies = tuple(axis for axis in batch_axes if axis in COPIES)
   scattered = [at for at, axis in enumerate(weight_axes) if axis in _WHOLE]
 
   def summed(*shares):
     total = function(*shares)
-    for axis in reversed(batch_axes):
-      if axis == "fsdp" and scattered:
+    if "fsdp" in batch_axes:
+      if scattered:
         # The TPU's compiler scatters along the first axis; along another it sums the whole array.
         rows_first = jnp.moveaxis(total, scattered[0], 0)
-        kept = jax.lax.psum_scatter(rows_first, axis, scatter_dimension=0, tiled=True)
+        kept = jax.lax.psum_scatter(rows_first, "fsdp", scatter_dimension=0, tiled=True)
         total = jnp.moveaxis(kept, 0, scattered[0])
       else:
-        total = jax.lax.psum(total, axis)
+        total = jax.lax.psum(total, "fsdp")
+    if copies:
+      total = jax.lax.psum(total, copies)
     return total
 
   return per_device(summed, in_axes, weight_axes)
@@ -150,8 +221,7 @@ def sum_of_batch(
 
 def axis_parts(mesh: Mesh | AbstractMesh, logical: str) -> int:
   """Number of parts that an axis is split into on a mesh."""
-  entry = RULES[logical] or ()
-  return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry))
+  return math.prod(mesh.shape[axis] for axis in mesh_axes(mesh, logical))
 
 
 def parts_around(logical: str) -> int:
@@ -183,88 +253,28 @@ def per_device(
   return jax.shard_map(
     function,
     mesh=mesh,
-    in_specs=tuple(spec(*axes) for axes in in_axes),
-    out_specs=tuple(spec(*axes) for axes in out_axes) if several else spec(*out_axes),
+    axis_names=set(_free_axes(mesh)),
+    in_specs=tuple(spec(*axes, mesh=mesh) for axes in in_axes),
+    out_specs=tuple(spec(*axes, mesh=mesh) for axes in out_axes)
+    if several
+    else spec(*out_axes, mesh=mesh),
     check_vma=False,
   )
 
 
-# The TPU's compiler exchanges along the first axis; for another it would copy more, in float32.
-
-
-def _gather_side(parts: jax.Array, side: int, names: tuple[str, ...]) -> jax.Array:
-  """Gathers the axis `side` of matrices [n, rows, columns] over mesh axes, and keeps a share of them."""
-  devices = jax.lax.axis_size(names)
-  parts = jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=0, tiled=True)
-  parts = jnp.moveaxis(parts.reshape(devices, -1, *parts.shape[1:]), 0, side)
-  return parts.reshape(*parts.shape[:side], -1, *parts.shape[side + 2 :])
-
-
-def _scatter_side(parts: jax.Array, side: int, names: tuple[str, ...]) -> jax.Array:
-  """Undoes `_gather_side`."""
-  devices = jax.lax.axis_size(names)
-  parts = parts.reshape(*parts.shape[:side], devices, -1, *parts.shape[side + 1 :])
-  parts = jnp.moveaxis(parts, side, 0)
-  parts = parts.reshape(-1, *parts.shape[2:])
-  return jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=0, tiled=True)
-
-
-def on_whole_matrices(function: Callable, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-  """Returns `function` of matrices that are split over devices; each is made whole on one of them.
-
-  All devices share the work, those too that hold the same numbers. Left to itself the partitioner
-  computes every matrix in parts, with a sum over devices after each product. The matrices change
-  places by all-to-all, and by an all-gather to the copies in the end; if they don't divide among the
-  devices, there are zeros among them.
-
-  Args:
-    function: maps [n, rows, columns] to as many, each by itself; zeros to anything finite.
-    x: matrices [..., rows, columns], split along the last two axes alone.
-    axes: logical axes of `x`, and of the result.
-  """
-
-  def stacked(part: jax.Array) -> jax.Array:
-    return part.reshape(-1, *part.shape[-2:])
-
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return function(stacked(x)).reshape(x.shape)
-  sides = [RULES[axis] or () if axis else () for axis in axes[-2:]]
-  sides = [(side,) if isinstance(side, str) else side for side in sides]
-  sides = [tuple(name for name in side if mesh.shape[name] > 1) for side in sides]
-  moves = [(at, side) for at, side in enumerate(sides, start=1) if side]
-  copies = tuple(
-    name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in sides[0] + sides[1]
-  )
-  n = math.prod(x.shape[:-2])
-  padded = -(-n // mesh.size) * mesh.size
-  share = padded // math.prod(mesh.shape[name] for name in copies)
-
-  def on_device(part):
-    parts = jnp.pad(stacked(part), ((0, padded - n), (0, 0), (0, 0)))
-    if copies:
-      first = jax.lax.axis_index(copies) * share
-      parts = jax.lax.dynamic_slice_in_dim(parts, first, share)
-    for side, names in moves:
-      parts = _gather_side(parts, side, names)
-    parts = function(parts)
-    for side, names in reversed(moves):
-      parts = _scatter_side(parts, side, names)
-    if copies:
-      parts = jax.lax.all_gather(parts, copies, tiled=True)
-    return parts[:n].reshape(part.shape)
-
-  return per_device(on_device, [axes], axes)(x)
-
-
 def batch_shards(mesh: Mesh) -> int:
   """Number of parts that a batch is split into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return axis_parts(mesh, "batch")
 
 
 def weight_shards(mesh: Mesh) -> int:
   """Number of parts that a weight is split into."""
   return mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
+def slice_size(mesh: Mesh | AbstractMesh) -> int:
+  """Number of devices of a slice."""
+  return math.prod(mesh.shape[axis] for axis in MESH_AXES)
 
 
 def round_up_batch(mesh: Mesh, n: int) -> int:
@@ -286,8 +296,9 @@ def batch_size_per_shard(
     below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
     near = f"{below} or {above}" if below else f"{above}"
     times = f" × train.accumulate {accumulate}" if accumulate > 1 else ""
+    axes = "slices × data × fsdp" if SLICES in mesh.axis_names else "data × fsdp"
     raise UserError(
-      f"{what}: {batch_size} isn't divisible; expected a multiple of data × fsdp = "
+      f"{what}: {batch_size} isn't divisible; expected a multiple of {axes} = "
       f"{batch_shards(mesh)} of the mesh{times}; nearest: {near}"
     )
   return batch_size // parts

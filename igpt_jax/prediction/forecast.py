@@ -153,7 +153,11 @@ def _forecast(compile_it, model: ImageGPTConfig, topology: Topology, mesh: Mesh)
     )
     links = topology.links(list(mesh.devices.flat))
     prediction = schedule.predict(
-      program, clock=generation.clock, links=links, kernel_cycles=cycles
+      program,
+      clock=generation.clock,
+      links=links,
+      kernel_cycles=cycles,
+      network=topology.between_slices,
     )
   return Forecast(_memory(compiled.executable, program, hbm), prediction, compiled.seconds)
 

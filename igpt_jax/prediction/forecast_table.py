@@ -7,8 +7,10 @@ import json
 import os
 from typing import Any
 
+from igpt_jax import units
 from igpt_jax.errors import UserError
 from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
+from igpt_jax.parallel.sharding import MESH_AXES
 from igpt_jax.reporting import summary
 from igpt_jax.reporting.tables import markdown_table
 
@@ -16,6 +18,7 @@ _HEAD = (
   "model", "slice", "chips", "data × fsdp × tensor", "batch", "remat", "fits: GiB a chip", "step",
   "MFU", "images/s", "days", "chip-hours",
 )  # fmt: skip
+_NETWORK = "between slices, a chip and step"
 
 
 def add(workdir: str, values: dict[str, Any]) -> None:
@@ -32,7 +35,7 @@ def add(workdir: str, values: dict[str, Any]) -> None:
         rows = dict(json.load(file))
     except (ValueError, TypeError) as error:
       raise UserError(f"workdir: {path} is damaged ({error}); fix: remove it") from None
-  rows[f"{name_of(values)}, {values['topology']}"] = _row(values)
+  rows[f"{name_of(values)}, {_slices(values)}"] = _row(values)
   summary.write_json(path, rows)
   summary.write_text(os.path.join(workdir, "scale.md"), markdown(rows))
 
@@ -53,23 +56,42 @@ def name_of(values: dict[str, Any]) -> str:
   return f"{name}{bert} {round(model['n_positions'] ** 0.5)}²{others}"
 
 
+def _slices(values: dict[str, Any]) -> str:
+  """The slice's name, and how many of it: "2×v5e:4x4"."""
+  several = f"{values['slices']}×" if values.get("slices", 1) > 1 else ""
+  return several + values["topology"]
+
+
 def _row(values: dict[str, Any]) -> dict[str, Any]:
   kept = (
-    "topology", "chips", "mesh", "batch_size", "accumulate", "remat", "fits", "bytes_per_chip",
-    "hbm_bytes", "step_seconds", "mfu", "images_per_second", "days", "chip_hours",
+    "topology", "slices", "chips", "mesh", "batch_size", "accumulate", "remat", "fits", "bytes_per_chip",
+    "hbm_bytes", "step_seconds", "mfu", "images_per_second", "days", "chip_hours", "between_slices",
   )  # fmt: skip
   return {"name": name_of(values)} | {key: values[key] for key in kept if key in values}
 
 
 def markdown(rows: dict[str, Any]) -> str:
-  return markdown_table("llrlrllrrrrr", _HEAD, map(_cells, rows.values()))
+  several = any("between_slices" in row for row in rows.values())
+  alignment, head = "llrlrllrrrrr" + "l" * several, _HEAD + (_NETWORK,) * several
+  cells = [_cells(row) + (_network(row),) * several for row in rows.values()]
+  return markdown_table(alignment, head, cells)
+
+
+def _network(row: dict[str, Any]) -> str:
+  """What crosses the network between slices, "85.7 MB, 27.4 ms, 26.1 ms hidden"; "" for one slice."""
+  if "between_slices" not in row:
+    return ""
+  network = row["between_slices"]
+  hidden = network["seconds"] - network["seconds_not_hidden"]
+  sent = units.data_size(network["bytes_sent_per_chip"])
+  return f"{sent}, {1e3 * network['seconds']:.1f} ms, {1e3 * hidden:.1f} ms hidden"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-  mesh = " × ".join(map(str, row["mesh"].values()))
+  mesh = " × ".join(str(row["mesh"][axis]) for axis in MESH_AXES)
   memory = f"{row['bytes_per_chip'] / 2**30:.1f} of {row['hbm_bytes'] / 2**30:.1f}"
   start = (
-    row["name"], row["topology"], row["chips"], mesh, f"{row['batch_size']:,}", row["remat"],
+    row["name"], _slices(row), row["chips"], mesh, f"{row['batch_size']:,}", row["remat"],
     f"{'yes' if row['fits'] else 'no'}: {memory}",
   )  # fmt: skip
   if "step_seconds" not in row:

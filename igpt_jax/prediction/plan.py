@@ -73,7 +73,7 @@ def search(
     UserError: nothing fits; it says the least memory that was needed.
   """
   ordered = sorted(candidates(training, topology), key=lambda c: estimate(c, topology))
-  report(f"plan: {len(ordered)} candidates on {topology.name}, compiling up to {COMPILED}")
+  report(f"plan: {len(ordered)} candidates on {topology.title}, compiling up to {COMPILED}")
   tried: list[Compiled] = []
 
   def compile_first(left: list[Candidate]) -> None:
@@ -94,7 +94,7 @@ def search(
   if not fitting:
     least = min((c.forecast.memory.needed for c in tried), default=0)
     raise UserError(
-      f"config.compile.plan: nothing tried fits {topology.name}"
+      f"config.compile.plan: nothing tried fits {topology.title}"
       + (f"; the least needed {least / 2**30:.1f} GiB a device" if least else "")
       + f" of {topology.chip.hbm_bytes / 2**30:.1f}; fix: a larger slice, or a smaller train.batch_size"
     )
@@ -103,16 +103,18 @@ def search(
 
 def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
   """Yields the candidates that divide evenly and fit according to arithmetic."""
-  devices = list(topology.devices)
-  n = len(devices)
+  devices, slices = list(topology.devices), topology.slices
+  n = len(devices) // slices
   for tensor, remat in itertools.product(_TENSOR, _KEPT):
     if n % tensor:
       continue
     shards = n // tensor
     fsdp_sizes = [size for size in range(1, shards + 1) if shards % size == 0]
-    for batch, fsdp in itertools.product(_batches(training.batch_size, shards), fsdp_sizes):
+    for batch, fsdp in itertools.product(
+      _batches(training.batch_size, slices * shards), fsdp_sizes
+    ):
       model = dataclasses.replace(training.model, remat=remat)
-      mesh = sharding.make_mesh(shards // fsdp, fsdp, tensor, devices=devices)
+      mesh = sharding.make_mesh(shards // fsdp, fsdp, tensor, slices, devices)
       try:
         sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
       except UserError:
@@ -150,7 +152,7 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
   """Key to order candidates by: seconds per image, by arithmetic; of equals the smaller batch."""
   training, mesh = candidate.training, candidate.mesh
   model = training.model
-  everyone = tuple(range(mesh.size))
+  everyone = tuple(range(mesh.size // topology.slices))
   links = topology.links(list(mesh.devices.flat))
   tensor = mesh.size // sharding.batch_shards(mesh)
   parameters = count_params(model)
@@ -162,7 +164,7 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
   # Nothing hides the sum of gradients. Over all of a slice the compiler sums them whole on every chip,
   # over a part it scatters them. Rows that don't fill the tiles of memory are gathered by an
   # all-reduce, which nothing hides either.
-  sums = 1.0 if sharding.weight_shards(mesh) // tensor in (1, mesh.size) else 0.6
+  sums = 1.0 if sharding.weight_shards(mesh) // tensor in (1, len(everyone)) else 0.6
   if model.n_embd // sharding.weight_shards(mesh) % 32:
     sums = 3.0
   seconds += sums * links.seconds("all-reduce", 2 * parameters / tensor, everyone[::tensor])
@@ -170,6 +172,9 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
     positions = training.batch_size / sharding.batch_shards(mesh) * model.n_positions
     summed = links.seconds("all-reduce", 2 * positions * model.n_embd, everyone[:tensor])
     seconds += 4 * model.n_layer * summed
+  if topology.slices > 1:  # nothing is taken to hide the network
+    network, held = topology.between_slices, 4 * parameters / len(everyone)
+    seconds += network.sent("all-reduce", held) / network.bandwidth
   # Adam reads and writes 28 bytes a parameter; a chip does some 250 FLOPs in the time of a byte.
   seconds += 28 * parameters / sharding.weight_shards(mesh) * 250 / topology.chip.peak_flops
   return seconds / training.batch_size, training.batch_size
@@ -187,15 +192,17 @@ def sampling_mesh(
     topology: the slice.
     n_images, cache_dtype: size of the cache, which is spread over all devices.
   """
-  n, hbm = len(topology.devices), topology.chip.hbm_bytes
+  n, hbm = len(topology.devices) // topology.slices, topology.chip.hbm_bytes
   held = 4 * count_params(model)  # bfloat16, and each layer taken out of the stack
   item = jnp.dtype(cache_dtype or model.dtype).itemsize
-  cache = 2 * model.n_layer * model.n_positions * model.n_embd * item * n_images / n
+  cache = (
+    2 * model.n_layer * model.n_positions * model.n_embd * item * n_images / n / topology.slices
+  )
   possible = [t for t in range(1, n + 1) if n % t == 0 and model.n_head % t == 0]
   most = min(_WEIGHTS_SHARE * hbm, _CACHE_SHARE * hbm - cache)
   fitting = [tensor for tensor in possible if held / tensor < most]
   tensor = fitting[0] if fitting else possible[-1]
-  return sharding.make_mesh(n // tensor, 1, tensor, devices=list(topology.devices))
+  return sharding.make_mesh(n // tensor, 1, tensor, topology.slices, list(topology.devices))
 
 
 def row(candidate: Compiled) -> dict:
@@ -234,12 +241,12 @@ def remedies(training: Training, mesh: Mesh) -> list[str]:
   fixes = []
   if model.remat != "full":
     fixes.append(f"--config.model.remat={'names' if model.remat == 'none' else 'full'}")
-  weights = sharding.weight_shards(mesh)
-  if weights < mesh.size and model.n_embd % mesh.size == 0:
+  weights, most = sharding.weight_shards(mesh), sharding.slice_size(mesh)
+  if weights < most and model.n_embd % most == 0:
     held = state_bytes(model, mesh) / 2**30
     fixes.append(
       f"--config.mesh.data=1 --config.mesh.fsdp=-1 (the state takes about {held:.1f} GiB a device "
-      f"now, {held * weights / mesh.size:.1f} then)"
+      f"now, {held * weights / most:.1f} then)"
     )
   shards = sharding.batch_shards(mesh)
   if training.batch_size // shards // training.accumulate > 1:

@@ -3,8 +3,10 @@
 The program is scheduled: its operations run one after the other, in the order of its text. An operation
 takes the cycles that the compiler estimated, times the iterations of its loops. A collective occupies
 the links for its bytes over their bandwidth; an asynchronous one is hidden as far as there is other
-work before it is awaited, and so are copies to and from the host's memory. Prefetches between HBM and
-VMEM are taken to be hidden. Kernels carry no estimate; the caller provides it.
+work before it is awaited, and so are copies to and from the host's memory. What crosses the network
+between slices, which the compiler writes as a send and a receipt by the host, takes its bytes over a
+bandwidth and no latency. Prefetches between HBM and VMEM are taken to be hidden. Kernels carry no estimate;
+the caller provides it.
 
 Between versions of one program this is good to a few percent. The absolute time is only good to 25-30%
 either way; it includes no input, launch overhead or stragglers.
@@ -13,6 +15,7 @@ either way; it includes no input, launch overhead or stragglers.
 import collections
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable
 
@@ -65,6 +68,47 @@ class Links:
     return times * (bytes_whole * (len(group) - 1) / len(group) / speed + hops * _LATENCY)
 
 
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """What joins slices.
+
+  Attributes:
+    slices: their number.
+    bandwidth: bytes a second that a device sends, while it receives as many.
+  """
+
+  slices: int = 1
+  bandwidth: float = math.inf
+
+  def sent(self, kind: str, held: float) -> float:
+    """Bytes that a device sends to those of other slices.
+
+    Args:
+      kind: a collective's name, such as "all-reduce".
+      held: bytes that the device hands to it.
+    """
+    others = self.slices - 1
+    shares = {"all-reduce": 2 * others / self.slices, "all-gather": others, "collective-permute": 1}
+    return held * shares.get(kind, others / self.slices)
+
+
+@dataclasses.dataclass
+class Crossing:
+  """All that a device sends over the network in a step.
+
+  Attributes:
+    count: number of transfers.
+    bytes: bytes that it sends.
+    seconds: the time that takes.
+    exposed: seconds of waiting that nothing hides.
+  """
+
+  count: int = 0
+  bytes: float = 0.0
+  seconds: float = 0.0
+  exposed: float = 0.0
+
+
 @dataclasses.dataclass
 class Collective:
   """All collectives of a kind: how many run in a step, their bytes per device and their seconds."""
@@ -82,9 +126,10 @@ class Prediction:
     seconds: the whole step.
     compute: operations with an estimate of the compiler, and kernels.
     kernels: the kernels' part of `compute`.
-    exposed: waiting for collectives and host transfers that nothing hides.
-    collectives: totals by kind.
+    exposed: waiting for collectives, host transfers and the network that nothing hides.
+    collectives: totals by kind, within a slice.
     by_origin: seconds of compute by the JAX operation that they come from, largest first.
+    network: total of what crosses the network between slices.
   """
 
   seconds: float
@@ -93,15 +138,26 @@ class Prediction:
   exposed: float
   collectives: dict[str, Collective]
   by_origin: dict[str, float]
+  network: Crossing
 
 
 class _Timeline:
-  """Walk through a program in order, with clocks for the core, the links and host transfers."""
+  """Walk through a program in order, with clocks for the core, the links, host transfers and network."""
 
-  def __init__(self, program: Program, clock: float, links: Links, kernel_cycles: KernelCycles):
+  def __init__(
+    self,
+    program: Program,
+    clock: float,
+    links: Links,
+    network: Network,
+    kernel_cycles: KernelCycles,
+  ):
     self.program, self.clock, self.links, self.kernel_cycles = program, clock, links, kernel_cycles
+    self.network = network
     self.now = self.compute = self.kernels = self.exposed = 0.0
-    self.links_free = self.host_free = 0.0
+    self.links_free = self.host_free = self.network_free = 0.0
+    self.crossing = Crossing()
+    self.received: dict[str, str] = {}  # a receipt -> the name that it shares with its send
     self.collectives: dict[str, Collective] = collections.defaultdict(Collective)
     self.by_origin: dict[str, float] = collections.defaultdict(float)
     self.begun_apart = _begun_apart(program)
@@ -123,6 +179,7 @@ class _Timeline:
       self.now += extra
       self.links_free += extra
       self.host_free += extra
+      self.network_free += extra
       return
     if opcode in ("call", "conditional"):
       for name in itertools.chain.from_iterable(operation.called.values()):
@@ -143,6 +200,18 @@ class _Timeline:
       if collective is not None:
         arrival[operation.name] = self._transfer(collective, collective.opcode, times)
         return
+    if opcode in ("send", "recv") and "megascale" in operation.attributes:
+      name = _attribute(operation, "_xla_host_transfer_rendezvous")
+      if opcode == "send":
+        arrival[name] = self._cross(operation, times)
+      else:
+        self.received[operation.name] = name
+      return
+    if opcode == "recv-done" and operation.operands[0] in self.received:
+      before = self.exposed
+      self._wait(arrival.pop(self.received[operation.operands[0]]), times)
+      self.crossing.exposed += self.exposed - before
+      return
     if opcode.endswith("-start") and "S(5)" in operation.shape:
       arrival[operation.name] = self._to_or_from_host(operation)
       return
@@ -203,6 +272,17 @@ class _Timeline:
     self.host_free = max(self.now, self.host_free) + moved / _HOST_BANDWIDTH
     return self.host_free
 
+  def _cross(self, operation: Operation, times: int) -> float:
+    """Puts a send on the network; returns the time at which its sum, or the like, has arrived."""
+    kind = _attribute(operation, "_xla_megascale_transfer_type").lower().replace("_", "-")
+    sent = self.network.sent(kind, size_of(_arrays(operation.shape)[0]))
+    seconds = sent / self.network.bandwidth
+    self.network_free = max(self.now, self.network_free) + seconds
+    self.crossing.count += times
+    self.crossing.bytes += sent * times
+    self.crossing.seconds += seconds * times
+    return self.network_free
+
   def _wait(self, until: float, times: int) -> None:
     waited = max(until - self.now, 0.0)
     self.now += waited
@@ -210,17 +290,23 @@ class _Timeline:
 
 
 def predict(
-  program: Program, *, clock: float, links: Links, kernel_cycles: KernelCycles
+  program: Program,
+  *,
+  clock: float,
+  links: Links,
+  kernel_cycles: KernelCycles,
+  network: Network = Network(),
 ) -> Prediction:
   """Predicts the time of one run of a program.
 
   Args:
     program: a compiled, scheduled module for TPUs.
     clock: cycles a second.
-    links: the interconnect of the topology that it was compiled for.
+    links: the interconnect of the slice that it was compiled for.
     kernel_cycles: returns the cycles of a Pallas kernel (a custom call).
+    network: what joins its slices, if there are several.
   """
-  timeline = _Timeline(program, clock, links, kernel_cycles)
+  timeline = _Timeline(program, clock, links, network, kernel_cycles)
   timeline.run(program.entry)
   ordered = sorted(timeline.by_origin.items(), key=lambda item: -item[1])
   return Prediction(
@@ -230,6 +316,7 @@ def predict(
     exposed=timeline.exposed,
     collectives=dict(timeline.collectives),
     by_origin=dict(ordered),
+    network=timeline.crossing,
   )
 
 
@@ -279,6 +366,12 @@ def _bytes_whole(operation: Operation, kind: str) -> float:
 def _arrays(shape: str) -> list[str]:
   """The array types, with layouts, in a tuple's type."""
   return re.findall(r"\b[a-z][a-z0-9]*\[[0-9,]*\](?:\{[^}]*\})?", shape)
+
+
+def _attribute(operation: Operation, name: str) -> str:
+  """The text of a frontend attribute; "" if there is none."""
+  match = re.search(rf'{name}="([^"]*)"', operation.attributes)
+  return match[1] if match else ""
 
 
 def _begun_apart(program: Program) -> set[str]:

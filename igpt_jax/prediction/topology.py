@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ from igpt_jax import extras
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hardware
 from igpt_jax.prediction.bundles import Dump
-from igpt_jax.prediction.schedule import Links
+from igpt_jax.prediction.schedule import Links, Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Generation:
   Attributes:
     clock: cycles a second of its cores.
     link_bandwidth: bytes a second and direction of one link between chips.
+    network: bits a second that a chip's host can send over the data center's network, its share.
     ring: the least number of chips in a dimension that wraps around.
     narrow: True if its matrix units are 128 × 128.
     slices: shapes that are rented out, small to large.
@@ -31,6 +33,7 @@ class Generation:
 
   clock: float
   link_bandwidth: float
+  network: float
   ring: int
   narrow: bool
   slices: tuple[str, ...]
@@ -41,17 +44,17 @@ _CUBIC = (
   "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
 GENERATIONS = {
-  "v4": Generation(1.05e9, 45e9, 4, True, _CUBIC),
-  "v5e": Generation(1.5e9, 45e9, 16, True, _FLAT),
-  "v5p": Generation(1.75e9, 90e9, 4, True, _CUBIC),
-  "v6e": Generation(1.75e9, 90e9, 16, False, _FLAT),
-  "tpu7x": Generation(2.2e9, 90e9, 4, False, _CUBIC),
+  "v4": Generation(1.05e9, 45e9, 50e9, 4, True, _CUBIC),
+  "v5e": Generation(1.5e9, 45e9, 25e9, 16, True, _FLAT),
+  "v5p": Generation(1.75e9, 90e9, 50e9, 4, True, _CUBIC),
+  "v6e": Generation(1.75e9, 90e9, 100e9, 16, False, _FLAT),
+  "tpu7x": Generation(2.2e9, 90e9, 100e9, 4, False, _CUBIC),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice.
+  """A slice, or several of one shape.
 
   Attributes:
     name: such as "v5p:4x4x4".
@@ -59,6 +62,8 @@ class Topology:
     devices: JAX' devices: one per chip, two on tpu7x.
     chip: the figures of a device.
     dump: the folder that the compiler leaves its kernels' code in.
+    slices: number of slices.
+    network: bits a second that each chip sends to other slices.
   """
 
   name: str
@@ -66,13 +71,29 @@ class Topology:
   devices: tuple[hardware.Device, ...]
   chip: hardware.Chip
   dump: Dump
+  slices: int = 1
+  network: float = math.inf
+
+  @property
+  def title(self) -> str:
+    """Its name, with the number of slices if there are several: "2×v5p:4x4x4"."""
+    return self.name if self.slices == 1 else f"{self.slices}×{self.name}"
 
   @property
   def n_chips(self) -> int:
-    return len({tuple(device.coords) for device in self.devices})
+    return len({(hardware.slice_index(d), *d.coords) for d in self.devices})
+
+  @property
+  def between_slices(self) -> Network:
+    """The network that joins its slices."""
+    return Network(self.slices, self.network / 8 * self.n_chips / len(self.devices))
 
   def links(self, devices) -> Links:
-    """The interconnect, for collectives that number `devices` in this order."""
+    """A slice's interconnect, for collectives that number `devices` in this order.
+
+    Those of several slices come slice after slice, and collectives number each slice's alike.
+    """
+    devices = devices[: len(devices) // self.slices]
     shape = [int(n) for n in self.name.partition(":")[2].split("x")]
     wrapped = tuple(n >= self.generation.ring for n in shape) + (False,) * (4 - len(shape))
     spots = tuple(
@@ -128,16 +149,26 @@ def _prepare_compiler() -> Dump:
 
 
 @functools.cache
-def open_topology(name: str) -> Topology:
-  """Loads the TPU's compiler and describes a slice.
+def open_topology(name: str, slices: int = 1, network: float = 0.0) -> Topology:
+  """Loads the TPU's compiler and describes a slice, or several of one shape.
 
   Call it before anything else has used a device: the compiler reads its settings once, and this
   process must not look for TPUs of its own.
 
+  Args:
+    name: `config.compile.topology`.
+    slices: `config.mesh.slices`.
+    network: Gbit/s that each chip sends to other slices; 0: the figure of its generation.
+
   Raises:
-    UserError: there is no such slice, or no libtpu.
+    UserError: there is no such slice, or no number of slices, or no libtpu.
   """
   check_name(name)
+  if slices < 1:
+    raise UserError(
+      f"config.mesh.slices: {slices}; {name} is compiled for without devices that could say how many "
+      "slices there are; expected 1 or more"
+    )
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
       f"config.compile.topology: {name} needs the TPU's compiler, libtpu; fix: {extras.install('tpu')} "
@@ -148,11 +179,15 @@ def open_topology(name: str) -> Topology:
 
   kind = name.partition(":")[0]
   # A v4 chip's two cores are one device, as on rented v4 slices.
-  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  if slices > 1:
+    options["num_slices"] = slices
   devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
   chip = hardware.chip_of(devices[0])
   if chip is None:
     raise UserError(
       f"config.compile.topology: {name}: no figures for its chips, {devices[0].device_kind!r}; fix: another topology"
     )
-  return Topology(name, GENERATIONS[kind], tuple(devices), chip, dump)
+  generation = GENERATIONS[kind]
+  speed = network * 1e9 or generation.network
+  return Topology(name, generation, tuple(devices), chip, dump, slices, speed)

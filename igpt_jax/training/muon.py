@@ -14,7 +14,8 @@ import optax
 
 from igpt_jax.model import layers
 from igpt_jax.model.parametrisation import names
-from igpt_jax.parallel import hardware, sharding
+from igpt_jax.parallel import hardware
+from igpt_jax.parallel.whole_matrices import on_whole_matrices
 
 MOMENTUM = 0.95
 RMS = 0.2
@@ -57,7 +58,7 @@ def _orthogonalised(path, momentum: jax.Array) -> jax.Array:
   axes = ("layers", *_MATRICES[names(path)])
   # Orthogonal rows or columns have an RMS of 1/sqrt(the longer side).
   orthogonal = functools.partial(newton_schulz, size=RMS * max(momentum.shape[-2:]) ** 0.5)
-  made = sharding.on_whole_matrices(orthogonal, momentum.astype(dtype), axes)
+  made = on_whole_matrices(orthogonal, momentum.astype(dtype), axes)
   return made.astype(momentum.dtype)
 
 

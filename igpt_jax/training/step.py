@@ -9,6 +9,7 @@ import optax
 from igpt_jax.model.image_gpt import Params, bind
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel.sharding import constrain
+from igpt_jax.parallel.slices import sum_over_slices_once
 from igpt_jax.training.objectives import Objective, has_counted, per_image
 from igpt_jax.training.state import TrainState
 
@@ -51,12 +52,13 @@ def make_train_step(
       rows = rows.reshape(rows.shape[0] // accumulate, accumulate, *rows.shape[1:])
       return constrain(jnp.swapaxes(rows, 0, 1), None, "batch", *[None] * (rows.ndim - 2))
 
-    if accumulate == 1:
-      (loss, counted), grads = run_part(params, tokens, keys)
-    else:
+    def of_parts(params: Params, tokens, keys):
       zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params)
-      parts = in_parts(tokens), in_parts(keys)
-      ((loss, counted), grads), _ = jax.lax.scan(add_part, zeros, parts)
+      return jax.lax.scan(add_part, zeros, (in_parts(tokens), in_parts(keys)))[0]
+
+    # One part's gradients cross the network layer by layer, behind the next layer's work.
+    of_batch = run_part if accumulate == 1 else sum_over_slices_once(of_parts)
+    (loss, counted), grads = of_batch(params, tokens, keys)
     # Scale by the count of the whole batch: parts and devices may have unequal counts.
     scale = batch_size / jnp.maximum(counted, 1.0)
     return jax.tree.map(lambda leaf: leaf * scale, (loss, grads))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import re
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from igpt_jax.config import read
 from igpt_jax.config.fields import Settings, base
 from igpt_jax.model.image_gpt import Params, abstract_params
 from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.parallel import hardware
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training.state import TrainState
 
@@ -28,6 +30,7 @@ ALL_OPTIONS = {
 }  # fmt: skip
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+SLICES = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 2, 2), (4, 2, 1, 1)]  # each the shape within one
 
 
 @functools.cache
@@ -100,12 +103,28 @@ def random_state(abstract: TrainState, step: int, shardings: TrainState) -> Trai
   return jax.device_put(state, shardings)
 
 
-def mesh_of(shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
-  """A mesh over the first devices; skips the test where there are too few."""
+def mesh_of(shape: tuple[int, ...] = (1, 1, 1)) -> Mesh:
+  """A mesh over the first devices; skips the test where there are too few.
+
+  Four numbers are slices, of consecutive devices, and the axes within one.
+  """
   wanted = int(np.prod(shape))
   if jax.device_count() < wanted:
     pytest.skip(f"needs {wanted} devices, there are {jax.device_count()}")
-  return make_mesh(*shape, devices=jax.devices()[:wanted])
+  devices = jax.devices()[:wanted]
+  if len(shape) == 3:
+    return make_mesh(*shape, devices=devices)
+  with in_slices(*devices, slices=shape[0]):
+    return make_mesh(*shape[1:], slices=shape[0], devices=devices)
+
+
+@contextlib.contextmanager
+def in_slices(*devices: jax.Device, slices: int = 2):
+  """Has devices say that they are in slices: the first of them in slice 0, the last in the last."""
+  per_slice = len(devices) // slices
+  held = {device: at // per_slice for at, device in enumerate(devices)}
+  with mock.patch.object(hardware, "slice_index", held.get):
+    yield
 
 
 def on_one_device(job, settings: Settings, workdir: str) -> None:
@@ -114,15 +133,16 @@ def on_one_device(job, settings: Settings, workdir: str) -> None:
 
 
 @functools.cache
-def tpu_devices(topology: str) -> list[jax.Device]:
-  """Devices of a slice that isn't here, for tests that compile for one."""
+def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """Devices of slices that aren't here, for tests that compile for them."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
 
-  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  several = {"num_slices": slices} if slices > 1 else {}
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
 
 
 def leaf_names(tree) -> dict:

@@ -5,8 +5,6 @@ import importlib.util
 import json
 import math
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_sc
 from igpt_jax.training.state import abstract_state, state_shardings
 from igpt_jax.training.step import make_train_step
 from support import collectives, tiny
-from support.paths import ROOT
+from support.tpu_job import SMALL, call
 
 pytestmark = [
   pytest.mark.tpu_compile,
@@ -31,26 +29,6 @@ pytestmark = [
   ),
 ]
 
-
-def call(workdir, *overrides, config="imagenet32_s"):
-  return subprocess.run(
-    [
-      sys.executable, "-m", "igpt_jax.main", f"--config=configs/{config}.py",
-      f"--workdir={workdir}", "--config.job=compile", *overrides,
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=False,
-  )  # fmt: skip
-
-
-SMALL = (
-  "--config.model.n_layer=3", "--config.model.n_head=4", "--config.model.n_embd=256",
-  "--config.data.resolution=16", "--config.train.batch_size=32", "--config.train.steps=1000", "--config.train.warmup_steps=0",
-  "--config.sample.samples=8",
-)  # fmt: skip
 SMALL_MODEL = ImageGPTConfig(
   n_layer=3, n_head=4, n_embd=256, n_positions=256, dtype="bfloat16", remat="names"
 )

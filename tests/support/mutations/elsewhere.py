@@ -11,16 +11,23 @@ MUTATIONS = (
   Mutation(
     "batch-whole-on-fsdp",
     "parallel/sharding.py",
-    '"batch": ("data", "fsdp"),',
-    '"batch": ("data",),',
+    '"batch": (SLICES, "data", "fsdp"),',
+    '"batch": (SLICES, "data"),',
     f"{_SHARDING}::test_batch_is_split_over_data_and_fsdp",
   ),
   Mutation(
     "gradients-of-one-device",
     "parallel/sharding.py",
-    "total = jax.lax.psum(total, axis)",
-    "total = jax.lax.pmean(total, axis)",
+    "total = jax.lax.psum(total, copies)",
+    "total = jax.lax.pmean(total, copies)",
     "unit/training/test_step.py::test_every_mesh_trains_as_one_device_does",
+  ),
+  Mutation(
+    "parts-of-one-slice",
+    "parallel/slices.py",
+    "return jax.lax.psum(function(params, *rows), sharding.COPIES)",
+    'return jax.lax.psum(function(params, *rows), "data")',
+    "unit/parallel/test_slices.py::test_sums_cross_the_network_once_however_many_parts",
   ),
   Mutation(
     "sizes-rounded-down",

@@ -116,8 +116,8 @@ MUTATIONS = (
   Mutation(
     "cast-before-lookup",
     "model/image_gpt.py",
-    'gather_weight(self.wte[...], "vocab", "embed")[tokens_BxT].astype(dtype)',
-    'gather_weight(self.wte[...].astype(dtype), "vocab", "embed")[tokens_BxT]',
+    "lookup(table, tokens_BxT, layers.STREAM).astype(dtype)",
+    "lookup(table.astype(dtype), tokens_BxT, layers.STREAM)",
     "unit/training/test_bfloat16.py::test_each_gradient_is_near_float32s",
   ),
   Mutation(

@@ -41,3 +41,19 @@ def test_another_recipe_has_a_row_of_its_own(tmp_path):
     "iGPT-S 32², v5e:4x4", "iGPT-S 32² (muon), v5e:4x4"
   ]  # fmt: skip
   assert "iGPT-S 32² (muon)" in (tmp_path / "scale.md").read_text()
+
+
+def test_slices_have_a_row_of_their_own_with_what_crosses_between_them(tmp_path):
+  forecast_table.add(str(tmp_path), values_of())
+  assert "between slices" not in (tmp_path / "scale.md").read_text()
+  mesh = {"slice": 2, "data": 16, "fsdp": 1, "tensor": 1}
+  network = {"bytes_sent_per_chip": 19.2e6, "seconds": 6.2e-3, "seconds_not_hidden": 0.2e-3}
+  several = {"slices": 2, "mesh": mesh, "chips": 32, "between_slices": network}
+  forecast_table.add(str(tmp_path), values_of() | several)
+  assert list(json.loads((tmp_path / "scale.json").read_text())) == [
+    "iGPT-S 32², v5e:4x4", "iGPT-S 32², 2×v5e:4x4"
+  ]  # fmt: skip
+  head, _, one, two = (tmp_path / "scale.md").read_text().splitlines()
+  assert head.endswith("| between slices, a chip and step |") and one.endswith("|  |")
+  assert "| 2×v5e:4x4 | 32 | 16 × 1 × 1 |" in two
+  assert two.endswith("| 19.2 MB, 6.2 ms, 6.0 ms hidden |")

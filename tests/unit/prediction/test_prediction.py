@@ -11,7 +11,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.attention import tpu
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import bundles, forecast, hlo, plan, schedule, topology
-from igpt_jax.prediction.schedule import Links, replica_group
+from igpt_jax.prediction.schedule import Links, Network, replica_group
 from igpt_jax.training import compilation
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -60,11 +60,14 @@ ENTRY %main.7 (x: bf16[4,64]) -> f32[] {
 """
 
 
-def predict(text, kernel_cycles=lambda operation: 0.0, links=None):
+ONE_SLICE = Network()
+
+
+def predict(text, kernel_cycles=lambda operation: 0.0, links=None, network=ONE_SLICE):
   """At a thousand cycles a second, over links of a thousand bytes a second between four in a row."""
   links = links or Links(1e3, ((0,), (1,), (2,), (3,)), (False,))
   return schedule.predict(
-    hlo.parse(text), clock=1e3, links=links, kernel_cycles=kernel_cycles
+    hlo.parse(text), clock=1e3, links=links, kernel_cycles=kernel_cycles, network=network
   )  # fmt: skip
 
 
@@ -299,6 +302,66 @@ def test_collectives_in_a_loop_count_each_turn():
   assert predicted.collectives["all-gather"].bytes == 24 * 4000
 
 
+CROSSING = (
+  "channel_id={}, is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name="
+  '"xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.{}_0",_xla_megascale_target="{{1,2}}x{{0:3}}",'
+  '_xla_megascale_transfer_type="{}"}}'
+)
+
+
+def crossing(name, kind="ALL_REDUCE"):
+  """Lines of a sum over slices of 4,000 bytes a device: its begin, and its end."""
+  array = "(f32[1000]{0}, u32[], token[])"
+  return (
+    f"%send.{name} = {array} send(%x, %after-all), {CROSSING.format(2, name, kind)}",
+    f"%recv.{name} = {array} recv(%after-all), {CROSSING.format(1, name, kind)}",
+  ), (
+    f"%send-done.{name} = token[] send-done(%send.{name}), channel_id=2, is_host_transfer=true",
+    f"%recv-done.{name} = (f32[1000]{{0}}, token[]) recv-done(%recv.{name}), channel_id=1",
+  )
+
+
+@pytest.mark.parametrize("cycles", [0, 1000, 10_000])
+def test_a_sum_over_slices_is_hidden_by_the_work_between(cycles):
+  begin, end = crossing("7")
+  text = entry(*begin, work("a", cycles), *end)
+  predicted = predict(text, network=Network(2, 2000.0))
+  # Of two slices each device sends what it holds once: half for a sum, half of the sum back.
+  assert predicted.network.count == 1 and predicted.network.bytes == 4000
+  assert predicted.network.seconds == 2.0
+  exposed = max(2.0 - cycles / 1e3, 0)
+  assert predicted.network.exposed == predicted.exposed == pytest.approx(exposed)
+  assert predicted.seconds == pytest.approx(max(2.0, cycles / 1e3))
+  assert not predicted.collectives  # nothing on the links
+
+
+def test_sums_over_slices_share_the_network_and_a_receipt_may_come_first():
+  (one, two), (three, four) = crossing("1"), crossing("2")
+  text = entry(one[1], one[0], *three, *two, *four)
+  predicted = predict(text, network=Network(2, 2000.0))
+  assert predicted.network.count == 2 and predicted.network.exposed == pytest.approx(4.0)
+
+
+def test_sums_over_slices_in_a_loop_count_each_turn():
+  begin, end = crossing("1")
+  lines = "\n".join(f"  {line}" for line in (*begin, *end)).replace("%x", "%gte.1")
+  text = SCAN.replace("START", "0").replace("  %fusion.9 =", f"{lines}\n  %fusion.9 =")
+  predicted = predict(text, network=Network(2, 2000.0))
+  assert predicted.network.count == 24 and predicted.network.bytes == 24 * 4000
+  assert predicted.network.exposed == predicted.exposed == pytest.approx(48.0)
+
+
+@pytest.mark.parametrize(
+  "kind, sent",
+  [
+    ("all-reduce", 6000), ("reduce-scatter", 3000), ("all-to-all", 3000), ("all-gather", 12_000),
+    ("collective-permute", 4000),
+  ],
+)  # fmt: skip
+def test_what_a_device_of_four_slices_sends(kind, sent):
+  assert Network(4, 1.0).sent(kind, 4000) == sent
+
+
 def test_copies_to_the_hosts_memory_are_awaited():
   size = 16e9 / 4  # bytes that take a quarter of a second
   start = (
@@ -529,6 +592,7 @@ class FakeSlice:
 
   hbm_gib: float
   name: str = "v5e:2x4"
+  slices: int = 1
 
   @property
   def devices(self):
@@ -538,6 +602,10 @@ class FakeSlice:
   @property
   def chip(self):
     return hardware.Chip("v5e", 197e12, self.hbm_gib * 2**30)
+
+  @property
+  def title(self):
+    return self.name
 
   def links(self, devices):
     return Links(45e9, tuple((i,) for i in range(8)), (False,))

@@ -214,7 +214,7 @@ def run_steps(shape, accumulate=1):
   return losses, tiny.leaf_names(jax.device_get(state))
 
 
-@pytest.mark.parametrize("shape", tiny.MESHES, ids=str)
+@pytest.mark.parametrize("shape", [*tiny.MESHES, (2, 1, 2, 2)], ids=str)
 def test_every_mesh_trains_as_one_device_does(shape):
   assert_same_training(run_steps(shape), run_steps((1, 1, 1)))
 

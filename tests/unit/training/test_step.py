@@ -187,7 +187,19 @@ def test_a_batch_in_parts_trains_as_a_whole_one(causal, accumulate, shape):
   assert_trains_as_one_device(config, *run_steps(config, shape, accumulate))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+  "shape, accumulate, causal",
+  [
+    ((2, 4, 1, 1), 1, True), ((2, 1, 2, 2), 1, False), ((2, 1, 4, 1), 2, False),
+    ((4, 2, 1, 1), 2, True),
+  ],
+)  # fmt: skip
+def test_slices_train_as_one_device_does(shape, accumulate, causal):
+  config = tiny.make_config(n_head=4, causal=causal)
+  assert_trains_as_one_device(config, *run_steps(config, shape, accumulate))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2, 1)], ids=str)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_images_without_a_mask_are_in_no_mean(accumulate, shape):
   """Loss and gradient are over the others, wherever these are: on which device, in which part."""

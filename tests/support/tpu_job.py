@@ -1,0 +1,26 @@
+"""Job `compile` as a person runs it, and a model that compiles quickly."""
+
+import subprocess
+import sys
+
+from support.paths import ROOT
+
+SMALL = (
+  "--config.model.n_layer=3", "--config.model.n_head=4", "--config.model.n_embd=256",
+  "--config.data.resolution=16", "--config.train.batch_size=32", "--config.train.steps=1000", "--config.train.warmup_steps=0",
+  "--config.sample.samples=8",
+)  # fmt: skip
+
+
+def call(workdir, *overrides, config="imagenet32_s"):
+  return subprocess.run(
+    [
+      sys.executable, "-m", "igpt_jax.main", f"--config=configs/{config}.py",
+      f"--workdir={workdir}", "--config.job=compile", *overrides,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )  # fmt: skip
