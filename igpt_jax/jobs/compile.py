@@ -5,9 +5,9 @@
 
 The TPU compiler runs on any machine. Writes compile.json: memory needed and available, collectives, a
 predicted step time with its parts, MFU, and days to the end of the schedule; scale.md has a row for
-every model and slice compiled into the workdir. `mesh.slices` of them are joined by the data center's
-network: then it also says what crosses that, and how much of it work hides. With `plan` it searches for the mesh, batch and remat
-that train fastest there (without sampling).
+every model and slice compiled into the workdir. With `mesh.slices` it compiles for several such slices,
+and also says what crosses the network between them and how much of that is hidden by work. With `plan` it
+searches for the mesh, batch and remat that train fastest there (without sampling).
 """
 
 import dataclasses

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import math
 import re
 
 import jax
@@ -15,6 +14,7 @@ from igpt_jax.model.image_gpt import count_params
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.prediction import hlo, schedule
+from igpt_jax.prediction.topology import open_topology
 from igpt_jax.training import compilation
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -136,12 +136,14 @@ def test_a_forecast_of_slices_says_what_crosses_between_them(tmp_path):
   assert "on 2×v5e:2x2: compiling" in done.stdout and "Gbit/s a chip" in done.stdout
   assert "| 2×v5e:2x2 | 8 | 1 × 4 × 1 |" in (tmp_path / "scale.md").read_text()
 
-  faster = call(
-    tmp_path, *SMALL, *slices, "--config.compile.topology=v5e:2x2", "--config.compile.network=100"
-  )
-  assert faster.returncode == 0, faster.stderr
-  again = json.loads((tmp_path / "compile.json").read_text())["between_slices"]
-  assert math.isclose(again["seconds"], network["seconds"] / 4)
+
+def test_the_networks_bandwidth_is_the_generations_or_the_users():
+  """Per device, of which tpu7x has two on a chip."""
+  assert open_topology("v5e:2x2", 2).between_slices == schedule.Network(2, 25e9 / 8)
+  assert open_topology("v5e:2x2", 2, 100.0).between_slices == schedule.Network(2, 12.5e9)
+  two_cores = open_topology("tpu7x:2x2x1", 2)
+  assert len(two_cores.devices) == 2 * two_cores.n_chips == 16
+  assert two_cores.between_slices == schedule.Network(2, 100e9 / 8 / 2)
 
 
 @pytest.mark.parametrize(
