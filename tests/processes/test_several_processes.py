@@ -106,6 +106,17 @@ def test_two_processes_train_as_one(of_two, of_one):
   assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=CLOSE)
 
 
+@pytest.mark.slow
+def test_two_slices_of_a_process_each_train_as_one(of_one, tmp_path):
+  """Whichever host reads a row; the batch in two parts, whose gradients are exchanged once."""
+  settings = {"mesh.slices": 2, "train.accumulate": 2}
+  program = (str(ROOT / "tests" / "support" / "host_slices.py"),)
+  with hosts(tmp_path / "said", tmp_path / "run", settings, program=program) as started:
+    started.succeed()
+    assert "slice 2 × data 2 × fsdp 2 × tensor 1" in started.said(0)
+  assert_same_run(tmp_path / "run", of_one)
+
+
 def test_two_processes_draw_progress_as_one(of_two, of_one):
   for step in (4, 8):
     found, expected = (
