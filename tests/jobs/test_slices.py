@@ -58,7 +58,13 @@ def test_two_slices_have_the_losses_of_one_device(tiny_run, tmp_path):
   assert (tmp_path / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize("first, then", [({"slices": 2, "fsdp": 4}, {}), ({}, {"slices": 2})])
+@pytest.mark.parametrize(
+  "first, then",
+  [
+    ({"slices": 2, "fsdp": 4}, {}),
+    pytest.param({}, {"slices": 2}, marks=pytest.mark.slow),
+  ],
+)
 def test_a_checkpoint_goes_from_two_slices_to_one_device_and_back(tiny_run, tmp_path, first, then):
   train(tmp_path, stop=6, **first)
   assert checkpoint.find(str(tmp_path))[1] == 6
