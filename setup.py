@@ -87,11 +87,13 @@ setuptools.setup(
     "tensorboard": ["tensorboardX>=2.6.2,<3"],
     "wandb": ["wandb>=0.19,<1"],
     "prepare": ["tensorflow-cpu>=2.20,<3"],  # once per TFDS data set, never at run time
+    "gcs": ["gcsfs>=2026.10,<2027"],  # workdirs, checkpoints and data in buckets, gs://BUCKET/PATH
     "hub": ["huggingface_hub>=1,<3"],  # checkpoints named openai/imagegpt-small
     "onnx": ["onnxruntime>=1.20,<2"],  # job quality by a network of one's own
     "demo": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # the page to complete pictures on
     "test": [
       "axe-playwright-python>=0.1.4,<0.2",  # the page's accessibility
+      "gcsfs>=2026.10,<2027",
       "huggingface_hub>=1,<3",
       "playwright>=1.50,<2",  # the page in a browser, where there is a Chromium
       "pyright[nodejs]>=1.1.414,<1.1.420",

@@ -1,4 +1,6 @@
-"""Errors that are reported in one line. Ground floor: imports nothing."""
+"""Errors that are reported in one line. Ground floor: imports nothing of the project."""
+
+import errno
 
 
 class UserError(Exception):
@@ -39,3 +41,19 @@ class Stopped(UserError):
   """A signal stopped a part of a job, which has been saved; the same command goes on."""
 
   status = 0
+
+
+class BucketError(UserError, OSError):
+  """A bucket refuses a request or can't be reached: an error of a file, told in one line.
+
+  Args:
+    message: the line.
+    number: the error's number (errno): ENOENT and EACCES are mistakes, others may pass.
+  """
+
+  def __init__(self, message: str, number: int):
+    super().__init__(number, message)
+    self.status = 2 if number in (errno.ENOENT, errno.EACCES) else 1
+
+  def __str__(self) -> str:
+    return self.strerror or ""

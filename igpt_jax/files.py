@@ -1,17 +1,23 @@
-"""Paths, atomic writes, digests, and comparisons of JSON. Ground floor."""
+"""Paths, atomic writes, digests, and comparisons of JSON. Ground floor.
+
+A path is a local file's or the address of an object in a bucket, gs://BUCKET/PATH, which `buckets` reads
+and writes. `os.path.join`, `dirname` and `basename` take both.
+"""
 
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
-from igpt_jax import history
+from igpt_jax import buckets, history
 from igpt_jax.errors import UserError
 
 # Errors of fsync on file systems that don't support it for a folder, or at all.
@@ -19,6 +25,30 @@ _NOT_FOR_THIS = {
   errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES,
   errno.EPERM, errno.EISDIR,
 }  # fmt: skip
+
+
+_scratch = ""  # the folder of `use_scratch`
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+  """Returns True if a path is an address, such as gs://BUCKET/PATH, and not a local file's."""
+  return "://" in os.fspath(path)
+
+
+def place(name: str, path: str) -> str:
+  """Returns the absolute path, with ~ expanded, or the address of a bucket; `name` is the setting's.
+
+  Raises:
+    UserError: it is an address of another kind or without a bucket, or what reads buckets is missing.
+  """
+  if path.startswith(buckets.SCHEME):
+    return buckets.normalised(name, path)
+  if is_remote(path):
+    raise UserError(
+      f"{name}: {path}; expected a local path or gs://BUCKET/PATH; fix: mount it, and give the path below "
+      "the mount"
+    )
+  return os.path.abspath(os.path.expanduser(path))
 
 
 def local(name: str, path: str) -> str:
@@ -60,12 +90,158 @@ def user_cache(name: str) -> str:
   return os.path.join(cache, "igpt_jax", name)
 
 
+def use_scratch(folder: str) -> None:
+  """Sets the local folder of `scratch`; "": this program's in the user's cache."""
+  global _scratch
+  _scratch = local("config.scratch", folder) if folder else ""
+
+
+def scratch() -> str:
+  """Returns the local folder, which may not exist, for copies of objects that must lie on a disk."""
+  return _scratch or user_cache("scratch")
+
+
+def exists(path: str) -> bool:
+  """Returns True if there is a file or a folder."""
+  return buckets.exists(path) if is_remote(path) else os.path.exists(path)
+
+
+def is_folder(path: str) -> bool:
+  """Returns True if there is a folder; in a bucket it has something in it."""
+  return buckets.is_folder(path) if is_remote(path) else os.path.isdir(path)
+
+
+def is_file(path: str) -> bool:
+  """Returns True if there is a file."""
+  return buckets.is_object(path) if is_remote(path) else os.path.isfile(path)
+
+
+def names(folder: str) -> list[str]:
+  """Returns the names in a folder, sorted; [] if there is none."""
+  if is_remote(folder):
+    return buckets.names(folder)
+  return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def size(path: str) -> int:
+  """Returns a file's size in bytes; raises FileNotFoundError if there is none."""
+  return buckets.size(path) if is_remote(path) else os.path.getsize(path)
+
+
+def make_folder(path: str) -> None:
+  """Makes a folder and those above it, if they aren't there; a bucket needs none."""
+  if not is_remote(path):
+    os.makedirs(path, exist_ok=True)
+
+
+def remove(path: str, missing_ok: bool = False) -> None:
+  """Removes a file; raises FileNotFoundError if there is none, unless `missing_ok`."""
+  if is_remote(path):
+    buckets.remove(path, missing_ok)
+    return
+  with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
+    os.remove(path)
+
+
+def remove_folder(path: str, marker: str = "") -> None:
+  """Removes a folder, if it is there, with all in it; errors of a local disk are ignored.
+
+  Args:
+    path: the folder's.
+    marker: name of the file that tells that a folder is whole; in a bucket, it goes first.
+  """
+  if is_remote(path):
+    buckets.remove_folder(path, marker)
+  else:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def move_folder(source: str, target: str, marker: str = "") -> None:
+  """Renames a folder to a name that isn't taken, on one disk or in one bucket.
+
+  In a bucket its objects are copied, the `marker` last, and then removed, the `marker` first: who looks
+  for it sees a whole folder or none. After an interruption, the same call goes on.
+  """
+  if is_remote(source):
+    buckets.copy_folder(source, target, marker)
+    buckets.remove_folder(source, marker)
+  else:
+    os.rename(source, target)
+
+
+@contextlib.contextmanager
+def opened(path: str, mode: str = "rb") -> Iterator[IO[Any]]:
+  """Opens a file to read, as bytes ("rb") or as text in UTF-8 ("r"); an object is read whole.
+
+  Raises:
+    OSError: it can't be read.
+  """
+  text = None if "b" in mode else "utf-8"
+  if is_remote(path):
+    contents = io.BytesIO(buckets.read(path))
+    yield contents if text is None else io.TextIOWrapper(contents, text)
+    return
+  with open(path, mode, encoding=text) as file:
+    yield file
+
+
+def create_exclusively(path: str, contents: bytes) -> bool:
+  """Writes a file if there is none of this name; returns False if there is one with other contents."""
+  if is_remote(path):
+    return buckets.create(path, contents)
+  try:
+    with open(path, "xb") as file:
+      file.write(contents)
+  except FileExistsError:
+    with open(path, "rb") as file:
+      return file.read() == contents
+  return True
+
+
+def local_copy(path: str) -> str:
+  """Returns the path itself if it is local, or that of a whole copy of the object, kept in `scratch`.
+
+  A copy is used again while the object is the same, by its generation and checksum.
+
+  Raises:
+    OSError: the object can't be read, or the copy can't be written.
+  """
+  if not is_remote(path):
+    return path
+  info = buckets.described(path)
+  folder = os.path.join(scratch(), "objects", digest(path))
+  version = digest([path, str(info["generation"]), info["crc32c"]])
+  copy = os.path.join(folder, version, os.path.basename(path))
+  if not os.path.exists(copy):
+    os.makedirs(os.path.dirname(copy), exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < int(info["size"]):
+      raise OSError(
+        errno.ENOSPC, f"{info['size']} bytes of {path} don't fit: {free} are free", scratch()
+      )
+    # Processes that copy the same at once must not write into one file.
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(copy)) as own:
+      buckets.download(path, part := os.path.join(own, "part"), info)
+      os.replace(part, copy)
+    for before in names(folder):  # of older objects of the name; who has one open keeps it
+      if before != version:
+        shutil.rmtree(os.path.join(folder, before), ignore_errors=True)
+  return copy
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Yields a temporary path beside `path`, which is renamed to it when the block succeeds.
 
   A reader sees the old file or the new one, also after a power cut; after an error the old one stays.
+  What replaces an object is written to a temporary file of this machine first, and then whole.
   """
+  if is_remote(path):
+    with tempfile.TemporaryDirectory(prefix="igpt_jax_") as folder:
+      partial = os.path.join(folder, os.path.basename(path))
+      yield partial
+      buckets.upload(partial, os.fspath(path))
+    return
   partial = f"{os.fspath(path)}.partial"
   try:
     yield partial
@@ -135,8 +311,8 @@ def digest(value: Any) -> str:
 
 def digest_of_file(path: str) -> str:
   """Returns 16 hexadecimal digits of a file's contents."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+  with opened(path) as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:16]  # pyright: ignore[reportArgumentType]
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -146,7 +322,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     OSError: it can't be read.
     ValueError: it isn't a JSON object.
   """
-  with open(path, encoding="utf-8") as file:
+  with opened(os.fspath(path), "r") as file:
     values = json.load(file)
   if not isinstance(values, dict):
     raise ValueError("not a JSON object")

@@ -42,6 +42,7 @@ ADDED: dict[str, Any] = {
   "train.decay_steps": 0,
   "train.decay_shape": "1-sqrt",
   "compilation_cache": "user",
+  "scratch": "",
   "convert.dtype": "",
   "ablate.runs": [],
   "ablate.seeds": [0, 1, 2],

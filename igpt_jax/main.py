@@ -166,13 +166,14 @@ def main(argv: list[str]) -> int:
   own = folder or "." if from_run else os.path.join("runs", os.path.splitext(name)[0])
   try:
     # Until settings are known to be right, jax isn't imported: a mistake is told at once.
-    workdir = files.local("--workdir", _WORKDIR.value or own)
+    workdir = files.place("--workdir", _WORKDIR.value or own)
     given = config_flags.get_override_values(flags.FLAGS["config"])
     differences = saved.take_from_run(config, workdir, given)
     settings = fields.from_config(config)
     from igpt_jax.config import read
 
     read.check(settings)
+    files.use_scratch(settings.scratch)
   except UserError as error:
     return _fail(error, error.status)
   return _run(settings, workdir, differences)

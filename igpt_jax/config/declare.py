@@ -76,6 +76,7 @@ class Declaration:
     decides: the runs whose numbers it decides, and which can't be resumed with another value.
     host: True if every host of a run may have its own value.
     path: True if it names a local file or folder.
+    bucket: True if it may also be the address of one in a bucket.
     empty: True if a tuple may be empty.
     jobs: the jobs that read it.
   """
@@ -90,6 +91,7 @@ class Declaration:
   decides: Decides = "nothing"
   host: bool = False
   path: bool = False
+  bucket: bool = False
   empty: bool = True
   jobs: tuple[str, ...] = ()
 

@@ -41,12 +41,12 @@ class Settings(Group, jobs=tuple(JOBS)):
   seed: int = setting(0, "seed of all random numbers", least=0, most=2**32 - 1, decides="run",
     jobs=(*TRAINING, "lowdata", "sample", "complete", "quality", "fit_palette"))
   init_from: str = setting("", "a checkpoint that pretraining takes its first parameters from, such as "
-    'packaged, the model that comes with igpt_jax; "": random ones', path=True, decides="run", host=True,
+    'packaged, the model that comes with igpt_jax; "": random ones', path=True, bucket=True, decides="run", host=True,
     jobs=(*PRETRAINING, *READING, "benchmark"))
-  checkpoint: str = setting("", "checkpoint to read, local or of the Hugging Face hub "
-    "(openai/imagegpt-small), or packaged; \"\": --workdir's newest, or else init_from, or else for job "
+  checkpoint: str = setting("", "checkpoint to read, local, in a bucket (gs://BUCKET/PATH), of the Hugging "
+    "Face hub (openai/imagegpt-small), or packaged; \"\": --workdir's newest, or else init_from, or else for job "
     "complete packaged",
-    path=True, host=True, jobs=READING)
+    path=True, bucket=True, host=True, jobs=READING)
 
   data: runs.DataConfig = runs.DataConfig()
   palette: runs.PaletteConfig = runs.PaletteConfig()
@@ -68,6 +68,8 @@ class Settings(Group, jobs=tuple(JOBS)):
   compilation_cache: str = setting("user", "where compiled programs are kept, so that the next start "
     "reads them: user (the user's cache folder), workdir, off, or a folder; the environment's "
     "JAX_COMPILATION_CACHE_DIR goes first", path=True, host=True, jobs=(*PRETRAINING, *READING))
+  scratch: str = setting("", "local folder for copies of files in buckets that are mapped into memory, and "
+    "for what is made for them; \"\": in the user's cache folder", path=True, host=True, jobs=tuple(JOBS))
   profile: runs.ProfileConfig = runs.ProfileConfig()
   ablate: jobs.AblateConfig = jobs.AblateConfig()
   evaluate: jobs.EvaluateConfig = jobs.EvaluateConfig()

@@ -17,7 +17,7 @@ from igpt_jax.errors import UserError
 # Runs share these: losses are compared on the same tokens, seeds are paired, and one process trains all.
 _SHARED = (
   "job", "seed", "data", "palette", "objective", "mask_probability", "train.eval_images", "sizing",
-  "mesh", "hang_seconds", "host_seconds", "compilation_cache",
+  "mesh", "hang_seconds", "host_seconds", "compilation_cache", "scratch",
 )  # fmt: skip
 
 

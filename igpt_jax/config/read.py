@@ -33,7 +33,8 @@ def check(settings: Settings) -> None:
   """
   for name, declaration in FIELDS.items():
     if declaration.path:
-      files.local(f"config.{name}", value_of(settings, name))
+      place = files.place if declaration.bucket else files.local
+      place(f"config.{name}", value_of(settings, name))
   data, job = settings.data, settings.job
   if job == "ablate":
     overrides.check(settings, check)

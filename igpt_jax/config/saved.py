@@ -41,9 +41,10 @@ def get_config(path: str) -> Any:
       "without them"
     )
   config = base()
-  # Cached programs run here. A workdir may come from somebody else, who mustn't choose their folder.
+  # Cached programs run here. A workdir may come from somebody else, who mustn't choose the folders.
   if saved.get("compilation_cache") != "off":
     saved.pop("compilation_cache", None)
+  saved.pop("scratch", None)
   for name, value in saved.items():
     _put(config, name, value, path)
   return config

@@ -96,11 +96,12 @@ def test_what_decides_a_runs_numbers():
     "init_from", "checkpoint", "convert.source", "complete.images", "palette.path", "features.cache",
     "data.path", "data.data_dir", "data.manual_dir", "data.threads", "data.workers", "data.cache_mb",
     "data.verify", "log.tensorboard", "log.wandb", "log.wandb_project", "compilation_cache",
+    "scratch",
   }  # fmt: skip
   assert {name for name, declaration in FIELDS.items() if declaration.path} == {
     "init_from", "checkpoint", "convert.source", "convert.target", "complete.images", "data.path",
     "data.manual_dir", "palette.path", "features.cache", "quality.network", "download.directory",
-    "compilation_cache",
+    "compilation_cache", "scratch",
   }  # fmt: skip
   # Of another version: a part that decides nothing is free whatever is in it.
   assert not fields.decides("probe.later", "pretraining")

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "igpt_jax"
 # imports each other without a circle, and from lower floors whatever it needs.
 FLOORS = (
   (
+    "buckets.py",
     "cpu_compiler.py",
     "errors.py",
     "extras.py",
@@ -63,6 +64,8 @@ ONLY_IN = {
   "uvicorn": ("demo/",),
   "IPython": ("notebook.py",),
   "onnxruntime": ("jobs/quality.py",),
+  "gcsfs": ("buckets.py",),
+  "fsspec": ("buckets.py",),
 }
 
 MESH_AXES = {"fsdp", "tensor"}

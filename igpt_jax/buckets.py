@@ -1,0 +1,351 @@
+"""Google Cloud Storage, for `files`: the objects of buckets, by address gs://BUCKET/PATH. Ground floor.
+
+An object is written whole or not at all, and read whole. It has no parts to append to or to flush, and
+a folder is nothing but the first part of its objects' names. What reading and writing rely on instead:
+a finished write is seen by everyone, and an object can be made only if there is none.
+
+gcsfs is imported at the first use. The variables STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL name
+another server than Google's, without credentials.
+"""
+
+import base64
+import concurrent.futures
+import contextlib
+import errno
+import functools
+import logging
+import os
+import posixpath
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from igpt_jax import extras
+from igpt_jax.errors import BucketError, UserError
+
+SCHEME = "gs://"
+# https://cloud.google.com/storage/docs/buckets#naming
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_AT_ONCE = 8  # requests
+_CONNECT_SECONDS, _READ_SECONDS = 20, 60
+_TRIES = 3  # of a request whose contents arrive with another checksum
+_BLOCK = 1 << 22  # bytes
+_RETRIED = "after several attempts"
+
+
+def normalised(name: str, path: str) -> str:
+  """Returns an address without superfluous slashes; `name` is the setting's, for errors.
+
+  Raises:
+    UserError: it names no bucket, or gcsfs isn't installed.
+  """
+  bucket, _, key = path.removeprefix(SCHEME).partition("/")
+  if not _BUCKET.fullmatch(bucket):
+    what = f"{bucket!r} isn't a bucket's name" if bucket else "there is no bucket in it"
+    raise UserError(f"{name}: {path}: {what}; expected gs://BUCKET/PATH; fix: name the bucket")
+  parts = [part for part in key.split("/") if part not in ("", ".")]
+  if ".." in parts or not key.isprintable():
+    raise UserError(
+      f"{name}: {path!r}; expected gs://BUCKET/PATH of printable characters without '..'; fix: the "
+      "address as `gcloud storage ls` prints it"
+    )
+  _system()
+  return SCHEME + "/".join((bucket, *parts))
+
+
+def _system() -> Any:
+  """Returns gcsfs' file system; the one that other libraries get behaves as it does.
+
+  Raises:
+    UserError: gcsfs isn't installed.
+  """
+  return _system_of(os.environ.get("STORAGE_EMULATOR_HOST", ""))
+
+
+@functools.lru_cache(maxsize=4)
+def _system_of(emulator: str) -> Any:
+  # TensorFlow's file system, which etils prefers, has other errors and retries; that for zonal buckets
+  # asks about every bucket over gRPC, which no emulator answers.
+  os.environ.setdefault("EPATH_USE_TF", "false")
+  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+  try:
+    import aiohttp
+    import fsspec
+    import gcsfs
+  except ImportError:
+    raise UserError(f"gs://: buckets need gcsfs; fix: {extras.install('gcs')}") from None
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # errors are told by who meets them
+  settings = fsspec.config.conf.setdefault("gcs", {})
+  settings.setdefault("use_listings_cache", False)  # other hosts write, too
+  timeout = aiohttp.ClientTimeout(
+    total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS
+  )
+  settings.setdefault("requests_timeout", timeout)
+  if emulator:
+    settings["token"] = "anon"
+  return gcsfs.GCSFileSystem()
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+  """Turns errors of gcsfs into those of files, with `path`, or into BucketError of one line."""
+  try:
+    yield
+  except FileNotFoundError:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+  except FileExistsError:
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+  except (UserError, MemoryError):
+    raise
+  except Exception as error:
+    raise _in_words(path, error) from error
+
+
+def _in_words(path: str, error: Exception) -> Exception:
+  """Returns the BucketError that says why a request failed; errors of programs are returned as they are."""
+  import aiohttp
+  import google.auth.exceptions
+  import requests.exceptions
+  from gcsfs.retry import ChecksumError, HttpError
+
+  bucket = path.removeprefix(SCHEME).partition("/")[0]
+  text = " ".join(str(error).split())[:300]
+  code = getattr(error, "code", None)
+  sign_in = "fix: `gcloud auth application-default login`, or run as a service account"
+  if isinstance(error, google.auth.exceptions.GoogleAuthError) or code in (401, "401"):
+    return BucketError(f"{path}: the credentials aren't accepted ({text}); {sign_in}", errno.EACCES)
+  if (isinstance(error, OSError) and text.startswith("Forbidden")) or code in (403, "403"):
+    return BucketError(
+      f"{path}: no right to do this ({text}); fix: grant this account roles/storage.objectUser on "
+      f"gs://{bucket}, sign in (gcloud auth application-default login), or name a bucket of this project",
+      errno.EACCES,
+    )
+  if isinstance(error, HttpError | ValueError):
+    return BucketError(f"{path}: the bucket answers: {text or type(error).__name__}", errno.EIO)
+  lost = (
+    TimeoutError, aiohttp.ClientError, requests.exceptions.RequestException, ChecksumError, OSError
+  )  # fmt: skip
+  if isinstance(error, lost):
+    what = text or type(error).__name__
+    return BucketError(f"{path}: the bucket can't be reached {_RETRIED} ({what})", errno.EIO)
+  return error
+
+
+def _info(path: str) -> dict[str, Any] | None:
+  """Returns the description of an object or a folder; None: there is neither."""
+  if "/" not in path.removeprefix(SCHEME):  # to describe a bucket needs a right that few have
+    return {"type": "directory", "size": 0} if names(path) else None
+  try:
+    with _told(path):
+      return _system().info(path)
+  except FileNotFoundError:
+    return None
+
+
+def exists(path: str) -> bool:
+  """Returns True if there is an object of this name, or a folder."""
+  return _info(path) is not None
+
+
+def is_folder(path: str) -> bool:
+  """Returns True if there are objects below this name."""
+  info = _info(path)
+  return info is not None and info["type"] == "directory"
+
+
+def is_object(path: str) -> bool:
+  """Returns True if there is an object of this name."""
+  info = _info(path)
+  return info is not None and info["type"] != "directory"
+
+
+def size(path: str) -> int:
+  """Returns an object's size in bytes; raises FileNotFoundError if there is none."""
+  return int(described(path)["size"])
+
+
+def described(path: str) -> dict[str, Any]:
+  """Returns an object's metadata: "size", "generation", "crc32c" (base64) and others.
+
+  Raises:
+    FileNotFoundError: there is no such object.
+  """
+  info = _info(path)
+  if info is None or info["type"] == "directory":
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+  return info
+
+
+def names(folder: str) -> list[str]:
+  """Returns the names of the objects and folders in a folder, sorted; [] if there are none."""
+  own = folder.removeprefix(SCHEME)
+  try:
+    with _told(folder):
+      entries = _system().ls(folder, detail=False)
+  except FileNotFoundError:
+    return []
+  paths = (entry.rstrip("/") for entry in entries)
+  return sorted({posixpath.basename(path) for path in paths if path.startswith(f"{own}/")})
+
+
+def below(folder: str) -> list[str]:
+  """Returns the addresses of all objects in a folder and its folders, sorted; [] if there are none."""
+  with _told(folder):
+    paths = _system().find(folder)
+  own = f"{folder.removeprefix(SCHEME)}/"
+  return sorted(SCHEME + path for path in paths if path.startswith(own))
+
+
+def read(path: str) -> bytes:
+  """Returns an object's contents; raises FileNotFoundError if there is none."""
+  with _told(path):
+    return _system().cat_file(path)
+
+
+def download(path: str, target: str, info: dict[str, Any]) -> None:
+  """Copies an object into a local file.
+
+  Args:
+    path: the object's address.
+    target: the local file's path.
+    info: the object as `described` has told it.
+
+  Raises:
+    FileNotFoundError: there is no such object.
+    BucketError: it can't be read, or is another one by now.
+  """
+  import google_crc32c
+
+  for _ in range(_TRIES):
+    with _told(path):
+      _system().get_file(path, target)
+    sum_of = google_crc32c.Checksum()
+    with open(target, "rb") as file:
+      for _ in sum_of.consume(file, _BLOCK):
+        pass
+    if base64.b64encode(sum_of.digest()).decode() == info["crc32c"]:
+      return
+  raise BucketError(
+    f"{path}: what arrives isn't what its checksum says, {_RETRIED}; fix: is it being rewritten?",
+    errno.EIO,
+  )
+
+
+def write(path: str, contents: bytes) -> None:
+  """Writes an object, all or nothing; what was there is replaced."""
+  _write(path, lambda system: system.pipe_file(path, contents, consistency="md5"))
+
+
+def upload(source: str, path: str) -> None:
+  """Copies a local file into an object, all or nothing; what was there is replaced."""
+  _write(path, lambda system: system.put_file(source, path, consistency="md5"))
+
+
+def _write(path: str, request: Callable[[Any], object]) -> None:
+  from gcsfs.retry import ChecksumError
+
+  with _told(path):
+    for attempt in range(_TRIES):
+      try:
+        request(_system())
+        return
+      except ChecksumError:  # something else arrived
+        if attempt + 1 == _TRIES:
+          raise
+
+
+def create(path: str, contents: bytes) -> bool:
+  """Makes an object; returns False if there is one with other contents, which stays.
+
+  A request whose answer was lost is sent again: then it is the contents that tell whose the object is.
+  """
+  try:
+    with _told(path):
+      _system().pipe_file(path, contents, mode="create")
+    return True
+  except FileExistsError:
+    try:
+      return read(path) == contents
+    except FileNotFoundError:  # removed meanwhile
+      return False
+
+
+def remove(path: str, missing_ok: bool = False) -> None:
+  """Removes an object; raises FileNotFoundError if there is none, unless `missing_ok`."""
+  try:
+    with _told(path):
+      _system().rm_file(path)
+  except FileNotFoundError:
+    if not missing_ok:
+      raise
+
+
+def remove_folder(folder: str, marker: str = "") -> None:
+  """Removes all objects of a folder, that of the name `marker` before the others."""
+  paths = below(folder)
+  first = posixpath.join(folder, marker)
+  if first in paths:
+    remove(first, missing_ok=True)
+  _at_once(functools.partial(remove, missing_ok=True), (path for path in paths if path != first))
+
+
+def copy_folder(source: str, target: str, marker: str = "") -> None:
+  """Copies all objects of a folder, that of the name `marker` after the others."""
+  paths = below(source)
+  last = posixpath.join(source, marker)
+
+  def copy(path: str) -> None:
+    with _told(path):
+      _system().cp_file(path, target + path.removeprefix(source))
+
+  _at_once(copy, (path for path in paths if path != last))
+  if last in paths:
+    copy(last)
+
+
+def _at_once(do: Callable[[str], object], paths: Iterable[str]) -> None:
+  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as threads:
+    for _ in threads.map(do, paths):
+      pass
+
+
+def check_writable(folder: str) -> float:
+  """Writes an object into a folder and removes it; returns the seconds that this host's clock is ahead.
+
+  Raises:
+    BucketError: there is no such bucket, or no right to read, write and remove.
+  """
+  path = posixpath.join(folder, f".writable.{secrets.token_hex(8)}")
+  check_readable(folder)
+  began = time.time()
+  write(path, b"")
+  ended, made = time.time(), described(path)["ctime"]
+  remove(path)
+  return (began + ended) / 2 - made.timestamp()
+
+
+def check_readable(path: str) -> None:
+  """Raises BucketError if there is no such bucket, or no right to read in it."""
+  bucket = path.removeprefix(SCHEME).partition("/")[0]
+  try:
+    with _told(path):
+      _system().ls(path, detail=False)
+  except FileNotFoundError:
+    if not _bucket_exists(bucket):
+      raise BucketError(
+        f"{path}: there is no bucket {bucket}; fix: its name as `gcloud storage ls` prints it, or "
+        f"`gcloud storage buckets create gs://{bucket}`",
+        errno.ENOENT,
+      ) from None
+
+
+def _bucket_exists(bucket: str) -> bool:
+  """Returns False if a list of the bucket's objects is answered with 404."""
+  with _told(f"{SCHEME}{bucket}"):
+    try:
+      _system().call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)
+    except FileNotFoundError:
+      return False
+  return True
