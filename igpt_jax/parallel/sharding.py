@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from igpt_jax.errors import UserError
-from igpt_jax.parallel import hardware
+from igpt_jax.parallel import hardware, sizes
+from igpt_jax.parallel.sizes import MESH_AXES
 
-# The axes of every mesh. One over several slices has the axis of slices before them.
-MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
+# The axes of every mesh are MESH_AXES. One over several slices has the axis of slices before them.
 SLICES = "slice"
 # Those whose devices hold the same parameters, and sum their gradients.
 COPIES = (SLICES, "data")
@@ -66,32 +66,11 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else list(devices)
   groups = hardware.by_slice(devices, slices)
-  sizes = _sizes(data, fsdp, tensor, len(groups[0]), len(groups))
-  grids = [_grid(sizes, group) for group in groups]
+  shape = sizes.mesh_sizes(data, fsdp, tensor, len(groups[0]), len(groups))
+  grids = [_grid(shape, group) for group in groups]
   names = MESH_AXES if len(groups) == 1 else (SLICES, *MESH_AXES)
   grid = grids[0] if len(groups) == 1 else np.stack(grids)
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
-
-
-def _sizes(data: int, fsdp: int, tensor: int, n: int, slices: int) -> tuple[int, ...]:
-  """Returns the axis sizes over the n devices of each slice."""
-  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
-  name = f"mesh (data, fsdp, tensor) = ({data}, {fsdp}, {tensor})"
-  free = [axis for axis, size in sizes.items() if size == -1]
-  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise UserError(f"{name}: sizes must be positive, with at most one -1; fix: config.mesh")
-  fixed = math.prod(size for size in sizes.values() if size != -1)
-  if free and n % fixed == 0:
-    sizes[free[0]] = n // fixed
-  if math.prod(sizes.values()) != n:
-    nearest = [d for d in range(1, n + 1) if n % d == 0]
-    whose = "of this run" if slices == 1 else f"of each of the {slices} slices"
-    raise UserError(
-      f"{name} doesn't multiply to the {n} devices {whose}; expected sizes that "
-      f"divide {n} ({', '.join(map(str, nearest))}); fix: config.mesh, or leave one "
-      "axis at -1"
-    )
-  return tuple(sizes.values())
 
 
 def _grid(shape: tuple[int, ...], devices: Sequence[hardware.Device]) -> np.ndarray:
@@ -291,20 +270,11 @@ def batch_size_per_shard(
   Raises:
     UserError: the batch isn't divisible by the batch axes of the mesh times its parts.
   """
-  parts = batch_shards(mesh) * accumulate
-  if batch_size % parts:
-    below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
-    near = f"{below} or {above}" if below else f"{above}"
-    times = f" × train.accumulate {accumulate}" if accumulate > 1 else ""
-    axes = "slices × data × fsdp" if SLICES in mesh.axis_names else "data × fsdp"
-    raise UserError(
-      f"{what}: {batch_size} isn't divisible; expected a multiple of {axes} = "
-      f"{batch_shards(mesh)} of the mesh{times}; nearest: {near}"
-    )
-  return batch_size // parts
+  slices = mesh.shape.get(SLICES, 1)
+  return sizes.images_per_shard(batch_shards(mesh), batch_size, what, accumulate, slices)
 
 
-def check_model_fits(mesh: Mesh, *, n_head: int, n_embd: int) -> None:
+def check_model_fits(mesh: Mesh | AbstractMesh, *, n_head: int, n_embd: int) -> None:
   """Checks that a model divides over the mesh.
 
   Raises:

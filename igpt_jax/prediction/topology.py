@@ -6,14 +6,13 @@ import functools
 import importlib.util
 import math
 import os
-import re
 from typing import Any
 
 import jax
 
 from igpt_jax import extras
 from igpt_jax.errors import UserError
-from igpt_jax.parallel import hardware
+from igpt_jax.parallel import hardware, tpu_types
 from igpt_jax.prediction.bundles import Dump
 from igpt_jax.prediction.schedule import Links, Network
 
@@ -28,7 +27,6 @@ class Generation:
     network: bits a second that a chip's host can send over the data center's network, its share.
     ring: the least number of chips in a dimension that wraps around.
     narrow: True if its matrix units are 128 × 128.
-    slices: shapes that are rented out, small to large.
   """
 
   clock: float
@@ -36,19 +34,14 @@ class Generation:
   network: float
   ring: int
   narrow: bool
-  slices: tuple[str, ...]
 
 
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBIC = (
-  "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
-)  # fmt: skip
 GENERATIONS = {
-  "v4": Generation(1.05e9, 45e9, 50e9, 4, True, _CUBIC),
-  "v5e": Generation(1.5e9, 45e9, 25e9, 16, True, _FLAT),
-  "v5p": Generation(1.75e9, 90e9, 50e9, 4, True, _CUBIC),
-  "v6e": Generation(1.75e9, 90e9, 100e9, 16, False, _FLAT),
-  "tpu7x": Generation(2.2e9, 90e9, 100e9, 4, False, _CUBIC),
+  "v4": Generation(1.05e9, 45e9, 50e9, 4, True),
+  "v5e": Generation(1.5e9, 45e9, 25e9, 16, True),
+  "v5p": Generation(1.75e9, 90e9, 50e9, 4, True),
+  "v6e": Generation(1.75e9, 90e9, 100e9, 16, False),
+  "tpu7x": Generation(2.2e9, 90e9, 100e9, 4, False),
 }
 
 
@@ -116,18 +109,11 @@ def check_name(name: str) -> None:
       f"config.compile.topology: {name!r}; expected one of {', '.join(GENERATIONS)} with a slice's shape, "
       f"such as v5e:4x4 or v5p:4x4x4{hint}"
     )
-  slices = GENERATIONS[kind].slices
-  if shape not in slices:
-    chips = _chips(shape) if re.fullmatch(r"\d+(x\d+)*", shape) else 16
-    nearest = sorted(slices, key=lambda other: abs(math.log(_chips(other) / max(chips, 1))))[:3]
-    raise UserError(
-      f"config.compile.topology: {name!r}; {kind} has no slice {shape!r}; expected one that it has; nearest: "
-      f"{', '.join(f'{kind}:{s}' for s in sorted(nearest, key=_chips))}; all: {', '.join(slices)}"
-    )
-
-
-def _chips(shape: str) -> int:
-  return math.prod(int(n) for n in shape.split("x"))
+  rented = tpu_types.KINDS[kind]
+  # The compiler describes whole hosts.
+  shapes = tuple(shape for shape in rented.shapes if tpu_types.chips_of(shape) >= 4)
+  compiled = dataclasses.replace(rented, shapes=shapes)
+  tpu_types.check_shape(compiled, shape, name, "config.compile.topology")
 
 
 @functools.cache

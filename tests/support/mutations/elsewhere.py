@@ -38,9 +38,9 @@ MUTATIONS = (
   ),
   Mutation(
     "batch-divided-by-devices-alone",
-    "parallel/sharding.py",
-    "parts = batch_shards(mesh) * accumulate",
-    "parts = batch_shards(mesh)",
+    "parallel/sizes.py",
+    "parts = shards * accumulate",
+    "parts = shards",
     f"{_SHARDING}::test_a_batch_is_divided_into_parts_that_divide",
   ),
   Mutation(

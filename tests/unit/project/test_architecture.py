@@ -240,8 +240,8 @@ def probing_and_sampling_are_strangers(sources: Sources) -> list[str]:
 
 
 def prediction_is_for_job_compile(sources: Sources) -> list[str]:
-  """Job compile predicts; reading settings checks a topology's name."""
-  allowed = {"jobs/compile.py", "config/read.py"}
+  """Job compile predicts; reading settings checks a topology's name, and preflight tells forecasts."""
+  allowed = {"jobs/compile.py", "config/read.py", "workspace/preflight.py"}
   return [f"{name} imports prediction" for name in importers(sources, "prediction/") - allowed]
 
 
@@ -272,7 +272,7 @@ def the_sharding_table_alone_names_mesh_axes(sources: Sources) -> list[str]:
   return [
     f"{name}:{node.lineno}"
     for name, node in nodes_of(sources, ast.Constant)
-    if node.value in MESH_AXES and name != "parallel/sharding.py"
+    if node.value in MESH_AXES and name not in ("parallel/sharding.py", "parallel/sizes.py")
   ]
 
 
