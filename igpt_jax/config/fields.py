@@ -77,7 +77,7 @@ class Settings(Group, jobs=tuple(JOBS)):
     jobs=WATCHING)
   watch_seconds: float = setting(30.0, "seconds between two looks for checkpoints", **FROM_0, jobs=WATCHING)
   watch_patience: float = setting(0.0, "seconds without a new checkpoint before watching "
-    "ends; 0: no limit", **FROM_0, jobs=WATCHING)
+    "ends, and that it waits for a run to begin; 0: no limit, and the run has begun", **FROM_0, jobs=WATCHING)
 
   features: jobs.FeaturesConfig = jobs.FeaturesConfig()
   probe: jobs.ProbeConfig = jobs.ProbeConfig()

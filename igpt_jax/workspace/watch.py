@@ -60,12 +60,8 @@ def run(
     workdir_lib.open_workdir(workdir)
     one(settings, workdir, workdir)
     return None
-  watched = os.path.abspath(os.path.expanduser(settings.checkpoint or workdir))
-  if not os.path.isdir(watched):
-    raise UserError(
-      f"config.watch: {watched} doesn't exist; expected the workdir of a run, begun already; "
-      "fix: --workdir, or --config.checkpoint=WORKDIR"
-    )
+  watched = files.place("config.checkpoint", settings.checkpoint or workdir)
+  _wait_for_run(settings, watched)
   workdir_lib.open_workdir(workdir)
   say(f"watching {watched}")
   folder = os.path.join(workdir, folder or settings.job)
@@ -84,6 +80,24 @@ def run(
       if step in checkpoint.whole_steps(watched):
         raise
       watch.pass_over(step)
+
+
+def _wait_for_run(settings: Settings, watched: str) -> None:
+  """Waits until a workdir is there, `watch_patience` seconds at most; 0: not at all.
+
+  Raises:
+    UserError: it isn't.
+  """
+  began, patience = time.monotonic(), settings.watch_patience
+  if patience and not files.is_folder(watched):
+    say(f"waiting for a run to begin in {watched}, {patience:g} s at most")
+  while not files.is_folder(watched):
+    if time.monotonic() - began >= patience:
+      raise UserError(
+        f"config.watch: {watched} doesn't exist; expected the workdir of a run, begun already; "
+        "fix: --workdir, or --config.checkpoint=WORKDIR; or wait for it, with --config.watch_patience=SECONDS"
+      )
+    time.sleep(settings.watch_seconds)
 
 
 class _Watch:

@@ -302,6 +302,22 @@ def test_another_workdirs_run(tmp_path, whole):
 def test_nothing_to_watch(tmp_path):
   with pytest.raises(UserError, match=r"config\.watch: .* doesn't exist"):
     run(config_of(), tmp_path / "absent", recorder([]))
+  with pytest.raises(UserError, match=r"config\.watch: .* doesn't exist"):
+    run(config_of(watch_patience=0.05, watch_seconds=0.01), tmp_path / "absent", recorder([]))
+
+
+def test_a_run_that_begins_later_is_waited_for(tmp_path, whole, monkeypatch, capsys):
+  late = tmp_path / "late"
+
+  def begin(seconds):
+    write(late, 20)
+    end(late)
+
+  monkeypatch.setattr("igpt_jax.workspace.watch.time.sleep", begin)
+  seen = []
+  run(config_of(watch_patience=3_600.0), late, recorder(seen))
+  assert seen == [20]
+  assert f"waiting for a run to begin in {late}" in capsys.readouterr().out
 
 
 def test_results_that_name_settings_as_an_older_version_stand(tmp_path, whole):
