@@ -41,6 +41,17 @@ def normalised(name: str, path: str) -> str:
   Raises:
     UserError: it names no bucket, or gcsfs isn't installed.
   """
+  address = address_of(name, path)
+  _system()
+  return address
+
+
+def address_of(name: str, path: str) -> str:
+  """Returns an address as `normalised` does, where it isn't used and gcsfs needn't be installed.
+
+  Raises:
+    UserError: it names no bucket.
+  """
   bucket, _, key = path.removeprefix(SCHEME).partition("/")
   if not _BUCKET.fullmatch(bucket):
     what = f"{bucket!r} isn't a bucket's name" if bucket else "there is no bucket in it"
@@ -51,7 +62,6 @@ def normalised(name: str, path: str) -> str:
       f"{name}: {path!r}; expected gs://BUCKET/PATH of printable characters without '..'; fix: the "
       "address as `gcloud storage ls` prints it"
     )
-  _system()
   return SCHEME + "/".join((bucket, *parts))
 
 

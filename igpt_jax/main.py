@@ -9,12 +9,13 @@ if __name__ == "__main__":
   stopping.listen()  # before the imports, which take a second
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -25,6 +26,7 @@ from igpt_jax.config import help as help_lib
 from igpt_jax.config.declare import JOBS
 from igpt_jax.config.fields import FIELDS, Settings, no_such
 from igpt_jax.errors import UserError
+from igpt_jax.workspace import preflight
 
 _BEGAN = time.monotonic()
 
@@ -43,7 +45,12 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of several processes: join them by jax.distributed (launch/ sets it)."
 )
-
+_CHECK = flags.DEFINE_string(
+  "check",
+  None,
+  "Check the settings and end: here (--check), for a slice (--check=v5litepod-16, v5p:4x4x4, two: "
+  "2xv5p-128), or with the data, palette, checkpoint and workdir of the machine (--check=machine).",
+)
 
 # The config file whose argument is the path of a config.json.
 _SAVED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "saved.py:")
@@ -97,7 +104,7 @@ def _with_config_first(argv: list[str]) -> list[str]:
     elif argument in ("--config", "-config"):
       path = next(arguments, "")
     else:
-      rest.append(argument)
+      rest.append("--check=" if argument in ("--check", "-check") else argument)
   if not path and os.path.isfile(_config_json(argv)):
     path = _config_json(argv)
   if path.endswith(".json"):
@@ -152,6 +159,15 @@ def _trains(settings: Settings) -> bool:
   )
 
 
+def _rules() -> Callable[[Settings], None] | None:
+  """Returns what checks the rules that concern several settings; None: jax, which it needs, isn't installed."""
+  if importlib.util.find_spec("jax") is None:
+    return None
+  from igpt_jax.config import read
+
+  return read.check
+
+
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     return _fail(f"unexpected argument {argv[1]!r}: every option begins with --")
@@ -166,6 +182,11 @@ def main(argv: list[str]) -> int:
   own = folder or "." if from_run else os.path.join("runs", os.path.splitext(name)[0])
   try:
     # Until settings are known to be right, jax isn't imported: a mistake is told at once.
+    if _CHECK.value not in (None, preflight.MACHINE):
+      settings = fields.from_config(config)
+      for line in preflight.here(settings, _CHECK.value, _WORKDIR.value or own, _rules()):
+        print(line)
+      return 0
     workdir = files.place("--workdir", _WORKDIR.value or own)
     given = config_flags.get_override_values(flags.FLAGS["config"])
     differences = saved.take_from_run(config, workdir, given)
@@ -189,7 +210,8 @@ def _run(settings: Settings, workdir: str, differences: list[str]) -> int:
   """
   from igpt_jax.parallel import compilation_cache, hardware, hosts, joining
 
-  host_seconds, distributed = settings.host_seconds, _DISTRIBUTED.value
+  checks = _CHECK.value == preflight.MACHINE
+  host_seconds, distributed = settings.host_seconds, _DISTRIBUTED.value and not checks
   try:
     with contextlib.ExitStack() as watched:
       if distributed:
@@ -200,6 +222,10 @@ def _run(settings: Settings, workdir: str, differences: list[str]) -> int:
       from igpt_jax.workspace import agreement, places
 
       places.check(settings, workdir)
+      if checks:
+        for line in preflight.machine(settings, workdir):
+          print(files.printable(line), flush=True)
+        return 0
       hardware.check_platform()
       if distributed:
         agreement.check_settings(settings)

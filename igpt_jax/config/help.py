@@ -24,6 +24,8 @@ def of_program() -> str:
     "FILE is a config file, the name of one of the project's, or the config.json of a workdir; without",
     "--config it is DIR/config.json. --config.job names a job:",
     "", *lines, "", "--config.job=NAME --help lists the settings that a job reads. --version prints the version.",
+    "--check reads a job's settings and ends; --check=v5litepod-16 also for that TPU slice; --check=machine",
+    "opens the data, palette, checkpoint and workdir.",
     "", textwrap.fill(f"The project's configs: {', '.join(named.names())}", _WIDTH),
   ))  # fmt: skip
 

@@ -3,16 +3,53 @@
 Job compile adds a row when it runs, or replaces that of the same model, resolution and slice.
 """
 
-import json
+import dataclasses
 import os
 from typing import Any
 
-from igpt_jax import units
+from igpt_jax import files, units
 from igpt_jax.errors import UserError
 from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.parallel.sharding import MESH_AXES
 from igpt_jax.reporting import summary
 from igpt_jax.reporting.tables import markdown_table
+
+_FILE = "scale.json"
+# Where docs/scale.md has job compile write.
+WORKDIR = os.path.join("runs", "scale")
+
+# Rows that come with the program, the figures of docs/scale.md: model; slice; batch, a slice's mesh, seconds of a step.
+_CARRIED: dict[str, dict[str, tuple[int, tuple[int, int, int], float]]] = {
+  "iGPT-S 32²": {
+    "v5e:4x4": (128, (16, 1, 1), 0.0560),
+    "2×v5e:4x4": (128, (16, 1, 1), 0.0410),
+    "v5p:2x2x4": (256, (2, 8, 1), 0.0502),
+    "v6e:4x4": (128, (16, 1, 1), 0.0263),
+    "2×v6e:4x4": (128, (16, 1, 1), 0.0196),
+  },
+  "iGPT-M 32²": {
+    "v5e:4x4": (256, (2, 8, 1), 0.3693),
+    "v5p:2x2x4": (256, (2, 8, 1), 0.1883),
+    "v6e:4x4": (256, (2, 8, 1), 0.1462),
+  },
+  "iGPT-L 32²": {
+    "v5e:4x4": (128, (1, 16, 1), 0.5788),
+    "2×v5e:4x4": (128, (1, 16, 1), 0.3003),
+    "v5p:2x2x4": (256, (2, 8, 1), 0.5128),
+    "v6e:4x4": (128, (1, 16, 1), 0.2399),
+  },
+  "iGPT-L 48²": {
+    "v5e:8x8": (128, (8, 8, 1), 0.4491),
+    "v5p:2x4x4": (256, (4, 8, 1), 0.6358),
+    "v6e:4x4": (128, (2, 8, 1), 0.4611),
+  },
+  "iGPT-XL 64²": {
+    "v5e:16x16": (256, (8, 32, 1), 1.6482),
+    "v5p:4x4x4": (256, (2, 32, 1), 2.5021),
+    "v5p:8x8x8": (1_024, (16, 32, 1), 1.3538),
+    "v6e:16x16": (512, (8, 32, 1), 0.9833),
+  },
+}
 
 _HEAD = (
   "model", "slice", "chips", "data × fsdp × tensor", "batch", "remat", "fits: GiB a chip", "step",
@@ -27,17 +64,61 @@ def add(workdir: str, values: dict[str, Any]) -> None:
   Raises:
     UserError: scale.json is damaged.
   """
-  path = os.path.join(workdir, "scale.json")
-  rows: dict[str, Any] = {}
-  if os.path.exists(path):
-    try:
-      with open(path, encoding="utf-8") as file:
-        rows = dict(json.load(file))
-    except (ValueError, TypeError) as error:
-      raise UserError(f"workdir: {path} is damaged ({error}); fix: remove it") from None
+  path, rows = os.path.join(workdir, _FILE), read(workdir)
   rows[f"{name_of(values)}, {_slices(values)}"] = _row(values)
   summary.write_json(path, rows)
   summary.write_text(os.path.join(workdir, "scale.md"), markdown(rows))
+
+
+def read(workdir: str) -> dict[str, Any]:
+  """Returns the rows of a workdir's table; {} if it has none.
+
+  Raises:
+    UserError: scale.json is damaged.
+  """
+  path = os.path.join(workdir, _FILE)
+  try:
+    return files.read_json(path)
+  except FileNotFoundError:
+    return {}
+  except ValueError as error:
+    raise UserError(f"workdir: {path} is damaged ({error}); fix: remove it") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """A forecast of a model's training step on a slice.
+
+  Attributes:
+    batch_size: images in its batch.
+    mesh: its mesh within a slice, (data, fsdp, tensor).
+    step_seconds: seconds of its step.
+    source: where it is from.
+  """
+
+  batch_size: int
+  mesh: tuple[int, ...]
+  step_seconds: float
+  source: str
+
+
+def known(name: str, topology: str) -> Known | None:
+  """Returns the forecast in WORKDIR, else that of docs/scale.md; None: there is none.
+
+  Args:
+    name: by `name_of`.
+    topology: the slice's, such as "v5e:4x4"; of several, "2×v5e:4x4".
+
+  Raises:
+    UserError: the table in WORKDIR is damaged.
+  """
+  row = read(WORKDIR).get(f"{name}, {topology}", {})
+  if "step_seconds" in row:
+    mesh = tuple(row["mesh"][axis] for axis in MESH_AXES)
+    return Known(row["batch_size"], mesh, row["step_seconds"], os.path.join(WORKDIR, _FILE))
+  if (figures := _CARRIED.get(name, {}).get(topology)) is None:
+    return None
+  return Known(*figures, source="docs/scale.md")
 
 
 def name_of(values: dict[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.prediction import forecast_table
+from support.paths import ROOT
 
 
 def values_of(optimizer="adam", **options):
@@ -41,6 +43,33 @@ def test_another_recipe_has_a_row_of_its_own(tmp_path):
     "iGPT-S 32², v5e:4x4", "iGPT-S 32² (muon), v5e:4x4"
   ]  # fmt: skip
   assert "iGPT-S 32² (muon)" in (tmp_path / "scale.md").read_text()
+
+
+def test_a_forecast_of_ones_own_goes_before_the_carried_one(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs" / "scale").mkdir(parents=True)
+  assert forecast_table.known("iGPT-S 32²", "v5e:4x4").source == "docs/scale.md"
+  assert forecast_table.known("iGPT-S 32²", "3×v5e:4x4") is None
+  forecast_table.add("runs/scale", values_of())  # doesn't fit: no time
+  assert forecast_table.known("iGPT-S 32²", "v5e:4x4").source == "docs/scale.md"
+  timed = values_of() | {"step_seconds": 0.5, "mfu": 0.5, "images_per_second": 2.0}
+  forecast_table.add("runs/scale", timed | {"days": 1.0, "chip_hours": 1.0})
+  own = forecast_table.known("iGPT-S 32²", "v5e:4x4")
+  assert own == forecast_table.Known(128, (16, 1, 1), 0.5, "runs/scale/scale.json")
+
+
+def test_the_carried_forecasts_are_those_of_the_page():
+  """Each is a row of a table in docs/scale.md: its slice, and its step in whole or tenths of milliseconds."""
+  page = (ROOT / "docs" / "scale.md").read_text()
+  for name, slices in forecast_table._CARRIED.items():
+    for topology, (_, _, seconds) in slices.items():
+      step = f"{1e3 * seconds:,.0f}|{1e3 * seconds:,.1f}"
+      several, _, size = topology.rpartition("×")
+      model, slices = name, topology
+      if several:
+        model, slices = f"`imagenet32_{name[5].lower()}`", f"{several} × {size}"
+      row = re.compile(rf"^\| {model} \| {slices} \|(.*\|)? ({step}) ms \|", re.MULTILINE)
+      assert row.search(page), (name, topology, seconds)
 
 
 def test_slices_have_a_row_of_their_own_with_what_crosses_between_them(tmp_path):

@@ -1,0 +1,112 @@
+"""What is known of a job before a slice is rented, and on its first host."""
+
+import dataclasses
+import os
+
+import pytest
+
+from igpt_jax.config import fields, read
+from igpt_jax.errors import UserError
+from igpt_jax.workspace import preflight
+
+
+def settings_of(**values):
+  own = {"data.resolution": 32, "train.steps": 1_000_000, "train.batch_size": 128}
+  return fields.with_values(fields.Settings(), own | values)
+
+
+def said(settings, asked, workdir="gs://bucket/run", check=read.check):
+  lines = list(preflight.here(settings, asked, workdir, check))
+  return {line.partition(": ")[0]: line.partition(": ")[2] for line in lines}
+
+
+def test_hours_and_grace_are_those_of_the_forecast():
+  lines = said(settings_of(), "v5litepod-16")
+  assert lines["slice"] == "v5litepod-16 (v5e:4x4): 16 chips, 4 hosts"
+  # 1,000,000 × 56.0 ms, and 12 bytes for each of 76.6 million parameters over 4 hosts.
+  assert lines["time"].startswith(
+    "15.6 hours, 249 chip-hours: 1,000,000 steps of 56 ms, iGPT-S 32²"
+  )
+  assert "made with" not in lines["time"]
+  assert lines["grace"].startswith("3 s to save when told to stop: two steps and 919 MB by 4 hosts")
+  assert "https://cloud.google.com/tpu/pricing" in lines["price"]
+  # Another batch and mesh take their share of the forecast's, and say so.
+  other = said(settings_of(**{"train.batch_size": 256, "mesh.fsdp": 2}), "v5litepod-16")
+  assert "steps of 112 ms" in other["time"]
+  assert "made with batch 128, mesh (16, 1, 1)" in other["time"]
+
+
+def test_where_there_is_no_forecast_it_says_how_to_get_one():
+  lines = said(settings_of(**{"train.optimizer": "muon"}), "v6e:2x4")
+  assert "no forecast of iGPT-S 32² (muon) on v6e:2x4; to get one" in lines["time"]
+  assert "--config.job=compile --config.compile.topology=v6e:2x4" in lines["time"]
+  assert "whose time isn't known" in lines["grace"]
+  lines = said(settings_of(job="probe"), "v6e:2x4")
+  assert lines["time"].startswith("no forecast") and "grace" not in lines
+  assert said(settings_of(), "").keys() == {"config"}
+
+
+@pytest.mark.parametrize(
+  "values, asked, message",
+  [
+    ({}, "v5litepod-17", r"nearest: v5litepod-8, v5litepod-16"),
+    ({"train.batch_size": 100}, "v5litepod-16", r"train\.batch_size: 100 .*nearest: 96 or 112"),
+    ({"train.accumulate": 16}, "v5litepod-16", r"16 of the mesh × train\.accumulate 16"),
+    ({"mesh.data": 3}, "v5litepod-16", r"doesn't multiply to the 16 devices"),
+    ({"mesh.fsdp": 16, "model.n_embd": 24}, "v5litepod-16", r"mesh\.fsdp: 16"),
+    ({"job": "finetune", "finetune.batch_size": 24}, "v6e-16", r"finetune\.batch_size: 24"),
+    ({"job": "evaluate", "evaluate.batch_size": 24}, "v6e-16", r"evaluate\.batch_size: 24"),
+    ({"job": "probe", "features.batch_size": 24}, "v6e-16", r"features\.batch_size: 24"),
+    ({"train.batch_size": 32}, "tpu7x-64", r"multiple of data × fsdp = 64"),  # two devices a chip
+    ({"train.warmup_steps": 2_000_000}, "v5litepod-16", r"warmup_steps"),
+    ({}, "2xv5litepod-16", r"mesh\.slices: 1; 2 slices would be asked for"),
+  ],
+)
+def test_settings_that_do_not_suit_the_slice(values, asked, message):
+  with pytest.raises(UserError, match=message):
+    said(settings_of(**values), asked)
+
+
+def test_an_address_without_a_bucket():
+  with pytest.raises(UserError, match=r"--workdir: gs:///run: there is no bucket in it"):
+    said(settings_of(), "v5litepod-16", "gs:///run")
+  assert said(settings_of(), "", "/mnt/not here/run")
+
+
+def test_without_jax_batch_and_slice_are_checked_all_the_same():
+  lines = said(settings_of(), "v5litepod-16", check=None)
+  assert "no jax here" in lines["config"] and "without jax" in lines["time"]
+  with pytest.raises(UserError, match=r"train\.batch_size: 100"):
+    said(settings_of(**{"train.batch_size": 100}), "v5litepod-16", check=None)
+
+
+def test_the_machine_opens_what_the_job_will(tmp_path):
+  tiny = fields.Settings(data=dataclasses.replace(fields.Settings().data, name="digits"))
+  lines = list(preflight.machine(tiny, str(tmp_path / "run")))
+  assert lines[0] == f"workdir: {tmp_path / 'run'}: can be written to"
+  assert lines[1].startswith("data: digits/")
+  assert os.listdir(tmp_path / "run") == []
+  # Evaluation that starts beside the training has no checkpoint yet; other evaluation must.
+  probe = dataclasses.replace(tiny, job="probe")
+  assert len(list(preflight.machine(dataclasses.replace(probe, watch=True), str(tmp_path)))) == 2
+  with pytest.raises(UserError, match="no checkpoint in"):
+    list(preflight.machine(probe, str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"data.name": "imagenet2012", "data.data_dir": "/nowhere"}, "not prepared in /nowhere"),
+    ({"palette.path": "/nowhere.npy"}, "/nowhere.npy: No such file"),
+    ({"init_from": "/nowhere"}, "/nowhere"),
+  ],
+)
+def test_what_is_not_on_the_machine(tmp_path, values, message):
+  with pytest.raises(UserError, match=message):
+    list(preflight.machine(fields.with_values(fields.Settings(), values), str(tmp_path)))
+
+
+def test_a_workdir_of_another_run_or_that_cannot_be_written_to(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="can't be written to"):
+    list(preflight.machine(fields.Settings(), str(tmp_path / "file" / "run")))
