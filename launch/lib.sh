@@ -9,7 +9,7 @@ RENAME_LIMIT=100000
 
 # One second, the unit of every wait; tests make it shorter.
 TICK=${LAUNCH_TICK:-1}
-dry_run=""
+dry_run="" no_check=""
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck disable=SC2034  # for the scripts that source this
 REPO_DIR=$(dirname "$LAUNCH_DIR")
@@ -163,8 +163,8 @@ check_main_args() {
   [ -n "$config" ] || die "missing argument: --config=…; for example -- --config=configs/imagenet32_s.py"
   [ -n "$workdir" ] || die "missing argument: --workdir=…; the directory the run lives in"
   case $workdir in
-    *://*) die "--workdir=$workdir; expected a directory; fix: mount the bucket, with --mount=BUCKET:/DIR" \
-      "or see launch/README.md, and give a directory under it" ;;
+    gs://?*) ;;
+    *://*) die "--workdir=$workdir; expected a directory, or a bucket's address, gs://BUCKET/RUN" ;;
   esac
 }
 
@@ -183,16 +183,120 @@ check_mounts() {
   done
 }
 
-# check_lasting_workdir [NAME:DIR…]: refuses a work directory that goes when the machines go. Only one
-# under something mounted outlives them and is the same on every host.
+# check_lasting_workdir [NAME:DIR…]: refuses a work directory that goes when the machines go. Only one in
+# a bucket, or under something mounted, outlives them and is the same on every host.
 check_lasting_workdir() {
   local mount
+  case $workdir in gs://*) return 0 ;; esac
   for mount in "$@"; do
     case $workdir/ in "${mount#*:}"/*) return 0 ;; esac
   done
-  die "--workdir=$workdir would be deleted with the machines; fix: a directory under what --mount" \
-    "(xpk.sh: --storage) mounts"
+  die "--workdir=$workdir would be deleted with the machines; fix: a bucket's address, gs://BUCKET/RUN," \
+    "or a directory under what --mount (xpk.sh: --storage) mounts"
 }
+
+# --- Before anything is asked for -----------------------------------------------------------------
+
+# find_reader: prints an interpreter that can read a config here: $PYTHON if set, else that of the
+# repository's environment, else one on PATH. It needs neither jax nor the rest of the package's.
+find_reader() {
+  local python
+  for python in ${PYTHON:+"$PYTHON"} "$REPO_DIR/.venv/bin/python" python3 python; do
+    if (cd "$REPO_DIR" && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))
+import absl, ml_collections, igpt_jax') >/dev/null 2>&1; then
+      printf '%s' "$python"
+      return
+    fi
+    [ -z "${PYTHON:-}" ] || break
+  done
+  die "no Python 3.11 or later that can read the config here${PYTHON:+ (PYTHON=$PYTHON)}; fix: python3 -m" \
+    "venv $REPO_DIR/.venv && $REPO_DIR/.venv/bin/pip install absl-py ml_collections (with jax it says" \
+    "more: --editable $REPO_DIR), or PYTHON=…, or --no-check, which asks for machines unchecked"
+}
+
+needed_grace=0  # seconds that the run needs to save, by preflight
+
+# preflight SLICE ARG…: ends the script with 2 if igpt_jax.main would refuse the arguments, or SLICE (a
+# type, KIND:TOPOLOGY, or "") doesn't exist or doesn't suit them. It prints what they would take.
+preflight() {
+  local slice=$1 python report line
+  shift
+  [ -z "$no_check" ] || return 0
+  python=$(find_reader) || exit 2
+  # Relative paths are taken from where entry.sh runs.
+  report=$(cd "$REPO_DIR" && "$python" -m igpt_jax.main "$@" --check="$slice") || exit 2
+  needed_grace=$(sed -n 's/^grace: \([0-9]*\) s.*/\1/p' <<<"$report")
+  needed_grace=${needed_grace:-0}
+  # A babysitter's first look has said it already.
+  [ -z "${BABYSITTER:-}" ] || return 0
+  while read -r line; do say "$line"; done <<<"$report"
+}
+
+# choose_grace LEAST [NOTICE]: sets `grace`, unless it is set, to the seconds that the run needs to save,
+# at least LEAST; and says if it gets less, or the machines go NOTICE seconds after they are told.
+choose_grace() {
+  local notice=${2:-}
+  [ -n "$grace" ] || grace=$((needed_grace > $1 ? needed_grace : $1))
+  [ "$grace" -ge "$needed_grace" ] ||
+    say "--grace=$grace: to save, the run needs $needed_grace s: more may be lost than its last two steps"
+  [ -z "$notice" ] || [ "$needed_grace" -le "$notice" ] ||
+    say "a preemption comes with $notice s of notice, to save takes $needed_grace s: what was trained since" \
+      "the last checkpoint is lost then; fix: a smaller --config.train.checkpoint_every"
+}
+
+# choose_slices: reads the option `slices`, and sets `main_args` to "$@", for so many.
+choose_slices() {
+  main_args=("$@")
+  [ -n "$slices" ] || slices=1
+  need_count slices "$slices"
+  [ "$slices" -gt 0 ] || die "--slices=0; expected 1 or more"
+  [ "$slices" -eq 1 ] || main_args+=("--config.mesh.slices=$slices")
+}
+
+# check_watch: reads the options `watch` and `watch_on`, and `name`; sets `watched` to the jobs.
+# shellcheck disable=SC2154  # the options are those of the scripts that call this
+check_watch() {
+  local job
+  watched=()
+  [ -n "$watch" ] || return 0
+  IFS=, read -r -a watched <<<"$watch"
+  for job in "${watched[@]}"; do
+    case $job in
+      evaluate | probe | sample | quality) ;;
+      *) die "--watch=$watch; expected some of evaluate, probe, sample, quality, with commas between them" ;;
+    esac
+    need_name name "$name-$job"
+  done
+  need_option watch-on "$watch_on"
+}
+
+# watch_args JOB ARG…: sets `job_args` to the arguments of a job that evaluates each checkpoint of the run
+# with ARG…, from the first, for which it waits a day, until the run ends.
+watch_args() {
+  local job=$1
+  shift
+  # shellcheck disable=SC2034  # for the scripts that source this
+  job_args=("$@" "--config.job=$job" --config.watch=True --config.watch_patience=86400)
+}
+
+# read_env NAME[=VALUE]…: sets `variables` to NAME=VALUE…; NAME alone has the value that it has here.
+read_env() {
+  local variable key
+  variables=()
+  for variable in "$@"; do
+    key=${variable%%=*}
+    [[ $key =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die "--env=$key; expected NAME, or NAME=VALUE"
+    if [ "$key" = "$variable" ]; then
+      [ -n "${!key+set}" ] || die "--env=$key: not set here; expected a variable of this environment; fix:" \
+        "export $key, or --env=$key=VALUE"
+      variable=$key=${!key}
+    fi
+    case $variable in *$'\n'*) die "--env=$key: its value has a line break in it" ;; esac
+    variables+=("$variable")
+  done
+}
+
+# --- Environments ---------------------------------------------------------------------------------
 
 # find_python: prints an interpreter of 3.11 or later: $PYTHON if set, else the first on PATH.
 find_python() {

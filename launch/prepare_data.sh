@@ -15,7 +15,9 @@
 #
 #   --venv=DIR       the virtual environment; default: .venv-prepare in the repository
 #   --python=PYTHON  the interpreter that makes it, 3.11 or later; default: python3
-#   --dry-run        print the commands, run nothing
+#   --dry-run        read the config, which needs a Python with absl-py and ml_collections, print the
+#                    commands, run nothing
+#   --no-check       with --dry-run: don't read the config
 #
 # launch/README.md tells how to bring the prepared data to a bucket.
 set -euo pipefail
@@ -23,7 +25,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 venv=$REPO_DIR/.venv-prepare python=python3
-read_options --venv= --python= -- "$@"
+read_options --venv= --python= --no-check -- "$@"
 set -- ${main_args[@]+"${main_args[@]}"}
 need_option venv "$venv"
 check_main_args "$@"
@@ -32,5 +34,6 @@ case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 
 [ -n "$dry_run" ] || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   die "--python=$python; expected Python 3.11 or later"
+[ -z "$dry_run" ] || preflight "" "$@" --config.job=prepare
 make_venv "$venv" "$python" prepare
 run env PYTHON="$venv/bin/python" bash "$LAUNCH_DIR/entry.sh" "$@" --config.job=prepare

@@ -4,7 +4,8 @@
 #
 #   launch/tpu_babysit.sh --name=igpt-l --zone=ZONE --type=v5p-128 --capacity=spot \
 #     --mount=BUCKET:/mnt/bucket -- \
-#     --config=configs/imagenet32_l.py --workdir=/mnt/bucket/igpt-l
+#     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l \
+#     --config.data.data_dir=/mnt/bucket/data
 #
 # Takes every option of tpu_vm.sh except --delete, and:
 #
@@ -35,7 +36,7 @@ place=()
 for option in ${others[@]+"${others[@]}"}; do
   case $option in
     --delete) die "--delete is tpu_vm.sh's" ;;
-    --name=* | --zone=* | --project=* | --internal-ips) place+=("$option") ;;
+    --name=* | --zone=* | --project=* | --internal-ips | --slices=* | --grace=*) place+=("$option") ;;
   esac
 done
 need_count max-restarts "$max_restarts"
@@ -50,15 +51,17 @@ tpu_vm=$LAUNCH_DIR/tpu_vm.sh
 if [ -n "$dry_run" ]; then
   exec bash "$tpu_vm" ${keep:+--keep} --dry-run "${session_options[@]}" -- "$@"
 fi
-bash "$tpu_vm" --dry-run ${keep:+--keep} "${session_options[@]}" -- "$@" >/dev/null
 need gcloud tar
+bash "$tpu_vm" --dry-run ${keep:+--keep} "${session_options[@]}" -- "$@" >/dev/null
 
+machines_end=deletes
+[ -z "$keep" ] || machines_end=keeps
 child=""
 # Runs tpu_vm.sh in a process group of its own, so that a signal to this script is answered at once.
 tpu_vm() {
   local status=0
   set -m
-  BABYSITTER=1 bash "$tpu_vm" "$@" </dev/null &
+  BABYSITTER=$machines_end bash "$tpu_vm" "$@" </dev/null &
   child=$!
   set +m
   wait "$child" || status=$?

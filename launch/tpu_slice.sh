@@ -53,14 +53,19 @@ machines_gone() {
 create() {
   # Set before asking: an interrupted request may still have arrived.
   owned=1
-  set -- create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime_version" \
+  if [ "$slices" -eq 1 ]; then
+    set -- --node-id="$name"
+  else
+    set -- --node-count="$slices" --node-prefix="$name"
+  fi
+  set -- create "$@" --accelerator-type="$type" --runtime-version="$runtime_version" \
     --labels="igpt_jax_owner=$owner" ${create_flag[@]+"${create_flag[@]}"}
   if [ -n "$dry_run" ]; then
     queued_resource "$@"
     dry_state=ACTIVE
     return
   fi
-  say "asking for $type in $zone, $capacity; owner ID $owner"
+  say "asking for $slices × $type in $zone, $capacity; owner ID $owner"
   if queued_resource "$@" 2>"$tmp/create"; then
     created=1
     return
@@ -146,10 +151,42 @@ ended=0      # the status it ended with
 started=""   # it may be running
 follower=""  # process group that streams the log
 
-# on_workers WORKER LINE: runs a line of shell on worker 0, 1, … or all.
-on_workers() {
-  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" \
+# The nodes: one slice is one node.
+nodes=("$name")
+if [ "$slices" -gt 1 ]; then
+  nodes=()
+  for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
+fi
+
+# on_nodes COMMAND…: runs `COMMAND… NODE` for every node, at once; fails as one of those that fail.
+on_nodes() {
+  local node status=0 pid pids=()
+  if [ ${#nodes[@]} -eq 1 ] || [ -n "$dry_run" ]; then
+    for node in "${nodes[@]}"; do "$@" "$node" || return; done
+    return
+  fi
+  for node in "${nodes[@]}"; do
+    "$@" "$node" &
+    pids+=("$!")
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+  return "$status"
+}
+
+# on_node WORKER LINE NODE
+on_node() {
+  run gcloud compute tpus tpu-vm ssh "$3" "${where[@]}" "${ssh_flags[@]}" \
     --worker="$1" --command="$2" </dev/null
+}
+
+# on_workers WORKER LINE: runs a line of shell on all workers, or on the first node's worker 0.
+on_workers() {
+  if [ "$1" = all ]; then on_nodes on_node all "$2"; else on_node "$1" "$2" "${nodes[0]}"; fi
+}
+
+# copy FILE TARGET NODE: copies a file into the home directory of every worker of a node.
+copy() {
+  run gcloud compute tpus tpu-vm scp "$1" "$3:$2" "${where[@]}" "${scp_flags[@]}" --worker=all
 }
 
 reach() {
@@ -186,8 +223,7 @@ put_source() {
     line="$line && git clone --quiet -- $(shell_quote "$git") igpt_jax"
     [ -z "$ref" ] || line="$line && git -C igpt_jax checkout --quiet $(shell_quote "$ref")"
   else
-    run gcloud compute tpus tpu-vm scp "$tmp/igpt_jax.tar.gz" "$name:igpt_jax.tar.gz" \
-      "${where[@]}" "${scp_flags[@]}" --worker=all || return
+    on_nodes copy "$tmp/igpt_jax.tar.gz" igpt_jax.tar.gz || return
     line="$line && mkdir igpt_jax && tar -xzf igpt_jax.tar.gz -C igpt_jax"
   fi
   on_workers all "$line"
@@ -200,12 +236,40 @@ mount_buckets() {
   done
 }
 
+# Copies the environment of --env: on a command line others could read it.
+put_env() {
+  local variable
+  if [ -z "$dry_run" ]; then
+    for variable in "${variables[@]}"; do
+      printf 'export %s\n' "$(shell_quote "$variable")"
+    done >"$tmp/env"
+    chmod 600 "$tmp/env"
+  fi
+  on_nodes copy "$tmp/env" igpt_jax_env
+}
+
+refused=""  # the first host found a mistake in the arguments, the config, the data or the work directory
+
+# Lets the first host open what the run will need, before all hosts start.
+check_there() {
+  local lines
+  [ -z "$no_check" ] || return 0
+  set -- on_workers 0 "$worker check $(shell_quote "${main_args[@]}")"
+  if [ -n "$dry_run" ]; then
+    "$@"
+    return
+  fi
+  lines=$("$@") || true
+  case $lines in
+    *": checked 0"*) return 0 ;;
+    *": checked 2"*) refused=1 ;;
+  esac
+  return 1
+}
+
 start() {
-  local line
-  line="$worker start $(shell_quote "${main_args[@]}")"
-  [ ${#env[@]} -eq 0 ] || line="env $(shell_quote "${env[@]}") $line"
   started=1
-  on_workers all "$line"
+  on_workers all "env $(shell_quote "IGPT_OWNER=$run_owner") $worker start $(shell_quote "${main_args[@]}")"
 }
 
 workers_state() {
@@ -271,7 +335,7 @@ follow() {
           say "some hosts still run $STRAGGLER_TICKS s after the first one ended: stopping them"
           # What the others came to is what happened, not that these were stopped for it.
           stragglers=$((ended ? ended : 1))
-          on_workers all "$worker stop" || true
+          on_workers all "$worker stop $grace" || true
         fi
         ;;
       unreachable)

@@ -4,13 +4,15 @@
 #
 #   launch/tpu_vm.sh --name=igpt-s --zone=ZONE --type=v5litepod-16 --capacity=spot \
 #     --mount=BUCKET:/mnt/bucket -- \
-#     --config=configs/imagenet32_s.py --workdir=/mnt/bucket/igpt-s
+#     --config=configs/imagenet32_s.py --workdir=gs://BUCKET/igpt-s \
+#     --config.data.data_dir=/mnt/bucket/data
 #
 # What comes after "--" goes to `python -m igpt_jax.main` on every host, with --distributed.
 #
 #   --name=NAME             the queued resource, and its TPU node, to make
 #   --zone=ZONE             where
 #   --type=TYPE             accelerator type: v5litepod-16, v5p-128, v6e-64, …
+#   --slices=N              so many slices of that type, joined by the network; default 1
 #   --capacity=KIND         on-demand (default), spot, or reserved
 #   --project=PROJECT       default: gcloud's own setting
 #   --runtime-version=V     TPU VM image; default: the one made for TYPE
@@ -21,14 +23,21 @@
 #   --mount=BUCKET:DIR      mount a bucket at DIR on every host with gcsfuse; may be repeated
 #   --shared=DIR            DIR outlives the machines and is the same on all of them by other means,
 #                           an NFS mount or the like; may be repeated
-#   --env=NAME=VALUE        environment of the run; may be repeated
+#   --env=NAME[=VALUE]      environment of the run; without a value, the one that it has here, which isn't
+#                           printed; may be repeated
+#   --watch=JOB,…           beside it, evaluate each checkpoint: some of evaluate, probe, sample, quality
+#   --watch-on=TYPE         what each of those runs on: a slice of that type, of its own, made and deleted
+#                           like this one; or here, this machine
+#   --grace=SECONDS         when the run is stopped, to save a checkpoint; default: what the config needs, 180
+#                           or more
 #   --keep                  leave the machines, and the run if this script is interrupted
 #   --owner=ID              take over machines that a launch with this ID made (it prints its ID)
 #   --delete                only stop the run and delete the machines; needs --owner
-#   --dry-run               print the commands, run nothing
+#   --no-check              read the config neither here first, nor on the first host
+#   --dry-run               read the config, print the commands, run nothing
 #
 # Ctrl-C stops the run, which saves a checkpoint, and deletes the machines; with --keep it only
-# detaches. Run it in tmux or the like: closing the terminal counts as Ctrl-C.
+# detaches, and ends what --watch started. Run it in tmux or the like: closing the terminal counts as Ctrl-C.
 #
 # Exit status: 0 the run ended; 2 a mistake in the arguments or the config; 75 the machines were
 # preempted or lost; 143 the run was told to stop; anything else is the failed run's own.
@@ -37,11 +46,11 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 name="" zone="" type="" capacity=on-demand project="" runtime_version="" valid_until=""
-internal_ips="" git="" ref="" keep="" owner="" delete=""
+internal_ips="" git="" ref="" keep="" owner="" delete="" slices="" grace="" watch="" watch_on=""
 create_flag=() mount=() shared=() env=()
-read_options --name= --zone= --type= --capacity= --project= --runtime-version= --valid-until= \
-  --create-flag+= --internal-ips --git= --ref= --mount+= --shared+= --env+= --keep --owner= --delete \
-  -- "$@"
+read_options --name= --zone= --type= --slices= --capacity= --project= --runtime-version= --valid-until= \
+  --create-flag+= --internal-ips --git= --ref= --mount+= --shared+= --env+= --watch= --watch-on= \
+  --grace= --keep --owner= --delete --no-check -- "$@"
 set -- ${main_args[@]+"${main_args[@]}"}
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -50,6 +59,11 @@ need_option name "$name"
 need_option zone "$zone"
 need_name name "$name"
 [ -z "$owner" ] || need_name owner "$owner"
+choose_slices "$@"
+[ -z "$grace" ] || need_count grace "$grace"
+# Of the run's lock: the same after every restart, and of one living run, as its machines' name is.
+run_owner=tpu_vm/$project/$zone/$name
+need gcloud tar
 where=(--zone="$zone" --quiet)
 [ -z "$project" ] || where+=(--project="$project")
 
@@ -57,6 +71,11 @@ if [ -n "$delete" ]; then
   need_option owner "$owner"
 else
   need_option type "$type"
+  # What the slices of --watch have in common with this one.
+  alike=(--zone="$zone" --capacity="$capacity" ${project:+--project="$project"}
+    ${internal_ips:+--internal-ips} ${valid_until:+--valid-until="$valid_until"}
+    ${git:+--git="$git"} ${ref:+--ref="$ref"} ${create_flag[@]+"${create_flag[@]/#/--create-flag=}"}
+    ${mount[@]+"${mount[@]/#/--mount=}"} ${shared[@]+"${shared[@]/#/--shared=}"})
   case $capacity in
     on-demand) ;;
     spot | reserved) create_flag+=("--$capacity") ;;
@@ -79,12 +98,23 @@ else
   check_mounts mount ${mount[@]+"${mount[@]}"}
   [ -n "$keep" ] ||
     check_lasting_workdir ${mount[@]+"${mount[@]}"} ${shared[@]+"${shared[@]/#/shared:}"}
-  for variable in ${env[@]+"${env[@]}"}; do
-    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "--env=$variable; expected NAME=VALUE"
+  read_env ${env[@]+"${env[@]}"}
+  check_watch
+  for job in ${watched[@]+"${watched[@]}"}; do
+    watch_args "$job" "$@"
+    if [ "$watch_on" = here ]; then slice=""; else slice=$watch_on; fi
+    preflight "$slice" "${job_args[@]}"
   done
+  preflight "${slices}x$type" "${main_args[@]}"
+  # Spot machines go 30 s after they are told.
+  notice=""
+  if [ "$capacity" = spot ]; then notice=30; fi
+  choose_grace 180 $notice
   [ -n "$owner" ] || owner=igpt-$(date +%Y%m%d-%H%M%S)-$RANDOM
 fi
-main_args=("$@" --distributed)
+[ -n "$grace" ] || grace=180
+run_args=("$@")
+main_args+=(--distributed)
 
 # shellcheck source-path=SCRIPTDIR source=tpu_slice.sh
 . "$LAUNCH_DIR/tpu_slice.sh"
@@ -115,9 +145,55 @@ session() {
     step "copying the code" put_source || return
     step "installing" on_workers all "$worker install" || return
     step "mounting buckets" mount_buckets || return
+    [ ${#variables[@]} -eq 0 ] || step "copying the environment" put_env || return
+    step "checking data, checkpoint and work directory on the first host" check_there ||
+      return $((refused ? 2 : $?))
     step "starting" start || return
   fi
+  start_watchers
   follow
+}
+
+watchers=()  # process ids of what --watch started, one for each of `watched`
+
+# Starts the jobs of --watch, each on a slice of its own by this script, or here.
+start_watchers() {
+  local job command variable
+  for job in ${watched[@]+"${watched[@]}"}; do
+    watch_args "$job" "${run_args[@]}"
+    if [ "$watch_on" = here ]; then
+      command=(env IGPT_OWNER="$run_owner/$job" PYTHON="$(find_reader)" bash "$LAUNCH_DIR/entry.sh" "${job_args[@]}")
+    else
+      command=(bash "$0" --name="$name-$job" --type="$watch_on" "${alike[@]}" --owner="$owner"
+        ${no_check:+--no-check} ${env[@]+"${env[@]/#/--env=}"} ${dry_run:+--dry-run} -- "${job_args[@]}")
+    fi
+    if [ -z "$dry_run" ]; then
+      say "$job of each checkpoint, on $watch_on"
+      "${command[@]}" </dev/null > >(sed "s/^/[$job] /") 2>&1 &
+      watchers+=("$!")
+    elif [ "$watch_on" = here ]; then
+      shell_quote "${command[@]}"
+    else
+      "${command[@]}"
+    fi
+  done
+}
+
+# Waits for them: they end once the last checkpoint is done.
+# shellcheck disable=SC2329  # cleanup runs it
+wait_for_watchers() {
+  local i status
+  for i in ${watchers[@]+"${!watchers[@]}"}; do
+    status=0
+    wait "${watchers[i]}" || status=$?
+    [ "$status" -eq 0 ] || say "${watched[i]} ended with status $status; the training isn't concerned"
+  done
+}
+
+# shellcheck disable=SC2329  # cleanup runs it
+stop_watchers() {
+  [ ${#watchers[@]} -eq 0 ] || kill -TERM "${watchers[@]}" 2>/dev/null || true
+  wait_for_watchers
 }
 
 # shellcheck disable=SC2329  # cleanup runs it
@@ -134,22 +210,23 @@ cleanup() {
   trap - EXIT
   trap '' INT TERM HUP
   [ -z "$follower" ] || kill -TERM -- "-$follower" 2>/dev/null || true
+  # A babysitter decides about the machines itself, unless what --watch started outlives the run.
+  if [ "$status" -eq 0 ] && [ "${BABYSITTER:-}" = deletes ] && [ ${#watchers[@]} -gt 0 ]; then keep=""; fi
   if [ -n "$owned" ] && [ -n "$keep" ]; then
-    # A babysitter decides about them itself.
     [ -n "$dry_run${BABYSITTER:-}" ] || say "$name is kept; to stop the run and delete it: $(how_to_delete)"
   elif [ -n "$owned" ]; then
     if [ -n "$started" ] && [ "$state" = ACTIVE ]; then
       say "stopping the run: it saves a checkpoint"
-      on_workers all "$worker stop" || true
+      on_workers all "$worker stop $grace" || true
     fi
     [ -n "$dry_run" ] || say "deleting $name"
     delete_own || [ "$status" -ne 0 ] || status=1
   fi
+  if [ "$status" -eq 0 ]; then wait_for_watchers; else stop_watchers; fi
   [ -n "$dry_run" ] || rm -rf "$tmp"
   exit "$status"
 }
 
-need gcloud tar
 tmp=${TMPDIR:-/tmp}/igpt_jax.XXXXXX
 [ -n "$dry_run" ] || tmp=$(mktemp -d "$tmp")
 trap cleanup EXIT

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
 # The part of tpu_vm.sh that runs on each TPU VM: it lives in the copied repository, ~/igpt_jax.
 #
-#   tpu_worker.sh install            a virtual environment with igpt_jax[tpu]
+#   tpu_worker.sh install            a virtual environment with igpt_jax[tpu,gcs]
 #   tpu_worker.sh mount BUCKET DIR   mount a bucket with gcsfuse, unless it is mounted
+#   tpu_worker.sh check ARGS…        check ARGS, and data, checkpoint and work directory here; its last line:
+#                                    igpt_jax_worker: checked STATUS
 #   tpu_worker.sh start ARGS…        start igpt_jax.main in the background; it outlives the connection
 #   tpu_worker.sh follow start|end   print the log, from its start or from now, until the run ends
 #   tpu_worker.sh status             one line: running, none, or ended STATUS
 #   tpu_worker.sh report             host name and last lines of the log, if the run failed
-#   tpu_worker.sh stop               SIGTERM, wait for the last checkpoint, then SIGKILL
+#   tpu_worker.sh stop [SECONDS]     SIGTERM, wait so long (180) for the last checkpoint, then SIGKILL
 #
 # The run's state is kept in ~/igpt_jax_run: the connection may break at any time, so what a run came
-# to is read from there and never from the connection. --dry-run before the verb prints the command
+# to is read from there and never from the connection. Its environment is in ~/igpt_jax_env, if that was
+# copied here: lines that a shell reads, deleted once the run has them. --dry-run before the verb prints the command
 # that `start` would run. Exit status 3: another run is going on here.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-STOP_TICKS=180
 state_dir=$HOME/igpt_jax_run
 venv=$state_dir/venv
+env_file=$HOME/igpt_jax_env
 
 boot_id() {
   cat /proc/sys/kernel/random/boot_id
@@ -63,7 +66,7 @@ install() {
     fi
   fi
   choose_constraints "$venv/bin/python"
-  "$venv/bin/pip" install --quiet ${constraints[@]+"${constraints[@]}"} --editable "${REPO_DIR}[tpu]"
+  "$venv/bin/pip" install --quiet ${constraints[@]+"${constraints[@]}"} --editable "${REPO_DIR}[tpu,gcs]"
 }
 
 mount_bucket() {
@@ -80,6 +83,19 @@ mount_bucket() {
   sudo mkdir -p "$directory"
   sudo chown "$(id -u):$(id -g)" "$directory"
   gcsfuse --implicit-dirs --rename-dir-limit="$RENAME_LIMIT" "$bucket" "$directory"
+}
+
+# Exports what is in `env_file`.
+export_env() {
+  # shellcheck source=/dev/null
+  if [ -e "$env_file" ]; then . "$env_file"; fi
+}
+
+check() {
+  local status=0
+  export_env
+  (cd "$REPO_DIR" && "${PYTHON:-$venv/bin/python}" -m igpt_jax.main "$@" --check=machine) >&2 || status=$?
+  echo "igpt_jax_worker: checked $status"
 }
 
 start() {
@@ -108,6 +124,8 @@ run_and_record() {
   local signalled="" status entry
   # The machine's shutdown signals every process; entry.sh answers it, this one must see it end.
   trap 'signalled=1' TERM HUP INT
+  export_env
+  rm -f "$env_file"
   boot_id >"$state_dir/boot_id"
   echo $$ >"$state_dir/pid"
   PYTHON=${PYTHON:-$venv/bin/python} bash "$LAUNCH_DIR/entry.sh" "$@" &
@@ -143,14 +161,14 @@ report() {
 }
 
 stop() {
-  local i
+  local i ticks=${1:-180}
   is_running || return 0
   kill -TERM "$(cat "$state_dir/entry_pid")" 2>/dev/null || true
-  for ((i = 0; i < STOP_TICKS; i++)); do
+  for ((i = 0; i < ticks; i++)); do
     is_running || return 0
     sleep "$TICK"
   done
-  say "still running after $STOP_TICKS s: killed"
+  say "still running after $ticks s: killed"
   kill -KILL -- "-$(cat "$state_dir/pid")" 2>/dev/null || true
 }
 
@@ -173,11 +191,12 @@ case $verb in
     [ $# -eq 2 ] || die "mount $*; expected: mount BUCKET DIR"
     mount_bucket "$@"
     ;;
+  check) check "$@" ;;
   start) start "$@" ;;
   _run) run_and_record "$@" ;;
   follow) follow "${1:-start}" ;;
   status) status_line ;;
   report) report ;;
-  stop) stop ;;
+  stop) stop "$@" ;;
   *) die "unknown verb: $verb; see --help" ;;
 esac

@@ -17,7 +17,14 @@ import sys
 
 import pytest
 
-from support.launch_world import FAKE_TOOL, LAUNCH, PATIENCE, TRAIN_FOREVER, write_executable
+from support.launch_world import (
+  FAKE_TOOL,
+  LAUNCH,
+  PATIENCE,
+  TRAIN_FOREVER,
+  readme_commands,
+  write_executable,
+)
 from support.paths import ROOT
 
 GOLDEN = ROOT / "tests" / "launch" / "golden"
@@ -78,6 +85,13 @@ DRY_RUNS = {
       *["--namespace=n", "--dry-run", "--", "--config=c.py", "--workdir=/mnt/b/run"],
     ],
   ),
+  "gke_watch": (
+    "gke.sh",
+    [
+      *[*GKE, "--slices=2", "--watch=probe", "--watch-on=cpu", "--env=A=hidden", "--dry-run"],
+      *["--", "--config=c.py", "--workdir=gs://bucket/run"],
+    ],
+  ),
   "prepare_data": ("prepare_data.sh", ["--venv=/opt/a venv", "--dry-run", *MAIN]),
   "reproduce": (
     "reproduce.sh",
@@ -99,12 +113,33 @@ DRY_RUNS = {
       *["--", "--config=c.py", "--workdir=/mnt/a b/run"],
     ],
   ),
+  "tpu_vm_slices": (
+    "tpu_vm.sh",
+    [
+      *[*TPU, "--slices=2", "--watch=probe", "--watch-on=v5litepod-4", "--owner=me", "--dry-run"],
+      *["--", "--config=c.py", "--workdir=gs://bucket/run"],
+    ],
+  ),
+  "tpu_vm_watch_here": (
+    "tpu_vm.sh",
+    [
+      *[*TPU, "--watch=sample", "--watch-on=here", "--owner=me", "--dry-run"],
+      *["--", "--config=c.py", "--workdir=gs://bucket/run"],
+    ],
+  ),
   "tpu_vm_delete": (
     "tpu_vm.sh",
     ["--name=run-1", "--zone=zone-a", "--owner=me", "--delete", "--dry-run"],
   ),
   "tpu_worker": ("tpu_worker.sh", ["--dry-run", "start", *MAIN_ARGS]),
   "xpk": ("xpk.sh", [*XPK, "--dry-run", *MAIN]),
+  "xpk_watch": (
+    "xpk.sh",
+    [
+      *[*XPK, "--slices=2", "--watch=probe", "--watch-on=v5p-8", "--env=A=hidden", "--dry-run"],
+      *["--", "--config=c.py", "--workdir=gs://bucket/run"],
+    ],
+  ),
   "xpk_options": (
     "xpk.sh",
     [
@@ -136,23 +171,19 @@ def test_dry_run_prints_the_golden_commands_and_does_nothing(world, tmp_path, na
 
 
 def test_readme_commands_are_accepted(world):
-  text = (LAUNCH / "README.md").read_text().replace("\\\n", " ")
-  commands = [
-    shlex.split(line, comments=True)
-    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
-    for line in block.splitlines()
-  ]
   tried = set()
-  for words in commands:
-    if words and words[0] == "sbatch":
-      words = words[[word.startswith("launch/") for word in words].index(True) :]
-    if not words or words[0].removeprefix("launch/") not in SCRIPTS:
+  for script, *words in readme_commands():
+    if script not in SCRIPTS:
       continue
-    script = words[0].removeprefix("launch/")
-    result = world.run(script, "--dry-run", *words[1:])
+    result = world.run(script, "--dry-run", *words)
     assert result.returncode == 0, f"{words}: {result.stderr}"
     tried.add(script)
+    named = " ".join(words)
+    assert "imagenet" not in named or "--config.data.data_dir=" in named, (
+      f"{words}: without its data"
+    )
   assert tried >= set(SCRIPTS) - {"entry.sh", "tpu_worker.sh"}
+  text = (LAUNCH / "README.md").read_text()
   for path in set(LAUNCH.iterdir()) - {LAUNCH / "README.md"}:
     assert f"`{path.name}`" in text, f"{path.name} isn't in launch/README.md"
 
@@ -212,11 +243,17 @@ BAD_CALLS = [
   ("tpu_vm.sh", [*TPU, "--capacity=cheap", *MAIN], "--capacity=cheap"),
   ("tpu_vm.sh", [*TPU[:2], "--type=h100", *MAIN], "--type=h100"),
   ("tpu_vm.sh", [*TPU, "--ref=v1", *MAIN], "--git"),
-  ("tpu_vm.sh", [*TPU, "--env=A", *MAIN], "--env=A"),
+  ("tpu_vm.sh", [*TPU, "--env=UNSET_HERE", *MAIN], "--env=UNSET_HERE: not set here"),
+  ("tpu_vm.sh", [*TPU, "--env=1A=b", *MAIN], "--env=1A"),
+  ("tpu_vm.sh", [*TPU, "--slices=0", *MAIN], "--slices=0"),
+  ("tpu_vm.sh", [*TPU, "--slices=two", *MAIN], "--slices=two"),
+  ("tpu_vm.sh", [*TPU, "--watch=probe", *MAIN], "--watch-on"),
+  ("gke.sh", [*GKE, "--watch=probe,train", "--watch-on=cpu", *MAIN], "--watch=probe,train"),
+  ("gke.sh", [*GKE, "--watch=probe", "--watch-on=4x4x4", *MAIN], "--watch-on=4x4x4"),
   ("tpu_vm.sh", [*TPU, "--mount=b:relative", "--keep", *MAIN], "--mount=b:relative"),
   ("tpu_vm.sh", [*TPU, "--", "--config=c.py", "--workdir=runs/a"], "--workdir=runs/a"),
   ("tpu_vm.sh", [*TPU, *MAIN, "--config.x=a\nb"], "line break"),
-  ("tpu_vm.sh", [*TPU, "--", "--config=c.py", "--workdir=gs://bucket/run"], "gs://bucket/run"),
+  ("tpu_vm.sh", [*TPU, "--", "--config=c.py", "--workdir=s3://bucket/run"], "s3://bucket/run"),
   ("tpu_vm.sh", [*TPU[:2], "--delete"], "--owner"),
   ("tpu_worker.sh", [], "verb"),
   ("tpu_worker.sh", ["dance"], "dance"),
@@ -321,7 +358,7 @@ def test_tpu_vm_creates_runs_on_all_hosts_and_deletes(world):
   # Through this shell, gcloud's and the machines', each argument arrives as it was.
   for host in "01":
     assert world.calls(f"main.{host}") == [["-m", "igpt_jax.main", *MAIN_ARGS, "--distributed"]]
-  assert [call[-1].endswith("/igpt_jax[tpu]") for call in world.calls("pip")] == [True, True]
+  assert [call[-1].endswith("/igpt_jax[tpu,gcs]") for call in world.calls("pip")] == [True, True]
   assert [call[-3].endswith("/constraints/py313.txt") for call in world.calls("pip")] == [True] * 2
   assert [call[-2:] for call in world.calls("gcsfuse")] == [["bucket", "/mnt/a bucket"]] * 2
   _assert_gone_with(world, creations=1)

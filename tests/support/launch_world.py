@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,9 +21,10 @@ LAUNCH = ROOT / "launch"
 FAKE_GCLOUD = r"""#!/usr/bin/env bash
 # State: $FAKE/qr/states (one per look, the last stays), $FAKE/qr/owner, $FAKE/hosts/N (homes).
 printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/gcloud.log"
-worker="" command="" owner=""
+worker="" command="" owner="" slices=1
 for arg in "$@"; do
   case $arg in
+    --node-count=*) slices=${arg#*=} ;;
     --worker=*) worker=${arg#*=} ;;
     --command=*) command=${arg#*=} ;;
     --labels=igpt_jax_owner=*) owner=${arg##*=} ;;
@@ -33,6 +36,16 @@ kill_hosts() {
     [ ! -e "$pid" ] || kill -KILL -- "-$(cat "$pid")" 2>/dev/null
   done
   rm -rf "$FAKE/hosts"
+}
+# homes NODE WORKER: the home directories of a node's workers, node NAME or NAME-N of several.
+homes() {
+  local first=0
+  if [ -d "$FAKE/hosts/2" ]; then first=$((2 * ${1##*-})); fi
+  if [ "$2" = all ]; then
+    echo "$FAKE/hosts/$first" "$FAKE/hosts/$((first + 1))"
+  else
+    echo "$FAKE/hosts/$((first + $2))"
+  fi
 }
 active() { [ "$(head -n 1 "$FAKE/qr/states" 2>/dev/null)" = ACTIVE ]; }
 case "$3 $4" in
@@ -51,25 +64,25 @@ case "$3 $4" in
     fi
     mkdir "$FAKE/qr" || exit 1
     cat "$FAKE/states" >"$FAKE/qr/states" && echo "$owner" >"$FAKE/qr/owner"
-    mkdir -p "$FAKE/hosts/0" "$FAKE/hosts/1" ;;
+    # Hosts 0 and 1 are the first node's, 2 and 3 the second's.
+    for ((host = 0; host < 2 * slices; host++)); do mkdir -p "$FAKE/hosts/$host"; done ;;
   "queued-resources delete")
     if [ -e "$FAKE/sticky" ]; then rm "$FAKE/sticky"; echo "ERROR: is SUSPENDING" >&2; exit 1; fi
     [ -d "$FAKE/qr" ] || exit 1
     kill_hosts; rm -rf "$FAKE/qr" ;;
   "tpu-vm scp")
     active || exit 255
-    for home in "$FAKE"/hosts/*; do cp "$5" "$home/${6#*:}" || exit 1; done ;;
+    for home in $(homes "${6%%:*}" all); do cp "$5" "$home/${6#*:}" || exit 1; done ;;
   "tpu-vm ssh")
     active && [ ! -e "$FAKE/deaf" ] || exit 255
     status=0
-    [ "$worker" != all ] || worker="*"
     limit=""
     case $command in
       *"follow start") [ ! -e "$FAKE/broken" ] || limit="timeout 0.2" ;;
       *"follow end") touch "$FAKE/followed_again" ;;
     esac
     pids=""
-    for home in "$FAKE"/hosts/$worker; do
+    for home in $(homes "$5" "$worker"); do
       (cd "$home" && HOME=$home exec $limit bash -c "$command") &
       pids="$pids $!"
     done
@@ -91,6 +104,15 @@ case "$1 ${2:-}" in
       'printf "%s\n" "$(printf "%s\x1f" "$@")" >>"$FAKE/pip.log"' \
       '[ ! -e "$FAKE/pip_fails" ]' >"$3/bin/pip" && chmod +x "$3/bin/pip" ;;
   "-m igpt_jax.main")
+    case "${*: -1}" in
+      --check=machine)
+        [ ! -e "$FAKE/check.machine" ] || cat "$FAKE/check.machine" >&2
+        exit "$(cat "$FAKE/check.status" 2>/dev/null || echo 0)" ;;
+      --check=*)
+        if [ -e "$FAKE/here.status" ]; then echo "igpt_jax: refused" >&2; exit "$(cat "$FAKE/here.status")"; fi
+        printf '%s\n' "slice: ${*: -1}" "grace: $(cat "$FAKE/grace" 2>/dev/null || echo 3) s to save"
+        exit ;;
+    esac
     host=${HOME##*/}
     printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/main.$host.log"
     pwd >>"$FAKE/pwd.log"
@@ -218,3 +240,17 @@ class World:
 def write_executable(path: pathlib.Path, text: str) -> None:
   path.write_text(text)
   path.chmod(0o755)
+
+
+def readme_commands() -> list[list[str]]:
+  """Returns the words of each command in launch/README.md, from the script's name, that a script begins."""
+  text = (LAUNCH / "README.md").read_text().replace("\\\n", " ")
+  commands = []
+  for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+    for line in block.splitlines():
+      words = shlex.split(line, comments=True)
+      if words and words[0] == "sbatch":
+        words = words[[word.startswith("launch/") for word in words].index(True) :]
+      if words and words[0].startswith("launch/"):
+        commands.append([words[0].removeprefix("launch/"), *words[1:]])
+  return commands
