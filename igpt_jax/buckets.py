@@ -114,33 +114,60 @@ def _told(path: str) -> Iterator[None]:
 
 
 def _in_words(path: str, error: Exception) -> Exception:
-  """Returns the BucketError that says why a request failed; errors of programs are returned as they are."""
+  """Returns the BucketError of `failure`, or the error itself if no bucket is at fault."""
+  import gcsfs.retry
+
+  told = failure(path, error)
+  if told is None and isinstance(error, gcsfs.retry.HttpError | ValueError):
+    return BucketError(f"{path}: the bucket answers: {_text(error)}", errno.EIO)
+  return told or error
+
+
+def failure(path: str, error: BaseException) -> BucketError | None:
+  """Returns the error of a bucket that refuses or can't be reached; None: it is an error of another kind.
+
+  Args:
+    path: what was to be read or written.
+    error: raised by gcsfs, or by TensorStore, which names the kind of its errors in capitals.
+  """
   import aiohttp
   import google.auth.exceptions
   import requests.exceptions
-  from gcsfs.retry import ChecksumError, HttpError
+  from gcsfs.retry import ChecksumError
 
-  bucket = path.removeprefix(SCHEME).partition("/")[0]
-  text = " ".join(str(error).split())[:300]
-  code = getattr(error, "code", None)
-  sign_in = "fix: `gcloud auth application-default login`, or run as a service account"
-  if isinstance(error, google.auth.exceptions.GoogleAuthError) or code in (401, "401"):
-    return BucketError(f"{path}: the credentials aren't accepted ({text}); {sign_in}", errno.EACCES)
-  if (isinstance(error, OSError) and text.startswith("Forbidden")) or code in (403, "403"):
+  bucket, text = path.removeprefix(SCHEME).partition("/")[0], _text(error)
+  code = str(getattr(error, "code", None))
+  if (
+    isinstance(error, google.auth.exceptions.GoogleAuthError)
+    or code == "401"
+    or "UNAUTHENTICATED" in text
+  ):
+    return BucketError(
+      f"{path}: the credentials aren't accepted ({text}); fix: `gcloud auth application-default login`, "
+      "or run as a service account",
+      errno.EACCES,
+    )
+  forbidden = isinstance(error, OSError) and text.startswith("Forbidden")
+  if forbidden or code == "403" or "PERMISSION_DENIED" in text:
     return BucketError(
       f"{path}: no right to do this ({text}); fix: grant this account roles/storage.objectUser on "
       f"gs://{bucket}, sign in (gcloud auth application-default login), or name a bucket of this project",
       errno.EACCES,
     )
-  if isinstance(error, HttpError | ValueError):
-    return BucketError(f"{path}: the bucket answers: {text or type(error).__name__}", errno.EIO)
   lost = (
-    TimeoutError, aiohttp.ClientError, requests.exceptions.RequestException, ChecksumError, OSError
+    TimeoutError, aiohttp.ClientError, requests.exceptions.RequestException, ChecksumError,
+    ConnectionError,
   )  # fmt: skip
-  if isinstance(error, lost):
-    what = text or type(error).__name__
-    return BucketError(f"{path}: the bucket can't be reached {_RETRIED} ({what})", errno.EIO)
-  return error
+  unavailable = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED")
+  busy = code in ("408", "429", "500", "502", "503", "504")
+  if isinstance(error, lost) or busy or any(kind in text for kind in unavailable):
+    return BucketError(f"{path}: the bucket can't be reached {_RETRIED} ({text})", errno.EIO)
+  return None
+
+
+def _text(error: BaseException) -> str:
+  """Returns an error's text in one line, or its kind."""
+  return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _info(path: str) -> dict[str, Any] | None:
@@ -292,6 +319,14 @@ def remove(path: str, missing_ok: bool = False) -> None:
       raise
 
 
+def remove_generation(path: str, generation: str) -> None:
+  """Removes an object if it is still the one of this generation; else does nothing."""
+  bucket, _, key = path.removeprefix(SCHEME).partition("/")
+  with contextlib.suppress(FileNotFoundError, FileExistsError), _told(path):
+    # An answer of 412, precondition failed, comes as FileExistsError.
+    _system().call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
+
+
 def remove_folder(folder: str, marker: str = "") -> None:
   """Removes all objects of a folder, that of the name `marker` before the others."""
   paths = below(folder)
@@ -301,18 +336,23 @@ def remove_folder(folder: str, marker: str = "") -> None:
   _at_once(functools.partial(remove, missing_ok=True), (path for path in paths if path != first))
 
 
+def copy(source: str, target: str) -> None:
+  """Copies an object within its bucket, all or nothing; what was there is replaced."""
+  with _told(source):
+    _system().cp_file(source, target)
+
+
 def copy_folder(source: str, target: str, marker: str = "") -> None:
   """Copies all objects of a folder, that of the name `marker` after the others."""
   paths = below(source)
   last = posixpath.join(source, marker)
 
-  def copy(path: str) -> None:
-    with _told(path):
-      _system().cp_file(path, target + path.removeprefix(source))
+  def copied(path: str) -> None:
+    copy(path, target + path.removeprefix(source))
 
-  _at_once(copy, (path for path in paths if path != last))
+  _at_once(copied, (path for path in paths if path != last))
   if last in paths:
-    copy(last)
+    copied(last)
 
 
 def _at_once(do: Callable[[str], object], paths: Iterable[str]) -> None:
@@ -329,10 +369,11 @@ def check_writable(folder: str) -> float:
   """
   path = posixpath.join(folder, f".writable.{secrets.token_hex(8)}")
   check_readable(folder)
-  began = time.time()
-  write(path, b"")
-  ended, made = time.time(), described(path)["ctime"]
-  remove(path)
+  with _told(folder):
+    system, began = _system(), time.time()
+    system.pipe_file(path, b"")
+    ended, made = time.time(), system.info(path)["ctime"]
+    system.rm_file(path)
   return (began + ended) / 2 - made.timestamp()
 
 

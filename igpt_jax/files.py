@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from igpt_jax import buckets, history
-from igpt_jax.errors import UserError
+from igpt_jax.errors import BucketError, UserError
 
 # Errors of fsync on file systems that don't support it for a folder, or at all.
 _NOT_FOR_THIS = {
@@ -43,10 +43,10 @@ def place(name: str, path: str) -> str:
   """
   if path.startswith(buckets.SCHEME):
     return buckets.normalised(name, path)
-  if is_remote(path):
+  if is_remote(path) or re.match(r"gs:", path):
     raise UserError(
-      f"{name}: {path}; expected a local path or gs://BUCKET/PATH; fix: mount it, and give the path below "
-      "the mount"
+      f"{name}: {path}; expected a local path or gs://BUCKET/PATH; fix: two slashes after gs:, or, of "
+      "another scheme, a mount and the path below it"
     )
   return os.path.abspath(os.path.expanduser(path))
 
@@ -128,6 +128,15 @@ def size(path: str) -> int:
   return buckets.size(path) if is_remote(path) else os.path.getsize(path)
 
 
+def check_reachable(name: str, path: str) -> None:
+  """Raises BucketError if `path` is in a bucket that isn't there or can't be read; `name` is the setting's."""
+  if is_remote(path):
+    try:
+      buckets.check_readable(path)
+    except BucketError as error:
+      raise BucketError(f"{name}: {error}", error.errno or 0) from None
+
+
 def make_folder(path: str) -> None:
   """Makes a folder and those above it, if they aren't there; a bucket needs none."""
   if not is_remote(path):
@@ -154,6 +163,41 @@ def remove_folder(path: str, marker: str = "") -> None:
     buckets.remove_folder(path, marker)
   else:
     shutil.rmtree(path, ignore_errors=True)
+
+
+def move(source: str, target: str) -> None:
+  """Renames a file, on one disk or in one bucket, where it is copied and then removed."""
+  if is_remote(source):
+    buckets.copy(source, target)
+    buckets.remove(source, missing_ok=True)
+  else:
+    os.replace(source, target)
+
+
+def copy(source: str, target: str) -> None:
+  """Copies a file, all or nothing; what is there is replaced."""
+  with opened(source) as old, replacing(target) as partial, open(partial, "wb") as new:
+    shutil.copyfileobj(old, new)
+
+
+def copy_folder(source: str, target: str, marker: str = "") -> None:
+  """Copies a folder to a name that isn't taken, on one disk or in one bucket; in that, the `marker` last."""
+  if is_remote(source):
+    buckets.copy_folder(source, target, marker)
+  else:
+    shutil.copytree(source, target)
+
+
+def append_line(path: str, line: str) -> None:
+  """Appends a line to a text file and flushes it to the disk; an object is written again with it."""
+  if is_remote(path):
+    text = buckets.read(path) if buckets.is_object(path) else b""
+    buckets.write(path, text + f"{line}\n".encode())
+    return
+  with open(path, "a", encoding="utf-8") as file:
+    file.write(f"{line}\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def move_folder(source: str, target: str, marker: str = "") -> None:
@@ -266,11 +310,20 @@ def allow_as_usual(path: str | os.PathLike[str]) -> None:
 def new_folder(path: str, what: str) -> Iterator[str]:
   """Yields a temporary folder beside `path`, which is renamed to it when the block succeeds.
 
+  In a bucket it is the folder itself, whose objects are removed if the block fails.
+
   Raises:
     UserError: `path` exists or can't be written; `what` names it.
   """
-  if os.path.lexists(path):
+  if exists(path) or os.path.lexists(path):
     raise UserError(f"{what}: {path} exists; fix: name another target")
+  if is_remote(path):
+    try:
+      yield path
+    except BaseException:
+      remove_folder(path)
+      raise
+    return
   part = f"{path}.part-{os.getpid()}"
   try:
     os.makedirs(part)
@@ -286,9 +339,13 @@ def new_folder(path: str, what: str) -> Iterator[str]:
 def sync(path: str | os.PathLike[str]) -> None:
   """Flushes a file's contents, or a folder's names, to the disk, where the file system can.
 
+  An object is whole and safe as soon as it is written.
+
   Raises:
     OSError: the disk failed.
   """
+  if is_remote(path):
+    return
   try:
     handle = os.open(path, os.O_RDONLY)
   except OSError as error:

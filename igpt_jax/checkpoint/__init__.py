@@ -15,7 +15,17 @@ has no `training`: every job can read it, but no run can resume from it. `readin
 as one file.
 """
 
-from igpt_jax.checkpoint.folders import FOLDER, find, latest_step, path_of, whole_steps
+from igpt_jax.checkpoint.folders import (
+  FOLDER,
+  copy,
+  find,
+  is_unfinished,
+  latest_step,
+  move,
+  path_of,
+  remove,
+  whole_steps,
+)
 from igpt_jax.checkpoint.model_only import save_params
 from igpt_jax.checkpoint.reading import (
   CheckpointInfo,
@@ -37,15 +47,19 @@ __all__ = [
   "Checkpoints",
   "LoadedModel",
   "Resumed",
+  "copy",
   "describe",
   "find",
+  "is_unfinished",
   "latest_step",
   "load_head",
   "load_host_params",
   "load_params",
   "load_pretrained",
+  "move",
   "newest",
   "path_of",
+  "remove",
   "save_params",
   "whole_steps",
   "with_params",

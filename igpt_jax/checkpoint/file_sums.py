@@ -67,8 +67,8 @@ def check_metrics(folder: str, sums: Mapping[str, str]) -> None:
     UserError: they differ.
   """
   path = os.path.join(folder, METRICS, METRICS)
-  if os.path.exists(path) or METRICS in sums:
-    with open(path, encoding="utf-8") as file:
+  if files.exists(path) or METRICS in sums:
+    with files.opened(path, "r") as file:
       metrics = json.load(file)
     if METRICS in sums and sums[METRICS] != files.digest(metrics):
       raise _differs(folder, METRICS)

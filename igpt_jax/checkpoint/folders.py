@@ -1,22 +1,48 @@
 """Finds checkpoints' folders, and which of them are complete, by names and marker files alone.
 
 A checkpoint is complete when its last file exists, unlike what an interrupted copy or a killed run has
-left; checkpoints that were set aside have other names.
+left; checkpoints that were set aside have other names. On a disk, a checkpoint that is being written has
+a temporary name; in a bucket, which can't rename, it only lacks its last file, and what moves or removes
+a checkpoint writes that file last and removes it first.
 """
 
 import os
 
 from orbax.checkpoint import v1 as ocp
 
+from igpt_jax import files
 from igpt_jax.errors import UserError
 
 FOLDER = "checkpoints"
 _LAST_FILE = "commit_success.txt"  # orbax writes it last
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written to a disk
 
 
 def is_finished(folder: str) -> bool:
   """Returns True if the folder's writer has finished."""
-  return os.path.exists(os.path.join(folder, _LAST_FILE))
+  return files.exists(os.path.join(folder, _LAST_FILE))
+
+
+def is_unfinished(folder: str, name: str) -> bool:
+  """Returns True if this name in a folder of checkpoints is that of one whose writing hasn't ended."""
+  if files.is_remote(folder) and name.isdigit():
+    return not is_finished(os.path.join(folder, name))
+  return _UNFINISHED in name
+
+
+def move(source: str, target: str) -> None:
+  """Renames a checkpoint to a name that isn't taken; a reader sees a whole one or none."""
+  files.move_folder(source, target, _LAST_FILE)
+
+
+def copy(source: str, target: str) -> None:
+  """Copies a checkpoint to a name that isn't taken."""
+  files.copy_folder(source, target, _LAST_FILE)
+
+
+def remove(folder: str) -> None:
+  """Removes a checkpoint, if it is there; in a bucket, a reader sees a whole one or none."""
+  files.remove_folder(folder, _LAST_FILE)
 
 
 def is_whole(folder: str) -> bool:
@@ -30,9 +56,7 @@ def folder_of_steps(path: str) -> str:
 
 def numbered(folder: str) -> list[int]:
   """Returns the steps in a folder of checkpoints, complete or not, ascending."""
-  if not os.path.isdir(folder):
-    return []
-  return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+  return sorted(int(name) for name in files.names(folder) if name.isdigit())
 
 
 def whole_steps(workdir: str) -> list[int]:
@@ -57,7 +81,7 @@ def find(path: str) -> tuple[str, int]:
   Raises:
     UserError: there is no complete checkpoint.
   """
-  path = os.path.abspath(os.path.expanduser(path))
+  path = files.place("checkpoint", path)
   if os.path.basename(path).isdigit() and is_whole(path):
     return path, int(os.path.basename(path))
   newest = latest_step(path)

@@ -37,7 +37,7 @@ def save_params(workdir: str, params: Params, info: CheckpointInfo) -> str:
   Returns:
     The checkpoint's folder.
   """
-  workdir = os.path.abspath(workdir)
+  workdir = files.place("workdir", workdir)
   items: dict[str, Any] = {"params": params}
   if info.palette is not None:
     items["palette"] = {"centers": np.asarray(info.palette, np.float32)}

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures import synchronization  # no public API numbers operations
 
+from igpt_jax import buckets, files
 from igpt_jax.checkpoint import file_sums, folders
 from igpt_jax.checkpoint.settled import settled
 from igpt_jax.errors import NewerFormat, UserError
@@ -91,6 +92,8 @@ def reading(folder: str):
     first: BaseException = error
     while cause := first.__cause__ or first.__context__:
       first = cause
+    if files.is_remote(folder) and (unread := buckets.failure(folder, first)):
+      raise unread from error
     raise UserError(
       f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "
       f"a whole checkpoint of this program; fix: {folders.advice(folder)}"
@@ -174,7 +177,7 @@ def newest(workdir: str) -> CheckpointInfo | None:
   Raises:
     UserError: there are checkpoints, but none is readable.
   """
-  folder, why = folders.folder_of_steps(os.path.abspath(workdir)), {}
+  folder, why = folders.folder_of_steps(files.place("workdir", workdir)), {}
   for step in reversed(folders.numbered(folder)):
     path = os.path.join(folder, str(step))
     if folders.is_finished(path):

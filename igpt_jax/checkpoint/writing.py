@@ -7,10 +7,10 @@ nothing (buckets, some networks). The damage is detected, and the checkpoint bef
 """
 
 import contextlib
+import errno
 import functools
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from igpt_jax.checkpoint import file_sums, folders, reading
+from igpt_jax import files
+from igpt_jax.checkpoint import file_sums, folders, in_buckets, reading
 from igpt_jax.checkpoint.folders import FOLDER
 from igpt_jax.checkpoint.process_wide import ignore_followup_errors
-from igpt_jax.errors import NewerFormat, UserError
-from igpt_jax.files import sync
+from igpt_jax.errors import BucketError, NewerFormat, UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.training.state import HEAD, TrainState
 
@@ -60,9 +60,9 @@ def _sync_unnamed(folder: str) -> None:
   """Flushes a checkpoint's files to the disk before the checkpoint gets its name."""
   for name in os.listdir(folder):
     if ".orbax-checkpoint-tmp" in name:
-      for parent, _, files in os.walk(os.path.join(folder, name)):
-        for file in (*files, ""):  # "" for the folder itself
-          sync(os.path.join(parent, file))
+      for parent, _, inside in os.walk(os.path.join(folder, name)):
+        for file in (*inside, ""):  # "" for the folder itself
+          files.sync(os.path.join(parent, file))
 
 
 class Checkpoints:
@@ -92,7 +92,7 @@ class Checkpoints:
     say: Callable[[str], None] = lambda message: None,
     patience: float = 0.0,
   ):
-    self._folder = os.path.join(os.path.abspath(workdir), FOLDER)
+    self._folder = os.path.join(files.place("workdir", workdir), FOLDER)
     self._say, self._patience = say, patience
     policies = ocp.training.preservation_policies
     preserve: list[Any] = [policies.LatestN(keep)]
@@ -122,7 +122,10 @@ class Checkpoints:
     context.asynchronous.create_directories_asynchronously = False
     if self._patience and jax.process_count() > 1:
       context.asynchronous.timeout_secs = max(math.ceil(self._patience), 10)
-    context.asynchronous.post_finalization_callback = lambda: _sync_unnamed(folder)
+    if files.is_remote(folder):
+      in_buckets.mend()
+    else:
+      context.asynchronous.post_finalization_callback = lambda: _sync_unnamed(folder)
     return ocp.training.Checkpointer(
       folder, context=context, preservation_policy=self._preserve, cleanup_tmp_directories=True
     )
@@ -201,20 +204,21 @@ class Checkpoints:
       raise reading.none_is_good(self._folder, damaged)
     hosts.wait_for_all("checkpoints looked at")
     unfinished = [step for step in paths if step not in finished]
+    # In a bucket, a killed run leaves what it was writing under the checkpoint's own name.
+    left = [step for step in unfinished if step < newest or files.is_remote(self._folder)]
     if hosts.is_main():
-      for step in unfinished:
-        if step < newest:
-          shutil.rmtree(paths[step], ignore_errors=True)
+      for step in left:
+        folders.remove(paths[step])
     why = "it was never finished, its last file isn't there"
-    self._set_aside({step: why for step in unfinished if step >= newest}, "unfinished")
+    self._set_aside({step: why for step in unfinished if step not in left}, "unfinished")
     self._set_aside(damaged)
 
   def _set_aside(self, why: dict[int, str], suffix: str = "damaged") -> None:
     for step in why if hosts.is_main() else ():
       source = self._path_of(step)
       target = f"{source}.{suffix}"
-      shutil.rmtree(target, ignore_errors=True)
-      os.rename(source, target)
+      folders.remove(target)
+      folders.move(source, target)
       self._say(f"checkpoint {step} is set aside as {target}: {why[step]}")
     hosts.wait_for_all(f"{suffix} checkpoints set aside")
 
@@ -329,15 +333,17 @@ class Checkpoints:
 
 def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
   """Returns `read()`, or the error if it has failed twice on some process. Collective."""
-  error = ""
+  error: UserError | None = None
   for attempt in range(_READS):
     time.sleep(_PAUSE_SECONDS if attempt else 0)
     try:
-      value, error = read(), ""
+      value, error = read(), None
     except NewerFormat:
       raise  # on every process; the checkpoint isn't damaged, so don't set it aside
     except UserError as caught:
-      value, error = None, str(caught)
-    if not hosts.on_any(bool(error)):
+      value, error = None, caught
+    if not hosts.on_any(error is not None):
       return value, ""
-  return None, error or "another process can't read it"
+  if hosts.on_any(isinstance(error, BucketError)):  # nor is it damaged
+    raise error or BucketError("checkpoint: another process can't read the bucket", errno.EIO)
+  return None, str(error or "another process can't read it")

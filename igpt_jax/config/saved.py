@@ -61,7 +61,7 @@ def read(path: str, flag: str) -> dict[str, Any] | None:
     UserError: it can't be read, or is of a newer format.
   """
   try:
-    with open(path, encoding="utf-8") as file:
+    with files.opened(path, "r") as file:
       saved = json.load(file)
   except (FileNotFoundError, NotADirectoryError):
     return None
@@ -166,6 +166,8 @@ def _is_of_run(name: str) -> bool:
 
 
 def _is_within(path: str, folder: str) -> bool:
+  if files.is_remote(path) or files.is_remote(folder):
+    return f"{path}/".startswith(f"{folder}/")
   path, folder = (os.path.realpath(os.path.expanduser(each)) for each in (path, folder))
   return os.path.commonpath([path, folder]) == folder
 

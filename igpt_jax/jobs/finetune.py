@@ -6,7 +6,6 @@ WORKDIR/finetune_scratch): checkpoints, metrics.jsonl, finetune.json and finetun
 command resumes from the newest checkpoint there, with the same numbers.
 """
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
-from igpt_jax import checkpoint, units
+from igpt_jax import checkpoint, files, units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
@@ -63,8 +62,7 @@ def run(
     )
     run.tell_length(optimizer_config)
     if run.lengths and run.first_step < own.steps and hosts.is_main():
-      with contextlib.suppress(FileNotFoundError):  # the result of the old length
-        os.remove(os.path.join(folder, RESULT))
+      files.remove(os.path.join(folder, RESULT), missing_ok=True)  # the result of the old length
     outcome = run.train(
       train_state,
       Work(

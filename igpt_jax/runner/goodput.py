@@ -27,7 +27,7 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from igpt_jax import watchdog
+from igpt_jax import files, watchdog
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
@@ -81,7 +81,7 @@ class Clock:
     if not hosts.is_main():
       return
     try:
-      with open(self._path, encoding="utf-8") as file:
+      with files.opened(self._path, "r") as file:
         self._go_on(json.load(file))
     except FileNotFoundError:
       pass

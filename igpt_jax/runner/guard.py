@@ -9,7 +9,6 @@ stay in WORKDIR/incidents.
 import collections
 import math
 import os
-import shutil
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -105,7 +104,7 @@ class Guard:
       dump = os.path.join(self._folder, FOLDER, str(step))
       newest = state()
       parameters = describe(newest.params)
-      os.makedirs(dump, exist_ok=True)
+      files.make_folder(dump)
       # A process has only its own rows, and the bad image may be among any process's.
       of_host = "" if hosts.is_main() else f"_of_host_{jax.process_index()}"
       path = os.path.join(dump, f"batch{of_host}.npz")
@@ -169,8 +168,8 @@ def go_back(bad: BadNumbers, config: GuardConfig, folder: str) -> None:
   if hosts.is_main():
     for step in (step for step in steps if step > max(good)):
       path = checkpoint.path_of(folder, step)
-      shutil.rmtree(f"{path}.rolled_back", ignore_errors=True)
-      os.rename(path, f"{path}.rolled_back")
+      checkpoint.remove(f"{path}.rolled_back")
+      checkpoint.move(path, f"{path}.rolled_back")
   # Recorded last: a run that is killed before hasn't gone back.
   rollbacks.record(folder, {"step": bad.step, "what": "rollback", "to": max(good)})
   hosts.wait_for_all("gone back")

@@ -5,7 +5,6 @@ Data, palette, model, optimizer → the newest checkpoint, or a fresh state → 
 optimizer, RNG, data position and metrics.
 """
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -196,8 +195,7 @@ def _images(
 def _forget_result(workdir: str) -> None:
   """Removes the result of a run that lost its last checkpoint, so that jobs that watch it wait."""
   if hosts.is_main():
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(os.path.join(workdir, RESULT))
+    files.remove(os.path.join(workdir, RESULT), missing_ok=True)
 
 
 def _in_words(model: ImageGPTConfig) -> str:

@@ -5,7 +5,6 @@ random numbers every time, so that one sees the model learn. Nothing of the trai
 have keys of their own, and the state is only read.
 """
 
-import glob
 import os
 import time
 from collections.abc import Callable
@@ -77,7 +76,7 @@ class ProgressImages(NoImages):
     self._images = held_out.select(np.sort(order[: settings.train.progress_images]))
     self._side = settings.data.resolution
     self._rows_given = prompt_rows(settings.sample.keep, self._side)
-    drawn_before = bool(glob.glob(os.path.join(glob.escape(self._folder), "*.png")))
+    drawn_before = any(name.endswith(".png") for name in files.names(self._folder))
     self._drawn = bool(hosts.from_main(drawn_before))
     self._since: float | None = None
     self._asked = 0  # how often `overdue` was called
@@ -197,7 +196,7 @@ def _write(path: str, image: np.ndarray, made_from: str) -> None:
   about.add_text(_MADE_FROM, made_from)
   name = os.path.join(PROGRESS, os.path.basename(path))
   try:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    files.make_folder(os.path.dirname(path))
     with files.replacing(path) as partial:
       Image.fromarray(image).save(partial, format="PNG", pnginfo=about)
     say(f"wrote {name}")
@@ -208,7 +207,7 @@ def _write(path: str, image: np.ndarray, made_from: str) -> None:
 def _whole(path: str, made_from: str) -> np.ndarray | None:
   """Returns the pixels of a whole PNG that was made from this; None: there is none."""
   try:
-    with Image.open(path) as image:
+    with files.opened(path) as file, Image.open(file) as image:
       image.load()
       same = getattr(image, "text", {}).get(_MADE_FROM) == made_from
       return np.asarray(image.convert("RGB")) if same else None

@@ -86,7 +86,7 @@ class TrainingRun:
   def __enter__(self) -> "TrainingRun":
     workdir_lib.open_workdir(self._folder)
     with contextlib.ExitStack() as held:
-      held.enter_context(lock.held(self._folder))
+      self._lock = held.enter_context(lock.held(self._folder))
       if self._kind is not None:
         workdir_lib.forget_unbegun(self._given, self._folder, self._kind)
         workdir_lib.check(self._given, self._folder, self._kind)
@@ -236,6 +236,7 @@ class TrainingRun:
 
     def save(at: TrainState, step: int) -> None:
       palette = None if self._palette is None else self._palette.centers
+      self._lock.check()
       run, scores = work.describe(step), work.scores(step)
       checkpoints.save(work.kept(at), palette=palette, run=run, scores=scores)
 

@@ -12,7 +12,6 @@ reads:
 import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +39,7 @@ def trunk_ends(config: OptimizerConfig) -> tuple[int, ...]:
 def put_aside(workdir: str) -> dict[int, list[str]]:
   """Returns the paths of checkpoints in decays that a run has left, by their steps."""
   folder, paths = os.path.join(workdir, FOLDER), {}
-  for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+  for name in files.names(folder):
     for step in checkpoint.whole_steps(os.path.join(folder, name)):
       paths.setdefault(step, []).append(checkpoint.path_of(os.path.join(folder, name), step))
   return paths
@@ -138,25 +137,24 @@ def _place(workdir: str, ending: tuple[int, int, str], first: int) -> str:
 
 def _move(workdir: str, target: str, since: int, steps: Iterable[int]) -> None:
   """Moves these checkpoints, and images after the step `since`, into another workdir, beside copies."""
-  os.makedirs(os.path.join(target, checkpoint.FOLDER), exist_ok=True)
+  files.make_folder(os.path.join(target, checkpoint.FOLDER))
   _copy(workdir, target, (*_OF_RUN, *_TOLD))
   with contextlib.suppress(FileNotFoundError):  # moved first: for watchers the run hasn't ended
-    os.replace(os.path.join(workdir, _RESULT), os.path.join(target, _RESULT))
+    files.move(os.path.join(workdir, _RESULT), os.path.join(target, _RESULT))
   drawn, images = (os.path.join(each, workdir_lib.PROGRESS) for each in (workdir, target))
-  for name in os.listdir(drawn) if os.path.isdir(drawn) else ():
+  for name in files.names(drawn):
     if (step := os.path.splitext(name)[0]).isdigit() and int(step) > since:
-      os.makedirs(images, exist_ok=True)
-      os.replace(os.path.join(drawn, name), os.path.join(images, name))
+      files.make_folder(images)
+      files.move(os.path.join(drawn, name), os.path.join(images, name))
   for step in steps:
-    os.rename(checkpoint.path_of(workdir, step), checkpoint.path_of(target, step))
+    checkpoint.move(checkpoint.path_of(workdir, step), checkpoint.path_of(target, step))
   files.sync(os.path.join(target, checkpoint.FOLDER))
 
 
 def _copy(workdir: str, target: str, names: Iterable[str]) -> None:
   for name in names:
-    if os.path.exists(source := os.path.join(workdir, name)):
-      with files.replacing(os.path.join(target, name)) as partial:
-        shutil.copyfile(source, partial)
+    if files.exists(source := os.path.join(workdir, name)):
+      files.copy(source, os.path.join(target, name))
 
 
 def branch(workdir: str, step: int, target: str) -> None:
@@ -186,7 +184,7 @@ def branch(workdir: str, step: int, target: str) -> None:
       metrics.JsonlWriter(os.path.join(part, "metrics.jsonl"), step).close()
       rollbacks.copy(workdir, part, step)
       try:
-        shutil.copytree(source, checkpoint.path_of(part, step))
+        checkpoint.copy(source, checkpoint.path_of(part, step))
       except OSError:
         if step in checkpoint.whole_steps(workdir):
           raise

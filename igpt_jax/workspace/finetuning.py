@@ -97,8 +97,8 @@ def _check_same_start(settings: Settings, workdir: str, own: CheckpointInfo) -> 
   path = weights_lib.path_of_job(settings, workdir) or workdir
   if hub.is_name(path) and hub.is_snapshot(began["checkpoint"], path):
     return  # what it was begun from isn't fetched again
-  path = os.path.abspath(os.path.expanduser(path))
-  if not os.path.exists(path) and f"{began['checkpoint']}/".startswith(f"{path}/"):
+  path = files.place("checkpoint", path)
+  if not files.exists(path) and f"{began['checkpoint']}/".startswith(f"{path}/"):
     return
   now = weights_lib.at_resolution(settings, weights_lib.of_job(settings, workdir))
   # Older versions identified it by its path.

@@ -1,25 +1,142 @@
-"""Lock of a workdir, for one run at a time. Jobs that only read a workdir don't take it."""
+"""Lock of a workdir, for one run at a time. Jobs that only read a workdir don't take it.
+
+On a disk the kernel holds it, as long as the process lives. In a bucket it is an object, WORKDIR/.lock,
+which is made only if there is none, and names its owner. A killed process leaves it there. Who may take
+it over, at once:
+
+  every process with the same IGPT_OWNER in its environment: launchers give it to all starts of one run
+  without that, on one machine, any process once the one that left it is gone
+
+Anybody else is refused, with the command that frees it. A process whose lock was taken over saves
+nothing any more.
+"""
 
 import contextlib
+import json
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator
+from typing import Any
 
+from igpt_jax import buckets, files
+from igpt_jax.errors import BucketError, UserError
 from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
 from igpt_jax.parallel.locking import locked
 
 FILE = ".lock"
+OWNER = "IGPT_OWNER"  # environment variable
+
+
+class Lock:
+  """The lock of a workdir that this process holds."""
+
+  def check(self) -> None:
+    """Does nothing: the kernel lets nobody else have it."""
+
+
+class _BucketLock(Lock):
+  """Lock of a workdir in a bucket, held by the main process.
+
+  Args:
+    workdir: the workdir's address.
+
+  Raises:
+    UserError: another run holds it.
+  """
+
+  def __init__(self, workdir: str):
+    self._workdir, self._path = workdir, os.path.join(workdir, FILE)
+    self._mine = {**_identity(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    self._contents = (json.dumps(self._mine | {"token": secrets.token_hex(8)}) + "\n").encode()
+    while not buckets.create(self._path, self._contents):
+      theirs, generation = self._read()
+      if not _may_take_over(theirs, self._mine):
+        raise UserError(
+          f"workdir: {workdir} is in use by another run ({_in_words(theirs)}); expected one at a time; fix: "
+          f"wait until that has ended, or, if it was killed, free it: gcloud storage rm {self._path}"
+        )
+      say(f"workdir: {workdir}: taking over the lock of {_in_words(theirs)}")
+      buckets.remove_generation(self._path, generation)  # unless another start was faster
+
+  def _read(self) -> tuple[dict[str, Any], str]:
+    """Returns who holds the lock, {} for nobody, and the object's generation."""
+    try:
+      generation = str(buckets.described(self._path)["generation"])
+      theirs = json.loads(buckets.read(self._path))
+    except FileNotFoundError:
+      return dict(self._mine), ""
+    except ValueError:
+      return {}, ""
+    return (theirs if isinstance(theirs, dict) else {}), generation
+
+  def check(self) -> None:
+    """Raises UserError if another process has taken the lock over."""
+    try:
+      lost = buckets.read(self._path) != self._contents
+    except FileNotFoundError:
+      lost = True
+    if lost:
+      raise UserError(
+        f"workdir: {self._workdir}: another start has taken this run's lock over, or it was removed; nothing "
+        "more is saved here; fix: end the other one, and start again"
+      )
+
+  def release(self) -> None:
+    """Removes the object, if it is still this process'."""
+    try:
+      generation = str(buckets.described(self._path)["generation"])
+      if buckets.read(self._path) == self._contents:
+        buckets.remove_generation(self._path, generation)
+    except FileNotFoundError:
+      return
+    except BucketError as error:
+      say(f"workdir: the lock isn't removed ({error}); fix: gcloud storage rm {self._path}")
+
+
+def _identity() -> dict[str, Any]:
+  """Returns who this process is: its owner, and where a process of its number can be looked for."""
+  place = ""
+  with contextlib.suppress(OSError):
+    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+      place = f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+  owner = os.environ.get(OWNER, "")
+  return {"owner": owner, "host": socket.gethostname(), "process": os.getpid(), "place": place}
+
+
+def _may_take_over(theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
+  """Returns True if a lock is left over by an earlier start of the run, or by a process that is gone."""
+  if mine["owner"] or theirs.get("owner"):
+    return theirs.get("owner") == mine["owner"]
+  same = mine["place"] and all(theirs.get(name) == mine[name] for name in ("host", "place"))
+  return bool(same) and not os.path.exists(f"/proc/{theirs.get('process')}")
+
+
+def _in_words(theirs: dict[str, Any]) -> str:
+  if not theirs:
+    return "unknown"
+  owner = f"owner {theirs['owner']}, " if theirs.get("owner") else ""
+  return f"{owner}host {theirs.get('host')}, process {theirs.get('process')}, since {theirs.get('since')}"
 
 
 @contextlib.contextmanager
-def held(workdir: str) -> Iterator[None]:
+def held(workdir: str) -> Iterator[Lock]:
   """Locks an existing workdir, on the main process.
 
   Raises:
     UserError: another run has locked it.
   """
   if not hosts.is_main():
-    yield
-    return
-  path = os.path.join(workdir, FILE)
-  with locked(path, f"workdir: {workdir}", "another --workdir"):
-    yield
+    yield Lock()
+  elif files.is_remote(workdir):
+    lock = _BucketLock(workdir)
+    try:
+      yield lock
+    finally:
+      lock.release()
+  else:
+    path = os.path.join(workdir, FILE)
+    with locked(path, f"workdir: {workdir}", "another --workdir"):
+      yield Lock()

@@ -5,8 +5,8 @@ import glob
 import os
 import pathlib
 
-from igpt_jax import files
-from igpt_jax.config.fields import Settings
+from igpt_jax import buckets, files
+from igpt_jax.config.fields import FIELDS, Settings, value_of
 from igpt_jax.data import photo_folder
 from igpt_jax.errors import UserError
 
@@ -30,10 +30,11 @@ def check(settings: Settings, workdir: str) -> None:
       f"--workdir: {files.printable(workdir)} isn't UTF-8; expected a name that checkpoints can be written under; fix: "
       "another --workdir"
     ) from None
+  _check_buckets(settings, workdir)
   above = workdir
-  while not os.path.lexists(above):
+  while not (files.is_remote(above) or os.path.lexists(above)):
     above = os.path.dirname(above)
-  if not os.path.isdir(above):
+  if buckets.is_object(above) if files.is_remote(above) else not os.path.isdir(above):
     raise UserError(
       f"--workdir: {workdir}: {above} isn't a folder; expected one, or a path where one can be made; "
       "fix: another --workdir"
@@ -44,7 +45,7 @@ def check(settings: Settings, workdir: str) -> None:
       f"--workdir: {workdir} lies within config.complete.images {images}: the results would be read "
       "as images; fix: another --workdir"
     )
-  if settings.data.name == "folder":
+  if settings.data.name == "folder" and not files.is_remote(workdir):
     data = settings.data
     inside = os.path.relpath(os.path.realpath(workdir), _real(data.path)).split(os.sep)
     is_read = _is_within(workdir, data.path)
@@ -59,15 +60,25 @@ def check(settings: Settings, workdir: str) -> None:
       )
 
 
+def _check_buckets(settings: Settings, workdir: str) -> None:
+  """Raises BucketError if a bucket that the job reads or writes isn't there or can't be read."""
+  files.check_reachable("--workdir", workdir)
+  for name, declaration in FIELDS.items():
+    if declaration.bucket and settings.job in declaration.jobs:
+      files.check_reachable(f"config.{name}", value_of(settings, name))
+
+
 def _would_read(images: str, workdir: str) -> bool:
   """True if a file, a glob or a folder of images includes what the workdir will hold."""
-  if os.path.isdir(os.path.expanduser(images)):
+  if files.is_remote(images) != files.is_remote(workdir):
+    return False
+  if files.is_folder(os.path.expanduser(images)):
     return _is_within(workdir, images)
-  if not glob.has_magic(images) or os.path.isfile(os.path.expanduser(images)):
+  if not glob.has_magic(images) or files.is_file(os.path.expanduser(images)):
     return False
   folder, name = os.path.split(images)
   if not glob.has_magic(folder):
-    same = os.path.realpath(workdir) == _real(folder)
+    same = _is_within(workdir, folder) and _is_within(folder, workdir)
     return _is_within(workdir, folder) if name == "**" else same and fnmatch.fnmatch(_GRID, name)
   while glob.has_magic(folder):
     folder = os.path.dirname(folder)
@@ -75,6 +86,8 @@ def _would_read(images: str, workdir: str) -> bool:
 
 
 def _is_within(path: str, folder: str) -> bool:
+  if files.is_remote(path) or files.is_remote(folder):
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
   folder = _real(folder)
   return os.path.commonpath([os.path.realpath(path), folder]) == folder
 

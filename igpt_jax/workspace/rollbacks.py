@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_jax import files
 from igpt_jax.parallel import hosts
 
 _RECORD = "incidents.jsonl"
@@ -14,33 +15,31 @@ _RECORD = "incidents.jsonl"
 
 def record(folder: str | None, values: dict[str, Any]) -> None:
   if folder is not None and hosts.is_main():
-    with open(os.path.join(folder, _RECORD), "a", encoding="utf-8") as file:
-      file.write(json.dumps(values) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
+    files.append_line(os.path.join(folder, _RECORD), json.dumps(values))
 
 
 def rollback_steps(folder: str) -> list[int]:
   """Returns the steps that the run in `folder` went back to, in order."""
   path = os.path.join(folder, _RECORD)
-  if not os.path.exists(path):
+  if not files.exists(path):
     return []
-  with open(path, encoding="utf-8") as file:
+  with files.opened(path, "r") as file:
     return _steps_in(file.read())
 
 
 def copy(folder: str, target: str, step: int) -> None:
   """Copies the record of what decided the data order from `step` on: up to the last return to it or before."""
   path, kept, waiting = os.path.join(folder, _RECORD), [], []
-  if not os.path.exists(path):
+  if not files.exists(path):
     return
-  with open(path, encoding="utf-8") as file:
+  with files.opened(path, "r") as file:
     for line in file:
       waiting.append(line)
       if any(to <= step for to in _steps_in(line)):
         kept, waiting = kept + waiting, []
-  with open(os.path.join(target, _RECORD), "w", encoding="utf-8") as out:
-    out.writelines(kept)
+  with files.replacing(os.path.join(target, _RECORD)) as partial:
+    with open(partial, "w", encoding="utf-8") as out:
+      out.writelines(kept)
 
 
 def _steps_in(text: str) -> list[int]:

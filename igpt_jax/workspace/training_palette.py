@@ -43,14 +43,14 @@ def training_palette(
         f"palette.path: {settings.palette.path} has {palette.size} colours, the model's palette.size is "
         f"{wanted}; fix: --config.palette.size={palette.size}, or another palette"
       )
-    if begun_with is None and os.path.exists(kept) and Palette.load(kept) != palette:
+    if begun_with is None and files.exists(kept) and Palette.load(kept) != palette:
       raise UserError(
         f"palette.path: {settings.palette.path} has other colours than {kept}, which the run there was "
         "begun with; fix: the palette that it was begun with, another --workdir, or remove that file"
       )
   elif begun_with is not None:
     palette = begun_with
-  elif os.path.exists(kept) and not _fitted_to_other_data(workdir, split):
+  elif files.exists(kept) and not _fitted_to_other_data(workdir, split):
     palette = Palette.load(kept)
     say(f"palette: {palette.size} colours, kept in {kept}")
     if wanted and palette.size > wanted:

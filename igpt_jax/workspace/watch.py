@@ -9,7 +9,6 @@ deleted while it is being read is skipped.
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,7 +60,11 @@ def run(
     one(settings, workdir, workdir)
     return None
   watched = files.place("config.checkpoint", settings.checkpoint or workdir)
-  _wait_for_run(settings, watched)
+  if not files.is_folder(watched):
+    raise UserError(
+      f"config.watch: {watched} doesn't exist; expected the workdir of a run, begun already; "
+      "fix: --workdir, or --config.checkpoint=WORKDIR"
+    )
   workdir_lib.open_workdir(workdir)
   say(f"watching {watched}")
   folder = os.path.join(workdir, folder or settings.job)
@@ -171,8 +174,7 @@ class _Watch:
       return
     self._turns = turns
     self._gone.clear()  # the run makes these steps again
-    names = os.listdir(self._folder) if os.path.isdir(self._folder) else []
-    for step in (int(name) for name in names if name.isdigit()):
+    for step in (int(name) for name in files.names(self._folder) if name.isdigit()):
       out = os.path.join(self._folder, str(step))
       kept = _read_made_from(out)
       seed, order = kept["seeds"] if kept else (0, 0)
@@ -229,7 +231,7 @@ def _differing(out: str, made_from: MadeFrom) -> list[str]:
   """Returns lines that say how a folder of results was made from something else; [] if it wasn't."""
   kept = _read_made_from(out)
   if kept is None:
-    return ["  it doesn't say what of"] if os.path.isdir(out) and os.listdir(out) else []
+    return ["  it doesn't say what of"] if files.names(out) else []
   return files.differing(kept, made_from)
 
 
@@ -250,8 +252,8 @@ def _checksum(path: str) -> str:
 
 def _put_aside(out: str, why: str, lines: Sequence[str] = ()) -> None:
   before = f"{out}.before"
-  shutil.rmtree(before, ignore_errors=True)
-  os.rename(out, before)
+  files.remove_folder(before)
+  files.move_folder(out, before)
   say("\n".join([f"{out} {why}: put aside as {before}", *lines]))
 
 

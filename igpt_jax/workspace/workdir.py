@@ -6,17 +6,16 @@ run may be given more steps, or fewer that it hasn't made yet, or another decay.
 
 import contextlib
 import os
-import shutil
 import tempfile
 from typing import Any
 
-from igpt_jax import __version__, checkpoint, files, history
+from igpt_jax import __version__, buckets, checkpoint, files, history
 from igpt_jax.config import saved
 from igpt_jax.config.fields import Settings, as_json, decides, value_of
-from igpt_jax.errors import UserError
+from igpt_jax.errors import BucketError, UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
-from igpt_jax.reporting import summary
+from igpt_jax.reporting import progress, summary
 
 # The setting that says how long a run of a kind is.
 STEPS = {"pretraining": "train.steps", "finetuning": "finetune.steps"}
@@ -29,7 +28,7 @@ LENGTH = {
 # A run resumes wherever the same data lies, and later jobs look for it there.
 _PLACES_OF_DATA = ("data.path", "data.data_dir")
 PROGRESS = "progress"  # folder of what a run makes of held-out images while it trains
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+_SKEW_SECONDS = 60  # by which a host's clock may differ from the bucket's without a word
 
 
 def is_used(name: str, schedule: str) -> bool:
@@ -89,7 +88,7 @@ def read(workdir: str) -> dict[str, Any] | None:
 def claim(settings: Settings, workdir: str) -> None:
   """Writes config.json into a workdir without a begun run, which makes it this run's."""
   path = os.path.join(workdir, saved.NAME)
-  if not (os.path.exists(path) and has_begun(workdir)):
+  if not (files.exists(path) and has_begun(workdir)):
     summary.write_json(path, {history.KEY: history.FORMAT, **as_json(settings)})
 
 
@@ -115,28 +114,24 @@ def forget_unbegun(settings: Settings, workdir: str, kind: str) -> None:
 
   Collective: every process must call it.
   """
-  if hosts.is_main() and os.path.exists(os.path.join(workdir, saved.NAME)):
+  if hosts.is_main() and files.exists(os.path.join(workdir, saved.NAME)):
     try:
       check(settings, workdir, kind)
     except UserError:
       if not has_begun(workdir):
         say(f"workdir: {workdir}: a start with other settings has left no checkpoint: begun afresh")
         for name in (*_palette_of_run(workdir), "metrics.jsonl", "goodput.json", saved.NAME):
-          with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(workdir, name))
-        shutil.rmtree(os.path.join(workdir, PROGRESS), ignore_errors=True)
+          files.remove(os.path.join(workdir, name), missing_ok=True)
+        files.remove_folder(os.path.join(workdir, PROGRESS))
   hosts.wait_for_all("workdir looked at")
 
 
 def has_begun(workdir: str) -> bool:
   """True if a run here has made a checkpoint, even if it is damaged or has been deleted since."""
   folder = os.path.join(workdir, checkpoint.FOLDER)
-  names = os.listdir(folder) if os.path.isdir(folder) else []
-  if any(_UNFINISHED not in name for name in names):
+  if any(not checkpoint.is_unfinished(folder, name) for name in files.names(folder)):
     return True
-  if any(
-    os.path.exists(os.path.join(workdir, name)) for name in ("training.json", "finetune.json")
-  ):
+  if any(files.exists(os.path.join(workdir, name)) for name in ("training.json", "finetune.json")):
     return True
   try:
     return bool(files.read_json(os.path.join(workdir, "goodput.json"))["saved"])
@@ -168,6 +163,9 @@ def open_workdir(workdir: str) -> None:
   Raises:
     UserError: it can't be made or written to.
   """
+  if files.is_remote(workdir):
+    _check_bucket(workdir)
+    return
   try:
     os.makedirs(workdir, exist_ok=True)
     # A random name: in containers, processes of several hosts may have the same pid.
@@ -177,3 +175,21 @@ def open_workdir(workdir: str) -> None:
     raise UserError(
       f"workdir: {workdir} can't be written to ({error.strerror}); fix: another --workdir"
     ) from None
+
+
+def _check_bucket(workdir: str) -> None:
+  """Checks that a workdir's bucket can be written to, and says if this host's clock differs from its.
+
+  Raises:
+    BucketError: it can't.
+  """
+  try:
+    ahead = buckets.check_writable(workdir)
+  except BucketError as error:
+    raise BucketError(f"workdir: {error}", error.errno or 0) from None
+  if abs(ahead) > _SKEW_SECONDS:
+    say(
+      f"workdir: this host's clock is {progress.format_seconds(abs(ahead))} "
+      f"{'ahead of' if ahead > 0 else 'behind'} the bucket's; times in goodput.json are wrong by that, and "
+      "credentials may be refused; fix: set the clock (chronyd, or ntpd)"
+    )
