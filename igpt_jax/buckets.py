@@ -5,7 +5,7 @@ a folder is nothing but the first part of its objects' names. What reading and w
 a finished write is seen by everyone, and an object can be made only if there is none.
 
 gcsfs is imported at the first use. The variables STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL name
-another server than Google's, without credentials.
+another server than Google's, without credentials; the second is the first if it isn't set.
 """
 
 import base64
@@ -95,6 +95,10 @@ def _system_of(emulator: str) -> Any:
   settings.setdefault("requests_timeout", timeout)
   if emulator:
     settings["token"] = "anon"
+    os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
+    os.environ.setdefault(
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING", "none"
+    )  # it looks for credentials otherwise
   return gcsfs.GCSFileSystem()
 
 

@@ -188,6 +188,15 @@ def copy_folder(source: str, target: str, marker: str = "") -> None:
     shutil.copytree(source, target)
 
 
+def put_folder(source: str, target: str) -> None:
+  """Moves a local folder's files, at any depth, into a folder of a bucket."""
+  for parent, _, inside in os.walk(source):
+    for name in inside:
+      path = os.path.join(parent, name)
+      buckets.upload(path, os.path.join(target, os.path.relpath(path, source)))
+  shutil.rmtree(source)
+
+
 def append_line(path: str, line: str) -> None:
   """Appends a line to a text file and flushes it to the disk; an object is written again with it."""
   if is_remote(path):
@@ -245,13 +254,23 @@ def create_exclusively(path: str, contents: bytes) -> bool:
 def local_copy(path: str) -> str:
   """Returns the path itself if it is local, or that of a whole copy of the object, kept in `scratch`.
 
-  A copy is used again while the object is the same, by its generation and checksum.
+  A copy is used again while the object is the same, by its generation and checksum. Of a folder, the
+  files in it are copied, but not its folders.
 
   Raises:
     OSError: the object can't be read, or the copy can't be written.
   """
   if not is_remote(path):
     return path
+  if is_folder(path):
+    inside = (os.path.join(path, name) for name in names(path))
+    copies = [local_copy(each) for each in inside if is_file(each)]
+    folder = os.path.join(scratch(), "folders", digest([path, copies]))
+    os.makedirs(folder, exist_ok=True)
+    for each in copies:
+      with replacing(os.path.join(folder, os.path.basename(each))) as partial:
+        os.link(each, partial)
+    return folder
   info = buckets.described(path)
   folder = os.path.join(scratch(), "objects", digest(path))
   version = digest([path, str(info["generation"]), info["crc32c"]])

@@ -104,9 +104,9 @@ def _with_config_first(argv: list[str]) -> list[str]:
     elif argument in ("--config", "-config"):
       path = next(arguments, "")
     else:
-      rest.append("--check=" if argument in ("--check", "-check") else argument)
-  if not path and os.path.isfile(_config_json(argv)):
-    path = _config_json(argv)
+      rest.append(argument)
+  if not path and (own := _config_json(argv)) and files.is_file(own):
+    path = own
   if path.endswith(".json"):
     path = f"{_SAVED}{path}"
   elif path:
@@ -117,7 +117,11 @@ def _with_config_first(argv: list[str]) -> list[str]:
 def _config_json(argv: list[str]) -> str:
   """Returns the path of a config.json in the workdir that the arguments name; "" if they name none."""
   workdirs = re.findall(r"^--?workdir[=\n](.+)$", "\n".join(argv), re.MULTILINE)
-  return os.path.join(os.path.expanduser(workdirs[-1]), saved.NAME) if workdirs else ""
+  if not workdirs:
+    return ""
+  given = workdirs[-1]
+  folder = files.place("--workdir", given) if files.is_remote(given) else os.path.expanduser(given)
+  return os.path.join(folder, saved.NAME)
 
 
 def _no_config(argv: list[str]) -> str:

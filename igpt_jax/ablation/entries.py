@@ -121,7 +121,7 @@ def _check_folder(
   What a resumed run may change is compared as it was when the run began, and so are the settings that are
   `varied` between runs, whether or not they decide a run's numbers: the comparison is about them.
   """
-  if not os.path.isdir(folder) or not workdir_lib.has_begun(folder):
+  if not files.is_folder(folder) or not workdir_lib.has_begun(folder):
     return
   workdir_lib.check(settings, folder)
   theirs = workdir_lib.read(folder)
@@ -155,7 +155,12 @@ def finished(settings: Settings) -> tuple[list[Entry], list[str]]:
   Raises:
     UserError: one isn't a finished pretraining, or is there twice.
   """
-  folders = [files.local("config.ablate.workdirs", path) for path in settings.ablate.workdirs]
+  folders = [files.place("config.ablate.workdirs", path) for path in settings.ablate.workdirs]
+  if len({files.is_remote(folder) for folder in folders}) > 1:
+    raise UserError(
+      f"config.ablate.workdirs: {', '.join(folders)}: local ones and such of buckets; expected the one or the "
+      "other; fix: gcloud storage cp -r gs://BUCKET/RUN ."
+    )
   runs = [_read(folder) for folder in folders]
   keys = [_without_seed(own) for own, _ in runs]
   names: dict[str, str] = {}  # key -> name
@@ -190,7 +195,7 @@ def _read(folder: str) -> tuple[Settings, checkpoint.CheckpointInfo]:
     )
   own = from_config(saved.get_config(os.path.join(folder, saved.NAME)))
   made = checkpoint.latest_step(folder)
-  if made != own.train.steps or not os.path.exists(os.path.join(folder, "training.json")):
+  if made != own.train.steps or not files.exists(os.path.join(folder, "training.json")):
     raise UserError(
       f"config.ablate.workdirs: {folder} has made {made or 0:,} of {own.train.steps:,} steps; expected "
       f"a finished run; fix: igpt_jax --workdir {folder} goes on with it"

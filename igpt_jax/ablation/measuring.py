@@ -82,7 +82,7 @@ def _kept(
   if hosts.on_any(not values):
     values = compute()
     if hosts.is_main():
-      os.makedirs(os.path.dirname(path), exist_ok=True)
+      files.make_folder(os.path.dirname(path))
       summary.write_json(path, {"made_from": made_from, **values})
     hosts.wait_for_all("measured")
   return values

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures import synchronization  # no public API numbers operations
 
 from igpt_jax import buckets, files
-from igpt_jax.checkpoint import file_sums, folders
+from igpt_jax.checkpoint import file_sums, folders, in_buckets
 from igpt_jax.checkpoint.settled import settled
 from igpt_jax.errors import NewerFormat, UserError
 from igpt_jax.model.image_gpt import Params, abstract_params
@@ -83,6 +83,8 @@ def quiet(level: int):
 @contextlib.contextmanager
 def reading(folder: str):
   """Converts orbax' errors over damaged files to a UserError of one line, and silences its log."""
+  if files.is_remote(folder):
+    in_buckets.mend()
   try:
     with quiet(logging.CRITICAL), settled:
       yield

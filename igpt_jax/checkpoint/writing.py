@@ -9,6 +9,7 @@ nothing (buckets, some networks). The damage is detected, and the checkpoint bef
 import contextlib
 import errno
 import functools
+import logging
 import math
 import os
 import time
@@ -299,7 +300,8 @@ class Checkpoints:
     """
     if self._error is None:
       try:
-        self._checkpointer.wait()
+        with reading.quiet(logging.ERROR):  # not how long it took: goodput says so
+          self._checkpointer.wait()
       except SAVE_ERRORS as error:
         self._error = error  # orbax raises it only once
         # Keep ignoring follow-up errors, which may come at any time until the process ends.

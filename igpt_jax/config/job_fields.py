@@ -155,8 +155,8 @@ class QualityConfig(Group, prefix="quality", jobs=("quality",)):
 class ConvertConfig(Group, prefix="convert", jobs=("convert",)):
   """The checkpoint to convert, its target and format."""
 
-  source: str = setting("", "a checkpoint", path=True, host=True)
-  target: str = setting("", "what to write; nothing may be there", path=True)
+  source: str = setting("", "a checkpoint", path=True, bucket=True, host=True)
+  target: str = setting("", "what to write; nothing may be there", path=True, bucket=True)
   format: str = setting("orbax", "orbax (this program's own), safetensors (the same as one file), "
     "huggingface, openai", choices=("openai", "huggingface", "orbax", "safetensors"))
   dtype: str = setting("", 'what weights are rounded to; "": as they are',

@@ -68,7 +68,7 @@ class Palette:
     """Reads a .npy file in the original's format; raises UserError for anything else."""
     expected = "a .npy file of float [k, 3] colours in [-1, 1]"
     try:
-      with open(path, "rb") as file:
+      with files.opened(os.fspath(path)) as file:
         array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
       why = getattr(error, "strerror", None) or error
@@ -80,7 +80,7 @@ class Palette:
   @classmethod
   def from_setting(cls, path: str) -> Palette:
     """Loads the palette that `palette.path` names: a .npy file, or "default" for the project's own."""
-    return cls.default() if path == "default" else cls.load(files.local("palette.path", path))
+    return cls.default() if path == "default" else cls.load(files.place("palette.path", path))
 
   @classmethod
   def default(cls) -> Palette:
@@ -89,8 +89,8 @@ class Palette:
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes float32 [k, 3] in [-1, 1] as .npy; the file appears whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = files.place("palette", os.fspath(path))
+    files.make_folder(os.path.dirname(path))
     with files.replacing(path) as partial, open(partial, "wb") as file:
       np.save(file, self.centers)
 

@@ -61,13 +61,14 @@ class Target:
 
   def read(self) -> None:
     """Reads samples that were drawn before for this image with these settings."""
-    if not os.path.isdir(self.folder):
-      return
-    for name in sorted(os.listdir(self.folder)):
+    for name in files.names(self.folder):
       if not name.endswith(".npz"):
         continue
       try:
-        with np.load(os.path.join(self.folder, name), allow_pickle=False) as part:
+        with (
+          files.opened(os.path.join(self.folder, name)) as file,
+          np.load(file, allow_pickle=False) as part,
+        ):
           if self._is_of(part):
             rows = zip(part["numbers"], part["tokens"], part["nll"], strict=True)
             self.samples |= {int(number): (tokens, nll) for number, tokens, nll in rows}
@@ -200,7 +201,7 @@ def _targets(
   targets, unreadable = [], []
   for file in chosen:
     try:
-      with open(file.path, "rb") as stream:
+      with files.opened(file.path) as stream:
         image = reader.read(stream.read(), file.path)
     except OSError as error:
       unreadable.append(f"{file.path}: {error.strerror}")
@@ -253,7 +254,7 @@ def _draw(
       break  # the last one repeated, which pads the batch
     rows = slice(i * len(numbers), i * len(numbers) + len(kept))
     scale = recipe["scale"]
-    os.makedirs(target.folder, exist_ok=True)
+    files.make_folder(target.folder)
     for number, painted in zip(kept, completer.reader.paint(drawn.tokens[rows]), strict=True):
       path = os.path.join(target.folder, f"{number:04d}.png")
       figures.save_png(path, figures.grid([[painted]], scale=scale, gap=0))

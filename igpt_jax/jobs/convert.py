@@ -12,7 +12,7 @@ import os
 
 import jax
 
-from igpt_jax import checkpoint
+from igpt_jax import checkpoint, files
 from igpt_jax.checkpoint import one_file
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
@@ -27,7 +27,7 @@ def run(settings: Settings, workdir: str) -> None:
   """Writes `source` as `target` in `format`; the workdir isn't used."""
   del workdir
   check(settings)
-  wanted, target = settings.convert, os.path.expanduser(settings.convert.target)
+  wanted, target = settings.convert, _target(settings)
   info = weights.describe(wanted.source, settings)
   check_format(wanted.format, info)
   model = info.config
@@ -48,13 +48,16 @@ def run(settings: Settings, workdir: str) -> None:
   else:
     with parent_of(target):
       formats.save(target, wanted.format, model, params, clusters=info.palette, report=say)
-  size = f", {data_size(os.path.getsize(target))}" if os.path.isfile(target) else ""
+  size = f", {data_size(files.size(target))}" if files.is_file(target) else ""
   say(f"target: {target}, {wanted.format}{size}")
 
 
 @contextlib.contextmanager
 def parent_of(target: str):
   """Makes the parent directory of `target`; removes it after a failure, if it was made here."""
+  if files.is_remote(target):
+    yield
+    return
   parent = os.path.dirname(os.path.abspath(target))
   there = os.path.isdir(parent)
   try:
@@ -78,7 +81,12 @@ def check(settings: Settings) -> None:
       raise UserError(f"{name}: empty; expected {what}; fix: --{name}=PATH")
   if jax.process_count() > 1:
     raise UserError("config.job: convert runs in one process; fix: leave --distributed out")
-  target = os.path.expanduser(settings.convert.target)
+  target = _target(settings)
+  if files.is_remote(target) and settings.convert.format in ("openai", "huggingface"):
+    raise UserError(
+      f"config.convert.target: {target}; expected a local path for format {settings.convert.format}, whose "
+      "files are written in parts; fix: a local target, then `gcloud storage cp -r`"
+    )
   taken = [target]
   if settings.convert.format == "openai":
     # Readers would take a palette that lies there for this checkpoint's.
@@ -89,8 +97,15 @@ def check(settings: Settings) -> None:
         f"{os.path.join(target, 'model.ckpt-0')}"
       )
   for path in taken:
-    if os.path.lexists(path):
+    if files.exists(path) or os.path.lexists(path):
       raise UserError(f"config.convert.target: {path} exists; fix: name another target")
+
+
+def _target(settings: Settings) -> str:
+  target = settings.convert.target
+  if files.is_remote(target):
+    return files.place("config.convert.target", target)
+  return os.path.expanduser(target)
 
 
 def check_format(kind: str, info: checkpoint.CheckpointInfo) -> None:

@@ -213,5 +213,5 @@ class _Baselines:
     return kept.get("rows", []) if same else []
 
   def keep(self, rows: list[dict[str, Any]]) -> None:
-    os.makedirs(os.path.dirname(self._path), exist_ok=True)
+    files.make_folder(os.path.dirname(self._path))
     summary.write_json(self._path, {"depends_on": self._depends_on, "rows": rows})

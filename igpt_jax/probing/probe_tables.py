@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from igpt_jax import files
 from igpt_jax.probing import sets
 from igpt_jax.reporting import figures, plots, summary
 from igpt_jax.reporting.tables import markdown_table
@@ -175,9 +176,8 @@ def compare_checkpoints(workdir: str, name: str, made_from: watch.MadeFrom) -> N
 def _probed(workdir: str, name: str, made_from: watch.MadeFrom) -> list[dict[str, Any]]:
   """Results of this run's checkpoints with these settings, by step."""
   folder = os.path.join(workdir, name)
-  names = os.listdir(folder) if os.path.isdir(folder) else []
   results = (
     watch.results_like(os.path.join(folder, str(step)), f"{name}.json", made_from)
-    for step in sorted(int(each) for each in names if each.isdigit())
+    for step in sorted(int(each) for each in files.names(folder) if each.isdigit())
   )
   return [values for values in results if values is not None]

@@ -1,10 +1,12 @@
 """Traces of training steps by jax.profiler, which show what the devices do in them."""
 
 import contextlib
+import os
 from collections.abc import Callable
 
 import jax
 
+from igpt_jax import files
 from igpt_jax.config.run_fields import ProfileConfig
 
 
@@ -19,6 +21,8 @@ class Profiler:
 
   def __init__(self, window: ProfileConfig, folder: str, say: Callable[[str], None]):
     self._window, self._folder, self._say = window, folder, say
+    remote = files.is_remote(folder)  # jax traces to disks alone
+    self._local = os.path.join(files.scratch(), f"profile-{os.getpid()}") if remote else folder
     self._first: int | None = None  # the trace's first step; None: no trace is going on
     self._next = 0
     self._pending = bool(window.steps)
@@ -36,7 +40,7 @@ class Profiler:
   def turn(self, step: int) -> None:
     """Begins the trace, or ends it."""
     if self._first is None and step < self._window.start + self._window.steps:
-      jax.profiler.start_trace(self._folder)
+      jax.profiler.start_trace(self._local)
       self._first = self._next = step
     else:
       self.close()
@@ -55,6 +59,8 @@ class Profiler:
       return
     first, self._first = self._first, None
     jax.profiler.stop_trace()
+    if self._local != self._folder:
+      files.put_folder(self._local, self._folder)
     self._say(
       f"profile: steps {first} to {self._next - 1} in {self._folder}; to look at it: xprof "
       f"--logdir={self._folder} (pip install xprof), or its trace.json.gz in https://ui.perfetto.dev"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax import __version__, checkpoint
+from igpt_jax import __version__, checkpoint, files
 from igpt_jax.checkpoint import CheckpointInfo, checksum, one_file
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
@@ -44,7 +44,7 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
     snapshot = hub.fetch(path, say)
     origin = {"hub": f"{path.partition('@')[0]}@{snapshot.commit}"}
     path = snapshot.folder
-  kind = formats.detect(path)
+  path, kind = _in_bucket(path) if files.is_remote(path) else (path, formats.detect(path))
   if kind == "orbax":
     info = checkpoint.describe(path)
   elif kind == one_file.FORMAT:
@@ -71,6 +71,30 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
     step = int(named[1]) if named else 0
     info = CheckpointInfo(where, step, config, clusters, run, kind)
   return with_palette(info, settings)
+
+
+def _in_bucket(path: str) -> tuple[str, str]:
+  """Returns where to read a checkpoint of a bucket, there or in a local copy, and its format.
+
+  Raises:
+    UserError: its format isn't known.
+  """
+  path = files.place("checkpoint", path)
+  if files.is_file(path):
+    path = files.local_copy(path)
+  elif files.is_file(f"{path}.index"):  # of OpenAI's: the first part of its files' names
+    path = os.path.join(files.local_copy(os.path.dirname(path)), os.path.basename(path))
+  elif _holds_foreign(path):
+    path = files.local_copy(path)
+  else:
+    return path, "orbax"
+  return path, formats.detect(path)
+
+
+def _holds_foreign(folder: str) -> bool:
+  """Returns True for a folder with weights beside their description, False for a workdir or a checkpoint."""
+  weights = (".index", ".safetensors", ".bin")
+  return any(name.endswith(weights) for name in files.names(folder))
 
 
 def with_palette(info: CheckpointInfo, settings: Settings) -> CheckpointInfo:
