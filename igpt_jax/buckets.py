@@ -62,20 +62,31 @@ def address_of(name: str, path: str) -> str:
       f"{name}: {path!r}; expected gs://BUCKET/PATH of printable characters without '..'; fix: the "
       "address as `gcloud storage ls` prints it"
     )
+  _prepare(_emulator())
   return SCHEME + "/".join((bucket, *parts))
 
 
+def _emulator() -> str:
+  return os.environ.get("STORAGE_EMULATOR_HOST", "")
+
+
 def _system() -> Any:
-  """Returns gcsfs' file system; the one that other libraries get behaves as it does.
+  """Returns gcsfs' file system, signed in; the one that other libraries get behaves as it does.
 
   Raises:
     UserError: gcsfs isn't installed.
   """
-  return _system_of(os.environ.get("STORAGE_EMULATOR_HOST", ""))
+  return _system_of(_emulator())
 
 
 @functools.lru_cache(maxsize=4)
 def _system_of(emulator: str) -> Any:
+  return _prepare(emulator).GCSFileSystem()
+
+
+@functools.lru_cache(maxsize=4)
+def _prepare(emulator: str) -> Any:
+  """Returns the module gcsfs, set up for this process, and for the libraries that use it."""
   # TensorFlow's file system, which etils prefers, has other errors and retries; that for zonal buckets
   # asks about every bucket over gRPC, which no emulator answers.
   os.environ.setdefault("EPATH_USE_TF", "false")
@@ -99,7 +110,7 @@ def _system_of(emulator: str) -> Any:
     os.environ.setdefault(
       "GOOGLE_AUTH_TOKEN_FOR_TESTING", "none"
     )  # it looks for credentials otherwise
-  return gcsfs.GCSFileSystem()
+  return gcsfs
 
 
 @contextlib.contextmanager
