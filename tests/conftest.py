@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 
-from support import kept_programs, photos
+from support import bucket_server, kept_programs, photos
 
 # Started in the background, this process ignores Ctrl-C, and so would every program a test starts
 # to interrupt it.
@@ -74,3 +74,22 @@ def old_files(tmp_path_factory, monkeypatch):
 def album(tmp_path):
   """A folder of photos in which much is wrong."""
   return photos.make_album(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def _buckets():
+  """The tests' buckets: one server, since clients keep the address that they were first given."""
+  with bucket_server.serving() as server:
+    yield server
+
+
+@pytest.fixture
+def buckets(_buckets, monkeypatch):
+  """A server of buckets with an empty one, gs://bucket, which this process and its children talk to."""
+  for name, value in bucket_server.point_clients(_buckets).items():
+    monkeypatch.setenv(name, value)
+  pytest.importorskip("gcsfs", reason="gs:// is NOT tested; fix: pip install -e '.[gcs]'")
+  bucket_server.forget()
+  _buckets.reset("bucket")
+  yield _buckets
+  _buckets.reset()
