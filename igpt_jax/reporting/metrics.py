@@ -6,18 +6,19 @@ The latter two show images as well.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from igpt_jax import extras
+from igpt_jax import extras, files
 from igpt_jax.errors import UserError
-from igpt_jax.files import replacing, sync
+from igpt_jax.reporting import line_parts
 
 
 class JsonlWriter:
-  """Appends records to a JSON Lines file.
+  """Appends records to a JSON Lines file; in a bucket, to parts that follow it (`line_parts`).
 
   Resuming at a step drops the records after it: they are computed again, to the same values. If the disk
   is full, records are kept in memory until the next write, or `sync`, which raises.
@@ -25,16 +26,38 @@ class JsonlWriter:
 
   def __init__(self, path: str, resume_step: int):
     self.path = path
-    if os.path.exists(path):
-      with open(path, encoding="utf-8", errors="replace") as lines:
-        kept = [line.rstrip("\n") + "\n" for line in lines if _belongs_before(line, resume_step)]
-      with replacing(path) as partial, open(partial, "w", encoding="utf-8") as out:
-        out.writelines(kept)
+    remote, contents = files.is_remote(path), line_parts.read(path)
+    if contents is not None or remote:
+      lines = _lines_of(contents or b"")
+      kept = "".join(line + "\n" for line in lines if _belongs_before(line, resume_step))
+      line_parts.rewrite(path, kept.encode())
+    self._lines = line_parts.Parts(path) if remote else _Appended(path)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
+
+  def sync(self) -> None:
+    """Flushes all records to the disk, or the bucket.
+
+    Raises:
+      OSError: they can't be written; they are kept in memory.
+    """
+    self._lines.sync()
+
+  def close(self) -> None:
+    self._lines.close()
+
+
+class _Appended:
+  """Appends lines to a file on a disk."""
+
+  def __init__(self, path: str):
+    self._path = path
     self._file = open(path, "ab", buffering=0)
     self._waiting = b""
 
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
-    self._waiting += (json.dumps({"step": step, **values}) + "\n").encode()
+  def write(self, lines: bytes) -> None:
+    self._waiting += lines
     with contextlib.suppress(OSError):
       self._append()
 
@@ -50,32 +73,35 @@ class JsonlWriter:
     self._waiting = b""
 
   def sync(self) -> None:
-    """Flushes all records to the disk.
-
-    Raises:
-      OSError: they can't be written; they are kept in memory.
-    """
     self._append()
-    sync(self.path)
+    files.sync(self._path)
 
   def close(self) -> None:
     self._append()
     self._file.close()
 
 
-def read_jsonl(path: str) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Reads a metrics file; [] if there is none. A line that a crash cut short is left out."""
   records = []
-  if not os.path.exists(path):
-    return records
-  with open(path, encoding="utf-8", errors="replace") as lines:
-    for line in lines:
-      with contextlib.suppress(ValueError):
-        records.append(json.loads(line))
+  for line in _lines_of(line_parts.read(os.fspath(path)) or b""):
+    with contextlib.suppress(ValueError):
+      records.append(json.loads(line))
   return [record for record in records if isinstance(record, dict)]
 
 
-def newest(path: str) -> dict[str, Any]:
+def _lines_of(contents: bytes) -> list[str]:
+  """Returns the lines of a metrics file; bytes that are no text stand in for themselves."""
+  return contents.decode("utf-8", "replace").removesuffix("\n").split("\n") if contents else []
+
+
+def copy(source: str, target: str) -> None:
+  """Copies a metrics file, with what a run that goes on has added to it, if there is one."""
+  if (contents := line_parts.read(source)) is not None:
+    line_parts.rewrite(target, contents)
+
+
+def newest(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Returns the newest value of every metric in a metrics file."""
   values = {name: value for record in read_jsonl(path) for name, value in record.items()}
   return {name: value for name, value in values.items() if name != "step"}
@@ -89,7 +115,10 @@ def _belongs_before(line: str, step: int) -> bool:
 
 
 class TensorBoardWriter:
-  """Writes scalars as TensorBoard events, through tensorboardX."""
+  """Writes scalars as TensorBoard events, through tensorboardX.
+
+  A bucket gets them by `sync`: what is after the checkpoint that a run resumes from counts for nothing.
+  """
 
   def __init__(self, workdir: str, resume_step: int):
     try:
@@ -98,9 +127,11 @@ class TensorBoardWriter:
       raise UserError(
         f"log.tensorboard: True needs tensorboardX; fix: {extras.install('tensorboard')}"
       ) from None
-    self._writer = tensorboardX.SummaryWriter(
-      os.path.join(workdir, "tensorboard"), purge_step=resume_step + 1
-    )
+    self._folder = self._local = os.path.join(workdir, "tensorboard")
+    if files.is_remote(workdir):
+      self._local = files.scratch_for(self._folder)
+      shutil.rmtree(self._local)  # what a killed process has left there
+    self._writer = tensorboardX.SummaryWriter(self._local, purge_step=resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
@@ -112,12 +143,25 @@ class TensorBoardWriter:
     self._writer.add_image(name, image, step, dataformats="HWC")
     self._writer.flush()
 
+  def sync(self) -> None:
+    """Copies the events into the bucket, if the run is in one.
+
+    Raises:
+      OSError: they can't be written there.
+    """
+    for name in files.names(self._local) if self._local != self._folder else ():
+      files.copy(os.path.join(self._local, name), os.path.join(self._folder, name))
+
   def close(self) -> None:
     self._writer.close()
+    self.sync()
 
 
 class WandbWriter:
-  """Writes metrics to Weights & Biases; the run is named after the workdir and resumed with it."""
+  """Writes metrics to Weights & Biases; the run is named after the workdir and resumed with it.
+
+  Its own files of a run in a bucket lie in `config.scratch`.
+  """
 
   def __init__(self, workdir: str, config: Mapping[str, Any], project: str):
     try:
@@ -126,13 +170,14 @@ class WandbWriter:
       raise UserError(f"log.wandb: True needs wandb; fix: {extras.install('wandb')}") from None
     identity = os.path.join(workdir, "wandb_run_id")
     run_id = None
-    if os.path.exists(identity):
-      with open(identity, encoding="utf-8") as file:
+    if files.exists(identity):
+      with files.opened(identity, "r") as file:
         run_id = file.read().strip()
     name = os.path.basename(os.path.abspath(workdir))
+    local = files.scratch_for(workdir) if files.is_remote(workdir) else workdir
     try:
       self._run = wandb.init(
-        project=project, id=run_id, resume="allow", name=name, dir=workdir, config=dict(config)
+        project=project, id=run_id, resume="allow", name=name, dir=local, config=dict(config)
       )
     except (wandb.errors.Error, OSError, ValueError) as error:  # no key, network or project
       raise UserError(
@@ -140,7 +185,7 @@ class WandbWriter:
         "`wandb login` or WANDB_API_KEY; or WANDB_MODE=offline, which is sent later by `wandb sync`; "
         "or --config.log.wandb=False"
       ) from None
-    with open(identity, "w", encoding="utf-8") as file:
+    with files.replacing(identity) as partial, open(partial, "w", encoding="utf-8") as file:
       file.write(self._run.id)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -188,9 +233,9 @@ class Writers:
         writer.image(step, name, image)
 
   def sync(self) -> None:
-    """Flushes metrics.jsonl, which a resumed run goes on with, to the disk."""
+    """Flushes what a resumed run goes on with: metrics.jsonl, and TensorBoard's events in a bucket."""
     for writer in self._writers:
-      if isinstance(writer, JsonlWriter):
+      if isinstance(writer, JsonlWriter | TensorBoardWriter):
         writer.sync()
 
   def close(self) -> None:

@@ -153,8 +153,11 @@ def _move(workdir: str, target: str, since: int, steps: Iterable[int]) -> None:
 
 def _copy(workdir: str, target: str, names: Iterable[str]) -> None:
   for name in names:
-    if files.exists(source := os.path.join(workdir, name)):
-      files.copy(source, os.path.join(target, name))
+    source, copy = os.path.join(workdir, name), os.path.join(target, name)
+    if name == "metrics.jsonl":
+      metrics.copy(source, copy)
+    elif files.exists(source):
+      files.copy(source, copy)
 
 
 def branch(workdir: str, step: int, target: str) -> None:
