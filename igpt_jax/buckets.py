@@ -242,12 +242,21 @@ def names(folder: str) -> list[str]:
   return sorted({posixpath.basename(path) for path in paths if path.startswith(f"{own}/")})
 
 
+def described_below(folder: str) -> dict[str, dict[str, Any]]:
+  """Returns all objects in a folder and its folders, path below it -> as `described`, and "address"."""
+  with _told(folder):
+    found = _system().find(folder, detail=True)
+  own = f"{folder.removeprefix(SCHEME).rstrip('/')}/"
+  return {
+    path.removeprefix(own): {**info, "address": SCHEME + path}
+    for path, info in sorted(found.items())
+    if path.startswith(own)
+  }
+
+
 def below(folder: str) -> list[str]:
   """Returns the addresses of all objects in a folder and its folders, sorted; [] if there are none."""
-  with _told(folder):
-    paths = _system().find(folder)
-  own = f"{folder.removeprefix(SCHEME)}/"
-  return sorted(SCHEME + path for path in paths if path.startswith(own))
+  return [info["address"] for info in described_below(folder).values()]
 
 
 def read(path: str) -> bytes:

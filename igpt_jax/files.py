@@ -101,23 +101,6 @@ def scratch() -> str:
   return _scratch or user_cache("scratch")
 
 
-def scratch_for(address: str) -> str:
-  """Returns the local folder, made if missing, of what must be on a disk and belongs to an address.
-
-  Raises:
-    UserError: it can't be made.
-  """
-  folder = os.path.join(scratch(), "written", digest(address))
-  try:
-    os.makedirs(folder, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"config.scratch: {folder} can't be made ({error.strerror}); expected a local place to write to; "
-      "fix: --config.scratch=FOLDER"
-    ) from None
-  return folder
-
-
 def exists(path: str) -> bool:
   """Returns True if there is a file or a folder."""
   return buckets.exists(path) if is_remote(path) else os.path.exists(path)

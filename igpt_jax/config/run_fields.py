@@ -35,7 +35,7 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
   path: str = setting("", "folder: its root, with root/SPLIT/CLASS/*.jpg, root/SPLIT/*.jpg, or images in "
     "any way, at any depth, of which splits are drawn by contents; tokens: "
     "a .npy [N, H·W], which is the test split, or a folder with train.npy, validation.npy, "
-    "test.npy", path=True, host=True)
+    "test.npy; in a bucket (gs://BUCKET/PATH) it is copied to scratch", path=True, bucket=True, host=True)
   data_dir: str = setting("", "where TFDS keeps prepared data; \"\": TFDS' default", host=True)
   resolution: int = setting(8, "height and width the model sees, in pixels", least=1, decides="run",
     jobs=(*OPENING, "compile"))
@@ -83,7 +83,7 @@ class PaletteConfig(Group, prefix="palette", jobs=(*PRETRAINING, "finetune", "fi
 
   path: str = setting("", ".npy [k, 3] in [-1, 1]; \"default\": the project's 512 colours, which "
     "were fitted to CIFAR-10 (igpt_jax/data/assets/README.md); \"\": the checkpoint's, or fitted "
-    "to the training images", path=True, host=True,
+    "to the training images", path=True, bucket=True, host=True,
     jobs=(*PRETRAINING, *READING, "convert", "benchmark"))
   size: int = setting(0, "colours; 0: the checkpoint's, those of the path, or 512", least=2,
     decides="run", jobs=(*MAKING, "fit_palette"))

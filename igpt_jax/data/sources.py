@@ -7,15 +7,16 @@ Records aren't decoded here; order, augmentation and batches belong to `pipeline
 from __future__ import annotations
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from igpt_jax import errors, units
+from igpt_jax import errors, files, units
 from igpt_jax.config.run_fields import DataConfig
-from igpt_jax.data import digests, photo_folder
+from igpt_jax.data import bucket_folders, digests, photo_folder
 from igpt_jax.data.folder import FolderRecords, class_folders, open_stored, say_once
 from igpt_jax.data.photo_folder import TEST_FOLDERS
 
@@ -139,8 +140,8 @@ def has_validation(config: DataConfig) -> bool:
 def _stored_validation(config: DataConfig) -> str:
   """Returns the stored split that is validation; "" if validation is a share of train."""
   if not config.validation_split and config.name == "tokens":
-    path = pathlib.Path(config.path).expanduser()
-    return "validation" if (path / "validation.npy").is_file() else ""
+    path = _given(config)
+    return "validation" if files.is_file(os.path.join(path, "validation.npy")) else ""
   return config.validation_split
 
 
@@ -163,8 +164,24 @@ def _view(records: Records, share: float, split: str) -> Split:
 # --- a folder of images -----------------------------------------------------------------------------
 
 
+def _given(config: DataConfig) -> str:
+  """Returns `data.path`, with ~ expanded."""
+  given = config.path
+  return given.rstrip("/") if files.is_remote(given) else os.path.expanduser(given)
+
+
 def _folder_split(config: DataConfig, split: str) -> Split:
-  root = pathlib.Path(config.path).expanduser()
+  given = _given(config)
+  if not files.is_remote(given):
+    return _local_folder_split(config, split, pathlib.Path(given))
+  root = bucket_folders.copied(given)
+  try:
+    return _local_folder_split(config, split, root)
+  except errors.UserError as error:  # of the copy, whose place says nothing
+    raise type(error)(str(error).replace(str(root), given)) from None
+
+
+def _local_folder_split(config: DataConfig, split: str, root: pathlib.Path) -> Split:
   if not photo_folder.has_splits(root, config.validation_split):
     records, parts = photo_folder.open_photos(root, config.validation, config.verify)
     if not len(parts[split]):
@@ -210,11 +227,13 @@ class TokenRecords:
   name = "tokens"
   class_names: tuple[str, ...] = ()
 
-  def __init__(self, path: pathlib.Path, n_positions: int, verify: bool = False):
+  def __init__(self, path: str, n_positions: int, verify: bool = False):
     """Opens `path`; `n_positions` is the model's T, and `verify` as in `DataConfig`."""
-    self._path = path
     try:
-      self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
+      self._path = files.local_copy(path)
+      self._rows = np.load(self._path, mmap_mode="r", allow_pickle=False)
+    except errors.UserError:  # a bucket's
+      raise
     except FileNotFoundError:
       raise errors.NoSuchSplit(
         f"data.path {path}: no such file; expected tokens [N, T] in .npy; fix: data.path, or "
@@ -241,7 +260,7 @@ class TokenRecords:
       )
     edges = np.ascontiguousarray(rows[[0, -1]]).tobytes()
     self.former_name = f"tokens:{hashlib.sha256(edges).hexdigest()[:12]}"
-    absolute = str(path.absolute())
+    absolute = os.path.abspath(self._path)
     self.identity = digests.combined([digests.of_files([absolute], absolute, verify)])
 
   def __len__(self) -> int:
@@ -260,13 +279,13 @@ class TokenRecords:
 
 
 def _token_records(config: DataConfig, stored: str, held_out: str) -> TokenRecords:
-  path = pathlib.Path(config.path).expanduser()
+  path = _given(config)
   if stored == held_out:
     raise errors.NoSuchSplit(
       f"data.validation_split: {held_out!r} is held out, which leaves no {stored} split; expected another"
     )
-  if path.is_dir():
-    path = path / f"{stored}.npy"
+  if files.is_folder(path):
+    path = os.path.join(path, f"{stored}.npy")
   elif stored != "test":
     raise errors.NoSuchSplit(
       f"data.path {path}: a file of tokens is a test split; expected a folder with {stored}.npy"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import extras, files
+from igpt_jax import extras, files, scratch
 from igpt_jax.errors import UserError
 from igpt_jax.reporting import line_parts
 
@@ -129,7 +129,7 @@ class TensorBoardWriter:
       ) from None
     self._folder = self._local = os.path.join(workdir, "tensorboard")
     if files.is_remote(workdir):
-      self._local = files.scratch_for(self._folder)
+      self._local = scratch.folder_for(self._folder)
       shutil.rmtree(self._local)  # what a killed process has left there
     self._writer = tensorboardX.SummaryWriter(self._local, purge_step=resume_step + 1)
 
@@ -174,7 +174,7 @@ class WandbWriter:
       with files.opened(identity, "r") as file:
         run_id = file.read().strip()
     name = os.path.basename(os.path.abspath(workdir))
-    local = files.scratch_for(workdir) if files.is_remote(workdir) else workdir
+    local = scratch.folder_for(workdir) if files.is_remote(workdir) else workdir
     try:
       self._run = wandb.init(
         project=project, id=run_id, resume="allow", name=name, dir=local, config=dict(config)

@@ -45,8 +45,14 @@ def check(settings: Settings, workdir: str) -> None:
       f"--workdir: {workdir} lies within config.complete.images {images}: the results would be read "
       "as images; fix: another --workdir"
     )
-  if settings.data.name == "folder" and not files.is_remote(workdir):
-    data = settings.data
+  data = settings.data
+  if data.name == "folder" and files.is_remote(data.path):  # all of it is copied
+    if _is_within(workdir, data.path):
+      raise UserError(
+        f"--workdir: {workdir} lies within data.path {data.path}: the results would be read as images; "
+        "fix: another --workdir"
+      )
+  elif data.name == "folder" and not files.is_remote(workdir):
     inside = os.path.relpath(os.path.realpath(workdir), _real(data.path)).split(os.sep)
     is_read = _is_within(workdir, data.path)
     # The run's own images mustn't make classes of splits.

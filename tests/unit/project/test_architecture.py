@@ -28,6 +28,7 @@ FLOORS = (
     "extras.py",
     "files.py",
     "history.py",
+    "scratch.py",
     "stopping.py",
     "units.py",
     "watchdog.py",
