@@ -55,7 +55,7 @@ def told(workdir):
       for name in ("step", "loss", "validation_loss", "grad_norm")
       if name in record
     }
-    for record in metrics.read_jsonl(workdir / "metrics.jsonl")
+    for record in metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
   ]
 
 
