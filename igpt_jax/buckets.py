@@ -277,21 +277,26 @@ def download(path: str, target: str, info: dict[str, Any]) -> None:
     FileNotFoundError: there is no such object.
     BucketError: it can't be read, or is another one by now.
   """
-  import google_crc32c
-
   for _ in range(_TRIES):
     with _told(path):
       _system().get_file(path, target)
-    sum_of = google_crc32c.Checksum()
-    with open(target, "rb") as file:
-      for _ in sum_of.consume(file, _BLOCK):
-        pass
-    if base64.b64encode(sum_of.digest()).decode() == info["crc32c"]:
+    if checksum(target) == info["crc32c"]:
       return
   raise BucketError(
     f"{path}: what arrives isn't what its checksum says, {_RETRIED}; fix: is it being rewritten?",
     errno.EIO,
   )
+
+
+def checksum(path: str) -> str:
+  """Returns a local file's CRC32C as `described` tells an object's."""
+  import google_crc32c
+
+  sum_of = google_crc32c.Checksum()
+  with open(path, "rb") as file:
+    for _ in sum_of.consume(file, _BLOCK):
+      pass
+  return base64.b64encode(sum_of.digest()).decode()
 
 
 def write(path: str, contents: bytes) -> None:

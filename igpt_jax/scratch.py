@@ -21,15 +21,18 @@ except ImportError:  # Windows
 _THREADS = 16  # mostly waiting for the network
 
 
-def folder_for(address: str) -> str:
-  """Returns the local folder, made if missing, of what must be on a disk and belongs to an address.
+def path_for(address: str) -> str:
+  """Returns the path of the local folder of what must be on a disk and belongs to an address."""
+  name = os.path.basename(address.rstrip("/"))
+  return os.path.join(files.scratch(), "of", files.digest(address), name)
+
+
+def make(folder: str) -> str:
+  """Makes a folder of `path_for`, if it isn't there, and returns it.
 
   Raises:
     UserError: it can't be made.
   """
-  folder = os.path.join(
-    files.scratch(), "of", files.digest(address), os.path.basename(address.rstrip("/"))
-  )
   try:
     os.makedirs(folder, exist_ok=True)
   except OSError as error:
@@ -99,7 +102,7 @@ def mirror(
   Raises:
     UserError: it can't be read, or there is no room, or an object's name can't be a file's.
   """
-  folder = folder_for(address)
+  folder = make(path_for(address))
   with _alone(folder):
     objects = {
       name: info for name, info in buckets.described_below(address).items() if wanted(name)

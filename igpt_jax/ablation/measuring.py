@@ -7,7 +7,6 @@ once, wherever the run lies and whatever its name.
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from igpt_jax.config.fields import Settings, with_values
 from igpt_jax.data.sources import open_split
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
-from igpt_jax.probing import probe_tables
+from igpt_jax.probing import bucket_stores, probe_tables
 from igpt_jax.probing import sets as sets_lib
 from igpt_jax.reporting import progress, summary
 from igpt_jax.workspace import likelihood, provenance, weights
@@ -101,12 +100,12 @@ def _test_loss(settings: Settings, workdir: str, mesh: Mesh) -> float:
 def _probe(settings: Settings, workdir: str, mesh: Mesh) -> dict[str, Any]:
   """Fits logistic regression to every layer's features; returns the row of the best, by validation."""
   source = sets_lib.open_source(settings, workdir, mesh)
-  sets = sets_lib.extract(settings, workdir, source)
+  sets = sets_lib.extract(settings, workdir, source, passing=True)
   if not hosts.is_main():
     return {"test_accuracy": math.nan}
   clock, rows = progress.Countdown("probes", len(sets), say), []
   for done, features in enumerate(sets, 1):
     rows.append(sets_lib.fit(features, source, settings.probe.max_iterations))
     clock.tick(done)
-  shutil.rmtree(sets_lib.folder_of(settings, workdir, source), ignore_errors=True)
+  bucket_stores.forget(sets_lib.folder_of(settings, workdir, source))
   return probe_tables.best_of(rows)

@@ -61,7 +61,7 @@ class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata", "ablate
   images: int = setting(0, "training images, at most; 0: all", **FROM_0)
   eval_images: int = setting(0, "images of validation, and of test, at most; 0: all", **FROM_0)
   cache: str = setting("", 'folder of stored features; "": features/ in the workdir', path=True,
-    host=True, jobs=("probe", "lowdata"))
+    bucket=True, host=True, jobs=("probe", "lowdata"))
   baselines: tuple[str, ...] = setting(("pixels", "pca", "random"), "to compare with: these, or "
     "some of them", choices=("pixels", "pca", "random"), jobs=("probe", "lowdata"))
 

@@ -9,7 +9,6 @@ compare them (probing/probe_tables.py).
 import dataclasses
 import functools
 import os
-import shutil
 from typing import Any
 
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
-from igpt_jax.probing import probe_tables, sgd_run
+from igpt_jax.probing import bucket_stores, probe_tables, sgd_run
 from igpt_jax.probing import sets as sets_lib
 from igpt_jax.probing.attentive import heads_of
 from igpt_jax.probing.sets import Source
@@ -85,7 +84,7 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
   """Probes one checkpoint; features are stored in `workdir`, results go to `out`."""
   source = sets_lib.open_source(settings, workdir, mesh)
   features_folder = sets_lib.folder_of(settings, workdir, source)
-  own_features = not os.path.exists(features_folder)
+  own_features = not bucket_stores.exists(features_folder)
   pooling, heads = settings.probe.pooling, None
   method = settings.probe.method or ("lbfgs" if source.rows("train") <= _LBFGS_UP_TO else "sgd")
   if pooling == "attentive":
@@ -132,7 +131,7 @@ def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) 
   summary.write_summary(out)
   # Every checkpoint's features together would fill the disk.
   if settings.watch and own_features:
-    shutil.rmtree(features_folder, ignore_errors=True)
+    bucket_stores.forget(features_folder)
   say(text.rstrip())
   say(values["verdict"])
 

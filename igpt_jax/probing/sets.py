@@ -23,7 +23,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params, init_params
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
-from igpt_jax.probing import linear
+from igpt_jax.probing import bucket_stores, linear
 from igpt_jax.probing.features import FeatureConfig, FeatureExtractor, feature_config
 from igpt_jax.probing.linear import Labelled
 from igpt_jax.probing.store import FeatureStore
@@ -122,13 +122,22 @@ def features_asked_for(settings: Settings, info: checkpoint.CheckpointInfo) -> F
 Stores = dict[str, FeatureStore]  # by split
 
 
-def compute(settings: Settings, workdir: str, source: Source) -> dict[str, Stores]:
+def compute(
+  settings: Settings, workdir: str, source: Source, passing: bool = False
+) -> dict[str, Stores]:
   """Computes what isn't on disk yet: features of the trained model ("layer") and of RANDOM if asked for.
 
-  Collective: every process must call it. The main one writes; all of them read the same workdir.
+  Collective: every process must call it. The main one writes; all of them read the same workdir, or a
+  copy of it (`bucket_stores`). The model's features that are `passing`, to be removed after the job, as
+  those of a watched run are, go into a bucket only if there are other processes.
   """
   folder = folder_of(settings, workdir, source)
-  stores = {"layer": _stores(settings, source, folder, source.trained.params, source.checksum)}
+  passing = jax.process_count() == 1 and (passing or settings.watch)
+  stores = {
+    "layer": _stores(
+      settings, source, folder, source.trained.params, source.checksum, passing=passing
+    )
+  }
   if RANDOM in source.baselines:
     folder = os.path.join(workdir, "features", f"random-{source.random_checksum[:8]}")
     stores[RANDOM] = _stores(
@@ -137,9 +146,14 @@ def compute(settings: Settings, workdir: str, source: Source) -> dict[str, Store
   return stores
 
 
-def extract(settings: Settings, workdir: str, source: Source) -> list[FeatureSet]:
-  """Computes the features that aren't on disk yet; returns the sets: baselines, then layers."""
-  stores = compute(settings, workdir, source)
+def extract(
+  settings: Settings, workdir: str, source: Source, passing: bool = False
+) -> list[FeatureSet]:
+  """Computes the features that aren't on disk yet; returns the sets: baselines, then layers.
+
+  The arguments are those of `compute`.
+  """
+  stores = compute(settings, workdir, source, passing)
   sets = []
   if PIXELS in source.baselines:
     sets.append(FeatureSet("raw pixels", PIXELS, None, lambda: _parts(stores["layer"], pixels)))
@@ -156,7 +170,7 @@ def extract(settings: Settings, workdir: str, source: Source) -> list[FeatureSet
 def folder_of(settings: Settings, workdir: str, source: Source) -> str:
   """Folder of the trained model's features."""
   if settings.features.cache:
-    return os.path.abspath(os.path.expanduser(settings.features.cache))
+    return files.place("features.cache", settings.features.cache)
   return os.path.join(workdir, "features", f"{source.trained.step}-{source.checksum[:8]}")
 
 
@@ -234,23 +248,43 @@ def _parts(stores: Stores, read) -> Parts:
 
 
 def _stores(
-  settings: Settings, source: Source, folder: str, params: Params, digest: str, whose: str = ""
+  settings: Settings,
+  source: Source,
+  folder: str,
+  params: Params,
+  digest: str,
+  whose: str = "",
+  passing: bool = False,
 ) -> Stores:
-  """Opens every split's features under these parameters; computes those that are missing."""
+  """Opens every split's features under these parameters; computes those that are missing.
+
+  Those that are `passing` don't go into a bucket.
+  """
   extractor = FeatureExtractor(source.trained.config, source.features, source.mesh)
   stores = {}
   for name in SPLITS:
     computed_from = identity_of(settings, source, name, digest)
     # Not labelled by checkpoint: in a folder of the user's own another checkpoint's features are refused.
     label = files.digest({**computed_from, "checkpoint": ""})[:8]
+    kept_in = os.path.join(folder, f"{name}-{label}")
+    here = os.path.join(bucket_stores.local(folder), f"{name}-{label}")
+    is_copied = files.is_remote(folder)
+    is_kept = is_copied and hosts.is_main() and bucket_stores.fetch(kept_in, here)
     stores[name] = FeatureStore(
-      os.path.join(folder, f"{name}-{label}"),
+      here,
       computed_from,
       rows=source.rows(name),
       width=source.features.grid**2 * source.trained.config.n_embd,
       side=settings.data.resolution,
+      kept_in=kept_in,
     )
-    _fill(settings, source, name, params, stores[name], extractor, whose)
+    is_new = _fill(settings, source, name, params, stores[name], extractor, whose)
+    if is_copied and not passing:
+      if hosts.is_main() and (is_new or not is_kept):
+        bucket_stores.publish(here, kept_in)
+      hosts.wait_for_all("features in the bucket")
+      if not hosts.is_main():
+        bucket_stores.fetch(kept_in, here)
   return stores
 
 
@@ -282,14 +316,15 @@ def _fill(
   store: FeatureStore,
   extractor: FeatureExtractor,
   whose: str,
-) -> None:
+) -> bool:
+  """Computes a split's features that are missing; returns False if none are."""
   batch_size, total = settings.features.batch_size, source.rows(name)
   layers = source.features.layers
   # Every process makes the passes that the main one's disk calls for.
   first = hosts.from_main(store.rows_done(layers) // batch_size if store.missing(layers) else -1)
   if first < 0:
     say(f"features: {whose}{name}, found in {store.folder}")
-    return
+    return False
   writing = store.begin(layers) if hosts.is_main() else None
   clock = progress.Countdown(f"features: {whose}{name}", total, say)
   with streams.eval_stream(
@@ -307,6 +342,7 @@ def _fill(
         writing.add(rows, number * batch_size)
       clock.tick(min(number * batch_size, total))
   hosts.wait_for_all("features written")
+  return True
 
 
 def fit(features: FeatureSet, source: Source, max_iterations: int) -> dict[str, Any]:

@@ -36,12 +36,22 @@ class FeatureStore:
     rows: number of images, the split's first ones.
     width: width of one layer's features.
     side: height and width of the images, in pixels.
+    kept_in: the address of a store that `folder` is the local copy of.
 
   Raises:
     UserError: the folder holds features of something else, or is damaged.
   """
 
-  def __init__(self, folder: str, identity: Mapping[str, Any], *, rows: int, width: int, side: int):
+  def __init__(
+    self,
+    folder: str,
+    identity: Mapping[str, Any],
+    *,
+    rows: int,
+    width: int,
+    side: int,
+    kept_in: str = "",
+  ):
     self.folder = folder
     self._identity = dict(identity, width=width)
     self._shapes = {"images": (rows, side, side, 3), "labels": (rows,)}
@@ -49,7 +59,7 @@ class FeatureStore:
     self._progress: dict[str, int] = {}
     path = os.path.join(folder, "identity.json")
     if os.path.exists(path):
-      what = f"{folder} holds features of something else"
+      what = f"{kept_in or folder} holds features of something else"
       fix = "another config.features.cache, or remove that folder"
       files.check_same("features.cache", what, _read(path), self._identity, fix)
       self._progress = _read_progress(os.path.join(folder, "progress.json"))
@@ -77,7 +87,7 @@ class FeatureStore:
         raise UserError(
           f"features.cache: {self.folder} needs {units.data_size(needed)} for {len(layers)} layers of "
           f"{self._rows:,} images, {units.data_size(free)} are free; fix: config.features.layers, "
-          "config.features.cache on another disk, or config.probe.cached=False (sgd, attentive)"
+          "config.features.cache (config.scratch, if it is in a bucket) on another disk, or config.probe.cached=False (sgd, attentive)"
         )
       for name in short:
         self._lengthen(name)

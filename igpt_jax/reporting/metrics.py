@@ -6,7 +6,6 @@ The latter two show images as well.
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -129,8 +128,8 @@ class TensorBoardWriter:
       ) from None
     self._folder = self._local = os.path.join(workdir, "tensorboard")
     if files.is_remote(workdir):
-      self._local = scratch.folder_for(self._folder)
-      shutil.rmtree(self._local)  # what a killed process has left there
+      self._local = scratch.path_for(self._folder)
+      files.remove_folder(self._local)  # what a killed process has left there
     self._writer = tensorboardX.SummaryWriter(self._local, purge_step=resume_step + 1)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -174,7 +173,7 @@ class WandbWriter:
       with files.opened(identity, "r") as file:
         run_id = file.read().strip()
     name = os.path.basename(os.path.abspath(workdir))
-    local = scratch.folder_for(workdir) if files.is_remote(workdir) else workdir
+    local = scratch.make(scratch.path_for(workdir)) if files.is_remote(workdir) else workdir
     try:
       self._run = wandb.init(
         project=project, id=run_id, resume="allow", name=name, dir=local, config=dict(config)

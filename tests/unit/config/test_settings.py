@@ -127,7 +127,7 @@ def test_what_decides_a_runs_numbers():
     ("data.validation", 1.0, r"1\.0; expected 0 to below 1"),
     ("sample.keep", 1.0, r"1\.0; expected within \(0, 1\)"),
     ("host_seconds", 10**7, "10000000; expected 1 to 1,000,000"),
-    ("data.path", "gs://bucket/x", "expected a local path"),
+    ("scratch", "gs://bucket/x", "expected a local path"),
   ],
 )
 def test_a_value_is_checked_as_declared(name, value, expected):

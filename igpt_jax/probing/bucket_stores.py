@@ -1,0 +1,112 @@
+"""Features of a folder in a bucket: made and read in `config.scratch`, and copied whole into the bucket.
+
+  STORE/whole.json   checksums of the store's files: written last and removed first
+
+A store without it, or with other files, is one that somebody is writing, or has begun to: it isn't read.
+Every host has its own scratch: the main process writes the bucket, and the others read that.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from igpt_jax import buckets, files, scratch, watchdog
+from igpt_jax.parallel.hosts import say
+
+_WHOLE = "whole.json"
+_LAST = ("progress.json", "identity.json")  # of a copy: without them it holds nothing
+
+
+def local(folder: str) -> str:
+  """Returns where a folder's features are made and read: the folder itself unless it is in a bucket."""
+  return scratch.path_for(folder) if files.is_remote(folder) else folder
+
+
+def exists(folder: str) -> bool:
+  """Returns True if there are features of this folder, in it or in scratch."""
+  return files.exists(folder) or os.path.exists(local(folder))
+
+
+def forget(folder: str) -> None:
+  """Removes a folder's features, and their copies."""
+  for each in {folder, local(folder)}:
+    files.remove_folder(each)
+
+
+def fetch(store: str, folder: str) -> bool:
+  """Copies a store from a bucket, unless it isn't whole there or has nothing that isn't here.
+
+  Args:
+    store: its address.
+    folder: its local folder, whose files are replaced.
+
+  Returns:
+    True if the bucket has all that is here then.
+
+  Raises:
+    UserError: it can't be read, or there is no room.
+  """
+  objects = buckets.described_below(store)
+  sums = _sums(store, objects)
+  if sums is None:
+    return False
+  identity, theirs = (files.read_json(os.path.join(store, name)) for name in reversed(_LAST))
+  if _read(folder, "identity.json") == identity:
+    ours = _read(folder, "progress.json")
+    if all(ours.get(layer, 0) >= rows for layer, rows in theirs.items()):
+      return ours == theirs
+  shutil.rmtree(folder, ignore_errors=True)
+  scratch.make(folder)
+  for names in (sums.keys() - {*_LAST}, _LAST[:1], _LAST[1:]):
+    scratch.fetch({name: objects[name] for name in sorted(names)}, folder, _beat)
+  say(f"features: copied from {store} to {folder}")
+  return True
+
+
+def publish(folder: str, store: str) -> None:
+  """Copies a complete store into a bucket.
+
+  Args:
+    folder: its local folder.
+    store: its address.
+
+  Raises:
+    BucketError: it can't be written.
+  """
+  names = [name for name in files.names(folder) if name.endswith((".npy", ".json"))]
+  sums = {name: buckets.checksum(os.path.join(folder, name)) for name in names}
+  objects = buckets.described_below(store)
+  if _sums(store, objects) == sums:
+    return
+  whole = os.path.join(store, _WHOLE)
+  files.remove(whole, missing_ok=True)
+  for done, (name, sum_of) in enumerate(sums.items()):
+    _beat(done)
+    if name not in objects or objects[name]["crc32c"] != sum_of:
+      buckets.upload(os.path.join(folder, name), os.path.join(store, name))
+  with files.replacing(whole) as partial, open(partial, "w", encoding="utf-8") as file:
+    json.dump(sums, file, indent=2)
+  say(f"features: copied to {store}")
+
+
+def _sums(store: str, objects: Mapping[str, Mapping[str, Any]]) -> dict[str, str] | None:
+  """Returns the checksums of a store's files in a bucket; None: it isn't whole."""
+  try:
+    sums = files.read_json(os.path.join(store, _WHOLE)) if _WHOLE in objects else {}
+  except (FileNotFoundError, ValueError):
+    return None
+  same = all(objects.get(name, {}).get("crc32c") == sum_of for name, sum_of in sums.items())
+  return sums if same and sums.keys() >= {*_LAST} else None
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+  try:
+    return files.read_json(os.path.join(folder, name))
+  except (OSError, ValueError):
+    return {}
+
+
+def _beat(done: int) -> None:
+  watchdog.beat("copying features")
