@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
-from igpt_jax import checkpoint
+from igpt_jax import checkpoint, files
 from igpt_jax.data import image_decoding, image_files
 from igpt_jax.data.sources import DataConfig, open_split
 from igpt_jax.errors import UserError
@@ -77,11 +77,15 @@ class Run:
 
   Args:
     config: a config file, or the name of one of the project's.
-    workdir: folder of the run, which is resumed if it exists.
+    workdir: local folder of the run, which is resumed if it exists.
     overrides: "--config.FIELD=VALUE", …
+
+  Raises:
+    UserError: the workdir is in a bucket.
   """
 
   def __init__(self, config: str, workdir: str, overrides: Iterable[str] = ()):
+    files.local("workdir", workdir)
     self.workdir = pathlib.Path(workdir)
     self._arguments = [f"--config={config}", f"--workdir={workdir}", *overrides]
 
