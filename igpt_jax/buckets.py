@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from igpt_jax import extras
+from igpt_jax import bucket_errors, extras
 from igpt_jax.errors import BucketError, UserError
 
 SCHEME = "gs://"
@@ -32,7 +32,6 @@ _AT_ONCE = 8  # requests
 _CONNECT_SECONDS, _READ_SECONDS = 20, 60
 _TRIES = 3  # of a request whose contents arrive with another checksum
 _BLOCK = 1 << 22  # bytes
-_RETRIED = "after several attempts"
 
 
 def normalised(name: str, path: str) -> str:
@@ -125,64 +124,7 @@ def _told(path: str) -> Iterator[None]:
   except (UserError, MemoryError):
     raise
   except Exception as error:
-    raise _in_words(path, error) from error
-
-
-def _in_words(path: str, error: Exception) -> Exception:
-  """Returns the BucketError of `failure`, or the error itself if no bucket is at fault."""
-  import gcsfs.retry
-
-  told = failure(path, error)
-  if told is None and isinstance(error, gcsfs.retry.HttpError | ValueError):
-    return BucketError(f"{path}: the bucket answers: {_text(error)}", errno.EIO)
-  return told or error
-
-
-def failure(path: str, error: BaseException) -> BucketError | None:
-  """Returns the error of a bucket that refuses or can't be reached; None: it is an error of another kind.
-
-  Args:
-    path: what was to be read or written.
-    error: raised by gcsfs, or by TensorStore, which names the kind of its errors in capitals.
-  """
-  import aiohttp
-  import google.auth.exceptions
-  import requests.exceptions
-  from gcsfs.retry import ChecksumError
-
-  bucket, text = path.removeprefix(SCHEME).partition("/")[0], _text(error)
-  code = str(getattr(error, "code", None))
-  if (
-    isinstance(error, google.auth.exceptions.GoogleAuthError)
-    or code == "401"
-    or "UNAUTHENTICATED" in text
-  ):
-    return BucketError(
-      f"{path}: the credentials aren't accepted ({text}); fix: `gcloud auth application-default login`, "
-      "or run as a service account",
-      errno.EACCES,
-    )
-  forbidden = isinstance(error, OSError) and text.startswith("Forbidden")
-  if forbidden or code == "403" or "PERMISSION_DENIED" in text:
-    return BucketError(
-      f"{path}: no right to do this ({text}); fix: grant this account roles/storage.objectUser on "
-      f"gs://{bucket}, sign in (gcloud auth application-default login), or name a bucket of this project",
-      errno.EACCES,
-    )
-  lost = (
-    TimeoutError, aiohttp.ClientError, requests.exceptions.RequestException, ChecksumError,
-    ConnectionError,
-  )  # fmt: skip
-  unavailable = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED")
-  busy = code in ("408", "429", "500", "502", "503", "504")
-  if isinstance(error, lost) or busy or any(kind in text for kind in unavailable):
-    return BucketError(f"{path}: the bucket can't be reached {_RETRIED} ({text})", errno.EIO)
-  return None
-
-
-def _text(error: BaseException) -> str:
-  """Returns an error's text in one line, or its kind."""
-  return " ".join(str(error).split())[:300] or type(error).__name__
+    raise bucket_errors.in_words(path, error) from error
 
 
 def _info(path: str) -> dict[str, Any] | None:
@@ -283,7 +225,7 @@ def download(path: str, target: str, info: dict[str, Any]) -> None:
     if checksum(target) == info["crc32c"]:
       return
   raise BucketError(
-    f"{path}: what arrives isn't what its checksum says, {_RETRIED}; fix: is it being rewritten?",
+    f"{path}: what arrives isn't what its checksum says, after several attempts; fix: is it being rewritten?",
     errno.EIO,
   )
 

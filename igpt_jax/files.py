@@ -251,47 +251,6 @@ def create_exclusively(path: str, contents: bytes) -> bool:
   return True
 
 
-def local_copy(path: str) -> str:
-  """Returns the path itself if it is local, or that of a whole copy of the object, kept in `scratch`.
-
-  A copy is used again while the object is the same, by its generation and checksum. Of a folder, the
-  files in it are copied, but not its folders.
-
-  Raises:
-    OSError: the object can't be read, or the copy can't be written.
-  """
-  if not is_remote(path):
-    return path
-  if is_folder(path):
-    inside = (os.path.join(path, name) for name in names(path))
-    copies = [local_copy(each) for each in inside if is_file(each)]
-    folder = os.path.join(scratch(), "folders", digest([path, copies]))
-    os.makedirs(folder, exist_ok=True)
-    for each in copies:
-      with replacing(os.path.join(folder, os.path.basename(each))) as partial:
-        os.link(each, partial)
-    return folder
-  info = buckets.described(path)
-  folder = os.path.join(scratch(), "objects", digest(path))
-  version = digest([path, str(info["generation"]), info["crc32c"]])
-  copy = os.path.join(folder, version, os.path.basename(path))
-  if not os.path.exists(copy):
-    os.makedirs(os.path.dirname(copy), exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < int(info["size"]):
-      raise OSError(
-        errno.ENOSPC, f"{info['size']} bytes of {path} don't fit: {free} are free", scratch()
-      )
-    # Processes that copy the same at once must not write into one file.
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(copy)) as own:
-      buckets.download(path, part := os.path.join(own, "part"), info)
-      os.replace(part, copy)
-    for before in names(folder):  # of older objects of the name; who has one open keeps it
-      if before != version:
-        shutil.rmtree(os.path.join(folder, before), ignore_errors=True)
-  return copy
-
-
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Yields a temporary path beside `path`, which is renamed to it when the block succeeds.

@@ -86,6 +86,33 @@ def fetch(
     pool.shutdown(cancel_futures=True)
 
 
+def local_copy(path: str) -> str:
+  """Returns the path itself if it is local, or that of a whole copy of the object.
+
+  A copy is used again while the object is the same, by its generation and checksum. Of a folder, the
+  files in it are copied, but not its folders.
+
+  Raises:
+    OSError: the object can't be read.
+    UserError: the copy can't be written.
+  """
+  if not files.is_remote(path):
+    return path
+  if files.is_folder(path):
+    return mirror(path, lambda name: "/" not in name, lambda done, of: None)[0]
+  info = buckets.described(path)
+  folder = os.path.join(files.scratch(), "objects", files.digest(path))
+  version = files.digest([path, str(info["generation"]), info["crc32c"]])
+  name, own = os.path.basename(path), make(os.path.join(folder, version))
+  copy = os.path.join(own, name)
+  if not os.path.exists(copy):
+    fetch({name: {**info, "address": path}}, own, lambda done: None)
+    for before in files.names(folder):  # of older objects of the name; who has one open keeps it
+      if before != version:
+        shutil.rmtree(os.path.join(folder, before), ignore_errors=True)
+  return copy
+
+
 def mirror(
   address: str, wanted: Callable[[str], bool], beat: Callable[[int, int], object]
 ) -> tuple[str, int, int]:

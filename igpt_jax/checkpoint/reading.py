@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures import synchronization  # no public API numbers operations
 
-from igpt_jax import buckets, files
+from igpt_jax import bucket_errors, files
 from igpt_jax.checkpoint import file_sums, folders, in_buckets
 from igpt_jax.checkpoint.settled import settled
 from igpt_jax.errors import NewerFormat, UserError
@@ -94,7 +94,7 @@ def reading(folder: str):
     first: BaseException = error
     while cause := first.__cause__ or first.__context__:
       first = cause
-    if files.is_remote(folder) and (unread := buckets.failure(folder, first)):
+    if files.is_remote(folder) and (unread := bucket_errors.failure(folder, first)):
       raise unread from error
     raise UserError(
       f"checkpoint: {folder} can't be read ({type(first).__name__}: {str(first)[:200]!a}); expected "

@@ -13,14 +13,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from igpt_jax import files
+from igpt_jax import bucket_errors, files
 from igpt_jax.checkpoint import file_sums, folders, in_buckets, reading
 from igpt_jax.checkpoint.folders import FOLDER
 from igpt_jax.checkpoint.process_wide import ignore_followup_errors
@@ -64,6 +64,23 @@ def _sync_unnamed(folder: str) -> None:
       for parent, _, inside in os.walk(os.path.join(folder, name)):
         for file in (*inside, ""):  # "" for the folder itself
           files.sync(os.path.join(parent, file))
+
+
+@contextlib.contextmanager
+def _told(folder: str) -> Iterator[None]:
+  """Raises errors of a bucket's requests, which aren't errors of files, as BucketError, which is one.
+
+  Raises:
+    SAVE_ERRORS: as they come.
+  """
+  try:
+    yield
+  except SAVE_ERRORS:
+    raise
+  except Exception as error:
+    if not files.is_remote(folder):
+      raise
+    raise bucket_errors.in_words(folder, error) from error
 
 
 class Checkpoints:
@@ -127,9 +144,10 @@ class Checkpoints:
       in_buckets.mend()
     else:
       context.asynchronous.post_finalization_callback = lambda: _sync_unnamed(folder)
-    return ocp.training.Checkpointer(
-      folder, context=context, preservation_policy=self._preserve, cleanup_tmp_directories=True
-    )
+    with _told(folder):
+      return ocp.training.Checkpointer(
+        folder, context=context, preservation_policy=self._preserve, cleanup_tmp_directories=True
+      )
 
   @property
   def folder(self) -> str:
@@ -255,9 +273,10 @@ class Checkpoints:
     sums = file_sums.of_items(items) | file_sums.of_metrics(metrics)
     stored_run = file_sums.with_sums(run, sums)
     # `force`: also if the step comes before an existing one.
-    self._checkpointer.save_checkpointables_async(
-      step, items, force=True, custom_metadata=stored_run, metrics=metrics
-    )
+    with _told(self._folder):
+      self._checkpointer.save_checkpointables_async(
+        step, items, force=True, custom_metadata=stored_run, metrics=metrics
+      )
 
   def read_run(self, step: int) -> dict[str, Any]:
     """Reads the run that was saved at `step`."""
@@ -300,7 +319,8 @@ class Checkpoints:
     """
     if self._error is None:
       try:
-        with reading.quiet(logging.ERROR):  # not how long it took: goodput says so
+        # Not how long it took: goodput says so.
+        with _told(self._folder), reading.quiet(logging.ERROR):
           self._checkpointer.wait()
       except SAVE_ERRORS as error:
         self._error = error  # orbax raises it only once

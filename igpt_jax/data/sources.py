@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from igpt_jax import errors, files, units
+from igpt_jax import errors, files, scratch, units
 from igpt_jax.config.run_fields import DataConfig
 from igpt_jax.data import bucket_folders, digests, photo_folder
 from igpt_jax.data.folder import FolderRecords, class_folders, open_stored, say_once
@@ -230,7 +230,7 @@ class TokenRecords:
   def __init__(self, path: str, n_positions: int, verify: bool = False):
     """Opens `path`; `n_positions` is the model's T, and `verify` as in `DataConfig`."""
     try:
-      self._path = files.local_copy(path)
+      self._path = scratch.local_copy(path)
       self._rows = np.load(self._path, mmap_mode="r", allow_pickle=False)
     except errors.UserError:  # a bucket's
       raise

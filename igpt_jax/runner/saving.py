@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from igpt_jax import checkpoint, watchdog
 from igpt_jax.checkpoint import SAVE_ERRORS, Checkpoints
-from igpt_jax.errors import SaveFailed
+from igpt_jax.errors import BucketError, SaveFailed
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.training.state import TrainState
@@ -124,6 +124,8 @@ def _caught(function: Callable[[], object]) -> Exception | None:
 def _in_words(error: Exception | None) -> str:
   if error is None:
     return "it failed on another process"
+  if isinstance(error, BucketError):
+    return str(error)
   first: BaseException = error
   while cause := first.__cause__ or first.__context__:
     first = cause

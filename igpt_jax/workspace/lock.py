@@ -52,7 +52,9 @@ class _BucketLock(Lock):
     self._mine = {**_identity(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     self._contents = (json.dumps(self._mine | {"token": secrets.token_hex(8)}) + "\n").encode()
     while not buckets.create(self._path, self._contents):
-      theirs, generation = self._read()
+      if (left := self._read()) is None:
+        continue
+      theirs, generation = left
       if not _may_take_over(theirs, self._mine):
         raise UserError(
           f"workdir: {workdir} is in use by another run ({_in_words(theirs)}); expected one at a time; fix: "
@@ -61,13 +63,13 @@ class _BucketLock(Lock):
       say(f"workdir: {workdir}: taking over the lock of {_in_words(theirs)}")
       buckets.remove_generation(self._path, generation)  # unless another start was faster
 
-  def _read(self) -> tuple[dict[str, Any], str]:
-    """Returns who holds the lock, {} for nobody, and the object's generation."""
+  def _read(self) -> tuple[dict[str, Any], str] | None:
+    """Returns who holds the lock, {} if it doesn't say, and the object's generation; None: it is gone."""
     try:
       generation = str(buckets.described(self._path)["generation"])
       theirs = json.loads(buckets.read(self._path))
     except FileNotFoundError:
-      return dict(self._mine), ""
+      return None
     except ValueError:
       return {}, ""
     return (theirs if isinstance(theirs, dict) else {}), generation

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax import __version__, checkpoint, files
+from igpt_jax import __version__, checkpoint, files, scratch
 from igpt_jax.checkpoint import CheckpointInfo, checksum, one_file
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
@@ -81,11 +81,11 @@ def _in_bucket(path: str) -> tuple[str, str]:
   """
   path = files.place("checkpoint", path)
   if files.is_file(path):
-    path = files.local_copy(path)
+    path = scratch.local_copy(path)
   elif files.is_file(f"{path}.index"):  # of OpenAI's: the first part of its files' names
-    path = os.path.join(files.local_copy(os.path.dirname(path)), os.path.basename(path))
+    path = os.path.join(scratch.local_copy(os.path.dirname(path)), os.path.basename(path))
   elif _holds_foreign(path):
-    path = files.local_copy(path)
+    path = scratch.local_copy(path)
   else:
     return path, "orbax"
   return path, formats.detect(path)

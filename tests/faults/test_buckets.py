@@ -118,12 +118,22 @@ def test_one_failure_loses_nothing(buckets, started, tmp_path, operation, object
   files.read_json(f"{workdir}/training.json")
 
 
-def test_a_bucket_that_is_gone_for_long_is_waited_for(buckets, started, tmp_path):
-  """A save that fails for good is told, tried again, and nothing of the run is lost."""
+@pytest.mark.parametrize(
+  "objects",
+  [
+    "_CHECKPOINT_METADATA",
+    "params/d/*",
+    pytest.param("commit_success.txt", marks=pytest.mark.slow),
+  ],
+)
+def test_a_save_that_fails_for_good_is_made_again(buckets, started, tmp_path, objects):
+  """What isn't worth another try of the request fails the save, which is told and made again."""
   lives, expected, _ = started
   out, workdir = tmp_path / "out", "gs://bucket/run"
-  buckets.fail("write", "*/checkpoints/4/*", "400", times=3)
+  buckets.fail("write", f"*/checkpoints/4/{objects}", "400")
   assert begin_in(buckets, lives)(workdir, out).ended()
   said = out.read_text()
-  assert re.search(r"NOT SAVED at step 4: .*trying again", said) and "step 4 is saved" in said
-  assert result(workdir) == expected, said
+  assert re.search(r"NOT SAVED at step \d: .*400.*trying again", said), said
+  assert "is saved, at try 2" in said and "Traceback" not in said, said
+  records, sums = result(workdir)
+  assert records == expected[0] and sums[STEPS] == expected[1][STEPS], said

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from igpt_jax import buckets as buckets_lib
-from igpt_jax import files
+from igpt_jax import files, scratch
 from igpt_jax.errors import BucketError, UserError
 
 RUN = "gs://bucket/run"
@@ -159,21 +159,21 @@ def test_a_copy_is_known_by_its_object(buckets, tmp_path):
   files.use_scratch(str(tmp_path))
   try:
     put(f"{RUN}/tokens.npy", b"one")
-    copy = files.local_copy(f"{RUN}/tokens.npy")
+    copy = scratch.local_copy(f"{RUN}/tokens.npy")
     assert os.path.basename(copy) == "tokens.npy" and get(copy) == b"one"
     assert copy.startswith(str(tmp_path))
     reads = buckets.count("read")
-    assert files.local_copy(f"{RUN}/tokens.npy") == copy and buckets.count("read") == reads
+    assert scratch.local_copy(f"{RUN}/tokens.npy") == copy and buckets.count("read") == reads
     put(f"{RUN}/tokens.npy", b"two")
-    newer = files.local_copy(f"{RUN}/tokens.npy")
+    newer = scratch.local_copy(f"{RUN}/tokens.npy")
     assert newer != copy and get(newer) == b"two" and not os.path.exists(copy)
     buckets.fail("read", "*", "cut")  # half of it arrives
     put(f"{RUN}/tokens.npy", b"three" * 1000)
-    assert get(files.local_copy(f"{RUN}/tokens.npy")) == b"three" * 1000
+    assert get(scratch.local_copy(f"{RUN}/tokens.npy")) == b"three" * 1000
     put(f"{RUN}/config.json", b"{}")
-    folder = files.local_copy(RUN)
+    folder = scratch.local_copy(RUN)
     assert sorted(os.listdir(folder)) == ["config.json", "tokens.npy"]
-    assert files.local_copy(copy) == copy
+    assert scratch.local_copy(copy) == copy
   finally:
     files.use_scratch("")
 

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "igpt_jax"
 # imports each other without a circle, and from lower floors whatever it needs.
 FLOORS = (
   (
+    "bucket_errors.py",
     "buckets.py",
     "cpu_compiler.py",
     "errors.py",
@@ -65,7 +66,7 @@ ONLY_IN = {
   "uvicorn": ("demo/",),
   "IPython": ("notebook.py",),
   "onnxruntime": ("jobs/quality.py",),
-  "gcsfs": ("buckets.py",),
+  "gcsfs": ("buckets.py", "bucket_errors.py"),
   "fsspec": ("buckets.py",),
 }
 
