@@ -19,7 +19,7 @@ import posixpath
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from igpt_jax import bucket_errors, extras
@@ -90,7 +90,7 @@ def _prepare(emulator: str) -> Any:
   os.environ.setdefault("EPATH_USE_TF", "false")
   try:
     import aiohttp
-    import fsspec
+    import fsspec.config
     import gcsfs.core
   except ImportError:
     raise UserError(f"gs://: buckets need gcsfs; fix: {extras.install('gcs')}") from None
@@ -207,7 +207,7 @@ def read(path: str) -> bytes:
     return _system().cat_file(path)
 
 
-def download(path: str, target: str, info: dict[str, Any]) -> None:
+def download(path: str, target: str, info: Mapping[str, Any]) -> None:
   """Copies an object into a local file.
 
   Args:

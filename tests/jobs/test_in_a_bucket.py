@@ -130,6 +130,7 @@ def test_models_are_converted_from_and_into_a_bucket(buckets, tiny_run, tmp_path
     to(tiny_run, f"{RUN}/hf", "huggingface")
 
 
+@pytest.mark.slow
 def test_fine_tuning_begins_from_a_bucket(buckets, tiny_run, tmp_path):
   settings = {"finetune__steps": 4, "finetune__batch_size": 16}
   convert.run(shrunk(convert__source=str(tiny_run), convert__target=RUN), "")
@@ -263,6 +264,7 @@ def test_the_command_ends_in_a_line(buckets):
   assert buckets.names("bucket") == []
 
 
+@pytest.mark.slow
 def test_parameters_start_from_a_bucket(buckets, tiny_run):
   convert.run(shrunk(convert__source=str(tiny_run), convert__target=f"{RUN}/start"), "")
   on_one_device(pretrain, shrunk(init_from=f"{RUN}/start", train__steps=2), f"{RUN}/new")
