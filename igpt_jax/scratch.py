@@ -41,7 +41,7 @@ def make(folder: str) -> str:
 
 
 def fetch(
-  objects: Mapping[str, Mapping[str, Any]], folder: str, beat: Callable[[int], object]
+  objects: Mapping[str, dict[str, Any]], folder: str, beat: Callable[[int], object]
 ) -> None:
   """Copies objects into a local folder; each file appears whole or not at all.
 

@@ -52,6 +52,9 @@ class Upload:
   fields: dict[str, Any]
   query: dict[str, str]
   content: bytes = b""
+  stored: dict[str, Any] | None = (
+    None  # the object, once it is whole: asked again, it is told again
+  )
 
 
 class Store:
@@ -215,6 +218,8 @@ class Store:
     upload = self._uploads[query["upload_id"]]
     span, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
     held = len(upload.content)
+    if upload.stored is not None:
+      return ok(upload.stored)
     if span != "*":
       start = int(span.partition("-")[0]) if span else 0
       if start > held or (total == "*" and len(body) % 2**18):
@@ -222,9 +227,8 @@ class Store:
       upload.content += body[held - start :]
     held = len(upload.content)
     if total != "*" and held >= int(total or held):
-      stored = self._store(bucket, name, upload.content, upload.fields, upload.query)
-      del self._uploads[query["upload_id"]]
-      return ok(stored)
+      upload.stored = self._store(bucket, name, upload.content, upload.fields, upload.query)
+      return ok(upload.stored)
     return Answer(308, b"", {"Range": f"bytes=0-{held - 1}"} if held else {})
 
   def _delete(self, bucket, name, parts, query, body) -> Answer:

@@ -184,8 +184,16 @@ def test_an_upload_that_is_left_shows_nothing(buckets):
   assert asked(buckets, "PUT", where, b"x", **gap)[0] == 400
   assert asked(buckets, "PUT", where, **{"Content-Range": "bytes */*"})[0] == 308
   assert buckets.names("bucket") == []
+  whole = {"Content-Range": f"bytes {2**18}-{2**18}/{2**18 + 1}"}
+  told = [json.loads(asked(buckets, "PUT", where, b"x", **whole)[2]) for _ in range(2)]
+  assert told[0] == told[1] and told[0]["size"] == str(
+    2**18 + 1
+  )  # asked again, it isn't made again
+  _, headers, _ = asked(buckets, "POST", upload_path("b", uploadType="resumable"))
+  where = headers["Location"].removeprefix(buckets.url)
   assert asked(buckets, "DELETE", where)[0] == 499
   assert asked(buckets, "PUT", where, **{"Content-Range": "bytes */*"})[0] == 410
+  assert buckets.names("bucket") == ["a"]
 
 
 def test_copies_compositions_and_removal(buckets, fs):

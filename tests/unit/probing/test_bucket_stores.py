@@ -142,6 +142,18 @@ def test_one_failure_loses_nothing(buckets, machine, operation, kind):
   assert buckets.unspent() == 0
 
 
+@pytest.mark.parametrize("kind", ["503", "cut", "lost"])
+@pytest.mark.parametrize("operation", ["start", "write"])
+def test_one_failure_of_a_large_upload_loses_nothing(buckets, tmp_path, operation, kind):
+  """Files beyond 5 MiB are uploaded in chunks."""
+  content = np.random.default_rng(0).integers(0, 256, 6 * 2**20, np.uint8).tobytes()
+  (tmp_path / "layer-00.npy").write_bytes(content)
+  buckets.fail(operation, "bucket/run/*", kind)
+  files.buckets.upload(str(tmp_path / "layer-00.npy"), "gs://bucket/run/layer-00.npy")
+  assert buckets.content("bucket", "run/layer-00.npy") == content
+  assert buckets.unspent() == 0 and buckets.count("start") >= 1
+
+
 def test_a_bucket_that_is_changed_by_hand_is_not_believed(buckets, machine):
   fill(here := machine(), (0,))
   bucket_stores.publish(here, STORE)
