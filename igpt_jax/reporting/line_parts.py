@@ -1,12 +1,14 @@
 """A file of lines in a bucket, where nothing can be appended to: the file, and parts that follow it.
 
   metrics.jsonl                       the lines of a run that has ended, or that it resumed with
-  metrics.jsonl.parts/DIGEST-000001   the lines after those, while it goes on
+  metrics.jsonl.parts/
+    DIGEST-TIME-000001                the lines after those, while it goes on
 
 Every object is written whole; the newest part is written again, with more lines, until it is large.
 DIGEST is that of the file's contents which the parts follow. Parts that follow other contents aren't
 read: to write the file anew, with the lines of its parts, is one write, whatever ends it before they
-are removed. A copy of the folder on a disk is read alike.
+are removed. TIME is when the writer began: of several, as when a process that was given up lives on,
+the newest one's parts are read. A copy of the folder on a disk is read alike.
 """
 
 import concurrent.futures
@@ -47,8 +49,10 @@ def rewrite(path: str, contents: bytes) -> None:
     OSError: it can't be written.
   """
   # Removed from the end, so that no part that is left follows one that isn't.
-  for part in reversed(_parts(path, contents)):
-    files.remove(part, missing_ok=True)
+  folder, own = _folder(path), _start_of(path, contents)
+  for part in reversed(_paths(folder)):
+    if part.startswith(own):
+      files.remove(part, missing_ok=True)
   try:
     same = _read_object(path) == contents
   except FileNotFoundError:
@@ -56,9 +60,8 @@ def rewrite(path: str, contents: bytes) -> None:
   if not same:
     with files.replacing(path) as partial, open(partial, "wb") as file:
       file.write(contents)
-  folder = _folder(path)
-  for name in reversed(files.names(folder)):
-    files.remove(os.path.join(folder, name), missing_ok=True)
+  for part in reversed(_paths(folder)):
+    files.remove(part, missing_ok=True)
   if not files.is_remote(path) and os.path.isdir(folder):
     os.rmdir(folder)
 
@@ -72,7 +75,7 @@ class Parts:
 
   def __init__(self, path: str):
     self._path = path
-    self._start = _start_of(path, _read_object(path))
+    self._start = f"{_start_of(path, _read_object(path))}{time.time_ns():020d}-"
     self._number, self._part, self._uploaded = 1, b"", 0  # of the part's bytes
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._under_way: tuple[concurrent.futures.Future[None], int] | None = None
@@ -140,11 +143,16 @@ def _start_of(path: str, contents: bytes) -> str:
   return os.path.join(_folder(path), f"{hashlib.sha256(contents).hexdigest()[:16]}-")
 
 
+def _paths(folder: str) -> list[str]:
+  return [os.path.join(folder, name) for name in files.names(folder)]
+
+
 def _parts(path: str, contents: bytes) -> list[str]:
-  """Returns the paths of the parts that follow these contents, in order."""
-  folder, start = _folder(path), _start_of(path, contents)
-  paths = (os.path.join(folder, name) for name in files.names(folder))
-  return [part for part in paths if part.startswith(start)]
+  """Returns the paths of the parts that follow these contents, of the newest writer, in order."""
+  start = _start_of(path, contents)
+  parts = [part for part in _paths(_folder(path)) if part.startswith(start)]
+  newest = max(part.rpartition("-")[0] for part in parts) if parts else ""
+  return [part for part in parts if part.startswith(f"{newest}-")]
 
 
 def _read_object(path: str) -> bytes:

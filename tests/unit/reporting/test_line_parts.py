@@ -150,12 +150,13 @@ def test_no_step_is_lost_or_doubled_by_a_kill_at_any_request(buckets, monkeypatc
     assert objects(buckets) == ["run/metrics.jsonl"]
 
 
-@pytest.mark.parametrize("kind", ["503", "lost", "cut"])
+@pytest.mark.parametrize("kind", ["503", "lost", "cut", "timeout"])
 @pytest.mark.parametrize("operation", ["write", "read", "list", "delete"])
-def test_one_failure_of_any_request_loses_nothing(buckets, operation, kind):
+def test_one_failure_of_any_request_loses_nothing(buckets, monkeypatch, operation, kind):
   write(writer := metrics.JsonlWriter(PATH, 0), 1, 2, 3, 4)
   writer.sync()
   killed(writer)
+  monkeypatch.setattr(buckets, "hold_s", 0.1)
   buckets.fail(operation, "bucket/*", kind)
   write(writer := metrics.JsonlWriter(PATH, 3), 4, 5)
   writer.close()
@@ -178,6 +179,21 @@ def test_a_bucket_that_is_away_costs_nothing_but_time(buckets, monkeypatch):
   writer.sync()
   assert steps() == [1, 2, 3, 4]
   writer.close()
+
+
+def test_a_process_that_was_given_up_and_lives_on_changes_nothing(buckets):
+  """It began before, and what it still uploads isn't read, though both follow the same lines."""
+  write(given_up := metrics.JsonlWriter(PATH, 0), 1)
+  given_up.sync()
+  write(writer := metrics.JsonlWriter(PATH, 0), 1, 2)
+  writer.sync()
+  write(given_up, 2, 3)
+  given_up.sync()
+  assert steps() == [1, 2]
+  write(writer, 3)
+  writer.close()
+  assert steps() == [1, 2, 3]
+  killed(given_up)
 
 
 def test_a_reader_beside_a_run_that_ends(buckets, monkeypatch):
