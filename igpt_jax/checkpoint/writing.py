@@ -25,6 +25,7 @@ from igpt_jax.checkpoint import file_sums, folders, in_buckets, reading
 from igpt_jax.checkpoint.folders import FOLDER
 from igpt_jax.checkpoint.process_wide import ignore_followup_errors
 from igpt_jax.errors import BucketError, NewerFormat, UserError
+from igpt_jax.files import sync
 from igpt_jax.parallel import hosts
 from igpt_jax.training.state import HEAD, TrainState
 
@@ -63,7 +64,7 @@ def _sync_unnamed(folder: str) -> None:
     if ".orbax-checkpoint-tmp" in name:
       for parent, _, inside in os.walk(os.path.join(folder, name)):
         for file in (*inside, ""):  # "" for the folder itself
-          files.sync(os.path.join(parent, file))
+          sync(os.path.join(parent, file))
 
 
 @contextlib.contextmanager

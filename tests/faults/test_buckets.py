@@ -91,7 +91,7 @@ def test_killed_at_random_instants(buckets, started, tmp_path, owner, kills):
   """The next start takes the lock over, by its owner or because its process is gone, and goes on."""
   lives, expected, seconds = started
   begin = begin_in(buckets, lives, IGPT_OWNER=owner)
-  killed = Killed(tmp_path, expected, max(4 * seconds, 12), begin, "gs://bucket")
+  killed = Killed(tmp_path, expected, 2 * seconds + 4, begin, "gs://bucket")
   killed.run(kills)
   assert [each["step"] for each in expected[0] if "loss" in each] == list(range(1, STEPS + 1))
   assert not any(name.endswith(".lock") for name in buckets.names("bucket"))

@@ -3,11 +3,13 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from igpt_jax import checkpoint, files
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import evaluate, probe
+from igpt_jax.probing import sets
 from support.quickstart import shrunk
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
@@ -56,12 +58,36 @@ def test_the_probe_of_a_run_in_a_bucket(in_bucket, tiny_run, tmp_path, monkeypat
   assert said.count("found in") == 3 and "features: copied to" not in said
   assert results(in_bucket, "probe.json")["rows"] == ours["rows"]
 
+  source = sets.open_source(settings, RUN)
+  here = sets.compute(settings, RUN, source)["layer"]
+  with pytest.MonkeyPatch.context() as patch:  # another host, whose scratch is its own
+    patch.setattr(files, "_scratch", str(tmp_path / "host"))
+    patch.setattr("igpt_jax.parallel.hosts.is_main", lambda: False)
+    there = sets.compute(settings, RUN, source)["layer"]
+    for name in sets.SPLITS:
+      assert str(tmp_path / "host") in there[name].folder
+      np.testing.assert_array_equal(here[name].layer(1), there[name].layer(1))
+
   probe.run(shrunk(**few, checkpoint=f"{RUN}/checkpoints/8"), RUN)
   assert results(in_bucket, "probe.json")["parameters"] != ours["parameters"]
   folders = {
     name.split("/")[2].split("-")[0] for name in in_bucket.names("bucket", "run/features/")
   }
   assert folders == {"8", "12"}
+
+
+def test_a_folder_of_features_in_a_bucket_is_of_one_checkpoint(in_bucket):
+  """As one on a disk; when it has been removed, what this machine keeps of it is in nobody's way."""
+  few = {"job": "probe", "features__baselines": (), "features__layers": (1,)}
+  cached = shrunk(**few, features__cache="gs://bucket/cache")
+  other = shrunk(**few, features__cache="gs://bucket/cache", checkpoint=f"{RUN}/checkpoints/8")
+  sets.compute(cached, RUN, sets.open_source(cached, RUN))
+  for _ in range(2):
+    with pytest.raises(UserError, match=r"gs://bucket/cache/train-\w+ holds features of something"):
+      sets.compute(other, RUN, sets.open_source(other, RUN))
+  files.remove_folder("gs://bucket/cache")
+  sets.compute(other, RUN, sets.open_source(other, RUN))
+  assert in_bucket.names("bucket", "cache/train-")
 
 
 def test_a_watched_run_in_a_bucket_is_evaluated_at_its_whole_checkpoints(in_bucket, tiny_run):
@@ -71,7 +97,12 @@ def test_a_watched_run_in_a_bucket_is_evaluated_at_its_whole_checkpoints(in_buck
   assert checkpoint.whole_steps(RUN) == [4, 8]
   ended = in_bucket.buckets["bucket"].pop("run/training.json")
   settings = shrunk(
-    job="evaluate", watch=True, watch_seconds=0.01, watch_patience=1.0, evaluate__images=32
+    job="evaluate",
+    watch=True,
+    watch_seconds=0.01,
+    watch_patience=1.0,
+    evaluate__images=32,
+    evaluate__baseline_images=32,
   )
   evaluate.run(settings, RUN)
   steps = {name.split("/")[2] for name in in_bucket.names("bucket", "run/evaluate/")}
@@ -100,7 +131,16 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(
     return one(settings, *args, **kwargs)
 
   monkeypatch.setattr("igpt_jax.jobs.evaluate.weights.load_model", deleted)
-  evaluate.run(shrunk(job="evaluate", watch=True, watch_seconds=0.01, evaluate__images=32), RUN)
+  evaluate.run(
+    shrunk(
+      job="evaluate",
+      watch=True,
+      watch_seconds=0.01,
+      evaluate__images=32,
+      evaluate__baseline_images=32,
+    ),
+    RUN,
+  )
   assert "checkpoint 4 was deleted while it was being read: passed over" in capsys.readouterr().out
   done = {name.split("/")[2] for name in in_bucket.names("bucket", "run/evaluate/")}
   assert {"8", "12"} <= done
