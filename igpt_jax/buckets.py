@@ -41,7 +41,7 @@ def normalised(name: str, path: str) -> str:
     UserError: it names no bucket, or gcsfs isn't installed.
   """
   address = address_of(name, path)
-  _system()
+  _prepare(_emulator())
   return address
 
 
@@ -61,7 +61,6 @@ def address_of(name: str, path: str) -> str:
       f"{name}: {path!r}; expected gs://BUCKET/PATH of printable characters without '..'; fix: the "
       "address as `gcloud storage ls` prints it"
     )
-  _prepare(_emulator())
   return SCHEME + "/".join((bucket, *parts))
 
 

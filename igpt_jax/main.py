@@ -104,7 +104,7 @@ def _with_config_first(argv: list[str]) -> list[str]:
     elif argument in ("--config", "-config"):
       path = next(arguments, "")
     else:
-      rest.append(argument)
+      rest.append("--check=" if argument in ("--check", "-check") else argument)
   if not path and (own := _config_json(argv)) and files.is_file(own):
     path = own
   if path.endswith(".json"):

@@ -60,11 +60,7 @@ def run(
     one(settings, workdir, workdir)
     return None
   watched = files.place("config.checkpoint", settings.checkpoint or workdir)
-  if not files.is_folder(watched):
-    raise UserError(
-      f"config.watch: {watched} doesn't exist; expected the workdir of a run, begun already; "
-      "fix: --workdir, or --config.checkpoint=WORKDIR"
-    )
+  _wait_for_run(settings, watched)
   workdir_lib.open_workdir(workdir)
   say(f"watching {watched}")
   folder = os.path.join(workdir, folder or settings.job)
