@@ -78,7 +78,7 @@ def _kept(
   except ValueError as error:
     say(f"{path} is damaged ({error}): measured again")
     values = {}
-  if hosts.on_any(not values):
+  if hosts.on_any(not values, "a look for what is measured"):
     values = compute()
     if hosts.is_main():
       files.make_folder(os.path.dirname(path))

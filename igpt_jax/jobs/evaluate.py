@@ -178,7 +178,5 @@ def all_hosts(counts: np.ndarray, mesh: Mesh) -> np.ndarray:
   """Returns the sum over all shares of the input; processes that read the same share count once."""
   if jax.process_count() == 1:
     return counts
-  from jax.experimental import multihost_utils
-
   alike = jax.process_count() // sharding.input_share(mesh)[1]
-  return multihost_utils.process_allgather(counts).sum(0) // alike
+  return hosts.gathered(counts, "the tokens' counts").sum(0) // alike

@@ -2,14 +2,22 @@
 
 import os
 import re
+import socket
 import sys
 import threading
+import time
 from typing import Any, NoReturn
 
 import jax
 
 from igpt_jax import stopping, watchdog
 from igpt_jax.errors import UserError
+
+# Hosts of one run start at different times. After this one gives up, and its launcher starts it again.
+_JOIN_SECONDS = 300
+_TOLD_SECONDS = 60  # between two words of a host that waits for the others
+_GRACE_SECONDS = 30  # of jax' own limit, which aborts the process without a word, after ours
+_PROBE_SECONDS = 5
 
 # At the end one process may have long work of its own (fitting probes) ...
 _WAIT_FOR_OTHERS_SECONDS = 7 * 86_400
@@ -56,9 +64,12 @@ def join(host_seconds: int, trains: bool) -> None:
       "num_processes": int(environment["JAX_NUM_PROCESSES"]),
       "process_id": int(environment["JAX_PROCESS_ID"]),
     }
+  joined = threading.Event()
+  threading.Thread(target=_tell_of_joining, args=(joined,), name="joining", daemon=True).start()
   try:
     jax.distributed.initialize(
       **settings,
+      initialization_timeout=_JOIN_SECONDS + _GRACE_SECONDS,
       heartbeat_timeout_seconds=host_seconds,
       shutdown_timeout_seconds=_WAIT_FOR_OTHERS_SECONDS,
     )
@@ -68,8 +79,56 @@ def join(host_seconds: int, trains: bool) -> None:
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; fix: set them, or leave "
       "--distributed out on one host"
     ) from None
+  finally:
+    joined.set()
   if trains:
     stopping.take_back()
+
+
+def _tell_of_joining(joined: threading.Event) -> None:
+  """Tells what a host that isn't joined yet waits for; ends it, to be started again, after a while."""
+  began, since = time.monotonic(), time.strftime("%H:%M:%S")
+  while not joined.wait(min(_TOLD_SECONDS, began + _JOIN_SECONDS - time.monotonic())):
+    waited = time.monotonic() - began
+    text = f"igpt_jax: {_who()} has waited {waited:.0f} s, since {since}, for {_what_is_missing()}"
+    if joined.is_set():
+      return
+    if waited >= _JOIN_SECONDS:
+      watchdog.end(
+        1,
+        f"{text}; it ends with status 1; fix: start the same command on all hosts, within "
+        f"{_JOIN_SECONDS / 60:g} minutes, with the address that the first host has now",
+      )
+    print(f"{text}; it waits {_JOIN_SECONDS - waited:.0f} s more", file=sys.stderr, flush=True)
+
+
+def _joining() -> Any:
+  """Returns what jax knows of this process and the coordinator, or nothing yet."""
+  return getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
+
+
+def _who() -> str:
+  number = os.environ.get("JAX_PROCESS_ID") or getattr(_joining(), "process_id", "")
+  return f"host {number}"
+
+
+def _what_is_missing() -> str:
+  """Returns what a host that isn't joined waits for, in words."""
+  address = getattr(_joining(), "coordinator_address", None) or os.environ.get(
+    "JAX_COORDINATOR_ADDRESS"
+  )
+  if not address:
+    return "the address of the first host, which the cluster hasn't told yet"
+  host, _, port = address.rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), _PROBE_SECONDS).close()
+  except (OSError, ValueError) as error:
+    why = getattr(error, "strerror", None) or error
+    return (
+      f"the first host at {address}, where nothing answers ({why}): it hasn't started yet, or has another "
+      "address since it was started again"
+    )
+  return f"the other hosts: the first one, at {address}, answers, but not all have come"
 
 
 def leave(status: int) -> NoReturn:

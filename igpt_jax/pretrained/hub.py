@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from igpt_jax import extras, files, watchdog
 from igpt_jax.data import digests
@@ -92,7 +91,9 @@ def fetch(name: str, report: Report) -> Snapshot:
       commit = np.frombuffer(bytes.fromhex(snapshot.commit), np.uint8)
     except UserError as caught:
       error = caught
-  commit = bytes(np.asarray(multihost_utils.broadcast_one_to_all(commit), np.uint8)).hex()
+  commit = bytes(
+    np.asarray(hosts.array_from_main(commit, f"the first host to fetch {name}"), np.uint8)
+  ).hex()
   if not int(commit, 16):
     raise error or UserError(
       f"checkpoint: {name}: the main process couldn't fetch it; fix: see what that one says"

@@ -328,7 +328,8 @@ def _fill(
   batch_size, total = settings.features.batch_size, source.rows(name)
   layers = source.features.layers
   # Every process makes the passes that the main one's disk calls for.
-  first = hosts.from_main(store.rows_done(layers) // batch_size if store.missing(layers) else -1)
+  batches_done = store.rows_done(layers) // batch_size if store.missing(layers) else -1
+  first = hosts.from_main(batches_done, "the features on the first host's disk")
   if first < 0:
     say(f"features: {whose}{name}, found in {store.folder}")
     return False

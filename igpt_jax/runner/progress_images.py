@@ -34,6 +34,7 @@ from igpt_jax.workspace import memory, streams
 from igpt_jax.workspace.workdir import PROGRESS
 
 _FIRST_SECONDS = 30.0  # of steps before the first images, if no evaluation comes before
+_WHETHER = "whether progress images are due"
 _MADE_FROM = "igpt_jax"  # key of a PNG's text: the digest of all that decides its pixels
 
 
@@ -77,7 +78,7 @@ class ProgressImages(NoImages):
     self._side = settings.data.resolution
     self._rows_given = prompt_rows(settings.sample.keep, self._side)
     drawn_before = any(name.endswith(".png") for name in files.names(self._folder))
-    self._drawn = bool(hosts.from_main(drawn_before))
+    self._drawn = bool(hosts.from_main(drawn_before, "a look for progress images"))
     self._since: float | None = None
     self._asked = 0  # how often `overdue` was called
     self._draw: Callable[[Params], np.ndarray] | None = None
@@ -95,7 +96,7 @@ class ProgressImages(NoImages):
     self._asked += 1
     if jax.process_count() > 1 and self._asked & (self._asked - 1):
       return False
-    return bool(hosts.from_main(time.monotonic() - self._since > _FIRST_SECONDS))
+    return bool(hosts.from_main(time.monotonic() - self._since > _FIRST_SECONDS, _WHETHER))
 
   def __call__(self, at: TrainState, writers: Writers) -> None:
     """Writes the step's images, unless a file holds those of this very state; tells the writers."""
@@ -113,7 +114,7 @@ class ProgressImages(NoImages):
       "seed": self._settings.seed,
     })  # fmt: skip
     image = _whole(path, made_from) if hosts.is_main() else None
-    if not hosts.from_main(image is not None):
+    if not hosts.from_main(image is not None, "a look for this step's image"):
       if self._draw is None:
         self._draw = self._compiled(at.params)
       if self._draw is None:
@@ -158,7 +159,7 @@ class ProgressImages(NoImages):
       jitted = jax.jit(draw, out_shardings=sharding.replicated(mesh))
       compiled = compilation.timed(lambda: jitted.lower(params, keys, *placed).compile())
     lack = memory.lacking_beside_state(compiled, model, mesh)
-    self._fits = not hosts.on_any(bool(lack))
+    self._fits = not hosts.on_any(bool(lack), "the memory to draw progress images")
     if not self._fits:
       say(
         f"train.progress_images: none are drawn: {n} images of {per_image} completions {lack}; fix: "

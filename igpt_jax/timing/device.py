@@ -64,7 +64,8 @@ def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[st
   for name, call in sides.items():
     jax.block_until_ready(call())
     once = _timed(call, 1)
-    calls[name] = hosts.from_main(min(max(math.ceil(_GROUP_SECONDS / once), 1), _GROUP_CALLS))
+    of_main = min(max(math.ceil(_GROUP_SECONDS / once), 1), _GROUP_CALLS)
+    calls[name] = hosts.from_main(of_main, "the number of calls to time")
     taken[name] = [once] if calls[name] == 1 else []  # a long call already counts
   for done in range(1, repeats + 1):
     for name, call in sides.items():

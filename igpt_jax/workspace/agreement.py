@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from igpt_jax import __version__, files
 from igpt_jax.checkpoint.checksum import checksum
 from igpt_jax.config.fields import FIELDS, Settings, as_json
 from igpt_jax.errors import HostsDiffer, UserError
 from igpt_jax.model.image_gpt import Params
+from igpt_jax.parallel import hosts
 
 _BYTES = 96  # compared of "name=value"; a checksum stands for the rest
 
@@ -25,7 +25,8 @@ def differing(values: Mapping[str, Any]) -> dict[str, list[str]]:
   if jax.process_count() == 1:
     return {}
   ours = np.stack([_as_bytes(name, value) for name, value in values.items()])
-  all_HxNxB = np.asarray(multihost_utils.process_allgather(ours))
+  what = f"a comparison of {', '.join(list(values)[:3])}"
+  all_HxNxB = hosts.gathered(ours, what)
   different = {}
   for i, name in enumerate(values):
     if (all_HxNxB[:, i] != all_HxNxB[0, i]).any():

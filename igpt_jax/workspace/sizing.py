@@ -323,4 +323,4 @@ def _timed(plan: _Plan, mesh: Mesh) -> float:
   memory.check_step(compiled, mesh)
   with jax.set_mesh(mesh):
     timed = device.take_turns({"step": run_step}, _REPEATS, lambda done: None)["step"]
-  return hosts.from_main(math.ceil(timed.seconds * 1e6)) / 1e6
+  return hosts.from_main(math.ceil(timed.seconds * 1e6), "the first host's time of a step") / 1e6

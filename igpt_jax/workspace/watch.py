@@ -66,7 +66,7 @@ def run(
   folder = os.path.join(workdir, folder or settings.job)
   watch = _Watch(settings, watched, folder, result, decisive(settings))
   while True:
-    step = hosts.from_main(watch.next() if hosts.is_main() else 0)
+    step = hosts.from_main(watch.next() if hosts.is_main() else 0, "the next checkpoint")
     if step == _ENDED:
       return watch.last
     if step == _NOTHING_NEW:
@@ -156,7 +156,7 @@ class _Watch:
         summary.write_json(os.path.join(out, MADE_FROM), self.last)
       except (UserError, OSError) as caught:
         error = caught
-    if hosts.on_any(error is not None):
+    if hosts.on_any(error is not None, "the beginning of a checkpoint's results"):
       raise error or UserError(
         f"config.watch: {out} can't be begun by the main process; fix: see what that one says"
       )
