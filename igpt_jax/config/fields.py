@@ -66,8 +66,9 @@ class Settings(Group, jobs=tuple(JOBS)):
   host_seconds: int = setting(100, "seconds of silence before a host counts as lost; with "
     "--distributed", least=1, most=10**6)
   compilation_cache: str = setting("user", "where compiled programs are kept, so that the next start "
-    "reads them: user (the user's cache folder), workdir, off, or a folder; the environment's "
-    "JAX_COMPILATION_CACHE_DIR goes first", path=True, host=True, jobs=(*PRETRAINING, *READING))
+    "reads them: user (the user's cache folder), workdir, off, or a folder, in a bucket too; the "
+    "environment's JAX_COMPILATION_CACHE_DIR goes first; several hosts need one place that all reach",
+    path=True, bucket=True, host=True, jobs=(*PRETRAINING, *READING))
   scratch: str = setting("", "local folder for copies of files in buckets that are mapped into memory, and "
     "for what is made for them; \"\": in the user's cache folder", path=True, host=True, jobs=tuple(JOBS))
   profile: runs.ProfileConfig = runs.ProfileConfig()

@@ -3,6 +3,14 @@
 jax's persistent compilation cache, whose keys are digests of program, options, flags, devices and
 jaxlib's version. For a CPU they leave out which instructions it has, so each kind of CPU has a folder of
 its own. What is read runs with this user's rights: nobody else should be able to write there.
+
+Of several processes only the first one writes, which is jax' doing: a place that all of them reach, such
+as a bucket, serves all, a folder on each one's own disk the first alone. For programs over all devices
+they ask by the same keys, but not on CPUs, where jax puts the process into the key and the others compile
+at every start. Programs of another host's own devices alone, which are tiny, aren't kept.
+
+On a disk what was read longest ago is removed beyond some size. A bucket tells nobody when an object was
+read last: nothing is removed there, which is for the bucket's lifecycle rules (or goes with the workdir).
 """
 
 import collections
@@ -16,6 +24,7 @@ import warnings
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from igpt_jax import files
 
@@ -31,7 +40,10 @@ _FAILED = re.compile(
 )
 _REQUESTS = "/jax/compilation_cache/compile_requests_use_cache"
 _HITS = "/jax/compilation_cache/cache_hits"
+_READING = "/jax/compilation_cache/cache_retrieval_time_sec"
+_MAKING = "/jax/core/compile/backend_compile_duration"  # compiling, or reading instead
 
+# How often an event has come in this process; of those that last, and under f"{name} s" their seconds.
 _events: collections.Counter[str] = collections.Counter()
 
 
@@ -39,7 +51,14 @@ def _count(event: str, **unused: str | int) -> None:
   _events[event] += 1
 
 
+def _add(event: str, duration_secs: float, **unused: str | int) -> None:
+  if event in (_READING, _MAKING):
+    _events[event] += 1
+    _events[f"{event} s"] += duration_secs  # pyright: ignore[reportArgumentType]
+
+
 jax.monitoring.register_event_listener(_count)
+jax.monitoring.register_event_duration_secs_listener(_add)
 
 
 class Tally:
@@ -48,11 +67,40 @@ class Tally:
   def __init__(self):
     self._before = _events.copy()
 
+  def _since(self, name: str) -> float:
+    return _events[name] - self._before[name]
+
   @property
   def all_read(self) -> bool:
     """True if there were programs, and none of them had to be compiled."""
-    requests, hits = (_events[name] - self._before[name] for name in (_REQUESTS, _HITS))
-    return 0 < requests == hits
+    return 0 < self._since(_REQUESTS) == self._since(_HITS)
+
+  def programs(self) -> dict[str, float]:
+    """Returns how many programs were "read" and "compiled", and the seconds that took."""
+    read, read_seconds = self._since(_READING), self._since(f"{_READING} s")
+    made, seconds = self._since(_MAKING), self._since(f"{_MAKING} s")
+    return {
+      "read": read,
+      "read_seconds": round(read_seconds, 3),
+      "compiled": made - read,
+      "compile_seconds": round(max(seconds - read_seconds, 0.0), 3),
+    }
+
+
+def of_hosts(from_cache: np.ndarray) -> str:
+  """Returns a message where the first host has read a program that others had to compile; else "".
+
+  Args:
+    from_cache: [H], whether each host has read it. On CPUs it is as it must be.
+  """
+  lacking = np.flatnonzero(~np.asarray(from_cache, bool))
+  if not len(lacking) or 0 in lacking or jax.default_backend() == "cpu":
+    return ""
+  return (
+    f"config.compilation_cache: {len(lacking)} of {len(from_cache)} hosts, host {lacking[0]} first, had to "
+    "compile what host 0 has read: jax keeps programs on host 0 alone; fix: "
+    "--config.compilation_cache=workdir, or a folder that all hosts reach"
+  )
 
 
 def use(setting: str, workdir: str) -> None:
@@ -60,8 +108,11 @@ def use(setting: str, workdir: str) -> None:
 
   Args:
     setting: "user", the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another; "workdir";
-      "off"; or a folder.
+      "off"; or a folder, on a disk or in a bucket.
     workdir: the job's.
+
+  Raises:
+    BucketError: there is no such bucket, or no right to read it.
   """
   if setting == "user" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return
@@ -73,6 +124,8 @@ def use(setting: str, workdir: str) -> None:
   compilation_cache.reset_cache()  # this process may have used another one
   if folder is not None:
     _tell_failures(folder)
+    if files.is_remote(folder):  # XLA's own, of GPUs, writes to disks alone
+      jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _root(setting: str, workdir: str) -> str:
@@ -81,13 +134,16 @@ def _root(setting: str, workdir: str) -> str:
   return (
     files.user_cache("compiled")
     if setting == "user"
-    else os.path.abspath(os.path.expanduser(setting))
+    else files.place("config.compilation_cache", setting)
   )
 
 
 def _usable(root: str) -> str | None:
   """Returns the folder in `root` for this machine's programs; None if it can't be made."""
   folder = os.path.join(root, _machine())
+  if files.is_remote(folder):
+    files.check_reachable("config.compilation_cache", folder)
+    return folder
   try:
     os.makedirs(folder, mode=0o700, exist_ok=True)
   except OSError as error:
@@ -136,7 +192,7 @@ def _tell_failures(folder: str) -> None:
   """Has jax's warnings about this folder told in a line; removes the program, which may be damaged.
 
   A disk that was full, or a process that was killed, may have left half of one, which jax would never
-  write again.
+  write again. A bucket's objects are whole: what fails there is the way to them.
   """
   show = getattr(warnings.showwarning, "before", warnings.showwarning)
   told = set()
@@ -146,7 +202,7 @@ def _tell_failures(folder: str) -> None:
     if failed is None:
       show(message, category, filename, lineno, file, line)
       return
-    for path in _programs(folder, failed[2]):
+    for path in () if files.is_remote(folder) else _programs(folder, failed[2]):
       _remove(path)
     if failed[1] not in told:
       told.add(failed[1])
