@@ -201,7 +201,9 @@ def main(argv: list[str]) -> int:
     files.use_scratch(settings.scratch)
   except UserError as error:
     return _fail(error, error.status)
-  return _run(settings, workdir, differences)
+  status = _run(settings, workdir, differences)
+  stopping.end_if_a_wait_was_left(status)
+  return status
 
 
 def _run(settings: Settings, workdir: str, differences: list[str]) -> int:

@@ -5,11 +5,13 @@ a compiler. A process leaves at once, with 128 + the signal's number, unless som
 save and takes the signals over (`answer_by`).
 """
 
+import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from igpt_jax import watchdog
 
@@ -24,15 +26,25 @@ def _leave(name: str) -> str:
   return f"stopped by {name}: there is nothing to save; the same command starts again"
 
 
+class Interrupted(BaseException):
+  """A signal has come during `interruptible`; its name is the argument.
+
+  No Exception, so that a library that it passes through doesn't take it for an error of its own.
+  """
+
+
 _answer: Answer = _leave
 _listens = False
+_heard: str | None = None  # the newest signal
+_interrupts = False  # True during `interruptible`
+_left_a_wait = False  # True once that was ended
 _handler_of_another: int | None = None  # address of the handler that `take_back` replaced
 
 
 def answer_by(answer: Answer | None) -> None:
   """Answers the signals by this function, which a thread calls; None: by leaving at once."""
-  global _answer
-  _answer = answer or _leave
+  global _answer, _heard
+  _answer, _heard = answer or _leave, None
 
 
 def listen() -> None:
@@ -57,7 +69,41 @@ def listen() -> None:
 
 
 def _wake(number, frame) -> None:
-  """Does nothing: the thread answers. A handler must be there for Python to tell it."""
+  """Ends a wait of the main thread, if it may be ended; the answer is the thread's to give."""
+  global _heard, _interrupts, _left_a_wait
+  _heard = _NAMES[number]
+  if _interrupts:
+    _interrupts, _left_a_wait = False, True
+    raise Interrupted(_heard)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+  """Lets a signal end the block, in which the main thread waits for what may never come.
+
+  Raises:
+    Interrupted: a signal comes, or has come since `answer_by`.
+  """
+  global _interrupts
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  _interrupts = True
+  try:
+    if _heard is not None:
+      raise Interrupted(_heard)
+    yield
+  finally:
+    _interrupts = False
+
+
+def end_if_a_wait_was_left(status: int) -> None:
+  """Ends the process if a signal has ended a wait: its threads may wait on, and the interpreter for them."""
+  if _left_a_wait:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    watchdog.end_workers()
+    os._exit(status)
 
 
 def _watch(reading: int) -> None:

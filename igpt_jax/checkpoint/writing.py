@@ -252,6 +252,8 @@ class Checkpoints:
   ) -> None:
     """Begins to write `state` under its step; the arrays are copied before this returns.
 
+    A step that is there already stays, unless it was stopped before it got the scores it has now.
+
     Args:
       state: training state, with or without a head.
       palette: float32 [k, 3], or None.
@@ -262,7 +264,8 @@ class Checkpoints:
       SAVE_ERRORS: it can't be written, or the one before wasn't; `reopen`, and try again.
     """
     step = int(state.step)
-    if step == self.latest():
+    again = step == self.latest()
+    if again and (scores is None or self.scores().get(step) is not None):
       return
     self.wait()
     items = _items(state)
@@ -276,7 +279,7 @@ class Checkpoints:
     # `force`: also if the step comes before an existing one.
     with _told(self._folder):
       self._checkpointer.save_checkpointables_async(
-        step, items, force=True, custom_metadata=stored_run, metrics=metrics
+        step, items, force=True, overwrite=again, custom_metadata=stored_run, metrics=metrics
       )
 
   def read_run(self, step: int) -> dict[str, Any]:
@@ -306,11 +309,15 @@ class Checkpoints:
 
   def failed(self) -> bool:
     """True if the last save is known to have failed; doesn't block. With several processes, use `wait`."""
-    if not self._begun or jax.process_count() > 1 or self._checkpointer.is_saving_in_progress():
+    if not self._begun or jax.process_count() > 1 or self.is_saving():
       return False
     with contextlib.suppress(*SAVE_ERRORS):
       self.wait()
     return self._error is not None
+
+  def is_saving(self) -> bool:
+    """True while a save is being written in the background."""
+    return self._checkpointer.is_saving_in_progress()
 
   def wait(self) -> None:
     """Waits until every save that was begun is on the disk.
@@ -365,8 +372,8 @@ def _read_again(read: Callable[[], Any]) -> tuple[Any, str]:
       raise  # on every process; the checkpoint isn't damaged, so don't set it aside
     except UserError as caught:
       value, error = None, caught
-    if not hosts.on_any(error is not None):
+    if not hosts.on_any(error is not None, "a look at a checkpoint"):
       return value, ""
-  if hosts.on_any(isinstance(error, BucketError)):  # nor is it damaged
+  if hosts.on_any(isinstance(error, BucketError), "a look at the bucket"):  # nor is it damaged
     raise error or BucketError("checkpoint: another process can't read the bucket", errno.EIO)
   return None, str(error or "another process can't read it")

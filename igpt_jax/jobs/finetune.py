@@ -24,7 +24,7 @@ from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics, plots, progress, summary
 from igpt_jax.runner.data_order import DataOrder
-from igpt_jax.runner.loop import Work
+from igpt_jax.runner.loop import Through, Work
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, joint, optimizer, state
 from igpt_jax.workspace import finetuning, memory, provenance, streams
@@ -149,14 +149,14 @@ class FineTuning:
   def batches(self, step: int) -> Batches:
     return self.order.batches(step, self._data, self.palette, self._run.mesh)
 
-  def score(self, params: Params, name: str, limit: int) -> joint.Scores:
+  def score(self, params: Params, name: str, limit: int, through: Through = iter) -> joint.Scores:
     """Scores parameters on the first `limit` images of a split (0: all)."""
     split, mesh = self._splits[name], self._run.mesh
     total = min(limit or len(split), len(split))
     batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
     clock = progress.Countdown(f"{name}: {units.counted(total, 'image')}", total, say)
     with streams.eval_stream(split, self._data, self.palette, mesh, batch_size, total) as stream:
-      return self._classifier(params, stream, clock.batches(batch_size))
+      return self._classifier(params, through(stream), clock.batches(batch_size))
 
   def score_on_test(self, params: Params) -> joint.Scores:
     return self.score(params, "test", self.settings.evaluate.images)
@@ -197,8 +197,8 @@ class FineTuning:
       "began_with": self._began_with,
     }
 
-  def evaluate(self, at: state.TrainState) -> dict[str, float]:
-    scores = self.score(at.params, "validation", self.settings.train.eval_images)
+  def evaluate(self, at: state.TrainState, through: Through) -> dict[str, float]:
+    scores = self.score(at.params, "validation", self.settings.train.eval_images, through)
     self.best.update(int(at.step), scores.accuracy)
     values = {
       "validation_accuracy": scores.accuracy,

@@ -26,7 +26,7 @@ from igpt_jax.probing.feeds import LAYERS
 from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.reporting import progress
 from igpt_jax.runner.data_order import DataOrder
-from igpt_jax.runner.loop import Work
+from igpt_jax.runner.loop import Through, Work
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training.state import TrainState
 
@@ -117,19 +117,20 @@ def _run(
     sgd.make_eval_step(feed.extract, groups), out_shardings=sharding.replicated(mesh)
   )
 
-  def accuracies(params, split: str) -> dict[str, np.ndarray]:
+  def accuracies(params, split: str, through: Through = iter) -> dict[str, np.ndarray]:
     """Accuracies of all classifiers, [R, F] for every group."""
     total: Any = None
     images = 0
     with jax.set_mesh(mesh):
-      for batch in feed.rows_of(split):
+      for batch in through(feed.rows_of(split)):
         correct, counted = jax.device_get(evaluate_step(params, sharding.put_batch(batch, mesh)))
         total = correct if total is None else jax.tree.map(np.add, total, correct)
         images += int(counted)
     return {name: correct / images for name, correct in total.items()}
 
-  def evaluate(state: TrainState) -> dict[str, float]:
-    return {"validation_accuracy": float(accuracies(state.params, "validation")[LAYERS].max())}
+  def evaluate(state: TrainState, through: Through) -> dict[str, float]:
+    measured = accuracies(state.params, "validation", through)
+    return {"validation_accuracy": float(measured[LAYERS].max())}
 
   began = time.monotonic()
   work = Work(

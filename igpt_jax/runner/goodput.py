@@ -18,17 +18,22 @@ Restarts cost two more:
 
 The file is written at most every few seconds, and with every checkpoint. The time of a killed process
 since its last write counts as `down`.
+
+Beside the phases, of the newest process: `programs`, what it compiled and what it read from the
+compilation cache; and `leaving`, what a run that is told to stop needs at most: `step_seconds`, of one of
+its steps on the average, and `save_seconds`, of its longest checkpoint, until that was on the disk. A
+launcher's grace should be more than 2 × `step_seconds` + `save_seconds`; null: not known yet.
 """
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from igpt_jax import files, watchdog
-from igpt_jax.parallel import hosts
+from igpt_jax import files, units, watchdog
+from igpt_jax.parallel import compilation_cache, hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
 from igpt_jax.reporting.progress import format_seconds
@@ -44,6 +49,7 @@ PHASES: tuple[str, ...] = (
   "profile",
 )
 LOST: tuple[str, ...] = ("repeated", "down")
+_SPENT = ("goodput", "seconds", "starts", "steps_again", "programs")  # of `Clock.spent`
 _NAMES = {"data": "data wait", "step": "steps", "checkpoint": "checkpoints"}
 
 _WRITE_SECONDS = 15.0  # between two writes of the file
@@ -58,7 +64,14 @@ class Clock:
     first_step: the step that this process begins at.
     began: when the process began, by time.monotonic; None: now.
     keep_steps: steps whose times are kept as long as the run: it may resume from their checkpoints.
+    programs: counts this run's programs.
+
+  Attributes:
+    save_seconds: returns the longest time that a checkpoint of this process has taken; None: none is
+      complete.
   """
+
+  save_seconds: Callable[[], float | None] = staticmethod(lambda: None)
 
   def __init__(
     self,
@@ -66,8 +79,10 @@ class Clock:
     first_step: int,
     began: float | None = None,
     keep_steps: Collection[int] = (),
+    programs: compilation_cache.Tally | None = None,
   ):
     self._keep_steps = keep_steps
+    self._programs = programs or compilation_cache.Tally()
     self._path = os.path.join(folder, FILE)
     self._since = time.monotonic() if began is None else began
     self._first_step, self._phase = first_step, "start"
@@ -76,6 +91,7 @@ class Clock:
     self._starts, self._steps_again, self._ended = 1, 0, False
     self._before = dict.fromkeys((*PHASES, *LOST), 0.0)
     self._saved: dict[str, dict[str, float]] = {}
+    self._leaving: dict[str, float | None] = {"step_seconds": None, "save_seconds": None}
     self._stored: dict[str, Any] = {}
     self._written = 0.0
     if not hosts.is_main():
@@ -96,7 +112,8 @@ class Clock:
     reached, written = int(stored["step"]), float(stored["written"])
     self._steps_again, self._ended = int(stored["steps_again"]), bool(stored["ended"])
     self._starts = int(stored["starts"]) + 1
-    self._stored = {name: stored[name] for name in ("goodput", "seconds", "starts", "steps_again")}
+    self._stored = {name: stored[name] for name in _SPENT if name in stored}
+    self._leaving |= {name: stored.get("leaving", {}).get(name) for name in self._leaving}
     self._saved = {str(step): spent for step, spent in saved.items() if step <= self._first_step}
     if reached > self._first_step:
       kept = saved[max(map(int, self._saved))] if self._saved else {}
@@ -157,8 +174,8 @@ class Clock:
     """Ends the clock of a run that has ended, or was stopped, at `step`, and reports its time.
 
     Returns:
-      "goodput": the share of steps in all time; "seconds" by phase; "starts"; "steps_again". If the run
-      had ended before this process, they are those of then.
+      "goodput": the share of steps in all time; "seconds" by phase; "starts"; "steps_again"; "programs".
+      If the run had ended before this process, they are those of then.
     """
     if self._idle(step):
       return self._stored
@@ -175,7 +192,18 @@ class Clock:
       "seconds": {name: round(value, 3) for name, value in seconds.items()},
       "starts": self._starts,
       "steps_again": self._steps_again,
+      "programs": self._programs.programs(),
     }
+
+  def _leaves_in(self, step: int, seconds: dict[str, float]) -> dict[str, float | None]:
+    """Returns "step_seconds" and "save_seconds" as this process knows them, or as an earlier one did."""
+    known = dict(self._leaving)
+    if step > self._first_step:
+      here = sum(seconds[name] - self._before[name] for name in ("data", "step"))
+      known["step_seconds"] = round(here / (step - self._first_step), 3)
+    if (longest := self.save_seconds()) is not None:
+      known["save_seconds"] = round(longest, 3)
+    return known
 
   def _idle(self, step: int) -> bool:
     """True if the run had ended before this process, which has done nothing."""
@@ -186,7 +214,13 @@ class Clock:
     spent = self.spent()
     if self._idle(step):
       return spent
-    state = {"step": step, "ended": self._ended, "written": time.time(), "saved": self._saved}
+    state = {
+      "leaving": self._leaves_in(step, spent["seconds"]),
+      "step": step,
+      "ended": self._ended,
+      "written": time.time(),
+      "saved": self._saved,
+    }
     self._written = time.monotonic()
     try:
       summary.write_json(self._path, spent | state)
@@ -208,5 +242,12 @@ def describe(spent: dict[str, Any]) -> str:
     text += (
       f", lost to {restarts} restart{'s' * (restarts > 1)} {lost / total:.1%} (steps done again: "
       f"{spent['steps_again']:,}, time between: {format_seconds(seconds['down'])})"
+    )
+  programs = spent.get("programs")  # older runs lack them
+  if programs and programs["compiled"] + programs["read"]:
+    text += (
+      f"; {units.counted(programs['compiled'], 'program')} compiled in "
+      f"{units.seconds(programs['compile_seconds'])}, {programs['read']} read in "
+      f"{units.seconds(programs['read_seconds'])}"
     )
   return text

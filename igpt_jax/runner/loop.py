@@ -1,34 +1,38 @@
 """The training loop of every job that trains.
 
 Every step: evaluate if due → save if due → next batch → step → wait for the step before, and report it
-→ stop if asked to. At the end: evaluate, save. The job supplies step, evaluation and what is saved;
-nothing here knows a model or a loss.
+→ stop if asked to. At the end: evaluate, save. A run that is to stop saves at once: an evaluation that is
+due, or not at its end, is made by the process that goes on. The job supplies step, evaluation and what
+is saved; nothing here knows a model or a loss.
 """
 
 import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import compilation_cache, hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics
 from igpt_jax.reporting.progress import Progress, doing
 from igpt_jax.runner import goodput, saving
 from igpt_jax.runner.guard import Guard
 from igpt_jax.runner.progress_images import NoImages
-from igpt_jax.runner.stop_signal import StopSignal
+from igpt_jax.runner.stop_signal import EvaluationStopped, Rows, StopSignal
 from igpt_jax.training import compilation
 from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.profiling import Profiler
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import agreement, memory
+
+# Passes an evaluation's batches on, until the run is to stop.
+Through = Callable[[Iterable[Rows]], Iterator[Rows]]
 
 
 class Feed(Protocol):
@@ -61,7 +65,8 @@ class Work:
     log_every, eval_every, save_every: steps between two; eval_every 0: at the end only.
     save_at: further steps whose checkpoints are saved.
     describe: step -> the `run` in the checkpoint of that step.
-    evaluate: state -> metrics; None: there are no images to evaluate on.
+    evaluate: (state, through) -> metrics, of batches that go through `through`; None: there are no images
+      to evaluate on.
     images: draws what the state makes of held-out images, after each evaluation and once early.
     ended: returns True, after an evaluation, to end before the last step.
     kept: state -> the part of it that checkpoints hold.
@@ -78,7 +83,7 @@ class Work:
   eval_every: int
   save_every: int
   describe: Callable[[int], dict[str, Any]]
-  evaluate: Callable[[TrainState], dict[str, float]] | None
+  evaluate: Callable[[TrainState, Through], dict[str, float]] | None
   ended: Callable[[], bool] = lambda: False
   kept: Callable[[TrainState], TrainState] = lambda state: state
   scores: Callable[[int], dict[str, float] | None] = lambda step: None
@@ -208,7 +213,7 @@ def run(
     steps: the number of steps of the whole run.
     instruments: saving, logging, timing and checking.
     stopped_by: a signal that has asked the run to stop already.
-    evaluated: False if the last step is that of the checkpoint it resumes from, without evaluation.
+    evaluated: False if the checkpoint that it resumes from lacks an evaluation that was due.
 
   Raises:
     BadNumbers: raised by the guard; checkpoints under way are complete.
@@ -234,43 +239,44 @@ def run(
 
   def evaluate() -> None:
     nonlocal evaluated_at
-    assert work.evaluate is not None
-    evaluated_at, evaluation = at_step, functools.partial(work.evaluate, train_state)
-    instruments.tell(at_step, pause(evaluation, "evaluation", recurs=True))
-    draw_images()
-
-  def agree_and_save() -> None:
-    if at_step > first_step:
-      agreement.check(at_step, batches.place, train_state.params)
-    save_state(train_state, at_step, writers.sync)
+    evaluation = functools.partial(_evaluation, work, train_state, stop)
+    if (values := pause(evaluation, "evaluation", recurs=True)) is not None:
+      evaluated_at = at_step
+      instruments.tell(at_step, values)
+      draw_images()
 
   def save() -> None:
-    pause(agree_and_save, "checkpoint")
+    place = batches.place if at_step > first_step else None
+    saving_it = functools.partial(_agree_and_save, instruments, train_state, at_step, place)
+    pause(saving_it, "checkpoint")
     clock.saved(at_step)
 
   compiled = values = None
   with _settled(save_state, stop), stop, batches, profiler, jax.set_mesh(mesh):
     while at_step < steps and not work.ended() and not stop.asked(at_step):
-      if at_step > first_step:
+      if at_step > first_step or not evaluated:
         if work.evaluates_at(at_step, steps):
           evaluate()
-          if work.ended():
+          if work.ended() or at_step > evaluated_at:
             break
         elif work.images.overdue():
           draw_images()
         if work.saves_at(at_step) or save_state.failed():
           save()
+      if (read := stop.next(batches)) is None:
+        break
       # Asynchronous: the transfer overlaps with the step before.
-      read = next(batches)
       batch = sharding.put_batch({name: read[name] for name in work.fields}, mesh)
       if compiled is None:
         agreement.check(at_step, batches.place)
         with clock.phase("compile"):
           compiled = _compiled(work.train_step, train_state, batch, mesh)
-        stop.begin()
+        stop.begin(at_step)
         instruments.progress.start(first_step, batches.wait_seconds)
       if profiler.due(at_step):
         pause(functools.partial(profiler.turn, at_step), "profile")
+      if at_step > first_step and not stop.begins(at_step):
+        break
       before = values
       with profiler.named(at_step), jax.transfer_guard("disallow"):
         train_state, values = compiled(train_state, batch)
@@ -282,14 +288,33 @@ def run(
     flush()
     if profiler.tracing:
       pause(profiler.close, "profile")
-    # Also when stopped: resuming expects that every checkpoint has been evaluated.
     if at_step > evaluated_at and work.evaluates_at(at_step, steps):
       evaluate()
     save()
     clock.enter("checkpoint")  # it is still being written
     save_state.finish(train_state, at_step)
-  done = at_step >= steps or work.ended()
+  done = work.ended() or (at_step >= steps and (not work.evaluate or evaluated_at == at_step))
   return Outcome(train_state, at_step, None if done else stop.requested, stop.requested)
+
+
+def _evaluation(work: Work, at: TrainState, stop: StopSignal) -> dict[str, float] | None:
+  """Returns the metrics of an evaluation; None if the run is to stop before its end, on all processes."""
+  assert work.evaluate is not None
+  if stop.requested:
+    return None
+  try:
+    return work.evaluate(at, stop.through)
+  except EvaluationStopped:
+    return None
+
+
+def _agree_and_save(
+  instruments: Instruments, at: TrainState, at_step: int, place: Callable[[], dict] | None
+) -> None:
+  """Begins to save a state; all processes have come to the same one, if they have made a step (`place`)."""
+  if place is not None:
+    agreement.check(at_step, place, at.params)
+  instruments.save(at, at_step, instruments.writers.sync)
 
 
 def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: Mesh):
@@ -299,6 +324,9 @@ def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: 
   with doing("compiling the training step", say, ends=False):
     compiled = compilation.compile_step(train_step, abstract, shardings, batch)
   say(f"{compiled.took}; {compiled.memory}")
+  from_cache = hosts.gathered(np.int32(compiled.from_cache), "the compiled training step")
+  if told := compilation_cache.of_hosts(from_cache):
+    say(told)
   memory.check_step(compiled, mesh)
   return compiled
 

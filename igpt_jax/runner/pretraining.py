@@ -24,7 +24,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics, progress, summary
 from igpt_jax.reporting.curves import draw_curve
 from igpt_jax.runner.data_order import DataOrder
-from igpt_jax.runner.loop import Work
+from igpt_jax.runner.loop import Through, Work
 from igpt_jax.runner.progress_images import NoImages, ProgressImages
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, objectives, optimizer, state, step
@@ -152,7 +152,7 @@ def _evaluation(
   likelihood: LikelihoodEvaluator,
   palette: Palette | None,
   mesh: Mesh,
-) -> Callable[[state.TrainState], dict[str, float]] | None:
+) -> Callable[[state.TrainState, Through], dict[str, float]] | None:
   """Returns the function of a state that measures its validation loss; None: no images are held out."""
   if split is None:
     say(
@@ -164,10 +164,10 @@ def _evaluation(
   batch_size = min(train.batch_size, sharding.round_up_batch(mesh, len(split)))
   limit = min(train.eval_images or len(split), len(split))
 
-  def evaluate(at: state.TrainState) -> dict[str, float]:
+  def evaluate(at: state.TrainState, through: Through) -> dict[str, float]:
     clock = progress.Countdown(f"validation: {limit:,} images", limit, say)
     with streams.eval_stream(split, settings.data, palette, mesh, batch_size, limit) as stream:
-      result = likelihood(at.params, stream, report=clock.batches(batch_size))
+      result = likelihood(at.params, through(stream), report=clock.batches(batch_size))
     # With few images, BERT's masks may hide no pixel: then there is no loss.
     return {"validation_loss": result.nats_per_token} if result.predicted else {}
 

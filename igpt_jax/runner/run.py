@@ -22,7 +22,7 @@ from igpt_jax.config.run_fields import ProfileConfig
 from igpt_jax.data.palette import Palette
 from igpt_jax.errors import SaveFailed
 from igpt_jax.model.model_config import ImageGPTConfig
-from igpt_jax.parallel import hardware, hosts
+from igpt_jax.parallel import compilation_cache, hardware, hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import metrics
 from igpt_jax.reporting.progress import Progress
@@ -79,6 +79,7 @@ class TrainingRun:
     self._given, self._given_mesh = settings, mesh
     self._began: float | None = time.monotonic() if began is None else began
     self._kept, self._listener = checkpoints, listener
+    self._programs = compilation_cache.Tally()
     self._palette: Palette | None = None
     self._held = contextlib.ExitStack()
     self.lengths: list[dict[str, Any]] = []
@@ -144,7 +145,11 @@ class TrainingRun:
       say(f"resuming at step {self.first_step} of {self._steps} from {self._folder}")
       self._compare_length(resumed.run)
     self._clock = goodput.Clock(
-      self._folder, self.first_step, self._began, self._kept.get("keep_steps", ())
+      self._folder,
+      self.first_step,
+      self._began,
+      self._kept.get("keep_steps", ()),
+      self._programs,
     )
     self._began = None  # counted
     return state
@@ -220,15 +225,19 @@ class TrainingRun:
       del self.checkpoints, state
       state = self._resume_again()
 
-  def _evaluated(self) -> bool:
-    """Returns False if a run that was made shorter ends where it resumes, at a step without evaluation."""
-    if not self.lengths or not self.lengths[-1]["at"] == self.first_step == self._steps:
+  def _evaluated(self, work: Work) -> bool:
+    """Returns False if the step that it resumes at lacks an evaluation that was due.
+
+    The run was stopped before the evaluation's end, or has been made shorter and ends there.
+    """
+    if not self.first_step or not work.evaluates_at(self.first_step, self._steps):
       return True
     records = (
       metrics.read_jsonl(os.path.join(self._folder, "metrics.jsonl")) if hosts.is_main() else []
     )
     here = (record for record in records if record["step"] == self.first_step)
-    return bool(hosts.from_main(any(name.startswith("validation") for r in here for name in r)))
+    evaluated = any(name.startswith("validation") for r in here for name in r)
+    return bool(hosts.from_main(evaluated, "a look for the last evaluation"))
 
   def _train(self, state: TrainState, work: Work, stopped_by: str | None) -> Outcome:
     self._since = time.monotonic()
@@ -253,9 +262,10 @@ class TrainingRun:
       profiler=Profiler(window, os.path.join(self._folder, "profile"), say),
       guard=guard.Guard(settings.guard, self._folder),
     )
+    self._clock.save_seconds = lambda: instruments.save.seconds
     try:
       outcome = loop.run(
-        work, state, self.mesh, self._steps, instruments, stopped_by, self._evaluated()
+        work, state, self.mesh, self._steps, instruments, stopped_by, self._evaluated(work)
       )
     except Exception:
       with contextlib.suppress(OSError):  # the error that ends the run is the one to report

@@ -28,13 +28,19 @@ class Saver:
     checkpoints: the run's checkpoints.
     begin: (state, step) -> None; begins to write the state.
     retry_seconds: the time for retries after a failure; 0: none.
+
+  Attributes:
+    seconds: the longest time from the beginning of a save until it was on the disk; None: none was yet.
   """
+
+  seconds: float | None = None
 
   def __init__(
     self, checkpoints: Checkpoints, begin: Callable[[TrainState, int], None], retry_seconds: float
   ):
     self._checkpoints, self._begin, self._seconds = checkpoints, begin, retry_seconds
     self._before: Callable[[], None] = lambda: None
+    self._began: float | None = None  # when the save under way did
 
   def __call__(
     self, state: TrainState, step: int, before: Callable[[], None] = lambda: None
@@ -50,14 +56,17 @@ class Saver:
     """
     self._before = before
     error = _caught(self._checkpoints.wait)
-    if not hosts.on_any(error is not None):
+    self._take_time()
+    if not hosts.on_any(error is not None, "the end of the last save"):
+      self._began = time.monotonic()
       error = _caught(lambda: (before(), self._begin(state, step)))
-      if not hosts.on_any(error is not None):
+      if not hosts.on_any(error is not None, "the beginning of a save"):
         return
     self._try_again(state, step, error)
 
   def failed(self) -> bool:
     """True if the last save is known to have failed; never with several processes. Doesn't block."""
+    self._take_time()
     return self._checkpoints.failed()
 
   def newest(self) -> int | None:
@@ -77,8 +86,15 @@ class Saver:
       SaveFailed: the retries' time is over.
     """
     error = _caught(self._checkpoints.wait)
-    if hosts.on_any(error is not None):
+    self._take_time()
+    if hosts.on_any(error is not None, "the end of the last save"):
       self._try_again(state, step, error)
+
+  def _take_time(self) -> None:
+    """Notes how long the save under way has taken, once it is known to have ended."""
+    if self._began is not None and not self._checkpoints.is_saving():
+      self.seconds = max(self.seconds or 0.0, time.monotonic() - self._began)
+      self._began = None
 
   def _try_again(self, state: TrainState, step: int, error: Exception | None) -> None:
     began, pause, tries = time.monotonic(), _FIRST_PAUSE, 1
@@ -93,7 +109,7 @@ class Saver:
     while True:
       why = _in_words(error)
       left = deadline - time.monotonic()
-      if hosts.on_any(left <= 0):
+      if hosts.on_any(left <= 0, "the next try to save"):
         raise SaveFailed(
           f"checkpoint: step {step} can't be written to {self._checkpoints.folder} ({why}); tried "
           f"{tries} times in {time.monotonic() - began:.0f} s (config.train.save_retry_seconds: "
@@ -108,7 +124,7 @@ class Saver:
       time.sleep(min(pause, left))
       pause, tries = min(2 * pause, _LONGEST_PAUSE), tries + 1
       error = _caught(whole)
-      if not hosts.on_any(error is not None):
+      if not hosts.on_any(error is not None, "a save that is tried again"):
         say(f"checkpoint: step {step} is saved, at try {tries}")
         return
 

@@ -3,18 +3,21 @@
 import os
 import signal
 import subprocess
+import sys
+import time
 
 import jax
 import pytest
 
 from igpt_jax import checkpoint
 from igpt_jax.jobs import pretrain
+from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop
 from igpt_jax.training import compilation
-from support.faults import SECONDS
-from support.paths import ROOT
+from support.faults import SECONDS, args_of
+from support.paths import ROOT, TESTS
 from support.processes import started
-from support.quickstart import command, shrunk
+from support.quickstart import assert_same, command, params_of, shrunk
 from support.tiny import on_one_device
 
 
@@ -86,6 +89,72 @@ def test_sigterm_again_changes_nothing(endless, tmp_path):
   step = int(line.split("after step ")[1].split(":")[0])
   assert f"stopped by SIGTERM at step {step}: saved" in rest
   assert checkpoint.latest_step(str(tmp_path / "run")) == step
+
+
+def metrics_of(workdir):
+  names = ("step", "loss", "validation_loss", "grad_norm")
+  return [
+    {name: record[name] for name in names if name in record}
+    for record in metrics.read_jsonl(workdir / "metrics.jsonl")
+  ]
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("at_step, stopped_at", [(6, 6), (12, 12)])
+def test_an_evaluation_is_left_and_made_by_who_goes_on(
+  tiny_run, tmp_path, monkeypatch, capsys, at_step, stopped_at
+):
+  """Told to stop after the first of two batches, it saves that very step; the numbers are the same."""
+  through, workdir = loop.StopSignal.through, tmp_path / "run"
+
+  def told_after_one(self, batches):
+    for n, batch in enumerate(through(self, batches)):
+      yield batch
+      if n == 0 and self._last_step == at_step:
+        self._answer("SIGTERM")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.StopSignal, "through", told_after_one)
+    on_one_device(pretrain, shrunk(), str(workdir))
+  said = capsys.readouterr().out
+  assert f"stopping after step {stopped_at}: saving" in said
+  assert f"stopped by SIGTERM at step {stopped_at}: saved" in said
+  assert checkpoint.latest_step(str(workdir)) == stopped_at
+  assert not [r for r in metrics_of(workdir) if r["step"] == at_step and "validation_loss" in r]
+  assert not (workdir / "training.json").exists()
+  on_one_device(pretrain, shrunk(), str(workdir))
+  assert metrics_of(workdir) == metrics_of(tiny_run)
+  assert_same(params_of(workdir, 12), params_of(tiny_run, 12))
+  assert (workdir / "training.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_wait_for_data_is_left(tmp_path, number):
+  """Threads that read never come back: the steps made are saved, and the process ends none the less."""
+  config = {"train.checkpoint_every": 100, "train.eval_every": 0, "train.log_every": 1}
+  process = subprocess.Popen(
+    [
+      sys.executable, TESTS / "support" / "faulty_main.py", "stuck_reader",
+      *args_of(tmp_path / "run", **config),
+    ],
+    cwd=ROOT,
+    env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )  # fmt: skip
+  try:
+    until(process, "step  4/24")
+    time.sleep(3)  # it takes the few batches that were read ahead
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=SECONDS)
+  finally:
+    process.kill()
+  assert process.returncode == 0, rest
+  step = int(rest.split("stopping after step ")[1].split(":")[0])
+  assert 4 < step < 24 and f"at step {step}: saved" in rest
+  assert checkpoint.latest_step(str(tmp_path / "run")) == step
+  assert [record["step"] for record in metrics_of(tmp_path / "run")] == list(range(1, step + 1))
 
 
 def test_two_steps_are_in_flight_at_most(tmp_path, monkeypatch, quick_compile):

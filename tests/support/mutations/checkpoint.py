@@ -89,8 +89,8 @@ MUTATIONS = (
   Mutation(
     "a-step-saved-twice",
     "checkpoint/writing.py",
-    "if step == self.latest():",
-    "if step is None:",
+    "again = step == self.latest()",
+    "again = step is None",
     f"{_CHECKPOINT}::test_saving_a_step_twice_writes_it_once",
   ),
   Mutation(

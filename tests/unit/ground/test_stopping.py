@@ -113,15 +113,18 @@ assert os.waitpid(child, 0)[1] == signal.SIGTERM
   subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=SECONDS)
 
 
-def test_a_request_during_a_step_is_the_last_of_the_next(monkeypatch):
-  """What it says is what it does: the step that may be dispatched already counts."""
+@pytest.mark.parametrize("begun, last", [(True, 7), (False, 6)])
+def test_a_request_names_the_step_that_it_stops_after(monkeypatch, begun, last):
+  """What it says is what it does: the step that may be dispatched already counts, no other does."""
   said = []
   monkeypatch.setattr("igpt_jax.runner.stop_signal.say", said.append)
   stop = loop.StopSignal(lambda: 4)
   assert stop.asked(6) is None
+  if begun:
+    assert stop.begins(6)
   assert stop._answer("SIGTERM") == "" and stop._answer("SIGTERM") == ""
-  assert said == ["stopping after step 7: saving; Ctrl-C leaves at once"]
-  assert stop.asked(7) == "SIGTERM"
+  assert said == [f"stopping after step {last}: saving; Ctrl-C leaves at once"]
+  assert stop.asked(last) == "SIGTERM" and not stop.begins(last)
   assert stop._answer("Ctrl-C") == (
     "left at once by Ctrl-C: the newest checkpoint is that of step 4; the same command goes on from it"
   )

@@ -145,3 +145,27 @@ def test_a_folder_that_can_not_be_written_does_not_end_a_run(times, tmp_path, ca
   clock = goodput.Clock(str(tmp_path / "missing"), 0)
   clock.saved(1)
   assert "goodput.json: can't be written" in capsys.readouterr().out
+
+
+def test_what_leaving_takes_is_told_and_handed_on(times, tmp_path):
+  """Two seconds a step, a second of which waits for data, and the longest save; a later start knows it."""
+  clock = goodput.Clock(str(tmp_path), 4)
+  assert stored(tmp_path)["leaving"] == {"step_seconds": None, "save_seconds": None}
+  clock.reads(batches := Waiting())
+  clock.enter("step")
+  times.now += 10
+  batches.wait_seconds = 5.0
+  spend(times, clock, evaluation=30)
+  clock.save_seconds = lambda: 7.5
+  clock.saved(9)
+  leaving = {"step_seconds": 2.0, "save_seconds": 7.5}
+  assert stored(tmp_path)["leaving"] == leaving
+  goodput.Clock(str(tmp_path), 9)
+  assert stored(tmp_path)["leaving"] == leaving
+
+
+def test_programs_are_in_the_line_if_there_are_any(times, tmp_path):
+  spent = goodput.Clock(str(tmp_path), 0).end(0, ended=False)
+  assert "compiled" not in goodput.describe(spent)
+  spent["programs"] = {"read": 31, "read_seconds": 2.14, "compiled": 1, "compile_seconds": 0.2}
+  assert goodput.describe(spent).endswith("; 1 program compiled in 0.2 s, 31 read in 2.1 s")

@@ -3,7 +3,7 @@
 from igpt_jax.runner.loop import Work
 
 
-def work(eval_every, evaluate=lambda state: {}):
+def work(eval_every, evaluate=lambda state, through: {}):
   return Work(
     train_step=lambda state, batch: (state, {}),
     batches=lambda step: None,

@@ -38,6 +38,9 @@ class Disk:
 
   reopen = wait
 
+  def is_saving(self):
+    return False
+
   def kept(self):
     return "whole ones: 1"
 
