@@ -102,10 +102,14 @@ class Parts:
         raise error
 
   def close(self) -> None:
-    """Uploads all lines, and joins them to the file."""
+    """Uploads all lines, and joins them to the file, unless another writer has begun since."""
     try:
       self.sync()
-      rewrite(self._path, read(self._path) or b"")
+      contents = _read_object(self._path)
+      parts = _parts(self._path, contents)
+      mine = self._start.startswith(_start_of(self._path, contents))
+      if mine and all(part.startswith(self._start) for part in parts):
+        rewrite(self._path, contents + b"".join(map(_read_object, parts)))
     finally:
       self._thread.shutdown()
 

@@ -317,3 +317,21 @@ def test_all_kinds_of_numbers_come_back(buckets):
   (record,) = metrics.read_jsonl(PATH)
   assert np.isnan(record.pop("nan"))
   assert record == {"step": 1, "loss": 0.1, "large": 1e300, "whole": 2**60}
+
+
+@pytest.mark.parametrize("resumed_at", [0, 2])
+def test_a_writer_that_was_given_up_takes_nothing_from_the_one_that_goes_on(buckets, resumed_at):
+  """As when a process lives on whose lock another start has taken over."""
+  given_up = metrics.JsonlWriter(PATH, 0)
+  write(given_up, 1, 2)
+  given_up.sync()
+  writer = metrics.JsonlWriter(PATH, resumed_at)
+  write(writer, *range(resumed_at + 1, 5))
+  writer.sync()
+  write(given_up, 3)
+  given_up.close()
+  write(writer, 5, 6)
+  writer.sync()
+  assert steps() == [1, 2, 3, 4, 5, 6]
+  writer.close()
+  assert steps() == [1, 2, 3, 4, 5, 6]
