@@ -15,6 +15,7 @@ from igpt_jax.errors import UserError
 
 FOLDER = "checkpoints"
 _LAST_FILE = "commit_success.txt"  # orbax writes it last
+_REPLACED = ".replaced"  # at the end of the name of one that is being saved again
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written to a disk
 
 
@@ -43,6 +44,24 @@ def copy(source: str, target: str) -> None:
 def remove(folder: str) -> None:
   """Removes a checkpoint, if it is there; in a bucket, a reader sees a whole one or none."""
   files.remove_folder(folder, _LAST_FILE)
+
+
+def make_room(folder: str) -> None:
+  """Sets a whole checkpoint aside, so that its step can be saved again; `put_back` ends that."""
+  move(folder, f"{folder}{_REPLACED}")
+
+
+def put_back(folder: str) -> None:
+  """Removes the checkpoints that `make_room` has set aside, or puts them back if they weren't saved again."""
+  for name in files.names(folder):
+    if name.endswith(_REPLACED):
+      aside = os.path.join(folder, name)
+      path = aside.removesuffix(_REPLACED)
+      if is_finished(path):
+        remove(aside)
+      else:
+        remove(path)
+        move(aside, path)
 
 
 def is_whole(folder: str) -> bool:

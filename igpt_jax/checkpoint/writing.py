@@ -130,6 +130,10 @@ class Checkpoints:
     self._score = keep_best
     self._begun = False
     self._error: BaseException | None = None
+    self._made_room = False  # a checkpoint is set aside until this step is saved
+    if hosts.is_main():
+      folders.put_back(self._folder)
+    hosts.wait_for_all("checkpoints put back")
     self._set_aside_unreadable()
     self._checkpointer = self._open()
     self._until_closed = contextlib.ExitStack()
@@ -206,6 +210,14 @@ class Checkpoints:
       raise reading.none_is_good(self._folder, why)
     return None
 
+  def _make_room(self, step: int) -> None:
+    """Sets a whole checkpoint aside until its step has been saved again. Collective."""
+    self._checkpointer.close()
+    if hosts.is_main():
+      folders.make_room(self._path_of(step))
+    hosts.wait_for_all("room for a checkpoint")
+    self._checkpointer, self._made_room = self._open(), True
+
   def _set_aside_unreadable(self) -> None:
     """Renames unfinished and damaged steps, so that a run can write them again.
 
@@ -273,13 +285,15 @@ class Checkpoints:
     if palette is not None:
       items["palette"] = {"centers": np.asarray(palette, np.float32)}
     metrics = None if scores is None else {**scores, "step": step}
+    if again:
+      self._make_room(step)
     self._begun = True
     sums = file_sums.of_items(items) | file_sums.of_metrics(metrics)
     stored_run = file_sums.with_sums(run, sums)
     # `force`: also if the step comes before an existing one.
     with _told(self._folder):
       self._checkpointer.save_checkpointables_async(
-        step, items, force=True, overwrite=again, custom_metadata=stored_run, metrics=metrics
+        step, items, force=True, custom_metadata=stored_run, metrics=metrics
       )
 
   def read_run(self, step: int) -> dict[str, Any]:
@@ -337,6 +351,9 @@ class Checkpoints:
     if self._error is not None:
       raise self._error
     self._begun = False
+    if self._made_room and hosts.is_main():
+      folders.put_back(self._folder)
+    self._made_room = False
 
   def reopen(self) -> None:
     """Continues after an error: removes half-written checkpoints; complete ones stay."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -311,3 +312,42 @@ def test_the_first_of_the_best_is_kept(tmp_path):
       checkpoints.wait()
     checkpoints.close()
     assert steps_in(tmp_path) == [2, begun + 3]
+
+
+@pytest.mark.parametrize("ended_by", ["a kill before", "a kill after", "a failure", None])
+def test_a_step_saved_again_with_its_score_is_never_lost(tmp_path, monkeypatch, ended_by):
+  """Until it has been written anew the old one is set aside, and comes back if it wasn't."""
+  state = random_state(2)
+  save(tmp_path, state)
+  checkpoints = Checkpoints(str(tmp_path), keep=1, keep_best="accuracy")
+
+  def fail(*_, **__):
+    raise OSError("no space")
+
+  if ended_by in ("a kill before", "a failure"):
+    monkeypatch.setattr(checkpoints._checkpointer.__class__, "save_checkpointables_async", fail)
+  if ended_by == "a kill after":
+    monkeypatch.setattr(writing.folders, "put_back", fail)
+  again = functools.partial(
+    checkpoints.save, state, palette=None, run=make_run(), scores={"accuracy": 0.5}
+  )
+  if ended_by in ("a kill before", "a failure"):
+    with pytest.raises(OSError, match="no space"):
+      again()
+  else:
+    again()
+  if ended_by == "a kill after":
+    with pytest.raises(OSError, match="no space"):
+      checkpoints.wait()
+  monkeypatch.undo()
+  if ended_by == "a failure":
+    checkpoints.reopen()
+    again()
+  if ended_by in ("a failure", None):
+    checkpoints.close()
+  checkpoints.let_go()
+  assert_same_state(restore(tmp_path, 2), state)
+  assert os.listdir(tmp_path / "checkpoints") == ["2"]
+  checkpoints = Checkpoints(str(tmp_path), keep_best="accuracy")
+  assert checkpoints.scores() == {2: None if ended_by == "a kill before" else 0.5}
+  checkpoints.close()
