@@ -428,10 +428,10 @@ MISTAKES = {
   "palette pickled": (["--config.palette.path={pickled}"], "npy"),
   "mesh": (["--config.mesh.data=3"], "mesh"),
   "no checkpoint": (["--config.job=evaluate"], "no checkpoint"),
-  "bucket": (["--workdir=gs://b/run"], "--workdir: gs://b/run; .*gcsfuse --implicit-dirs b /mnt/b"),
+  "bucket": (["--workdir=gs://b/run"], "--workdir: gs://b/run: .*expected gs://BUCKET/PATH"),
   "checkpoint in a bucket": (
     ["--config.job=evaluate", "--config.checkpoint=gs://b/run"],
-    "config.checkpoint: gs://b/run; ",
+    "config.checkpoint: gs://b/run: ",
   ),
   "objective": (["--config.objective=bert"], "masked"),
   "top_p": (["--config.sample.top_p=0.0"], "top_p"),

@@ -183,7 +183,7 @@ def test_it_ends_when_nothing_gets_better_and_takes_the_best(start, tmp_path, mo
   with monkeypatch.context() as patch:
     stopping(patch, 3)
     on_one_device(finetune, tiny(**settings), str(tmp_path))
-  assert len(left) == 3
+  assert len(left) == 4  # it was stopped out of the third evaluation
   on_one_device(finetune, tiny(**settings), str(tmp_path))
   assert left == [0.9]  # never asked for
   values = result(tmp_path)

@@ -221,7 +221,7 @@ finally:
     ["--config.job=sample", "--config"],
     ["--config.job=trian", QUICKSTART],
     ["--confg=configs/quickstart.py"],
-    [QUICKSTART, "--workdir=gs://bucket/run"],
+    [QUICKSTART, "--workdir=gs:///run"],
   ],
   ids=str,
 )

@@ -47,10 +47,13 @@ def test_a_restart_compiles_nothing_on_any_host(tmp_path):
   assert shared <= set(first[0]["missed"]) & set(first[1]["missed"])
   for host in again:
     assert not shared & set(host["missed"]) and host["read"] > 5, again
-  assert len(again[0]["missed"]) <= 1, again  # a comparison among hosts that only a restart makes
+  # Comparisons among hosts that only a restart makes.
+  assert set(again[0]["missed"]) <= {"jit__identity_fn"}, again
   goodput = json.loads((workdir / "goodput.json").read_text())
   assert goodput["starts"] == 2
-  assert goodput["programs"]["compiled"] <= 1 and goodput["programs"]["read"] > 5
+  assert (
+    goodput["programs"]["compiled"] <= len(again[0]["missed"]) and goodput["programs"]["read"] > 5
+  )
   assert goodput["leaving"]["step_seconds"] > 0 and goodput["leaving"]["save_seconds"] > 0
 
 

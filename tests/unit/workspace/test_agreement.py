@@ -8,6 +8,7 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.config.run_fields import DataConfig, LogConfig
 from igpt_jax.data.order import Stream, train_order
 from igpt_jax.errors import HostsDiffer, UserError
+from igpt_jax.parallel import hosts
 from igpt_jax.workspace import agreement
 from support.hosts import HOSTS
 
@@ -25,7 +26,7 @@ def other(monkeypatch):
     return np.stack([mine, np.stack(theirs)])
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(agreement.multihost_utils, "process_allgather", gather)
+  monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
   return said
 
 
