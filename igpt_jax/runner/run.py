@@ -221,6 +221,7 @@ class TrainingRun:
         if self._kind is None or not bad.back:
           raise
         stopped_by = bad.stopped_by
+        self._lock.check()
         guard.go_back(bad, self.settings.guard, self._folder)
       del self.checkpoints, state
       state = self._resume_again()

@@ -6,6 +6,7 @@ deleted before a newer one is complete. Several processes retry together: a fail
 a save is known to all at once, one in the background when the others wait for that save.
 """
 
+import errno
 import os
 import re
 import time
@@ -19,6 +20,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.training.state import TrainState
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries
+_ELSEWHERE = "it failed on another process"
 
 
 class Saver:
@@ -59,7 +61,7 @@ class Saver:
     self._take_time()
     if not hosts.on_any(error is not None, "the end of the last save"):
       self._began = time.monotonic()
-      error = _caught(lambda: (before(), self._begin(state, step)))
+      error = self._prepared() or _caught(lambda: self._begin(state, step))
       if not hosts.on_any(error is not None, "the beginning of a save"):
         return
     self._try_again(state, step, error)
@@ -90,6 +92,12 @@ class Saver:
     if hosts.on_any(error is not None, "the end of the last save"):
       self._try_again(state, step, error)
 
+  def _prepared(self) -> Exception | None:
+    """Returns the error of what must be on the disk before, on every process if one has it. Collective."""
+    error = _caught(self._before)
+    failed = hosts.on_any(error is not None, "what is flushed before a save")
+    return error or (OSError(errno.EIO, _ELSEWHERE) if failed else None)
+
   def _take_time(self) -> None:
     """Notes how long the save under way has taken, once it is known to have ended."""
     if self._began is not None and not self._checkpoints.is_saving():
@@ -101,7 +109,6 @@ class Saver:
     deadline = began + self._seconds
 
     def whole() -> None:
-      self._before()
       self._checkpoints.reopen()
       self._begin(state, step)
       self._checkpoints.wait()
@@ -123,7 +130,7 @@ class Saver:
       watchdog.beat("waiting to save again")
       time.sleep(min(pause, left))
       pause, tries = min(2 * pause, _LONGEST_PAUSE), tries + 1
-      error = _caught(whole)
+      error = self._prepared() or _caught(whole)
       if not hosts.on_any(error is not None, "a save that is tried again"):
         say(f"checkpoint: step {step} is saved, at try {tries}")
         return
@@ -139,7 +146,7 @@ def _caught(function: Callable[[], object]) -> Exception | None:
 
 def _in_words(error: Exception | None) -> str:
   if error is None:
-    return "it failed on another process"
+    return _ELSEWHERE
   if isinstance(error, BucketError):
     return str(error)
   first: BaseException = error

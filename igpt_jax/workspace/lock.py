@@ -7,11 +7,12 @@ it over, at once:
   every process with the same IGPT_OWNER in its environment: launchers give it to all starts of one run
   without that, on one machine, any process once the one that left it is gone
 
-Anybody else is refused, with the command that frees it. A process whose lock was taken over saves
-nothing any more.
+Anybody else is refused, with the command that frees it. A run whose lock was taken over saves no
+checkpoint any more, and moves none.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -30,11 +31,42 @@ FILE = ".lock"
 OWNER = "IGPT_OWNER"  # environment variable
 
 
+_HELD, _LOST, _UNKNOWN = range(3)
+
+
 class Lock:
-  """The lock of a workdir that this process holds."""
+  """The lock of a workdir that this run holds, by its main process."""
+
+  def __init__(self, workdir: str):
+    self._workdir = workdir
 
   def check(self) -> None:
-    """Does nothing: the kernel lets nobody else have it."""
+    """Looks whether the lock is still this run's. Collective.
+
+    Raises:
+      UserError: another start has taken it over. (Not on a disk: the kernel lets nobody have it.)
+      BucketError: the bucket doesn't say.
+    """
+    if not files.is_remote(self._workdir):
+      return
+    error = None
+    try:
+      state = self._state()
+    except BucketError as caught:
+      state, error = _UNKNOWN, caught
+    state = hosts.from_main(state, "a look at the run's lock")
+    if state == _UNKNOWN:
+      why = "the first host can't read the run's lock"
+      raise error or BucketError(f"workdir: {self._workdir}: {why}", errno.EIO)
+    if state == _LOST:
+      raise UserError(
+        f"workdir: {self._workdir}: another start has taken this run's lock over, or it was removed; nothing "
+        "more is saved here; fix: end the other one, and start again"
+      )
+
+  def _state(self) -> int:
+    """Returns what the main process sees; others take its word."""
+    return _HELD
 
 
 class _BucketLock(Lock):
@@ -48,7 +80,8 @@ class _BucketLock(Lock):
   """
 
   def __init__(self, workdir: str):
-    self._workdir, self._path = workdir, os.path.join(workdir, FILE)
+    super().__init__(workdir)
+    self._path = os.path.join(workdir, FILE)
     self._mine = {**_identity(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     self._contents = (json.dumps(self._mine | {"token": secrets.token_hex(8)}) + "\n").encode()
     while not buckets.create(self._path, self._contents):
@@ -74,17 +107,11 @@ class _BucketLock(Lock):
       return {}, ""
     return (theirs if isinstance(theirs, dict) else {}), generation
 
-  def check(self) -> None:
-    """Raises UserError if another process has taken the lock over."""
+  def _state(self) -> int:
     try:
-      lost = buckets.read(self._path) != self._contents
+      return _HELD if buckets.read(self._path) == self._contents else _LOST
     except FileNotFoundError:
-      lost = True
-    if lost:
-      raise UserError(
-        f"workdir: {self._workdir}: another start has taken this run's lock over, or it was removed; nothing "
-        "more is saved here; fix: end the other one, and start again"
-      )
+      return _LOST
 
   def release(self) -> None:
     """Removes the object, if it is still this process'."""
@@ -131,7 +158,7 @@ def held(workdir: str) -> Iterator[Lock]:
     UserError: another run has locked it.
   """
   if not hosts.is_main():
-    yield Lock()
+    yield Lock(workdir)
   elif files.is_remote(workdir):
     lock = _BucketLock(workdir)
     try:
@@ -141,4 +168,4 @@ def held(workdir: str) -> Iterator[Lock]:
   else:
     path = os.path.join(workdir, FILE)
     with locked(path, f"workdir: {workdir}", "another --workdir"):
-      yield Lock()
+      yield Lock(workdir)

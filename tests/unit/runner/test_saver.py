@@ -67,3 +67,12 @@ def test_training_goes_on_once_it_is_saved(clock, capsys):
   disk = Disk(clock, until=105.0)
   saving.Saver(disk, disk.begin, 200.0)(None, 3)
   assert clock.slept == [1, 2, 4] and "step 3 is saved, at try 4" in capsys.readouterr().out
+
+
+def test_no_process_begins_a_save_that_another_cannot_prepare(clock, monkeypatch, capsys):
+  """Else it would wait in a save that the other one doesn't come to."""
+  disk, said = Disk(clock, until=0.0), [False, True, False, False, False, False]
+  monkeypatch.setattr(saving.hosts, "on_any", lambda here, what: said.pop(0) or here)
+  saving.Saver(disk, disk.begin, 200.0)(None, 3)
+  assert said == [] and disk.begun == 1
+  assert "it failed on another process" in capsys.readouterr().out
