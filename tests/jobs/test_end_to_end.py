@@ -364,6 +364,7 @@ def test_an_older_run_on_a_folder_goes_on_until_its_images_are_exchanged(
   run(8)
 
 
+@pytest.mark.slow
 def test_cifar_pictures_train_with_falling_loss(tmp_path):
   """Real CIFAR-10 images through the folder door, a few steps of the small config."""
   import tarfile

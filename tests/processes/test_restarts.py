@@ -66,6 +66,7 @@ def test_jax_names_the_process_in_a_cpus_keys(tmp_path):
   assert "jit_train_step" not in again[0]["missed"] and "jit_train_step" in again[1]["missed"]
 
 
+@pytest.mark.slow
 def test_hosts_leave_an_evaluation_together(tmp_path):
   """One of them is told, in the middle of it; both save that step, and evaluate it when they go on."""
   workdir = tmp_path / "run"
