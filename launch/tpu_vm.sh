@@ -37,7 +37,7 @@
 #   --dry-run               read the config, print the commands, run nothing
 #
 # Ctrl-C stops the run, which saves a checkpoint, and deletes the machines; with --keep it only
-# detaches, and ends what --watch started. Run it in tmux or the like: closing the terminal counts as Ctrl-C.
+# detaches, and ends what --watch started; so it does after the run, while that goes on. Run it in tmux or the like: closing the terminal counts as Ctrl-C.
 #
 # Exit status: 0 the run ended; 2 a mistake in the arguments or the config; 75 the machines were
 # preempted or lost; 143 the run was told to stop; anything else is the failed run's own.
@@ -154,7 +154,8 @@ session() {
   follow
 }
 
-watchers=()  # process ids of what --watch started, one for each of `watched`
+watchers=()   # process ids of what --watch started, one for each of `watched`
+signalled=""  # they were told to stop just now
 
 # Starts the jobs of --watch, each on a slice of its own by this script, or here.
 start_watchers() {
@@ -184,16 +185,21 @@ start_watchers() {
 wait_for_watchers() {
   local i status
   for i in ${watchers[@]+"${!watchers[@]}"}; do
-    status=0
-    wait "${watchers[i]}" || status=$?
+    while :; do
+      signalled="" status=0
+      wait "${watchers[i]}" || status=$?
+      # A trapped signal ends the wait, not the child.
+      [ -n "$signalled" ] || break
+    done
     [ "$status" -eq 0 ] || say "${watched[i]} ended with status $status; the training isn't concerned"
   done
 }
 
+# Tells them to stop: what trains here saves, and those with slices of their own delete them.
 # shellcheck disable=SC2329  # cleanup runs it
 stop_watchers() {
+  signalled=1
   [ ${#watchers[@]} -eq 0 ] || kill -TERM "${watchers[@]}" 2>/dev/null || true
-  wait_for_watchers
 }
 
 # shellcheck disable=SC2329  # cleanup runs it
@@ -222,7 +228,13 @@ cleanup() {
     [ -n "$dry_run" ] || say "deleting $name"
     delete_own || [ "$status" -ne 0 ] || status=1
   fi
-  if [ "$status" -eq 0 ]; then wait_for_watchers; else stop_watchers; fi
+  [ "$status" -eq 0 ] || stop_watchers
+  if [ ${#watchers[@]} -gt 0 ]; then
+    # They may take hours. They don't hear Ctrl-C: a shell's background commands ignore it.
+    trap 'say "stopping what --watch started"; stop_watchers' INT TERM HUP
+    wait_for_watchers
+    trap '' INT TERM HUP
+  fi
   [ -n "$dry_run" ] || rm -rf "$tmp"
   exit "$status"
 }

@@ -5,6 +5,7 @@ The interpreter here is the real one; gcloud, xpk, kubectl and srun are stand-in
 
 import pathlib
 import shutil
+import signal
 import sys
 
 import pytest
@@ -359,3 +360,21 @@ def test_a_training_that_is_stopped_stops_what_evaluates_it(world):
   assert process.returncode == 143
   assert world.exists("saved.home") and world.exists("saved.0")
   assert not world.exists("qr")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_evaluation_that_goes_on_after_the_training_can_be_stopped(world, number):
+  """Its slices would go on costing money; a shell's background commands don't hear Ctrl-C themselves."""
+  world.write("train.sh", f'case "$*" in *job=probe*) {TRAIN_FOREVER} ;; esac')
+  watch = ["--watch=probe", "--watch-on=here"]
+  process = world.start("tpu_vm.sh", *TPU, "--type=v5litepod-16", *watch, *MAIN)
+  world.wait_for("training.home")
+  world.wait_until(lambda: not world.exists("qr"))
+
+  def has_ended():
+    process.send_signal(number)  # it may come before the wait for the evaluation begins
+    return process.poll() is not None
+
+  world.wait_until(has_ended)
+  assert "stopping what --watch started" in process.communicate()[0]
+  assert process.returncode == 0 and world.exists("saved.home")
