@@ -35,14 +35,16 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
   return "://" in os.fspath(path)
 
 
-def place(name: str, path: str) -> str:
+def place(name: str, path: str, used: bool = True) -> str:
   """Returns the absolute path, with ~ expanded, or the address of a bucket; `name` is the setting's.
+
+  For a path that isn't `used` on this machine, what reads buckets needn't be installed.
 
   Raises:
     UserError: it is an address of another kind or without a bucket, or what reads buckets is missing.
   """
   if path.startswith(buckets.SCHEME):
-    return buckets.normalised(name, path)
+    return buckets.normalised(name, path) if used else buckets.address_of(name, path)
   if is_remote(path) or re.match(r"gs:", path):
     raise UserError(
       f"{name}: {path}; expected a local path or gs://BUCKET/PATH; fix: two slashes after gs:, or, of "

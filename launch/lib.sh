@@ -163,8 +163,8 @@ check_main_args() {
   [ -n "$config" ] || die "missing argument: --config=…; for example -- --config=configs/imagenet32_s.py"
   [ -n "$workdir" ] || die "missing argument: --workdir=…; the directory the run lives in"
   case $workdir in
-    gs://?*) ;;
-    *://*) die "--workdir=$workdir; expected a directory, or a bucket's address, gs://BUCKET/RUN" ;;
+    gs://[!/]*) ;;
+    gs:* | *://*) die "--workdir=$workdir; expected a directory, or a bucket's address, gs://BUCKET/RUN" ;;
   esac
 }
 

@@ -32,9 +32,11 @@ def check(settings: Settings) -> None:
     UserError: naming the setting, its value and what was expected.
   """
   for name, declaration in FIELDS.items():
-    if declaration.path:
-      place = files.place if declaration.bucket else files.local
-      place(f"config.{name}", value_of(settings, name))
+    if declaration.path and declaration.bucket:
+      # A launcher's machine reads no bucket; where one is read, `places` needs what reads it at once.
+      files.place(f"config.{name}", value_of(settings, name), used=False)
+    elif declaration.path:
+      files.local(f"config.{name}", value_of(settings, name))
   data, job = settings.data, settings.job
   if job == "ablate":
     overrides.check(settings, check)

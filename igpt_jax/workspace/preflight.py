@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from igpt_jax import buckets, units
+from igpt_jax import files, units
 from igpt_jax.config.declare import MAKING, OPENING, READING
 from igpt_jax.config.fields import Settings, value_of
 from igpt_jax.errors import UserError
@@ -56,8 +56,7 @@ def here(
   Raises:
     UserError: there is no such slice, or the settings have a mistake or don't suit it.
   """
-  if workdir.startswith(buckets.SCHEME):
-    buckets.address_of("--workdir", workdir)
+  files.place("--workdir", workdir, used=False)
   asked_for = tpu_types.find(asked, "slice") if asked else None
   mesh = _mesh(settings, asked_for) if asked_for else ()
   if check is not None:

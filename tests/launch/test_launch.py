@@ -254,6 +254,8 @@ BAD_CALLS = [
   ("tpu_vm.sh", [*TPU, "--", "--config=c.py", "--workdir=runs/a"], "--workdir=runs/a"),
   ("tpu_vm.sh", [*TPU, *MAIN, "--config.x=a\nb"], "line break"),
   ("tpu_vm.sh", [*TPU, "--", "--config=c.py", "--workdir=s3://bucket/run"], "s3://bucket/run"),
+  ("xpk.sh", [*XPK, "--", "--config=c.py", "--workdir=gs:/bucket/run"], "gs:/bucket/run; expected"),
+  ("xpk.sh", [*XPK, "--", "--config=c.py", "--workdir=gs:///run"], "gs:///run; expected"),
   ("tpu_vm.sh", [*TPU[:2], "--delete"], "--owner"),
   ("tpu_worker.sh", [], "verb"),
   ("tpu_worker.sh", ["dance"], "dance"),

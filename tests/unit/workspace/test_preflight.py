@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import sys
 
 import pytest
 
+from igpt_jax import buckets
 from igpt_jax.config import fields, read
 from igpt_jax.errors import UserError
-from igpt_jax.workspace import preflight
+from igpt_jax.workspace import places, preflight
 
 
 def settings_of(**values):
@@ -67,10 +69,35 @@ def test_settings_that_do_not_suit_the_slice(values, asked, message):
     said(settings_of(**values), asked)
 
 
-def test_an_address_without_a_bucket():
-  with pytest.raises(UserError, match=r"--workdir: gs:///run: there is no bucket in it"):
-    said(settings_of(), "v5litepod-16", "gs:///run")
+@pytest.mark.parametrize(
+  "workdir, message",
+  [
+    ("gs:///run", "gs:///run: there is no bucket in it"),
+    ("gs:/bucket/run", "gs:/bucket/run; expected a local path or gs://BUCKET/PATH"),
+    ("s3://bucket/run", "s3://bucket/run; expected a local path or gs://BUCKET/PATH"),
+  ],
+)
+def test_a_workdir_that_the_start_would_refuse(workdir, message):
+  with pytest.raises(UserError, match=f"^--workdir: {message}"):
+    said(settings_of(), "v5litepod-16", workdir)
   assert said(settings_of(), "", "/mnt/not here/run")
+
+
+def test_a_launchers_machine_needs_nothing_that_reads_buckets(monkeypatch):
+  buckets._prepare.cache_clear()
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  given = {
+    "init_from": "gs://bucket/run",
+    "palette.path": "gs://bucket/palette.npy",
+    "compilation_cache": "gs://bucket/programs",
+  }
+  said(settings_of(**given), "v5litepod-16")
+  with pytest.raises(UserError, match=r"config\.init_from: gs:///run: there is no bucket in it"):
+    said(settings_of(init_from="gs:///run"), "v5litepod-16")
+  # The machine that reads them says so before it does anything.
+  with pytest.raises(UserError, match="buckets need gcsfs"):
+    places.check(settings_of(**given), "/tmp")
+  buckets._prepare.cache_clear()
 
 
 def test_without_jax_batch_and_slice_are_checked_all_the_same():
