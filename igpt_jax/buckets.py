@@ -200,10 +200,19 @@ def below(folder: str) -> list[str]:
   return [info["address"] for info in described_below(folder).values()]
 
 
-def read(path: str) -> bytes:
-  """Returns an object's contents; raises FileNotFoundError if there is none."""
+def first_below(folder: str) -> list[str]:
+  """Returns the paths below a folder of its first objects, at most 1000: one request's."""
+  bucket, _, key = folder.removeprefix(SCHEME).partition("/")
+  prefix = f"{key}/" if key else ""
+  with _told(folder):
+    answer = _system().call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1000, json_out=True)
+  return [item["name"].removeprefix(prefix) for item in answer.get("items", [])]
+
+
+def read(path: str, n_bytes: int | None = None) -> bytes:
+  """Returns an object's contents, or its first bytes; raises FileNotFoundError if there is none."""
   with _told(path):
-    return _system().cat_file(path)
+    return _system().cat_file(path, end=n_bytes)
 
 
 def download(path: str, target: str, info: Mapping[str, Any]) -> None:

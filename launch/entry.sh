@@ -8,7 +8,8 @@
 # does. Whoever restarts runs must tell the two apart, so after such a signal the status here is 143
 # whatever the run's own was. Ctrl-C again ends it at once, unsaved. SIGUSR1 is handed on. PYTHON names the
 # interpreter (default: python). On the first host of a JobSet, when that starts for the first time
-# (RESTART_ATTEMPT=0), data, checkpoint and work directory are checked before the run joins the others.
+# (RESTART_ATTEMPT=0; by xpk.sh at every start), data, checkpoint and work directory are checked before the
+# run joins the others.
 # Relative paths are taken from the repository, wherever this is called from; beside an installed
 # package, from where one stands.
 set -euo pipefail

@@ -81,8 +81,9 @@ if [ ${#variables[@]} -gt 0 ]; then
   xpk_flag+=(--env-file="$file")
 fi
 
-# create NAME KIND TYPE SLICES ARG…: a workload. Its owner is the same after every restart; the first start
-# checks before it joins the others. xpk writes the command into a shell script of its own; exec lets its
+# create NAME KIND TYPE SLICES ARG…: a workload. Its owner is the same after every restart. The first host
+# looks before each start, restarts too: that it is one stands in a label of the pod, which xpk doesn't hand
+# to the container. xpk writes the command into a shell script of its own; exec lets its
 # SIGTERM through.
 create() {
   local workload=$1 where=("--$2=$3" --num-slices="$4") owner

@@ -83,7 +83,7 @@ def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
     splits["test"] = open_split(data, "test")
   if ablate.probe != "none":
     sources.check_labels(splits)
-  start = weights.of_run(settings, workdir, splits["train"])
+  start = weights.of_run(settings, workdir)
   palette = training_palette.training_palette(
     start.settings, data, splits["train"], workdir, start.palette
   )
@@ -104,7 +104,7 @@ def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
       folder = os.path.join(workdir, FOLDER, run.name, str(seed))
       own = run.settings(settings, seed)
       _check_folder(own, folder, splits["train"], digest, varied)
-      settled = weights.of_run(own, folder, splits["train"]).settings
+      settled = weights.of_run(own, folder).settings
       model = choices.model_config(settled, n_vocab=n_vocab)
       train = settled.train
       sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)

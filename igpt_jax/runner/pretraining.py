@@ -80,7 +80,7 @@ def pretrain(
     sharding.batch_size_per_shard(mesh, batch_size, accumulate=train.accumulate)
     split = open_split(data, "train")
     held_out = open_split(data, "validation") if has_validation(data) else None
-    start = weights.of_run(settings, workdir, split)
+    start = weights.of_run(settings, workdir)
     settings = start.settings
     palette = training_palette.training_palette(settings, data, split, workdir, start.palette)
     n_vocab = choices.palette_size(settings) if palette is None else palette.size

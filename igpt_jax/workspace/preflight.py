@@ -174,7 +174,7 @@ def machine(settings: Settings, workdir: str) -> Iterator[str]:
   import jax
 
   jax.config.update("jax_platforms", "cpu")
-  from igpt_jax.data import sources
+  from igpt_jax.data import bucket_folders, sources
   from igpt_jax.data.palette import Palette
   from igpt_jax.workspace import weights
   from igpt_jax.workspace import workdir as workdir_lib
@@ -183,14 +183,17 @@ def machine(settings: Settings, workdir: str) -> Iterator[str]:
   if settings.job == "pretrain":
     workdir_lib.check(settings, workdir)
   yield f"workdir: {workdir}: can be written to"
-  split = None
+  data = settings.data
   if settings.job in OPENING and settings.job != "prepare":
-    split = sources.open_split(settings.data, "train")
-    yield f"data: {split.fingerprint}"
+    if data.name in ("folder", "tokens") and files.is_remote(data.path):
+      # The run copies all of it, which may take longer than other hosts wait for this one.
+      yield f"data: {bucket_folders.look(data.name, data.path)}"
+    else:
+      yield f"data: {sources.open_split(data, 'train').fingerprint}"
   if path := settings.palette.path:
     yield f"palette: {path}: {Palette.from_setting(path).size} colours"
-  if settings.job == "pretrain" and split is not None:
-    start = weights.of_run(settings, workdir, split).weights
+  if settings.job == "pretrain":
+    start = weights.of_run(settings, workdir).weights
     if start is not None:
       yield f"checkpoint: {start.path}"
   elif settings.job in READING and not settings.watch:  # else the training makes it

@@ -18,7 +18,6 @@ from igpt_jax.checkpoint import CheckpointInfo, checksum, one_file
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data.palette import Palette
-from igpt_jax.data.sources import Split
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params, count_params, to_compute_dtypes
 from igpt_jax.model.model_config import PRESETS
@@ -215,17 +214,16 @@ class Start:
     return read(self.weights, mesh, report)
 
 
-def of_run(settings: Settings, workdir: str, split: Split) -> Start:
+def of_run(settings: Settings, workdir: str) -> Start:
   """Returns what `pretrain` starts from; a workdir with a checkpoint is resumed without `init_from`.
 
   Args:
     settings: as given.
     workdir: the run's.
-    split: the training images.
 
   Raises:
     UserError: `init_from` can't be read, is of another model than the settings', or has no palette for
-      these images; or the workdir holds parameters that no run has trained there.
+      images; or the workdir holds parameters that no run has trained there.
   """
   own = info = checkpoint.newest(workdir)
   fix = f"put those colours back, which {workdir}/palette.npy holds"
@@ -237,7 +235,7 @@ def of_run(settings: Settings, workdir: str, split: Split) -> Start:
   if own is None and settings.init_from:
     fix, info = "--config.palette.path=", describe(settings.init_from, settings)
     _check_same_model(settings, info)
-    if info.palette is None and not split.is_tokens:
+    if info.palette is None and settings.data.name != "tokens":
       raise no_palette(info, "init_from")
   if info is None:
     return Start(choices.settle(settings))

@@ -1,12 +1,15 @@
 """What is known of a job before a slice is rented, and on its first host."""
 
 import dataclasses
+import io
 import os
 import sys
 
+import numpy as np
 import pytest
 
-from igpt_jax import buckets
+from igpt_jax import buckets as buckets_lib
+from igpt_jax import files
 from igpt_jax.config import fields, read
 from igpt_jax.errors import UserError
 from igpt_jax.workspace import places, preflight
@@ -84,7 +87,7 @@ def test_a_workdir_that_the_start_would_refuse(workdir, message):
 
 
 def test_a_launchers_machine_needs_nothing_that_reads_buckets(monkeypatch):
-  buckets._prepare.cache_clear()
+  buckets_lib._prepare.cache_clear()
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   given = {
     "init_from": "gs://bucket/run",
@@ -97,7 +100,7 @@ def test_a_launchers_machine_needs_nothing_that_reads_buckets(monkeypatch):
   # The machine that reads them says so before it does anything.
   with pytest.raises(UserError, match="buckets need gcsfs"):
     places.check(settings_of(**given), "/tmp")
-  buckets._prepare.cache_clear()
+  buckets_lib._prepare.cache_clear()
 
 
 def test_without_jax_batch_and_slice_are_checked_all_the_same():
@@ -137,3 +140,38 @@ def test_a_workdir_of_another_run_or_that_cannot_be_written_to(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match="can't be written to"):
     list(preflight.machine(fields.Settings(), str(tmp_path / "file" / "run")))
+
+
+@pytest.fixture
+def scratch_folder(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_scratch", str(tmp_path / "scratch"))
+  return tmp_path / "scratch"
+
+
+def test_data_in_a_bucket_is_looked_at_and_not_copied(buckets, scratch_folder, tmp_path):
+  """Other hosts wait five minutes for the first: a copy of a data set may take longer."""
+  for i in range(50):
+    buckets.put("bucket", f"photos/train/a/{i}.png", b"\x89PNG")
+  buckets.put("bucket", "photos/.DS_Store", b"?")
+  tokens = io.BytesIO()
+  np.save(tokens, np.zeros((4, 64), np.int32))
+  buckets.put("bucket", "tokens/train.npy", tokens.getvalue())
+
+  def told(name, path):
+    settings = settings_of(**{"data.name": name, "data.path": path})
+    return list(preflight.machine(settings, str(tmp_path / "run")))[1]
+
+  assert told("folder", "gs://bucket/photos/") == (
+    "data: gs://bucket/photos has images, of which train/a/0.png can be read"
+  )
+  assert buckets.count("read") == 1
+  assert told("tokens", "gs://bucket/tokens") == "data: gs://bucket/tokens/train.npy can be read"
+  assert told("tokens", "gs://bucket/tokens/train.npy").endswith("train.npy can be read")
+  assert not scratch_folder.exists()
+  for name, path, message in (
+    ("folder", "gs://bucket/none", "data.path gs://bucket/none: no files there"),
+    ("tokens", "gs://bucket/none", "data.path gs://bucket/none/train.npy: no such file"),
+    ("tokens", "gs://bucket/photos/train/a/0.png", "not a .npy"),
+  ):
+    with pytest.raises(UserError, match=message):
+      told(name, path)
