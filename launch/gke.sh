@@ -82,6 +82,10 @@ for job in ${watched[@]+"${watched[@]}"}; do
   preflight "$slice" "${job_args[@]}"
 done
 preflight "${slices}x$accelerator:$topology" "${main_args[@]}"
+# Of the runs' locks: a JobSet's name is one's alone in its cluster and namespace.
+owner=gke/${context:-$(setting_of kubectl current-context)}
+owner+=/${namespace:-$(setting_of kubectl view --minify ${context:+--context="$context"} \
+  --output='jsonpath={..namespace}')}
 # A Spot node's pods get 15 s, unless the node pool is set otherwise.
 choose_grace 120 ${spot:+15}
 
@@ -103,7 +107,7 @@ fill_in() {
     RESOURCES="{\"limits\": {\"google.com/tpu\": $chips_per_host}}"
   fi
   # The run's owner is the same after every restart. The first start checks before it joins.
-  ENV="[{\"name\": \"IGPT_OWNER\", \"value\": $(json_strings "gke/$context/$namespace/$1")},"
+  ENV="[{\"name\": \"IGPT_OWNER\", \"value\": $(json_strings "$owner/$1")},"
   ENV+=' {"name": "RESTART_ATTEMPT", "valueFrom": {"fieldRef": {"fieldPath":'
   ENV+=" \"metadata.labels['jobset.sigs.k8s.io/restart-attempt']\"}}}]"
   ENV_FROM='[]'

@@ -90,6 +90,12 @@ need() {
   done
 }
 
+# setting_of PROGRAM ARG…: prints what `PROGRAM config ARG…` does, which asks no server; nothing if that is
+# unset, or in a dry run, which needs no such program.
+setting_of() {
+  [ -n "$dry_run" ] || "$1" config "${@:2}" 2>/dev/null </dev/null || true
+}
+
 # need_option NAME VALUE: an option that has no default.
 need_option() {
   [ -n "$2" ] || die "missing option: --$1=…; see --help"

@@ -61,9 +61,9 @@ need_name name "$name"
 [ -z "$owner" ] || need_name owner "$owner"
 choose_slices "$@"
 [ -z "$grace" ] || need_count grace "$grace"
-# Of the run's lock: the same after every restart, and of one living run, as its machines' name is.
-run_owner=tpu_vm/$project/$zone/$name
 need gcloud tar
+# Of the run's lock: the same after every restart, and of one living run, as its machines' name is.
+run_owner=tpu_vm/${project:-$(setting_of gcloud get-value project)}/$zone/$name
 where=(--zone="$zone" --quiet)
 [ -z "$project" ] || where+=(--project="$project")
 

@@ -81,13 +81,17 @@ if [ ${#variables[@]} -gt 0 ]; then
   xpk_flag+=(--env-file="$file")
 fi
 
+# Of the runs' locks: a workload's name is one's alone in its cluster.
+owners=xpk/${project:-$(setting_of gcloud get-value project)}
+owners+=/${zone:-$(setting_of gcloud get-value compute/zone)}/$cluster
+
 # create NAME KIND TYPE SLICES ARG…: a workload. Its owner is the same after every restart. The first host
 # looks before each start, restarts too: that it is one stands in a label of the pod, which xpk doesn't hand
 # to the container. xpk writes the command into a shell script of its own; exec lets its
 # SIGTERM through.
 create() {
   local workload=$1 where=("--$2=$3" --num-slices="$4") owner
-  owner=$(shell_quote "IGPT_OWNER=xpk/$cluster/$1")
+  owner=$(shell_quote "IGPT_OWNER=$owners/$1")
   shift 4
   run xpk workload create --workload="$workload" --cluster="$cluster" "${where[@]}" \
     --docker-image="$image" --max-restarts="$max_restarts" --restart-on-exit-codes=1,3-126 \

@@ -208,7 +208,7 @@ def test_an_environment_variable_reaches_every_host_and_is_nowhere_to_be_read(wo
   assert result.returncode == 0, result.stderr
   for host in "01":
     assert (world.fake / f"key.{host}").read_text() == SECRET
-    assert (world.fake / f"owner.{host}").read_text() == "tpu_vm//zone-a/run-1"
+    assert (world.fake / f"owner.{host}").read_text() == "tpu_vm/my-project/zone-a/run-1"
   logged = "".join(path.read_text() for path in world.fake.glob("*.log"))
   assert "s3cret" not in logged + result.stdout + result.stderr
   dry = world.run("tpu_vm.sh", "--dry-run", *args, WANDB_API_KEY=SECRET)
@@ -229,7 +229,9 @@ def test_on_gke_it_is_a_secret_that_the_pods_read(world):
   yaml = pytest.importorskip("yaml")
   write_executable(
     world.fake.parent / "bin" / "kubectl",
-    '#!/usr/bin/env bash\nn=$(ls "$FAKE" | grep -c "^fed")\nprintf "%s\\x1f\\n" "$*" >>"$FAKE/kubectl.log"\n'
+    "#!/usr/bin/env bash\n"
+    'case "$*" in *current-context) echo "a b"; exit ;; *namespace*) echo n; exit ;; esac\n'
+    'n=$(ls "$FAKE" | grep -c "^fed")\nprintf "%s\\x1f\\n" "$*" >>"$FAKE/kubectl.log"\n'
     'cat >"$FAKE/fed.$n"\n',
   )
   where = [
@@ -252,7 +254,7 @@ def test_on_gke_it_is_a_secret_that_the_pods_read(world):
     jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     for jobset in (training, probe)
   ]
-  for pod, owner in zip(pods, ("gke///run-1", "gke///run-1-probe"), strict=True):
+  for pod, owner in zip(pods, ("gke/a b/n/run-1", "gke/a b/n/run-1-probe"), strict=True):
     (container,) = pod["containers"]
     assert container["envFrom"] == [{"secretRef": {"name": "run-1-env"}}]
     assert {"name": "IGPT_OWNER", "value": owner} in container["env"]
@@ -281,7 +283,7 @@ def test_xpk_reads_it_from_a_file_that_is_gone_afterwards(world):
   (file,) = [word.partition("=")[2] for word in call if word.startswith("--env-file=")]
   assert not pathlib.Path(file).exists()
   assert "--num-slices=2" in call and "s3cret" not in " ".join(call)
-  assert "IGPT_OWNER=xpk/c/run-1" in call[-1]
+  assert "IGPT_OWNER=xpk/my-project/my-zone/c/run-1" in call[-1]
 
 
 @pytest.mark.parametrize(

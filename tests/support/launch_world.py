@@ -20,6 +20,7 @@ LAUNCH = ROOT / "launch"
 
 FAKE_GCLOUD = r"""#!/usr/bin/env bash
 # State: $FAKE/qr/states (one per look, the last stays), $FAKE/qr/owner, $FAKE/hosts/N (homes).
+case "$*" in "config get-value "*) echo "my-${3##*/}"; exit ;; esac  # asks no server
 printf '%s\n' "$(printf '%s\x1f' "$@")" >>"$FAKE/gcloud.log"
 worker="" command="" owner="" slices=1
 for arg in "$@"; do
