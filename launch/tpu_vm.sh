@@ -61,6 +61,18 @@ need_name name "$name"
 [ -z "$owner" ] || need_name owner "$owner"
 choose_slices "$@"
 [ -z "$grace" ] || need_count grace "$grace"
+# check_job_here JOB: ends the script with 2 if this machine's Python lacks what the job imports, which
+# reading its config doesn't need.
+check_job_here() {
+  local python extra="" modules=igpt_jax.jobs.$1 why
+  [ -z "$no_check" ] || return 0
+  python=$(find_reader) || exit 2
+  case $workdir in gs://*) extra="[gcs]" modules+=", gcsfs" ;; esac
+  why=$(cd "$REPO_DIR" && "$python" -c "import $modules" 2>&1 >/dev/null) ||
+    die "--watch-on=here: $python can't run job $1: $(tail -n 1 <<<"$why"); fix:" \
+      "$(shell_quote "$python" -m pip install --editable "$REPO_DIR$extra"), or PYTHON=… of another"
+}
+
 need gcloud tar
 # Of the run's lock: the same after every restart, and of one living run, as its machines' name is.
 run_owner=tpu_vm/${project:-$(setting_of gcloud get-value project)}/$zone/$name
@@ -104,6 +116,7 @@ else
     watch_args "$job" "$@"
     if [ "$watch_on" = here ]; then slice=""; else slice=$watch_on; fi
     preflight "$slice" "${job_args[@]}"
+    [ "$watch_on" != here ] || check_job_here "$job"
   done
   preflight "${slices}x$type" "${main_args[@]}"
   # Spot machines go 30 s after they are told.

@@ -126,6 +126,22 @@ def test_what_evaluates_beside_the_training_is_checked_with_it(real):
   assert result.returncode == 2 and "features.batch_size: 6" in result.stderr
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_evaluation_here_needs_a_python_that_can_run_it(world, tmp_path, options):
+  """Once the slice is paid for it would be too late to learn that jax isn't installed."""
+  write_executable(
+    tmp_path / "bare",
+    '#!/usr/bin/env bash\ncase "$2" in *jobs.probe*gcsfs*) echo "No module named \'jax\'" >&2; exit 1 ;; esac\n'
+    'exec python "$@"\n',
+  )
+  watch = ["--watch=probe", "--watch-on=here", *options]
+  args = [*TPU, "--type=v5litepod-16", *watch, *MAIN]
+  result = world.run("tpu_vm.sh", *args, PYTHON=str(tmp_path / "bare"))
+  assert result.returncode == 2 and not requests(world)
+  assert "can't run job probe: No module named 'jax'" in result.stderr
+  assert "-m pip install --editable" in result.stderr and "repo[gcs]" in result.stderr
+
+
 def test_without_a_python_it_says_what_to_install_or_is_told_not_to_check(world, tmp_path):
   bare = tmp_path / "bare"
   bare.mkdir()
