@@ -6,6 +6,7 @@
 LOST=75              # exit status: the machines were preempted or lost
 STATE_TICKS=30       # between two looks at the queued resource
 REACH_TRIES=10       # looks at machines that don't answer before they count as lost
+CHECK_TRIES=3        # of a check whose connection breaks
 STRAGGLER_TICKS=${STRAGGLER_TICKS:-300}  # how long other hosts may outlive the first one
 DELETE_TRIES=30
 MAX_ARCHIVE_KIB=204800
@@ -250,20 +251,27 @@ put_env() {
 
 refused=""  # the first host found a mistake in the arguments, the config, the data or the work directory
 
-# Lets the first host open what the run will need, before all hosts start.
+# Lets the first host open what the run will need, before all hosts start. It tells how that ended; without
+# a word of it the connection broke.
 check_there() {
-  local lines
+  local lines i
   [ -z "$no_check" ] || return 0
   set -- on_workers 0 "$worker check $(shell_quote "${main_args[@]}")"
   if [ -n "$dry_run" ]; then
     "$@"
     return
   fi
-  lines=$("$@") || true
-  case $lines in
-    *": checked 0"*) return 0 ;;
-    *": checked 2"*) refused=1 ;;
-  esac
+  for ((i = 1; i <= CHECK_TRIES; i++)); do
+    lines=$("$@") || true
+    case $lines in
+      *": checked 0"*) return 0 ;;
+      *": checked 2"*) refused=1 ;;
+    esac
+    case $lines in *": checked "*) return 1 ;; esac
+    say "the connection broke during the check, try $i of $CHECK_TRIES"
+    ! machines_gone || return "$LOST"
+    nap "$STATE_TICKS"
+  done
   return 1
 }
 

@@ -181,6 +181,15 @@ def test_a_check_that_fails_otherwise_is_no_mistake_of_the_user(world):
   assert result.returncode == 0 and world.calls("main.0")
 
 
+@pytest.mark.parametrize("breaks, status, checks", [(2, 0, 3), (9, 1, 3)])
+def test_a_check_whose_connection_breaks_is_asked_for_again(world, breaks, status, checks):
+  world.write("breaks", "broken\n" * breaks)
+  result = world.run("tpu_vm.sh", *TPU, "--type=v5litepod-16", *MAIN)
+  assert result.returncode == status, result.stderr
+  assert "the connection broke" in result.stderr and bool(world.calls("main.0")) == (status == 0)
+  assert sum(" check " in call[-1] for call in world.gcloud("ssh")) == checks
+
+
 @pytest.mark.parametrize(
   "env, checked",
   [

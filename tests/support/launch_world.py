@@ -81,6 +81,8 @@ case "$3 $4" in
     case $command in
       *"follow start") [ ! -e "$FAKE/broken" ] || limit="timeout 0.2" ;;
       *"follow end") touch "$FAKE/followed_again" ;;
+      *"tpu_worker.sh check "*)  # $FAKE/breaks: a line for each connection that breaks
+        if [ -s "$FAKE/breaks" ]; then sed -i 1d "$FAKE/breaks"; exit 255; fi ;;
     esac
     pids=""
     for home in $(homes "$5" "$worker"); do
