@@ -3,6 +3,7 @@
 The interpreter here is the real one; gcloud, xpk, kubectl and srun are stand-ins whose calls are counted.
 """
 
+import itertools
 import pathlib
 import shutil
 import signal
@@ -55,8 +56,26 @@ TYPOS = {
 }
 
 
-@pytest.mark.parametrize("script", LAUNCHERS)
-@pytest.mark.parametrize("typo", TYPOS)
+def slow_but(quick, *axes):
+  """Returns all combinations of the axes' values; those that aren't `quick` are left to the slow tests."""
+  return [
+    pytest.param(*values, marks=() if values in quick else pytest.mark.slow)
+    for values in itertools.product(*axes)
+  ]
+
+
+# One of each typo, and of each launcher.
+QUICK = {
+  ("tpu_vm.sh", "no such config"),
+  ("tpu_babysit.sh", "no such setting"),
+  ("gke.sh", "out of bounds"),
+  ("xpk.sh", "not its type"),
+  ("tpu_vm.sh", "batch"),
+  ("gke.sh", "batch over slices"),
+}
+
+
+@pytest.mark.parametrize("script, typo", slow_but(QUICK, LAUNCHERS, TYPOS))
 def test_a_typo_ends_a_dry_run_before_anything_is_asked_for(real, script, typo):
   options, args, named = TYPOS[typo]
   place, where = LAUNCHERS[script]
@@ -76,7 +95,7 @@ def test_a_typo_ends_a_dry_run_before_anything_is_asked_for(real, script, typo):
     ("gke.sh", ["--accelerator=tpu-v5-slice", "--topology=4x4"], "no such TPU"),
   ],
 )
-@pytest.mark.parametrize("dry", [["--dry-run"], []])
+@pytest.mark.parametrize("dry", [pytest.param(["--dry-run"], marks=pytest.mark.slow), []])
 def test_a_slice_that_there_is_not_is_refused_with_the_nearest(real, script, where, named, dry):
   result = real.run(script, *LAUNCHERS[script][0], *where, *dry, *MAIN)
   assert result.returncode == 2, result.stdout
@@ -84,9 +103,13 @@ def test_a_slice_that_there_is_not_is_refused_with_the_nearest(real, script, whe
   assert not requests(real)
 
 
-@pytest.mark.parametrize("script", ["slurm.sbatch", "prepare_data.sh"])
 @pytest.mark.parametrize(
-  "typo", ["no such config", "no such setting", "out of bounds", "not its type"]
+  "script, typo",
+  slow_but(
+    {("slurm.sbatch", "no such setting"), ("prepare_data.sh", "no such config")},
+    ["slurm.sbatch", "prepare_data.sh"],
+    ["no such config", "no such setting", "out of bounds", "not its type"],
+  ),
 )
 def test_a_typo_ends_the_other_launchers_dry_run_too(real, script, typo):
   _, args, named = TYPOS[typo]
@@ -96,7 +119,7 @@ def test_a_typo_ends_the_other_launchers_dry_run_too(real, script, typo):
   assert not requests(real)
 
 
-@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize("script", slow_but({("tpu_vm.sh",), ("gke.sh",)}, LAUNCHERS))
 def test_a_dry_run_tells_chips_hours_and_where_prices_are(real, script):
   place, where = LAUNCHERS[script]
   result = real.run(script, *place, *where, "--dry-run", *MAIN)
