@@ -130,7 +130,7 @@ def mirror(
     UserError: it can't be read, or there is no room, or an object's name can't be a file's.
   """
   folder = make(path_for(address))
-  with _alone(folder):
+  with alone(folder):
     objects = {
       name: info for name, info in buckets.described_below(address).items() if wanted(name)
     }
@@ -171,7 +171,7 @@ def _write_index(path: str, objects: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: str) -> Iterator[None]:
+def alone(folder: str) -> Iterator[None]:
   """Waits until no other process of this machine copies into a folder."""
   with open(f"{folder}.lock", "a") as file:
     if fcntl is not None:

@@ -53,14 +53,16 @@ def fetch(store: str, folder: str) -> bool:
   if sums is None:
     return False
   identity, theirs = (files.read_json(os.path.join(store, name)) for name in reversed(_LAST))
-  if _read(folder, "identity.json") == identity:
-    ours = _read(folder, "progress.json")
-    if all(ours.get(layer, 0) >= rows for layer, rows in theirs.items()):
-      return ours == theirs
-  shutil.rmtree(folder, ignore_errors=True)
-  scratch.make(folder)
-  for names in (sums.keys() - {*_LAST}, _LAST[:1], _LAST[1:]):
-    scratch.fetch({name: objects[name] for name in sorted(names)}, folder, _beat)
+  scratch.make(os.path.dirname(folder))
+  with scratch.alone(folder):  # of several jobs the first one copies, and the others find its copy
+    if _read(folder, "identity.json") == identity:
+      ours = _read(folder, "progress.json")
+      if all(ours.get(layer, 0) >= rows for layer, rows in theirs.items()):
+        return ours == theirs
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.make(folder)
+    for names in (sums.keys() - {*_LAST}, _LAST[:1], _LAST[1:]):
+      scratch.fetch({name: objects[name] for name in sorted(names)}, folder, _beat)
   say(f"features: copied from {store} to {folder}")
   return True
 

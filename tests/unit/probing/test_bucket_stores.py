@@ -1,7 +1,9 @@
 """Features of a workdir in a bucket: whole there or not at all, and the same on every machine."""
 
+import concurrent.futures
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -81,6 +83,28 @@ def test_what_is_added_elsewhere_is_found_here(buckets, machine):
   here = machine()
   assert bucket_stores.fetch(STORE, here)
   assert_whole(here, (0, 1))
+
+
+def test_of_two_jobs_on_a_machine_one_copies(buckets, machine, monkeypatch):
+  """The second one begins while the first copies, into the same folder; both find all of it."""
+  fill(here := machine(), (0, 1))
+  bucket_stores.publish(here, STORE)
+  there, first, download = machine("second"), threading.Lock(), files.buckets.download
+  buckets.requests.clear()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    others = []
+
+    def meanwhile(*args):
+      if first.acquire(blocking=False):
+        others.append(pool.submit(bucket_stores.fetch, STORE, there))
+        concurrent.futures.wait(others, 0.5)
+      download(*args)
+
+    monkeypatch.setattr(files.buckets, "download", meanwhile)
+    assert bucket_stores.fetch(STORE, there)
+    assert others[0].result()
+  assert_whole(there, (0, 1))
+  assert buckets.count("read", "*.npy") == 4  # layers, images, labels: once
 
 
 @pytest.mark.parametrize("at", range(6))
