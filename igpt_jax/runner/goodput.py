@@ -16,8 +16,8 @@ Restarts cost two more:
   down        from the last write by one process of an unfinished run to the start of the next,
               by the hosts' clocks; also while nobody wanted it to run
 
-The file is written at most every few seconds, and with every checkpoint. The time of a killed process
-since its last write counts as `down`.
+The file is written at most every few seconds, into a bucket by a thread, and with every checkpoint. The
+time of a killed process since its last write counts as `down`.
 
 Beside the phases, of the newest process: `programs`, what it compiled and what it read from the
 compilation cache; and `leaving`, what a run that is told to stop needs at most: `step_seconds`, of one of
@@ -28,6 +28,7 @@ launcher's grace should be more than 2 × `step_seconds` + `save_seconds`; null:
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -94,6 +95,7 @@ class Clock:
     self._leaving: dict[str, float | None] = {"step_seconds": None, "save_seconds": None}
     self._stored: dict[str, Any] = {}
     self._written = 0.0
+    self._uploading = threading.Thread()  # of `note`; not started yet
     if not hosts.is_main():
       return
     try:
@@ -157,9 +159,17 @@ class Clock:
     return {name: self._before[name] + here.get(name, 0.0) for name in self._before}
 
   def note(self, step: int) -> None:
-    """Writes the file for a run at `step`, if the last write was a while ago."""
-    if hosts.is_main() and time.monotonic() - self._written > _WRITE_SECONDS:
+    """Writes the file for a run at `step`, if the last write was a while ago; doesn't wait for a bucket."""
+    if not hosts.is_main() or time.monotonic() - self._written <= _WRITE_SECONDS:
+      return
+    if not files.is_remote(self._path):
       self._write(step)
+    elif (
+      not self._idle(step) and not self._uploading.is_alive()
+    ):  # one at a time, so that no older one comes last
+      state = self._state(step, self.spent())
+      self._uploading = threading.Thread(target=self._put, args=(state,), daemon=True)
+      self._uploading.start()
 
   def saved(self, step: int) -> None:
     """Notes the time at the checkpoint of `step`, whose writing has begun."""
@@ -214,19 +224,27 @@ class Clock:
     spent = self.spent()
     if self._idle(step):
       return spent
-    state = {
+    if self._uploading.ident is not None:
+      self._uploading.join()
+    self._put(self._state(step, spent))
+    return spent
+
+  def _state(self, step: int, spent: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the file of a run at `step` holds."""
+    self._written = time.monotonic()
+    return spent | {
       "leaving": self._leaves_in(step, spent["seconds"]),
       "step": step,
       "ended": self._ended,
       "written": time.time(),
-      "saved": self._saved,
+      "saved": dict(self._saved),
     }
-    self._written = time.monotonic()
+
+  def _put(self, state: dict[str, Any]) -> None:
     try:
-      summary.write_json(self._path, spent | state)
+      summary.write_json(self._path, state)
     except OSError as error:  # not worth a run
       say(f"{self._path}: can't be written ({error.strerror or error}); the run goes on")
-    return spent
 
 
 def describe(spent: dict[str, Any]) -> str:

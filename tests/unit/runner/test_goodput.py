@@ -1,9 +1,11 @@
 """Every second of a run is accounted for, over all its starts; and steps are traced as asked for."""
 
 import json
+import threading
 
 import pytest
 
+from igpt_jax.reporting import summary
 from igpt_jax.runner import goodput
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -145,6 +147,30 @@ def test_a_folder_that_can_not_be_written_does_not_end_a_run(times, tmp_path, ca
   clock = goodput.Clock(str(tmp_path / "missing"), 0)
   clock.saved(1)
   assert "goodput.json: can't be written" in capsys.readouterr().out
+
+
+def test_a_loop_doesnt_wait_for_a_bucket(times, buckets, monkeypatch):
+  """What is noted is uploaded beside it, one at a time; a checkpoint's time is written after that."""
+  steps, begun, go_on, write_json = [], threading.Event(), threading.Event(), summary.write_json
+  clock = goodput.Clock("gs://bucket/run", 0)
+
+  def slow(path, values):
+    if values["step"] == 1:
+      begun.set()
+      assert go_on.wait(60)
+    write_json(path, values)
+    steps.append(values["step"])
+
+  monkeypatch.setattr(summary, "write_json", slow)
+  for step in (1, 2, 3):  # 2 and 3 come while 1 is on its way
+    times.now += 100
+    clock.note(step)
+    assert begun.wait(60) and steps == []
+  go_on.set()
+  clock.saved(4)
+  clock.end(5, ended=True)
+  assert steps == [1, 4, 5]
+  assert json.loads(buckets.content("bucket", "run/goodput.json"))["step"] == 5
 
 
 def test_what_leaving_takes_is_told_and_handed_on(times, tmp_path):
