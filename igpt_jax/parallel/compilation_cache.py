@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from igpt_jax import files
+from igpt_jax import buckets, files
 
 _LOG = logging.getLogger(__name__)
 _MOST_BYTES = 2 * 2**30  # of all programs together; those that were read longest ago go first
@@ -38,6 +38,7 @@ _OF_CPU = re.compile(
 _FAILED = re.compile(
   r"Error (reading|writing) persistent compilation cache entry for '([\w.<>-]+)': (.*)", re.DOTALL
 )
+_THEIRS = "JAX_COMPILATION_CACHE_DIR"
 _REQUESTS = "/jax/compilation_cache/compile_requests_use_cache"
 _HITS = "/jax/compilation_cache/cache_hits"
 _READING = "/jax/compilation_cache/cache_retrieval_time_sec"
@@ -107,16 +108,19 @@ def use(setting: str, workdir: str) -> None:
   """Lets jax keep compiled programs; without a usable folder it compiles them at every start.
 
   Args:
-    setting: "user", the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another; "workdir";
-      "off"; or a folder, on a disk or in a bucket.
+    setting: "user", the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another (on a disk,
+      it is jax' own affair); "workdir"; "off"; or a folder, on a disk or in a bucket.
     workdir: the job's.
 
   Raises:
     BucketError: there is no such bucket, or no right to read it.
   """
-  if setting == "user" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    return
-  folder = None if setting == "off" else _usable(_root(setting, workdir))
+  name, theirs = "config.compilation_cache", os.environ.get(_THEIRS, "")
+  if setting == "user" and theirs:
+    if not theirs.startswith(buckets.SCHEME):
+      return
+    name, setting = _THEIRS, theirs  # jax would read it without what `buckets` sets up
+  folder = None if setting == "off" else _usable(name, _root(name, setting, workdir))
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
   from jax.experimental.compilation_cache import compilation_cache
@@ -128,21 +132,17 @@ def use(setting: str, workdir: str) -> None:
       jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def _root(setting: str, workdir: str) -> str:
+def _root(name: str, setting: str, workdir: str) -> str:
   if setting == "workdir":
     return os.path.join(workdir, "compiled")
-  return (
-    files.user_cache("compiled")
-    if setting == "user"
-    else files.place("config.compilation_cache", setting)
-  )
+  return files.user_cache("compiled") if setting == "user" else files.place(name, setting)
 
 
-def _usable(root: str) -> str | None:
+def _usable(name: str, root: str) -> str | None:
   """Returns the folder in `root` for this machine's programs; None if it can't be made."""
   folder = os.path.join(root, _machine())
   if files.is_remote(folder):
-    files.check_reachable("config.compilation_cache", folder)
+    files.check_reachable(name, folder)
     return folder
   try:
     os.makedirs(folder, mode=0o700, exist_ok=True)

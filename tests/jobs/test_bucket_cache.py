@@ -54,6 +54,16 @@ def test_a_bucket_that_fails_later_only_costs_time(tmp_path, buckets, caplog):
   assert all("compiled without it" in message for message in told)
 
 
+def test_a_users_own_cache_may_be_in_a_bucket(monkeypatch, buckets):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/theirs")
+  start("user")
+  assert jax.jit(lambda x: x @ x + 3)(jax.numpy.ones((8, 8)))[0, 0] == 11
+  assert any(name.endswith("-cache") for name in buckets.names("bucket", "theirs/"))
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://missing/theirs")
+  with pytest.raises(BucketError, match=r"JAX_COMPILATION_CACHE_DIR: .*there is no bucket missing"):
+    start("user")
+
+
 def test_a_bucket_that_is_not_there_is_a_mistake(tmp_path):
   with pytest.raises(BucketError, match=r"config\.compilation_cache: .*there is no bucket missing"):
     compilation_cache.use("gs://missing/compiled", str(tmp_path))
