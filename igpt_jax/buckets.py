@@ -18,6 +18,7 @@ import os
 import posixpath
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,13 +26,17 @@ from typing import Any
 from igpt_jax import bucket_errors, extras
 from igpt_jax.errors import BucketError, UserError
 
+_LOG = logging.getLogger(__name__)
 SCHEME = "gs://"
 # https://cloud.google.com/storage/docs/buckets#naming
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _AT_ONCE = 8  # requests
 _CONNECT_SECONDS, _READ_SECONDS = 20, 60
+_SILENT_SECONDS = 4.0  # that a process' first request may take until it is told
 _TRIES = 3  # of a request whose contents arrive with another checksum
 _BLOCK = 1 << 22  # bytes
+
+_asked = threading.Event()  # set by the end of the first request
 
 
 def normalised(name: str, path: str) -> str:
@@ -115,7 +120,8 @@ def _prepare(emulator: str) -> Any:
 def _told(path: str) -> Iterator[None]:
   """Turns errors of gcsfs into those of files, with `path`, or into BucketError of one line."""
   try:
-    yield
+    with contextlib.nullcontext() if _asked.is_set() else _first(path):
+      yield
   except FileNotFoundError:
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
   except FileExistsError:
@@ -124,6 +130,20 @@ def _told(path: str) -> Iterator[None]:
     raise
   except Exception as error:
     raise bucket_errors.in_words(path, error) from error
+
+
+@contextlib.contextmanager
+def _first(path: str) -> Iterator[None]:
+  """Tells, beside the block, that it takes long, as a first request does where there is no network."""
+  message = "%s: no answer from the bucket yet; it is asked again for about a minute"
+  timer = threading.Timer(_SILENT_SECONDS, _LOG.warning, (message, path))
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    _asked.set()
 
 
 def _info(path: str) -> dict[str, Any] | None:
@@ -359,24 +379,13 @@ def check_writable(folder: str) -> float:
 
 def check_readable(path: str) -> None:
   """Raises BucketError if there is no such bucket, or no right to read in it."""
-  bucket = path.removeprefix(SCHEME).partition("/")[0]
+  bucket, _, key = path.removeprefix(SCHEME).partition("/")
   try:
     with _told(path):
-      _system().ls(path, detail=False)
+      _system().call("GET", "b/{}/o", bucket, prefix=key, maxResults=1, json_out=True)
   except FileNotFoundError:
-    if not _bucket_exists(bucket):
-      raise BucketError(
-        f"{path}: there is no bucket {bucket}; fix: its name as `gcloud storage ls` prints it, or "
-        f"`gcloud storage buckets create gs://{bucket}`",
-        errno.ENOENT,
-      ) from None
-
-
-def _bucket_exists(bucket: str) -> bool:
-  """Returns False if a list of the bucket's objects is answered with 404."""
-  with _told(f"{SCHEME}{bucket}"):
-    try:
-      _system().call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)
-    except FileNotFoundError:
-      return False
-  return True
+    raise BucketError(
+      f"{path}: there is no bucket {bucket}; fix: its name as `gcloud storage ls` prints it, or "
+      f"`gcloud storage buckets create gs://{bucket}`",
+      errno.ENOENT,
+    ) from None

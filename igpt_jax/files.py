@@ -177,7 +177,10 @@ def move(source: str, target: str) -> None:
 
 
 def copy(source: str, target: str) -> None:
-  """Copies a file, all or nothing; what is there is replaced."""
+  """Copies a file, all or nothing; what is there is replaced. Within a bucket its server does it."""
+  if is_remote(source) and source.split("/")[:3] == target.split("/")[:3]:
+    buckets.copy(source, target)
+    return
   with opened(source) as old, replacing(target) as partial, open(partial, "wb") as new:
     shutil.copyfileobj(old, new)
 
@@ -240,19 +243,6 @@ def opened(path: str, mode: str = "rb") -> Iterator[IO[Any]]:
     yield file
 
 
-def create_exclusively(path: str, contents: bytes) -> bool:
-  """Writes a file if there is none of this name; returns False if there is one with other contents."""
-  if is_remote(path):
-    return buckets.create(path, contents)
-  try:
-    with open(path, "xb") as file:
-      file.write(contents)
-  except FileExistsError:
-    with open(path, "rb") as file:
-      return file.read() == contents
-  return True
-
-
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Yields a temporary path beside `path`, which is renamed to it when the block succeeds.
@@ -290,13 +280,17 @@ def allow_as_usual(path: str | os.PathLike[str]) -> None:
 def new_folder(path: str, what: str) -> Iterator[str]:
   """Yields a temporary folder beside `path`, which is renamed to it when the block succeeds.
 
-  In a bucket it is the folder itself, whose objects are removed if the block fails.
+  In a bucket it is the folder itself, whose objects are removed if the block fails, but not if the
+  process is killed: the error of the next call tells how to remove them.
 
   Raises:
     UserError: `path` exists or can't be written; `what` names it.
   """
   if exists(path) or os.path.lexists(path):
-    raise UserError(f"{what}: {path} exists; fix: name another target")
+    killed = f", or `gcloud storage rm -r {path}` if a killed process has left it unfinished"
+    raise UserError(
+      f"{what}: {path} exists; fix: name another target{killed if is_remote(path) else ''}"
+    )
   if is_remote(path):
     try:
       yield path

@@ -165,7 +165,7 @@ def branch(workdir: str, step: int, target: str) -> None:
 
   `runner.pretraining.pretrain` with the run's settings, and other `train.steps` or another decay, then
   goes on there as the run itself would: with the same parameters, optimizer, data order and metrics. The
-  run may be training meanwhile. Collective; nothing is left if it fails.
+  run may be training meanwhile. Collective; nothing is left if it fails, but in a bucket if it is killed.
 
   Args:
     workdir: the run's.

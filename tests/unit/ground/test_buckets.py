@@ -88,7 +88,9 @@ def test_files_and_folders(buckets):
   with files.opened(f"{RUN}/log", "r") as file:
     assert file.readlines() == ["é\n", "b\n"]
   files.move(f"{RUN}/log", f"{RUN}/moved")
+  reads = buckets.count("read")
   files.copy(f"{RUN}/moved", f"{RUN}/again")
+  assert buckets.count("read") == reads  # it doesn't come by here
   assert get(f"{RUN}/moved") == get(f"{RUN}/again") and not files.exists(f"{RUN}/log")
 
 
@@ -110,7 +112,7 @@ def test_a_large_object_is_uploaded_in_chunks(buckets):
 def test_one_of_many_creates(buckets):
   made, threads = [], []
   for n in range(8):
-    do = functools.partial(files.create_exclusively, f"{RUN}/.lock", b"%d" % n)
+    do = functools.partial(buckets_lib.create, f"{RUN}/.lock", b"%d" % n)
     threads.append(threading.Thread(target=lambda do=do, n=n: made.append((n, do()))))
   for thread in threads:
     thread.start()
@@ -122,8 +124,8 @@ def test_one_of_many_creates(buckets):
 
 def test_a_creation_whose_answer_is_lost_is_known_as_ones_own(buckets):
   buckets.fail("write", "bucket/run/.lock", "lost")
-  assert files.create_exclusively(f"{RUN}/.lock", b"mine") and not buckets.unspent()
-  assert not files.create_exclusively(f"{RUN}/.lock", b"theirs")
+  assert buckets_lib.create(f"{RUN}/.lock", b"mine") and not buckets.unspent()
+  assert not buckets_lib.create(f"{RUN}/.lock", b"theirs")
 
 
 def test_an_older_generation_isnt_removed(buckets):
@@ -221,6 +223,39 @@ def test_a_bucket_that_refuses_is_one_line(buckets):
   buckets.refusing = {}
   assert abs(buckets_lib.check_writable(RUN)) < 60
   assert files.names(RUN) == ["a"] or all(".writable" in name for name in files.names(RUN)[:-1])
+
+
+def test_a_bucket_that_doesnt_answer_is_told_before_its_error(buckets, monkeypatch, caplog):
+  monkeypatch.setattr(buckets_lib, "_asked", threading.Event())
+  monkeypatch.setattr(buckets_lib, "_SILENT_SECONDS", 0.01)
+  buckets.fail("list", "*", "503")  # what is asked again waits for a second
+  files.names(RUN)
+  (told,) = caplog.messages
+  assert told.startswith(f"{RUN}: no answer from the bucket yet")
+  buckets.fail("list", "*", "503")
+  files.names(RUN)
+  assert caplog.messages == [told] and not buckets.unspent()
+
+
+def test_a_new_folder_is_whole_or_told(buckets):
+  """A block that fails leaves nothing; what a killed one has left is told with its removal."""
+  with pytest.raises(ZeroDivisionError), files.new_folder(RUN, "workdir") as part:
+    put(f"{part}/config.json", b"{}")
+    raise ZeroDivisionError
+  assert files.names("gs://bucket") == []
+  buckets.put("bucket", "run/config.json", b"{}")
+  removal = f"workdir: {RUN} exists; fix: name another target, or `gcloud storage rm -r {RUN}` if"
+  with pytest.raises(UserError, match=removal), files.new_folder(RUN, "workdir"):
+    pass
+
+
+def test_a_question_costs_one_request(buckets):
+  for n in range(45):  # the server's pages have 20
+    buckets.put("bucket", f"run/{n:02d}", b"")
+  for path in (RUN, "gs://bucket", f"{RUN}/07"):
+    buckets.requests.clear()
+    files.check_reachable("--workdir", path)
+    assert buckets.count() == 1, buckets.requests
 
 
 def test_summaries_are_written_as_one_object(buckets):
