@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from igpt_jax import buckets, files, scratch, watchdog
+from igpt_jax.errors import UserError
+from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
+from igpt_jax.probing.store import FeatureStore
 
 _WHOLE = "whole.json"
 _LAST = ("progress.json", "identity.json")  # of a copy: without them it holds nothing
@@ -33,6 +36,50 @@ def forget(folder: str) -> None:
   """Removes a folder's features, and their copies."""
   for each in {folder, local(folder)}:
     files.remove_folder(each)
+
+
+def opened(store: str, computed_from: Mapping[str, Any], **sizes: int) -> tuple[FeatureStore, bool]:
+  """Opens a split's features, those of a bucket in scratch; the main process copies them there first.
+
+  Args:
+    store: the split's folder, or its address.
+    computed_from: the `identity` of `FeatureStore`.
+    sizes: its `rows`, `width` and `side`.
+
+  Returns:
+    The features, and on the main process whether they are all in `store`.
+
+  Raises:
+    UserError: they are of something else or damaged, or can't be copied.
+  """
+  if not files.is_remote(store):
+    return FeatureStore(store, computed_from, **sizes), True
+  # Here by checkpoint: what another one has left on this machine is nobody's.
+  split = os.path.basename(store).rpartition("-")[0]
+  here = os.path.join(
+    local(os.path.dirname(store)), f"{split}-{files.digest(dict(computed_from))[:8]}"
+  )
+  is_kept = hosts.is_main() and fetch(store, here)
+  try:
+    return FeatureStore(here, computed_from, **sizes, kept_in=store), is_kept
+  except UserError:
+    files.remove_folder(here)  # the next start copies it anew
+    raise
+
+
+def share(features: FeatureStore, store: str, changed: bool) -> None:
+  """Copies complete features into a bucket if they have `changed`, and to the other hosts. Collective.
+
+  Raises:
+    BucketError: the bucket can't be written or read.
+  """
+  if not files.is_remote(store):
+    return
+  if hosts.is_main() and changed:
+    publish(features.folder, store)
+  hosts.wait_for_all("features in the bucket")
+  if not hosts.is_main():
+    fetch(store, features.folder)
 
 
 def fetch(store: str, folder: str) -> bool:

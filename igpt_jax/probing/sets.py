@@ -267,31 +267,16 @@ def _stores(
     # Not labelled by checkpoint: in a folder of the user's own another checkpoint's features are refused.
     label = files.digest({**computed_from, "checkpoint": ""})[:8]
     kept_in = os.path.join(folder, f"{name}-{label}")
-    here, is_copied = kept_in, files.is_remote(folder)
-    if is_copied:  # by checkpoint: what another one has left on this machine is nobody's
-      own = f"{name}-{files.digest(computed_from)[:8]}"
-      here = os.path.join(bucket_stores.local(folder), own)
-    is_kept = is_copied and hosts.is_main() and bucket_stores.fetch(kept_in, here)
-    try:
-      stores[name] = FeatureStore(
-        here,
-        computed_from,
-        rows=source.rows(name),
-        width=source.features.grid**2 * source.trained.config.n_embd,
-        side=settings.data.resolution,
-        kept_in=kept_in,
-      )
-    except UserError:
-      if is_copied:  # the next start copies it anew
-        files.remove_folder(here)
-      raise
+    stores[name], is_kept = bucket_stores.opened(
+      kept_in,
+      computed_from,
+      rows=source.rows(name),
+      width=source.features.grid**2 * source.trained.config.n_embd,
+      side=settings.data.resolution,
+    )
     is_new = _fill(settings, source, name, params, stores[name], extractor, whose)
-    if is_copied and not passing:
-      if hosts.is_main() and (is_new or not is_kept):
-        bucket_stores.publish(here, kept_in)
-      hosts.wait_for_all("features in the bucket")
-      if not hosts.is_main():
-        bucket_stores.fetch(kept_in, here)
+    if not passing:
+      bucket_stores.share(stores[name], kept_in, is_new or not is_kept)
   return stores
 
 
