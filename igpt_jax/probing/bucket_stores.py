@@ -38,13 +38,17 @@ def forget(folder: str) -> None:
     files.remove_folder(each)
 
 
-def opened(store: str, computed_from: Mapping[str, Any], **sizes: int) -> tuple[FeatureStore, bool]:
+def opened(
+  store: str, computed_from: Mapping[str, Any], *, rows: int, width: int, side: int
+) -> tuple[FeatureStore, bool]:
   """Opens a split's features, those of a bucket in scratch; the main process copies them there first.
 
   Args:
     store: the split's folder, or its address.
     computed_from: the `identity` of `FeatureStore`.
-    sizes: its `rows`, `width` and `side`.
+    rows: number of images, the split's first ones.
+    width: width of one layer's features.
+    side: height and width of the images, in pixels.
 
   Returns:
     The features, and on the main process whether they are all in `store`.
@@ -53,7 +57,7 @@ def opened(store: str, computed_from: Mapping[str, Any], **sizes: int) -> tuple[
     UserError: they are of something else or damaged, or can't be copied.
   """
   if not files.is_remote(store):
-    return FeatureStore(store, computed_from, **sizes), True
+    return FeatureStore(store, computed_from, rows=rows, width=width, side=side), True
   # Here by checkpoint: what another one has left on this machine is nobody's.
   split = os.path.basename(store).rpartition("-")[0]
   here = os.path.join(
@@ -61,10 +65,11 @@ def opened(store: str, computed_from: Mapping[str, Any], **sizes: int) -> tuple[
   )
   is_kept = hosts.is_main() and fetch(store, here)
   try:
-    return FeatureStore(here, computed_from, **sizes, kept_in=store), is_kept
+    features = FeatureStore(here, computed_from, rows=rows, width=width, side=side, kept_in=store)
   except UserError:
     files.remove_folder(here)  # the next start copies it anew
     raise
+  return features, is_kept
 
 
 def share(features: FeatureStore, store: str, changed: bool) -> None:
