@@ -29,7 +29,8 @@ _FEW = [
   ("read", "*/config.json", "timeout"),
 ]
 _MANY = [
-  (operation, f"bucket/run/{objects}", kind)
+  # A list is of a bucket: what is asked of it isn't an object.
+  (operation, "bucket/*" if operation == "list" else f"bucket/run/{objects}", kind)
   for operation, objects in (
     ("write", ".lock"),
     ("write", "config.json"),
