@@ -1,4 +1,4 @@
-"""Whether a mesh and a batch divide over devices, by their numbers alone. Imports no jax."""
+"""Arithmetic of meshes and batches: whether they divide over devices. Imports no jax."""
 
 import math
 
