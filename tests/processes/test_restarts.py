@@ -44,7 +44,8 @@ def test_a_restart_compiles_nothing_on_any_host(tmp_path):
   assert all(host["compiled"] > 5 for host in first)
   again = programs_of(tmp_path / "again", workdir, "keep_all")
   shared = {"jit_train_step", "jit_eval_step", "jit_complete", "jit__psum"}
-  assert shared <= set(first[0]["missed"]) & set(first[1]["missed"])
+  # Each on one host at least: the other may come later, and read it already.
+  assert shared <= set(first[0]["missed"]) | set(first[1]["missed"])
   for host in again:
     assert not shared & set(host["missed"]) and host["read"] > 5, again
   # Comparisons among hosts that only a restart makes.
