@@ -222,11 +222,17 @@ def below(folder: str) -> list[str]:
 
 def first_below(folder: str) -> list[str]:
   """Returns the paths below a folder of its first objects, at most 1000: one request's."""
-  bucket, _, key = folder.removeprefix(SCHEME).partition("/")
-  prefix = f"{key}/" if key else ""
-  with _told(folder):
-    answer = _system().call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1000, json_out=True)
-  return [item["name"].removeprefix(prefix) for item in answer.get("items", [])]
+  prefix = folder.removeprefix(SCHEME).partition("/")[2]
+  prefix = f"{prefix}/" if prefix else ""
+  return [name.removeprefix(prefix) for name in _first_names(folder, prefix, 1000)]
+
+
+def _first_names(path: str, prefix: str, most: int) -> list[str]:
+  """Returns the first names with a prefix in the bucket of `path`: one request's."""
+  bucket = path.removeprefix(SCHEME).partition("/")[0]
+  with _told(path):
+    answer = _system().call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=most, json_out=True)
+  return [item["name"] for item in answer.get("items", [])]
 
 
 def read(path: str, n_bytes: int | None = None) -> bytes:
@@ -381,8 +387,7 @@ def check_readable(path: str) -> None:
   """Raises BucketError if there is no such bucket, or no right to read in it."""
   bucket, _, key = path.removeprefix(SCHEME).partition("/")
   try:
-    with _told(path):
-      _system().call("GET", "b/{}/o", bucket, prefix=key, maxResults=1, json_out=True)
+    _first_names(path, key, 1)
   except FileNotFoundError:
     raise BucketError(
       f"{path}: there is no bucket {bucket}; fix: its name as `gcloud storage ls` prints it, or "
