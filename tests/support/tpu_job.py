@@ -1,9 +1,16 @@
-"""Job `compile` as a person runs it, and a model that compiles quickly."""
+"""Job `compile` as a person runs it, a small model, and the mark of tests that need the TPU compiler."""
 
+import importlib.util
 import subprocess
 import sys
 
+import pytest
+
 from support.paths import ROOT
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'jax[tpu]'"
+)
 
 SMALL = (
   "--config.model.n_layer=3", "--config.model.n_head=4", "--config.model.n_embd=256",

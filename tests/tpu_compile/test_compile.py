@@ -1,7 +1,6 @@
 """Job `compile`, and the training step through the TPU's own compiler, without a TPU."""
 
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -20,14 +19,9 @@ from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_sc
 from igpt_jax.training.state import abstract_state, state_shardings
 from igpt_jax.training.step import make_train_step
 from support import collectives, tiny
-from support.tpu_job import SMALL, call
+from support.tpu_job import NEEDS_LIBTPU, SMALL, call
 
-pytestmark = [
-  pytest.mark.tpu_compile,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'jax[tpu]'"
-  ),
-]
+pytestmark = [pytest.mark.tpu_compile, NEEDS_LIBTPU]
 
 SMALL_MODEL = ImageGPTConfig(
   n_layer=3, n_head=4, n_embd=256, n_positions=256, dtype="bfloat16", remat="names"

@@ -1,7 +1,6 @@
 """Two slices through the TPU's own compiler: what crosses the network between them, and how often."""
 
 import functools
-import importlib.util
 import json
 import re
 
@@ -21,14 +20,9 @@ from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_sc
 from igpt_jax.training.state import abstract_state, state_shardings
 from igpt_jax.training.step import make_train_step
 from support import collectives, tiny
-from support.tpu_job import SMALL, call
+from support.tpu_job import NEEDS_LIBTPU, SMALL, call
 
-pytestmark = [
-  pytest.mark.tpu_compile,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'jax[tpu]'"
-  ),
-]
+pytestmark = [pytest.mark.tpu_compile, NEEDS_LIBTPU]
 
 MODEL = ImageGPTConfig(
   n_layer=3, n_head=8, n_embd=1024, n_positions=64, dtype="bfloat16", remat="names"

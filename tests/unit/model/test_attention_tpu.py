@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from igpt_jax.model.attention import tpu
 from igpt_jax.model.attention.tpu import LSE_NAME, OUTPUT_NAME, fused_attention, supports
 from support import tiny
+from support.tpu_job import NEEDS_LIBTPU
 
 fused = functools.partial(fused_attention, interpret=True)
 
@@ -227,10 +227,8 @@ def topology_mesh(name):
   return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
+@NEEDS_LIBTPU
 @pytest.mark.tpu_compile
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'jax[tpu]'"
-)
 @pytest.mark.parametrize(
   ("n_head", "head_dim", "length", "causal"),
   [
