@@ -77,7 +77,7 @@ def test_the_probe_of_a_run_in_a_bucket(in_bucket, tiny_run, tmp_path, monkeypat
 
 
 def test_a_folder_of_features_in_a_bucket_is_of_one_checkpoint(in_bucket):
-  """As one on a disk; when it has been removed, what this machine keeps of it is in nobody's way."""
+  """Behaves as on a disk; once it has been removed, what this machine keeps of it is in nobody's way."""
   few = {"job": "probe", "features__baselines": (), "features__layers": (1,)}
   cached = shrunk(**few, features__cache="gs://bucket/cache")
   other = shrunk(**few, features__cache="gs://bucket/cache", checkpoint=f"{RUN}/checkpoints/8")

@@ -252,7 +252,7 @@ def test_a_clock_that_differs_is_told(buckets, monkeypatch, capsys):
 
 
 def test_the_command_ends_in_a_line(buckets):
-  """As a person sees it: a bucket that isn't there, and a typo, with status 2 and no traceback."""
+  """Runs the command as a person does: a bucket that isn't there, and a typo, end with 2, in one line."""
   for workdir, why in (
     ("gs://nowhere/run", "there is no bucket nowhere"),
     ("gs:/bucket/run", "two slashes after gs:"),

@@ -131,7 +131,7 @@ def test_a_dry_run_tells_chips_hours_and_where_prices_are(real, script):
 
 
 def test_the_readmes_commands_pass_the_check(real):
-  """As they stand, but for the names in capitals."""
+  """Runs them as they stand, but for the names in capitals."""
   for script, *words in readme_commands():
     if script in (*LAUNCHERS, "prepare_data.sh", "slurm.sbatch"):
       words = [word.replace("BUCKET", "bucket") for word in words]

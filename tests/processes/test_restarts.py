@@ -35,7 +35,7 @@ def programs_of(folder, workdir, fault):
 
 
 def test_a_restart_compiles_nothing_on_any_host(tmp_path):
-  """With one key for all, as on TPUs: what the first host keeps, every host reads.
+  """Gives all hosts one key, as TPUs do: what the first one keeps, every host reads.
 
   But for what other hosts compute on their own devices alone: tiny programs, whose keys name the devices.
   """

@@ -272,7 +272,7 @@ def test_buckets_that_refuse(buckets, fs):
 
 
 def test_failures_come_as_often_as_asked_for(buckets):
-  """Of the operation and names asked for alone; "lost" is done, "cut" isn't, a cut reading is short."""
+  """Fails the operation and names asked for alone; "lost" is done, "cut" isn't, a cut reading is short."""
   path = object_path("a", alt="media")
   buckets.put("bucket", "a", b"12345678")
   buckets.put("bucket", "b", b"12345678")

@@ -191,7 +191,7 @@ def test_a_bucket_that_is_changed_by_hand_is_not_believed(buckets, machine):
 
 
 def test_features_of_something_else_are_refused_by_their_address(buckets, machine):
-  """As in a folder of the user's own: another checkpoint there isn't overwritten."""
+  """Finds another checkpoint, as in a folder of the user's own, and doesn't overwrite it."""
   fill(here := machine(), (0,), checkpoint="another")
   bucket_stores.publish(here, STORE)
   there = machine("second")

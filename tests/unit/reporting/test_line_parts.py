@@ -241,7 +241,7 @@ def test_copies_have_the_parts_too(buckets):
 
 
 def test_a_workdir_that_lost_the_file_has_none_of_its_parts(buckets):
-  """Of a start that was forgotten: parts that follow nothing aren't those of the next one."""
+  """A start was forgotten: its parts, which follow nothing now, aren't those of the next one."""
   write(writer := metrics.JsonlWriter(PATH, 0), 1, 2)
   writer.sync()
   killed(writer)
@@ -321,7 +321,7 @@ def test_all_kinds_of_numbers_come_back(buckets):
 
 @pytest.mark.parametrize("resumed_at", [0, 2])
 def test_a_writer_that_was_given_up_takes_nothing_from_the_one_that_goes_on(buckets, resumed_at):
-  """As when a process lives on whose lock another start has taken over."""
+  """A process may live on whose lock another start has taken over."""
   given_up = metrics.JsonlWriter(PATH, 0)
   write(given_up, 1, 2)
   given_up.sync()
