@@ -30,6 +30,7 @@ def test_the_configs_are_there():
   names = {path.stem for path in CONFIGS}
   wanted = {f"imagenet{side}_{size}" for side in (32, 48, 64) for size in PRESETS}
   assert names >= wanted | {"quickstart", "cifar10_small", "cifar10_s", "imagenet32_s_bert"}
+  assert names >= {"cifar10_16_modern", "imagenet32_s_modern", "imagenet32_l_modern"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -46,7 +47,7 @@ def test_config_builds_its_abstract_state(path):
     assert abstract.params["wpe"].shape == (model.n_positions, model.n_embd)
   assert ("sos" in abstract.params) == (config.objective == "autoregressive")
   size = path.stem.split("_")[1] if path.stem.startswith("imagenet32") else None
-  if size in PUBLISHED and model.causal:
+  if size in PUBLISHED and model.causal and not path.stem.endswith("_modern"):
     assert count_params(model) == PUBLISHED[size]
   if path.stem.startswith("imagenet"):
     epochs = 2_000_000 * 64 if size == "xl" else 1_000_000 * 128
