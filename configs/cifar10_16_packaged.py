@@ -8,7 +8,7 @@
 
 With more train.steps a finished run trains longer in place, from before its decay.
 Reproduces: nothing of the paper's; Muon and rotary positions gained most in docs/results.md.
-Hardware: one CPU core, about five hours. Expect: docs/results.md.
+Hardware: one CPU core, about two hours. Expect: docs/results.md.
 """
 
 from igpt_jax.config import base
@@ -25,7 +25,7 @@ def get_config():
   config.model.positions = "rope2d"
   config.train.optimizer = "muon"
   config.train.batch_size = 32
-  config.train.steps = 20_000
+  config.train.steps = 8_000
   config.train.learning_rate = 4e-3
   config.train.warmup_steps = 200
   config.train.schedule = "wsd"
