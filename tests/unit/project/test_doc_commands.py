@@ -58,7 +58,8 @@ def check_module(name, arguments, monkeypatch):
   if name == "igpt_jax.main":
     check_main(arguments, monkeypatch)
   elif name == "igpt_jax.demo":
-    assert parse_demo(arguments).checkpoint
+    options = parse_demo(arguments)  # without a checkpoint it takes the packaged one
+    assert bool(options.checkpoint) == any(word.startswith("--checkpoint") for word in arguments)
   else:
     assert importlib.util.find_spec(name)
     assert arguments[0] == ">" and (ROOT / arguments[1]).is_file()
