@@ -87,6 +87,7 @@ class Settings(Group, jobs=tuple(JOBS)):
   sample: jobs.SampleConfig = jobs.SampleConfig()
   complete: jobs.CompleteConfig = jobs.CompleteConfig()
   quality: jobs.QualityConfig = jobs.QualityConfig()
+  prepare: jobs.PrepareConfig = jobs.PrepareConfig()
   convert: jobs.ConvertConfig = jobs.ConvertConfig()
   download: jobs.DownloadConfig = jobs.DownloadConfig()
   compile: jobs.CompileConfig = jobs.CompileConfig()

@@ -54,7 +54,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
     )
   manual = pathlib.Path(manual_dir or os.path.join(directory, "downloads", "manual")).expanduser()
   _check_archives(name, manual)
-  with _lock(directory, name):
+  with lock(directory, name):
     return _generate(name, directory, manual)
 
 
@@ -106,14 +106,14 @@ def _remove_leftovers(final: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(directory: str, name: str) -> Iterator[None]:
+def lock(directory: str, name: str) -> Iterator[None]:
   """Lets only one process at a time prepare a data set."""
   path = pathlib.Path(directory) / f".{name.replace('/', '_').replace(':', '_')}.lock"
   with contextlib.ExitStack() as stack:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      lock = locked(os.fspath(path), f"data set: {name} in {directory}", "another data.data_dir")
-      stack.enter_context(lock)
+      what = f"data set: {name} in {directory}"
+      stack.enter_context(locked(os.fspath(path), what, "another data.data_dir"))
     except OSError as error:
       raise errors.UserError(
         f"data_dir {directory}: {error.strerror}; expected a writable folder"

@@ -64,7 +64,7 @@ def _resize_box(image: np.ndarray, box: tuple[float, float, float, float], side:
   return np.asarray(resized)
 
 
-def _scaled_to_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
+def scaled_to_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
   """Returns the size with the shorter side scaled to `short_side`, in the same aspect ratio."""
   if height <= width:
     return short_side, max(short_side, round(width * short_side / height))
@@ -92,7 +92,7 @@ class PaperCrop(typing.NamedTuple):
 def draw_paper_crop(rng: np.random.Generator, height: int, width: int) -> PaperCrop:
   """Draws a crop: shorter side uniform in PAPER_SHORT_SIDE, position uniform over the valid ones."""
   short_side = int(rng.integers(PAPER_SHORT_SIDE[0], PAPER_SHORT_SIDE[1] + 1))
-  new_height, new_width = _scaled_to_short_side(height, width, short_side)
+  new_height, new_width = scaled_to_short_side(height, width, short_side)
   top = int(rng.integers(new_height - PAPER_CROP + 1))
   left = int(rng.integers(new_width - PAPER_CROP + 1))
   return PaperCrop(new_height, new_width, top, left)
@@ -141,7 +141,7 @@ def paper_eval(image: np.ndarray, resolution: int) -> np.ndarray:
   """
   if min(image.shape[:2]) == resolution:
     return fit(image, resolution)
-  height, width = _scaled_to_short_side(image.shape[0], image.shape[1], PAPER_CROP)
+  height, width = scaled_to_short_side(image.shape[0], image.shape[1], PAPER_CROP)
   centre = PaperCrop(height, width, (height - PAPER_CROP) // 2, (width - PAPER_CROP) // 2)
   return crop_literal(image, centre, resolution)
 
