@@ -23,7 +23,7 @@ from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import fused_kernel
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import sharding, tpu_types
 from igpt_jax.parallel.hosts import say
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction import forecast_table
@@ -42,6 +42,11 @@ METHOD = (
   "collectives by bytes over link bandwidth less what work hides; within 25-30% of a chip's clock, "
   "closer between versions of one program"
 )
+
+
+# Full ImageNet JPEGs that a core decodes and crops in a second, as seen on a shared machine's; job benchmark
+# measures those of the machine at hand.
+_IMAGES_PER_CORE = 500
 
 
 def run(settings: Settings, workdir: str) -> None:
@@ -179,6 +184,7 @@ def summary(
       },
       "mfu": flops / predicted.seconds / (topology.chip.peak_flops * mesh.size),
       "images_per_second": images_per_second,
+      "input": input_of(topology, images_per_second),
       "days": days,
       "chip_hours": days * 24 * topology.n_chips,
       "collectives": {
@@ -189,6 +195,19 @@ def summary(
     }
     | between_slices(topology, predicted.network)
   )
+
+
+def input_of(topology: Topology, images_per_second: float) -> dict[str, float]:
+  """Returns compile.json's figures of what each host must read, and of the CPUs that it has for it."""
+  hosts = max(topology.n_chips // 4, 1)
+  each = images_per_second / hosts
+  kind = tpu_types.KINDS[topology.name.partition(":")[0]]
+  return {
+    "hosts": hosts,
+    "images_per_second_and_host": each,
+    "cores_of_a_host": each / _IMAGES_PER_CORE,
+    "vcpus_of_a_host": kind.vcpus,
+  }
 
 
 def between_slices(topology: Topology, network: Crossing) -> dict[str, Any]:
@@ -240,6 +259,14 @@ def sampling_line(values: dict[str, Any]) -> str:
   return line
 
 
+def input_line(values: dict[str, float]) -> str:
+  return (
+    f"  input              {units.significant(values['images_per_second_and_host'])} images/s a host: "
+    f"{values['cores_of_a_host']:.1f} cores for ImageNet's JPEGs at {_IMAGES_PER_CORE} a second, of "
+    f"{values['vcpus_of_a_host']} vCPUs"
+  )
+
+
 def table(values: dict[str, Any]) -> str:
   """Returns the figures as text."""
   held = values["bytes_per_device"]
@@ -265,6 +292,7 @@ def table(values: dict[str, Any]) -> str:
       f"communication not hidden {1e3 * parts['communication_not_hidden']:.1f}",
       f"  MFU                {values['mfu']:.1%}",
       f"  images/s           {units.significant(values['images_per_second'])}",
+      input_line(values["input"]),
       f"  schedule           {values['days']:.2f} days, {values['chip_hours']:,.0f} chip-hours for "
       f"{values['schedule_images']:,} images",
     ]

@@ -21,6 +21,7 @@ class Kind:
     counted: what the number of a type's name counts for each chip: 1, or 2 cores.
     devices: JAX' devices for each chip.
     alone: most chips of a slice that is one host; others have 4 chips a host.
+    vcpus: virtual CPUs of a host of 4 chips.
     shapes: topologies, small to large, the most compact first of those of one size.
   """
 
@@ -30,6 +31,7 @@ class Kind:
   counted: int
   devices: int
   alone: int
+  vcpus: int
   shapes: tuple[str, ...]
 
 
@@ -49,13 +51,13 @@ _V3 = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16", "16x32", "32x32")
 KINDS = {
   kind.name: kind
   for kind in (
-    Kind("v2", "v2", "", 2, 2, 4, _V2),
-    Kind("v3", "v3", "", 2, 2, 4, _V3),
-    Kind("v4", "v4", "tpu-v4-podslice", 2, 1, 4, _cubic(4_096)),
-    Kind("v5e", "v5litepod", "tpu-v5-lite-podslice", 1, 1, 8, _FLAT),
-    Kind("v5p", "v5p", "tpu-v5p-slice", 2, 1, 4, _cubic(6_144)),
-    Kind("v6e", "v6e", "tpu-v6e-slice", 1, 1, 8, _FLAT),
-    Kind("tpu7x", "tpu7x", "tpu7x", 2, 2, 4, _cubic(9_216)),
+    Kind("v2", "v2", "", 2, 2, 4, 96, _V2),
+    Kind("v3", "v3", "", 2, 2, 4, 96, _V3),
+    Kind("v4", "v4", "tpu-v4-podslice", 2, 1, 4, 240, _cubic(4_096)),
+    Kind("v5e", "v5litepod", "tpu-v5-lite-podslice", 1, 1, 8, 112, _FLAT),
+    Kind("v5p", "v5p", "tpu-v5p-slice", 2, 1, 4, 208, _cubic(6_144)),
+    Kind("v6e", "v6e", "tpu-v6e-slice", 1, 1, 8, 180, _FLAT),
+    Kind("tpu7x", "tpu7x", "tpu7x", 2, 2, 4, 224, _cubic(9_216)),
   )
 }
 

@@ -49,7 +49,14 @@ def test_the_figures_of_a_slice(small):
   parameters = 3 * 12 * 256**2 + (2 * 512 + 256) * 256
   assert held["arguments"] == pytest.approx(12 * parameters / 4, rel=0.1)
   assert values["largest_buffers"][0]["bytes"] < values["bytes_per_chip"]
-  for line in ("fits               yes", "MFU", "images/s", "chip-hours"):
+  for line in (
+    "fits               yes",
+    "MFU",
+    "images/s",
+    "images/s a host",
+    "of 112 vCPUs",
+    "chip-hours",
+  ):
     assert line in said
 
 
@@ -66,6 +73,13 @@ def test_the_figures_agree_with_each_other(small):
   assert values["chip_hours"] == pytest.approx(4 * 24 * values["days"])
   parts = values["step_parts"]
   assert parts["compute"] + parts["communication_not_hidden"] == pytest.approx(seconds)
+  read = values["input"]
+  assert (read["hosts"], read["vcpus_of_a_host"]) == (1, 112)
+  assert (
+    read["images_per_second_and_host"]
+    == values["images_per_second"]
+    == 500 * read["cores_of_a_host"]
+  )
   assert 0 < parts["attention_kernels"] < parts["compute"]
   named = values["compute_by_origin"]
   assert {"fused_attention_forward", "fused_attention_backward"} <= set(named)

@@ -101,7 +101,7 @@ def test_what_decides_a_runs_numbers():
   assert {name for name, declaration in FIELDS.items() if declaration.path} == {
     "init_from", "checkpoint", "convert.source", "convert.target", "complete.images", "data.path",
     "data.manual_dir", "palette.path", "features.cache", "quality.network", "download.directory",
-    "compilation_cache", "scratch",
+    "compilation_cache", "scratch", "prepare.target",
   }  # fmt: skip
   # Of another version: a part that decides nothing is free whatever is in it.
   assert not fields.decides("probe.later", "pretraining")
