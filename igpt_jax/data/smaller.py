@@ -186,9 +186,10 @@ def shrink_shard(source: str, target: str, image: str, recipe: Recipe) -> list[s
     image: name of the feature with the image.
     recipe: what to make.
   """
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
   from tensorflow_datasets.proto import tf_example_pb2
 
+  parse: Callable[[bytes], Any] = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
   messages = []
   with files.replacing(target) as partial:
     reader = array_record_module.ArrayRecordReader(source)
@@ -196,7 +197,7 @@ def shrink_shard(source: str, target: str, image: str, recipe: Recipe) -> list[s
     try:
       for index in range(reader.num_records()):
         (stored,) = reader.read([index])
-        example = tf_example_pb2.Example.FromString(stored)
+        example = parse(stored)
         values = example.features.feature[image].bytes_list.value
         try:
           values[0] = smaller(values[0], recipe, f"{os.path.basename(source)}[{index}]")
@@ -218,10 +219,12 @@ def smaller(data: bytes, recipe: Recipe, record_id: str = "image") -> bytes:
   image = image_decoding.decode(data, record_id)
   if min(image.shape[:2]) <= recipe.short_side:
     return data
-  height, width = transforms.scaled_to_short_side(*image.shape[:2], recipe.short_side)
+  height, width = transforms.scaled_to_short_side(image.shape[0], image.shape[1], recipe.short_side)
   image = transforms.resize_area(image, height, width)
   if recipe.quality:
-    return simplejpeg.encode_jpeg(image, recipe.quality, "RGB", "444")
+    return simplejpeg.encode_jpeg(
+      image, quality=recipe.quality, colorspace="RGB", colorsubsampling="444"
+    )
   file = io.BytesIO()
   Image.fromarray(image).save(file, "png")
   return file.getvalue()
@@ -229,7 +232,7 @@ def smaller(data: bytes, recipe: Recipe, record_id: str = "image") -> bytes:
 
 def _records_of(path: pathlib.Path) -> tuple[int, int]:
   """Returns the number of records of a shard and their bytes."""
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
   reader = array_record_module.ArrayRecordReader(str(path))
   try:

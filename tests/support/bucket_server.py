@@ -41,6 +41,7 @@ class BucketServer(Store, http.server.ThreadingHTTPServer):
   """
 
   daemon_threads = True
+  request_queue_size = 128  # a client opens many connections at once
 
   def __init__(self, page_size: int):
     Store.__init__(self, page_size)

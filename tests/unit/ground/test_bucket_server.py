@@ -19,7 +19,10 @@ import pytest
 def fs(buckets):
   import gcsfs
 
-  return gcsfs.GCSFileSystem(token="anon", use_listings_cache=False)
+  # An answer that doesn't come is an error, not a wait without end.
+  return gcsfs.GCSFileSystem(
+    token="anon", use_listings_cache=False, requests_timeout=30, skip_instance_cache=True
+  )
 
 
 def asked(server, method, path, body=b"", **headers):
