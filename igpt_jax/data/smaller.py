@@ -31,10 +31,8 @@ from igpt_jax.reporting.progress import Countdown
 VERSION = 1  # of what a copy holds; increase it whenever its pixels or bytes change
 _SHRUNK = "train"  # the split that is; the others are measured on
 _RECIPE = "smaller.json"
-_INFO, _FEATURES = (
-  "dataset_info.json",
-  "features.json",
-)  # TFDS finds a data set by the latter: it comes last
+_INFO = "dataset_info.json"
+_FEATURES = "features.json"  # TFDS finds a data set by it, so it is written last
 # What array_record needs for reading in any order, and TFDS writes.
 _OPTIONS = "group_size:1"
 
@@ -57,15 +55,17 @@ def copy_of(data_dir: str, recipe: Recipe) -> str:
   return f"{tfds_source.resolve_data_dir(data_dir)}-short{recipe.short_side}"
 
 
-def make(name: str, data_dir: str, target: str, recipe: Recipe, say: Callable[[str], None]) -> str:
+def make(
+  source: str, data_dir: str, target: str, recipe: Recipe, say: Callable[[str], None]
+) -> str:
   """Makes a smaller copy of a prepared data set, with a process for each core.
 
   After an interruption, call it again: shards that are there aren't made again.
 
   Args:
-    name: name of the data set.
-    data_dir: its folder of prepared data; "" as in `DataConfig`.
-    target: the copy's; "": `copy_of`.
+    source: the prepared data set, as `tfds_prepare.prepare` returns it.
+    data_dir: the folder that it was prepared in; "" as in `DataConfig`.
+    target: the copy's, likewise.
     recipe: what to make.
     say: prints a line.
 
@@ -73,21 +73,20 @@ def make(name: str, data_dir: str, target: str, recipe: Recipe, say: Callable[[s
     The copy's folder, below `target` as the data set is below `data_dir`.
 
   Raises:
-    UserError: the data set isn't prepared, `target` holds another copy, or can't be written, or another
-      process is at work there.
+    UserError: `target` holds another copy, or can't be written, or another process is at work there.
   """
   directory = tfds_source.resolve_data_dir(data_dir)
-  target = files.local("config.prepare.target", target) if target else copy_of(data_dir, recipe)
+  target = files.local("config.prepare.target", target)
   if os.path.realpath(target) == os.path.realpath(directory):
     raise errors.UserError(
       f"config.prepare.target: {target} is data.data_dir, with the images as they are; expected another"
     )
-  source = pathlib.Path(tfds_prepare.prepare(name, data_dir))
-  folder = pathlib.Path(target) / os.path.relpath(source, directory)
+  name, whole = os.path.relpath(source, directory), pathlib.Path(source)
+  folder = pathlib.Path(target) / name
   with tfds_prepare.lock(target, name):
-    _claim(folder, source, recipe)
+    _claim(folder, whole, recipe)
     if not (folder / _FEATURES).is_file():
-      _fill(folder, source, recipe, say)
+      _fill(folder, whole, recipe, say)
   return str(folder)
 
 

@@ -22,7 +22,7 @@ def run(settings: Settings, workdir: str) -> None:
   if wanted.short_side:
     recipe = smaller.Recipe(wanted.short_side, wanted.quality)
     copies = wanted.target or smaller.copy_of(data.data_dir, recipe)
-    folder = smaller.make(data.name, data.data_dir, copies, recipe, say)
+    folder = smaller.make(folder, data.data_dir, copies, recipe, say)
     data = dataclasses.replace(data, data_dir=copies)
     say(f"{data.name}: a smaller copy in {folder}; use it by --config.data.data_dir={copies}")
   for split in SPLITS:

@@ -26,8 +26,12 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def copied(prepared, tmp_path_factory):
   target, said = str(tmp_path_factory.mktemp("copied") / "smaller"), []
-  folder = smaller.make("photo_patches", prepared, target, RECIPE, said.append)
+  folder = make(prepared, target, RECIPE, said.append)
   return target, folder, said
+
+
+def make(prepared, *others):
+  return smaller.make(tfds_source.make_own("photo_patches", prepared), prepared, *others)
 
 
 def open_split(data_dir, split):
@@ -77,8 +81,7 @@ def test_crops_of_a_copy_are_those_of_the_whole(prepared, copied):
   assert share.max() < 0.02 and pixels.max() <= 5  # the aspect ratio is rounded to whole pixels
 
 
-@pytest.mark.parametrize("quality", [95, 0])
-def test_an_image_is_scaled_by_the_mean_over_areas(quality):
+def test_an_image_is_scaled_by_the_mean_over_areas():
   image = np.random.default_rng(0).integers(0, 256, (120, 90, 3), np.uint8)
   image = np.repeat(np.repeat(image, 2, 0), 2, 1)
   png = smaller.smaller(_png(image), smaller.Recipe(90, 0))
@@ -114,19 +117,19 @@ def test_an_interrupted_copy_goes_on_and_a_finished_one_stays(
 
   monkeypatch.setattr(files, "replacing", killed)
   with pytest.raises(KeyboardInterrupt):
-    smaller.make("photo_patches", prepared, target, RECIPE, lambda line: None)
+    make(prepared, target, RECIPE, lambda line: None)
   monkeypatch.undo()
   monkeypatch.setitem(tfds_source.OWN, "photo_patches", "support.photo_patches")
   assert tfds_source.find("photo_patches", target) is None  # not ready for any run
   said = []
-  folder = smaller.make("photo_patches", prepared, target, RECIPE, said.append)
+  folder = make(prepared, target, RECIPE, said.append)
   assert "0 of 1,800 training images" in said[0]
   info = [
     json.loads((pathlib.Path(f) / "dataset_info.json").read_text()) for f in (folder, copied[1])
   ]
   assert info[0]["splits"] == info[1]["splits"]
   assert open_split(target, "train").fingerprint == open_split(copied[0], "train").fingerprint
-  smaller.make("photo_patches", prepared, target, RECIPE, said.append)
+  make(prepared, target, RECIPE, said.append)
   assert len(said) == 1
 
 
@@ -137,17 +140,17 @@ def test_another_recipe_or_data_set_needs_another_folder(prepared, copied, tmp_p
     (smaller.Recipe(80, 90), "quality: 95 there, 90 here"),
   ):
     with pytest.raises(errors.UserError, match=expected):
-      smaller.make("photo_patches", prepared, target, recipe, print)
+      make(prepared, target, recipe, print)
   with pytest.raises(errors.UserError, match=r"config\.prepare\.target: .* is data\.data_dir"):
-    smaller.make("photo_patches", prepared, prepared, RECIPE, print)
+    make(prepared, prepared, RECIPE, print)
   (tmp_path / "photo_patches" / "1.0.0").mkdir(parents=True)
   (tmp_path / "photo_patches" / "1.0.0" / "mine.txt").write_text("")
   with pytest.raises(errors.UserError, match="holds another data set"):
-    smaller.make("photo_patches", prepared, str(tmp_path), RECIPE, print)
+    make(prepared, str(tmp_path), RECIPE, print)
 
 
 def test_a_damaged_image_is_told_and_stays(prepared, tmp_path):
-  """As reading would: the data set has as many records as before."""
+  """Keeps the record, so that the data set has as many as before; reading it tells, too."""
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2
 
