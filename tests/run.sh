@@ -22,5 +22,6 @@ python=$(find_python)
 make_venv "$venv" "$python" test
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-# Two processes, each file whole in one of them: compiling, which most tests do, keeps one core busy.
-JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile "$@"
+# Three processes, each file whole in one of them: compiling, which most tests do, keeps one core busy, and
+# tests of processes and buckets wait more than they compute.
+JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest --numprocesses=3 --dist=loadfile "$@"

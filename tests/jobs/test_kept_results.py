@@ -74,6 +74,7 @@ def train_anew(run, **overrides):
 # --- features --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_images_and_fewer_in_any_order(trained, run, tmp_path):
   """Probe, watch with fewer images, probe with another number (docs/results.md): each as in a fresh workdir."""
   asked = (
@@ -157,13 +158,13 @@ def test_a_foreign_checkpoint_that_was_replaced(tmp_path):
   assert rows[1]["rows"] == fresh["rows"]
 
 
-@pytest.mark.parametrize("text", ['{"rows": [', "[]", '{"depends_on": 7}', "{}"])
-def test_damaged_baselines_are_fitted_again(run, text):
+def test_damaged_baselines_are_fitted_again(run):
   probe.run(config_of(), str(run))
   expected = read(run / "probe.json")["rows"]
-  (run / "probe" / "baselines.json").write_text(text)
-  probe.run(config_of(), str(run))
-  assert read(run / "probe.json")["rows"] == expected
+  for text in ('{"rows": [', "[]", '{"depends_on": 7}', "{}"):
+    (run / "probe" / "baselines.json").write_text(text)
+    probe.run(config_of(), str(run))
+    assert read(run / "probe.json")["rows"] == expected, text
 
 
 # --- the SGD probe ---------------------------------------------------------------------------------
@@ -218,8 +219,8 @@ def test_the_same_classifiers_are_tested_on_more_images(trained, tmp_path):
   "job, kind, name",
   [
     (evaluate, "evaluate", "evaluation.json"),
-    (sample, "sample", "sample.json"),
-    (quality, "quality", "quality.json"),
+    pytest.param(sample, "sample", "sample.json", marks=pytest.mark.slow),
+    pytest.param(quality, "quality", "quality.json", marks=pytest.mark.slow),
     (probe, "probe", "probe.json"),
   ],
 )
@@ -271,6 +272,7 @@ def test_other_data_at_one_path_are_other_numbers(run, tmp_path):
   assert read(run / "evaluate" / "12" / "evaluation.json")["images"] == 9
 
 
+@pytest.mark.slow
 def test_one_picture_compares_only_what_is_comparable(run):
   """Of one run, with one way of probing."""
 
