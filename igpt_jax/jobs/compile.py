@@ -199,14 +199,14 @@ def summary(
 
 def input_of(topology: Topology, images_per_second: float) -> dict[str, float]:
   """Returns compile.json's figures of what each host must read, and of the CPUs that it has for it."""
-  hosts = max(topology.n_chips // 4, 1)
-  each = images_per_second / hosts
-  kind = tpu_types.KINDS[topology.name.partition(":")[0]]
+  kind, _, shape = topology.name.partition(":")
+  rented = tpu_types.Slice(tpu_types.KINDS[kind], shape, topology.slices)
+  each = images_per_second / rented.hosts
   return {
-    "hosts": hosts,
+    "hosts": rented.hosts,
     "images_per_second_and_host": each,
     "cores_of_a_host": each / _IMAGES_PER_CORE,
-    "vcpus_of_a_host": kind.vcpus,
+    "vcpus_of_a_host": rented.vcpus,
   }
 
 

@@ -23,6 +23,7 @@ class Kind:
     alone: most chips of a slice that is one host; others have 4 chips a host.
     vcpus: virtual CPUs of a host of 4 chips.
     shapes: topologies, small to large, the most compact first of those of one size.
+    vcpus_alone: virtual CPUs of a host that has more chips than 4; 0: there is none.
   """
 
   name: str
@@ -33,6 +34,7 @@ class Kind:
   alone: int
   vcpus: int
   shapes: tuple[str, ...]
+  vcpus_alone: int = 0
 
 
 def _cubic(most: int) -> tuple[str, ...]:
@@ -54,9 +56,9 @@ KINDS = {
     Kind("v2", "v2", "", 2, 2, 4, 96, _V2),
     Kind("v3", "v3", "", 2, 2, 4, 96, _V3),
     Kind("v4", "v4", "tpu-v4-podslice", 2, 1, 4, 240, _cubic(4_096)),
-    Kind("v5e", "v5litepod", "tpu-v5-lite-podslice", 1, 1, 8, 112, _FLAT),
+    Kind("v5e", "v5litepod", "tpu-v5-lite-podslice", 1, 1, 8, 112, _FLAT, 224),
     Kind("v5p", "v5p", "tpu-v5p-slice", 2, 1, 4, 208, _cubic(6_144)),
-    Kind("v6e", "v6e", "tpu-v6e-slice", 1, 1, 8, 180, _FLAT),
+    Kind("v6e", "v6e", "tpu-v6e-slice", 1, 1, 8, 180, _FLAT, 180),
     Kind("tpu7x", "tpu7x", "tpu7x", 2, 2, 4, 224, _cubic(9_216)),
   )
 }
@@ -101,6 +103,11 @@ class Slice:
     """Hosts of all slices."""
     chips = chips_of(self.shape)
     return self.count * (1 if chips <= self.kind.alone else chips // 4)
+
+  @property
+  def vcpus(self) -> int:
+    """Virtual CPUs of each host that has 4 chips or more."""
+    return self.kind.vcpus_alone if 4 * self.hosts < self.chips else self.kind.vcpus
 
   @property
   def devices(self) -> int:

@@ -74,3 +74,13 @@ def test_launchers_need_no_jax():
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+  "shape, hosts, vcpus", [("v5e:2x2", 1, 112), ("v5e:2x4", 1, 224), ("v5e:4x4", 4, 112), ("v6e:2x4", 1, 180)]
+)  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_host_of_eight_chips_has_cpus_of_its_own_number(shape, hosts, vcpus, count):
+  kind, _, shape = shape.partition(":")
+  found = tpu_types.Slice(tpu_types.KINDS[kind], shape, count)
+  assert (found.hosts, found.vcpus) == (hosts * count, vcpus)
