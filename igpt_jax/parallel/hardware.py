@@ -24,29 +24,32 @@ class Chip:
     name: short name.
     peak_flops: the vendor's dense bfloat16 matmul peak, FLOP/s.
     hbm_bytes: memory that programs can use, bytes.
+    hbm_bandwidth: bytes a second between that memory and the cores.
   """
 
   name: str
   peak_flops: float
   hbm_bytes: float
+  hbm_bandwidth: float
 
 
 _GIB = 2.0**30
 
-# device_kind as JAX reports it -> chip. A TPU's memory is what the compiler lets a program use.
+# device_kind as JAX reports it -> chip. A TPU's memory is what the compiler lets a program use; a device of
+# tpu7x is half a chip.
 CHIPS = {
-  "TPU v4": Chip("v4", 275e12, 31.75 * _GIB),
-  "TPU v5 lite": Chip("v5e", 197e12, 15.75 * _GIB),
-  "TPU v5e": Chip("v5e", 197e12, 15.75 * _GIB),
-  "TPU v5": Chip("v5p", 459e12, 95.7 * _GIB),
-  "TPU v5p": Chip("v5p", 459e12, 95.7 * _GIB),
-  "TPU v6 lite": Chip("v6e", 918e12, 31.25 * _GIB),
-  "TPU v6e": Chip("v6e", 918e12, 31.25 * _GIB),
-  "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * _GIB),
-  "NVIDIA A100-SXM4-40GB": Chip("a100", 312e12, 39 * _GIB),
-  "NVIDIA A100-SXM4-80GB": Chip("a100", 312e12, 79 * _GIB),
-  "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 79 * _GIB),
-  "NVIDIA H200": Chip("h200", 989e12, 140 * _GIB),
+  "TPU v4": Chip("v4", 275e12, 31.75 * _GIB, 1228e9),
+  "TPU v5 lite": Chip("v5e", 197e12, 15.75 * _GIB, 819e9),
+  "TPU v5e": Chip("v5e", 197e12, 15.75 * _GIB, 819e9),
+  "TPU v5": Chip("v5p", 459e12, 95.7 * _GIB, 2765e9),
+  "TPU v5p": Chip("v5p", 459e12, 95.7 * _GIB, 2765e9),
+  "TPU v6 lite": Chip("v6e", 918e12, 31.25 * _GIB, 1638e9),
+  "TPU v6e": Chip("v6e", 918e12, 31.25 * _GIB, 1638e9),
+  "TPU7x": Chip("tpu7x", 1153.5e12, 94.75 * _GIB, 3690e9),
+  "NVIDIA A100-SXM4-40GB": Chip("a100", 312e12, 39 * _GIB, 1555e9),
+  "NVIDIA A100-SXM4-80GB": Chip("a100", 312e12, 79 * _GIB, 2039e9),
+  "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 79 * _GIB, 3350e9),
+  "NVIDIA H200": Chip("h200", 989e12, 140 * _GIB, 4800e9),
 }
 
 

@@ -1,7 +1,8 @@
 """Cost of a Pallas kernel on a TPU, from the scheduled code that the compiler dumps.
 
-A kernel's custom call carries no estimate. Its code is a list of VLIW bundles, one per cycle when
-nothing stalls; this module counts every bundle as often as it runs.
+A kernel's custom call carries no estimate of its cycles. Its code is a list of VLIW bundles, one per cycle
+when nothing stalls; this module counts every bundle as often as it runs. A kernel takes the largest of these,
+of the time its matrix units are busy, and of the time its bytes need from and to memory.
 """
 
 import dataclasses
@@ -14,8 +15,9 @@ from collections.abc import Callable
 from igpt_jax.model.attention import tpu
 from igpt_jax.prediction.hlo import Operation, dims_of
 
-# Rows of bfloat16 per matrix-unit instruction, and units per core, where those are 128 × 128.
-_MATMUL_ROWS, _MATRIX_UNITS = 16, 4
+# Cycles of a core's matrix units for each of their instructions, which multiply 16 rows of bfloat16. It is what the
+# published peaks come to on every generation: 16 · 2 · side² FLOPs · clock / (peak of a core) = 4.
+_MATMUL_CYCLES = 4
 
 
 @dataclasses.dataclass
@@ -99,18 +101,46 @@ class Dump:
     raise FileNotFoundError(f"{name}: the compiler left no scheduled code")
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What bounds a kernel.
+
+  Attributes:
+    clock: cycles a second.
+    cores: cores that share a kernel's grid; the compiler gives each a half of it, where there are two.
+    bandwidth: bytes a second between memory and all cores.
+  """
+
+  clock: float
+  cores: int
+  bandwidth: float
+
+  def cycles(self, steps: int, step: tuple[float, float], moved: float) -> float:
+    """Returns the cycles of a kernel.
+
+    Args:
+      steps: steps of its grid.
+      step: bundles and matrix-unit instructions of one of them.
+      moved: bytes of the whole kernel to and from memory.
+    """
+    bundles, matmuls = step
+    longest = -(-steps // self.cores)
+    computed = longest * max(bundles, matmuls * _MATMUL_CYCLES)
+    return max(computed, moved / self.bandwidth * self.clock)
+
+
 def attention_cycles(
-  dump: Dump, *, head_dim: int, causal: bool, narrow: bool
+  dump: Dump, limits: Limits, *, head_dim: int, causal: bool, narrow: bool
 ) -> Callable[[Operation], float]:
   """Returns the function for `schedule.predict` from an attention kernel of this project to its cycles.
 
   Args:
     dump: the folder with the compiled program's kernels.
+    limits: what bounds them on their device.
     head_dim, causal: the model's.
-    narrow: True if the chip's matrix units are 128 × 128; their instructions then bound a kernel from
-      below, as bundles don't show a full queue.
+    narrow: True if the chip's matrix units are 128 × 128.
   """
-  counted: dict[str, float] = {}
+  counted: dict[str, tuple[float, float]] = {}
 
   def cycles(operation: Operation) -> float:
     backward = "backward" in operation.name
@@ -122,10 +152,9 @@ def attention_cycles(
     )
     steps = batch * (n_head // plan.heads)
     if operation.name not in counted:
-      bundles, matmuls = dump.kernel(operation.name).weighted(lambda depth, _: turns(plan, depth))
-      least = matmuls * _MATMUL_ROWS / _MATRIX_UNITS if narrow else 0
-      counted[operation.name] = max(bundles, least)
-    return steps * counted[operation.name]
+      code = dump.kernel(operation.name)
+      counted[operation.name] = code.weighted(lambda depth, _: turns(plan, depth))
+    return limits.cycles(steps, counted[operation.name], operation.moved)
 
   return cycles
 

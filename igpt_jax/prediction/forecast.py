@@ -149,8 +149,9 @@ def _forecast(compile_it, model: ImageGPTConfig, topology: Topology, mesh: Mesh)
       return Forecast(memory, None, 0.0)
     program, generation = hlo.parse(compiled.executable.as_text()), topology.generation
     cycles = bundles.attention_cycles(
-      topology.dump, head_dim=model.head_dim, causal=model.causal, narrow=generation.narrow
-    )
+      topology.dump, topology.limits, head_dim=model.head_dim, causal=model.causal,
+      narrow=generation.narrow,
+    )  # fmt: skip
     links = topology.links(list(mesh.devices.flat))
     prediction = schedule.predict(
       program,

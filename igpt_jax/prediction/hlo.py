@@ -58,6 +58,18 @@ class Operation:
     return int(self._attribute(r'"estimated_cycles":"(\d+)"') or 0)
 
   @property
+  def moved(self) -> int:
+    """Bytes between memory and cores that a kernel declares (`pl.CostEstimate.bytes_accessed`).
+
+    Raises:
+      ValueError: it declares none.
+    """
+    declared = self._attribute(r'"bytes_accessed":"(\d+)"')
+    if not declared:
+      raise ValueError(f"{self.name}: a kernel without a cost_estimate: its memory has no time")
+    return int(declared)
+
+  @property
   def target(self) -> str:
     """The target of a custom call; "" for other operations."""
     return self._attribute(r'custom_call_target="([^"]*)"')

@@ -13,7 +13,7 @@ import jax
 from igpt_jax import extras
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hardware, tpu_types
-from igpt_jax.prediction.bundles import Dump
+from igpt_jax.prediction import bundles
 from igpt_jax.prediction.schedule import Links, Network
 
 
@@ -27,6 +27,7 @@ class Generation:
     network: bits a second that a chip's host can send over the data center's network, its share.
     ring: the least number of chips in a dimension that wraps around.
     narrow: True if its matrix units are 128 × 128.
+    cores: cores of a device, which share the grid of a kernel.
   """
 
   clock: float
@@ -34,12 +35,13 @@ class Generation:
   network: float
   ring: int
   narrow: bool
+  cores: int = 1
 
 
 GENERATIONS = {
-  "v4": Generation(1.05e9, 45e9, 50e9, 4, True),
+  "v4": Generation(1.05e9, 45e9, 50e9, 4, True, 2),
   "v5e": Generation(1.5e9, 45e9, 25e9, 16, True),
-  "v5p": Generation(1.75e9, 90e9, 50e9, 4, True),
+  "v5p": Generation(1.75e9, 90e9, 50e9, 4, True, 2),
   "v6e": Generation(1.75e9, 90e9, 100e9, 16, False),
   "tpu7x": Generation(2.2e9, 90e9, 100e9, 4, False),
 }
@@ -63,7 +65,7 @@ class Topology:
   generation: Generation
   devices: tuple[hardware.Device, ...]
   chip: hardware.Chip
-  dump: Dump
+  dump: bundles.Dump
   slices: int = 1
   network: float = math.inf
 
@@ -75,6 +77,11 @@ class Topology:
   @property
   def n_chips(self) -> int:
     return len({(hardware.slice_index(d), *d.coords) for d in self.devices})
+
+  @property
+  def limits(self) -> bundles.Limits:
+    """What bounds a kernel on one of its devices."""
+    return bundles.Limits(self.generation.clock, self.generation.cores, self.chip.hbm_bandwidth)
 
   @property
   def between_slices(self) -> Network:
@@ -117,9 +124,9 @@ def check_name(name: str) -> None:
 
 
 @functools.cache
-def _prepare_compiler() -> Dump:
+def _prepare_compiler() -> bundles.Dump:
   """Makes the settings that libtpu reads when it is loaded, once in a process."""
-  dump = Dump()
+  dump = bundles.Dump()
   settings = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

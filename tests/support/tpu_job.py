@@ -1,12 +1,13 @@
 """Job `compile` as a person runs it, a small model, and the mark of tests that need the TPU compiler."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
 import pytest
 
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 
 NEEDS_LIBTPU = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'jax[tpu]'"
@@ -31,3 +32,19 @@ def call(workdir, *overrides, config="imagenet32_s"):
     timeout=600,
     check=False,
   )  # fmt: skip
+
+
+def run_support(module, *arguments, cwd=ROOT, **environment):
+  """A module of tests/support in a process of its own, which loads the TPU's compiler as it likes."""
+  paths = os.pathsep.join((str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")))
+  done = subprocess.run(
+    [sys.executable, "-m", f"support.{module}", *map(str, arguments)],
+    cwd=cwd,
+    env=os.environ | {"PYTHONPATH": paths, **environment},
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return done

@@ -6,7 +6,6 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from igpt_jax.model.decoding import autoregressive
@@ -14,12 +13,9 @@ from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast, hlo
 from igpt_jax.training import compilation
-from igpt_jax.training.objectives import make_objective
-from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from igpt_jax.training.state import abstract_state, state_shardings
-from igpt_jax.training.step import make_train_step
 from support import collectives, tiny
 from support.tpu_job import NEEDS_LIBTPU, SMALL, call
+from support.tpu_programs import step_text
 
 pytestmark = [pytest.mark.tpu_compile, NEEDS_LIBTPU]
 
@@ -147,26 +143,11 @@ def test_what_does_not_divide_is_said_before_compiling(overrides, message, tmp_p
 
 # --- the training step itself ----------------------------------------------------------------------
 
-RECIPE = OptimizerConfig(learning_rate=1e-3, steps=10)
-
 
 @functools.cache
 def compiled(topology, shape, **model):
-  """Text of the step, as `pretrain` and `compile` make it."""
   config = ImageGPTConfig(**{"n_layer": 3, "dtype": "bfloat16", "remat": "names", **model})
-  optimizer = make_optimizer(RECIPE)
-  mesh = sharding.make_mesh(*shape, devices=tiny.tpu_devices(topology))
-  train_step = make_train_step(
-    config, make_objective("autoregressive", 0.15), optimizer, make_schedule(RECIPE)
-  )
-  batch = 2 * sharding.batch_shards(mesh)
-  tokens = jax.ShapeDtypeStruct(
-    (batch, config.n_positions), jnp.uint16, sharding=sharding.sharding(mesh, "batch")
-  )
-  abstract, shardings = abstract_state(config, optimizer), state_shardings(config, optimizer, mesh)
-  with jax.set_mesh(mesh):
-    step = compilation.compile_step(train_step, abstract, shardings, {"tokens": tokens})
-  return hlo.parse(step.executable.as_text())
+  return hlo.parse(step_text(config, topology, shape))
 
 
 def count(program, what):

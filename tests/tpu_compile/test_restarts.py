@@ -1,13 +1,8 @@
 """Restarts of a TPU program: every start of every host asks the compilation cache by one key."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from support.paths import ROOT, TESTS
-from support.tpu_job import NEEDS_LIBTPU
+from support.tpu_job import NEEDS_LIBTPU, run_support
 
 pytestmark = [pytest.mark.tpu_compile, NEEDS_LIBTPU]
 
@@ -15,17 +10,8 @@ pytestmark = [pytest.mark.tpu_compile, NEEDS_LIBTPU]
 def keys_after(folder, place, batch=16, depth=0, hash_seed="0"):
   """The training steps that are kept once a process has started in `place`, by their keys."""
   place.mkdir()
-  paths = os.pathsep.join((str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")))
-  done = subprocess.run(
-    [sys.executable, "-m", "support.tpu_start", str(folder), str(batch), str(depth)],
-    cwd=place,
-    env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths},
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
+  arguments = (folder, batch, depth)
+  done = run_support("tpu_start", *arguments, cwd=place, PYTHONHASHSEED=hash_seed)
   return {path.name for path in folder.glob("*/jit_train_step-*-cache")}, done.stderr
 
 

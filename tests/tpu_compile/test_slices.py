@@ -4,8 +4,6 @@ import functools
 import json
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,13 +12,9 @@ from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import sharding
 from igpt_jax.prediction import hlo, schedule
 from igpt_jax.prediction.topology import open_topology
-from igpt_jax.training import compilation
-from igpt_jax.training.objectives import make_objective
-from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from igpt_jax.training.state import abstract_state, state_shardings
-from igpt_jax.training.step import make_train_step
 from support import collectives, tiny
 from support.tpu_job import NEEDS_LIBTPU, SMALL, call
+from support.tpu_programs import step_text
 
 pytestmark = [pytest.mark.tpu_compile, NEEDS_LIBTPU]
 
@@ -36,19 +30,9 @@ def mesh_of(shape):
 
 @functools.cache
 def compiled(shape, accumulate=1, optimizer="adam"):
-  """The step on two slices, as `pretrain` and `compile` make it."""
-  recipe = OptimizerConfig(learning_rate=1e-3, steps=10, optimizer=optimizer)
-  tx, mesh = make_optimizer(recipe), mesh_of(shape)
-  objective = make_objective("autoregressive", 0.15)
-  step = make_train_step(MODEL, objective, tx, make_schedule(recipe), accumulate)
-  batch = 2 * accumulate * sharding.batch_shards(mesh)
-  tokens = jax.ShapeDtypeStruct(
-    (batch, MODEL.n_positions), jnp.uint16, sharding=sharding.sharding(mesh, "batch")
-  )
-  abstract, shardings = abstract_state(MODEL, tx), state_shardings(MODEL, tx, mesh)
-  with jax.set_mesh(mesh):
-    made = compilation.compile_step(step, abstract, shardings, {"tokens": tokens})
-  return hlo.parse(made.executable.as_text())
+  """The step on two slices."""
+  options = {"accumulate": accumulate, "optimizer": optimizer}
+  return hlo.parse(step_text(MODEL, "v5e:4x4", shape, slices=2, **options))
 
 
 def crossing(program):

@@ -11,7 +11,7 @@ from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
 from igpt_jax.parallel.hardware import CHIPS, chip_of
 from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import token_nll
-from support import tiny
+from support import jaxprs, tiny
 
 
 def dot_flops(jaxpr) -> int:
@@ -23,12 +23,7 @@ def dot_flops(jaxpr) -> int:
       lhs = equation.invars[0].aval.shape
       total += 2 * equation.outvars[0].aval.size * math.prod(lhs[axis] for axis in contracted)
     times = equation.params["length"] if equation.primitive.name == "scan" else 1
-    for inner in jax.tree.leaves(
-      equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
-    ):
-      inner = getattr(inner, "jaxpr", inner)
-      if hasattr(inner, "eqns"):
-        total += times * dot_flops(inner)
+    total += times * sum(dot_flops(inner) for inner in jaxprs.within(equation))
   return total
 
 
@@ -74,3 +69,4 @@ def test_chips_are_found_by_what_jax_calls_them(kind):
   assert chip is CHIPS[kind]
   assert 1e14 < chip.peak_flops < 1e16
   assert 15 <= chip.hbm_bytes / 2**30 < 300
+  assert 0.8e12 < chip.hbm_bandwidth < 10e12

@@ -12,7 +12,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.parallel.slices import sum_over_slices_once
 from igpt_jax.parallel.whole_matrices import on_whole_matrices
-from support import tiny
+from support import jaxprs, tiny
 
 
 @pytest.fixture
@@ -112,15 +112,10 @@ def test_a_batchs_rows_go_to_slice_after_slice():
 def axes_of(jaxpr, names):
   """The mesh axes that collectives of these names go over, in a jaxpr and all within."""
   found = []
-  for equation in jaxpr.eqns:
+  for equation in jaxprs.equations(jaxpr):
     if any(equation.primitive.name.startswith(name) for name in names):
       over = equation.params.get("axes") or equation.params.get("axis_name")
       found.append((over,) if isinstance(over, str) else tuple(over))
-    for value in jax.tree.leaves(
-      list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
-    ):
-      if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-        found += axes_of(getattr(value, "jaxpr", value), names)
   return found
 
 

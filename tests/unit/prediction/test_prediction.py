@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.attention import tpu
 from igpt_jax.parallel import hardware, sharding, tpu_types
-from igpt_jax.prediction import bundles, forecast, hlo, plan, schedule, topology
+from igpt_jax.prediction import forecast, hlo, plan, schedule, topology
 from igpt_jax.prediction.schedule import Links, Network, replica_group
 from igpt_jax.training import compilation
 from igpt_jax.training.objectives import make_objective
@@ -18,6 +17,7 @@ from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_sc
 from igpt_jax.training.state import abstract_state, state_shardings
 from igpt_jax.training.step import make_train_step
 from support import collectives, tiny
+from support.hlo_text import entry
 
 # What XLA prints for a TPU, shortened: types with layouts and memory spaces, tuples counted through,
 # a scan as a while loop, costs in backend_config.
@@ -69,13 +69,6 @@ def predict(text, kernel_cycles=lambda operation: 0.0, links=None, network=ONE_S
   return schedule.predict(
     hlo.parse(text), clock=1e3, links=links, kernel_cycles=kernel_cycles, network=network
   )  # fmt: skip
-
-
-def entry(*lines, before=""):
-  body = "\n".join(f"  {line}" for line in lines)
-  return (
-    f"HloModule m, is_scheduled=true\n\n{before}\nENTRY %main (x: f32[4]) -> f32[] {{\n{body}\n}}\n"
-  )
 
 
 def work(name, cycles):
@@ -398,95 +391,6 @@ def test_links():
   assert torus.seconds("all-gather", 1600, all_of_them) == pytest.approx(3.75 + 6 * latency)
 
 
-# --- kernels ---------------------------------------------------------------------------------------
-
-BUNDLES = """\
-= control target key start
-LH: loop header
-PF: predicated region fallthrough
-= control target key end
-     0   :  { %s23 = inlined_call_operand.vmem [shape: bf16[4,64], index: 0, kind: input, shape index: {}] }
-   0x1   :  { %s12_s10 = smov 0  }
-   0x2 LB: > { %v1 = vld [vmem:[%s23] sm:$0xff]  ;;  %7 = vmatmul.bf16.gmra.mxu0 %v1 }
-   0x3   : > { %p1_p11 = scmp.ge.s32.totalorder %s12_s10, 4  ;;  %199 = sbr.rel (%p1_p11) target = $region24 }
-   0x4   : >> { %8 = vmatmul.bf16.vlgmr.msra.gmra.mxu0 %v2  ;;  %9 = vmatmul.bf16.gmra.mxu1 %v2 }
-   0x5   : >> { %v5 = vadd.f32 %v4, %v3 }
-   0x6 PF: > { %10 = vst [vmem:[%s23] sm:$0xff] %v5 }
-  0x44   : >>> { %v6 = vmul.f32 %v5, %v5 }
-0x12e4   :  { %19 = vsyncpa [#allocation4], 1 }
-not a bundle
-"""
-
-
-def test_bundles_are_read_with_their_depth_region_and_matmuls(tmp_path):
-  path = tmp_path / "1-fused_attention_forward.1-77-final_bundles.txt"
-  path.write_text(BUNDLES)
-  code = bundles.read(str(path))
-  assert code.depth == [1, 1, 2, 2, 1, 3]  # what surrounds the grid's loop runs once: left out
-  assert code.region == [None, None, 0, 0, None, None]
-  assert code.matmuls == [1, 0, 2, 0, 0, 0]
-  assert code.weighted(lambda depth, region: 1) == (6, 3)
-  assert code.weighted(lambda depth, region: 10**depth) == (30 + 200 + 1000, 10 + 200)
-  assert code.weighted(lambda depth, region: 0.5 if region == 0 else 1) == (5, 2)
-
-
-def test_a_dump_finds_a_kernel_by_its_name_or_by_its_equals():
-  dump = bundles.Dump()
-  folder = dump.flags.split("--xla_jf_dump_to=")[1].split()[0]
-
-  def write(name, lines):
-    with open(f"{folder}/{name}", "w", encoding="utf-8") as file:
-      file.write("   0x1   : > { nop }\n" * lines)
-
-  write("10-fused_attention_forward.1-77-final_bundles.txt", 3)
-  write("10-fused_attention_forward.1-78-schedule-analysis_final_bundles.txt", 9)
-  assert len(dump.kernel("fused_attention_forward.1").depth) == 3
-  assert len(dump.kernel("fused_attention_forward.5").depth) == 3  # equal ones are compiled once
-  with pytest.raises(FileNotFoundError, match=r"fused_attention_backward\.1"):
-    dump.kernel("fused_attention_backward.1")
-  dump.clear()
-  with pytest.raises(FileNotFoundError):
-    dump.kernel("fused_attention_forward.1")
-
-
-def test_code_in_loops_over_spans_runs_for_each_span_and_pair():
-  def make(length, causal):
-    return tpu.make_plan(
-      2, 128, length, jnp.dtype("bfloat16"), causal=causal, backward=False, wide=False
-    )
-
-  whole = make(1024, True)
-  assert whole.spans == 1
-  assert [bundles.turns(whole, depth) for depth in (1, 2, 3)] == [1, 1, 0]
-  for causal in (True, False):
-    spans = make(4096, causal)
-    assert spans.spans > 1
-    pairs = sum(k < q if causal else True for q in range(spans.spans) for k in range(spans.spans))
-    assert [bundles.turns(spans, depth) for depth in (1, 2, 3)] == [1, spans.spans, pairs]
-
-
-def test_a_kernel_costs_its_code_for_every_group_of_heads_and_picture(tmp_path):
-  class Written(bundles.Dump):
-    def kernel(self, name):
-      path = tmp_path / "code.txt"
-      path.write_text(BUNDLES)
-      return bundles.read(str(path))
-
-  line = '%fused_attention_forward.1 = (bf16[6,1024,512]{2,1,0}, f32[6,2,1,4,1024]{4,3,2,1,0}) custom-call(%x), custom_call_target="tpu_custom_call"'
-  (kernel,) = hlo.parse(entry(line)).computations["main"]
-  heads = tpu.make_plan(
-    4, 128, 1024, jnp.dtype("bfloat16"), causal=True, backward=False, wide=False
-  ).heads
-
-  def cycles(narrow):
-    return bundles.attention_cycles(Written(), head_dim=128, causal=True, narrow=narrow)(kernel)
-
-  steps = 6 * (4 // heads)
-  # Of one span: its code runs once in a step of the grid, that of pairs never.
-  assert cycles(narrow=False) == steps * 5 > 0
-  assert cycles(narrow=True) == steps * 3 * 16 / 4  # the matrix unit is what bounds it
-
-
 # --- memory ----------------------------------------------------------------------------------------
 
 HBM = round(15.75 * 2**30)
@@ -602,7 +506,7 @@ class FakeSlice:
 
   @property
   def chip(self):
-    return hardware.Chip("v5e", 197e12, self.hbm_gib * 2**30)
+    return hardware.Chip("v5e", 197e12, self.hbm_gib * 2**30, 819e9)
 
   @property
   def title(self):
