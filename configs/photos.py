@@ -21,7 +21,9 @@ def get_config():
   config.data.name = "folder"
   config.data.path = "photos"
   config.data.augment = "photo"
-  config.model.positions = "rope2d"  # sees the pixel above as soon as the one to the left (docs/results.md)
+  config.model.positions = (
+    "rope2d"  # sees the pixel above as soon as the one to the left (docs/results.md)
+  )
   config.palette.images = 1_000
   config.sizing.minutes = 12.0
   config.train.progress_images = 8

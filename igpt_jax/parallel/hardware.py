@@ -121,14 +121,17 @@ def chip_of(device: Device) -> Chip | None:
   return CHIPS.get(device.device_kind)
 
 
-def memory_bytes(device: Device) -> float | None:
-  """Bytes of a device that programs can use; a CPU's share of the machine's; None if unknown."""
+def memory_bytes(mesh: Mesh) -> float | None:
+  """Bytes that programs can use of a mesh's device here; a CPU's share of the machine's; None if unknown."""
+  # Only the process that a device belongs to may ask it; of another's, the published figure does.
+  here = mesh.local_devices
+  device = here[0] if here else mesh.devices.flat[0]
   if device.platform == "cpu":
     if "SC_PHYS_PAGES" not in os.sysconf_names:
       return None
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return whole / jax.local_device_count()
-  limit = (device.memory_stats() or {}).get("bytes_limit")
+  limit = (device.memory_stats() or {}).get("bytes_limit") if here else None
   chip = chip_of(device)
   return limit or (chip and chip.hbm_bytes)
 

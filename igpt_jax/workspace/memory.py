@@ -33,7 +33,7 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
   """Raises DoesNotFit if a device's share of the training state exceeds its memory."""
   parameters = count_params(model)
   need = _STATE_BYTES * parameters / sharding.weight_shards(mesh)
-  available = hardware.memory_bytes(mesh.devices.flat[0])
+  available = hardware.memory_bytes(mesh)
   if available is not None and need > available:
     raise DoesNotFit(
       f"model: {parameters:,} parameters ({model.n_layer} layers of {model.n_embd}) take "
@@ -46,7 +46,7 @@ def check_cache(
   model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh, fix: str = _SMALLER_CACHE
 ) -> None:
   """Raises DoesNotFit if a device's share of the key-value cache exceeds its memory."""
-  available = hardware.memory_bytes(mesh.devices.flat[0])
+  available = hardware.memory_bytes(mesh)
   item = np.dtype(cache_dtype or model.dtype).itemsize
   need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
   if available is not None and need > available:
@@ -58,7 +58,7 @@ def check_cache(
 
 def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
   """Raises DoesNotFit if a compiled step needs more memory than a device has."""
-  available, need = hardware.memory_bytes(mesh.devices.flat[0]), compiled.needed_bytes
+  available, need = hardware.memory_bytes(mesh), compiled.needed_bytes
   if available is not None and need > available:
     raise DoesNotFit(
       f"training: a step needs {units.memory(need)} of each device, which has {units.memory(available)}; fix: {_TRAINING}"
@@ -67,7 +67,7 @@ def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
 
 def lacking_beside_state(compiled: CompiledStep, model: ImageGPTConfig, mesh: Mesh) -> str:
   """Returns in words what a program lacks on a device that holds a training state, too; "": it fits."""
-  available = hardware.memory_bytes(mesh.devices.flat[0])
+  available = hardware.memory_bytes(mesh)
   state = _STATE_BYTES * count_params(model) / sharding.weight_shards(mesh)
   need = compiled.needed_bytes + state
   if available is None or need <= available:

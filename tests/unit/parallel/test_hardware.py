@@ -1,14 +1,16 @@
 """FLOPs of a training step, counted by hand and in the program itself."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from igpt_jax.model.image_gpt import abstract_params, bind
 from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
-from igpt_jax.parallel.hardware import CHIPS, chip_of
+from igpt_jax.parallel.hardware import CHIPS, chip_of, memory_bytes
 from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import token_nll
 from support import jaxprs, tiny
@@ -70,3 +72,32 @@ def test_chips_are_found_by_what_jax_calls_them(kind):
   assert 1e14 < chip.peak_flops < 1e16
   assert 15 <= chip.hbm_bytes / 2**30 < 300
   assert 0.8e12 < chip.hbm_bandwidth < 10e12
+
+
+class Tpu:
+  """One of v5e's devices, which its own process alone may ask about its memory."""
+
+  platform, device_kind = "tpu", "TPU v5 lite"
+
+  def __init__(self, stats=None):
+    self.stats = stats
+
+  def memory_stats(self):
+    if self.stats is None:
+      raise jax.errors.JaxRuntimeError(
+        "MemoryStats is only supported for addressable PjRt devices."
+      )
+    return self.stats
+
+
+def test_memory_is_asked_of_a_device_of_this_process():
+  """On the second of two hosts, a mesh's first device is another process'."""
+  theirs, ours = Tpu(), Tpu({"bytes_limit": 2**33})
+  devices = np.array([[theirs, ours]])
+  mesh = types.SimpleNamespace(devices=devices, local_devices=[ours])
+  assert memory_bytes(mesh) == 2**33
+  # A device that isn't told its limit, and a slice that isn't here at all: the published figure.
+  for devices, local in (([Tpu({})], [Tpu({})]), ([theirs], [])):
+    mesh = types.SimpleNamespace(devices=np.array(devices), local_devices=local)
+    assert memory_bytes(mesh) == CHIPS["TPU v5 lite"].hbm_bytes
+  assert memory_bytes(tiny.mesh_of()) > 2**28
