@@ -25,6 +25,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
+from igpt_jax.runner.pretraining import RESULT
 from igpt_jax.training import compilation
 from igpt_jax.workspace import provenance, training_palette, weights
 from igpt_jax.workspace import workdir as workdir_lib
@@ -69,23 +70,33 @@ class Entry:
     return self.flops_per_step * self.steps
 
 
-def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
-  """Returns the runs of `ablate.runs` with every seed, the baseline's first, all of them checked.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+  """What all runs of a job share, opened once.
 
-  The palette is chosen, or fitted, once for all of them, and kept in the workdir.
+  Attributes:
+    settings: the job's; `palette.path` is that of the palette, which is kept in the workdir.
+    train: the training images.
+    palette: digest of the colours; None: the data are tokens without any.
+    n_vocab: the number of colours.
+  """
+
+  settings: Settings
+  train: Split
+  palette: str | None
+  n_vocab: int
+
+
+def opened(settings: Settings, workdir: str) -> Opened:
+  """Opens the data, and chooses the palette, or fits it, once for all runs: it is kept in the workdir.
 
   Raises:
-    UserError: data, palette, a model or a run's folder isn't as it must be; nothing has been trained.
+    UserError: data, palette or initial parameters aren't as they must be.
   """
-  data, ablate = settings.data, settings.ablate
-  splits = {name: open_split(data, name) for name in ("train", "validation")}
-  if ablate.test or ablate.probe != "none":
-    splits["test"] = open_split(data, "test")
-  if ablate.probe != "none":
-    sources.check_labels(splits)
+  train, _ = (open_split(settings.data, name) for name in ("train", "validation"))
   start = weights.of_run(settings, workdir)
   palette = training_palette.training_palette(
-    start.settings, data, splits["train"], workdir, start.palette
+    start.settings, settings.data, train, workdir, start.palette
   )
   n_vocab = choices.palette_size(start.settings) if palette is None else palette.size
   digest = None if palette is None else provenance.of_palette(palette.centers)
@@ -96,30 +107,75 @@ def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
     if not settings.palette.path:
       kept = os.path.join(workdir, training_palette.PALETTE)
       settings = with_values(settings, {"palette.path": kept})
-  entries, runs = [], overrides.named_runs(settings)
+  return Opened(settings=settings, train=train, palette=digest, n_vocab=n_vocab)
+
+
+def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh) -> Entry:
+  """Returns a run whose model and batch have been checked.
+
+  Args:
+    shared: what it shares with the others.
+    name: its name, without its seed.
+    own: its settings, those of job pretrain.
+    folder: its workdir.
+    mesh: the mesh that it will train on.
+  """
+  settled = weights.of_run(own, folder).settings
+  model = choices.model_config(settled, n_vocab=shared.n_vocab)
+  train = settled.train
+  sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)
+  sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
+  return Entry(name=name, seed=own.seed, settings=own, folder=folder, model=model)
+
+
+def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
+  """Returns the runs of `ablate.runs` with every seed, the baseline's first, all of them checked.
+
+  Raises:
+    UserError: data, palette, a model or a run's folder isn't as it must be; nothing has been trained.
+  """
+  data, ablate = settings.data, settings.ablate
+  if ablate.test or ablate.probe != "none":
+    test = open_split(data, "test")
+    if ablate.probe != "none":
+      splits = {name: open_split(data, name) for name in ("train", "validation")}
+      sources.check_labels({**splits, "test": test})
+  shared = opened(settings, workdir)
+  entries, runs = [], overrides.named_runs(shared.settings)
   # A run keeps the others' overrides at the base's values, which may have been others when it began.
   varied = {name for run in runs for name in run.values}
   for run in runs:
     for seed in ablate.seeds:
       folder = os.path.join(workdir, FOLDER, run.name, str(seed))
-      own = run.settings(settings, seed)
-      _check_folder(own, folder, splits["train"], digest, varied)
-      settled = weights.of_run(own, folder).settings
-      model = choices.model_config(settled, n_vocab=n_vocab)
-      train = settled.train
-      sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)
-      sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
-      entries.append(Entry(name=run.name, seed=seed, settings=own, folder=folder, model=model))
+      own = run.settings(shared.settings, seed)
+      check_folder(
+        own, folder, shared, varied, "remove it, another name in ablate.runs, or --workdir"
+      )
+      entries.append(entry_of(shared, run.name, own, folder, mesh))
   return entries
 
 
-def _check_folder(
-  settings: Settings, folder: str, split: Split, palette: str | None, varied: Collection[str]
+def check_folder(
+  settings: Settings,
+  folder: str,
+  shared: Opened,
+  varied: Collection[str],
+  fix: str,
+  branched: bool = False,
 ) -> None:
   """Raises UserError if a folder holds a run that these settings, data and palette didn't make.
 
   What a resumed run may change is compared as it was when the run began, and so are the settings that are
   `varied` between runs, whether or not they decide a run's numbers: the comparison is about them.
+
+  Args:
+    settings: the run's.
+    folder: its workdir.
+    shared: the data and the palette.
+    varied: settings to compare beside those that decide a run's numbers.
+    fix: what to do about another run, in words.
+    branched: True for a run that may have begun from another's trunk, with that one's length: it is compared
+      as it is to end, once it has ended.
   """
   if not files.is_folder(folder) or not workdir_lib.has_begun(folder):
     return
@@ -131,19 +187,18 @@ def _check_folder(
       "that file, or remove the folder"
     )
   lengths = workdir_lib.LENGTH["pretraining"]
+  if branched and not files.exists(os.path.join(folder, RESULT)):
+    lengths = ()
   ours = {name: value_of(settings, name) for name in sorted({*lengths, *varied})}
   info = checkpoint.newest(folder)
   if info is not None:
-    begun = provenance.begun_with(info)
+    begun = {} if branched else provenance.begun_with(info)
     theirs |= {name: begun[name] for name in lengths if name in begun} | {
       "data": info.run["data"]["fingerprint"],
       "palette": provenance.of_palette(info.palette),
     }
-    ours |= {"data": split.fingerprint, "palette": palette}
-  what = f"{folder} holds another run"
-  files.check_same(
-    "workdir", what, theirs, ours, "remove it, another name in ablate.runs, or --workdir"
-  )
+    ours |= {"data": shared.train.fingerprint, "palette": shared.palette}
+  files.check_same("workdir", f"{folder} holds another run", theirs, ours, fix)
 
 
 def finished(settings: Settings) -> tuple[list[Entry], list[str]]:

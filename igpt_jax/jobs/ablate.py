@@ -7,23 +7,18 @@ With `ablate.workdirs` finished workdirs are compared instead.
 """
 
 import os
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
 from igpt_jax import units, watchdog
-from igpt_jax.ablation import comparison, entries, measuring, outcomes
+from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence
 from igpt_jax.ablation.entries import Entry
 from igpt_jax.ablation.outcomes import Result
 from igpt_jax.config.fields import Settings
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
-from igpt_jax.reporting import progress
 from igpt_jax.reporting.tables import markdown_table
-from igpt_jax.runner.pretraining import pretrain
-from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.workspace import devices, lock
 from igpt_jax.workspace import workdir as workdir_lib
 
@@ -39,13 +34,15 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
       planned = entries.planned(settings, workdir, mesh)
       say(plan(planned))
       with watchdog.Watchdog(settings.hang_seconds, "hang_seconds"):
-        stopped_by = train(planned, workdir, mesh)
+        stopped_by = sequence.train(
+          planned, mesh, "ablate", after_each=lambda: _write(workdir, _results(planned))
+        )
       if stopped_by:
         say(f"stopped by {stopped_by}: saved; the same command goes on from here")
         return
     for note in notes:
       say(f"ablate: losses aren't comparable in {note}")
-    results = [outcomes.result_of(entry) for entry in planned]
+    results = _results(planned)
     _write(workdir, results, notes)
     for i, result in enumerate(results):
       if result.finished:
@@ -57,8 +54,8 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
 
 def plan(planned: Sequence[Entry]) -> str:
   """Returns a table of the runs, in the order in which they are trained."""
-  changed = comparison.overrides(comparison.runs_of([outcomes.result_of(each) for each in planned]))
-  first = {entry.name: entry for entry in reversed(in_order(planned))}
+  changed = comparison.overrides(comparison.runs_of(_results(planned)))
+  first = {entry.name: entry for entry in reversed(sequence.in_order(planned))}
   scale, unit = comparison.flop_unit(max(entry.flops for entry in planned))
   rows = [
     (
@@ -74,61 +71,8 @@ def plan(planned: Sequence[Entry]) -> str:
   return f"{table}seeds {', '.join(map(str, seeds))}: {units.counted(len(planned), 'training')}"
 
 
-def in_order(planned: Sequence[Entry]) -> list[Entry]:
-  """Returns the runs with the fewest FLOPs first; of equal ones, all runs' first seeds come first."""
-  seeds = list(dict.fromkeys(entry.seed for entry in planned))
-  return sorted(planned, key=lambda entry: (entry.flops, seeds.index(entry.seed)))
-
-
-def train(planned: Sequence[Entry], workdir: str, mesh: Mesh) -> str | None:
-  """Trains the runs that haven't ended; returns the signal that stopped it, None: all have ended."""
-  left = [entry for entry in in_order(planned) if not outcomes.result_of(entry).ended]
-  hosts.wait_for_all("runs looked at")
-  if done := len(planned) - len(left):
-    say(f"ablate: {done} of {units.counted(len(planned), 'training')} ended before")
-  while left:
-    entry = left[0]
-    say(f"ablate: {entry.name}, seed {entry.seed}: {entry.folder}")
-    try:
-      outcome = pretrain(entry.settings, entry.folder, mesh, listener=Forecast(left))
-    except BadNumbers as bad:
-      outcomes.mark_diverged(entry, bad)
-      say(f"ablate: {entry.name}, seed {entry.seed} has diverged, the others go on: {bad}")
-      asked_by = bad.stopped_by
-    else:
-      if outcome.stopped_by:
-        return outcome.stopped_by
-      asked_by = outcome.asked_by
-    left.pop(0)
-    _write(workdir, [outcomes.result_of(each) for each in planned])
-    if asked_by and left:
-      return asked_by
-  return None
-
-
-class Forecast:
-  """Says, when the first steps of a run have been timed, how long all training that is left will take.
-
-  Args:
-    left: the runs that are left, the one that trains now first.
-  """
-
-  def __init__(self, left: Sequence[Entry]):
-    self._left, self._began, self._told = list(left), time.monotonic(), False
-
-  def __call__(self, step: int, values: Mapping[str, Any]) -> None:
-    if self._told or not values.get("images_per_second"):
-      return
-    self._told = True
-    now, *later = self._left
-    seconds = now.settings.train.batch_size / values["images_per_second"]
-    speed = now.flops_per_step / seconds
-    flops = now.flops_per_step * (now.steps - step) + sum(entry.flops for entry in later)
-    say(
-      f"ablate: {units.counted(len(self._left), 'training')} left, "
-      f"{progress.format_seconds(flops / speed)} at {units.significant(speed / 1e9)} GFLOP/s as now, "
-      "without compiling and evaluations"
-    )
+def _results(planned: Sequence[Entry]) -> list[Result]:
+  return [outcomes.result_of(entry) for entry in planned]
 
 
 def _write(workdir: str, results: Sequence[Result], notes: Sequence[str] = ()) -> None:

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from igpt_jax.ablation import comparison, entries, outcomes
+from igpt_jax.ablation import comparison, entries, outcomes, sequence
 from igpt_jax.ablation.comparison import Run
 from igpt_jax.ablation.outcomes import FINISHED, Point, Result
 from igpt_jax.config import base, choices, overrides
@@ -61,9 +61,9 @@ def done(tmp_path_factory):
         return pretraining(settings, folder, *others, **named)
     return pretraining(settings, folder, *others, **named)
 
-  pretraining = ablate.pretrain
+  pretraining = sequence.pretrain
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(ablate, "pretrain", killed)
+    patch.setattr(sequence, "pretrain", killed)
     with pytest.raises(Killed):
       on_one_device(ablate, study(), str(workdir))
     (workdir / "order.json").write_text(json.dumps(order))
@@ -165,7 +165,7 @@ def test_a_signal_after_the_last_step_of_a_run_stops_before_the_next(tmp_path, m
     began.append(folder)
     return outcome(None, "SIGTERM")
 
-  monkeypatch.setattr(ablate, "pretrain", finishes)
+  monkeypatch.setattr(sequence, "pretrain", finishes)
   on_one_device(ablate, study(), str(tmp_path))
   assert len(began) == 1
   assert "stopped by SIGTERM: saved; the same command goes on" in capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_a_signal_after_the_last_step_of_a_run_stops_before_the_next(tmp_path, m
 
 def test_a_folder_of_another_run_is_refused_before_anything_is_trained(done, tmp_path, monkeypatch):
   workdir = shutil.copytree(done, tmp_path / "study")
-  monkeypatch.setattr(ablate, "pretrain", None)
+  monkeypatch.setattr(sequence, "pretrain", None)
   for runs, expected in (
     (
       ("original: train.b2=0.9",),
@@ -240,7 +240,7 @@ def test_a_run_on_other_images_is_refused(done, tmp_path, monkeypatch):
   """By the contents that its checkpoint was trained on, whatever config.json says."""
   workdir = shutil.copytree(done, tmp_path / "study")
   newest = entries.checkpoint.newest
-  monkeypatch.setattr(ablate, "pretrain", None)
+  monkeypatch.setattr(sequence, "pretrain", None)
 
   def elsewhere(folder):
     info = newest(folder)
@@ -559,14 +559,14 @@ def test_the_plot_is_over_the_steps_that_seeds_share():
 def test_the_order_is_by_flops_then_seed_then_run():
   runs = [make_entry(*key) for key in (("a", 7), ("a", 3), ("b", 7), ("b", 3))]
   small = make_entry("small", 3, 50)
-  assert [(each.name, each.seed) for each in ablate.in_order([*runs, small])] == [
+  assert [(each.name, each.seed) for each in sequence.in_order([*runs, small])] == [
     ("small", 3), ("a", 7), ("b", 7), ("a", 3), ("b", 3)
   ]  # fmt: skip
 
 
 def test_the_forecast_is_told_once(capsys):
   now, later = make_entry("a", 0, 100), make_entry("b", 0, 50)
-  forecast = ablate.Forecast([now, later])
+  forecast = sequence.Forecast([now, later], "ablate")
   forecast(1, {"loss": 3.0})
   forecast(10, {"images_per_second": 16.0})
   forecast(20, {"images_per_second": 1.0})
