@@ -28,6 +28,7 @@ class Curve:
     faint: True if it is shown behind the others.
     band: (lowest, highest) y of each point, shaded; None: there is none.
     dashed: True for a dashed black line; the other curves of the panel are solid then.
+    joined: False for points without a line through them.
   """
 
   x: Sequence[float]
@@ -36,6 +37,7 @@ class Curve:
   faint: bool = False
   band: tuple[Sequence[float], Sequence[float]] | None = None
   dashed: bool = False
+  joined: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Panel:
   """Curves that share axes.
 
   Attributes:
-    curves: by name.
+    curves: by name; one that begins with "_" isn't in the legend.
     y_label: what y is, and its unit.
     levels: horizontal lines, by name; equal ones share a line and name it together.
     chosen: (name, x, y) of points to mark with a star; None: there are none.
@@ -52,6 +54,7 @@ class Panel:
     classes: number of classes, for the accuracy of guessing; 0: unknown.
     ordered: True if the curves have an order, which their colours show.
     x_label: of an x axis of its own; "": it shares the figure's.
+    log: the logarithmic axes, "x", "y" or "xy"; "": none.
   """
 
   curves: Mapping[str, Curve]
@@ -63,6 +66,7 @@ class Panel:
   classes: int = 0
   ordered: bool = False
   x_label: str = ""
+  log: str = ""
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -102,6 +106,8 @@ def plot(
     figsize=(7.5, 4.5 + (2.5 if shared else 4) * (len(panels) - 1)),
   )  # fmt: skip
   for axes, panel in zip(axes_of[:, 0], panels, strict=True):
+    for axis in panel.log:
+      getattr(axes, f"set_{axis}scale")("log")
     _draw(axes, panel)
     axes.set_ylabel(panel.y_label)
     axes.set_xlabel(panel.x_label)
@@ -148,7 +154,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     # Hollow markers of different shapes, and gaps in later lines: equal curves show below each other.
     axes.errorbar(
       curve.x, curve.y, yerr=error, label=name, color=colour, alpha=0.35 if curve.faint else 1,
-      linestyle="--" if curve.dashed else "-" if solid else _CURVE_STYLES[i % len(_CURVE_STYLES)],
+      linestyle=_line_style(curve, solid, i),
       linewidth=1 if curve.faint else 1.6, elinewidth=0.8, capsize=2,
       marker=_MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)] if len(curve.x) <= _FEW else None,
       markersize=6.5, markerfacecolor="none",
@@ -169,6 +175,12 @@ def _draw(axes: Any, panel: Panel) -> None:
       note = f"{_chance(panel.classes)}: {chance:.1%}, far below this axis"
       axes.annotate(note, (0.01, 0.015), xycoords="axes fraction", fontsize=8, color=_GREY)
   _draw_levels(axes, panel, levels)
+
+
+def _line_style(curve: Curve, solid: bool, i: int) -> str:
+  if not curve.joined:
+    return "none"
+  return "--" if curve.dashed else "-" if solid else _CURVE_STYLES[i % len(_CURVE_STYLES)]
 
 
 def _chance(classes: int) -> str:
