@@ -76,6 +76,7 @@ setuptools.setup(
     "pillow>=11,<14",
     "safetensors>=0.8,<1",
     "scikit-learn>=1.6,<2",
+    "scipy>=1.14,<2",
     "simplejpeg>=1.8,<2",
     "tensorflow-datasets>=4.9.10,<4.10",
     "threadpoolctl>=3.1,<4",

@@ -157,7 +157,7 @@ def _help(argv: list[str]) -> int:
 
 
 def _trains(settings: Settings) -> bool:
-  return settings.job in ("pretrain", "ablate", "finetune") or (
+  return settings.job in ("pretrain", "ablate", "isoflop", "finetune") or (
     settings.job == "probe"
     and (settings.probe.method == "sgd" or settings.probe.pooling == "attentive")
   )
@@ -241,8 +241,9 @@ def _run(settings: Settings, workdir: str, differences: list[str]) -> int:
       if settings.job in FIELDS["compilation_cache"].jobs:  # others measure compiling, or don't
         compilation_cache.use(settings.compilation_cache, workdir)
       job = importlib.import_module(f"igpt_jax.jobs.{settings.job}")
-      # Other jobs, and what job ablate does after its training, may report no progress for hours.
-      hang_seconds = settings.hang_seconds if _trains(settings) and settings.job != "ablate" else 0
+      # Other jobs, and what these two do after their training, may report no progress for hours.
+      several = settings.job in ("ablate", "isoflop")
+      hang_seconds = settings.hang_seconds if _trains(settings) and not several else 0
       watched.enter_context(watchdog.Watchdog(hang_seconds, "hang_seconds"))
       if settings.job in ("pretrain", "finetune"):  # this process is here for one run
         job.run(settings, workdir, began=_BEGAN)

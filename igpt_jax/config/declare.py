@@ -28,6 +28,7 @@ _BOUNDS = {"least": operator.ge, "most": operator.le, "above": operator.gt, "bel
 JOBS = {
   "pretrain": "train a model on images, from random parameters or from a checkpoint's",
   "ablate": "train runs that differ in some settings, and compare what each reaches with its compute",
+  "isoflop": "train models of several sizes at several budgets, and find how to spend a larger one",
   "evaluate": "measure the exact likelihood of a split, beside baselines that know no neighbours",
   "probe": "fit linear classifiers to the features of every layer",
   "lowdata": "fit linear classifiers to a few labels of each class",
@@ -44,7 +45,7 @@ JOBS = {
 }
 
 # Jobs that pretrain.
-PRETRAINING = ("pretrain", "ablate")
+PRETRAINING = ("pretrain", "ablate", "isoflop")
 TRAINING = (*PRETRAINING, "finetune", "probe")
 # Jobs that read a checkpoint.
 READING = ("evaluate", "probe", "lowdata", "finetune", "sample", "complete", "quality")

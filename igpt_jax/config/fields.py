@@ -73,6 +73,7 @@ class Settings(Group, jobs=tuple(JOBS)):
     "for what is made for them; \"\": in the user's cache folder", path=True, host=True, jobs=tuple(JOBS))
   profile: runs.ProfileConfig = runs.ProfileConfig()
   ablate: jobs.AblateConfig = jobs.AblateConfig()
+  isoflop: jobs.IsoflopConfig = jobs.IsoflopConfig()
   evaluate: jobs.EvaluateConfig = jobs.EvaluateConfig()
   watch: bool = setting(False, "run the job on every checkpoint of a run, until that ends",
     jobs=WATCHING)

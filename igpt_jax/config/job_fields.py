@@ -1,6 +1,7 @@
 """Settings of jobs other than training. Ground floor."""
 
 import dataclasses
+import itertools
 
 from igpt_jax.config.declare import BATCH, COUNT, DRAWING, FROM_0, PRETRAINING, Group, setting
 from igpt_jax.errors import UserError
@@ -33,6 +34,46 @@ class AblateConfig(Group, prefix="ablate", jobs=("ablate",)):
         raise UserError(f"config.ablate.{name}: {values!r:.200}; expected texts")
     if len(self.workdirs) == 1:
       raise UserError(f"config.ablate.workdirs: {self.workdirs[0]!r}; expected two or more to compare")
+
+
+@dataclasses.dataclass(frozen=True)
+class IsoflopConfig(Group, prefix="isoflop", jobs=("isoflop",)):
+  """Runs of several sizes at each of several budgets, and the surface of losses that is fitted to them."""
+
+  budgets: tuple[float, ...] = setting((3e11, 1e12, 3e12, 1e13), "FLOPs of a run, which the surface is "
+    "fitted to", above=0, empty=False)
+  held_out: float = setting(0.0, "FLOPs of a run that is forecast first, and then trained; 0: none", **FROM_0)
+  shapes: tuple[str, ...] = setting((), "shapes of the ladder (igpt_jax/isoflop/ladder.py) to choose "
+    "from, LAYERSxWIDTH; (): all")
+  per_budget: int = setting(5, "shapes that a budget trains, around the best size expected", least=3,
+    most=9)
+  tokens_per_parameter: float = setting(300.0, "expected of the best size at the first budget", above=0)
+  seeds: tuple[int, ...] = setting((0, 1, 2), "seeds of the middle shape of each budget; the first is that "
+    "of all others", least=0, most=2**32 - 1, empty=False)
+  max_epochs: float = setting(4.0, "epochs from which on repeated images are no longer as good as new ones",
+    above=0)
+  beyond: str = setting("warn", "what to do about a run of more epochs: warn, refuse", choices=("warn",
+    "refuse"))
+  draws: int = setting(400, "surfaces of the bootstrap that intervals are made of", least=20, most=100_000)
+  budget: float = setting(0.0, "FLOPs to write a config file for, when all is trained; 0: none", **FROM_0)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ("seeds", "shapes"):
+      values = getattr(self, name)
+      if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise UserError(f"config.isoflop.{name}: {twice[0]!r} twice; expected each once")
+    budgets = self.budgets
+    if len(budgets) < 2 or any(b < 1.5 * a for a, b in itertools.pairwise(budgets)):
+      raise UserError(
+        f"config.isoflop.budgets: {budgets!r:.200}; expected two or more, the smallest first, about ×3 apart "
+        "(×1.5 at least)"
+      )
+    if self.held_out and self.held_out <= budgets[-1]:
+      raise UserError(
+        f"config.isoflop.held_out: {self.held_out:g}; expected more than the budgets, {budgets[-1]:g}; "
+        "0 holds none out"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,8 @@ def check(settings: Settings) -> None:
   data, job = settings.data, settings.job
   if job == "ablate":
     overrides.check(settings, check)
+  if job == "isoflop":
+    _check_isoflop(settings)
   transforms.check_recipe(data.augment, data.resolution, data.resample)
   trained = {"finetune": settings.finetune, "probe": settings.probe}.get(job, settings.train)
   if settings.profile.steps and settings.profile.start >= trained.steps:
@@ -79,3 +81,28 @@ def check(settings: Settings) -> None:
     model = dataclasses.replace(settings.model, dtype=settings.model.dtype or "float32")
     settings = dataclasses.replace(settings, model=model)
     choices.model_config(settings, n_vocab=choices.palette_size(settings))
+
+
+def _check_isoflop(settings: Settings) -> None:
+  """Raises UserError if job isoflop's runs couldn't share trunks, or if it doesn't choose their sizes."""
+  train, model = settings.train, settings.model
+  if train.schedule != "wsd":
+    raise UserError(
+      f"config.train.schedule: {train.schedule!r}; job isoflop has the budgets of a shape share a trunk; "
+      "expected 'wsd'"
+    )
+  chosen = {
+    "sizing.minutes": settings.sizing.minutes,
+    "init_from": settings.init_from,
+    **{f"model.{name}": getattr(model, name) for name in ("size", *choices.MODEL_SHAPE)},
+  }
+  for name, value in chosen.items():
+    if value:
+      raise UserError(
+        f"config.{name}: {value!r}; job isoflop trains the shapes of its ladder from random parameters; "
+        f"expected {FIELDS[name].default!r}; fix: isoflop.shapes chooses among them"
+      )
+  if settings.objective == "masked":
+    raise UserError(
+      "config.objective: 'masked'; job isoflop studies next-pixel prediction; expected 'autoregressive'"
+    )

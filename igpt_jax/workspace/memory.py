@@ -83,6 +83,6 @@ def in_words(error: Exception, job: str) -> UserError | None:
   if not exhausted and not isinstance(error, MemoryError):
     return None
   first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "MemoryError"
-  training = job in ("pretrain", "ablate", "lowdata")
+  training = job in ("pretrain", "ablate", "isoflop", "lowdata")
   knobs = _KNOBS.get(job, _TRAINING if training else _OTHERS)
   return UserError(f"out of memory ({first}); fix: {knobs}")

@@ -67,7 +67,7 @@ def test_defaults_are_one():
       name: list(value) if isinstance(value, tuple) else value
       for name, value in base()[group].items()
     }
-    for group in ("ablate", "features", "probe", "lowdata", "benchmark")
+    for group in ("ablate", "isoflop", "features", "probe", "lowdata", "benchmark")
   }
   assert FIELDS["seed"].most == order.MAX_SEED
 

@@ -43,7 +43,7 @@ FLOORS = (
   ("workspace/",),
   ("runner/", "sampling/"),
   ("probing/",),
-  ("ablation/",),
+  ("ablation/", "isoflop/"),
   ("jobs/",),
   ("__main__.py", "api.py", "main.py", "demo/", "notebook.py"),
 )

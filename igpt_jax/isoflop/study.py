@@ -1,0 +1,227 @@
+"""A study from its first run to its last: budgets in their order, each planned by what the ones before found.
+
+  WORKDIR/isoflop/SHAPE/SEED/BUDGET is a pretraining's workdir
+
+The runs of one shape and seed share a trunk: that of a larger budget begins as a copy of the smaller one's,
+at the checkpoint that its decay began from, and is bit for bit the run that began at step 0. What is planned
+follows from finished runs alone, so that a study that was killed goes on as if it hadn't been.
+"""
+
+import os
+
+from jax.sharding import Mesh
+
+from igpt_jax import checkpoint, files
+from igpt_jax.ablation import entries, sequence
+from igpt_jax.ablation.comparison import flop_unit
+from igpt_jax.config.fields import Settings
+from igpt_jax.errors import UserError
+from igpt_jax.isoflop import config_file, findings, grid, report
+from igpt_jax.isoflop.findings import Findings, HeldOut, Run
+from igpt_jax.isoflop.frontier import BEYOND, Estimate
+from igpt_jax.isoflop.grid import Cell, compact
+from igpt_jax.isoflop.ladder import Costs, Shape, rungs
+from igpt_jax.parallel import hosts
+from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting.tables import markdown_table
+from igpt_jax.workspace import branches
+
+FOLDER = "isoflop"
+# Settings that decide no run's numbers, but what is compared: a finished run must have the study's.
+_COMPARED = ("train.eval_images", "model.dtype")
+
+
+class Study:
+  """A study in its workdir, which the caller has locked.
+
+  Args:
+    settings: of job isoflop.
+    workdir: the job's.
+    mesh: the mesh to train on.
+
+  Raises:
+    UserError: a budget can't be spent as the settings ask, or data or palette aren't as they must be.
+  """
+
+  def __init__(self, settings: Settings, workdir: str, mesh: Mesh):
+    self._rungs = rungs(settings.isoflop.shapes)
+    self._shared = entries.opened(settings, workdir)
+    self._settings, self._workdir, self._mesh = self._shared.settings, workdir, mesh
+    self._images, self._own = len(self._shared.train), settings.isoflop
+    self.costs = Costs(self._settings, self._shared.n_vocab)
+    self._runs: list[Run] = []
+    self._held_out: HeldOut | None = None
+    self._expected = {budget: self._cells(budget) for budget in self._own.budgets}
+
+  def plan(self) -> str:
+    """Returns a table of the budgets with the shapes that are expected, before anything has been trained."""
+    unit, name = flop_unit(max(self._own.budgets))
+    rows = [
+      (
+        compact(budget), f"{cells[0].shape.name} to {cells[-1].shape.name}",
+        f"{self.costs.size(cells[0].shape):,} to {self.costs.size(cells[-1].shape):,}",
+        f"{cells[0].steps:,} to {cells[-1].steps:,}", f"{cells[0].epochs:.2f} to {cells[-1].epochs:.2f}",
+        f"{self._spent(budget) / unit:.3g}",
+      )
+      for budget, cells in self._expected.items()
+    ]  # fmt: skip
+    head = ("budget", "shapes", "parameters without tables", "steps", "epochs", f"{name} in all")
+    total = sum(map(self._spent, self._own.budgets)) + self._own.held_out
+    held = f", and one run of {compact(self._own.held_out)} FLOPs" if self._own.held_out else ""
+    return (
+      f"{markdown_table('llrrrr', head, rows)}"
+      f"as expected; from the second budget on by what has been found{held}: {total / unit:.3g} {name} at most"
+    )
+
+  def train(self) -> str | None:
+    """Trains what isn't trained yet; returns the signal that stopped it, None: all is trained."""
+    for i, budget in enumerate(self._own.budgets):
+      self._add(budget)
+      later = sum(map(self._spent, self._own.budgets[i + 1 :])) + self._own.held_out
+      if stopped_by := self._train(later):
+        return stopped_by
+    return self._train_held_out() if self._own.held_out else None
+
+  def report(self) -> Findings:
+    """Fits what has finished, and writes all results."""
+    found = findings.find(
+      self._settings, self.costs, self._images, self._runs, self._reached()
+    )  # fmt: skip
+    if hosts.is_main():
+      report.write(self._workdir, found)
+    hosts.wait_for_all("report written")
+    return found
+
+  def write_config(self, budget: float, found: Findings, name: str = "isoflop.budget") -> HeldOut:
+    """Writes WORKDIR/isoflop_BUDGET.py, the config of the best run at a budget; returns its forecast.
+
+    Raises:
+      UserError: the best size is out of range, or the budget can't be spent on its shape.
+    """
+    forecast = self._forecast(budget, found, name)
+    path = os.path.join(self._workdir, config_file.name_of(budget))
+    own = self.costs.settings(forecast.cell.shape, forecast.cell.steps, self._own.seeds[0])
+    if hosts.is_main():
+      config_file.write(path, own, forecast)
+    low, high = forecast.forecast.low, forecast.forecast.high
+    say(
+      f"isoflop: {path}: {forecast.cell.shape.name}, {forecast.cell.steps:,} steps; forecast "
+      f"{forecast.forecast.value:.4f} ({low:.4f} to {high:.4f}) nats per token"
+    )
+    return forecast
+
+  # --- planning ------------------------------------------------------------------------------------
+
+  def _spent(self, budget: float) -> float:
+    """Returns the FLOPs of all runs of a budget, at most."""
+    return budget * (self._own.per_budget + len(self._own.seeds) - 1)
+
+  def _cells(self, budget: float) -> list[Cell]:
+    """Returns the shapes that a budget trains, the smallest first."""
+    points = findings.points_of([(run, run.result) for run in self._runs])
+    ratio = self._own.tokens_per_parameter
+    size = grid.expected_size(budget, points, self.costs, ratio)
+    shapes = grid.window(self._rungs, self.costs, size, self._own.per_budget)
+    return [self._cell(shape, budget) for shape in shapes]
+
+  def _cell(self, shape: Shape, budget: float, name: str = "isoflop.budgets") -> Cell:
+    return grid.cell(self._settings, self.costs, shape, budget, self._images, name)
+
+  def _add(self, budget: float) -> None:
+    """Plans the runs of a budget: every shape with the first seed, the middle one with all."""
+    cells = self._cells(budget)
+    middle = cells[(len(cells) - 1) // 2]
+    for cell in cells:
+      if cell.epochs > self._own.max_epochs:
+        say(
+          f"isoflop: {cell.shape.name} at {compact(budget)}: {cell.epochs:.1f} epochs of {self._images:,} images, "
+          f"more than isoflop.max_epochs = {self._own.max_epochs:g}: repeated images are worth less than new ones"
+        )
+      for seed in self._own.seeds if cell is middle else self._own.seeds[:1]:
+        self._runs.append(self._run(cell, seed))
+
+  def _run(self, cell: Cell, seed: int, held_out: bool = False) -> Run:
+    """Returns a planned run, once its folder has been found to be free, or its own."""
+    folder = os.path.join(
+      self._workdir, FOLDER, cell.shape.name, str(seed), compact(cell.budget)
+    )  # fmt: skip
+    own = self.costs.settings(cell.shape, cell.steps, seed)
+    fix = "the settings that it was begun with, another --workdir, or remove it"
+    entries.check_folder(own, folder, self._shared, _COMPARED, fix, branched=True)
+    name = f"{cell.shape.name} at {compact(cell.budget)}"
+    entry = entries.entry_of(self._shared, name, own, folder, self._mesh)
+    run = Run(cell=cell, entry=entry, n=self.costs.size(cell.shape), held_out=held_out)
+    trunks = [
+      other
+      for other in self._runs
+      if (other.cell.shape, other.entry.seed) == (cell.shape, seed)
+      and other.trunk_ends <= run.trunk_ends
+      and other.result.finished
+    ]
+    trunk = max(trunks, key=lambda other: other.trunk_ends, default=None)
+    return Run(cell=cell, entry=entry, n=run.n, held_out=held_out, trunk=trunk)
+
+  # --- training ------------------------------------------------------------------------------------
+
+  def _train(self, later_flops: float) -> str | None:
+    by_folder = {run.entry.folder: run for run in self._runs}
+    stopped_by = sequence.train(
+      [run.entry for run in self._runs], self._mesh, "isoflop",
+      after_each=self._write_runs, begin=lambda entry: _begin(by_folder[entry.folder]),
+      flops=lambda entry: by_folder[entry.folder].flops_trained, later_flops=later_flops,
+    )  # fmt: skip
+    self.report()
+    return stopped_by
+
+  def _write_runs(self) -> None:
+    if hosts.is_main():
+      report.write_runs(self._workdir, [(run, run.result) for run in self._runs], self._images)
+
+  def _train_held_out(self) -> str | None:
+    """Forecasts the run that is held out, writes its config, and trains it."""
+    found = findings.find(self._settings, self.costs, self._images, self._runs)
+    try:
+      self._held_out = self.write_config(self._own.held_out, found, "isoflop.held_out")
+    except UserError as error:
+      say(f"isoflop: nothing is held out: {error}")
+      return None
+    self._runs.append(self._run(self._held_out.cell, self._own.seeds[0], held_out=True))
+    return self._train(0.0)
+
+  def _reached(self) -> HeldOut | None:
+    if self._held_out is None:
+      return None
+    (run,) = (run for run in self._runs if run.held_out)
+    cell, forecast = self._held_out.cell, self._held_out.forecast
+    return HeldOut(cell, forecast, run.result.validation_loss)
+
+  def _forecast(self, budget: float, found: Findings, name: str) -> HeldOut:
+    if found.fit is None or found.frontier is None:
+      raise UserError(
+        f"config.{name}: {compact(budget)}: too few runs have finished to fit a surface to; expected more than "
+        "5, at two budgets; fix: the same command trains them"
+      )
+    if found.frontier.optimum(budget).n is None:
+      raise UserError(
+        f"config.{name}: {compact(budget)}: out of range: the best size is more than {BEYOND:g} times the largest "
+        f"that was fitted, {found.fit.largest:,.0f} parameters; expected a smaller budget; fix: larger "
+        "isoflop.budgets"
+      )
+    size = found.frontier.best_size(budget)
+    cell = self._cell(self._rungs[grid.nearest(self._rungs, self.costs, size)], budget, name)
+    n = self.costs.size(cell.shape)
+    return HeldOut(cell, Estimate(*found.fit.forecast(n, cell.tokens)))
+
+
+def _begin(run: Run) -> None:
+  """Has a run that hasn't begun go on from its trunk, if it has one."""
+  folder, trunk = run.entry.folder, run.trunk
+  if trunk is None or not hosts.on_any(not files.exists(folder), "a look for a run"):
+    return
+  step = trunk.trunk_ends
+  there = step in checkpoint.whole_steps(trunk.entry.folder)
+  if hosts.on_any(not there, "a look for a trunk"):
+    say(f"isoflop: {trunk.entry.folder} has lost its checkpoint of step {step:,}: begun at step 0")
+    return
+  branches.branch(trunk.entry.folder, step, folder)
+  say(f"isoflop: goes on from step {step:,} of {trunk.entry.name}")
