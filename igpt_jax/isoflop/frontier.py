@@ -17,7 +17,7 @@ import numpy as np
 
 from igpt_jax.isoflop.surface import Fit, Surface, interval
 
-BEYOND = 10.0  # times the largest N fitted: no number is told beyond
+BEYOND = 10.0  # times the largest N fitted, or a part of the smallest: no number is told beyond
 _MOST_BELOW, _MOST_ABOVE = 100.0, 100.0  # of the fitted sizes: bounds of the search
 _POINTS = 800  # of the search, refined by a parabola
 MINIMA = 3  # budgets whose minimum must lie inside the slice, for an exponent to be told
@@ -40,7 +40,7 @@ class Optimum:
 
   Attributes:
     budget: FLOPs.
-    n: parameters, without tables; None: more than BEYOND times the largest that was fitted.
+    n: parameters, without tables; None: out of range.
     d: tokens; None: as `n`.
     loss: nats per token that a run there is expected to reach; None: as `n`.
   """
@@ -77,10 +77,14 @@ class Frontier:
     fit: the surface, with its draws.
     smallest: parameters of the smallest model that it is fitted to.
     cost: FLOPs of training a model of n parameters on a token.
+
+  Attributes:
+    range: the smallest and the largest N* that are told.
   """
 
   def __init__(self, fit: Fit, smallest: float, cost: Cost):
     self._fit, self._cost = fit, cost
+    self.range = smallest / BEYOND, fit.largest * BEYOND  # of the N that are told
     self._log_n = np.linspace(
       np.log(smallest / _MOST_BELOW), np.log(fit.largest * _MOST_ABOVE), _POINTS
     )
@@ -101,9 +105,9 @@ class Frontier:
     return float(self.sizes(self._fit.surface, budget)[0])
 
   def optimum(self, budget: float) -> Optimum:
-    """Returns the best way to spend a budget; no numbers beyond BEYOND times the largest model fitted."""
+    """Returns the best way to spend a budget; no numbers where N* is out of range."""
     n = self.best_size(budget)
-    if n > BEYOND * self._fit.largest:
+    if not self.range[0] <= n <= self.range[1]:
       return Optimum(budget, None, None, None)
     drawn = self.sizes(self._fit.draws, budget)
     d = budget / float(self._cost(np.array(n)))

@@ -6,7 +6,6 @@ rung must stay what it is, for budgets to share trunks and for studies to be com
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from igpt_jax.config.job_fields import IsoflopConfig
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import abstract_params
 from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.model.parametrisation import names
 from igpt_jax.training import compilation
 
 # Parameters that are looked up, or that only the first and the last layer have for each colour or position.
@@ -68,19 +68,19 @@ LADDER = (
 )
 
 
-def rungs(names: Sequence[str]) -> tuple[Shape, ...]:
+def rungs(wanted: Sequence[str]) -> tuple[Shape, ...]:
   """Returns the shapes of these names, the smallest first; all of the ladder for none.
 
   Raises:
     UserError: the ladder has no such shape.
   """
   known = {shape.name: shape for shape in LADDER}
-  if unknown := [name for name in names if name not in known]:
+  if unknown := [name for name in wanted if name not in known]:
     raise UserError(
       f"config.isoflop.shapes: {unknown[0]!r}; expected shapes of the ladder, LAYERSxWIDTH: "
       f"{', '.join(known)}"
     )
-  return tuple(shape for shape in LADDER if not names or shape.name in names)
+  return tuple(shape for shape in LADDER if not wanted or shape.name in wanted)
 
 
 class Costs:
@@ -92,10 +92,18 @@ class Costs:
   """
 
   def __init__(self, settings: Settings, n_vocab: int):
-    self._settings, self._n_vocab = settings, n_vocab
-    self.tokens_per_step = settings.train.batch_size * settings.data.resolution**2
+    train = settings.train
+    self._settings = settings
+    self.tokens_per_step = train.batch_size * settings.data.resolution**2
+    optimizer = choices.optimizer_config(settings)
+    self._parameters: dict[Shape, tuple[int, int]] = {}
+    self._flops: dict[Shape, float] = {}
+    for shape in LADDER:
+      model = choices.model_config(self.settings(shape, train.steps, 0), n_vocab=n_vocab)
+      self._parameters[shape] = _counts(model)
+      self._flops[shape] = compilation.flops_per_step(model, optimizer, train.batch_size)
     sizes = np.array([self.size(shape) for shape in LADDER], np.float64)
-    costs = np.array([self.flops_per_step(shape) for shape in LADDER]) / self.tokens_per_step
+    costs = np.array([self._flops[shape] for shape in LADDER]) / self.tokens_per_step
     self._ends = np.log(sizes[[0, -1]])
     self._curve = np.polynomial.Polynomial.fit(np.log(sizes), np.log(costs / sizes), _DEGREE)
 
@@ -105,16 +113,9 @@ class Costs:
     own = with_values(self._settings, {**values, "train.steps": steps, "seed": seed})
     return dataclasses.replace(own, job="pretrain", isoflop=IsoflopConfig())
 
-  @functools.cache  # noqa: B019 - one object a study
-  def _model(self, shape: Shape) -> ImageGPTConfig:
-    return choices.model_config(self.settings(shape, 10**6, 0), n_vocab=self._n_vocab)
-
-  @functools.cache  # noqa: B019
   def parameters(self, shape: Shape) -> tuple[int, int]:
     """Returns the number of parameters, and of those without the tables of colours and positions."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(self._model(shape)))
-    sizes = [(str(path[-1].key), math.prod(leaf.shape)) for path, leaf in leaves]
-    return sum(n for _, n in sizes), sum(n for name, n in sizes if name not in _TABLES)
+    return self._parameters[shape]
 
   def size(self, shape: Shape) -> int:
     """Returns N: parameters without tables."""
@@ -122,10 +123,7 @@ class Costs:
 
   def flops_per_step(self, shape: Shape) -> float:
     """Returns the FLOPs of an update: matrices, attention and head of the whole batch, and the optimizer's."""
-    optimizer = choices.optimizer_config(self._settings)
-    return compilation.flops_per_step(
-      self._model(shape), optimizer, self._settings.train.batch_size
-    )
+    return self._flops[shape]
 
   def flops_per_token(self, n: np.ndarray) -> np.ndarray:
     """Returns the FLOPs of training on a token with a model of n parameters between the ladder's rungs.
@@ -134,3 +132,9 @@ class Costs:
     the rungs' FLOPs for each parameter, constant beyond the ladder's ends.
     """
     return n * np.exp(self._curve(np.clip(np.log(n), *self._ends)))
+
+
+def _counts(model: ImageGPTConfig) -> tuple[int, int]:
+  leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+  sizes = [(names(path)[-1], math.prod(leaf.shape)) for path, leaf in leaves]
+  return sum(n for _, n in sizes), sum(n for name, n in sizes if name not in _TABLES)

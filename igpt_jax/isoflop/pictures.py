@@ -57,7 +57,7 @@ def _slices(path: str, found: Findings) -> None:
     curves[f"{compact(budget)} FLOPs"] = Curve(n.tolist(), losses.tolist(), joined=False)
   chosen = None
   if minima:
-    chosen = ("parabola's minimum", *(list(each) for each in zip(*minima, strict=True)))
+    chosen = ("parabola's minimum", [n for n, _ in minima], [loss for _, loss in minima])
   plots.plot(
     path,
     Panel(curves=curves, y_label=_LOSS, x_label=_SIZE, log="x", chosen=chosen),
@@ -141,8 +141,9 @@ def _compute(path: str, found: Findings) -> None:
     best.append(found.fit.forecast(n, c / float(found.costs.flops_per_token(np.array(n)))))
   value, low, high = ([each[i] for each in best] for i in range(3))
   curves = {"lowest expected": Curve(budgets, value, band=(low, high))}
-  pairs = [(run.cell.flops, result.validation_loss) for run, result in found.fitted]
-  curves["fitted runs"] = Curve(*(list(of) for of in zip(*pairs, strict=True)), joined=False)
+  spent = [run.cell.flops for run, _ in found.fitted]
+  reached = [result.validation_loss for _, result in found.fitted]
+  curves["fitted runs"] = Curve(spent, reached, joined=False)
   held, chosen = found.held_out, None
   if held and held.reached == held.reached:
     chosen = ("held out", [held.cell.flops], [held.reached])

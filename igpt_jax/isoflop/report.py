@@ -153,17 +153,21 @@ def _scope(found: Findings) -> str:
   )
 
 
-def _text(estimate: Estimate | None, form: str, most: float = math.inf) -> str:
-  """Formats "value (low to high)"; an end above `most` is out of range."""
+def _text(
+  estimate: Estimate | None, form: str, told: tuple[float, float] = (-math.inf, math.inf)
+) -> str:
+  """Formats "value (low to high)"; an end that isn't within `told` is out of range."""
   if estimate is None:
     return OUT_OF_RANGE
-  high = format(estimate.high, form) if estimate.high <= most else OUT_OF_RANGE
-  return f"{estimate.value:{form}} ({estimate.low:{form}} to {high})"
+  low, high = (
+    format(end, form) if told[0] <= end <= told[1] else OUT_OF_RANGE
+    for end in (estimate.low, estimate.high)
+  )
+  return f"{estimate.value:{form}} ({low} to {high})"
 
 
 def _frontier(found: Findings) -> str:
-  assert found.fit is not None
-  most = BEYOND * found.fit.largest
+  assert found.frontier is not None
   rows = []
   for each in found.optima:
     shape = total = ratio = epochs = OUT_OF_RANGE
@@ -173,7 +177,7 @@ def _frontier(found: Findings) -> str:
       ratio = _text(_ratio(each), ",.0f")
       epochs = f"{each.d.value / found.settings.data.resolution**2 / found.images:.2f}"
     rows.append((
-      compact(each.budget), _text(each.n, ",.0f", most), _text(_millions(each.d), ".3g"), ratio, epochs,
+      compact(each.budget), _text(each.n, ",.0f", found.frontier.range), _text(_millions(each.d), ".3g"), ratio, epochs,
       _text(each.loss, ".4f"), shape, total,
     ))  # fmt: skip
   head = (
@@ -200,7 +204,7 @@ def _ratio(optimum: Optimum) -> Estimate:
 def _exponents(found: Findings) -> str:
   legend = (
     f"In brackets: {LEVEL:.0%} intervals of a parametric bootstrap ({found.settings.isoflop.draws} draws). FLOPs are those that run: matrices, "
-    f"attention, head, and the optimizer's products. “{OUT_OF_RANGE}”: beyond {BEYOND:g} times the largest model that was fitted."
+    f"attention, head, and the optimizer's products. “{OUT_OF_RANGE}”: beyond {BEYOND:g} times the largest model that was fitted, or below that part of the smallest."
   )
   if not found.exponents:
     return f"{legend}\n\nOf N* ∝ C^a and D* ∝ C^b {found.refusal}."

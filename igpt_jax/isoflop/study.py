@@ -165,12 +165,14 @@ class Study:
 
   def _train(self, later_flops: float) -> str | None:
     by_folder = {run.entry.folder: run for run in self._runs}
+    trains = not all(run.result.ended for run in self._runs)
     stopped_by = sequence.train(
       [run.entry for run in self._runs], self._mesh, "isoflop",
       after_each=self._write_runs, begin=lambda entry: _begin(by_folder[entry.folder]),
       flops=lambda entry: by_folder[entry.folder].flops_trained, later_flops=later_flops,
     )  # fmt: skip
-    self.report()
+    if trains:  # else what is there tells more than these first budgets
+      self.report()
     return stopped_by
 
   def _write_runs(self) -> None:
@@ -201,13 +203,14 @@ class Study:
         f"config.{name}: {compact(budget)}: too few runs have finished to fit a surface to; expected more than "
         "5, at two budgets; fix: the same command trains them"
       )
-    if found.frontier.optimum(budget).n is None:
+    size = found.frontier.best_size(budget)
+    if size > found.frontier.range[1]:
       raise UserError(
         f"config.{name}: {compact(budget)}: out of range: the best size is more than {BEYOND:g} times the largest "
         f"that was fitted, {found.fit.largest:,.0f} parameters; expected a smaller budget; fix: larger "
         "isoflop.budgets"
       )
-    size = found.frontier.best_size(budget)
+    # One below the range has the smallest shape, which has been trained: that forecast is within it.
     cell = self._cell(self._rungs[grid.nearest(self._rungs, self.costs, size)], budget, name)
     n = self.costs.size(cell.shape)
     return HeldOut(cell, Estimate(*found.fit.forecast(n, cell.tokens)))

@@ -1,7 +1,6 @@
 """Job isoflop on the digits: from one command to a config file, killed and gone on with, and what it refuses."""
 
 import csv
-import dataclasses
 import importlib.util
 import json
 import math
@@ -17,9 +16,6 @@ from igpt_jax.config.fields import FIELDS
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.isoflop import config_file, report
-from igpt_jax.isoflop.findings import HeldOut
-from igpt_jax.isoflop.frontier import Estimate
-from igpt_jax.isoflop.ladder import LADDER
 from igpt_jax.jobs import isoflop, pretrain
 from igpt_jax.runner import loop
 from support.quickstart import load_config, shrunk, stop_at
@@ -101,7 +97,7 @@ def test_a_killed_study_ends_with_the_same_numbers(done, tmp_path):
     for _ in range(2):
       with pytest.raises(Killed):
         on_one_device(isoflop, study(), str(workdir))
-    assert [row["status"] for row in rows_of(workdir)] == ["finished"] * 6 + ["unfinished"]
+    assert [row["status"] for row in rows_of(workdir)] == ["finished"] * 6
     on_one_device(isoflop, study(), str(workdir))
   folders = [folder for folder, _ in began]
   assert folders[0] == folders[1] and folders[4] == folders[5] and len(set(folders)) == 4
@@ -163,15 +159,9 @@ def test_the_same_command_trains_nothing_and_writes_the_config_of_a_budget(
 ):
   workdir = shutil.copytree(done, tmp_path / "study")
   monkeypatch.setattr(sequence, "pretrain", None)
-  settings = study(**{"isoflop.budget": 6e9})
-  try:
-    on_one_device(isoflop, settings, str(workdir))
-  except UserError as error:  # six noisy runs may put the best size anywhere
-    assert "isoflop.budget: 6e9: out of range: the best size is more than 10 times" in str(error)
-    assert not (workdir / "isoflop_6e9.py").exists()
-  else:
-    own, _ = load(workdir / "isoflop_6e9.py")
-    assert f"{own.model.n_layer}x{own.model.n_embd}" in SHAPES and own.job == "pretrain"
+  on_one_device(isoflop, study(**{"isoflop.budget": 6e9}), str(workdir))
+  own, _ = load(workdir / "isoflop_6e9.py")
+  assert f"{own.model.n_layer}x{own.model.n_embd}" in SHAPES and own.job == "pretrain"
   assert "7 of 7 trainings ended before" in capsys.readouterr().out
   assert (workdir / report.RUNS).read_text() == (done / report.RUNS).read_text()
 
@@ -190,7 +180,7 @@ def test_a_signal_stops_it_and_is_told(tmp_path, monkeypatch, capsys):
   ("changes", "expected"),
   [
     ({"train.learning_rate": 4e-3}, r"holds another config's run:\n  train\.learning_rate: 0\.008 th"),
-    ({"train.batch_size": 8}, r"train\.batch_size: 4 there, 8 here"),
+    ({"model.qk_norm": True}, r"model\.qk_norm: False there, True here"),
     ({"train.decay_shape": "linear"}, r"train\.decay_shape: 1-sqrt there, linear here"),
     ({"train.eval_images": 20}, r"train\.eval_images: 32 there, 20 here"),
     ({"data.validation": 0.2}, r"data\.validation: 0\.1 there, 0\.2 here"),
@@ -254,19 +244,6 @@ def test_unknown_shapes_and_small_budgets_are_refused_before_anything_is_trained
   ):
     with pytest.raises(UserError, match=expected):
       on_one_device(isoflop, study(**changes), str(tmp_path / "study"))
-
-
-def test_what_the_page_says_of_a_run_held_out():
-  cell = dataclasses.make_dataclass("Cell", ["budget", "shape", "steps", "epochs"])(
-    3e13, LADDER[5], 100, 1.5
-  )
-  found = dataclasses.make_dataclass("Found", ["held_out"])
-  inside = HeldOut(cell, Estimate(2.5, 2.4, 2.6), 2.45)
-  assert inside.inside and "within the interval, -0.0500" in report._held_out(found(inside))
-  missed = dataclasses.replace(inside, reached=2.65)
-  assert "**outside** the interval by 0.0500, +0.1500" in report._held_out(found(missed))
-  unknown = dataclasses.replace(inside, reached=math.nan)
-  assert not unknown.inside and "It hasn't finished." in report._held_out(found(unknown))
 
 
 def test_it_reads_what_job_ablate_trains_with():

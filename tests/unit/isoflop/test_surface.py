@@ -108,6 +108,8 @@ def test_no_number_is_told_out_of_range():
   assert near.n.value <= 10 * n.max() and near.d.value * cost(near.n.value) == pytest.approx(1e14)
   far = frontier.optimum(1e19)
   assert far.n is far.d is far.loss is None
+  tiny = frontier.optimum(1e5)
+  assert frontier.best_size(1e5) < frontier.range[0] == n.min() / 10 and tiny.n is None
 
 
 def test_exponents_of_six_n_d_are_the_closed_form():
