@@ -14,11 +14,9 @@ from igpt_jax.reporting import progress
 from igpt_jax.runner.pretraining import pretrain
 from igpt_jax.training.bad_numbers import BadNumbers
 
-Flops = Callable[[Entry], float]  # what is left of a run's FLOPs when it begins
-
-
-def _all_flops(entry: Entry) -> float:
-  return entry.flops
+Later = Callable[
+  [Sequence[Entry]], float
+]  # the runs after the present one -> seconds until all is trained
 
 
 def in_order(planned: Sequence[Entry]) -> list[Entry]:
@@ -34,8 +32,8 @@ def train(
   *,
   after_each: Callable[[], None],
   begin: Callable[[Entry], None] = lambda entry: None,
-  flops: Flops = _all_flops,
-  later_flops: float = 0.0,
+  later: Later | None = None,
+  more: bool = False,
 ) -> str | None:
   """Trains the runs that haven't ended; returns the signal that stopped it, None: all have ended.
 
@@ -45,8 +43,8 @@ def train(
     job: the name that messages begin with.
     after_each: called when a run has ended, to write what is known by then.
     begin: called with each run before it trains.
-    flops: those that a run takes from where it begins, for the forecast of time.
-    later_flops: FLOPs of what is to be trained after these runs, for the same.
+    later: forecasts the time of what is trained after a run; None: by the run's own speed.
+    more: True if other runs are trained after these.
   """
   left = [entry for entry in in_order(planned) if not outcomes.result_of(entry).ended]
   hosts.wait_for_all("runs looked at")
@@ -56,7 +54,7 @@ def train(
     entry = left[0]
     say(f"{job}: {entry.name}, seed {entry.seed}: {entry.folder}")
     begin(entry)
-    listener = Forecast(left, job, flops, later_flops)
+    listener = Forecast(left, job, later, more)
     try:
       outcome = pretrain(entry.settings, entry.folder, mesh, listener=listener)
     except BadNumbers as bad:
@@ -69,7 +67,7 @@ def train(
       asked_by = outcome.asked_by
     left.pop(0)
     after_each()
-    if asked_by and (left or later_flops):
+    if asked_by and (left or more):
       return asked_by
   return None
 
@@ -80,27 +78,31 @@ class Forecast:
   Args:
     left: the runs that are left, the one that trains now first.
     job: the name that the message begins with.
-    flops: those that a run takes from where it begins.
-    later_flops: FLOPs of what is to be trained after these runs.
+    later: forecasts the time of what is trained after the first; None: by its speed.
+    more: True if other runs are trained after these.
   """
 
   def __init__(
-    self, left: Sequence[Entry], job: str, flops: Flops = _all_flops, later_flops: float = 0.0
+    self, left: Sequence[Entry], job: str, later: Later | None = None, more: bool = False
   ):
-    self._left, self._job, self._later = list(left), job, later_flops
-    self._flops, self._told = flops, False
+    self._left, self._job = list(left), job
+    self._later, self._more, self._told = later, more, False
 
   def __call__(self, step: int, values: Mapping[str, Any]) -> None:
     if self._told or not values.get("images_per_second"):
       return
     self._told = True
-    now, *next_ones = self._left
-    seconds = now.settings.train.batch_size / values["images_per_second"]
-    speed = now.flops_per_step / seconds
-    flops = now.flops_per_step * (now.steps - step) + sum(map(self._flops, next_ones)) + self._later
-    more = " and those that the results will ask for" if self._later else ""
+    now, *others = self._left
+    step_seconds = now.settings.train.batch_size / values["images_per_second"]
+    speed = now.flops_per_step / step_seconds
+    if self._later is None:
+      later = sum(entry.flops for entry in others) / speed
+    else:
+      later = self._later(others)
+    seconds = step_seconds * (now.steps - step) + later
     say(
-      f"{self._job}: {units.counted(len(self._left), 'training')} left{more}, "
-      f"{progress.format_seconds(flops / speed)} at {units.significant(speed / 1e9)} GFLOP/s as now, "
-      "without compiling and evaluations"
+      f"{self._job}: {units.counted(len(self._left), 'training')} left"
+      f"{' and those that follow' if self._more else ''}, {progress.format_seconds(seconds)}"
+      f"{' at' if self._later is None else ', this one at'} {units.significant(speed / 1e9)} GFLOP/s"
+      f"{' as now' if self._later is None else ''}, without compiling and evaluations"
     )

@@ -96,11 +96,12 @@ class Costs:
     self._settings = settings
     self.tokens_per_step = train.batch_size * settings.data.resolution**2
     optimizer = choices.optimizer_config(settings)
+    self._models: dict[Shape, ImageGPTConfig] = {}
     self._parameters: dict[Shape, tuple[int, int]] = {}
     self._flops: dict[Shape, float] = {}
     for shape in LADDER:
       model = choices.model_config(self.settings(shape, train.steps, 0), n_vocab=n_vocab)
-      self._parameters[shape] = _counts(model)
+      self._models[shape], self._parameters[shape] = model, _counts(model)
       self._flops[shape] = compilation.flops_per_step(model, optimizer, train.batch_size)
     sizes = np.array([self.size(shape) for shape in LADDER], np.float64)
     costs = np.array([self._flops[shape] for shape in LADDER]) / self.tokens_per_step
@@ -112,6 +113,9 @@ class Costs:
     values = {f"model.{name}": value for name, value in dataclasses.asdict(shape).items()}
     own = with_values(self._settings, {**values, "train.steps": steps, "seed": seed})
     return dataclasses.replace(own, job="pretrain", isoflop=IsoflopConfig())
+
+  def model(self, shape: Shape) -> ImageGPTConfig:
+    return self._models[shape]
 
   def parameters(self, shape: Shape) -> tuple[int, int]:
     """Returns the number of parameters, and of those without the tables of colours and positions."""

@@ -8,12 +8,14 @@ follows from finished runs alone, so that a study that was killed goes on as if 
 """
 
 import os
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from igpt_jax import checkpoint, files
+from igpt_jax import checkpoint, files, units
 from igpt_jax.ablation import entries, sequence
 from igpt_jax.ablation.comparison import flop_unit
+from igpt_jax.ablation.entries import Entry
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.isoflop import config_file, findings, grid, report
@@ -21,14 +23,17 @@ from igpt_jax.isoflop.findings import Findings, HeldOut, Run
 from igpt_jax.isoflop.frontier import BEYOND, Estimate
 from igpt_jax.isoflop.grid import Cell, compact
 from igpt_jax.isoflop.ladder import Costs, Shape, rungs
+from igpt_jax.isoflop.speeds import Speeds
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
+from igpt_jax.reporting import progress
 from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.workspace import branches
 
 FOLDER = "isoflop"
 # Settings that decide no run's numbers, but what is compared: a finished run must have the study's.
 _COMPARED = ("train.eval_images", "model.dtype")
+_TRUNK = 0.8  # share of a run before its decay, by default, for forecasts of time
 
 
 class Study:
@@ -51,34 +56,42 @@ class Study:
     self.costs = Costs(self._settings, self._shared.n_vocab)
     self._runs: list[Run] = []
     self._held_out: HeldOut | None = None
+    self._speeds = Speeds(self.costs)
     self._expected = {budget: self._cells(budget) for budget in self._own.budgets}
 
   def plan(self) -> str:
-    """Returns a table of the budgets with the shapes that are expected, before anything has been trained."""
+    """Returns a table of the budgets with the shapes that are expected, and a forecast of the time of all.
+
+    If nothing has been trained yet, some steps of the smallest and of the largest shape are timed for it.
+    """
     unit, name = flop_unit(max(self._own.budgets))
     rows = [
       (
         compact(budget), f"{cells[0].shape.name} to {cells[-1].shape.name}",
         f"{self.costs.size(cells[0].shape):,} to {self.costs.size(cells[-1].shape):,}",
         f"{cells[0].steps:,} to {cells[-1].steps:,}", f"{cells[0].epochs:.2f} to {cells[-1].epochs:.2f}",
-        f"{self._spent(budget) / unit:.3g}",
+        f"{sum(flops for _, flops in self._trained(budget)) / unit:.3g}",
       )
       for budget, cells in self._expected.items()
     ]  # fmt: skip
-    head = ("budget", "shapes", "parameters without tables", "steps", "epochs", f"{name} in all")
-    total = sum(map(self._spent, self._own.budgets)) + self._own.held_out
-    held = f", and one run of {compact(self._own.held_out)} FLOPs" if self._own.held_out else ""
+    head = ("budget", "shapes", "parameters without tables", "steps", "epochs", name)
+    runs = [each for budget in self._budgets() for each in self._trained(budget)]
+    self._measure()
+    seconds = progress.format_seconds(sum(self._speeds.seconds(*each) for each in runs))
+    slowest, fastest = (units.significant(speed / 1e9) for speed in self._speeds.range())
+    held = f", and a run of {compact(self._own.held_out)} FLOPs" if self._own.held_out else ""
     return (
-      f"{markdown_table('llrrrr', head, rows)}"
-      f"as expected; from the second budget on by what has been found{held}: {total / unit:.3g} {name} at most"
+      f"{markdown_table('llrrrr', head, rows)}as expected; from the second budget on by what has been found{held}: "
+      f"{sum(flops for _, flops in runs) / unit:.3g} {name} in all, {seconds} at {slowest} to {fastest} GFLOP/s as "
+      "measured here, without compiling and evaluations"
     )
 
   def train(self) -> str | None:
     """Trains what isn't trained yet; returns the signal that stopped it, None: all is trained."""
+    budgets = self._budgets()
     for i, budget in enumerate(self._own.budgets):
       self._add(budget)
-      later = sum(map(self._spent, self._own.budgets[i + 1 :])) + self._own.held_out
-      if stopped_by := self._train(later):
+      if stopped_by := self._train(budgets[i + 1 :]):
         return stopped_by
     return self._train_held_out() if self._own.held_out else None
 
@@ -112,9 +125,33 @@ class Study:
 
   # --- planning ------------------------------------------------------------------------------------
 
-  def _spent(self, budget: float) -> float:
-    """Returns the FLOPs of all runs of a budget, at most."""
-    return budget * (self._own.per_budget + len(self._own.seeds) - 1)
+  def _budgets(self) -> list[float]:
+    """Returns all budgets in the order in which they are spent."""
+    return [*self._own.budgets, *([self._own.held_out] if self._own.held_out else [])]
+
+  def _trained(self, budget: float) -> list[tuple[Shape, float]]:
+    """Returns the expected runs of a budget, with the FLOPs that aren't those of a smaller one's trunk."""
+    if budget == self._own.held_out:
+      size = grid.expected_size(budget, [], self.costs, self._own.tokens_per_parameter)
+      return [(self._rungs[grid.nearest(self._rungs, self.costs, size)], budget)]
+    before = max((each for each in self._own.budgets if each < budget), default=0.0)
+    trunks = {cell.shape: cell.flops for cell in self._expected.get(before, ())}
+    cells = self._expected[budget]
+    middle, seeds = cells[(len(cells) - 1) // 2], len(self._own.seeds) - 1
+    return [
+      *((cell.shape, cell.flops - _TRUNK * trunks.get(cell.shape, 0.0)) for cell in cells),
+      *[(middle.shape, middle.flops)] * seeds,
+    ]
+
+  def _measure(self) -> None:
+    """Learns from finished runs how fast shapes train here, or times some steps."""
+    for run in self._runs or [
+      self._run(cell, self._own.seeds[0]) for cells in self._expected.values() for cell in cells
+    ]:
+      self._speeds.note(run.cell.shape, run.result.step_seconds)
+    cells = [cell for of in self._expected.values() for cell in of]
+    shapes = sorted({cell.shape for cell in cells}, key=self.costs.size)
+    self._speeds.measure((shapes[0], shapes[-1]), self._mesh)
 
   def _cells(self, budget: float) -> list[Cell]:
     """Returns the shapes that a budget trains, the smallest first."""
@@ -163,13 +200,21 @@ class Study:
 
   # --- training ------------------------------------------------------------------------------------
 
-  def _train(self, later_flops: float) -> str | None:
+  def _train(self, next_budgets: Sequence[float]) -> str | None:
+    """Trains the runs that have been planned; `next_budgets` are those that are planned after them."""
     by_folder = {run.entry.folder: run for run in self._runs}
     trains = not all(run.result.ended for run in self._runs)
+
+    def seconds(left: Sequence[Entry]) -> float:
+      runs = (by_folder[entry.folder] for entry in left)
+      expected = [(run.cell.shape, run.flops_trained) for run in runs]
+      expected += [each for budget in next_budgets for each in self._trained(budget)]
+      self._measure()
+      return sum(self._speeds.seconds(*each) for each in expected)
+
     stopped_by = sequence.train(
-      [run.entry for run in self._runs], self._mesh, "isoflop",
-      after_each=self._write_runs, begin=lambda entry: _begin(by_folder[entry.folder]),
-      flops=lambda entry: by_folder[entry.folder].flops_trained, later_flops=later_flops,
+      [run.entry for run in self._runs], self._mesh, "isoflop", after_each=self._write_runs,
+      begin=lambda entry: _begin(by_folder[entry.folder]), later=seconds, more=bool(next_budgets),
     )  # fmt: skip
     if trains:  # else what is there tells more than these first budgets
       self.report()
@@ -188,7 +233,7 @@ class Study:
       say(f"isoflop: nothing is held out: {error}")
       return None
     self._runs.append(self._run(self._held_out.cell, self._own.seeds[0], held_out=True))
-    return self._train(0.0)
+    return self._train(())
 
   def _reached(self) -> HeldOut | None:
     if self._held_out is None:

@@ -305,21 +305,25 @@ def _plan(
 
 
 def _timed(plan: _Plan, mesh: Mesh) -> float:
-  """Returns the seconds of a compiled step of the plan.
+  return step_seconds(plan.settings, plan.model, mesh)
+
+
+def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh) -> float:
+  """Returns the seconds of a compiled training step of a model, the median of some. Collective.
 
   Raises:
     DoesNotFit: it needs more memory than the devices have.
   """
   # A rate takes no time, and the plan's steps are a guess that given settings needn't suit.
-  settings = with_values(plan.settings, {"train.schedule": "constant", "train.warmup_steps": 0})
-  memory.check_state(plan.model, mesh)
+  settings = with_values(settings, {"train.schedule": "constant", "train.warmup_steps": 0})
+  memory.check_state(model, mesh)
   config = choices.optimizer_config(settings)
   schedule = optimizer.make_schedule(config)
-  kind = "autoregressive" if plan.model.causal else "masked"
+  kind = "autoregressive" if model.causal else "masked"
   objective = objectives.make_objective(kind, settings.mask_probability)
   tx = optimizer.make_optimizer(config)
-  train_step = step.make_train_step(plan.model, objective, tx, schedule, settings.train.accumulate)
-  compiled, run_step = device.training_step(plan.model, train_step, tx, mesh, plan.batch_size)
+  train_step = step.make_train_step(model, objective, tx, schedule, settings.train.accumulate)
+  compiled, run_step = device.training_step(model, train_step, tx, mesh, settings.train.batch_size)
   memory.check_step(compiled, mesh)
   with jax.set_mesh(mesh):
     timed = device.take_turns({"step": run_step}, _REPEATS, lambda done: None)["step"]

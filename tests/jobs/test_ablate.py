@@ -574,6 +574,15 @@ def test_the_forecast_is_told_once(capsys):
   assert line.startswith("ablate: 2 trainings left, 0:02:20 at ")  # 90 and 50 steps of a second
 
 
+def test_a_forecast_of_later_runs_may_be_anothers(capsys):
+  now, later = make_entry("a", 0, 100), make_entry("b", 0, 50)
+  forecast = sequence.Forecast([now, later], "isoflop", lambda left: 1_000.0 * len(left), more=True)
+  forecast(10, {"images_per_second": 16.0})
+  (line,) = capsys.readouterr().out.splitlines()
+  told = "isoflop: 2 trainings left and those that follow, 0:18:10, this one at "
+  assert line.startswith(told)  # 90 steps of a second, and 1,000 seconds
+
+
 def test_the_config_is_given_on_the_command_line(tmp_path):
   config = base()
   config.update_from_flattened_dict({"ablate.runs": ("a:",)})

@@ -11,6 +11,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.isoflop import grid
 from igpt_jax.isoflop.grid import Point, compact
 from igpt_jax.isoflop.ladder import LADDER, Costs, rungs
+from igpt_jax.isoflop.speeds import Speeds
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.training.compilation import flops_per_image, optimizer_flops
 from support.quickstart import load_config
@@ -81,6 +82,34 @@ def test_shapes_are_named():
   assert [shape.name for shape in rungs(("4x28", "2x12"))] == ["2x12", "4x28"]
   with pytest.raises(UserError, match=r"isoflop\.shapes: '4x29'; expected shapes .*: 2x12, 2x16,"):
     rungs(("4x28", "4x29"))
+
+
+def test_speeds_between_measured_shapes(costs, monkeypatch):
+  small, middle, large = LADDER[2], LADDER[5], LADDER[8]
+  seconds = {
+    shape.n_embd: costs.flops_per_step(shape) / speed
+    for shape, speed in ((small, 4e9), (large, 16e9))
+  }
+  timed = []
+
+  def step_seconds(settings, model, mesh):
+    timed.append(model.n_embd)
+    return seconds[model.n_embd]
+
+  monkeypatch.setattr("igpt_jax.workspace.sizing.step_seconds", step_seconds)
+  speeds = Speeds(costs)
+  speeds.note(small, math.nan)
+  for _ in range(2):
+    speeds.measure((small, large), None)
+  assert timed == [20, 48] and speeds.range() == pytest.approx((4e9, 16e9))
+  assert speeds.seconds(small, 8e9) == speeds.seconds(LADDER[0], 8e9) == pytest.approx(2)
+  assert speeds.seconds(LADDER[-1], 16e9) == pytest.approx(1)
+  share = math.log(costs.size(middle) / costs.size(small)) / math.log(
+    costs.size(large) / costs.size(small)
+  )
+  assert speeds.seconds(middle, 1e9) == pytest.approx(1 / (4 * 4**share))
+  speeds.note(middle, costs.flops_per_step(middle) / 5e9)
+  assert speeds.seconds(middle, 1e9) == pytest.approx(0.2)
 
 
 # --- the grid --------------------------------------------------------------------------------------
