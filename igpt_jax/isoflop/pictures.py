@@ -1,5 +1,6 @@
 """The four pictures of a study: slices, frontier, residuals, and loss against compute."""
 
+import math
 import os
 from collections.abc import Callable
 
@@ -97,16 +98,17 @@ def _frontier(path: str, found: Findings) -> None:
 
 
 def _budgets(found: Findings) -> list[float]:
-  """Returns budgets from below the smallest to the largest whose N* is told, 60 of them."""
+  """Returns budgets from below the smallest to the largest that was asked for, of those whose N* is told."""
   assert found.frontier is not None
-  asked = found.settings.isoflop.budgets
-  told = [each.budget for each in found.optima if each.n]
-  return np.geomspace(asked[0] / 2, max([*told, asked[-1]]), _POINTS).tolist()
+  least, most = found.frontier.range
+  ends = found.settings.isoflop.budgets[0] / 2, found.optima[-1].budget
+  return [c for c in np.geomspace(*ends, _POINTS) if least <= found.frontier.best_size(c) <= most]
 
 
 def _residuals(path: str, found: Findings) -> None:
   """Draws each run's loss minus the surface's against N and against D."""
   assert found.fit is not None
+  seeds = "" if math.isnan(found.seed_noise) else f"; between seeds {found.seed_noise:.4f}"
   runs = [run for run, _ in found.fitted]
   panels = []
   for x_label, x in (
@@ -127,7 +129,7 @@ def _residuals(path: str, found: Findings) -> None:
     path,
     *panels,
     title="Residuals of the surface, nats per token",
-    note=f"standard deviation {found.fit.sigma:.4f}; between seeds {found.seed_noise:.4f}",
+    note=f"standard deviation {found.fit.sigma:.4f}{seeds}",
   )
 
 

@@ -227,11 +227,7 @@ class Study:
   def _train_held_out(self) -> str | None:
     """Forecasts the run that is held out, writes its config, and trains it."""
     found = findings.find(self._settings, self.costs, self._images, self._runs)
-    try:
-      self._held_out = self.write_config(self._own.held_out, found, "isoflop.held_out")
-    except UserError as error:
-      say(f"isoflop: nothing is held out: {error}")
-      return None
+    self._held_out = self.write_config(self._own.held_out, found, "isoflop.held_out")
     self._runs.append(self._run(self._held_out.cell, self._own.seeds[0], held_out=True))
     return self._train(())
 
