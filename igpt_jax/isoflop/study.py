@@ -7,6 +7,7 @@ at the checkpoint that its decay began from, and is bit for bit the run that beg
 follows from finished runs alone, so that a study that was killed goes on as if it hadn't been.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -97,9 +98,7 @@ class Study:
 
   def report(self) -> Findings:
     """Fits what has finished, and writes all results."""
-    found = findings.find(
-      self._settings, self.costs, self._images, self._runs, self._reached()
-    )  # fmt: skip
+    found = findings.find(self._settings, self.costs, self._images, self._runs, self._reached())
     if hosts.is_main():
       report.write(self._workdir, found)
     hosts.wait_for_all("report written")
@@ -144,7 +143,10 @@ class Study:
     ]
 
   def _measure(self) -> None:
-    """Learns from finished runs how fast shapes train here, or times some steps."""
+    """Learns from finished runs how fast shapes train here, or times some steps.
+
+    Before anything is planned it looks where runs are expected, which refuses folders of another study's.
+    """
     for run in self._runs or [
       self._run(cell, self._own.seeds[0]) for cells in self._expected.values() for cell in cells
     ]:
@@ -179,9 +181,8 @@ class Study:
 
   def _run(self, cell: Cell, seed: int, held_out: bool = False) -> Run:
     """Returns a planned run, once its folder has been found to be free, or its own."""
-    folder = os.path.join(
-      self._workdir, FOLDER, cell.shape.name, str(seed), compact(cell.budget)
-    )  # fmt: skip
+    parts = cell.shape.name, str(seed), compact(cell.budget)
+    folder = os.path.join(self._workdir, FOLDER, *parts)
     own = self.costs.settings(cell.shape, cell.steps, seed)
     fix = "the settings that it was begun with, another --workdir, or remove it"
     entries.check_folder(own, folder, self._shared, _COMPARED, fix, branched=True)
@@ -196,7 +197,7 @@ class Study:
       and other.result.finished
     ]
     trunk = max(trunks, key=lambda other: other.trunk_ends, default=None)
-    return Run(cell=cell, entry=entry, n=run.n, held_out=held_out, trunk=trunk)
+    return dataclasses.replace(run, trunk=trunk)
 
   # --- training ------------------------------------------------------------------------------------
 
@@ -251,7 +252,7 @@ class Study:
         f"that was fitted, {found.fit.largest:,.0f} parameters; expected a smaller budget; fix: larger "
         "isoflop.budgets"
       )
-    # One below the range has the smallest shape, which has been trained: that forecast is within it.
+    # A size below the range gets the smallest shape there is, which isn't far from those that were fitted.
     cell = self._cell(self._rungs[grid.nearest(self._rungs, self.costs, size)], budget, name)
     n = self.costs.size(cell.shape)
     return HeldOut(cell, Estimate(*found.fit.forecast(n, cell.tokens)))
