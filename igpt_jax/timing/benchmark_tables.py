@@ -1,10 +1,16 @@
 """The benchmark job's results as Markdown: a heading, a table, notes."""
 
+from collections.abc import Iterator
 from typing import Any
 
+from igpt_jax import units
 from igpt_jax.reporting.tables import markdown_table
 
 Values = dict[str, Any]
+
+# Of a timing its number of repetitions, and of calls in each.
+HEAD = ("what", "median", "fastest to slowest", "times", "that is")
+SIDES = "lrlrl"
 
 
 def heading(results: Values) -> str:
@@ -23,16 +29,24 @@ def heading(results: Values) -> str:
 def as_markdown(results: Values) -> str:
   """Returns the whole report."""
   parts = [part for part in _ROWS if part in results]
-  rows = [
-    (what, _seconds(t["seconds"]), f"{_seconds(t['fastest'])} to {_seconds(t['slowest'])}", meaning)
-    for part in parts
-    for what, t, meaning in _ROWS[part](results[part])
-  ]
-  table = markdown_table("lrll", ("what", "median", "fastest to slowest", "that is"), rows)
+  table = markdown_table(SIDES, HEAD, [row for part in parts for row in rows(part, results[part])])
   lines = ["# Benchmark", "", *(f"- {line}" for line in heading(results).split("\n")), "", table]
-  lines += [note for part in parts for note in _NOTES[part](results[part])]
+  lines += [note for part in parts for note in notes(part, results[part])]
   lines += [f"- {part}: skipped: {reason}" for part, reason in results["skipped"].items()]
   return "\n".join(lines) + "\n"
+
+
+def rows(part: str, values: Values) -> Iterator[tuple[str, ...]]:
+  """Yields a part's rows of the table, cells as in HEAD."""
+  for what, times, meaning in _ROWS[part](values):
+    spread = f"{seconds(times['fastest'])} to {seconds(times['slowest'])}"
+    calls = f" × {times['calls']}" if times["calls"] > 1 else ""
+    yield what, seconds(times["seconds"]), spread, f"{times['repeats']}{calls}", meaning
+
+
+def notes(part: str, values: Values) -> Iterator[str]:
+  """Yields the lines below the table that a part has."""
+  yield from _NOTES[part](values)
 
 
 def _training_rows(part: Values):
@@ -50,11 +64,11 @@ def _training_notes(part: Values):
   memory = part["memory_per_device"]
   if memory is not None:
     # Donated buffers are arguments and outputs: count them once.
-    held = (memory["argument"] + memory["output"] - memory["alias"]) / 2**30
-    temporary = f"{memory['temp'] / 2**30:.2f} GiB to work in"
-    yield f"- training: {held:.2f} GiB held and {temporary} per device, as compiled"
+    held = units.memory(memory["argument"] + memory["output"] - memory["alias"])
+    temporary = units.memory(memory["temp"])
+    yield f"- training: {held} held and {temporary} to work in per device, as compiled"
   if part["peak_bytes_per_device"] is not None:
-    yield f"- training: at most {part['peak_bytes_per_device'] / 2**30:.2f} GiB in use on a device"
+    yield f"- training: at most {units.memory(part['peak_bytes_per_device'])} in use on a device"
 
 
 def _attention_rows(part: Values):
@@ -111,9 +125,9 @@ _NOTES = {
 }
 
 
-def _seconds(seconds: float) -> str:
-  """0.0123 -> "12.3 ms"."""
+def seconds(value: float) -> str:
+  """Formats a timing in seconds: 0.0123 as "12.3 ms"."""
   for unit, size in (("s", 1.0), ("ms", 1e-3)):
-    if seconds >= size:
-      return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds:,.0f} s"
-  return f"{seconds / 1e-6:.3g} µs"
+    if value >= size:
+      return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value:,.0f} s"
+  return f"{value / 1e-6:.3g} µs"

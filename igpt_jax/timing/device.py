@@ -51,13 +51,16 @@ def timing(seconds: list[float], calls: int = 1) -> Timing:
   return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), calls)
 
 
-def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[str, Timing]:
+def take_turns(
+  sides: Mapping[str, Call], repeats: int, tick: Ticker, until: float = math.inf
+) -> dict[str, Timing]:
   """Times several sides, which take turns after a warm-up, until their results are ready.
 
   Args:
     sides: functions that start some work and return its arrays.
     repeats: number of timings per side.
     tick: called with the number of rounds done.
+    until: time (`time.monotonic`) after which no round but the first begins, by the main process' clock.
   """
   calls: dict[str, int] = {}
   taken: dict[str, list[float]] = {}
@@ -68,6 +71,9 @@ def take_turns(sides: Mapping[str, Call], repeats: int, tick: Ticker) -> dict[st
     calls[name] = hosts.from_main(of_main, "the number of calls to time")
     taken[name] = [once] if calls[name] == 1 else []  # a long call already counts
   for done in range(1, repeats + 1):
+    late = until < math.inf and hosts.from_main(time.monotonic() > until, "a look at the clock")
+    if late and done > 1:
+      break
     for name, call in sides.items():
       if len(taken[name]) < done:
         taken[name].append(_timed(call, calls[name]))
@@ -89,16 +95,14 @@ def _timed(call: Call, times: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """A compiled step, its timing, and that of a large matmul on every device at once.
+  """Timing of a training step, and that of a large matmul on every device at once.
 
   Attributes:
-    compiled: the step.
     step, matmul: seconds.
     matmul_flops: FLOPs of one matmul call, all devices together.
     peak_bytes: most memory in use so far on a device of this process; None if unknown.
   """
 
-  compiled: compilation.CompiledStep
   step: Timing
   matmul: Timing
   matmul_flops: float
@@ -107,45 +111,57 @@ class Training:
 
 def measure_training(
   config: ImageGPTConfig,
-  train_step: Callable,
+  compiled: compilation.CompiledStep,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   *,
   batch_size: int,
   repeats: int,
-  say: Callable[[str], None],
   tick: Ticker,
+  until: float = math.inf,
 ) -> Training:
-  """Measures the step as pretraining compiles and runs it, on random tokens."""
-  compiled, run_step = training_step(config, train_step, optimizer, mesh, batch_size)
-  say(f"training: {compiled.took}; {compiled.memory}")
+  """Measures a step of `compile_training_step` as pretraining runs it, on random tokens."""
+  run_step = step_call(config, compiled, optimizer, mesh, batch_size)
   matmul, flops = large_matmul(config.dtype, mesh)
-  timings = take_turns({"step": run_step, "matmul": matmul}, repeats, tick)
-  return Training(compiled, timings["step"], timings["matmul"], flops, peak_bytes(mesh))
+  timings = take_turns({"step": run_step, "matmul": matmul}, repeats, tick, until)
+  return Training(timings["step"], timings["matmul"], flops, peak_bytes(mesh))
 
 
-def training_step(
+def compile_training_step(
   config: ImageGPTConfig,
   train_step: Callable,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   batch_size: int,
-) -> tuple[compilation.CompiledStep, Call]:
-  """Compiles the step as pretraining does; returns it, and a call that makes it on random tokens."""
+) -> compilation.CompiledStep:
+  """Compiles the step as pretraining does, under its mesh; allocates nothing."""
+  target = sharding.sharding(mesh, "batch")
+  tokens = jax.ShapeDtypeStruct((batch_size, config.n_positions), jnp.uint16, sharding=target)
+  abstract = state.abstract_state(config, optimizer)
+  shardings = state.state_shardings(config, optimizer, mesh)
+  with jax.set_mesh(mesh):
+    return compilation.compile_step(train_step, abstract, shardings, {"tokens": tokens})
+
+
+def step_call(
+  config: ImageGPTConfig,
+  compiled: compilation.CompiledStep,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  batch_size: int,
+) -> Call:
+  """Returns a call that makes the compiled step, on a new state and random tokens."""
   shape = (batch_size, config.n_positions)
   tokens = np.random.default_rng(0).integers(config.n_vocab, size=shape, dtype=np.uint16)
   batch = {"tokens": sharding.put_global(tokens, mesh)}
   train_state = state.make_state(config, optimizer, 0, mesh)
-  abstract = state.abstract_state(config, optimizer)
-  shardings = state.state_shardings(config, optimizer, mesh)
-  compiled = compilation.compile_step(train_step, abstract, shardings, batch)
 
   def run_step() -> step.Metrics:
     nonlocal train_state
     train_state, metrics = compiled(train_state, batch)
     return metrics
 
-  return compiled, run_step
+  return run_step
 
 
 def large_matmul(dtype: str, mesh: Mesh) -> tuple[Call, float]:
@@ -235,6 +251,7 @@ def measure_sampling(
   sampling: autoregressive.SamplingConfig,
   repeats: int,
   tick: Ticker,
+  until: float = math.inf,
 ) -> tuple[Timing, int]:
   """Measures unconditional sampling from random weights.
 
@@ -253,4 +270,4 @@ def measure_sampling(
       out_shardings=sharding.replicated(mesh),
     )
     sides = {"samples": lambda: compiled(params, prompt, keys)}
-    return take_turns(sides, repeats, tick)["samples"], n
+    return take_turns(sides, repeats, tick, until)["samples"], n

@@ -323,8 +323,10 @@ def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh) -> float
   objective = objectives.make_objective(kind, settings.mask_probability)
   tx = optimizer.make_optimizer(config)
   train_step = step.make_train_step(model, objective, tx, schedule, settings.train.accumulate)
-  compiled, run_step = device.training_step(model, train_step, tx, mesh, settings.train.batch_size)
+  batch = settings.train.batch_size
+  compiled = device.compile_training_step(model, train_step, tx, mesh, batch)
   memory.check_step(compiled, mesh)
+  run_step = device.step_call(model, compiled, tx, mesh, batch)
   with jax.set_mesh(mesh):
     timed = device.take_turns({"step": run_step}, _REPEATS, lambda done: None)["step"]
   return hosts.from_main(math.ceil(timed.seconds * 1e6), "the first host's time of a step") / 1e6

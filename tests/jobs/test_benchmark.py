@@ -1,6 +1,7 @@
 """The benchmark job measures what it says; how fast anything is, is not tested."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from igpt_jax.errors import UserError
 from igpt_jax.jobs import benchmark
 from igpt_jax.timing import device as measuring
 from igpt_jax.training.compilation import flops_per_image
+from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from support import tiny
 from support.tiny import settings_of
 
 
@@ -189,3 +192,29 @@ def test_a_median_and_its_spread():
   found = measuring.timing([3.0, 1.0, 8.0], calls=2)
   assert (found.seconds, found.fastest, found.slowest) == (3.0, 1.0, 8.0)
   assert (found.repeats, found.calls) == (3, 2)
+
+
+def test_no_round_but_the_first_begins_late():
+  def side():
+    return jax.numpy.zeros(())
+
+  late = measuring.take_turns({"a": side}, 4, lambda done: None, until=time.monotonic())
+  assert late["a"].repeats == 1
+  soon = measuring.take_turns({"a": side}, 2, lambda done: None, until=time.monotonic() + 600)
+  assert soon["a"].repeats == 2
+
+
+def test_the_step_is_compiled_for_its_mesh():
+  """As pretraining does: without the mesh no activation is pinned, and no sum scattered."""
+  config, optimizer = tiny.make_config(), make_optimizer(OptimizerConfig(1e-3, 10))
+  seen = []
+
+  def train_step(state, batch):
+    seen.append(dict(jax.sharding.get_abstract_mesh().shape))
+    return state, {}
+
+  mesh = tiny.mesh_of((2, 4, 1))
+  compiled = measuring.compile_training_step(config, train_step, optimizer, mesh, 16)
+  assert seen == [{"data": 2, "fsdp": 4, "tensor": 1}]
+  call = measuring.step_call(config, compiled, optimizer, mesh, 16)
+  assert call() == {}

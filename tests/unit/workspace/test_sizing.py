@@ -134,7 +134,8 @@ def test_what_is_too_large_is_told_from_other_mistakes(monkeypatch):
 
 def test_a_given_decay_must_suit_the_chosen_steps_alone(photos, tmp_path, monkeypatch):
   """Not those of the plans that are only timed; and it is refused before anything is written."""
-  monkeypatch.setattr(sizing.device, "training_step", lambda *args: (None, None))
+  monkeypatch.setattr(sizing.device, "compile_training_step", lambda *args: None)
+  monkeypatch.setattr(sizing.device, "step_call", lambda *args: None)
   monkeypatch.setattr(sizing.memory, "check_step", lambda *args: None)
   of_step = {"step": types.SimpleNamespace(seconds=0.02)}
   monkeypatch.setattr(sizing.device, "take_turns", lambda *args: of_step)
