@@ -106,8 +106,10 @@ class Slice:
 
   @property
   def vcpus(self) -> int:
-    """Virtual CPUs of each host that has 4 chips or more."""
-    return self.kind.vcpus_alone if 4 * self.hosts < self.chips else self.kind.vcpus
+    """Virtual CPUs of each host; of one with fewer than 4 chips about."""
+    if 4 * self.hosts < self.chips:
+      return self.kind.vcpus_alone
+    return self.kind.vcpus * min(chips_of(self.shape), 4) // 4
 
   @property
   def devices(self) -> int:

@@ -192,26 +192,15 @@ def largest_arrays(program: hlo.Program, n: int = 8) -> list[tuple[int, str, str
   return [(size, shape, origin) for (shape, origin), size in ordered]
 
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
 def _refused(message: str, hbm: int) -> Memory | None:
   """Reads the compiler's error that a program doesn't fit; None if it is another error."""
-  # It says so before it schedules a program, from its sizes alone, or at the end.
-  needed = re.search(
-    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM", message
-  ) or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-  if needed is None:
+  if (needed := compilation.refused_bytes(message)) is None:
     return None
-
-  def size(number: str, unit: str) -> int:
-    return round(float(number) * _UNITS[unit])
-
   largest = [
-    (size(*amount), shape.strip(), (origin or "").strip())
+    (compilation.bytes_of(*amount), shape.strip(), (origin or "").strip())
     for *amount, origin, shape in re.findall(
       r"Size: ([\d.]+)([KMGT]?)\S*\n(?:\s+Operator: op_name=\"([^\"]*)\"[^\n]*\n)?\s+Shape: ([^{\n]*)",
       message,
     )
   ]
-  return Memory(0, 0, 0, 0, hbm, size(needed[1], needed[2]), largest[:8])
+  return Memory(0, 0, 0, 0, hbm, needed, largest[:8])

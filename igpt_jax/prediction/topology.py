@@ -116,11 +116,7 @@ def check_name(name: str) -> None:
       f"config.compile.topology: {name!r}; expected one of {', '.join(GENERATIONS)} with a slice's shape, "
       f"such as v5e:4x4 or v5p:4x4x4{hint}"
     )
-  rented = tpu_types.KINDS[kind]
-  # The compiler describes whole hosts.
-  shapes = tuple(shape for shape in rented.shapes if tpu_types.chips_of(shape) >= 4)
-  compiled = dataclasses.replace(rented, shapes=shapes)
-  tpu_types.check_shape(compiled, shape, name, "config.compile.topology")
+  tpu_types.check_shape(tpu_types.KINDS[kind], shape, name, "config.compile.topology")
 
 
 @functools.cache
@@ -170,12 +166,19 @@ def open_topology(name: str, slices: int = 1, network: float = 0.0) -> Topology:
   dump = _prepare_compiler()
   from jax.experimental import topologies
 
-  kind = name.partition(":")[0]
+  kind, _, shape = name.partition(":")
+  alone = tpu_types.chips_of(shape) == 1
+  if alone and slices > 1:
+    raise UserError(
+      f"config.mesh.slices: {slices}; one chip, {name}, is compiled for alone; expected 1; fix: a larger slice"
+    )
   # A v4 chip's two cores are one device, as on rented v4 slices.
   options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
   if slices > 1:
     options["num_slices"] = slices
-  devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+  described = f"{kind}:2x2" if alone else name  # the compiler describes whole hosts
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=described, **options).devices
+  devices = devices[:1] if alone else devices
   chip = hardware.chip_of(devices[0])
   if chip is None:
     raise UserError(

@@ -1,6 +1,7 @@
 """The training step compiled ahead of its first use, and its model FLOPs."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,23 @@ def timed(compile_it: Callable[[], jax.stages.Compiled]) -> CompiledStep:
   began, programs = time.monotonic(), compilation_cache.Tally()
   executable = compile_it()
   return CompiledStep(executable, time.monotonic() - began, programs.all_read)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def bytes_of(number: str, unit: str) -> int:
+  """Returns an amount of memory that the compiler prints, such as ("16.98", "G"), in bytes."""
+  return round(float(number) * _UNITS[unit])
+
+
+def refused_bytes(message: str) -> int | None:
+  """Returns the bytes that a program needs by the TPU compiler's error that it doesn't fit; None: another error."""
+  # It says so before it schedules a program, from its sizes alone, or at the end.
+  needed = re.search(
+    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM", message
+  ) or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+  return None if needed is None else bytes_of(needed[1], needed[2])
 
 
 def flops_per_image(config: ImageGPTConfig) -> float:
