@@ -73,6 +73,9 @@ ADDED: dict[str, Any] = {
   "model.x0_skip": False,
   "mesh.slices": 1,
   "compile.network": 0.0,
+  "first_contact.minutes": 10.0,
+  "first_contact.configs": [],
+  "first_contact.parts": ["training", "sampling", "input", "forecast"],
 }
 
 

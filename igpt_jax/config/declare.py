@@ -42,6 +42,7 @@ JOBS = {
   "download": "fetch OpenAI's released checkpoints and tokens",
   "compile": "compile for a TPU slice that isn't here; predict its memory use and speed",
   "benchmark": "measure how fast this machine trains, attends, samples and reads images",
+  "first_contact": "measure the project's models here in minutes, for a report that can be sent to anybody",
 }
 
 # Jobs that pretrain.
@@ -51,12 +52,14 @@ TRAINING = (*PRETRAINING, "finetune", "probe")
 READING = ("evaluate", "probe", "lowdata", "finetune", "sample", "complete", "quality")
 # Jobs that can follow a training run, checkpoint by checkpoint.
 WATCHING = ("evaluate", "probe", "sample", "quality")
-DRAWING = (*PRETRAINING, "sample", "complete", "quality", "compile", "benchmark")
+MEASURING = ("benchmark", "first_contact")
+DRAWING = (*PRETRAINING, "sample", "complete", "quality", "compile", *MEASURING)
 # Jobs that can make a model without a checkpoint.
-MAKING = (*PRETRAINING, "finetune", "compile", "benchmark")
-UPDATING = (*PRETRAINING, "compile", "benchmark")
-COMPUTING = (*PRETRAINING, *READING, "compile", "benchmark")
-OPENING = tuple(job for job in JOBS if job not in ("complete", "convert", "download", "compile"))
+MAKING = (*PRETRAINING, "finetune", "compile", *MEASURING)
+UPDATING = (*PRETRAINING, "compile", *MEASURING)
+COMPUTING = (*PRETRAINING, *READING, "compile", *MEASURING)
+_WITHOUT_DATA = ("complete", "convert", "download", "compile", "first_contact")
+OPENING = tuple(job for job in JOBS if job not in _WITHOUT_DATA)
 
 # Bounds that many settings have.
 BATCH = {"least": 1, "most": 65_536}

@@ -93,6 +93,7 @@ class Settings(Group, jobs=tuple(JOBS)):
   download: jobs.DownloadConfig = jobs.DownloadConfig()
   compile: jobs.CompileConfig = jobs.CompileConfig()
   benchmark: jobs.BenchmarkConfig = jobs.BenchmarkConfig()
+  first_contact: jobs.FirstContactConfig = jobs.FirstContactConfig()
   log: runs.LogConfig = runs.LogConfig()
   # fmt: on
 

@@ -3,7 +3,16 @@
 import dataclasses
 import itertools
 
-from igpt_jax.config.declare import BATCH, COUNT, DRAWING, FROM_0, PRETRAINING, Group, setting
+from igpt_jax.config.declare import (
+  BATCH,
+  COUNT,
+  DRAWING,
+  FROM_0,
+  MEASURING,
+  PRETRAINING,
+  Group,
+  setting,
+)
 from igpt_jax.errors import UserError
 
 # A table: a setting takes as few lines as it needs.
@@ -246,6 +255,19 @@ class BenchmarkConfig(Group, prefix="benchmark", jobs=("benchmark",)):
 
   parts: tuple[str, ...] = setting(("training", "attention", "sampling", "input"), "what to "
     "measure", empty=False, choices=("training", "attention", "sampling", "input"))
-  repeats: int = setting(5, "timings of a measurement, whose median is reported", **COUNT)
-  samples: int = setting(8, "images drawn at a time", **BATCH)
-  images: int = setting(200, "images of the data set that the input pipeline is timed on", **COUNT)
+  repeats: int = setting(5, "timings of a measurement, whose median is reported", **COUNT, jobs=MEASURING)
+  samples: int = setting(8, "images drawn at a time", **BATCH, jobs=MEASURING)
+  images: int = setting(200, "images of the data set that the input pipeline is timed on", **COUNT,
+    jobs=MEASURING)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstContactConfig(Group, prefix="first_contact", jobs=("first_contact",)):
+  """A report on new machines, within some minutes. What else the job reads replaces the configs' own values,
+  unless it is the program's default."""
+
+  minutes: float = setting(10.0, "time after which no part begins; one that has begun is ended early", above=0)
+  configs: tuple[str, ...] = setting((), "configs to measure, by names or paths, those first that train "
+    "fastest; (): imagenet32_s, _m and _l, on a CPU quickstart")
+  parts: tuple[str, ...] = setting(("training", "sampling", "input", "forecast"), "what to do, in this "
+    "order; forecasts are for TPUs", empty=False, choices=("training", "sampling", "input", "forecast"))

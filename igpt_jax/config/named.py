@@ -3,7 +3,9 @@
 import difflib
 import os
 import pathlib
+import runpy
 
+from igpt_jax.config.fields import Settings, from_config
 from igpt_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -20,8 +22,12 @@ def names() -> list[str]:
   return sorted(path.stem for path in folder().glob("*.py"))
 
 
-def path_of(config: str) -> str:
+def path_of(config: str, what: str = "--config") -> str:
   """Returns the path of a config file that is given by its path or, unless that exists, by its name.
+
+  Args:
+    config: the path or name.
+    what: what names it, for errors.
 
   Raises:
     UserError: there is neither.
@@ -32,6 +38,15 @@ def path_of(config: str) -> str:
     return str(folder() / f"{config}.py")
   meant = "".join(f"; fix: {name}" for name in difflib.get_close_matches(config, names(), 1))
   raise UserError(
-    f"--config: {config[:300]!r}: no such file; expected the path of a config, or the "
+    f"{what}: {config[:300]!r}: no such file; expected the path of a config, or the "
     f"name of one of the project's: {', '.join(names())}{meant}"
   )
+
+
+def settings_of(config: str, what: str) -> Settings:
+  """Returns the settings of a config file, each of them checked; arguments as of `path_of`.
+
+  Raises:
+    UserError: there is no such file, or it has a wrong value.
+  """
+  return from_config(runpy.run_path(path_of(config, what))["get_config"]())

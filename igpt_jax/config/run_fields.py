@@ -53,8 +53,9 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
     "literal (the paper's two)", decides="run", choices=("fused", "literal"),
     jobs=(*PRETRAINING, "finetune", "fit_palette", "benchmark"))
   threads: int = setting(0, "threads that load batches, in every process, two batches ahead; more "
-    "hide slow reads; 0: chosen", least=0, most=1_024, host=True)
-  workers: int = setting(0, "processes that load batches; 0: this one", least=0, host=True)
+    "hide slow reads; 0: chosen", least=0, most=1_024, host=True, jobs=(*OPENING, "first_contact"))
+  workers: int = setting(0, "processes that load batches; 0: this one", least=0, host=True,
+    jobs=(*OPENING, "first_contact"))
   cache_mb: int = setting(512, "a data set whose decoded images fit in it is read once", least=0,
     host=True)
   verify: bool = setting(False, "read folders and files of tokens completely for their digest, "

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -11,6 +13,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import extras, units
 from igpt_jax.errors import UserError
+from igpt_jax.parallel import tpu_types
 
 # jax declares it as a variable, which type checkers don't take.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
@@ -34,6 +37,7 @@ class Chip:
 
 
 _GIB = 2.0**30
+_NVIDIA_VERSION = "/proc/driver/nvidia/version"
 
 # device_kind as JAX reports it -> chip. A TPU's memory is what the compiler lets a program use; a device of
 # tpu7x is half a chip.
@@ -134,6 +138,32 @@ def memory_bytes(mesh: Mesh) -> float | None:
   limit = (device.memory_stats() or {}).get("bytes_limit") if here else None
   chip = chip_of(device)
   return limit or (chip and chip.hbm_bytes)
+
+
+def driver(device: Device) -> str:
+  """Returns versions of what runs a device's programs: the runtime's, and that of NVIDIA's driver."""
+  lines = [line.strip() for line in device.client.platform_version.splitlines()]
+  if device.platform == "gpu" and os.path.exists(_NVIDIA_VERSION):
+    with open(_NVIDIA_VERSION, encoding="utf-8") as file:
+      version = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", file.read())
+    lines += [f"NVIDIA driver {version[1]}"] if version else []
+  return ", ".join(line for line in lines if line)
+
+
+def topology_of(devices: Sequence[Device]) -> str | None:
+  """Returns the name of one slice's topology, such as "v5e:4x4"; None if they aren't a whole slice of TPUs."""
+  chip = chip_of(devices[0])
+  if devices[0].platform != "tpu" or chip is None or chip.name not in tpu_types.KINDS:
+    return None
+  chips = {tuple(device.coords) for device in devices}
+  sides = [len(set(axis)) for axis in zip(*chips, strict=True)]
+  if math.prod(sides) != len(chips):
+    return None
+  for shape in tpu_types.KINDS[chip.name].shapes:
+    named = [int(n) for n in shape.split("x")]
+    if sorted(named + [1] * (len(sides) - len(named))) == sorted(sides):
+      return f"{chip.name}:{shape}"
+  return None
 
 
 def slice_index(device: Device) -> int | None:

@@ -20,6 +20,7 @@ from igpt_jax.model.decoding.cache import CACHE_DTYPES
 from igpt_jax.model.model_config import PRESETS, REMAT_POLICIES, ImageGPTConfig
 from igpt_jax.pretrained import formats, released
 from igpt_jax.probing import sets
+from igpt_jax.timing import contact_parts
 from igpt_jax.training.objectives import OBJECTIVES
 from igpt_jax.training.optimizer import DECAY_SHAPES, SCHEDULES
 from support.paths import ROOT
@@ -51,6 +52,7 @@ def test_every_setting_is_declared():
     ("sample.cache", CACHE_DTYPES), ("train.schedule", SCHEDULES),
     ("train.decay_shape", DECAY_SHAPES), ("convert.format", formats.FORMATS),
     ("features.baselines", sets.BASELINES), ("benchmark.parts", benchmark.PARTS),
+    ("first_contact.parts", contact_parts.KINDS),
     ("download.model", (*released.MODELS, "")), ("download.step", released.STEPS),
     ("download.data", (*released.DATASETS, "")),
   ],
@@ -67,7 +69,7 @@ def test_defaults_are_one():
       name: list(value) if isinstance(value, tuple) else value
       for name, value in base()[group].items()
     }
-    for group in ("ablate", "isoflop", "features", "probe", "lowdata", "benchmark")
+    for group in ("ablate", "isoflop", "features", "probe", "lowdata", "benchmark", "first_contact")
   }
   assert FIELDS["seed"].most == order.MAX_SEED
 

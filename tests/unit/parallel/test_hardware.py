@@ -1,5 +1,6 @@
 """FLOPs of a training step, counted by hand and in the program itself."""
 
+import itertools
 import math
 import types
 
@@ -10,6 +11,7 @@ import pytest
 
 from igpt_jax.model.image_gpt import abstract_params, bind
 from igpt_jax.model.model_config import PRESETS, ImageGPTConfig
+from igpt_jax.parallel import hardware
 from igpt_jax.parallel.hardware import CHIPS, chip_of, memory_bytes
 from igpt_jax.training.compilation import flops_per_image
 from igpt_jax.training.objectives import token_nll
@@ -101,3 +103,46 @@ def test_memory_is_asked_of_a_device_of_this_process():
     mesh = types.SimpleNamespace(devices=np.array(devices), local_devices=local)
     assert memory_bytes(mesh) == CHIPS["TPU v5 lite"].hbm_bytes
   assert memory_bytes(tiny.mesh_of()) > 2**28
+
+
+def tpus(kind, *sides, per_chip=1):
+  """Devices of a box of chips, with the figures that JAX gives them."""
+  return [
+    types.SimpleNamespace(platform="tpu", device_kind=kind, coords=spot, core_on_chip=core)
+    for spot in itertools.product(*map(range, sides))
+    for core in range(per_chip)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("devices", "name"),
+  [
+    (tpus("TPU v5 lite", 1, 1, 1), "v5e:1x1"),
+    (tpus("TPU v5 lite", 4, 2, 1), "v5e:2x4"),  # whichever way it lies
+    (tpus("TPU v6 lite", 16, 16, 1), "v6e:16x16"),
+    (tpus("TPU v4", 2, 2, 1), "v4:2x2x1"),
+    (tpus("TPU v5", 4, 4, 8), "v5p:4x4x8"),
+    (tpus("TPU7x", 2, 2, 1, per_chip=2), "tpu7x:2x2x1"),
+    (tpus("TPU v5 lite", 3, 1, 1), None),  # no such slice
+    (tpus("TPU v5 lite", 4, 2, 1)[:-1], None),  # a part of one
+    (tpus("TPU v9", 2, 2, 1), None),
+    ([types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")], None),
+  ],
+)
+def test_a_slice_is_known_by_its_devices(devices, name):
+  assert hardware.topology_of(devices) == name
+
+
+def test_a_driver_is_named_by_versions_alone(monkeypatch, tmp_path):
+  assert hardware.driver(jax.local_devices()[0]) == "cpu" or jax.default_backend() != "cpu"
+  client = types.SimpleNamespace(platform_version="PJRT C API\ncuda 12090")
+  gpu = types.SimpleNamespace(platform="gpu", client=client)
+  told = tmp_path / "version"
+  told.write_text(
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  560.35.03  Release Build  (dvs@host-7)\n"
+    "GCC version:  gcc version 12.2.0\n"
+  )
+  monkeypatch.setattr(hardware, "_NVIDIA_VERSION", str(told))
+  assert hardware.driver(gpu) == "PJRT C API, cuda 12090, NVIDIA driver 560.35.03"
+  monkeypatch.setattr(hardware, "_NVIDIA_VERSION", str(tmp_path / "absent"))
+  assert hardware.driver(gpu) == "PJRT C API, cuda 12090"
