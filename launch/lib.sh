@@ -342,6 +342,24 @@ choose_constraints() {
   constraints=(--constraint "$file")
 }
 
+# choose_extra: sets `extra` to that of the accelerator that is here, unless it is set; "" if there is none.
+choose_extra() {
+  if [ -z "$extra" ]; then
+    if command -v nvidia-smi >/dev/null; then
+      extra=cuda
+    elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
+      extra=tpu
+    else
+      extra=none
+    fi
+  fi
+  case $extra in
+    cuda | tpu) ;;
+    none) extra="" ;;
+    *) die "--extra=$extra; expected cuda, tpu or none" ;;
+  esac
+}
+
 # make_venv DIR PYTHON [EXTRA]: an environment with the package and one of its extras, of the releases
 # in constraints/. A stamp says what was installed: an interrupted or outdated installation is done again.
 make_venv() {
@@ -369,9 +387,17 @@ install_venv() {
 # stage JOB ARG…: runs one job of such a script in the environment `venv`. A stop signal is handed on,
 # and ends the script as any failure of the job does.
 stage() {
-  local job=$1 status=0 child="" stopped=""
-  shift
-  say "$job"
+  local status
+  say "$1"
+  run_job "${@:2}"
+  [ "$status" -ne 143 ] || stop_here
+  [ "$status" -eq 0 ] || exit "$status"
+}
+
+# run_job ARG…: runs a job in the environment `venv`, hands a stop signal on, and sets `status`, 143 if it was
+# stopped.
+run_job() {
+  local child="" stopped=""
   # Ctrl-C reaches the job by itself, other signals this script alone.
   trap 'stopped=1' INT
   trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
@@ -386,8 +412,7 @@ stage() {
     kill -0 "$child" 2>/dev/null || break
   done
   trap - INT TERM
-  [ -z "$stopped" ] && [ "$status" -ne 143 ] || stop_here
-  [ "$status" -eq 0 ] || exit "$status"
+  [ -z "$stopped" ] || status=143
 }
 
 # Ends a script whose job was told to stop.

@@ -29,18 +29,6 @@ set -euo pipefail
 TOLERANCE=0.0005
 STEP=1000000
 
-here() { compgen -G "$1" >/dev/null; }
-
-accelerator() {
-  if command -v nvidia-smi >/dev/null; then
-    printf cuda
-  elif here "/dev/accel*" || here "/dev/vfio/[0-9]*"; then
-    printf tpu
-  else
-    printf none
-  fi
-}
-
 directory=$REPO_DIR/downloads workdir=$REPO_DIR/runs/reproduce url="" venv=$REPO_DIR/.venv extra=""
 read_options --directory= --workdir= --url= --venv= --extra= "*" -- "$@"
 sizes=(${others[@]+"${others[@]}"})
@@ -51,12 +39,7 @@ for size in "${sizes[@]}"; do
     *) die "$size: no such size; expected small, medium or large (XL was not released)" ;;
   esac
 done
-extra=${extra:-$(accelerator)}
-case $extra in
-  cuda | tpu) ;;
-  none) extra="" ;;
-  *) die "--extra=$extra; expected cuda, tpu or none" ;;
-esac
+choose_extra
 for name in directory workdir venv; do
   need_option "$name" "${!name}"
   case ${!name} in /*) ;; *) printf -v "$name" %s "$PWD/${!name}" ;; esac

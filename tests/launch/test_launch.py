@@ -30,6 +30,7 @@ from support.paths import ROOT
 GOLDEN = ROOT / "tests" / "launch" / "golden"
 SCRIPTS = [
   "entry.sh",
+  "first_contact.sh",
   "gke.sh",
   "prepare_data.sh",
   "reproduce.sh",
@@ -75,6 +76,10 @@ def test_help_tells_every_option(world, script):
 
 DRY_RUNS = {
   "entry": ("entry.sh", ["--dry-run", *MAIN_ARGS]),
+  "first_contact": (
+    "first_contact.sh",
+    ["--venv=/opt/a venv", "--extra=tpu", "--workdir=/mnt/a b", "--dry-run", "--", NASTY],
+  ),
   "gke": ("gke.sh", [*GKE, "--dry-run", *MAIN]),
   "gke_spot": (
     "gke.sh",
