@@ -49,4 +49,13 @@ def settings_of(config: str, what: str) -> Settings:
   Raises:
     UserError: there is no such file, or it has a wrong value.
   """
-  return from_config(runpy.run_path(path_of(config, what))["get_config"]())
+  path = path_of(config, what)
+  try:
+    made = runpy.run_path(path)["get_config"]()
+  except UserError:
+    raise
+  except Exception as error:  # a config file is a program: it may raise anything
+    raise UserError(
+      f"{what}: {path}: {type(error).__name__}: {error}; expected a config file with get_config(), as in configs/"
+    ) from None
+  return from_config(made)

@@ -88,12 +88,14 @@ def run(settings: Settings, workdir: str) -> None:
   subjects = subjects_of(settings)
   parts = contact_parts.ordered(list(subjects), kinds_here(settings))
   about = about_here(next(iter(subjects.values())).mesh)
-  record = Record(workdir, about, keys_of(parts, subjects, about), heading_of(settings, subjects))
+  # Those too that aren't asked for: a kept one of a changed config would stand under its new description.
+  every = [Part(kind, name) for kind in contact_parts.KINDS for name in subjects]
+  record = Record(workdir, about, keys_of(every, subjects, about), heading_of(settings, subjects))
   if record.aside:
     say(f"the report there is of another machine or other versions: kept as {record.aside}")
   if record.stale:
     say(f"measured anew, since settings have changed: {', '.join(record.stale)}")
-  say(f"{len(parts)} parts, about {settings.first_contact.minutes:g} minutes at most")
+  say(f"{len(parts)} parts, about {settings.first_contact.minutes:g} minutes")
   stopping.answer_by(lambda name: _stopped(name, record))
   try:
     _do_all(parts, subjects, record, until)
@@ -125,7 +127,7 @@ def _do_all(parts: list[Part], subjects: dict[str, Subject], record: Record, unt
     verdict = hosts.from_main(verdict, f"the first host's word on part {number}")
     what = f"part {number} of {len(parts)}: {part.name}"
     if verdict == _GO:
-      say(f"{what}; ETA {progress.format_seconds(max(left, 0))} at most for all")
+      say(f"{what}; ETA about {progress.format_seconds(max(left, 0))} for all")
       took[part] = _do(part, subjects[part.config], record, until)
     elif verdict == _DONE:
       say(f"{what}: kept from an earlier start")
@@ -193,6 +195,9 @@ def about_here(mesh: Mesh) -> Values:
   """Returns what all measurements depend on: machine, versions, environment; any mesh over all devices does."""
   machine = measurements.machine(mesh)
   del machine["mesh"]
+  machine["cores"] = hardware.usable_cores()
+  memory_bytes = hardware.memory_bytes(jax.local_devices()[0])
+  machine["memory_gib"] = None if memory_bytes is None else round(memory_bytes / 2**30)
   machine["driver"] = scrubbed(hardware.driver(jax.local_devices()[0]))
   environment = {name: scrubbed(os.environ[name]) for name in _ENVIRONMENT if os.environ.get(name)}
   source = {"source": versions.source_digest()}
@@ -204,7 +209,7 @@ def about_here(mesh: Mesh) -> Values:
 
 
 def heading_of(settings: Settings, subjects: dict[str, Subject]) -> Values:
-  """Returns what the report says beside the parts, and what decides none of them."""
+  """Returns what the report says beside the parts, and what their keys don't need: it follows from them."""
   return {
     "minutes": settings.first_contact.minutes,
     "memory_bytes_per_device": hardware.memory_bytes(jax.local_devices()[0]),
@@ -224,6 +229,7 @@ def keys_of(parts: list[Part], subjects: dict[str, Subject], about: Values) -> d
 
 
 def _stopped(name: str, record: Record) -> str:
+  forecast_apart.end()
   if hosts.is_main():
     record.stopped()
   return f"stopped by {name}: what was measured is kept; the same command goes on"
@@ -239,9 +245,14 @@ def _do(part: Part, subject: Subject, record: Record, until: float) -> float:
     values = _MEASURES[part.kind](subject, record, until)
   except DoesNotFit as error:
     state, reason = TOO_LARGE, reason_of(error)
+  except UserError as error:
+    state, reason = FAILED, reason_of(error)
   except OutOfTime:
     state, reason = LEFT_OUT, _NO_TIME_LEFT
   except Exception as error:  # whatever a compiler or a driver refuses is a line of the report
+    # Alone, this host would go on to collectives other than those that the rest wait in.
+    if jax.process_count() > 1:
+      raise
     state, reason = FAILED, reason_of(error)
   if hosts.on_any(state != MEASURED, f"the end of {part.name}") and state == MEASURED:
     state, reason, values = FAILED, "another host failed; its log says why", None

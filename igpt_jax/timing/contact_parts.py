@@ -16,7 +16,7 @@ from igpt_jax.timing import contact_tables
 FILE, TABLE = "first_contact.json", "first_contact.md"
 KINDS = ("training", "sampling", "input", "forecast")
 
-# What came of a part. Only a part that was left out for time is missing at the next start.
+# What came of a part. What was left out for time, and what failed, is tried at the next start of one's own.
 MEASURED, TOO_LARGE, FAILED, LEFT_OUT = "measured", "doesn't fit", "failed", "left out"
 _TRIES = 2  # starts that a part may end the process of, before it counts as failed
 
@@ -90,7 +90,8 @@ class Record:
     self._about = json.loads(json.dumps(about))
     self._heading = {"configs": {}} | (heading or {})
     self._lock = threading.Lock()  # a signal is answered by another thread
-    self._begun: Values = {}
+    self._begun: Values = {}  # name -> key, and the starts that it ended or that do it now
+    self._now = ""
     self.entries: dict[str, Values] = {}
     self.aside, self.stale = "", []
     if hosts.is_main():
@@ -101,11 +102,14 @@ class Record:
     try:
       old = files.read_json(path)
       about, entries, begun = old["about"], dict(old["parts"]), dict(old["begun"])
+      configs = dict(old["configs"])
       names = {part.name: key for part, key in self._keys.items()}
+      counts = {name: (count["key"], int(count["times"])) for name, count in begun.items()}
+      _check(entries)
       same = {name for name, entry in entries.items() if entry["key"] == names.get(name)}
     except FileNotFoundError:
       return
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
       raise UserError(f"workdir: {path} is damaged ({error!r}); fix: remove it") from None
     if about != self._about:
       stem = f"first_contact-{files.digest(about)[:8]}"
@@ -116,9 +120,11 @@ class Record:
       return
     self.stale = [name for name in entries if name in names and name not in same]
     self.entries = {name: entry for name, entry in entries.items() if name not in self.stale}
-    self._heading["configs"] = old["configs"] | self._heading["configs"]
-    if begun.get("key") == names.get(begun.get("name", ""), ""):
-      self._begun = begun
+    self._heading["configs"] = configs | self._heading["configs"]
+    # A part that ended the process: this start goes on with the rest, and doesn't repeat failures.
+    if not counts:
+      self.entries = {n: entry for n, entry in self.entries.items() if entry["state"] != FAILED}
+    self._begun = {n: begun[n] for n, (key, _) in counts.items() if names.get(n, key) == key}
 
   def settled(self, part: Part) -> bool:
     """Returns True if it is known what came of a part, in this start or an earlier one."""
@@ -131,13 +137,18 @@ class Record:
 
   def has_ended_starts(self, part: Part) -> bool:
     """Returns True if a part has ended the process as often as it may."""
-    return self._begun.get("name") == part.name and self._begun["times"] >= _TRIES
+    return self._times_begun(part) >= _TRIES
+
+  def _times_begun(self, part: Part) -> int:
+    return self._begun.get(part.name, {"times": 0})["times"]
 
   def begin(self, part: Part) -> None:
     """Notes that a part has begun, in case that it ends the process."""
-    times = self._begun["times"] if self._begun.get("name") == part.name else 0
-    self._begun = {"name": part.name, "key": self._keys[part], "times": times + 1}
-    self.write()
+    with self._lock:
+      times = self._times_begun(part) + 1
+      self._begun[part.name] = {"key": self._keys[part], "times": times}
+      self._now = part.name
+      self._write()
 
   def finish(
     self, part: Part, state: str, *, reason: str = "", values: Values | None = None, took: float = 0
@@ -145,14 +156,17 @@ class Record:
     """Keeps what came of a part; `took` is in seconds."""
     entry: Values = {"kind": part.kind, "config": part.config, "state": state}
     entry |= {"key": self._keys[part], "reason": reason, "seconds": round(took, 1)}
-    self.entries[part.name] = entry | {"values": values or {}}
-    self._begun = {}
-    self.write()
+    with self._lock:
+      self.entries[part.name] = entry | {"values": values or {}}
+      self._begun.pop(part.name, None)
+      self._now = ""
+      self._write()
 
   def stopped(self) -> None:
     """Forgets that a part has begun: the process ends because it was told to."""
-    self._begun = {}
-    self.write()
+    with self._lock:
+      self._begun.pop(self._now, None)
+      self._write()
 
   def as_json(self) -> Values:
     """Returns the report, its parts in their order."""
@@ -163,6 +177,16 @@ class Record:
   def write(self) -> None:
     """Writes both files, each whole."""
     with self._lock:
-      report = self.as_json()
-      summary.write_json(os.path.join(self._workdir, FILE), report)
-      summary.write_text(os.path.join(self._workdir, TABLE), contact_tables.as_markdown(report))
+      self._write()
+
+  def _write(self) -> None:
+    report = self.as_json()
+    summary.write_json(os.path.join(self._workdir, FILE), report)
+    summary.write_text(os.path.join(self._workdir, TABLE), contact_tables.as_markdown(report))
+
+
+def _check(entries: Values) -> None:
+  """Raises KeyError or TypeError if an entry lacks what the report reads of it."""
+  for entry in entries.values():
+    if lacks := {"kind", "config", "state", "key", "reason", "seconds", "values"} - entry.keys():
+      raise KeyError(*sorted(lacks))

@@ -16,7 +16,6 @@ from igpt_jax.training import compilation
 from igpt_jax.workspace import measurements, memory
 
 _ROOM = 0.95  # share of what the state leaves that activations are planned to take
-_STATE_BYTES = 12  # per parameter: float32 value, two moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,14 @@ def compile_fitting(settings: Settings, model: ImageGPTConfig, mesh: Mesh) -> Fi
   available = hardware.memory_bytes(mesh.devices.flat[0])
   notes: list[str] = []
   while True:
-    compiled, needed, held = _compiled(settings, model, mesh)
+    found, failure = (None, 0, 0), None
+    try:
+      found = _compiled(settings, model, mesh)
+    except Exception as error:  # agreed on below: one host alone would leave the others waiting
+      failure = error
+    if hosts.on_any(failure is not None, "whether the step compiles"):
+      raise failure or RuntimeError("the step doesn't compile on another host; its log says why")
+    compiled, needed, held = found
     lacks = compiled is None or (available is not None and needed > available)
     if not hosts.on_any(lacks, "whether the step fits") and compiled is not None:
       return FittingStep(settings, compiled, notes)
@@ -77,7 +83,7 @@ def _compiled(
 
   None in the step's place: the compiler refused it for its size.
   """
-  state = round(_STATE_BYTES * count_params(model) / sharding.weight_shards(mesh))
+  state = round(memory.STATE_BYTES * count_params(model) / sharding.weight_shards(mesh))
   try:
     compiled = measurements.compiled_step(settings, model, mesh)
   except jax.errors.JaxRuntimeError as error:

@@ -11,7 +11,7 @@ from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training.compilation import CompiledStep
 
-_STATE_BYTES = 16  # per parameter in training: float32 value, gradient, two moments
+STATE_BYTES = 16  # per parameter in training: float32 value, gradient, two moments
 
 _KNOBS = {
   "sample": "a smaller sample.samples or sample.completions, sample.cache='int8'",
@@ -32,7 +32,7 @@ _OTHERS = "a smaller batch_size of that job"
 def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
   """Raises DoesNotFit if a device's share of the training state exceeds its memory."""
   parameters = count_params(model)
-  need = _STATE_BYTES * parameters / sharding.weight_shards(mesh)
+  need = STATE_BYTES * parameters / sharding.weight_shards(mesh)
   available = hardware.memory_bytes(mesh)
   if available is not None and need > available:
     raise DoesNotFit(
@@ -68,7 +68,7 @@ def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
 def lacking_beside_state(compiled: CompiledStep, model: ImageGPTConfig, mesh: Mesh) -> str:
   """Returns in words what a program lacks on a device that holds a training state, too; "": it fits."""
   available = hardware.memory_bytes(mesh)
-  state = _STATE_BYTES * count_params(model) / sharding.weight_shards(mesh)
+  state = STATE_BYTES * count_params(model) / sharding.weight_shards(mesh)
   need = compiled.needed_bytes + state
   if available is None or need <= available:
     return ""

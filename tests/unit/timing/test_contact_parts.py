@@ -6,7 +6,7 @@ import pytest
 
 from igpt_jax.errors import UserError
 from igpt_jax.timing import contact_parts
-from igpt_jax.timing.contact_parts import FAILED, LEFT_OUT, MEASURED, Part, Record
+from igpt_jax.timing.contact_parts import FAILED, LEFT_OUT, MEASURED, TOO_LARGE, Part, Record
 
 MACHINE = {"device": "TPU v5 lite", "devices": 8, "hosts": 1, "processor": "a CPU", "cores": 24}
 ABOUT = {"machine": MACHINE, "versions": {"jax": "0.10.2"}, "environment": {}}
@@ -49,7 +49,7 @@ def test_what_was_measured_is_kept_and_what_was_left_out_is_missing(tmp_path):
   first.finish(S, FAILED, reason="no such kernel")
   first.finish(M, LEFT_OUT, reason="no time")
   again = record_of(tmp_path)
-  assert again.settled(DRAWN) and again.settled(S) and not again.settled(M)
+  assert again.settled(DRAWN) and not again.settled(S) and not again.settled(M)  # failures anew
   assert again.values(DRAWN) == SAMPLED and again.values(S) is again.values(M) is None
   assert (again.stale, again.aside) == ([], "")
   report = json.loads((tmp_path / contact_parts.FILE).read_text())
@@ -65,8 +65,8 @@ def test_what_was_measured_is_kept_and_what_was_left_out_is_missing(tmp_path):
 
 
 def test_what_was_measured_with_other_settings_is_stale(tmp_path):
-  record_of(tmp_path).finish(S, FAILED, reason="no such kernel")
-  record_of(tmp_path).finish(M, FAILED, reason="out of memory")
+  record_of(tmp_path).finish(S, TOO_LARGE, reason="40 GiB")
+  record_of(tmp_path).finish(M, TOO_LARGE, reason="50 GiB")
   changed = record_of(tmp_path, s="of another s")
   assert changed.stale == ["s: training"] and not changed.settled(S) and changed.settled(M)
   assert "s: training" not in changed.as_json()["parts"]
@@ -110,7 +110,14 @@ def test_a_part_that_ends_the_process_is_tried_twice(tmp_path):
   record = record_of(tmp_path)
   assert record.has_ended_starts(M) and not record.has_ended_starts(S)
   record.finish(M, FAILED, reason="it ended the process")
-  assert record_of(tmp_path).settled(M)
+  assert not record_of(tmp_path).settled(M)  # a start of one's own tries it again
+
+
+def test_the_start_after_one_that_a_part_ended_repeats_no_failure(tmp_path):
+  first = record_of(tmp_path)
+  first.finish(S, FAILED, reason="no such kernel")
+  first.begin(M)
+  assert record_of(tmp_path).settled(S)
 
 
 def test_a_start_that_was_told_to_stop_does_not_count(tmp_path):

@@ -43,7 +43,7 @@ def compiler(monkeypatch):
 
   monkeypatch.setattr(measurements, "compiled_step", compiled_step)
   monkeypatch.setattr(memory, "check_state", lambda model, mesh: None)
-  monkeypatch.setattr(fitting_step, "_STATE_BYTES", 0)
+  monkeypatch.setattr(memory, "STATE_BYTES", 0)
 
   def with_memory(n_bytes):
     monkeypatch.setattr(hardware, "memory_bytes", lambda device: n_bytes)
