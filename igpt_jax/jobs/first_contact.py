@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -47,6 +48,10 @@ _ENVIRONMENT = (
 _GO, _DONE, _NO_TIME, _ENDS_STARTS = range(4)  # what the main process says of a part
 _NO_TIME_LEFT = "no time was left; the same command goes on with it"
 _REASON = 300  # letters of a failure
+
+
+class NothingToCompare(Exception):
+  """A forecast's training step wasn't measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +118,6 @@ def run(settings: Settings, workdir: str) -> None:
 
 def _do_all(parts: list[Part], subjects: dict[str, Subject], record: Record, until: float) -> None:
   """Does what isn't known yet, as far as time allows. Collective: every process must call it."""
-  took: dict[Part, float] = {}
   for number, part in enumerate(parts, 1):
     left = until - time.monotonic()
     verdict = _GO
@@ -121,14 +125,14 @@ def _do_all(parts: list[Part], subjects: dict[str, Subject], record: Record, unt
       verdict = _DONE
     elif record.has_ended_starts(part):
       verdict = _ENDS_STARTS
-    elif not contact_parts.is_allowed(part, left, took):
+    elif not contact_parts.is_allowed(part, left, record.took()):
       verdict = _NO_TIME
     # Others may see no report, or another clock.
     verdict = hosts.from_main(verdict, f"the first host's word on part {number}")
     what = f"part {number} of {len(parts)}: {part.name}"
     if verdict == _GO:
       say(f"{what}; ETA about {progress.format_seconds(max(left, 0))} for all")
-      took[part] = _do(part, subjects[part.config], record, until)
+      _do(part, subjects[part.config], record, until)
     elif verdict == _DONE:
       say(f"{what}: kept from an earlier start")
     elif verdict == _NO_TIME:
@@ -182,7 +186,7 @@ def subjects_of(settings: Settings) -> dict[str, Subject]:
     own = choices.settle(with_values(own, given))
     model = choices.model_config(own, n_vocab=choices.palette_size(own))
     mesh = devices.mesh_of(own)
-    name = pathlib.Path(config).stem
+    name = scrubbed(pathlib.Path(config).stem)
     if name in subjects:
       raise UserError(
         f"config.first_contact.configs: two are called {name!r}; expected each under a name of its own"
@@ -199,7 +203,11 @@ def about_here(mesh: Mesh) -> Values:
   memory_bytes = hardware.memory_bytes(jax.local_devices()[0])
   machine["memory_gib"] = None if memory_bytes is None else round(memory_bytes / 2**30)
   machine["driver"] = scrubbed(hardware.driver(jax.local_devices()[0]))
-  environment = {name: scrubbed(os.environ[name]) for name in _ENVIRONMENT if os.environ.get(name)}
+  environment = {
+    name: scrubbed(re.sub(r"[^\s=,]*/\S*", "<path>", os.environ[name]))
+    for name in _ENVIRONMENT
+    if os.environ.get(name)
+  }
   source = {"source": versions.source_digest()}
   return {
     "machine": machine,
@@ -235,8 +243,8 @@ def _stopped(name: str, record: Record) -> str:
   return f"stopped by {name}: what was measured is kept; the same command goes on"
 
 
-def _do(part: Part, subject: Subject, record: Record, until: float) -> float:
-  """Measures a part, and keeps what came of it; returns the seconds it took."""
+def _do(part: Part, subject: Subject, record: Record, until: float) -> None:
+  """Measures a part, and keeps what came of it."""
   began, main = time.monotonic(), hosts.is_main()
   if main:
     record.begin(part)
@@ -245,6 +253,8 @@ def _do(part: Part, subject: Subject, record: Record, until: float) -> float:
     values = _MEASURES[part.kind](subject, record, until)
   except DoesNotFit as error:
     state, reason = TOO_LARGE, reason_of(error)
+  except NothingToCompare:
+    state, reason = LEFT_OUT, "no training step was measured to compare with"
   except UserError as error:
     state, reason = FAILED, reason_of(error)
   except OutOfTime:
@@ -253,7 +263,8 @@ def _do(part: Part, subject: Subject, record: Record, until: float) -> float:
     # Alone, this host would go on to collectives other than those that the rest wait in.
     if jax.process_count() > 1:
       raise
-    state, reason = FAILED, reason_of(error)
+    too_large = memory.in_words(error, "benchmark") is not None
+    state, reason = TOO_LARGE if too_large else FAILED, reason_of(error)
   if hosts.on_any(state != MEASURED, f"the end of {part.name}") and state == MEASURED:
     state, reason, values = FAILED, "another host failed; its log says why", None
   # The next part needs the memory.
@@ -267,7 +278,6 @@ def _do(part: Part, subject: Subject, record: Record, until: float) -> float:
     )
   elif reason:
     print(f"{part.name}: {state}: {reason}", file=sys.stderr, flush=True)
-  return seconds
 
 
 def reason_of(error: Exception) -> str:
@@ -283,7 +293,7 @@ def _training(subject: Subject, record: Record, until: float) -> Values:
   sharding.batch_size_per_shard(subject.mesh, subject.settings.train.batch_size)
   sharding.check_model_fits(subject.mesh, n_head=subject.model.n_head, n_embd=subject.model.n_embd)
   before = device.peak_bytes(subject.mesh)
-  fitting = fitting_step.compile_fitting(subject.settings, subject.model, subject.mesh)
+  fitting = fitting_step.compile_fitting(subject.settings, subject.model, subject.mesh, until)
   values = measurements.training(
     fitting.settings, subject.model, subject.mesh, fitting.compiled, until
   )
@@ -329,7 +339,7 @@ def _forecast(subject: Subject, record: Record, until: float) -> Values | None:
     raise UserError("forecast: these devices aren't a slice of TPUs; expected one, such as v5e:4x4")
   trained = record.values(Part("training", subject.name))
   if trained is None:
-    raise UserError("forecast: no training step to compare with; expected one that was measured")
+    raise NothingToCompare
   changes = {
     "job": "compile",
     "compile.topology": topology,
@@ -343,7 +353,7 @@ def _forecast(subject: Subject, record: Record, until: float) -> Values | None:
   return {
     "topology": topology,
     **{name: forecast[name] for name in ("step_seconds", "step_parts", "mfu", "bytes_per_device")},
-    "measured_over_forecast": trained["step"]["seconds"] / forecast["step_seconds"],
+    "accumulate": trained["accumulate"],
   }
 
 

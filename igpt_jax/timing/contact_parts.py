@@ -128,7 +128,20 @@ class Record:
 
   def settled(self, part: Part) -> bool:
     """Returns True if it is known what came of a part, in this start or an earlier one."""
-    return self.entries.get(part.name, {}).get("state") in (MEASURED, TOO_LARGE, FAILED)
+    entry = self.entries.get(part.name, {})
+    if part.kind == "forecast" and entry.get("state") == MEASURED:
+      trained = self.values(Part("training", part.config))
+      if trained and trained["accumulate"] != entry["values"]["accumulate"]:
+        return False  # of another step than the one that was measured since
+    return entry.get("state") in (MEASURED, TOO_LARGE, FAILED)
+
+  def took(self) -> dict[Part, float]:
+    """Returns the seconds that the parts took that were measured, in this start or an earlier one."""
+    return {
+      part: self.entries[part.name]["seconds"]
+      for part in self._keys
+      if self.values(part) is not None
+    }
 
   def values(self, part: Part) -> Values | None:
     """Returns what was measured of a part; None: it wasn't."""
@@ -171,8 +184,26 @@ class Record:
   def as_json(self) -> Values:
     """Returns the report, its parts in their order."""
     names = [part.name for part in self._keys if part.name in self.entries]
-    parts = {name: self.entries[name] for name in dict.fromkeys([*names, *self.entries])}
+    parts = {
+      name: self._compared(self.entries[name]) for name in dict.fromkeys([*names, *self.entries])
+    }
     return {"about": self._about, **self._heading, "parts": parts, "begun": self._begun}
+
+  def _compared(self, entry: Values) -> Values:
+    """Returns an entry with its ratio to the training step as that is known now, which may be newer."""
+    if entry["state"] != MEASURED or entry["kind"] not in ("input", "forecast"):
+      return entry
+    trained, values, ratio = self.values(Part("training", entry["config"])), entry["values"], None
+    if entry["kind"] == "input":
+      if trained:
+        ratio = values["pictures_per_second"] * values["hosts"] / trained["images_per_second"]
+      return entry | {"values": values | {"times_training": ratio}}
+    memory = None
+    if trained and trained["accumulate"] == values["accumulate"]:
+      ratio = trained["step"]["seconds"] / values["step_seconds"]
+      memory = trained["peak_bytes_per_device"]
+    compared = {"measured_over_forecast": ratio, "measured_bytes_per_device": memory}
+    return entry | {"values": values | compared}
 
   def write(self) -> None:
     """Writes both files, each whole."""

@@ -50,10 +50,11 @@ def _rows(part: Values) -> Iterator[tuple[str, ...]]:
   if part["state"] != "measured":
     yield f"{config}: {part['kind']}", "", "", "", f"{part['state']}: {part['reason']}"
   elif part["kind"] == "forecast":
-    share = f"{values['measured_over_forecast']:.3g}"
-    what = (
-      f"measured: {share} times the forecast; MFU by it {values['mfu']:.1%} on {values['topology']}"
-    )
+    what = f"MFU by it {values['mfu']:.1%} on {values['topology']}"
+    if (ratio := values["measured_over_forecast"]) is not None:
+      what = f"measured: {ratio:.3g} times the forecast; {what}"
+    if (needed := values["measured_bytes_per_device"]) is not None:
+      what = f"{what}; memory measured: {units.memory(needed)}"
     yield f"{config}: forecast of the training step", seconds(values["step_seconds"]), "", "", what
   else:
     for what, *cells in benchmark_tables.rows(part["kind"], values):

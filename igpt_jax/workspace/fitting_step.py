@@ -1,6 +1,8 @@
 """A training step in as few parts of its batch as fit the devices' memory, by the compiler's own account."""
 
 import dataclasses
+import math
+import time
 
 import jax
 from jax.sharding import Mesh
@@ -14,6 +16,7 @@ from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.training import compilation
 from igpt_jax.workspace import measurements, memory
+from igpt_jax.workspace.forecast_apart import OutOfTime
 
 _ROOM = 0.95  # share of what the state leaves that activations are planned to take
 
@@ -33,16 +36,21 @@ class FittingStep:
   notes: list[str]
 
 
-def compile_fitting(settings: Settings, model: ImageGPTConfig, mesh: Mesh) -> FittingStep:
+def compile_fitting(
+  settings: Settings, model: ImageGPTConfig, mesh: Mesh, until: float = math.inf
+) -> FittingStep:
   """Compiles the step; if it doesn't fit, in more parts. Collective: every process must call it.
 
   Raises:
     DoesNotFit: the state, or the step in the smallest parts, needs more memory than a device has.
+    OutOfTime: it is later than `until` (`time.monotonic`), by the main process' clock, before a compile.
   """
   memory.check_state(model, mesh)
   available = hardware.memory_bytes(mesh.devices.flat[0])
   notes: list[str] = []
   while True:
+    if hosts.from_main(time.monotonic() > until, "a look at the clock"):
+      raise OutOfTime
     found, failure = (None, 0, 0), None
     try:
       found = _compiled(settings, model, mesh)

@@ -128,7 +128,7 @@ def test_a_failing_part_is_a_line_and_the_rest_goes_on(tmp_path, stand_ins, monk
 
   def sampling(subject, record, until):
     if subject.name == "quickstart":
-      assert report_in(tmp_path)[0]["begun"]["name"] == "quickstart: sampling"
+      assert report_in(tmp_path)[0]["begun"].keys() == {"quickstart: sampling"}
       where = f"in {ROOT}/igpt_jax/x.py and {tmp_path}/y of wilhelmina, on boreas"
       raise jax.errors.JaxRuntimeError(f"INTERNAL: no such kernel {where} | 2\nmore lines")
     report = report_in(tmp_path)[0]  # is on disk before the next part begins
@@ -146,8 +146,9 @@ def test_a_failing_part_is_a_line_and_the_rest_goes_on(tmp_path, stand_ins, monk
   assert report["parts"]["cifar10_16: sampling"]["state"] == "measured" and report["begun"] == {}
   for secret in ("boreas", "wilhelmina", str(ROOT), str(tmp_path), os.path.expanduser("~")):
     assert secret not in text and secret not in json.dumps(report), secret
-  first_contact.run(both(), str(tmp_path))  # a failure is known: it isn't tried again
-  assert asked == ["cifar10_16 sampling"]
+  made["sampling"] = measure
+  first_contact.run(both(), str(tmp_path))  # a failure may be mended: it is tried again
+  assert asked == ["cifar10_16 sampling", "quickstart sampling"]
 
 
 def test_what_does_not_fit_is_told_from_failures_and_never_run(tmp_path, monkeypatch):
@@ -217,22 +218,40 @@ def test_a_forecast_stands_beside_its_measurement(tmp_path, monkeypatch):
   subject = first_contact.subjects_of(asking())["quickstart"]
   part, drawn = Part("training", "quickstart"), Part("forecast", "quickstart")
   record = Record(str(tmp_path), MACHINE, {part: "trained", drawn: "forecast"})
-  with pytest.raises(UserError, match="no training step to compare with"):
+  with pytest.raises(first_contact.NothingToCompare):
     first_contact._forecast(subject, record, 0.0)
-  entry = {"state": "measured", "values": {"accumulate": 4, "step": {"seconds": 0.25}}}
-  record.entries[part.name] = entry
+  trained = {"accumulate": 4, "step": {"seconds": 0.25}, "peak_bytes_per_device": None}
+  record.entries[part.name] = {
+    "kind": "training", "config": "quickstart", "state": "measured", "values": trained,
+  }  # fmt: skip
   values = first_contact._forecast(subject, record, 0.0)
-  assert values["measured_over_forecast"] == 1.25 and "days" not in values
+  assert "days" not in values and values["accumulate"] == 4
   (settings,) = asked
   assert (settings.job, settings.compile.topology) == ("compile", "v5e:2x4")
   assert (settings.train.accumulate, settings.sample.samples) == (4, 0)
   assert settings.model == dataclasses.replace(subject.settings.model, dtype="float32")
-  del record.entries[part.name]
+  monkeypatch.setattr(contact_parts.contact_tables, "as_markdown", str)
   record.finish(drawn, "measured", values=values)
-  row = (
-    "| quickstart: forecast of the training step | 200 ms |  |  | measured: 1.25 times the forecast"
-  )
-  assert row in report_in(tmp_path)[1]
+  ratio = "measured_over_forecast"
+  assert record.as_json()["parts"][drawn.name]["values"][ratio] == 1.25
+  trained["step"]["seconds"] = 0.5  # measured anew: the ratio follows
+  assert record.as_json()["parts"][drawn.name]["values"][ratio] == 2.5 and record.settled(drawn)
+  trained["accumulate"] = 2
+  assert record.as_json()["parts"][drawn.name]["values"][ratio] is None
+  assert not record.settled(drawn)
+  del record.entries[part.name]
+  monkeypatch.undo()
+  record.write()
+  assert "| quickstart: forecast of the training step | 200 ms |" in report_in(tmp_path)[1]
+
+
+def test_parts_that_are_not_asked_for_go_with_their_old_settings(tmp_path):
+  first_contact.run(asking(parts=("training", "sampling")), str(tmp_path))
+  changed_model = TINY | {"first_contact.parts": ("training",), "model.remat": "full"}
+  first_contact.run(settings_of(changes=changed_model), str(tmp_path))
+  report, _ = report_in(tmp_path)
+  assert list(report["parts"]) == ["quickstart: training"]
+  assert report["configs"]["quickstart"]["remat"] == "full"
 
 
 def test_a_changed_setting_or_source_is_measured_anew(tmp_path, stand_ins, monkeypatch, capsys):
