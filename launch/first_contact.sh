@@ -7,7 +7,7 @@
 # It needs no data and no checkpoint. In the work directory it leaves first_contact.md, a table, and
 # first_contact.json, which name no host, user or path: time of a training step, memory and MFU of iGPT-S, M
 # and L as their configs are shipped, sampling, input, and on TPUs the forecast beside. What doesn't fit or
-# fails is a line of the table. Run it again for what was left out for time.
+# fails is a line of the table. Run it again for what was left out for time or failed.
 #
 # A TPU slice of several hosts: launch/tpu_vm.sh … -- --config=configs/first_contact.py --workdir=…, or
 # this script on every host at once with -- --distributed; the first host writes the report.
