@@ -20,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from igpt_jax import files, stopping
-from igpt_jax.config import choices, named
+from igpt_jax.config import choices, named, read
 from igpt_jax.config.fields import FIELDS, Settings, as_json, value_of, with_values
 from igpt_jax.data import made_images
 from igpt_jax.errors import DoesNotFit, UserError
@@ -166,6 +166,8 @@ def kinds_here(settings: Settings) -> list[str]:
 def subjects_of(settings: Settings) -> dict[str, Subject]:
   """Returns the configs to measure by name, with the settings of the job that aren't the program's defaults.
 
+  A setting that is given its default can't be told from one that isn't given: it replaces nothing.
+
   Raises:
     UserError: one isn't there, or doesn't suit the devices.
   """
@@ -177,6 +179,10 @@ def subjects_of(settings: Settings) -> dict[str, Subject]:
     and not name.startswith("first_contact.")
     and value_of(settings, name) != declaration.default
   }
+  if given:
+    say(
+      f"replaced in every config: {', '.join(f'{name}={value}' for name, value in given.items())}"
+    )
   chosen = settings.first_contact.configs or (
     _ON_CPU if jax.default_backend() == "cpu" else _CONFIGS
   )
@@ -184,6 +190,7 @@ def subjects_of(settings: Settings) -> dict[str, Subject]:
   for config in chosen:
     own = named.settings_of(config, "config.first_contact.configs")
     own = choices.settle(with_values(own, given))
+    read.check(own)
     model = choices.model_config(own, n_vocab=choices.palette_size(own))
     mesh = devices.mesh_of(own)
     name = scrubbed(pathlib.Path(config).stem)
@@ -200,7 +207,7 @@ def about_here(mesh: Mesh) -> Values:
   machine = measurements.machine(mesh)
   del machine["mesh"]
   machine["cores"] = hardware.usable_cores()
-  memory_bytes = hardware.memory_bytes(jax.local_devices()[0])
+  memory_bytes = hardware.memory_bytes(mesh)
   machine["memory_gib"] = None if memory_bytes is None else round(memory_bytes / 2**30)
   machine["driver"] = scrubbed(hardware.driver(jax.local_devices()[0]))
   environment = {
@@ -220,7 +227,7 @@ def heading_of(settings: Settings, subjects: dict[str, Subject]) -> Values:
   """Returns what the report says beside the parts, and what their keys don't need: it follows from them."""
   return {
     "minutes": settings.first_contact.minutes,
-    "memory_bytes_per_device": hardware.memory_bytes(jax.local_devices()[0]),
+    "memory_bytes_per_device": hardware.memory_bytes(next(iter(subjects.values())).mesh),
     "configs": {name: subject.described() for name, subject in subjects.items()},
     "note": measurements.CPU_NOTE if jax.default_backend() == "cpu" else None,
   }

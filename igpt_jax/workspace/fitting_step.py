@@ -46,7 +46,7 @@ def compile_fitting(
     OutOfTime: it is later than `until` (`time.monotonic`), by the main process' clock, before a compile.
   """
   memory.check_state(model, mesh)
-  available = hardware.memory_bytes(mesh.devices.flat[0])
+  available = hardware.memory_bytes(mesh)
   notes: list[str] = []
   while True:
     if hosts.from_main(time.monotonic() > until, "a look at the clock"):
