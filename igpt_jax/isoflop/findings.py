@@ -57,7 +57,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """A run that was forecast before it was trained.
+  """A run that is forecast by the fitted ones, and isn't fitted itself.
 
   Attributes:
     cell: its budget and shape.
@@ -122,6 +122,7 @@ class Findings:
 
 
 def fitted(runs: Sequence[tuple[Run, Result]]) -> list[tuple[Run, Result]]:
+  """Returns the runs that a surface is fitted to: the finished ones, but for the one held out."""
   return [(run, result) for run, result in runs if result.finished and not run.held_out]
 
 

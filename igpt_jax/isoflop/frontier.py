@@ -27,7 +27,7 @@ Cost = Callable[[np.ndarray], np.ndarray]  # parameters -> FLOPs of training on 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A number with the ends of its interval."""
+  """A number with the ends of its interval; nan: an end is out of range."""
 
   value: float
   low: float
@@ -109,14 +109,16 @@ class Frontier:
     n = self.best_size(budget)
     if not self.range[0] <= n <= self.range[1]:
       return Optimum(budget, None, None, None)
-    drawn = self.sizes(self._fit.draws, budget)
-    d = budget / float(self._cost(np.array(n)))
-    return Optimum(
-      budget,
-      Estimate(n, *interval(drawn)),
-      Estimate(d, *interval(budget / self._cost(drawn))),
-      Estimate(*self._fit.forecast(n, d)),
+    low, high = (
+      end if self.range[0] <= end <= self.range[1] else math.nan
+      for end in interval(self.sizes(self._fit.draws, budget))
     )
+    # The more parameters, the fewer tokens: the ends change places.
+    d, fewest, most = (budget / self._cost(np.array([n, high, low]))).tolist()
+    return Optimum(
+      budget, Estimate(n, low, high), Estimate(d, fewest, most),
+      Estimate(*self._fit.forecast(n, d)),
+    )  # fmt: skip
 
   def exponents(self, budgets: Sequence[float]) -> tuple[Estimate, Estimate]:
     """Returns a and b of N* ∝ C^a and D* ∝ C^b, between the smallest and the largest of the budgets."""

@@ -78,7 +78,7 @@ def numbers(found: Findings) -> dict[str, Any]:
   """Returns isoflop.json: all that was fitted, with the ends of intervals; null: not told."""
 
   def of(estimate: Estimate | None) -> Any:
-    return estimate and dataclasses.asdict(estimate)
+    return estimate and {name: _finite(end) for name, end in dataclasses.asdict(estimate).items()}
 
   values: dict[str, Any] = {
     "runs": len(found.runs),
@@ -153,21 +153,17 @@ def _scope(found: Findings) -> str:
   )
 
 
-def _text(
-  estimate: Estimate | None, form: str, told: tuple[float, float] = (-math.inf, math.inf)
-) -> str:
-  """Formats "value (low to high)"; an end that isn't within `told` is out of range."""
+def _text(estimate: Estimate | None, form: str) -> str:
+  """Formats "value (low to high)"."""
   if estimate is None:
     return OUT_OF_RANGE
   low, high = (
-    format(end, form) if told[0] <= end <= told[1] else OUT_OF_RANGE
-    for end in (estimate.low, estimate.high)
+    OUT_OF_RANGE if math.isnan(end) else format(end, form) for end in (estimate.low, estimate.high)
   )
   return f"{estimate.value:{form}} ({low} to {high})"
 
 
 def _frontier(found: Findings) -> str:
-  assert found.frontier is not None
   rows = []
   for each in found.optima:
     shape = total = ratio = epochs = OUT_OF_RANGE
@@ -177,7 +173,7 @@ def _frontier(found: Findings) -> str:
       ratio = _text(_ratio(each), ",.0f")
       epochs = f"{each.d.value / found.settings.data.resolution**2 / found.images:.2f}"
     rows.append((
-      compact(each.budget), _text(each.n, ",.0f", found.frontier.range), _text(_millions(each.d), ".3g"), ratio, epochs,
+      compact(each.budget), _text(each.n, ",.0f"), _text(_millions(each.d), ".3g"), ratio, epochs,
       _text(each.loss, ".4f"), shape, total,
     ))  # fmt: skip
   head = (
@@ -252,7 +248,7 @@ def _held_out(found: Findings) -> str:
   forecast = held.forecast
   text = (
     f"{compact(held.cell.budget)} FLOPs on {held.cell.shape.name}, {held.cell.steps:,} steps, {held.cell.epochs:.2f} epochs, not "
-    f"fitted. Forecast before it was trained: {_text(forecast, '.4f')} nats per token. "
+    f"fitted. Forecast by the fitted runs alone: {_text(forecast, '.4f')} nats per token. "
   )
   if math.isnan(held.reached):
     return f"{text}It hasn't finished."

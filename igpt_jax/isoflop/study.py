@@ -59,6 +59,8 @@ class Study:
     self._held_out: HeldOut | None = None
     self._speeds = Speeds(self.costs)
     self._expected = {budget: self._cells(budget) for budget in self._own.budgets}
+    if held_out := self._own.held_out:  # refused now, not when all budgets have been trained
+      self._cell(self._trained(held_out)[0][0], held_out, "isoflop.held_out")
 
   def plan(self) -> str:
     """Returns a table of the budgets with the shapes that are expected, and a forecast of the time of all.
@@ -111,6 +113,7 @@ class Study:
       UserError: the best size is out of range, or the budget can't be spent on its shape.
     """
     forecast = self._forecast(budget, found, name)
+    self._warn(forecast.cell)
     path = os.path.join(self._workdir, config_file.name_of(budget))
     own = self.costs.settings(forecast.cell.shape, forecast.cell.steps, self._own.seeds[0])
     if hosts.is_main():
@@ -171,13 +174,17 @@ class Study:
     cells = self._cells(budget)
     middle = cells[(len(cells) - 1) // 2]
     for cell in cells:
-      if cell.epochs > self._own.max_epochs:
-        say(
-          f"isoflop: {cell.shape.name} at {compact(budget)}: {cell.epochs:.1f} epochs of {self._images:,} images, "
-          f"more than isoflop.max_epochs = {self._own.max_epochs:g}: repeated images are worth less than new ones"
-        )
+      self._warn(cell)
       for seed in self._own.seeds if cell is middle else self._own.seeds[:1]:
         self._runs.append(self._run(cell, seed))
+
+  def _warn(self, cell: Cell) -> None:
+    """Says if a run has more epochs than repeated images are good for."""
+    if cell.epochs > self._own.max_epochs:
+      say(
+        f"isoflop: {cell.shape.name} at {compact(cell.budget)}: {cell.epochs:.1f} epochs of {self._images:,} images, "
+        f"more than isoflop.max_epochs = {self._own.max_epochs:g}: repeated images are worth less than new ones"
+      )
 
   def _run(self, cell: Cell, seed: int, held_out: bool = False) -> Run:
     """Returns a planned run, once its folder has been found to be free, or its own."""

@@ -1,8 +1,8 @@
 """The loss as a function of parameters and tokens, L(N, D) = E + A/N^α + B/D^β, and how sure it is.
 
-For given α and β the surface is linear in E, A and B, which non-negative least squares finds; what is left
-is a search over two numbers (Hoffmann et al. 2022, arXiv 2203.15556, their third approach). Runs that lie far
-off count less, by Huber's weights.
+The form is that of the third approach of Hoffmann et al. 2022 (arXiv 2203.15556), who search over all five
+numbers. For given α and β the surface is linear in E, A and B, which non-negative least squares finds; what is
+left here is a search over two. Runs that lie far off count less, by Huber's weights.
 
 Intervals are those of a parametric bootstrap: losses are drawn around the surface with normal noise, and the
 surface is fitted to them again. The noise's variance is the residuals' (of all runs, those that differ in

@@ -241,6 +241,10 @@ def test_unknown_shapes_and_small_budgets_are_refused_before_anything_is_trained
       {"isoflop.beyond": "refuse", "isoflop.max_epochs": 0.1},
       r"epochs of .* images; expected isof",
     ),
+    (
+      {"isoflop.beyond": "refuse", "isoflop.max_epochs": 5.0, "isoflop.held_out": 1e11},
+      r"held_out: 1e11 on 2x16: .* epochs of .* images; expected isof",
+    ),
   ):
     with pytest.raises(UserError, match=expected):
       on_one_device(isoflop, study(**changes), str(tmp_path / "study"))

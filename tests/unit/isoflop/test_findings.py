@@ -125,6 +125,13 @@ def test_the_pages(settings, costs, losses, tmp_path):
     assert optimum["n"]["low"] < optimum["n"]["value"] < optimum["n"]["high"]
   text = (tmp_path / report.PAGE).read_text()
   assert "within the interval, -0.0100 from the forecast" in text and "N* ∝ C^a with a = " in text
+  half = dataclasses.replace(
+    found.optima[0], n=Estimate(4e4, 1e4, math.nan), d=Estimate(3e6, math.nan, 9e6)
+  )
+  unsure = dataclasses.replace(found, optima=(half,))
+  told = "40,000 (10,000 to out of range) | 3 (out of range to 9) | 75 (out of range to 900)"
+  assert told in report.markdown(unsure)
+  assert report.numbers(unsure)["frontier"][0]["d"] == {"value": 3e6, "low": None, "high": 9e6}
   far = dataclasses.replace(found.optima[-1], budget=1e20, n=None, d=None, loss=None)
   text = report.markdown(dataclasses.replace(found, optima=(*found.optima, far)))
   assert f"| 1e20 | {' | '.join(['out of range'] * 7)} |" in text

@@ -1,5 +1,7 @@
 """The fitted surface and the frontier: known surfaces are found, and intervals hold the truth as often as they say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -102,10 +104,14 @@ def test_no_number_is_told_out_of_range():
   fit = surface.fit(n, d, TRUTH.loss(n, d), draws=2)
   frontier = frontier_of(fit, n)
   near = frontier.optimum(1e14)
-  assert (
-    near.n and near.d and near.n.value * cost(near.n.value) / near.n.value == cost(near.n.value)
-  )
+  assert near.n and near.d
   assert near.n.value <= 10 * n.max() and near.d.value * cost(near.n.value) == pytest.approx(1e14)
+  a = fit.draws.a * np.array([[1.0], [1e3]])  # a draw that wants far larger models
+  unsure = dataclasses.replace(fit, draws=dataclasses.replace(fit.draws, a=a))
+  half = frontier_of(unsure, n).optimum(1e14)
+  assert half.n and half.d and half.d.value == near.d.value
+  assert [half.n.low, half.d.high] == pytest.approx([near.n.low, near.d.high], rel=1e-3)
+  assert np.isnan([half.n.high, half.d.low]).all()
   far = frontier.optimum(1e19)
   assert far.n is far.d is far.loss is None
   tiny = frontier.optimum(1e5)
