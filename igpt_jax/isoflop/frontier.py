@@ -140,13 +140,10 @@ class Frontier:
     """Fits a parabola to one budget's runs, [m] each; three sizes at least."""
     curve = vertex_curve(n, losses)
     vertex = vertex_of(curve)
-    sizes = np.unique(n)
-    ideal = vertex_of(
-      vertex_curve(sizes, self._fit.surface.loss(sizes, budget / self._cost(sizes)))
-    )
-    return Parabola(
-      budget, curve, vertex, bool(sizes[0] < vertex < sizes[-1]), ideal / self.best_size(budget)
-    )
+    # At the runs' own sizes: the one that has several seeds weighs as much here as there.
+    ideal = vertex_of(vertex_curve(n, self._fit.surface.loss(n, budget / self._cost(n))))
+    inside = bool(n.min() < vertex < n.max())
+    return Parabola(budget, curve, vertex, inside, ideal / self.best_size(budget))
 
 
 def vertex_curve(n: np.ndarray, losses: np.ndarray) -> tuple[float, ...]:
