@@ -91,6 +91,11 @@ def _check_isoflop(settings: Settings) -> None:
       f"config.train.schedule: {train.schedule!r}; job isoflop has the budgets of a shape share a trunk; "
       "expected 'wsd'"
     )
+  if train.steps != (unset := FIELDS["train.steps"].default):
+    raise UserError(
+      f"config.train.steps: {train.steps}; job isoflop trains each shape as long as its budgets allow; expected "
+      f"{unset}, the default; fix: isoflop.budgets"
+    )
   chosen = {
     "sizing.minutes": settings.sizing.minutes,
     "init_from": settings.init_from,

@@ -31,7 +31,7 @@ def study(**changes):
   """Three shapes at two budgets of some 50 to 250 steps of four images, and one of them at a third."""
   return shrunk(**{
     "job": "isoflop", "model.n_layer": 0, "model.n_head": 0, "model.n_embd": 0, "palette.size": 8,
-    "train.schedule": "wsd", "train.optimizer": "muon", "train.learning_rate": 8e-3,
+    "train.steps": 1_000_000, "train.schedule": "wsd", "train.optimizer": "muon", "train.learning_rate": 8e-3,
     "train.batch_size": 4, "train.warmup_steps": 5, "train.eval_every": 0, "train.log_every": 5,
     "train.checkpoint_every": 50, "train.max_to_keep": 1, "isoflop.shapes": SHAPES,
     "isoflop.per_budget": 3, "isoflop.budgets": BUDGETS, "isoflop.held_out": 3e9,

@@ -195,6 +195,7 @@ def test_more_epochs_are_let_through_unless_asked(settings, costs):
   ("changes", "expected"),
   [
     ({"train.schedule": "cosine"}, r"train\.schedule: 'cosine'; .* expected 'wsd'"),
+    ({"train.steps": 500}, r"config\.train\.steps: 500; .* expected 1000000, .* isoflop\.budgets"),
     ({"model.n_embd": 32}, r"config\.model\.n_embd: 32; .*expected 0; fix: isoflop\.shapes"),
     ({"init_from": "packaged"}, r"config\.init_from: 'packaged'; .*random parameters"),
     ({"objective": "masked"}, r"config\.objective: 'masked'; job isoflop studies next-pixel"),
