@@ -44,8 +44,8 @@ class Run:
     return ends
 
   @property
-  def flops_trained(self) -> float:
-    """FLOPs of the steps that are its own, not its trunk's."""
+  def flops_beyond_trunk(self) -> float:
+    """FLOPs of the steps beyond the trunk that the plan has it share."""
     shared = self.trunk.trunk_ends if self.trunk else 0
     return (self.cell.steps - shared) * self.cell.flops_per_step
 

@@ -24,7 +24,6 @@ _SURFACE = {"e": "E", "a": "A", "b": "B", "alpha": "α", "beta": "β"}
 # What others found; a figure that isn't theirs, or that we haven't seen, is left out.
 _OTHERS = (
   ("Yan et al. 2025 (arXiv 2511.08704)", "next-pixel prediction, 32×32", "200 to 400", ""),
-  ("ABRA 2026", "images", "200", ""),
   ("Henighan et al. 2020 (arXiv 2010.14701)", "raw RGB images, 8×8 to 32×32", "", "0.64 to 0.75"),
   ("Hoffmann et al. 2022, Chinchilla (arXiv 2203.15556)", "text", "20", "0.46 to 0.50"),
 )
@@ -53,7 +52,7 @@ def _columns(images: int) -> dict[str, Callable[[Run, Result], Any]]:
     "steps": lambda run, _: run.cell.steps,
     "flops_per_step": lambda run, _: run.cell.flops_per_step,
     "flops": lambda run, _: run.cell.flops,
-    "flops_trained": lambda run, _: run.flops_trained,
+    "flops_beyond_trunk": lambda run, _: run.flops_beyond_trunk,
     "tokens": lambda run, _: run.cell.tokens,
     "unique_tokens": lambda run, _: min(run.cell.tokens, images * resolution(run)),
     "epochs": lambda run, _: round(run.cell.epochs, 4),
@@ -145,10 +144,10 @@ def markdown(found: Findings) -> str:
 def _scope(found: Findings) -> str:
   sizes = [run.n for run, _ in found.runs]
   budgets = found.settings.isoflop.budgets
-  total = sum(run.flops_trained for run, _ in found.runs)
+  total = sum(run.flops_beyond_trunk for run, _ in found.runs)
   return (
     f"Budgets of {compact(budgets[0])} to {compact(budgets[-1])} FLOPs, models of {min(sizes):,} to {max(sizes):,} "
-    f"parameters without tables, {units.counted(len(found.fitted), 'run')} fitted, {compact(float(f'{total:.3g}'))} FLOPs trained. Exponents and "
+    f"parameters without tables, {units.counted(len(found.fitted), 'run')} fitted, {compact(float(f'{total:.3g}'))} FLOPs, each trunk counted once. Exponents and "
     "ratios are for these sizes, these images and this recipe; nothing here says that they hold for others."
   )
 

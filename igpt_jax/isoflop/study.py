@@ -215,7 +215,7 @@ class Study:
 
     def seconds(left: Sequence[Entry]) -> float:
       runs = (by_folder[entry.folder] for entry in left)
-      expected = [(run.cell.shape, run.flops_trained) for run in runs]
+      expected = [(run.cell.shape, run.flops_beyond_trunk) for run in runs]
       expected += [each for budget in next_budgets for each in self._trained(budget)]
       self._measure()
       return sum(self._speeds.seconds(*each) for each in expected)

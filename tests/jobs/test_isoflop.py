@@ -117,7 +117,7 @@ def test_budgets_are_met_and_trunks_shared(done):
     assert int(row["tokens"]) == steps * 4 * 64
     shared = before.get(row["shape"], 0)
     own = (steps - shared) * float(row["flops_per_step"])
-    assert float(row["flops_trained"]) == pytest.approx(own)
+    assert float(row["flops_beyond_trunk"]) == pytest.approx(own)
     before[row["shape"]] = steps - steps // 5  # where its decay begins
     result = json.loads((folder_of(done, row) / "training.json").read_text())
     assert (result["step"], result["parameters"]) == (steps, int(row["parameters"]))
