@@ -4,8 +4,10 @@ import difflib
 import os
 import pathlib
 import runpy
+from collections.abc import Callable
+from typing import Any
 
-from igpt_jax.config.fields import Settings, from_config
+from igpt_jax.config.fields import FIELDS, Settings, from_config, value_of, with_values
 from igpt_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -59,3 +61,29 @@ def settings_of(config: str, what: str) -> Settings:
       f"{what}: {path}: {type(error).__name__}: {error}; expected a config file with get_config(), as in configs/"
     ) from None
   return from_config(made)
+
+
+def replaced(settings: Settings) -> dict[str, Any]:
+  """Returns what job first_contact replaces in its configs: its settings that aren't the program's defaults.
+
+  A setting that is given its default can't be told from one that isn't given: it replaces nothing.
+  """
+  return {
+    name: value_of(settings, name)
+    for name, declaration in FIELDS.items()
+    if "first_contact" in declaration.jobs
+    and name != "job"
+    and not name.startswith("first_contact.")
+    and value_of(settings, name) != declaration.default
+  }
+
+
+def check(settings: Settings, check_settings: Callable[[Settings], None]) -> None:
+  """Checks the configs that job first_contact names, with what it replaces in them.
+
+  Raises:
+    UserError: one isn't there, or its settings don't agree.
+  """
+  for config in settings.first_contact.configs:
+    own = settings_of(config, "config.first_contact.configs")
+    check_settings(with_values(own, replaced(settings)))

@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from igpt_jax import files
-from igpt_jax.config import choices, overrides
+from igpt_jax.config import choices, named, overrides
 from igpt_jax.config.fields import FIELDS, Settings, from_config, value_of
 from igpt_jax.data import transforms
 from igpt_jax.errors import UserError
@@ -42,6 +42,8 @@ def check(settings: Settings) -> None:
     overrides.check(settings, check)
   if job == "isoflop":
     _check_isoflop(settings)
+  if job == "first_contact":
+    named.check(settings, check)
   transforms.check_recipe(data.augment, data.resolution, data.resample)
   trained = {"finetune": settings.finetune, "probe": settings.probe}.get(job, settings.train)
   if settings.profile.steps and settings.profile.start >= trained.steps:

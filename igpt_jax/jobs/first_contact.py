@@ -20,8 +20,8 @@ import jax
 from jax.sharding import Mesh
 
 from igpt_jax import files, stopping
-from igpt_jax.config import choices, named, read
-from igpt_jax.config.fields import FIELDS, Settings, as_json, value_of, with_values
+from igpt_jax.config import choices, named
+from igpt_jax.config.fields import Settings, as_json, with_values
 from igpt_jax.data import made_images
 from igpt_jax.errors import DoesNotFit, UserError
 from igpt_jax.model.image_gpt import count_params
@@ -164,21 +164,12 @@ def kinds_here(settings: Settings) -> list[str]:
 
 
 def subjects_of(settings: Settings) -> dict[str, Subject]:
-  """Returns the configs to measure by name, with the settings of the job that aren't the program's defaults.
-
-  A setting that is given its default can't be told from one that isn't given: it replaces nothing.
+  """Returns the configs to measure by name, with what the job's settings replace in them.
 
   Raises:
     UserError: one isn't there, or doesn't suit the devices.
   """
-  given = {
-    name: value_of(settings, name)
-    for name, declaration in FIELDS.items()
-    if "first_contact" in declaration.jobs
-    and name != "job"
-    and not name.startswith("first_contact.")
-    and value_of(settings, name) != declaration.default
-  }
+  given = named.replaced(settings)
   if given:
     say(
       f"replaced in every config: {', '.join(f'{name}={value}' for name, value in given.items())}"
@@ -190,7 +181,6 @@ def subjects_of(settings: Settings) -> dict[str, Subject]:
   for config in chosen:
     own = named.settings_of(config, "config.first_contact.configs")
     own = choices.settle(with_values(own, given))
-    read.check(own)
     model = choices.model_config(own, n_vocab=choices.palette_size(own))
     mesh = devices.mesh_of(own)
     name = scrubbed(pathlib.Path(config).stem)
