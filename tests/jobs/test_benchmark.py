@@ -205,7 +205,7 @@ def test_no_round_but_the_first_begins_late():
 
 
 def test_the_step_is_compiled_for_its_mesh():
-  """As pretraining does: without the mesh no activation is pinned, and no sum scattered."""
+  """The step is pretraining's: without the mesh no activation is pinned, and no sum scattered."""
   config, optimizer = tiny.make_config(), make_optimizer(OptimizerConfig(1e-3, 10))
   seen = []
 

@@ -36,7 +36,7 @@ def test_two_hosts_measure_together(of_two):
 
 
 def test_two_hosts_go_on(of_two, tmp_path):
-  """Of three parts one is missing, which the second host can't know."""
+  """One of three parts is missing, which the second host can't know."""
   workdir, _ = of_two
   path = workdir / "first_contact.json"
   before = json.loads(path.read_text())

@@ -119,7 +119,7 @@ def test_no_number_is_told_out_of_range():
 
 
 def test_exponents_of_six_n_d_are_the_closed_form():
-  """With C = 6·N·D, N* grows as C^(β/(α+β)) exactly."""
+  """N* grows, where C = 6·N·D, as C^(β/(α+β)) exactly."""
   n, _ = grid()
   d = 1e12 / n
   fit = surface.fit(
