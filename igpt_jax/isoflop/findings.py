@@ -40,8 +40,7 @@ class Run:
   @property
   def trunk_ends(self) -> int:
     """Steps before the decay."""
-    (ends,) = branches.trunk_ends(choices.optimizer_config(self.entry.settings))
-    return ends
+    return trunk_ends(self.entry.settings)
 
   @property
   def flops_beyond_trunk(self) -> float:
@@ -53,6 +52,12 @@ class Run:
   def result(self) -> Result:
     """What has come of it, read from its workdir."""
     return outcomes.result_of(self.entry)
+
+
+def trunk_ends(settings: Settings) -> int:
+  """Returns the steps of a run, with schedule wsd, before its decay."""
+  (ends,) = branches.trunk_ends(choices.optimizer_config(settings))
+  return ends
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,11 @@ def window(rungs: Sequence[Shape], costs: Costs, size: float, count: int) -> lis
   return list(rungs[first : first + count])
 
 
+def middle(cells: Sequence[Cell]) -> Cell:
+  """Returns the cell of a budget's middle shape, the one that is trained with all seeds."""
+  return cells[(len(cells) - 1) // 2]
+
+
 def nearest(rungs: Sequence[Shape], costs: Costs, size: float) -> int:
   """Returns the index of the shape whose N is nearest to a size, by its logarithm."""
   return min(range(len(rungs)), key=lambda i: abs(math.log(costs.size(rungs[i]) / size)))
@@ -150,7 +155,10 @@ def cell(
   try:
     choices.optimizer_config(costs.settings(shape, steps, 0))
   except UserError as error:
-    raise UserError(f"{what}: {re.sub('; fix: .*', '', str(error))}; fix: larger budgets") from None
+    raise UserError(
+      f"{what}: {re.sub('; fix: .*', '', str(error))}; fix: larger budgets, or fewer train.warmup_steps or "
+      "train.decay_steps"
+    ) from None
   epochs = steps * batch / images
   limit = settings.isoflop.max_epochs
   if epochs > limit and settings.isoflop.beyond == "refuse":

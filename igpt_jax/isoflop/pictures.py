@@ -76,7 +76,8 @@ def _frontier(path: str, found: Findings) -> None:
 
   def panel(y_label: str, of: Callable[[np.ndarray, float], np.ndarray]) -> Panel:
     best = [of(frontier.sizes(fit.surface, c), c)[0] for c in budgets]
-    ends = [interval(of(frontier.sizes(fit.draws, c), c)) for c in budgets]
+    drawn = [np.clip(frontier.sizes(fit.draws, c), *frontier.range) for c in budgets]
+    ends = [interval(of(sizes, c)) for sizes, c in zip(drawn, budgets, strict=True)]
     band = ([low for low, _ in ends], [high for _, high in ends])
     at = [each.budget for each in inside]
     minima = [float(of(np.array([each.n]), each.budget)[0]) for each in inside]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from igpt_jax import units
+from igpt_jax import files, units
 from igpt_jax.ablation.outcomes import Result
 from igpt_jax.isoflop import grid, pictures
 from igpt_jax.isoflop.findings import Findings, Run
@@ -61,6 +61,15 @@ def _columns(images: int) -> dict[str, Callable[[Run, Result], Any]]:
     "validation_loss": lambda _, result: number(result.validation_loss),
     "status": lambda _, result: result.status,
   }
+
+
+def number_of_runs(workdir: str) -> int:
+  """Returns how many runs a workdir's runs.csv tells of; 0: there is none."""
+  path = os.path.join(workdir, RUNS)
+  if not files.exists(path):
+    return 0
+  with files.opened(path) as file:
+    return max(len(file.read().splitlines()) - 1, 0)
 
 
 def write_runs(workdir: str, runs: Sequence[tuple[Run, Result]], images: int) -> None:

@@ -20,10 +20,10 @@ from igpt_jax.ablation.entries import Entry
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.isoflop import config_file, findings, grid, report
-from igpt_jax.isoflop.findings import Findings, HeldOut, Run
+from igpt_jax.isoflop.findings import Findings, HeldOut, Run, trunk_ends
 from igpt_jax.isoflop.frontier import BEYOND, Estimate
 from igpt_jax.isoflop.grid import Cell, compact
-from igpt_jax.isoflop.ladder import Costs, Shape, rungs
+from igpt_jax.isoflop.ladder import LADDER, Costs, Shape, rungs
 from igpt_jax.isoflop.speeds import Speeds
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -34,7 +34,6 @@ from igpt_jax.workspace import branches
 FOLDER = "isoflop"
 # Settings that decide no run's numbers, but what is compared: a finished run must have the study's.
 _COMPARED = ("train.eval_images", "model.dtype")
-_TRUNK = 0.8  # share of a run before its decay, by default, for forecasts of time
 
 
 class Study:
@@ -58,9 +57,11 @@ class Study:
     self._runs: list[Run] = []
     self._held_out: HeldOut | None = None
     self._speeds = Speeds(self.costs)
+    self._told_before = report.number_of_runs(workdir)
     self._expected = {budget: self._cells(budget) for budget in self._own.budgets}
-    if held_out := self._own.held_out:  # refused now, not when all budgets have been trained
-      self._cell(self._trained(held_out)[0][0], held_out, "isoflop.held_out")
+    for name in ("held_out", "budget"):  # refused now, not when all budgets have been trained
+      if budget := getattr(self._own, name):
+        self._best_cell(budget, self._expected_size(budget), f"isoflop.{name}")
 
   def plan(self) -> str:
     """Returns a table of the budgets with the shapes that are expected, and a forecast of the time of all.
@@ -73,20 +74,21 @@ class Study:
         compact(budget), f"{cells[0].shape.name} to {cells[-1].shape.name}",
         f"{self.costs.size(cells[0].shape):,} to {self.costs.size(cells[-1].shape):,}",
         f"{cells[0].steps:,} to {cells[-1].steps:,}", f"{cells[0].epochs:.2f} to {cells[-1].epochs:.2f}",
-        f"{sum(flops for _, flops in self._trained(budget)) / unit:.3g}",
+        f"{sum(each.flops for each in self._planned(budget)) / unit:.3g}",
       )
       for budget, cells in self._expected.items()
     ]  # fmt: skip
     head = ("budget", "shapes", "parameters without tables", "steps", "epochs", name)
-    runs = [each for budget in self._budgets() for each in self._trained(budget)]
+    runs = [each for budget in self._budgets() for each in self._planned(budget)]
     self._measure()
-    seconds = progress.format_seconds(sum(self._speeds.seconds(*each) for each in runs))
+    left = sum(self._speeds.seconds(each.shape, each.flops) for each in runs if not each.ended)
+    seconds = progress.format_seconds(left)
     slowest, fastest = (units.significant(speed / 1e9) for speed in self._speeds.range())
     held = f", and a run of {compact(self._own.held_out)} FLOPs" if self._own.held_out else ""
     return (
       f"{markdown_table('llrrrr', head, rows)}as expected; from the second budget on by what has been found{held}: "
-      f"{sum(flops for _, flops in runs) / unit:.3g} {name} in all, {seconds} at {slowest} to {fastest} GFLOP/s as "
-      "measured here, without compiling and evaluations"
+      f"{sum(each.flops for each in runs) / unit:.3g} {name} in all; {seconds} for what hasn't ended, at {slowest} to "
+      f"{fastest} GFLOP/s as measured here, without compiling and evaluations"
     )
 
   def train(self) -> str | None:
@@ -97,6 +99,15 @@ class Study:
       if stopped_by := self._train(budgets[i + 1 :]):
         return stopped_by
     return self._train_held_out() if self._own.held_out else None
+
+  def others(self) -> list[str]:
+    """Returns the folders of runs that are no part of this plan, such as those of an earlier one."""
+    shapes = os.path.join(self._workdir, FOLDER)
+    folders = [shapes]
+    for _ in range(3):
+      folders = [os.path.join(folder, name) for folder in folders for name in files.names(folder)]
+    planned = {run.entry.folder for run in self._runs}
+    return [folder for folder in folders if folder not in planned]
 
   def report(self) -> Findings:
     """Fits what has finished, and writes all results."""
@@ -131,19 +142,26 @@ class Study:
     """Returns all budgets in the order in which they are spent."""
     return [*self._own.budgets, *([self._own.held_out] if self._own.held_out else [])]
 
-  def _trained(self, budget: float) -> list[tuple[Shape, float]]:
-    """Returns the expected runs of a budget, with the FLOPs that aren't those of a smaller one's trunk."""
+  def _planned(self, budget: float) -> list["_Planned"]:
+    """Returns the runs of a budget as they are expected before anything has been trained."""
     if budget == self._own.held_out:
-      size = grid.expected_size(budget, [], self.costs, self._own.tokens_per_parameter)
-      return [(self._rungs[grid.nearest(self._rungs, self.costs, size)], budget)]
+      cell = self._best_cell(budget, self._expected_size(budget), "isoflop.held_out")
+      return [self._expect(cell, self._own.seeds[0])]
     before = max((each for each in self._own.budgets if each < budget), default=0.0)
-    trunks = {cell.shape: cell.flops for cell in self._expected.get(before, ())}
+    trunks = {cell.shape: cell for cell in self._expected.get(before, ())}
     cells = self._expected[budget]
-    middle, seeds = cells[(len(cells) - 1) // 2], len(self._own.seeds) - 1
     return [
-      *((cell.shape, cell.flops - _TRUNK * trunks.get(cell.shape, 0.0)) for cell in cells),
-      *[(middle.shape, middle.flops)] * seeds,
+      *(self._expect(cell, self._own.seeds[0], trunks.get(cell.shape)) for cell in cells),
+      *(self._expect(grid.middle(cells), seed) for seed in self._own.seeds[1:]),
     ]
+
+  def _expect(self, cell: Cell, seed: int, shared: Cell | None = None) -> "_Planned":
+    """Returns an expected run, which may go on from the trunk of a smaller budget's."""
+    flops = cell.flops
+    if shared:
+      own = self.costs.settings(shared.shape, shared.steps, seed)
+      flops -= trunk_ends(own) * shared.flops_per_step
+    return _Planned(cell.shape, flops, self._run(cell, seed).result.ended)
 
   def _measure(self) -> None:
     """Learns from finished runs how fast shapes train here, or times some steps.
@@ -160,22 +178,28 @@ class Study:
 
   def _cells(self, budget: float) -> list[Cell]:
     """Returns the shapes that a budget trains, the smallest first."""
-    points = findings.points_of([(run, run.result) for run in self._runs])
-    ratio = self._own.tokens_per_parameter
-    size = grid.expected_size(budget, points, self.costs, ratio)
+    size = self._expected_size(budget)
     shapes = grid.window(self._rungs, self.costs, size, self._own.per_budget)
     return [self._cell(shape, budget) for shape in shapes]
+
+  def _expected_size(self, budget: float) -> float:
+    """Returns the best N at a budget by what has been trained, or as the settings expect."""
+    points = findings.points_of([(run, run.result) for run in self._runs])
+    return grid.expected_size(budget, points, self.costs, self._own.tokens_per_parameter)
 
   def _cell(self, shape: Shape, budget: float, name: str = "isoflop.budgets") -> Cell:
     return grid.cell(self._settings, self.costs, shape, budget, self._images, name)
 
+  def _best_cell(self, budget: float, size: float, name: str) -> Cell:
+    """Returns a budget spent on that shape of the whole ladder whose N is nearest to a size."""
+    return self._cell(LADDER[grid.nearest(LADDER, self.costs, size)], budget, name)
+
   def _add(self, budget: float) -> None:
     """Plans the runs of a budget: every shape with the first seed, the middle one with all."""
     cells = self._cells(budget)
-    middle = cells[(len(cells) - 1) // 2]
     for cell in cells:
       self._warn(cell)
-      for seed in self._own.seeds if cell is middle else self._own.seeds[:1]:
+      for seed in self._own.seeds if cell is grid.middle(cells) else self._own.seeds[:1]:
         self._runs.append(self._run(cell, seed))
 
   def _warn(self, cell: Cell) -> None:
@@ -212,11 +236,14 @@ class Study:
     """Trains the runs that have been planned; `next_budgets` are those that are planned after them."""
     by_folder = {run.entry.folder: run for run in self._runs}
     trains = not all(run.result.ended for run in self._runs)
+    if next_budgets and not trains:
+      return None
 
     def seconds(left: Sequence[Entry]) -> float:
       runs = (by_folder[entry.folder] for entry in left)
       expected = [(run.cell.shape, run.flops_beyond_trunk) for run in runs]
-      expected += [each for budget in next_budgets for each in self._trained(budget)]
+      planned = [each for budget in next_budgets for each in self._planned(budget)]
+      expected += [(each.shape, each.flops) for each in planned if not each.ended]
       self._measure()
       return sum(self._speeds.seconds(*each) for each in expected)
 
@@ -224,12 +251,17 @@ class Study:
       [run.entry for run in self._runs], self._mesh, "isoflop", after_each=self._write_runs,
       begin=lambda entry: _begin(by_folder[entry.folder]), later=seconds, more=bool(next_budgets),
     )  # fmt: skip
-    if trains:  # else what is there tells more than these first budgets
+    if trains and self._has_caught_up:
       self.report()
     return stopped_by
 
+  @property
+  def _has_caught_up(self) -> bool:
+    """False while a study that goes on tells of fewer runs than its results did when it was begun."""
+    return len(self._runs) >= self._told_before
+
   def _write_runs(self) -> None:
-    if hosts.is_main():
+    if hosts.is_main() and self._has_caught_up:
       report.write_runs(self._workdir, [(run, run.result) for run in self._runs], self._images)
 
   def _train_held_out(self) -> str | None:
@@ -260,9 +292,18 @@ class Study:
         "isoflop.budgets"
       )
     # A size below the range gets the smallest shape there is, which isn't far from those that were fitted.
-    cell = self._cell(self._rungs[grid.nearest(self._rungs, self.costs, size)], budget, name)
+    cell = self._best_cell(budget, size, name)
     n = self.costs.size(cell.shape)
     return HeldOut(cell, Estimate(*found.fit.forecast(n, cell.tokens)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+  """An expected run: FLOPs beyond a shared trunk, and True if it has ended."""
+
+  shape: Shape
+  flops: float
+  ended: bool
 
 
 def _begin(run: Run) -> None:

@@ -10,10 +10,10 @@ import os
 
 from jax.sharding import Mesh
 
-from igpt_jax import watchdog
+from igpt_jax import units, watchdog
 from igpt_jax.config.fields import Settings
 from igpt_jax.isoflop import report
-from igpt_jax.isoflop.study import Study
+from igpt_jax.isoflop.study import FOLDER, Study
 from igpt_jax.parallel.hosts import say
 from igpt_jax.workspace import devices, lock
 from igpt_jax.workspace import workdir as workdir_lib
@@ -30,6 +30,11 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
     if stopped_by:
       say(f"stopped by {stopped_by}: saved; the same command goes on from here")
       return
+    if others := study.others():
+      say(
+        f"isoflop: {units.counted(len(others), 'run')} of {os.path.join(workdir, FOLDER)} are no part of this plan and "
+        f"aren't fitted: {', '.join(os.path.relpath(each, workdir) for each in others)}"
+      )
     found = study.report()
     say(report.markdown(found).rstrip())
     say(f"done: {os.path.join(workdir, report.PAGE)}")

@@ -16,8 +16,10 @@ from igpt_jax.config.fields import FIELDS
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.isoflop import config_file, report
+from igpt_jax.isoflop.ladder import LADDER
 from igpt_jax.jobs import isoflop, pretrain
 from igpt_jax.runner import loop
+from igpt_jax.training.bad_numbers import BadNumbers
 from support.quickstart import load_config, shrunk, stop_at
 from support.tiny import Killed, on_one_device
 
@@ -161,8 +163,11 @@ def test_the_same_command_trains_nothing_and_writes_the_config_of_a_budget(
   monkeypatch.setattr(sequence, "pretrain", None)
   on_one_device(isoflop, study(**{"isoflop.budget": 6e9}), str(workdir))
   own, _ = load(workdir / "isoflop_6e9.py")
-  assert f"{own.model.n_layer}x{own.model.n_embd}" in SHAPES and own.job == "pretrain"
-  assert "7 of 7 trainings ended before" in capsys.readouterr().out
+  assert f"{own.model.n_layer}x{own.model.n_embd}" in [shape.name for shape in LADDER]
+  assert own.job == "pretrain"
+  said = capsys.readouterr().out
+  assert said.count("7 of 7 trainings ended before") == 1 == said.count("ended before")
+  assert "0:00:00 for what hasn't ended" in said
   assert (workdir / report.RUNS).read_text() == (done / report.RUNS).read_text()
 
 
@@ -214,7 +219,28 @@ def test_a_budget_more_uses_what_is_there(done, tmp_path, monkeypatch):
   assert seeded == "2x16/1/1e9" and start is None
 
 
-def test_a_run_that_diverged_is_marked_and_not_fitted(done, tmp_path):
+def test_results_stay_until_a_study_that_goes_on_tells_as_much(done, tmp_path, monkeypatch):
+  """With a seed more, the first run that ends leaves those of the other budgets in the results."""
+  workdir = shutil.copytree(done, tmp_path / "study")
+
+  def diverges(settings, folder, *others, **named):
+    if folder.endswith("1e9"):
+      os.makedirs(folder)
+      raise BadNumbers("not finite", 7, 0, False)
+    raise Killed
+
+  monkeypatch.setattr(sequence, "pretrain", diverges)
+  with pytest.raises(Killed):
+    on_one_device(isoflop, study(**{"isoflop.seeds": (0, 1)}), str(workdir))
+  for name in (report.RUNS, report.NUMBERS, report.PAGE):
+    assert (workdir / name).read_text() == (done / name).read_text()
+  monkeypatch.undo()
+  on_one_device(isoflop, study(**{"isoflop.seeds": (0, 1), "isoflop.held_out": 0.0}), str(workdir))
+  statuses = [row["status"] for row in rows_of(workdir)]
+  assert statuses.count("diverged at step 7") == 1 and statuses.count("finished") == 7
+
+
+def test_a_run_that_diverged_is_marked_and_not_fitted(done, tmp_path, capsys):
   workdir = shutil.copytree(done, tmp_path / "study")
   row = rows_of(done)[2]
   result = workdir / "isoflop" / row["shape"] / row["seed"] / row["budget"] / "training.json"
@@ -225,6 +251,10 @@ def test_a_run_that_diverged_is_marked_and_not_fitted(done, tmp_path):
   assert rows[2]["status"] == f"diverged at step {row['steps']}"
   assert rows[2]["validation_loss"] == "" and rows[2]["fitted"] == "0"
   assert json.loads((workdir / report.NUMBERS).read_text())["fitted_runs"] == 5
+  # The run held out of the plan before.
+  held = os.path.relpath(folder_of(done, rows_of(done)[-1]), done)
+  assert f"1 run of {workdir}/isoflop are no part of this plan" in (said := capsys.readouterr().out)
+  assert f"aren't fitted: {held}" in said
 
 
 def test_unknown_shapes_and_small_budgets_are_refused_before_anything_is_trained(
@@ -243,7 +273,12 @@ def test_unknown_shapes_and_small_budgets_are_refused_before_anything_is_trained
     ),
     (
       {"isoflop.beyond": "refuse", "isoflop.max_epochs": 5.0, "isoflop.held_out": 1e11},
-      r"held_out: 1e11 on 2x16: .* epochs of .* images; expected isof",
+      r"held_out: 1e11 on .*: .* epochs of .* images; expected isof",
+    ),
+    ({"isoflop.budget": 1e5}, r"budget: 1e5 on 2x12: less than one batch of 4 images"),
+    (
+      {"train.warmup_steps": 999},
+      r"warmup_steps: 999; .*; fix: larger budgets, or fewer train\.warm",
     ),
   ):
     with pytest.raises(UserError, match=expected):

@@ -11,7 +11,7 @@ from igpt_jax.ablation import outcomes
 from igpt_jax.ablation.entries import Entry
 from igpt_jax.ablation.outcomes import FINISHED, Result
 from igpt_jax.config import choices
-from igpt_jax.isoflop import config_file, findings, grid, report
+from igpt_jax.isoflop import config_file, findings, grid, pictures, report
 from igpt_jax.isoflop.findings import HeldOut, Run
 from igpt_jax.isoflop.frontier import Estimate
 from igpt_jax.isoflop.ladder import LADDER, Costs
@@ -137,6 +137,22 @@ def test_the_pages(settings, costs, losses, tmp_path):
   assert f"| 1e20 | {' | '.join(['out of range'] * 7)} |" in text
   rows = (tmp_path / report.RUNS).read_text().splitlines()
   assert len(rows) == 1 + len(runs) + 1 and rows[0].startswith("budget,fitted,shape,n_layer")
+
+
+def test_bands_end_where_sizes_are_out_of_range(settings, costs, losses, tmp_path, monkeypatch):
+  found = findings.find(settings, costs, IMAGES, losses(study(settings, costs)))
+  least, most = found.frontier.range
+  far = 3e3 * most  # every other draw expects its optimum there
+  monkeypatch.setattr(
+    found.frontier,
+    "sizes",
+    lambda surface, budget: np.array([1e4] if surface is found.fit.surface else [1e4, far]),
+  )
+  panels = []
+  monkeypatch.setattr(pictures.plots, "plot", lambda path, *drawn, **_: panels.extend(drawn))
+  pictures._frontier("frontier.png", found)
+  low, high = panels[0].curves["surface"].band
+  assert min(low) >= least and max(high) == pytest.approx(most)
 
 
 def test_what_the_page_says_of_a_run_held_out(settings, costs):
