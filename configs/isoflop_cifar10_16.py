@@ -5,7 +5,8 @@
   … --config.isoflop.budget=1e15          # also writes isoflop_1e15.py, a config for that many FLOPs
 
 Reproduces: the method of Yan et al. 2025 (arXiv 2511.08704), who released no code, at budgets of a laptop and with
-a modern recipe. Hardware: two CPU cores, some three hours. Expect: isoflop.md, runs.csv, isoflop.json and four pictures.
+a modern recipe. Hardware: two CPU cores, an hour and a half with JAX_NUM_CPU_DEVICES=2. Expect: isoflop.md, runs.csv,
+isoflop.json and four pictures; docs/results.md has what was found.
 """
 
 from igpt_jax.config import base
