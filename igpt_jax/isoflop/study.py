@@ -62,6 +62,11 @@ class Study:
     for name in ("held_out", "budget"):  # refused now, not when all budgets have been trained
       if budget := getattr(self._own, name):
         self._best_cell(budget, self._expected_size(budget), f"isoflop.{name}")
+    self._added: list[float] = []
+    for budget in self._own.budgets:  # those that have ended, by which the next ones are planned
+      self._add(budget)
+      if not all(run.result.ended for run in self._runs):
+        break
 
   def plan(self) -> str:
     """Returns a table of the budgets with the shapes that are expected, and a forecast of the time of all.
@@ -95,7 +100,8 @@ class Study:
     """Trains what isn't trained yet; returns the signal that stopped it, None: all is trained."""
     budgets = self._budgets()
     for i, budget in enumerate(self._own.budgets):
-      self._add(budget)
+      if budget not in self._added:
+        self._add(budget)
       if stopped_by := self._train(budgets[i + 1 :]):
         return stopped_by
     return self._train_held_out() if self._own.held_out else None
@@ -143,7 +149,7 @@ class Study:
     return [*self._own.budgets, *([self._own.held_out] if self._own.held_out else [])]
 
   def _planned(self, budget: float) -> list["_Planned"]:
-    """Returns the runs of a budget as they are expected before anything has been trained."""
+    """Returns the runs of a budget, planned or as they are expected so far."""
     if budget == self._own.held_out:
       cell = self._best_cell(budget, self._expected_size(budget), "isoflop.held_out")
       return [self._expect(cell, self._own.seeds[0])]
@@ -164,13 +170,8 @@ class Study:
     return _Planned(cell.shape, flops, self._run(cell, seed).result.ended)
 
   def _measure(self) -> None:
-    """Learns from finished runs how fast shapes train here, or times some steps.
-
-    Before anything is planned it looks where runs are expected, which refuses folders of another study's.
-    """
-    for run in self._runs or [
-      self._run(cell, self._own.seeds[0]) for cells in self._expected.values() for cell in cells
-    ]:
+    """Learns from finished runs how fast shapes train here, or times some steps."""
+    for run in self._runs:
       self._speeds.note(run.cell.shape, run.result.step_seconds)
     cells = [cell for of in self._expected.values() for cell in of]
     shapes = sorted({cell.shape for cell in cells}, key=self.costs.size)
@@ -196,7 +197,8 @@ class Study:
 
   def _add(self, budget: float) -> None:
     """Plans the runs of a budget: every shape with the first seed, the middle one with all."""
-    cells = self._cells(budget)
+    cells = self._expected[budget] = self._cells(budget)
+    self._added.append(budget)
     for cell in cells:
       self._warn(cell)
       for seed in self._own.seeds if cell is grid.middle(cells) else self._own.seeds[:1]:

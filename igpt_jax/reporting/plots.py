@@ -109,6 +109,8 @@ def plot(
     for axis in panel.log:
       getattr(axes, f"set_{axis}scale")("log")
     _draw(axes, panel)
+    for axis in panel.log:
+      _label_ticks(getattr(axes, f"{axis}axis"))
     axes.set_ylabel(panel.y_label)
     axes.set_xlabel(panel.x_label)
     if panel.accuracy:
@@ -133,6 +135,17 @@ def plot(
   with replacing(path) as partial:
     figure.savefig(partial, dpi=130, format="png")
   pyplot.close(figure)
+
+
+def _label_ticks(axis: Any) -> None:
+  """Labels 1, 2 and 5 of each decade on a logarithmic axis of less than two, else each decade alone."""
+  from matplotlib import ticker
+
+  low, high = axis.get_view_interval()
+  if high < 100 * low:
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+  axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _draw(axes: Any, panel: Panel) -> None:
