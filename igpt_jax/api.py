@@ -28,7 +28,7 @@ from igpt_jax.sampling import completer, filler
 from igpt_jax.sampling.completer import NOTHING, InputImage
 from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.training.objectives import make_objective
-from igpt_jax.workspace import devices, memory, weights
+from igpt_jax.workspace import checkpoint_tokens, devices, memory, weights
 
 Images: TypeAlias = np.ndarray | Image.Image | Sequence[np.ndarray | Image.Image]
 
@@ -59,7 +59,7 @@ def load(
     batch_size: images, or samples, that are computed at a time; fewer take less memory.
 
   Raises:
-    UserError: nothing readable is there, or it has no palette.
+    UserError: nothing readable is there, or it has no palette and needs one.
   """
   for name, value in (("path", path), ("palette", palette)):
     if not isinstance(value, str | os.PathLike) or (name == "path" and not os.fspath(value)):
@@ -70,9 +70,8 @@ def load(
   if path == packaged.NAME:
     weights.say_packaged('igpt_jax.load("runs/quickstart"), or "openai/imagegpt-small"')
   info = weights.describe(os.fspath(path), settings)
-  if info.palette is None:
-    raise weights.no_palette(info, "path", 'palette="FILE.npy"')
-  weights.check_palette(settings, info, "leave palette out")
+  checkpoint_tokens.check_tokens_known(info, "path", 'palette="FILE.npy"')
+  checkpoint_tokens.check_palette(settings, info, "leave palette out")
   mesh = devices.sampling_mesh(settings, info.config, values["batch_size"])
   return Model(info, settings, mesh)
 
@@ -182,6 +181,9 @@ class Model:
   def nats_per_token(self, images: Images) -> np.ndarray:
     """Computes images' negative log-likelihoods, as job `evaluate` does: float32 [batch], nats per token.
 
+    A token is what a position of the model holds: `info.config.tokens.bits_per_dim` converts a raw RGB
+    model's to bits per dimension.
+
     A BERT model's is that of the pixels which one mask hides, drawn by the image's place among
     `images`; nan where it hides none.
     """
@@ -229,16 +231,17 @@ class Model:
     if self.info.config.causal:
       fix = "a smaller batch_size of igpt_jax.load"
       memory.check_cache(self._drawer.trained.config, size * most, "", self._mesh, fix)
-    drawn = np.zeros((len(prompts), n, self.resolution**2), np.int32)
+    of_one = self._reader.spec.shape(self._reader.positions(self.resolution))
+    drawn = np.zeros((len(prompts), n, *of_one), np.int32)
     for start in range(0, len(prompts), most):
       group = prompts[start : start + most]
       filled = group + [group[-1]] * (min(most, completer.bucket(len(group))) - len(group))
       for first in range(0, n, size):
         numbers = range(first, first + size)
         *_, samples = filler.draw(self._drawer, filled, numbers, known, sampling, seed=seed)
-        tokens = samples.tokens.reshape(len(filled), size, -1)[: len(group), : n - first]
+        tokens = samples.tokens.reshape(len(filled), size, *of_one)[: len(group), : n - first]
         drawn[start : start + len(group), first : first + size] = tokens
-    return self._reader.paint(drawn).reshape(*drawn.shape[:2], *[self.resolution] * 2, 3)
+    return self._reader.spec.decode(drawn)
 
 
 def _checked(**arguments: Any) -> dict[str, Any]:

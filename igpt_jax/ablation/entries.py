@@ -77,8 +77,8 @@ class Opened:
   Attributes:
     settings: the job's; `palette.path` is that of the palette, which is kept in the workdir.
     train: the training images.
-    palette: digest of the colours; None: the data are tokens without any.
-    n_vocab: the number of colours.
+    palette: digest of the colours; None: the tokens are raw RGB, or data without any.
+    n_vocab: the number of colours, or of levels.
   """
 
   settings: Settings
@@ -95,10 +95,10 @@ def opened(settings: Settings, workdir: str) -> Opened:
   """
   train, _ = (open_split(settings.data, name) for name in ("train", "validation"))
   start = weights.of_run(settings, workdir)
-  palette = training_palette.training_palette(
+  spec = training_palette.training_tokens(
     start.settings, settings.data, train, workdir, start.palette
   )
-  n_vocab = choices.palette_size(start.settings) if palette is None else palette.size
+  palette = spec.palette
   digest = None if palette is None else provenance.of_palette(palette.centers)
   if palette is not None:
     if hosts.is_main():
@@ -107,7 +107,7 @@ def opened(settings: Settings, workdir: str) -> Opened:
     if not settings.palette.path:
       kept = os.path.join(workdir, training_palette.PALETTE)
       settings = with_values(settings, {"palette.path": kept})
-  return Opened(settings=settings, train=train, palette=digest, n_vocab=n_vocab)
+  return Opened(settings=settings, train=train, palette=digest, n_vocab=spec.n_vocab)
 
 
 def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh) -> Entry:
@@ -278,6 +278,7 @@ def _incomparable(
   measured_on = [
     {
       "data": info.run["data"]["fingerprint"],
+      "data.token_kind": info.config.token_kind,
       "palette": provenance.of_palette(info.palette),
       "objective": info.run["objective"],
       "preprocessing": provenance.recipe(own.data),

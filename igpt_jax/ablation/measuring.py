@@ -90,7 +90,7 @@ def _kept(
 def _test_loss(settings: Settings, workdir: str, mesh: Mesh) -> float:
   """Evaluates nats per token on test."""
   own, split = settings.evaluate, open_split(settings.data, "test")
-  trained = weights.load_model(settings, workdir, mesh, needs_palette=not split.is_tokens)
+  trained = weights.load_model(settings, workdir, mesh, needs_images=not split.is_tokens)
   return likelihood.nats_per_token(
     trained, split, settings.data, mesh,
     batch_size=own.batch_size, images=own.images, masks=own.masks,

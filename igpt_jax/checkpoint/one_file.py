@@ -86,8 +86,9 @@ def _check_run(path: str, run: Any, step: Any, config: ImageGPTConfig) -> None:
     ("step", step, type(step) is int and step >= 0, "a number of updates"),
     (
       "resolution", run.get("resolution"),
-      type(run.get("resolution")) is int and run["resolution"] ** 2 == config.n_positions,
-      f"the side of {config.n_positions} pixels",
+      type(run.get("resolution")) is int
+      and config.tokens.n_positions(run["resolution"]) == config.n_positions,
+      f"the side of an image of {config.n_positions} positions",
     ),
     (
       "objective", run.get("objective"),

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 
 from igpt_jax.config.fields import FIELDS, Settings
+from igpt_jax.data.palette import Palette
 from igpt_jax.model.decoding.autoregressive import SamplingConfig
 from igpt_jax.model.model_config import OPTIONS, PRESETS, ImageGPTConfig, Preset
 from igpt_jax.model.parametrisation import scale_of
+from igpt_jax.tokens import TokenSpec, spec_of
 from igpt_jax.training.optimizer import OptimizerConfig
 
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
@@ -35,7 +37,8 @@ def settle(
     shape = {name: getattr(start, name) for name in MODEL_SHAPE}
     options = {name: getattr(start, name) for name in _KEPT}
     model = dataclasses.replace(model, **shape, **options)
-    palette = dataclasses.replace(palette, size=start.n_vocab)
+    if start.tokens.needs_palette:
+      palette = dataclasses.replace(palette, size=start.n_vocab)
     objective = "autoregressive" if start.causal else "masked"
     published = (
       name
@@ -62,9 +65,9 @@ def _b2(given: float, batch_size: int) -> float:
   return given or 0.95 ** (batch_size / 128)
 
 
-def palette_size(settings: Settings) -> int:
-  """Returns the number of colours, of a palette that isn't known yet."""
-  return settings.palette.size or _COLOURS
+def token_spec(settings: Settings, palette: Palette | None = None) -> TokenSpec:
+  """Returns what the model's tokens are; `palette` None: of `palette.size` colours that aren't known yet."""
+  return spec_of(settings.data.token_kind, settings.palette.size or _COLOURS, palette)
 
 
 def preset(settings: Settings) -> Preset:
@@ -86,15 +89,20 @@ def model_options(settings: Settings) -> dict[str, Any]:
   return {name: v for name, v in values.items() if v != FIELDS[f"model.{name}"].default}
 
 
-def model_config(settings: Settings, *, n_vocab: int) -> ImageGPTConfig:
-  """Returns the model's config; initialises devices if `model.dtype` is open."""
+def model_config(settings: Settings, *, n_vocab: int = 0) -> ImageGPTConfig:
+  """Returns the model's config, of a palette with `n_vocab` colours; 0: of `token_spec`'s.
+
+  Initialises devices if `model.dtype` is open.
+  """
   size, model = preset(settings), settings.model
+  spec = spec_of(settings.data.token_kind, n_vocab or token_spec(settings).n_vocab)
   return ImageGPTConfig(
     n_layer=model.n_layer or size.n_layer,
     n_head=model.n_head or size.n_head,
     n_embd=model.n_embd or size.n_embd,
-    n_vocab=n_vocab,
-    n_positions=settings.data.resolution**2,
+    n_vocab=spec.n_vocab,
+    n_positions=spec.n_positions(settings.data.resolution),
+    token_kind=spec.kind,
     causal=settings.objective != "masked",
     dtype=compute_dtype(settings),
     remat=model.remat or size.remat,

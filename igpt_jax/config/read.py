@@ -44,6 +44,7 @@ def check(settings: Settings) -> None:
     _check_isoflop(settings)
   if job == "first_contact":
     named.check(settings, check)
+  _check_tokens(settings)
   transforms.check_recipe(data.augment, data.resolution, data.resample)
   trained = {"finetune": settings.finetune, "probe": settings.probe}.get(job, settings.train)
   if settings.profile.steps and settings.profile.start >= trained.steps:
@@ -82,7 +83,31 @@ def check(settings: Settings) -> None:
     # Choosing the dtype would initialise the devices.
     model = dataclasses.replace(settings.model, dtype=settings.model.dtype or "float32")
     settings = dataclasses.replace(settings, model=model)
-    choices.model_config(settings, n_vocab=choices.palette_size(settings))
+    choices.model_config(settings)
+
+
+def _check_tokens(settings: Settings) -> None:
+  """Raises UserError if something asks for a palette, and the tokens are raw RGB."""
+  data, palette = settings.data, settings.palette
+  if choices.token_spec(settings).needs_palette:
+    return
+  kind, fix = data.token_kind, "fix: --config.data.token_kind=palette"
+  if settings.job == "fit_palette":
+    raise UserError(
+      f"config.job: fit_palette; data.token_kind={kind} takes no palette; fix: another job"
+    )
+  if data.name == "tokens":
+    raise UserError(
+      f"config.data.token_kind: {kind}; data.name=tokens are colours of a palette, not raw RGB; expected "
+      f"images; {fix}"
+    )
+  for name, value in (("path", palette.path), ("size", palette.size)):
+    if value:
+      raise UserError(
+        f"config.palette.{name}: {value!r}; data.token_kind={kind} takes no palette; expected "
+        f"{FIELDS[f'palette.{name}'].default!r}; {fix}, or --config.palette.{name}="
+        f"{FIELDS[f'palette.{name}'].default}"
+      )
 
 
 def _check_isoflop(settings: Settings) -> None:

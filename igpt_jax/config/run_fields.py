@@ -19,6 +19,7 @@ from igpt_jax.config.declare import (
   setting,
 )
 from igpt_jax.errors import UserError
+from igpt_jax.tokens import KINDS, PALETTE
 
 _AUGMENTATIONS = ("none", "paper", "cifar", "shift", "photo")
 
@@ -39,6 +40,9 @@ class DataConfig(Group, prefix="data", jobs=OPENING):
   data_dir: str = setting("", "where TFDS keeps prepared data; \"\": TFDS' default", host=True)
   resolution: int = setting(8, "height and width the model sees, in pixels", least=1, decides="run",
     jobs=(*OPENING, "compile"))
+  token_kind: str = setting(PALETTE, "what the model predicts: palette (the nearest colour of a palette, as in "
+    "the paper), channels (raw red, green and blue of a pixel, one after the other, at one position), "
+    "subpixels (the same at three positions)", choices=KINDS, decides="run", jobs=(*OPENING, "compile"))
   augment: str = setting("none", "augmentation in training: none, paper (random resize and crop as for "
     "ImageNet), cifar (pad, crop, flip), shift (by up to an eighth of the side; for digits), photo "
     "(crop and flip; for few photos)", decides="run", choices=_AUGMENTATIONS)
@@ -140,7 +144,7 @@ class TrainConfig(Group, prefix="train", jobs=UPDATING):
     decides="pretraining")
   decay_shape: str = setting("1-sqrt", "how the rate falls in wsd's decay, with the share x of it that "
     "is done: 1-sqrt, with 1 - √x, or linear", decides="pretraining", choices=("linear", "1-sqrt"))
-  optimizer: str = setting("adam", "adam, or muon: the blocks' matrices by Muon, all else by Adam, at one "
+  optimizer: str = setting("adam", "adam, or muon: the blocks' (and heads') matrices by Muon, all else by Adam, at one "
     "learning rate", decides="run", choices=("adam", "muon"), jobs=MAKING)
   b1: float = setting(0.9, "Adam's decay rate", least=0, below=1, decides="run", jobs=MAKING)
   b2: float = setting(0.95, "Adam's decay rate of squares; 0: 0.95^(batch_size / 128), which averages "

@@ -9,6 +9,7 @@ import numpy as np
 
 from igpt_jax import watchdog
 from igpt_jax.data import image_decoding, own_images, sources, transforms
+from igpt_jax.tokens import TokenSpec
 
 _TOLERATED_IN_FOLDER = 3  # unreadable images, unless data.max_bad is 0
 _UNUSED_RNG = np.random.default_rng(0)  # `load` takes a generator, but evaluation draws nothing
@@ -17,10 +18,10 @@ _UNUSED_RNG = np.random.default_rng(0)  # `load` takes a generator, but evaluati
 class Loader:
   """Maps a record's index to an element of a batch. Picklable, for worker processes."""
 
-  def __init__(self, split, config, palette, *, train: bool, images: bool):
+  def __init__(self, split, config, spec: TokenSpec | None, *, train: bool, images: bool):
     self._split = split
     self._config = config
-    self._palette = palette
+    self._spec = spec
     self._train = train
     self._images = images
     self._cache: dict[int, tuple[np.ndarray, np.int32]] = {}
@@ -76,8 +77,8 @@ class Loader:
           self._cache[index] = (image if image.base is None else image.copy()), label
         image = self._transform(image, rng)
     element: dict[str, Any] = {"label": label}
-    if self._palette is not None:
-      element["tokens"] = self._palette.encode(image).reshape(-1)
+    if self._spec is not None:
+      element["tokens"] = self._spec.encode(image)
     if self._images:
       element["image"] = image
     return element
@@ -86,8 +87,9 @@ class Loader:
     """Returns a padding element of the same shapes, its label -1."""
     resolution = self._config.resolution
     element: dict[str, Any] = {"label": np.int32(-1)}
-    if self._palette is not None or self._split.is_tokens:
-      element["tokens"] = np.zeros(resolution**2, np.uint16)
+    spec = TokenSpec() if self._split.is_tokens else self._spec
+    if spec is not None:
+      element["tokens"] = np.zeros(spec.shape(spec.n_positions(resolution)), np.uint16)
     if self._images and not self._split.is_tokens:
       element["image"] = np.zeros((resolution, resolution, 3), np.uint8)
     return element

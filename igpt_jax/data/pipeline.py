@@ -20,8 +20,8 @@ import numpy as np
 from igpt_jax import errors, watchdog
 from igpt_jax.data import image_decoding, sources
 from igpt_jax.data import order as order_lib
-from igpt_jax.data import palette as palette_lib
 from igpt_jax.data.loader import Loader, tolerance
+from igpt_jax.tokens import TokenSpec
 
 # --- positions -------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ def _stop(running: list) -> None:
 def train_batches(
   split: sources.Split,
   config: sources.DataConfig,
-  palette: palette_lib.Palette | None,
+  spec: TokenSpec | None,
   *,
   batch_size: int,
   seed: int,
@@ -188,7 +188,7 @@ def train_batches(
   Args:
     split: the split to read.
     config: resolution, augmentation, and numbers of workers and threads.
-    palette: None for images instead of tokens. Ignored if the records are tokens.
+    spec: what tokens are made of images; None for images instead. Ignored if the records are tokens.
     batch_size: size of the global batch, over all hosts.
     seed: seed of order and augmentation.
     start_step: number of global batches to skip, at no cost.
@@ -197,15 +197,15 @@ def train_batches(
     augment: False for images as in evaluation, but in the order of training.
 
   Yields:
-    {"tokens": uint16 [B / hosts, T], "label": int32 [B / hosts], "index": int32 [B / hosts]} and,
-    without a palette or with `images`, "image": uint8 [B / hosts, R, R, 3]. `index` is the drawn
+    {"tokens": uint16 [B / hosts, T], or [B / hosts, T, codes], "label": int32 [B / hosts], "index": int32
+    [B / hosts]} and, without `spec` or with `images`, "image": uint8 [B / hosts, R, R, 3]. `index` is the drawn
     record's index in the split.
 
   Raises:
     UserError: while iterating, more damaged records than config.max_bad allows.
   """
   rows = _rows_of_host(batch_size, process_count)
-  loader = Loader(split, config, palette, train=augment, images=images or palette is None)
+  loader = Loader(split, config, spec, train=augment, images=images or spec is None)
   order = order_lib.train_order(len(split), seed)
   dataset = order.random_map(loader.train_element).batch(rows, drop_remainder=True, batch_fn=_stack)
   dataset = dataset[start_step * process_count + process_index :: process_count]
@@ -216,7 +216,7 @@ def train_batches(
 def eval_batches(
   split: sources.Split,
   config: sources.DataConfig,
-  palette: palette_lib.Palette | None,
+  spec: TokenSpec | None,
   *,
   batch_size: int,
   process_index: int = 0,
@@ -235,7 +235,7 @@ def eval_batches(
   import grain
 
   rows = _rows_of_host(batch_size, process_count)
-  loader = Loader(split, config, palette, train=False, images=images or palette is None)
+  loader = Loader(split, config, spec, train=False, images=images or spec is None)
   n_batches = -(-len(split) // batch_size)
   indices = grain.MapDataset.range(n_batches * batch_size)
   dataset = indices.map(loader.eval_element).batch(rows, batch_fn=_stack)

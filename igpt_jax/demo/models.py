@@ -105,7 +105,8 @@ class Models:
   def compile(self, index: int, samples: int) -> None:
     """Compiles the programs that draw up to so many samples, by drawing a part of them."""
     reader = self.reader(index)
-    image = InputImage("", np.zeros(reader.resolution**2, np.int32))
+    shape = reader.spec.shape(reader.positions(reader.resolution))
+    image = InputImage("", np.zeros(shape, np.int32))
     known = np.ones((reader.resolution, reader.resolution), bool)
     known[-1] = False
     for _ in self.draw(index, image, samples, known, SamplingConfig(), seed=0, passes=1):

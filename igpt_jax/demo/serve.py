@@ -328,7 +328,8 @@ class _Service:
     settled, deadline = np.broadcast_to(known, (wanted.n, side, side)), math.inf
     async with self._drawing, contextlib.aclosing(self._drawn(wanted, image)) as results:
       async for done, drawn in results:
-        before, settled = settled, drawn.settled.reshape(settled.shape)
+        before = settled
+        settled = reader.spec.whole_pixels(drawn.settled).reshape(settled.shape)
         changed = np.flatnonzero((settled & ~before).any((0, 2)))
         first, rows = int(changed[0]), slice(changed[0], changed[-1] + 1)
         pixels = _base64(reader.paint(drawn.tokens)[:, rows])
@@ -339,7 +340,7 @@ class _Service:
         if deadline == math.inf:  # compiling is done
           deadline = time.monotonic() + self._limits.seconds
         if settled.all():
-          nats = drawn.nll[:, ~known.reshape(-1)].mean(1)
+          nats = drawn.nll[:, reader.spec.of_pixels(~known)].mean(1)
           yield {"event": "done", "nats_per_token": [round(float(value), 4) for value in nats]}
         elif time.monotonic() > deadline:
           raise Refused(

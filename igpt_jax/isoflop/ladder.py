@@ -22,7 +22,7 @@ from igpt_jax.model.parametrisation import names
 from igpt_jax.training import compilation
 
 # Parameters that are looked up, or that only the first and the last layer have for each colour or position.
-_TABLES = {"wte", "wtet", "wpe", "wpe_row", "wpe_column", "value_embed"}
+_TABLES = {"wte", "wtet", "wpe", "wpe_row", "wpe_column", "wpe_channel", "value_embed", "seen"}
 _DEGREE = 3  # of the polynomial in ln N through the logarithms of FLOPs for each parameter
 
 
@@ -88,13 +88,15 @@ class Costs:
 
   Args:
     settings: the study's.
-    n_vocab: colours.
+    n_vocab: colours; of raw RGB levels.
   """
 
   def __init__(self, settings: Settings, n_vocab: int):
     train = settings.train
     self._settings = settings
-    self.tokens_per_step = train.batch_size * settings.data.resolution**2
+    spec = choices.token_spec(settings)
+    self.tokens_per_image = spec.n_positions(settings.data.resolution)
+    self.tokens_per_step = train.batch_size * self.tokens_per_image
     optimizer = choices.optimizer_config(settings)
     self._models: dict[Shape, ImageGPTConfig] = {}
     self._parameters: dict[Shape, tuple[int, int]] = {}

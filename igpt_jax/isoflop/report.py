@@ -179,7 +179,7 @@ def _frontier(found: Findings) -> str:
       nearest = LADDER[grid.nearest(LADDER, found.costs, each.n.value)]
       shape, total = nearest.name, f"{found.costs.parameters(nearest)[0]:,}"
       ratio = _text(_ratio(each), ",.0f")
-      epochs = f"{each.d.value / found.settings.data.resolution**2 / found.images:.2f}"
+      epochs = f"{each.d.value / found.costs.tokens_per_image / found.images:.2f}"
     rows.append((
       compact(each.budget), _text(each.n, ",.0f"), _text(_millions(each.d), ".3g"), ratio, epochs,
       _text(each.loss, ".4f"), shape, total,

@@ -22,7 +22,7 @@ from igpt_jax.parallel import sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary, versions
 from igpt_jax.timing import benchmark_tables
-from igpt_jax.workspace import devices, measurements, memory, weights
+from igpt_jax.workspace import checkpoint_tokens, devices, measurements, memory, weights
 from igpt_jax.workspace import workdir as workdir_lib
 from igpt_jax.workspace.measurements import CPU_NOTE, Values
 
@@ -95,10 +95,11 @@ def run(settings: Settings, workdir: str) -> None:
 def model_of(settings: Settings) -> tuple[ImageGPTConfig, Settings]:
   """Returns the model that these settings train, and the settings with all choices made."""
   if settings.init_from:
-    start = weights.describe(settings.init_from, settings).config
-    settings = choices.settle(settings, start)
-    return choices.model_config(settings, n_vocab=start.n_vocab), settings
+    start = weights.describe(settings.init_from, settings)
+    checkpoint_tokens.check_kind(settings, start)
+    settings = choices.settle(settings, start.config)
+    return choices.model_config(settings, n_vocab=start.config.n_vocab), settings
   settings = choices.settle(settings)
   path = settings.palette.path
-  n_vocab = Palette.from_setting(path).size if path else choices.palette_size(settings)
-  return choices.model_config(settings, n_vocab=n_vocab), settings
+  spec = choices.token_spec(settings, Palette.from_setting(path) if path else None)
+  return choices.model_config(settings, n_vocab=spec.n_vocab), settings

@@ -107,7 +107,7 @@ def training_of(settings: Settings) -> Training:
   """Returns the training step of the settings; reads no data, so the palette has its full size."""
   settings = choices.settle(settings)
   return Training(
-    choices.model_config(settings, n_vocab=choices.palette_size(settings)),
+    choices.model_config(settings),
     make_objective(settings.objective, settings.mask_probability),
     choices.optimizer_config(settings),
     settings.train.batch_size,

@@ -56,7 +56,7 @@ class Target:
   image: InputImage
   folder: str  # folder of its results
   settings: str  # digest of everything but the image that determines its samples
-  # number -> (tokens [T], nats [T])
+  # number -> (tokens [T, …], nats [T])
   samples: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
   def read(self) -> None:
@@ -263,7 +263,7 @@ def _draw(
 
 
 def _rows(target: Target, n: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the first n samples' tokens [n, T] and nats [n, T]."""
+  """Returns the first n samples' tokens [n, T, …] and nats [n, T]."""
   tokens, nll = zip(*(target.samples[number] for number in range(n)), strict=True)
   return np.stack(tokens), np.stack(nll)
 
@@ -285,7 +285,7 @@ def _finish(target: Target, reader: Reader, recipe: dict[str, Any], settings: Se
     images = list(reader.paint(tokens[:_GRID_SAMPLES]))
     frames = figures.appearing(images, n_given, columns=4, scale=recipe["scale"])
     figures.save_gif(os.path.join(target.folder, "appearing.gif"), frames)
-  nats = nll[:, ~_known(recipe).reshape(-1)].mean(1)
+  nats = nll[:, reader.spec.of_pixels(~_known(recipe))].mean(1)
   values = {
     "picture": target.file.path if target.file else None,
     "picture_identity": target.image.identity,
@@ -322,11 +322,12 @@ def _write_grids(
   for target in targets:
     groups[target.file.group if target.file else ""].append(target)
   known, nats_of = _known(recipe), {}
+  hidden = reader.spec.of_pixels(~known)
   by = figures.checkpoint_name(info.path, info.step)
   for group, members in groups.items():
     for target in members:
       _, nll = _rows(target, settings.complete.n)
-      nats_of[os.path.relpath(target.folder, out)] = float(nll[:, ~known.reshape(-1)].mean())
+      nats_of[os.path.relpath(target.folder, out)] = float(nll[:, hidden].mean())
     grid = _grid(members, reader, known, by, settings)
     figures.save_png(os.path.join(out, group, "grid.png"), grid)
     if len(members) > _GRID_ROWS:

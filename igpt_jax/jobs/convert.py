@@ -33,7 +33,7 @@ def run(settings: Settings, workdir: str) -> None:
   model = info.config
   say(
     f"source: {info.path}, {info.format}: {model.n_layer} layers, {model.n_head} heads, width "
-    f"{model.n_embd}, {model.n_positions} positions of {model.n_vocab} colours, "
+    f"{model.n_embd}, {model.n_positions} positions of {model.tokens.values}, "
     f"{info.run['objective']}, {'with a' if info.palette is not None else 'no'} palette"
   )
   params = weights.read_on_host(info, say)

@@ -1,8 +1,8 @@
 """Exact likelihood of a split, every image once, beside baselines.
 
-Writes evaluation.json: `nats_per_token`, `bits_per_token`, and the baselines on the same tokens:
-uniform, unigram (the frequency of colours) and per-position unigram (their frequency at a pixel). A
-BERT model's is the mean over `masks_counted`, the masks that hide at least one pixel.
+Writes evaluation.json: `nats_per_token`, `bits_per_token`, of raw RGB `bits_per_dim`, and the baselines on
+the same tokens: uniform, unigram (the frequency of colours, or of levels whatever the channel) and
+per-position unigram (their frequency at a pixel, and channel). A BERT model's is the mean over `masks_counted`, the masks that hide at least one pixel.
 """
 
 import functools
@@ -24,7 +24,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import progress, summary
 from igpt_jax.training.evaluation import LikelihoodEvaluator, count_tokens, counting, unigram_nats
 from igpt_jax.training.objectives import make_objective
-from igpt_jax.workspace import devices, provenance, streams, watch, weights
+from igpt_jax.workspace import checkpoint_tokens, devices, provenance, streams, watch, weights
 
 _TIMED_BATCHES = 9  # read once more, to know how long counting takes
 
@@ -55,28 +55,28 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
     say(
       "baselines: counted on the evaluated images themselves, which flatters them: there is no train"
     )
-  trained = weights.load_model(settings, workdir, mesh, needs_palette=not split.is_tokens)
-  n_vocab = trained.config.n_vocab
-  palette = None if split.is_tokens else weights.palette_of(trained)
-  if split.max_token >= n_vocab:
+  trained = weights.load_model(settings, workdir, mesh, needs_images=not split.is_tokens)
+  model = trained.config
+  spec = model.tokens if split.is_tokens else checkpoint_tokens.tokens_of(trained)
+  if split.max_token >= spec.n_vocab:
     raise UserError(
       f"data.path: {data_config.path} has tokens up to {split.max_token}; expected less "
-      f"than {n_vocab}, the size of the checkpoint's palette"
+      f"than {spec.n_vocab}, the size of the checkpoint's palette"
     )
 
   def stream(of: Split, limit: int = 0):
-    return streams.eval_stream(of, data_config, palette, mesh, own.batch_size, limit)
+    return streams.eval_stream(of, data_config, spec, mesh, own.batch_size, limit)
 
   objective_name = trained.run["objective"]
   objective = make_objective(objective_name, trained.run["mask_probability"])
-  likelihood = LikelihoodEvaluator(trained.config, objective, mesh)
+  likelihood = LikelihoodEvaluator(model, objective, mesh)
   total = min(len(split), own.images or len(split))
   masks = own.masks if objective_name == "masked" else 1
   counting_seconds = _tell_cost(settings, split.name, total, train_split, stream)
   then = ("baselines", counting_seconds) if counting_seconds else ("", 0.0)
   what = f"{split.name}: {units.counted(total, 'image')}"
   clock = progress.Countdown(what, total, say, then=then)
-  counts = np.zeros((trained.config.n_positions, n_vocab), np.int64)
+  counts = np.zeros((model.n_positions * spec.codes, spec.n_vocab), np.int64)
   report = clock.batches(own.batch_size)
   with stream(split, own.images) as batches:
     counted = counting(batches, counts)
@@ -97,8 +97,11 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
     "images": images,
     "nats_per_token": nats,
     "bits_per_token": nats / math.log(2),
-    **baselines(settings, train_split, stream, all_hosts(counts, mesh), mesh),
+    **baselines(settings, train_split, stream, all_hosts(counts, mesh), spec.codes, mesh),
   }
+  bits = model.bits_per_dim(nats)
+  if bits is not None:
+    values["bits_per_dim"] = bits
   if objective_name == "masked":
     values["masks_per_picture"] = masks
     values["masks_counted"] = predicted
@@ -108,7 +111,8 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
     summary.write_summary(out)
   hiding = "" if predicted == images * masks else f", of which {predicted:,} masks hide something"
   say(
-    f"{split.name}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token) over "
+    f"{split.name}: {nats:.4f} nats/token ({values['bits_per_token']:.4f} bits/token"
+    f"{'' if bits is None else f', {bits:.4f} bits/dim'}) over "
     f"{units.counted(images, 'image')}{hiding}\n"
     f"  uniform {values['uniform']:.4f}, unigram {values['unigram']:.4f}, per-position unigram "
     f"{values['position_unigram']:.4f} (counted on {values['baselines_counted_on']}): "
@@ -148,14 +152,14 @@ def _counted_on(data_config: DataConfig) -> Split | None:
 
 
 def baselines(
-  settings: Settings, train_split: Split | None, stream, test: np.ndarray, mesh: Mesh
+  settings: Settings, train_split: Split | None, stream, test: np.ndarray, codes: int, mesh: Mesh
 ) -> dict[str, float | str]:
   """Returns nats per token of the split under distributions without context.
 
   They are counted on training images; without any, on the evaluated ones, which flatters them. `test`
-  has the counts of tokens at the split's positions, [T, V].
+  has the counts of every code of the tokens at the split's positions, [T · codes, V].
   """
-  n_positions, n_vocab = test.shape
+  places, n_vocab = test.shape
   if train_split is None:
     train, source = test, "the evaluated tokens themselves"
   else:
@@ -163,13 +167,13 @@ def baselines(
     n = min(len(train_split), own.baseline_images or len(train_split))
     clock = progress.Countdown(f"baselines: {units.counted(n, 'image')} of train", n, say)
     with stream(train_split, own.baseline_images) as batches:
-      counted = count_tokens(clock.over(batches, own.batch_size), n_vocab, n_positions)
+      counted = count_tokens(clock.over(batches, own.batch_size), n_vocab, places)
     train = all_hosts(counted, mesh)
     source = f"{int(train[0].sum()):,} images of {train_split.fingerprint}"
   return {
-    "uniform": math.log(n_vocab),
-    "unigram": unigram_nats(train.sum(0), test.sum(0)),
-    "position_unigram": unigram_nats(train, test),
+    "uniform": codes * math.log(n_vocab),
+    "unigram": codes * unigram_nats(train.sum(0), test.sum(0)),
+    "position_unigram": codes * unigram_nats(train, test),
     "baselines_counted_on": source,
   }
 

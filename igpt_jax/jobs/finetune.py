@@ -48,7 +48,7 @@ def run(
     schedule = optimizer.make_schedule(optimizer_config)
     tx = optimizer.make_optimizer(optimizer_config)
     # Only now: a UserError above must leave the folder unclaimed.
-    run.claim(tuning.settings, tuning.palette)
+    run.claim(tuning.settings, tuning.spec)
 
     rate = optimizer_config.learning_rate
     devices = hardware.describe_devices(run.mesh)
@@ -117,8 +117,8 @@ class FineTuning:
     self._split = sources.subset(self._splits["train"], own.images, settings.seed)
     self.classes = self._split.class_names
     self._start = finetuning.begin(settings, workdir, folder, self._data, self._split)
-    self.settings, self.palette = self._start.settings, self._start.palette
-    self.model = choices.model_config(self.settings, n_vocab=self.palette.size)
+    self.settings, self.spec = self._start.settings, self._start.spec
+    self.model = choices.model_config(self.settings, n_vocab=self.spec.n_vocab)
     sharding.check_model_fits(mesh, n_head=self.model.n_head, n_embd=self.model.n_embd)
     memory.check_state(self.model, mesh)
     self.loss = joint.JointLoss(
@@ -147,7 +147,7 @@ class FineTuning:
     )
 
   def batches(self, step: int) -> Batches:
-    return self.order.batches(step, self._data, self.palette, self._run.mesh)
+    return self.order.batches(step, self._data, self.spec, self._run.mesh)
 
   def score(self, params: Params, name: str, limit: int, through: Through = iter) -> joint.Scores:
     """Scores parameters on the first `limit` images of a split (0: all)."""
@@ -155,7 +155,7 @@ class FineTuning:
     total = min(limit or len(split), len(split))
     batch_size = min(self._own.batch_size, sharding.round_up_batch(mesh, total))
     clock = progress.Countdown(f"{name}: {units.counted(total, 'image')}", total, say)
-    with streams.eval_stream(split, self._data, self.palette, mesh, batch_size, total) as stream:
+    with streams.eval_stream(split, self._data, self.spec, mesh, batch_size, total) as stream:
       return self._classifier(params, through(stream), clock.batches(batch_size))
 
   def score_on_test(self, params: Params) -> joint.Scores:

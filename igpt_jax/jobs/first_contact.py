@@ -181,7 +181,7 @@ def subjects_of(settings: Settings) -> dict[str, Subject]:
   for config in chosen:
     own = named.settings_of(config, "config.first_contact.configs")
     own = choices.settle(with_values(own, given))
-    model = choices.model_config(own, n_vocab=choices.palette_size(own))
+    model = choices.model_config(own)
     mesh = devices.mesh_of(own)
     name = scrubbed(pathlib.Path(config).stem)
     if name in subjects:

@@ -18,7 +18,6 @@ from igpt_jax import checkpoint, extras, files
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import pipeline
-from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts, sharding
@@ -29,7 +28,7 @@ from igpt_jax.reporting.tables import markdown_table
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling import frechet
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, prompt_rows
-from igpt_jax.workspace import devices, provenance, watch, weights
+from igpt_jax.workspace import checkpoint_tokens, devices, provenance, watch, weights
 
 # Function of at most _PER_PASS images: uint8 [N, H, W, 3] -> features [N, D].
 Network = Callable[[np.ndarray], np.ndarray]
@@ -68,17 +67,17 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
   n = min(settings.quality.images, *map(len, splits.values()))
   other = describe_network(settings, info)
   completer = Completer(info, settings, mesh)
-  palette, resolution = completer.reader.palette, completer.reader.resolution
+  reader, resolution = completer.reader, completer.reader.resolution
   network, network_name = open_network(settings, completer, other, mesh)
 
   def real(name: str) -> np.ndarray:
-    """Returns tokens [N, T] of random images of the split."""
+    """Returns tokens [N, …] of random images of the split."""
     order = np.random.default_rng(settings.seed).permutation(len(splits[name]))[:n]
     chosen = splits[name].select(np.sort(order))
     with progress.doing(f"quality: reading {n:,} images of {name}", say):
       images = np.concatenate(list(pipeline.image_stream(chosen, settings.data, augment=False)))
     _check_enough(f"readable images of {splits[name].fingerprint}", len(images))
-    return palette.encode(images).reshape(len(images), -1).astype(np.int32)
+    return reader.tokens(images)
 
   test, train = real("test"), real("train")
   n = len(test)
@@ -92,7 +91,7 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
   )
 
   def moments(tokens: np.ndarray) -> frechet.Moments:
-    shown = completer.reader.paint(tokens)
+    shown = reader.paint(tokens)
     passes = [network(shown[i : i + _PER_PASS]) for i in range(0, len(shown), _PER_PASS)]
     return frechet.moments(np.concatenate(passes))
 
@@ -116,7 +115,7 @@ def quality(settings: Settings, workdir: str, out: str) -> None:
     "completions_distance": distance(completed, "completions"),
     "train_distance": distance(train, "train"),
     "samples_nats_per_token": float(of_samples.mean()),
-    "completions_nats_per_token": float(of_completions[:, rows_given * resolution :].mean()),
+    "completions_nats_per_token": float(of_completions[:, reader.positions(rows_given) :].mean()),
   }
   # Not before: the network runs on the devices of all processes.
   if not hosts.is_main():
@@ -141,7 +140,7 @@ def gather(
   rows_given: int,
   what: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Draws one sample per image, `sample.batch_size` at a time; returns tokens and nats [N, T].
+  """Draws one sample per image, `sample.batch_size` at a time; returns tokens [N, …] and nats [N, T].
 
   `numbers` [N] are the numbers of the samples.
   """
@@ -173,8 +172,8 @@ def describe_network(
     return None
   path = settings.quality.network
   chosen = weights.describe(path, settings) if path else info
-  weights.palette_of(chosen)
-  chosen = weights.at_resolution(settings, chosen)
+  checkpoint_tokens.check_tokens_known(chosen)
+  chosen = weights.at_resolution(settings, chosen, any_kind=True)  # it sees images
   n_layer, layer = chosen.config.n_layer, settings.quality.layer
   if not -1 <= layer <= n_layer:
     raise UserError(
@@ -208,7 +207,7 @@ def open_network(
   layer = settings.quality.layer if settings.quality.layer >= 0 else other.config.n_layer // 2
   own = other.path == completer.trained.path
   params = completer.trained.params if own else weights.read(other, mesh, say)
-  palette = Palette(np.asarray(other.palette), name=f"palette of {other.path}")
+  spec = checkpoint_tokens.tokens_of(other)
 
   def features_of(params, tokens):
     index = np.zeros(len(tokens), np.int32)  # unused without masks
@@ -218,10 +217,11 @@ def open_network(
   per_pass = sharding.round_up_batch(mesh, _PER_PASS)
 
   def network(images: np.ndarray) -> np.ndarray:
-    tokens = palette.encode(images).reshape(len(images), -1).astype(np.int32)
-    padded = np.pad(tokens, ((0, per_pass - len(tokens)), (0, 0)))
+    padded = np.zeros((per_pass, *images.shape[1:]), np.uint8)
+    padded[: len(images)] = images
+    tokens = spec.encode(padded).astype(np.int32)
     with jax.set_mesh(mesh):
-      features = extract(params, sharding.put_global(padded, mesh))
+      features = extract(params, sharding.put_global(tokens, mesh))
     return jax.device_get(features)[: len(images)]
 
   return network, f"layer {layer} of {other.path}"

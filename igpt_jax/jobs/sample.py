@@ -14,13 +14,13 @@ import numpy as np
 from igpt_jax import units
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
-from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import open_split
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import figures, summary
 from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, PartialSamples, prompt_rows
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
 
 _ANIMATED = 8  # images whose completions are animated, at most
@@ -54,7 +54,7 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   paint, resolution = completer.reader.paint, completer.reader.resolution
   rows_given = prompt_rows(settings.sample.keep, resolution)
   # Before anything is drawn, since the test images may be missing.
-  given, source = held_out(settings, completer.reader.palette)
+  given, source = held_out(settings, completer.reader.spec)
 
   def draw(images: list[InputImage], numbers: np.ndarray, rows_given: int) -> PartialSamples:
     (drawn,) = completer.draw(images, numbers, rows_given, sampling, seed=settings.seed)
@@ -89,7 +89,7 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
     scale=scale or figures.default_scale(resolution),
   )
   figures.save_gif(os.path.join(out, "completions.gif"), frames)
-  completed_nll = completions.nll[:, rows_given * resolution :]
+  completed_nll = completions.nll[:, completer.reader.positions(rows_given) :]
   values = {
     "checkpoint": info.path,
     "step": info.step,
@@ -111,11 +111,11 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   say(f"wrote samples.png, completions.png and completions.gif to {out}")
 
 
-def held_out(settings: Settings, palette: Palette) -> tuple[np.ndarray, str]:
-  """Returns tokens [N, T] of images of the test split, and the split's fingerprint."""
+def held_out(settings: Settings, spec: TokenSpec) -> tuple[np.ndarray, str]:
+  """Returns tokens [N, …] of images of the test split, and the split's fingerprint."""
   split = open_split(settings.data, "test")
   # Random images, since neighbours are often alike.
   order = np.random.default_rng(settings.seed).permutation(len(split))[
     : settings.sample.completions
   ]
-  return streams.tokens_of(split.select(np.sort(order)), settings.data, palette), split.fingerprint
+  return streams.tokens_of(split.select(np.sort(order)), settings.data, spec), split.fingerprint

@@ -54,7 +54,7 @@ class Attention(nnx.Module):
     if config.qk_norm:
       self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
     if config.value_embeddings:
-      zeros = jnp.zeros((config.n_vocab, width), jnp.float32)
+      zeros = jnp.zeros((config.tokens.rows, width), jnp.float32)
       self.value_embed = nnx.Param(zeros, axes=("vocab", "heads_rows"))
 
   def project_qkv(self, x_BxTxD: jax.Array, embedded: Embedded) -> jax.Array:

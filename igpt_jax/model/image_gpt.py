@@ -21,11 +21,12 @@ from flax import nnx, traverse_util
 from igpt_jax.model import fused_stack, layers
 from igpt_jax.model.attention.dispatch import SAVED_NAMES, choose
 from igpt_jax.model.block import Block, RMSNorm, normal
+from igpt_jax.model.codes import Heads
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.model.options import Embedded
 from igpt_jax.model.parametrisation import initialised
 from igpt_jax.model.projection import Einsum, sharded_einsum
-from igpt_jax.parallel.sharding import constrain, gather_weight, lookup
+from igpt_jax.parallel.sharding import constrain, gather_weight
 
 _KEPT_NAMES = ("qkv", "mlp_in", *SAVED_NAMES)
 _REMAT_POLICIES = {
@@ -51,6 +52,9 @@ Collect = Callable[[Block, jax.Array, jax.Array], Any]  # (block, its input, its
 class ImageGPT(nnx.Module):
   """Model of tokens [B, T] -> logits [B, T, n_vocab]: a distribution over the palette at each position.
 
+  Where a position has several codes (`config.tokens`), tokens are [B, T, codes] and logits [B, T, codes,
+  n_vocab], of each code given those before it. Its embedding is the sum of theirs.
+
   Initial values are the released code's: wte N(0, .02), wpe N(0, .01), sos N(0, .02), q, k, v
   N(0, 1/sqrt(D)), attention's output N(0, 1/sqrt(D·layers)), both MLP matrices N(0, .02), output
   table 0, gains 1. (The paper's text says "as in the Sparse Transformer"; the code is what made
@@ -60,50 +64,51 @@ class ImageGPT(nnx.Module):
   def __init__(self, config: ImageGPTConfig, *, rngs: nnx.Rngs):
     self.config = config
     width = config.n_embd
-    self.wte = normal(rngs, (config.n_vocab, width), 0.02, ("vocab", "embed"))
-    axes = ("position", "embed")
-    if config.positions == "learned":
-      self.wpe = normal(rngs, (config.n_positions, width), 0.01, axes)
-    elif config.positions == "axial":
+    rows, codes = config.tokens.rows, config.tokens.codes
+    self.wte = normal(rngs, (rows, width), 0.02 / math.sqrt(codes), ("vocab", "embed"))
+    tables = position_tables(config)
+    for name, length in tables.items():
       # Their sum varies as the learned table does.
-      shape = (math.isqrt(config.n_positions), width)
-      self.wpe_row = normal(rngs, shape, 0.01 / math.sqrt(2), axes)
-      self.wpe_column = normal(rngs, shape, 0.01 / math.sqrt(2), axes)
+      table = normal(rngs, (length, width), 0.01 / math.sqrt(len(tables)), ("position", "embed"))
+      setattr(self, name, table)
     if config.causal:
       self.sos = normal(rngs, (width,), 0.02, ("norm",))
     self.blocks = jax.vmap(lambda r: Block(config, r))(rngs.split(config.n_layer))
     self.ln_f = RMSNorm(width)
-    self.wtet = nnx.Param(jnp.zeros((config.n_vocab, width), jnp.float32), axes=("vocab", "embed"))
+    self.wtet = nnx.Param(jnp.zeros((rows, width), jnp.float32), axes=("vocab", "embed"))
+    if codes > 1:
+      self.heads = Heads(config, rngs)
 
   def __call__(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> jax.Array:
     """Returns float32 logits; position t's distribution is over tokens[:, t].
 
     Args:
       tokens_BxT: palette indices in raster order, T ≤ n_positions. Causal: logits at t depend on
-        tokens before t alone.
+        tokens before t alone, and a code's on those before it at t.
       keep_BxT: BERT only: True where the pixel is visible; elsewhere its embedding is zeroed and
         its position remains.
     """
     final, _ = self.hidden(self.embed(tokens_BxT, keep_BxT))
-    return self.logits(final)
+    return self.logits(final, tokens_BxT)
 
   def embed(self, tokens_BxT: jax.Array, keep_BxT: jax.Array | None = None) -> Embedded:
     """Returns the embeddings of tokens [B, T]; `keep_BxT` as in `__call__`."""
     dtype = jnp.dtype(self.config.dtype)
-    batch, length = tokens_BxT.shape
+    batch, length = tokens_BxT.shape[:2]
     # Rows are looked up in float32, then cast: the other way round their gradients, sums over all
     # pixels of a batch, would be summed in bfloat16 and stall after a few hundred summands.
     # The tables are small, so gather them whole: otherwise the partitioner moves the activations.
     table = gather_weight(self.wte[...], "vocab", "embed")
-    x = lookup(table, tokens_BxT, layers.STREAM).astype(dtype)
+    x = layers.lookup_codes(self.config.tokens, table, tokens_BxT, layers.STREAM).astype(dtype)
     x = constrain(x, *layers.STREAM)
-    visible = jnp.ones(tokens_BxT.shape, bool)
+    visible = jnp.ones((batch, length), bool)
     if self.config.causal:
       if keep_BxT is not None:
         raise ValueError("a causal model takes no mask: every pixel is predicted from those before")
       start = jnp.broadcast_to(self.sos[...], (batch, 1, x.shape[-1])).astype(dtype)
       x = jnp.concatenate([start, x[:, :-1]], axis=1)
-      tokens_BxT = jnp.pad(tokens_BxT, ((0, 0), (1, 0)))[:, :-1]
+      of_codes = ((0, 0),) * (tokens_BxT.ndim - 2)
+      tokens_BxT = jnp.pad(tokens_BxT, ((0, 0), (1, 0), *of_codes))[:, :-1]
       visible = visible.at[:, :1].set(False)
     elif keep_BxT is not None:
       x = x * keep_BxT[..., None].astype(dtype)
@@ -120,12 +125,18 @@ class ImageGPT(nnx.Module):
     def whole(table: nnx.Param) -> jax.Array:
       return gather_weight(table[...], "position", "embed")
 
-    if self.config.positions == "learned":
-      return whole(self.wpe)
-    if self.config.positions == "axial":
-      by_place = whole(self.wpe_row)[:, None] + whole(self.wpe_column)
-      return by_place.reshape(self.config.n_positions, -1)
-    return None
+    tables = {name: whole(getattr(self, name)) for name in position_tables(self.config)}
+    if not tables:
+      return None
+    n_positions = self.config.n_positions
+    if "wpe" in tables:
+      return tables["wpe"]
+    if "wpe_row" not in tables:
+      return jnp.tile(tables["wpe_channel"], (n_positions // len(tables["wpe_channel"]), 1))
+    by_place = tables["wpe_row"][:, None] + tables["wpe_column"]
+    if "wpe_channel" in tables:
+      by_place = by_place[:, :, None] + tables["wpe_channel"]
+    return by_place.reshape(n_positions, -1)
 
   def hidden(self, embedded: Embedded, collect: Collect | None = None) -> tuple[jax.Array, Any]:
     """Runs all blocks and the final norm.
@@ -158,8 +169,13 @@ class ImageGPT(nnx.Module):
     x_BxTxD, collected = jax.lax.scan(body, x_BxTxD, self.blocks)
     return self.ln_f(x_BxTxD), collected
 
-  def logits(self, final: jax.Array) -> jax.Array:
-    """Maps the final norm's output [B, T, D] to float32 logits [B, T, n_vocab]."""
+  def logits(self, final: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """Maps the final norm's output [B, T, D] to float32 logits, [B, T, n_vocab] or [B, T, codes, n_vocab].
+
+    A code's logits depend on the codes before it at its position alone, of those in `tokens_BxT`.
+    """
+    if self.config.tokens.codes > 1:
+      return self.heads(final, tokens_BxT, self.wtet[...])
     return sharded_einsum(_TO_LOGITS, final, self.wtet[...])
 
   def features(
@@ -175,9 +191,10 @@ class ImageGPT(nnx.Module):
       keep_BxT: as in `__call__`.
       grid: the means are taken over grid × grid blocks of pixels and concatenated.
     """
-    batch, length = tokens_BxT.shape
-    side = math.isqrt(length) // grid  # of a block of pixels
-    blocks = (batch, grid, side, grid, side, -1)
+    batch, length = tokens_BxT.shape[:2]
+    spec = self.config.tokens
+    side = spec.side(length) // grid  # of a block of pixels
+    blocks = (batch, grid, side, grid, side * spec.per_pixel, -1)
 
     def pool(n):
       return n.astype(jnp.float32).reshape(blocks).mean((2, 4)).reshape(batch, -1)
@@ -186,6 +203,19 @@ class ImageGPT(nnx.Module):
       self.embed(tokens_BxT, keep_BxT), collect=lambda block, x, _: pool(block.ln_1(x))
     )
     return jnp.concatenate([pooled, pool(final)[None]])
+
+
+def position_tables(config: ImageGPTConfig) -> dict[str, int]:
+  """Returns the tables whose rows are added up at each position, name -> number of rows."""
+  spec = config.tokens
+  if not config.tables_by_place:
+    return {"wpe": config.n_positions}
+  side, tables = spec.side(config.n_positions), {}
+  if config.positions != "rope2d":
+    tables = {"wpe_row": side, "wpe_column": side}
+  if spec.per_pixel > 1:
+    tables["wpe_channel"] = spec.per_pixel
+  return tables
 
 
 def fused_kernel(config: ImageGPTConfig, x_BxTxD: jax.Array | jax.ShapeDtypeStruct) -> str:

@@ -1,9 +1,15 @@
-"""Primitives of a block: the four einsums with their logical axes, the norm, the activation."""
+"""Primitives of a block: the four einsums with their logical axes, the norm, the activation, tables of codes."""
+
+import functools
+import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from igpt_jax.model.projection import Einsum
+from igpt_jax.parallel.sharding import lookup
+from igpt_jax.tokens import TokenSpec
 
 STREAM = ("batch", "length", "channels")  # logical axes of the activations between blocks
 HEADS = ("batch", "length", "heads")
@@ -37,3 +43,31 @@ def rms_norm(x: jax.Array, gain: jax.Array, axis: int = -1) -> jax.Array:
 def scaled_norm(x: jax.Array, scale: jax.Array, gain: jax.Array) -> jax.Array:
   """`rms_norm` of x with a precomputed inverse RMS `scale`."""
   return (x.astype(jnp.float32) * scale * gain).astype(x.dtype)
+
+
+def lookup_codes(
+  spec: TokenSpec, table: jax.Array, tokens: jax.Array, out_axes: Sequence[str | None]
+) -> jax.Array:
+  """Returns the sum of the rows of a position's codes, [B, T, D].
+
+  Args:
+    spec: what the tokens are.
+    table: [spec.rows, D]: the rows of one code after those of the other.
+    tokens: int32 [B, T], or [B, T, codes].
+    out_axes: logical axes of the result.
+  """
+  if spec.codes == 1:
+    return lookup(table, tokens, out_axes)
+  return sum_of_rows(table, rows_of_codes(spec, tokens), out_axes)
+
+
+def sum_of_rows(
+  table: jax.Array, rows: Sequence[jax.Array], out_axes: Sequence[str | None]
+) -> jax.Array:
+  """Returns the sum of several rows of a table, [..., D]; arguments are those of `sharding.lookup`."""
+  return functools.reduce(operator.add, (lookup(table, row, out_axes) for row in rows))
+
+
+def rows_of_codes(spec: TokenSpec, tokens: jax.Array) -> list[jax.Array]:
+  """Returns each code's row of a table [spec.rows, D], int32 [...] of tokens [..., codes]."""
+  return [tokens[..., code] + code * spec.n_vocab for code in range(spec.codes)]

@@ -1,11 +1,11 @@
 """Configuration of a model, and the published models' shapes."""
 
 import dataclasses
-import math
 from typing import Any
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.parametrisation import Scale, scale_of
+from igpt_jax.tokens import PALETTE, TokenSpec
 
 REMAT_POLICIES = ("none", "names", "offload", "full")
 POSITIONS = ("learned", "axial", "rope2d")
@@ -23,8 +23,8 @@ class ImageGPTConfig:
 
   Attributes:
     n_layer, n_head, n_embd: depth, heads, width.
-    n_vocab: palette size; also the number of output classes per pixel.
-    n_positions: pixels of an image, height × width.
+    n_vocab: values of a code, of a palette its colours; also the number of output classes.
+    n_positions: positions of an image: its pixels, height × width, or three for each (`tokens`).
     causal: autoregressive, with a start vector; False: BERT, neither shift nor start vector.
     dtype: dtype of activations and matmuls, "float32" or "bfloat16".
     remat: policy of what the backward pass recomputes: "none" keeps all activations, "names" keeps the
@@ -33,7 +33,9 @@ class ImageGPTConfig:
     attention: one of `attention.dispatch.IMPLEMENTATIONS`.
     positions: "learned", a table of all positions, as in the paper; "axial", the sum of a table of rows
       and one of columns; "rope2d", rotations of queries and keys by row and column, without a table, so
-      that the model takes images of any size.
+      that the model takes images of any size. Where a pixel has several positions, "learned" is the sum of
+      tables of rows, columns and channels (Child et al. 2019, "Generating Long Sequences with Sparse
+      Transformers"), and "rope2d" has a table of channels.
     qk_norm: RMS norms of every head's queries and keys, with gains.
     value_embeddings: every block adds a table's row, chosen by the token, to the values (Zhou et al.
       2024, "Value Residual Learning"; tables as in the modded-nanogpt speed runs); the tables begin at 0.
@@ -41,6 +43,7 @@ class ImageGPTConfig:
     parametrisation: what initial values and learning rates depend on, not what the model computes: one
       of `parametrisation.PARAMETRISATIONS`.
     base_embd, base_layer: complete_p: the shape at which it is the standard one.
+    token_kind: what a position holds, one of `igpt_jax.tokens.KINDS`.
   """
 
   n_layer: int
@@ -59,6 +62,7 @@ class ImageGPTConfig:
   parametrisation: str = "standard"
   base_embd: int = 0
   base_layer: int = 0
+  token_kind: str = PALETTE
 
   def __post_init__(self):
     for name in ("n_layer", "n_head", "n_embd", "n_vocab", "n_positions"):
@@ -84,11 +88,13 @@ class ImageGPTConfig:
       raise UserError(
         f"model.positions: {self.positions!r}; expected one of {', '.join(POSITIONS)}"
       )
-    if self.positions != "learned" and math.isqrt(self.n_positions) ** 2 != self.n_positions:
+    if self.tables_by_place and not self.tokens.is_square(self.n_positions):
       raise UserError(
-        f"model.positions: {self.positions} is for square images, not {self.n_positions} pixels; "
+        f"model.positions: {self.positions} is for square images, not {self.n_positions} positions; "
         "expected learned"
       )
+    if self.tokens.per_pixel > 1:
+      self._check_several_positions()
     if self.positions == "rope2d" and self.head_dim % 4:
       raise UserError(
         f"model.positions: rope2d takes heads of 4 channels, 8, 12, …, not n_embd / n_head = "
@@ -96,6 +102,32 @@ class ImageGPTConfig:
       )
 
     _ = self.scale  # raises if its settings have a mistake
+
+  def _check_several_positions(self) -> None:
+    if self.positions == "axial":
+      raise UserError(
+        f"model.positions: axial; with data.token_kind={self.token_kind} learned positions are tables of rows, "
+        "columns and channels already; expected learned or rope2d"
+      )
+    if not self.causal:
+      raise UserError(
+        f"objective: masked; with data.token_kind={self.token_kind} a BERT model would predict the channels of a "
+        "pixel apart from each other; expected data.token_kind=channels, or objective=autoregressive"
+      )
+
+  @property
+  def tokens(self) -> TokenSpec:
+    """What the positions hold, without the colours of a palette."""
+    return TokenSpec(self.token_kind, self.n_vocab)
+
+  @property
+  def tables_by_place(self) -> bool:
+    """True if positions depend on a pixel's row and column each, so that images must be square."""
+    return self.positions != "learned" or self.tokens.per_pixel > 1
+
+  def bits_per_dim(self, nats_per_token: float) -> float | None:
+    """Bits per dimension of raw RGB; None for a palette, and for BERT, whose nats are no image's likelihood."""
+    return self.tokens.bits_per_dim(nats_per_token) if self.causal else None
 
   @property
   def scale(self) -> Scale:

@@ -19,7 +19,7 @@ import numpy as np
 from igpt_jax.model import layers
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
-from igpt_jax.parallel.sharding import constrain, gather_weight, lookup
+from igpt_jax.parallel.sharding import constrain, gather_weight
 
 # The lowest frequency turns by about a radian over 60 pixels, the longest side that the paper trains at.
 _BASE = 100.0
@@ -30,7 +30,7 @@ class Embedded(NamedTuple):
 
   Attributes:
     stream: token plus position embeddings [B, T, D], shifted right by the start vector if causal.
-    tokens: int32 [B, T], shifted likewise.
+    tokens: int32 [B, T], or [B, T, codes], shifted likewise.
     visible: bool [B, T], True where there is a token, neither a start nor a masked pixel.
   """
 
@@ -84,8 +84,9 @@ def rotation_of(config: ImageGPTConfig, length: int) -> Rotation | None:
   """Returns the rotation of the first `length` positions; None: positions aren't rotations."""
   if config.positions != "rope2d":
     return None
-  whole = rotation_by_pixel(config.n_positions, config.head_dim)
-  return Rotation(*(part[:, :length] for part in whole))
+  per_pixel = config.tokens.per_pixel
+  whole = rotation_by_pixel(config.n_positions // per_pixel, config.head_dim)
+  return Rotation(*(part.repeat(per_pixel, axis=1)[:, :length] for part in whole))
 
 
 def qk_gains(config: ImageGPTConfig, attn: dict) -> tuple[jax.Array, jax.Array] | None:
@@ -121,7 +122,7 @@ def change_qkv(
   qkv = qkv_3xBxTxE
   if config.value_embeddings:
     table = gather_weight(attn["value_embed"], "vocab", "heads_rows")
-    added = lookup(table, embedded.tokens, layers.HEADS)
+    added = layers.lookup_codes(config.tokens, table, embedded.tokens, layers.HEADS)
     added = jnp.where(embedded.visible[..., None], added, 0.0).astype(qkv.dtype)
     qkv = add_to_values(qkv, constrain(added, *layers.HEADS))
   per_head = (*qkv.shape[:-1], config.n_head, config.head_dim)

@@ -111,6 +111,8 @@ def multipliers(parameter: tuple[str, ...], scale: Scale) -> Multipliers:
   match parameter:
     case ("wtet",) | ("clf",):  # begin at 0; read from a norm's output
       return Multipliers(adam=1 / m)
+    case ("heads", "hidden"):
+      return Multipliers(adam=1 / m, muon=1 / root, epsilon=1 / m)
     case ("blocks", "attn", "qkv"):
       return Multipliers(adam=1 / m, muon=1 / root, epsilon=1 / (m * l))
     case ("blocks", "mlp", "fc"):

@@ -36,6 +36,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "mlp_rows": ("tensor", "fsdp"),
   "vocab": None,  # 512 rows: too few to split
   "position": None,
+  "codes": None,  # of a position
   "norm": None,  # gains: n_embd numbers
   # activations
   "batch": (SLICES, "data", "fsdp"),

@@ -87,9 +87,8 @@ def training_step(training: Training, topology: Topology, mesh: Mesh) -> Forecas
   train_step = step.make_train_step(model, training.objective, tx, schedule, training.accumulate)
   abstract = state.abstract_state(model, tx)
   shardings = state.state_shardings(model, tx, mesh)
-  tokens = jax.ShapeDtypeStruct(
-    (training.batch_size, model.n_positions), jnp.uint16, sharding=sharding.sharding(mesh, "batch")
-  )
+  shape = (training.batch_size, *model.tokens.shape(model.n_positions))
+  tokens = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding.sharding(mesh, "batch"))
 
   def compile_it() -> compilation.CompiledStep:
     return compilation.compile_step(train_step, abstract, shardings, {"tokens": tokens})
@@ -126,7 +125,8 @@ def sampling_program(
     state.param_shardings(model, mesh),
   )
   batch = sharding.round_up_batch(mesh, n_images)
-  prompt = jax.ShapeDtypeStruct((batch, 0), jnp.int32, sharding=sharding.sharding(mesh, "batch"))
+  nothing = (batch, *model.tokens.shape(0))
+  prompt = jax.ShapeDtypeStruct(nothing, jnp.int32, sharding=sharding.sharding(mesh, "batch"))
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
   keys = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
   draw = jax.jit(

@@ -130,12 +130,15 @@ def name_of(values: dict[str, Any]) -> str:
     if all(getattr(preset, field) == model[field] for field in ("n_layer", "n_embd", "n_head")):
       name = f"iGPT-{size.upper()}"
   bert = " BERT" if values["objective"] == "masked" else ""
-  options = ImageGPTConfig(**model).options
+  config = ImageGPTConfig(**model)
+  options, spec = config.options, config.tokens
   chosen = [value if isinstance(value, str) else option for option, value in options.items()]
+  if not spec.needs_palette:
+    chosen.insert(0, spec.kind)
   if values.get("optimizer", "adam") != "adam":
     chosen.append(values["optimizer"])
   others = f" ({', '.join(chosen)})" if chosen else ""
-  return f"{name}{bert} {round(model['n_positions'] ** 0.5)}²{others}"
+  return f"{name}{bert} {spec.side(config.n_positions)}²{others}"
 
 
 def _slices(values: dict[str, Any]) -> str:

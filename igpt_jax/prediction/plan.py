@@ -140,7 +140,7 @@ def memory(training: Training, mesh: Mesh) -> float:
   shares = mesh.size // sharding.batch_shards(mesh)  # a tensor share of activations
   positions = per_device * model.n_positions * model.n_embd
   kept = model.n_layer * positions * _KEPT.get(model.remat, _KEPT["full"])
-  logits = per_device * model.n_positions * model.n_vocab * 10
+  logits = per_device * model.n_positions * model.tokens.rows * 10
   return state_bytes(model, mesh) + (kept + _WORKING * positions) / shares + logits
 
 

@@ -156,6 +156,12 @@ def load(
 
 def check_holds(format: str, config: ImageGPTConfig) -> None:
   """Raises UserError if a format can't hold the model: others' code would compute another."""
+  if format not in OWN and not config.tokens.needs_palette:
+    raise UserError(
+      f"format: {format}, but the model was made with data.token_kind={config.token_kind}: its tokens are raw "
+      "RGB, and others' Image GPT has those of a palette; expected the paper's model; fix: orbax or "
+      "safetensors, this program's own formats"
+    )
   if format not in OWN and config.options:
     chosen = ", ".join(f"model.{name}={value}" for name, value in config.options.items())
     raise UserError(

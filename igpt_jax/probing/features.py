@@ -55,7 +55,7 @@ def feature_config(
         f"config.features.layers: {layer!r} of {layers}; expected 0 to {model.n_layer}, the model's layers "
         f"({model.n_layer} is the final norm's output)"
       )
-  side = round(model.n_positions**0.5)
+  side = model.tokens.side(model.n_positions)
   if side % grid:
     divisors = [n for n in range(1, side + 1) if side % n == 0]
     raise UserError(

@@ -25,7 +25,7 @@ from igpt_jax.probing.attentive import Attentive, heads_of
 from igpt_jax.probing.features import pooled_features
 from igpt_jax.probing.sets import PCA, PIXELS, RANDOM, Source
 from igpt_jax.probing.sgd import Features, Group, Groups, Linear
-from igpt_jax.workspace import streams, weights
+from igpt_jax.workspace import checkpoint_tokens, streams
 
 _Rows = Generator[dict[str, np.ndarray], None, None]
 
@@ -44,9 +44,9 @@ def open_feed(
   if attentive and settings.probe.cached:
     kinds = 2 if RANDOM in source.baselines else 1
     rows = kinds * len(source.features.layers) * sum(source.rows(name) for name in sets.SPLITS)
-    size = 4 * rows * source.trained.config.n_positions * source.trained.config.n_embd
+    size = 4 * rows * settings.data.resolution**2 * source.trained.config.n_embd
     say(
-      f"attentive: stores the features of every position, {units.data_size(size)} on disk; "
+      f"attentive: stores the features of every pixel, {units.data_size(size)} on disk; "
       "config.features.layers makes them fewer, config.probe.cached=False computes them anew"
     )
   feed = (StoredFeed if settings.probe.cached else ImageFeed)(settings, workdir, source)
@@ -54,8 +54,9 @@ def open_feed(
 
 
 def by_position(source: Source) -> Source:
-  """Returns the source of features that aren't pooled: each position is a block of the grid."""
-  side = round(source.trained.config.n_positions**0.5)
+  """Returns the source of features that aren't pooled over pixels: each is a block of the grid."""
+  model = source.trained.config
+  side = model.tokens.side(model.n_positions)
   return dataclasses.replace(source, features=dataclasses.replace(source.features, grid=side))
 
 
@@ -181,7 +182,7 @@ class ImageFeed:
     del workdir
     self._settings, self._source = settings, source
     self._data = settings.data
-    self._palette = weights.palette_of(source.trained)
+    self._spec = checkpoint_tokens.tokens_of(source.trained)
     self.groups = groups_of(settings, source)
     self._with_images = bool({PIXELS, PCA} & set(self.groups))
     self.fields = ("label", "tokens", "index", *(["image"] if self._with_images else []))
@@ -216,7 +217,7 @@ class ImageFeed:
     return pipeline.train_batches(
       self._split,
       self._data,
-      self._palette,
+      self._spec,
       batch_size=self._settings.probe.batch_size,
       seed=self._settings.seed,
       start_step=start_step,
@@ -231,7 +232,7 @@ class ImageFeed:
     with streams.eval_stream(
       source.splits[split],
       self._data,
-      self._palette,
+      self._spec,
       source.mesh,
       self._settings.probe.batch_size,
       source.limits[split],

@@ -29,7 +29,7 @@ from igpt_jax.probing.linear import Labelled
 from igpt_jax.probing.store import FeatureStore
 from igpt_jax.reporting import progress
 from igpt_jax.training.state import param_shardings
-from igpt_jax.workspace import devices, provenance, streams, weights
+from igpt_jax.workspace import checkpoint_tokens, devices, provenance, streams, weights
 
 SPLITS = ("train", "validation", "test")
 PIXELS, PCA, RANDOM = "pixels", "pca", "random"
@@ -99,7 +99,7 @@ def open_source(settings: Settings, workdir: str, mesh: Mesh | None = None) -> S
     settings,
     workdir,
     mesh,
-    needs_palette=True,
+    needs_images=True,
     check=lambda info: features_asked_for(settings, info),
   )
   limits = dict.fromkeys(SPLITS, settings.features.eval_images) | {
@@ -323,7 +323,7 @@ def _fill(
   with streams.eval_stream(
     source.splits[name],
     settings.data,
-    weights.palette_of(source.trained),
+    checkpoint_tokens.tokens_of(source.trained),
     source.mesh,
     batch_size,
     source.limits[name],

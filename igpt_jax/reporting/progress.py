@@ -26,7 +26,11 @@ class Progress:
     eval_every: steps between two evaluations, for the remaining time; 0: at the end only.
   """
 
-  PRETRAINING = (("loss", "loss {:.4f} nats/token"), ("validation_loss", "validation {:.4f}"))
+  PRETRAINING = (
+    ("loss", "loss {:.4f} nats/token"),
+    ("validation_loss", "validation {:.4f}"),
+    ("validation_bits_per_dim", "{:.4f} bits/dim"),
+  )
   _SPEED = (("mfu", "MFU {:.1%}"), ("data_wait", "data wait {:.0%}"))
 
   def __init__(

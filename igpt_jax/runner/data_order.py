@@ -6,9 +6,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from igpt_jax.data import pipeline
-from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.parallel import sharding
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.workspace.rollbacks import order_seeds
 
 
@@ -29,15 +29,13 @@ class DataOrder:
   def _seeds(self) -> list[int]:
     return order_seeds(self._folder, self._seed)
 
-  def batches(
-    self, step: int, config: DataConfig, palette: Palette | None, mesh: Mesh
-  ) -> pipeline.Batches:
+  def batches(self, step: int, config: DataConfig, spec: TokenSpec, mesh: Mesh) -> pipeline.Batches:
     """Returns this host's share of the batches, from `step` on."""
     share, shares = sharding.input_share(mesh)
     return pipeline.train_batches(
       self._split,
       config,
-      palette,
+      spec,
       batch_size=self._batch_size,
       seed=self._seeds()[-1],
       start_step=step,

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from igpt_jax import files
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
-from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split, has_validation, open_split
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.model.model_config import ImageGPTConfig
@@ -27,6 +26,7 @@ from igpt_jax.runner.data_order import DataOrder
 from igpt_jax.runner.loop import Through, Work
 from igpt_jax.runner.progress_images import NoImages, ProgressImages
 from igpt_jax.runner.run import TrainingRun
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.training import compilation, objectives, optimizer, state, step
 from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.workspace import branches, memory, streams, training_palette, weights
@@ -82,16 +82,15 @@ def pretrain(
     held_out = open_split(data, "validation") if has_validation(data) else None
     start = weights.of_run(settings, workdir)
     settings = start.settings
-    palette = training_palette.training_palette(settings, data, split, workdir, start.palette)
-    n_vocab = choices.palette_size(settings) if palette is None else palette.size
-    model = choices.model_config(settings, n_vocab=n_vocab)
+    spec = training_palette.training_tokens(settings, data, split, workdir, start.palette)
+    model = choices.model_config(settings, n_vocab=spec.n_vocab)
     optimizer_config = choices.optimizer_config(settings)
     objective = objectives.make_objective(settings.objective, settings.mask_probability)
     schedule = optimizer.make_schedule(optimizer_config)
     tx = optimizer.make_optimizer(optimizer_config)
     sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
     memory.check_state(model, mesh)
-    run.claim(settings, palette)  # only now: a UserError above must leave it unclaimed
+    run.claim(settings, spec)  # only now: a UserError above must leave it unclaimed
 
     order = DataOrder(workdir, split, batch_size=batch_size, seed=settings.seed)
     branches.leave_decay(workdir, optimizer_config, order.check)
@@ -116,15 +115,15 @@ def pretrain(
         describe=lambda at_step: run.describe_model(
           model, settings.mask_probability, order.position(at_step)
         ),
-        batches=lambda at_step: order.batches(at_step, data, palette, mesh),
+        batches=lambda at_step: order.batches(at_step, data, spec, mesh),
         fields=("tokens",),
         batch_size=batch_size,
         log_every=train.log_every,
         eval_every=train.eval_every,
         save_every=train.checkpoint_every,
         save_at=trunk_ends,
-        evaluate=_evaluation(settings, held_out, likelihood, palette, mesh),
-        images=_images(settings, workdir, held_out, palette, model, mesh),
+        evaluate=_evaluation(settings, held_out, likelihood, model, spec, mesh),
+        images=_images(settings, workdir, held_out, spec, model, mesh),
       ),
     )
     newest = _newest(os.path.join(workdir, "metrics.jsonl")) if hosts.is_main() else {}
@@ -150,7 +149,8 @@ def _evaluation(
   settings: Settings,
   split: Split | None,
   likelihood: LikelihoodEvaluator,
-  palette: Palette | None,
+  model: ImageGPTConfig,
+  spec: TokenSpec,
   mesh: Mesh,
 ) -> Callable[[state.TrainState, Through], dict[str, float]] | None:
   """Returns the function of a state that measures its validation loss; None: no images are held out."""
@@ -166,10 +166,14 @@ def _evaluation(
 
   def evaluate(at: state.TrainState, through: Through) -> dict[str, float]:
     clock = progress.Countdown(f"validation: {limit:,} images", limit, say)
-    with streams.eval_stream(split, settings.data, palette, mesh, batch_size, limit) as stream:
+    with streams.eval_stream(split, settings.data, spec, mesh, batch_size, limit) as stream:
       result = likelihood(at.params, through(stream), report=clock.batches(batch_size))
     # With few images, BERT's masks may hide no pixel: then there is no loss.
-    return {"validation_loss": result.nats_per_token} if result.predicted else {}
+    if not result.predicted:
+      return {}
+    bits = model.bits_per_dim(result.nats_per_token)
+    of_rgb = {} if bits is None else {"validation_bits_per_dim": bits}
+    return {"validation_loss": result.nats_per_token, **of_rgb}
 
   return evaluate
 
@@ -178,18 +182,18 @@ def _images(
   settings: Settings,
   workdir: str,
   held_out: Split | None,
-  palette: Palette | None,
+  spec: TokenSpec,
   model: ImageGPTConfig,
   mesh: Mesh,
 ) -> NoImages:
   """Returns what draws `train.progress_images`; nothing where none are wanted, or can be shown."""
   if not settings.train.progress_images:
     return NoImages()
-  if held_out is None or palette is None or held_out.is_tokens:
+  if held_out is None or held_out.is_tokens:
     why = "nothing is held out" if held_out is None else "the data are tokens, without images"
     say(f"train.progress_images: none are drawn: {why}")
     return NoImages()
-  return ProgressImages(settings, workdir, held_out, palette, model, mesh)
+  return ProgressImages(settings, workdir, held_out, spec, model, mesh)
 
 
 def _forget_result(workdir: str) -> None:
@@ -201,7 +205,7 @@ def _forget_result(workdir: str) -> None:
 def _in_words(model: ImageGPTConfig) -> str:
   return (
     f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, "
-    f"{count_params(model):,} parameters, {model.n_positions} positions of {model.n_vocab} colours, "
+    f"{count_params(model):,} parameters, {model.n_positions} positions of {model.tokens.values}, "
     f"{model.dtype}"
   )
 

@@ -18,7 +18,6 @@ from igpt_jax import files
 from igpt_jax.checkpoint import checksum
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
-from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split
 from igpt_jax.model.decoding import autoregressive, masked
 from igpt_jax.model.image_gpt import Params, to_compute_dtypes
@@ -28,6 +27,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import figures
 from igpt_jax.reporting.metrics import Writers
 from igpt_jax.sampling.completer import InputImage, prompt_rows, sample_keys
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.training import compilation
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import memory, streams
@@ -57,7 +57,7 @@ class ProgressImages(NoImages):
     settings: the run's; `sample` says how to draw, `train.progress_images` how many images.
     folder: the run's.
     held_out: the images to choose from.
-    palette: the tokens' colours.
+    spec: the model's tokens, with the colours of a palette.
     model: the trained model's config.
     mesh: the mesh of the state.
   """
@@ -67,11 +67,11 @@ class ProgressImages(NoImages):
     settings: Settings,
     folder: str,
     held_out: Split,
-    palette: Palette,
+    spec: TokenSpec,
     model: ImageGPTConfig,
     mesh: Mesh,
   ):
-    self._settings, self._palette, self._model, self._mesh = settings, palette, model, mesh
+    self._settings, self._spec, self._model, self._mesh = settings, spec, model, mesh
     self._folder = os.path.join(folder, PROGRESS)
     order = np.random.default_rng(settings.seed).permutation(len(held_out))
     self._images = held_out.select(np.sort(order[: settings.train.progress_images]))
@@ -127,13 +127,16 @@ class ProgressImages(NoImages):
       writers.image(step, PROGRESS, image)
 
   def _compiled(self, params: Params) -> Callable[[Params], np.ndarray] | None:
-    """Returns the function of parameters that draws tokens [N, T]; None: there is no memory for it."""
+    """Returns the function of parameters that draws tokens [N, …]; None: there is no memory for it."""
     settings, model, mesh = self._settings, self._model, self._mesh
     per_image, sampling = settings.sample.per_image, choices.sampling_config(settings)
-    self._tokens = streams.tokens_of(self._images, settings.data, self._palette)
-    n, n_given = len(self._tokens), self._rows_given * self._side
-    padded = sharding.round_up_batch(mesh, n)
-    tokens = np.pad(self._tokens.astype(np.int32), ((0, padded - n), (0, 0)))
+    self._tokens = streams.tokens_of(self._images, settings.data, self._spec)
+    n, n_given = len(self._tokens), self._rows_given * self._side * self._spec.per_pixel
+    rest = sharding.round_up_batch(mesh, n) - n
+    padded = n + rest
+    tokens = np.concatenate([self._tokens, np.zeros((rest, *self._tokens.shape[1:]))]).astype(
+      np.int32
+    )
     images = [InputImage("", image, stream=i) for i, image in enumerate(tokens)]
     keys = sample_keys(images, np.arange(per_image), padded * per_image, settings.seed)
 
@@ -152,7 +155,7 @@ class ProgressImages(NoImages):
       draw, given = complete, [tokens[:, :n_given]]
     else:
       tokens = np.repeat(tokens, per_image, axis=0)
-      known = np.broadcast_to(np.arange(tokens.shape[1]) < n_given, tokens.shape)
+      known = np.broadcast_to(np.arange(tokens.shape[1]) < n_given, tokens.shape[:2])
       draw, given = fill, [tokens, known]
     with jax.set_mesh(mesh):
       placed = [sharding.put_global(np.ascontiguousarray(array), mesh) for array in given]
@@ -177,12 +180,8 @@ class ProgressImages(NoImages):
   def _lay_out(self, drawn: np.ndarray, step: int) -> np.ndarray:
     """Returns the grid of the images and their completions at a step."""
     side, per_image = self._side, self._settings.sample.per_image
-
-    def paint(tokens: np.ndarray) -> np.ndarray:
-      return self._palette.decode(tokens).reshape(-1, side, side, 3)
-
-    originals = paint(self._tokens)
-    completed = paint(drawn[: len(originals) * per_image])
+    originals = self._spec.decode(self._tokens)
+    completed = self._spec.decode(drawn[: len(originals) * per_image])
     return figures.completions(
       np.arange(side)[:, None] < self._rows_given,
       list(zip(originals, np.split(completed, len(originals)), strict=True)),

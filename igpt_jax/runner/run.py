@@ -28,6 +28,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.reporting.progress import Progress
 from igpt_jax.runner import goodput, guard, loop, saving
 from igpt_jax.runner.loop import Outcome, Work
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.training.bad_numbers import BadNumbers
 from igpt_jax.training.optimizer import OptimizerConfig, make_schedule
 from igpt_jax.training.profiling import Profiler
@@ -101,15 +102,15 @@ class TrainingRun:
       self.checkpoints.let_go()
     self._held.__exit__(kind, *error)
 
-  def claim(self, settled: Settings, palette: Palette | None) -> None:
-    """Writes settings and palette into the folder, which makes it this run's."""
-    self.settings, self._palette = settled, palette
+  def claim(self, settled: Settings, spec: TokenSpec) -> None:
+    """Writes settings and the tokens' palette into the folder, which makes it this run's."""
+    self.settings, self._palette = settled, spec.palette
     if self._given.train.b2 != settled.train.b2:
       say(f"train.b2: 0: chosen by the batch size: {settled.train.b2:.6g}")
     if hosts.is_main():
       workdir_lib.claim(self._given, self._folder)
-      if palette is not None:
-        training_palette.keep_palette(palette, self._folder)
+      if spec.palette is not None:
+        training_palette.keep_palette(spec.palette, self._folder)
 
   @functools.cached_property
   def checkpoints(self) -> Checkpoints:

@@ -23,7 +23,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.model.decoding import autoregressive
 from igpt_jax.model.decoding.autoregressive import SamplingConfig, SamplingValues
 from igpt_jax.parallel import sharding
-from igpt_jax.workspace import weights
+from igpt_jax.workspace import checkpoint_tokens, weights
 
 _PROGRAMS = 24  # compiled programs that are kept; there is one per shape
 _BUCKETS = (1, 4, 8, 16)  # rows that one program computes, where any number may be wanted
@@ -34,7 +34,7 @@ class InputImage:
   """An image as tokens of the model."""
 
   name: str
-  tokens: np.ndarray  # int32 [n_positions]; [0] for unconditional samples
+  tokens: np.ndarray  # int32 [n_positions], or [n_positions, codes]; [0] for unconditional samples
   stream: int | None = None  # used as identity, if not None
 
   @property
@@ -52,9 +52,9 @@ NOTHING = InputImage("unconditional", np.zeros(0, np.int32))
 class PartialSamples(NamedTuple):
   """Samples drawn in part or whole; those of one image are consecutive."""
 
-  tokens: np.ndarray  # int32 [N, n_positions]; 0 where nothing is drawn yet
+  tokens: np.ndarray  # int32 [N, n_positions, …] as in InputImage; 0 where nothing is drawn yet
   nll: np.ndarray  # float32 [N, n_positions], nats per token under the model; 0 at given pixels
-  settled: np.ndarray  # bool [N, n_positions], True where a pixel is given or drawn
+  settled: np.ndarray  # bool [N, n_positions], True where a token is given or drawn
 
 
 class _Program(NamedTuple):
@@ -68,10 +68,10 @@ def describe(settings: Settings, workdir: str, *, bert: bool = False) -> checkpo
   """Describes the checkpoint to complete with, without reading its weights.
 
   Raises:
-    UserError: there is none, it has no palette, or it is a BERT model and `bert` isn't set.
+    UserError: there is none, it has no palette and needs one, or it is a BERT model and `bert` isn't set.
   """
   info = weights.of_job(settings, workdir)
-  weights.palette_of(info)
+  checkpoint_tokens.check_tokens_known(info)
   if not bert:
     check_causal(info)
   return info
@@ -91,12 +91,12 @@ class Reader:
 
   Attributes:
     resolution: height and width of the model's images.
-    palette: the model's palette.
+    spec: the model's tokens, with the colours of a palette.
   """
 
   def __init__(self, info: checkpoint.CheckpointInfo):
     self.resolution: int = info.run["resolution"]
-    self.palette = weights.palette_of(info)
+    self.spec = checkpoint_tokens.tokens_of(info)
     data_config = info.run.get("config", {}).get("data", {})
     # Checkpoints without a config are released ones, trained on the paper's crops.
     augment = data_config.get("augment", "paper")
@@ -125,13 +125,16 @@ class Reader:
     return self._transform(image)
 
   def tokens(self, squares_BxRxRx3: np.ndarray) -> np.ndarray:
-    """Converts images of the model's size to tokens int32 [B, n_positions]."""
-    encoded = self.palette.encode(squares_BxRxRx3)
-    return encoded.reshape(len(encoded), -1).astype(np.int32)
+    """Converts images of the model's size to tokens, int32 [B, n_positions] or [B, n_positions, codes]."""
+    return self.spec.encode(squares_BxRxRx3).astype(np.int32)
 
-  def paint(self, tokens_BxT: np.ndarray) -> np.ndarray:
-    """Converts tokens to images uint8 [B, H, W, 3]."""
-    return self.palette.decode(tokens_BxT).reshape(-1, self.resolution, self.resolution, 3)
+  def paint(self, tokens: np.ndarray) -> np.ndarray:
+    """Converts tokens of images to images uint8 [B, H, W, 3]."""
+    return self.spec.decode(tokens).reshape(-1, self.resolution, self.resolution, 3)
+
+  def positions(self, rows: int) -> int:
+    """Returns the number of positions of so many upper rows."""
+    return rows * self.resolution * self.spec.per_pixel
 
 
 class Completer:
@@ -177,15 +180,15 @@ class Completer:
       watched: True yields a result after every row, drawn by programs that serve any number of rows
         given, any `sampling`, and any number of samples up to a `bucket`. False yields one result.
     """
-    side, n_positions = self.reader.resolution, self.trained.config.n_positions
-    n_given, n = rows_given * side, np.shape(numbers)[-1]
-    n_pixels = side if watched else n_positions - n_given
+    n_positions, positions = self.trained.config.n_positions, self.reader.positions
+    n_given, n = positions(rows_given), np.shape(numbers)[-1]
+    n_tokens = positions(1) if watched else n_positions - n_given
     numbers = fill_up(numbers, bucket(n)) if watched else numbers
     length = n_positions if watched else n_given
     per_image, given = self._lay_out(images, np.shape(numbers)[-1], length)
     keys = sample_keys(images, numbers, len(given) * per_image, seed)
     values = sampling.values(truncates=watched or None)
-    program = self._program(given.shape, per_image, n_pixels)
+    program = self._program(given.shape, per_image, n_tokens)
     with jax.set_mesh(self._mesh):
       prompts = sharding.put_global(given, self._mesh)
       whole = {"n_given": np.int32(n_given)} if watched else {}
@@ -193,15 +196,16 @@ class Completer:
     del keys
 
     def wanted(rows: jax.Array) -> np.ndarray:
+      of_one = rows.shape[1:]
       by_image = np.asarray(rows)[: len(images) * np.shape(numbers)[-1]].reshape(
-        len(images), -1, n_positions
+        len(images), -1, *of_one
       )
       # A copy, since these buffers are donated to the next step.
-      return by_image[:, :n].reshape(-1, n_positions).copy()
+      return by_image[:, :n].reshape(-1, *of_one).copy()
 
-    for end in range(n_given + n_pixels, n_positions + 1, n_pixels):
+    for end in range(n_given + n_tokens, n_positions + 1, n_tokens):
       with jax.set_mesh(self._mesh):
-        progress = self._extend(program, progress, n_pixels, values)
+        progress = self._extend(program, progress, n_tokens, values)
         tokens, nll = map(wanted, jax.device_get(self._fetch(progress.tokens, progress.nll)))
       yield PartialSamples(tokens, nll, np.broadcast_to(np.arange(n_positions) < end, nll.shape))
 
@@ -219,13 +223,15 @@ class Completer:
     fitting = [size for size in divisors if len(images) * (n // size) % shards == 0]
     shared = max(fitting, default=1)
     given = np.stack([image.tokens[:n_given] for image in images]).astype(np.int32)
+    given = given.reshape(len(images), *self.reader.spec.shape(n_given))  # of `NOTHING`, too
     given = np.repeat(given, n // shared, axis=0)
-    padded = sharding.round_up_batch(self._mesh, len(given))
-    return shared, np.pad(given, ((0, padded - len(given)), (0, 0)))
+    padded = np.zeros((sharding.round_up_batch(self._mesh, len(given)), *given.shape[1:]), np.int32)
+    padded[: len(given)] = given
+    return shared, padded
 
-  def _program(self, shape: tuple[int, int], per_image: int, n_pixels: int) -> _Program:
+  def _program(self, shape: tuple[int, ...], per_image: int, n_tokens: int) -> _Program:
     """Returns the program from a least-recently-used cache."""
-    key = shape, per_image, n_pixels
+    key = shape, per_image, n_tokens
     if key not in self._programs:
       options = {"samples_per_image": per_image, "cache_dtype": self._cache_dtype}
       begin = functools.partial(autoregressive.begin, self.trained.config, **options)
@@ -235,12 +241,12 @@ class Completer:
     self._programs.move_to_end(key)
     return self._programs[key]
 
-  def _extend(self, program: _Program, progress, n_pixels: int, values: SamplingValues):
+  def _extend(self, program: _Program, progress, n_tokens: int, values: SamplingValues):
     if not program.extend:
       config = self.trained.config
 
       def extend(params, progress, values):
-        return autoregressive.extend(config, params, progress, n_pixels, sampling=values)
+        return autoregressive.extend(config, params, progress, n_tokens, sampling=values)
 
       # Results keep the inputs' sharding, so that one program serves all rows.
       where = jax.tree.map(lambda leaf: leaf.sharding, progress)

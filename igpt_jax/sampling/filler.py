@@ -132,12 +132,12 @@ class Filler:
     n_positions, wanted = self.trained.config.n_positions, len(images) * len(numbers)
     padded = completer.bucket(wanted) if watched else wanted
     padded = sharding.round_up_batch(self._mesh, padded)
-    tokens = np.zeros((padded, n_positions), np.int32)
+    tokens = np.zeros((padded, *self.reader.spec.shape(n_positions)), np.int32)
     known = np.zeros((padded, n_positions), bool)
     for i, image in enumerate(images):
       rows = slice(i * len(numbers), (i + 1) * len(numbers))
       if len(image.tokens):
-        tokens[rows], known[rows] = image.tokens, known_HxW.reshape(-1)
+        tokens[rows], known[rows] = image.tokens, self.reader.spec.of_pixels(known_HxW)
     known[wanted:] = True  # padding: nothing to draw
     keys = completer.sample_keys(images, numbers, padded, seed)
     values = sampling.values(truncates=watched or None)

@@ -5,6 +5,7 @@ from typing import Any
 
 from igpt_jax import units
 from igpt_jax.reporting.tables import markdown_table
+from igpt_jax.tokens import TokenSpec
 
 Values = dict[str, Any]
 
@@ -21,7 +22,7 @@ def heading(results: Values) -> str:
     ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     f"{results['objective']}: {model['n_layer']} layers, {model['n_head']} heads, width "
     f"{model['n_embd']}, {results['parameters']:,} parameters, {model['n_positions']} positions of "
-    f"{model['n_vocab']} colours, {model['dtype']}, remat {model['remat']}",
+    f"{TokenSpec(model['token_kind'], model['n_vocab']).values}, {model['dtype']}, remat {model['remat']}",
   ]
   return "\n".join(filter(None, [*lines, results["note"]]))
 

@@ -138,7 +138,8 @@ def compile_training_step(
 ) -> compilation.CompiledStep:
   """Compiles the step as pretraining does, under its mesh; allocates nothing."""
   target = sharding.sharding(mesh, "batch")
-  tokens = jax.ShapeDtypeStruct((batch_size, config.n_positions), jnp.uint16, sharding=target)
+  shape = (batch_size, *config.tokens.shape(config.n_positions))
+  tokens = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=target)
   abstract = state.abstract_state(config, optimizer)
   shardings = state.state_shardings(config, optimizer, mesh)
   with jax.set_mesh(mesh):
@@ -153,7 +154,7 @@ def step_call(
   batch_size: int,
 ) -> Call:
   """Returns a call that makes the compiled step, on a new state and random tokens."""
-  shape = (batch_size, config.n_positions)
+  shape = (batch_size, *config.tokens.shape(config.n_positions))
   tokens = np.random.default_rng(0).integers(config.n_vocab, size=shape, dtype=np.uint16)
   batch = {"tokens": sharding.put_global(tokens, mesh)}
   train_state = state.make_state(config, optimizer, 0, mesh)
@@ -265,7 +266,7 @@ def measure_sampling(
   with jax.set_mesh(mesh):
     make = jax.jit(functools.partial(init_params, config), out_shardings=shardings)
     params = make(jax.random.key(0))
-    prompt = sharding.put_global(np.zeros((n, 0), np.int32), mesh)
+    prompt = sharding.put_global(np.zeros((n, *config.tokens.shape(0)), np.int32), mesh)
     keys = jax.random.split(jax.random.key(1), n)
     compiled = jax.jit(
       functools.partial(autoregressive.complete, config, sampling=sampling),

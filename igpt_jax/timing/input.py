@@ -17,6 +17,7 @@ from PIL import Image
 
 from igpt_jax.data import image_decoding, own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
+from igpt_jax.tokens import TokenSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Throughput:
 def stages(
   split: sources.Split,
   config: sources.DataConfig,
-  palette: palette_lib.Palette,
+  spec: TokenSpec,
   *,
   n_images: int = 200,
   repeats: int = 3,
@@ -54,14 +55,14 @@ def stages(
   evaluate = transforms.eval_transform(config.augment, config.resolution)
   ready = [make(image, rng) for image in images]
   for image in ready:
-    palette.encode(image)  # fills its table of colours, which happens once per run
+    spec.encode(image)  # fills a palette's table of colours, which happens once per run
   measured: list[tuple[str, Callable, Sequence]] = [
     ("read", split.__getitem__, range(len(records))),
     ("decode", lambda r: decode(r["image"], r["id"]), records),
     ("decode with Pillow", lambda r: _decode_pillow(r["image"]), records),
     (f"augment ({config.augment}, {config.resample})", lambda x: make(x, rng), images),
     ("evaluate", evaluate, images),
-    ("encode", palette.encode, ready),
+    ("encode", spec.encode, ready),
   ]
   return [Cost(name, _best(function, items, repeats)) for name, function, items in measured]
 
@@ -69,7 +70,7 @@ def stages(
 def throughput(
   split: sources.Split,
   config: sources.DataConfig,
-  palette: palette_lib.Palette | None,
+  spec: TokenSpec,
   *,
   batch_size: int = 128,
   n_batches: int = 20,
@@ -79,16 +80,16 @@ def throughput(
   Args:
     split: images, or tokens.
     config: settings of the pipeline; nothing is cached, whatever it says.
-    palette: the palette of the tokens; None where the split has tokens already.
+    spec: what the tokens are; without a palette where the split has tokens already.
     batch_size: global.
     n_batches: number of batches that are timed.
   """
   name = "tokens" if split.is_tokens else f"{config.augment}, {config.resample}"
   config = dataclasses.replace(config, cache_mb=0)
   # The table of colours is filled once per run, not per image. (Every worker fills its own.)
-  if palette is not None:
-    palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
-  with pipeline.train_batches(split, config, palette, batch_size=batch_size, seed=0) as batches:
+  if spec.palette is not None:
+    spec.palette.encode(palette_lib.codes_to_colors(np.arange(2**24)))
+  with pipeline.train_batches(split, config, spec, batch_size=batch_size, seed=0) as batches:
     for _ in range(2 + 4 * config.workers):
       next(batches)
     cpu, wall = _cpu_seconds(), time.perf_counter()

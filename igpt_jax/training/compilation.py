@@ -114,7 +114,9 @@ def flops_per_image(config: ImageGPTConfig) -> float:
   6 per matmul parameter and token, and attention's 12·T·d per layer and token (scores and values,
   forward and backward), halved when causal: what a kernel that skips the masked half must do.
   """
-  matmul_parameters = config.n_layer * 12 * config.n_embd**2 + config.n_vocab * config.n_embd
+  spec = config.tokens
+  heads = spec.codes * config.n_embd**2 if spec.codes > 1 else 0
+  matmul_parameters = config.n_layer * 12 * config.n_embd**2 + heads + spec.rows * config.n_embd
   attention = config.n_layer * 12 * config.n_positions * config.n_embd
   return config.n_positions * (6 * matmul_parameters + attention * (0.5 if config.causal else 1.0))
 

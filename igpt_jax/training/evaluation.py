@@ -127,10 +127,10 @@ def mean_nats(nats: float, predicted: float) -> float:
 
 
 def unigram_nats(train_counts: np.ndarray, test_counts: np.ndarray) -> float:
-  """Nats per token of test tokens under add-one-smoothed frequencies of training tokens.
+  """Nats per code of test tokens under add-one-smoothed frequencies of training tokens.
 
   Args:
-    train_counts: [V], or [T, V] for one distribution per position.
+    train_counts: [V], or [P, V] for one distribution per place.
     test_counts: same shape.
   """
   smoothed = train_counts.astype(np.float64) + 1.0
@@ -139,25 +139,28 @@ def unigram_nats(train_counts: np.ndarray, test_counts: np.ndarray) -> float:
 
 
 def counting(
-  batches: Iterable[Mapping[str, np.ndarray]], counts_TxV: np.ndarray
+  batches: Iterable[Mapping[str, np.ndarray]], counts_PxV: np.ndarray
 ) -> Iterator[Mapping[str, np.ndarray]]:
-  """Passes batches on, and adds every position's token counts to `counts_TxV`; masked rows don't count."""
-  n_positions, n_vocab = counts_TxV.shape
-  positions = np.arange(n_positions)
+  """Passes batches on, and adds the counts of every place's codes to `counts_PxV`; masked rows don't count.
+
+  A place is one of a position's codes: of tokens [B, T] there are P = T, of [B, T, codes] T · codes.
+  """
+  n_places, n_vocab = counts_PxV.shape
+  places = np.arange(n_places)
   for batch in batches:
     tokens = batch["tokens"].astype(np.int64)
     if "mask" in batch:
       tokens = tokens[batch["mask"]]
-    flat = (positions * n_vocab + tokens).ravel()
-    counts_TxV += np.bincount(flat, minlength=counts_TxV.size).reshape(counts_TxV.shape)
+    flat = (places * n_vocab + tokens.reshape(len(tokens), n_places)).ravel()
+    counts_PxV += np.bincount(flat, minlength=counts_PxV.size).reshape(counts_PxV.shape)
     yield batch
 
 
 def count_tokens(
-  batches: Iterable[Mapping[str, np.ndarray]], n_vocab: int, n_positions: int
+  batches: Iterable[Mapping[str, np.ndarray]], n_vocab: int, n_places: int
 ) -> np.ndarray:
-  """Counts every position's tokens, int64 [T, V]; masked rows don't count."""
-  counts = np.zeros((n_positions, n_vocab), np.int64)
+  """Counts the codes of every place, int64 [P, V], as `counting` does."""
+  counts = np.zeros((n_places, n_vocab), np.int64)
   for _ in counting(batches, counts):
     pass
   return counts

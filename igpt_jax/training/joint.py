@@ -87,14 +87,14 @@ def forward(
   class_logits = jnp.einsum("bd,cd->bc", features, params[HEAD], precision="highest")
   if not generative:
     return class_logits, None
-  nll = token_nll(model.logits(final), tokens_BxT)
+  nll = token_nll(model.logits(final, tokens_BxT), tokens_BxT)
   return class_logits, per_image(nll, _predicted(tokens_BxT, keep_BxT))
 
 
 def _predicted(tokens_BxT: jax.Array, keep_BxT: jax.Array | None) -> jax.Array:
   """1 where the generative loss counts a token, else 0; float32 [B, T]."""
   if keep_BxT is None:
-    return jnp.ones(tokens_BxT.shape, jnp.float32)
+    return jnp.ones(tokens_BxT.shape[:2], jnp.float32)
   return 1.0 - keep_BxT.astype(jnp.float32)
 
 

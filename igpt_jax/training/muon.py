@@ -1,7 +1,8 @@
 """Muon: momentum whose matrices are orthogonalised, each by itself (Jordan et al. 2024).
 
-The blocks' four matrices are Muon's. All else isn't a map between activations and stays with Adam: tables,
-gains, the start vector, the output table, a classifier's head. Every update of Muon has a root mean
+The blocks' four matrices are Muon's, and those of the heads of a position's codes, if it has several. All else
+isn't a map between activations and stays with Adam: tables, gains, the start vector, the output table, a
+classifier's head. Every update of Muon has a root mean
 square of about 0.2, as Adam's have, so one learning rate serves both (Liu et al. 2025, "Muon is Scalable
 for LLM Training", arXiv 2502.16982, section 2.2).
 """
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from igpt_jax.model import layers
+from igpt_jax.model import codes, layers
 from igpt_jax.model.parametrisation import names
 from igpt_jax.parallel import hardware
 from igpt_jax.parallel.whole_matrices import on_whole_matrices
@@ -25,13 +26,14 @@ RMS = 0.2
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
-# Where Muon's matrices stand among the parameters, and the logical axes of one layer's: [3, D, D] are
-# three matrices.
+# Where Muon's matrices stand among the parameters, and their logical axes: [layers, 3, D, D] are three
+# matrices of each layer.
 _MATRICES: dict[tuple[str, ...], tuple[str, ...]] = {
-  ("blocks", "attn", "qkv"): layers.TO_QKV.weight_axes,
-  ("blocks", "attn", "proj"): layers.FROM_HEADS.weight_axes,
-  ("blocks", "mlp", "fc"): layers.TO_INNER.weight_axes,
-  ("blocks", "mlp", "proj"): layers.FROM_INNER.weight_axes,
+  ("blocks", "attn", "qkv"): ("layers", *layers.TO_QKV.weight_axes),
+  ("blocks", "attn", "proj"): ("layers", *layers.FROM_HEADS.weight_axes),
+  ("blocks", "mlp", "fc"): ("layers", *layers.TO_INNER.weight_axes),
+  ("blocks", "mlp", "proj"): ("layers", *layers.FROM_INNER.weight_axes),
+  ("heads", "hidden"): codes.TO_HIDDEN.weight_axes,
 }
 
 
@@ -41,7 +43,7 @@ def is_muons(path) -> bool:
 
 
 def scale_by_muon() -> optax.GradientTransformation:
-  """Returns a transformation of Muon's matrices, layers stacked on axis 0; its state is a momentum.
+  """Returns a transformation of Muon's matrices, stacked on the axes before; its state is a momentum.
 
   Nesterov's momentum as in Jordan's code, but for a factor that orthogonalisation takes out again.
   """
@@ -55,7 +57,7 @@ def _orthogonalised(path, momentum: jax.Array) -> jax.Array:
   """Returns the update [..., rows, columns] of a stack of matrices, its RMS about `RMS`."""
   # bfloat16 as in the papers, half the bytes between devices too. CPUs emulate it slowly.
   dtype = jnp.float32 if hardware.platform() == "cpu" else jnp.bfloat16
-  axes = ("layers", *_MATRICES[names(path)])
+  axes = _MATRICES[names(path)]
   # Orthogonal rows or columns have an RMS of 1/sqrt(the longer side).
   orthogonal = functools.partial(newton_schulz, size=RMS * max(momentum.shape[-2:]) ** 0.5)
   made = on_whole_matrices(orthogonal, momentum.astype(dtype), axes)

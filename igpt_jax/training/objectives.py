@@ -1,7 +1,7 @@
 """Training objectives: functions from a batch of tokens to negative log-likelihoods.
 
 An objective is a function (model, tokens_BxT, keys_B) -> (nll_BxT, weight_BxT): nats per token, and
-which tokens count. There is one PRNG key per image, so that an image's mask doesn't depend on the
+which tokens count. (Tokens may be [B, T, codes]: a token's nats are the sum of its codes'.) There is one PRNG key per image, so that an image's mask doesn't depend on the
 batch it is in. `per_image` reduces the losses as the released code does.
 """
 
@@ -19,10 +19,11 @@ OBJECTIVES = ("autoregressive", "masked")
 
 
 def token_nll(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-  """Nats per token, float32 [B, T]."""
+  """Nats per token, float32 [B, T]; of logits [B, T, codes, V] and tokens [B, T, codes] summed over codes."""
   logits = logits_BxTxV.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, tokens_BxT[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits, axis=-1) - chosen
+  nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+  return nll if nll.ndim < 3 else jnp.sum(nll, axis=-1)
 
 
 def autoregressive(model: ImageGPT, tokens_BxT: jax.Array, keys_B: jax.Array):

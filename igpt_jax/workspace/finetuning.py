@@ -9,14 +9,14 @@ from igpt_jax import checkpoint, files, units
 from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings
-from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params
 from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import hub
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.training import state
-from igpt_jax.workspace import provenance, training_palette
+from igpt_jax.workspace import checkpoint_tokens, provenance, training_palette
 from igpt_jax.workspace import weights as weights_lib
 
 
@@ -26,14 +26,14 @@ class Begin:
 
   Attributes:
     settings: the run's, with all choices made.
-    palette: the colours of the tokens.
+    spec: what the tokens are, with the colours of a palette.
     mask_probability: the masked objective's.
     weights: the initial parameters; None: random ones, or its own newest checkpoint's.
     head: the layer of the head in `weights`; None: they have no head.
   """
 
   settings: Settings
-  palette: Palette
+  spec: TokenSpec
   mask_probability: float
   weights: CheckpointInfo | None = None
   head: int | None = None
@@ -62,17 +62,16 @@ def begin(
   named = settings.checkpoint or settings.init_from or checkpoint.latest_step(workdir) is not None
   if scratch and own is None and not named:
     settings = choices.settle(settings, batch_size=settings.finetune.batch_size)
-    palette = training_palette.training_palette(settings, data_config, split, folder)
-    assert palette is not None, "only bare tokens have none, and they have no labels"
-    return Begin(settings, palette, settings.mask_probability)
+    spec = training_palette.training_tokens(settings, data_config, split, folder)
+    return Begin(settings, spec, settings.mask_probability)
   info = own or weights_lib.of_job(settings, workdir)
   if own is not None and not scratch:
     _check_same_start(settings, workdir, own)
   elif own is not None and not named:
     fix = f"put those colours back, which {folder}/palette.npy holds"
-    weights_lib.check_palette(settings, own, fix)
+    checkpoint_tokens.check_palette(settings, own, fix)
   info = weights_lib.at_resolution(settings, info)
-  palette = weights_lib.palette_of(info)
+  spec = checkpoint_tokens.tokens_of(info)
   has_head = bool(info.classes) and (own is not None or not scratch)
   if has_head and info.classes != split.class_names:
     raise UserError(
@@ -84,8 +83,8 @@ def begin(
   settled = choices.settle(settings, info.config, settings.finetune.batch_size)
   mask_probability = info.run["mask_probability"]
   if own is not None or scratch:
-    return Begin(settled, palette, mask_probability)
-  return Begin(settled, palette, mask_probability, info, info.run["layer"] if has_head else None)
+    return Begin(settled, spec, mask_probability)
+  return Begin(settled, spec, mask_probability, info, info.run["layer"] if has_head else None)
 
 
 def _check_same_start(settings: Settings, workdir: str, own: CheckpointInfo) -> None:
@@ -113,6 +112,6 @@ def _check_same_start(settings: Settings, workdir: str, own: CheckpointInfo) -> 
 
 
 def describe(start: Begin, settings: Settings) -> str:
-  model = choices.model_config(settings, n_vocab=start.palette.size)
+  model = choices.model_config(settings, n_vocab=start.spec.n_vocab)
   shape = f"{settings.objective}, {model.n_layer} layers"
   return f"random parameters ({shape})" if settings.finetune.scratch else f"a model ({shape})"

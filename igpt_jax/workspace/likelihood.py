@@ -9,7 +9,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import progress
 from igpt_jax.training.evaluation import LikelihoodEvaluator
 from igpt_jax.training.objectives import make_objective
-from igpt_jax.workspace import streams, weights
+from igpt_jax.workspace import checkpoint_tokens, streams
 
 
 def nats_per_token(
@@ -25,7 +25,7 @@ def nats_per_token(
   """Returns the mean over the first `images` (0: all). Collective.
 
   Args:
-    trained: the model, with a palette unless the split is tokens.
+    trained: the model, with a palette if its tokens need one, unless the split is tokens.
     split, data: the images.
     mesh: the mesh that the model is on.
     batch_size: images at a time.
@@ -34,11 +34,11 @@ def nats_per_token(
   """
   kind = trained.run["objective"]
   objective = make_objective(kind, trained.run["mask_probability"])
-  palette = None if split.is_tokens else weights.palette_of(trained)
+  spec = None if split.is_tokens else checkpoint_tokens.tokens_of(trained)
   total = min(images or len(split), len(split))
   clock = progress.Countdown(f"likelihood: {total:,} images of {split.name}", total, say)
   evaluator = LikelihoodEvaluator(trained.config, objective, mesh)
-  with streams.eval_stream(split, data, palette, mesh, batch_size, total) as batches:
+  with streams.eval_stream(split, data, spec, mesh, batch_size, total) as batches:
     result = evaluator(
       trained.params,
       batches,

@@ -164,10 +164,10 @@ def of_input(
   No pass but the first begins after `until` (`time.monotonic`).
   """
   data_config = settings.data
-  palette = None
-  if not split.is_tokens:
+  spec = choices.token_spec(settings)
+  if spec.needs_palette and not split.is_tokens:
     # Speed doesn't depend on the colours.
-    palette = Palette.from_setting(settings.palette.path or "default")
+    spec = choices.token_spec(settings, Palette.from_setting(settings.palette.path or "default"))
   hosts = jax.process_count()
   batch_size = max(settings.train.batch_size // hosts, 1)
   n_batches = max(10, math.ceil(settings.benchmark.images / batch_size))
@@ -176,11 +176,11 @@ def of_input(
   for done in range(1, settings.benchmark.repeats + 1):
     if done > 1 and time.monotonic() > until:
       break
-    if palette is not None:
+    if not split.is_tokens:
       n = settings.benchmark.images
-      passes.append(data_benchmark.stages(split, data_config, palette, n_images=n, repeats=1))
+      passes.append(data_benchmark.stages(split, data_config, spec, n_images=n, repeats=1))
     sizes = {"batch_size": batch_size, "n_batches": n_batches}
-    whole.append(data_benchmark.throughput(split, data_config, palette, **sizes))
+    whole.append(data_benchmark.throughput(split, data_config, spec, **sizes))
     tick(done)
 
   def timing(seconds: list[float]) -> Values:

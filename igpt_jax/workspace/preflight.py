@@ -113,7 +113,7 @@ def _forecast(settings: Settings, asked_for: Slice, mesh: tuple[int, ...]) -> It
   # The dtype is the slice's, not this machine's.
   compiled = dataclasses.replace(settings.compile, topology=asked_for.topology)
   settled = choices.settle(dataclasses.replace(settings, compile=compiled))
-  model = choices.model_config(settled, n_vocab=choices.palette_size(settled))
+  model = choices.model_config(settled)
   optimizer = choices.optimizer_config(settled)
   sharding.check_model_fits(
     AbstractMesh(mesh, sizes.MESH_AXES), n_head=model.n_head, n_embd=model.n_embd

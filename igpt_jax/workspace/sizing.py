@@ -26,7 +26,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
 from igpt_jax.timing import device
 from igpt_jax.training import compilation, objectives, optimizer, step
-from igpt_jax.workspace import devices, memory, weights
+from igpt_jax.workspace import checkpoint_tokens, devices, memory, weights
 from igpt_jax.workspace import workdir as workdir_lib
 
 RECORD = "sizing.json"
@@ -161,6 +161,8 @@ def size(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Settings
     return _as_begun(settings, theirs, workdir) if theirs.get("sizing.minutes") else settings
   images = len(open_split(settings.data, "train"))
   start = weights.describe(settings.init_from, settings) if settings.init_from else None
+  if start is not None:
+    checkpoint_tokens.check_kind(settings, start)
   mesh = mesh or devices.mesh_of(settings)
   workdir_lib.open_workdir(workdir)
   say(
@@ -201,7 +203,7 @@ class _Plan:
     side, passes = settings.data.resolution, steps * self.batch_size / self.images
     first, good = self.minutes(steps), self.minutes(self.most_steps)
     say(
-      f"sizing: {side}×{side} pixels of {model.n_vocab} colours, {model.n_layer} layers of {model.n_embd}; "
+      f"sizing: {side}×{side} pixels of {model.tokens.values}, {model.n_layer} layers of {model.n_embd}; "
       f"a step of {self.batch_size} images takes {self.step_seconds:.2g} s here: {steps:,} steps, "
       f"{passes:,.3g} times each image"
     )
@@ -274,7 +276,7 @@ def _plan(
   kept = dict(size.choices)
   if settings.model.size:
     kept = {name: kept[name] for name in ("data.resolution", "palette.size") if name in kept}
-  if settings.palette.path:
+  if settings.palette.path or not choices.token_spec(settings).needs_palette:
     kept.pop("palette.size", None)
   sized = with_values(settings, _open(settings, kept))
   most_images = min(_GOOD * size.first_images, _MOST_PASSES * images)
@@ -300,7 +302,7 @@ def _plan(
   }
   sized = with_values(sized, _open(settings, cadence))
   settled = choices.settle(sized, None if start is None else start.config)
-  model = choices.model_config(settled, n_vocab=choices.palette_size(settled))
+  model = choices.model_config(settled)
   return _Plan(sized, model, images, seconds, max(most_steps, steps))
 
 

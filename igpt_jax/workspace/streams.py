@@ -6,9 +6,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from igpt_jax.data import pipeline
-from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.parallel.sharding import input_share
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.workspace import agreement
 
 
@@ -16,7 +16,7 @@ from igpt_jax.workspace import agreement
 def eval_stream(
   split: Split,
   data_config: DataConfig,
-  palette: Palette | None,
+  spec: TokenSpec | None,
   mesh: Mesh,
   batch_size: int,
   limit: int = 0,
@@ -35,7 +35,7 @@ def eval_stream(
   with pipeline.eval_batches(
     split,
     data_config,
-    palette,
+    spec,
     batch_size=batch_size,
     process_index=share,
     process_count=shares,
@@ -51,8 +51,8 @@ def _first(stream, n_batches: int, limit: int):
     yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
 
 
-def tokens_of(split: Split, data_config: DataConfig, palette: Palette | None) -> np.ndarray:
-  """Returns all readable images of a small split as tokens, uint16 [N, T], on every process."""
-  with pipeline.eval_batches(split, data_config, palette, batch_size=len(split)) as stream:
+def tokens_of(split: Split, data_config: DataConfig, spec: TokenSpec | None) -> np.ndarray:
+  """Returns all readable images of a small split as tokens, uint16 [N, T] or [N, T, codes], on every process."""
+  with pipeline.eval_batches(split, data_config, spec, batch_size=len(split)) as stream:
     batch = next(stream)
   return batch["tokens"][batch["mask"]]

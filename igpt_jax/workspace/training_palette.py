@@ -1,4 +1,4 @@
-"""A training run's palette: given, a checkpoint's, kept in its workdir, or fitted to its images."""
+"""A training run's tokens, and their palette: given, a checkpoint's, kept in its workdir, or fitted to its images."""
 
 import os
 from typing import Any
@@ -14,9 +14,25 @@ from igpt_jax.data.sources import DataConfig, Split
 from igpt_jax.errors import UserError
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import progress, summary
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.workspace import provenance
 
 PALETTE = "palette.npy"  # in a workdir
+
+
+def training_tokens(
+  settings: Settings,
+  data_config: DataConfig,
+  split: Split,
+  workdir: str,
+  begun_with: Palette | None = None,
+) -> TokenSpec:
+  """Returns what a run's tokens are, with the palette of `training_palette` if they need one."""
+  spec = choices.token_spec(settings)
+  if not spec.needs_palette:
+    return spec
+  palette = training_palette(settings, data_config, split, workdir, begun_with)
+  return choices.token_spec(settings, palette)
 
 
 def training_palette(
@@ -67,7 +83,7 @@ def training_palette(
       f"palette: all {palette.size} colours of {settings.palette.path or kept} are one; expected two or more "
       "to tell apart"
     )
-  size = choices.palette_size(settings) if palette is None else palette.size
+  size = choices.token_spec(settings, palette).n_vocab
   if split.max_token >= size:
     raise UserError(
       f"data.path: {data_config.path} has tokens up to {split.max_token}; expected less than "
@@ -79,7 +95,7 @@ def training_palette(
 
 def fit_palette(settings: Settings, data_config: DataConfig, split: Split) -> Palette:
   """Fits a palette by k-means to at most `palette.images` training images, augmented."""
-  size = choices.palette_size(settings)
+  size = choices.token_spec(settings).n_vocab
   wanted = min(len(split), settings.palette.images)
   say(f"palette: fitting {size} colours to {wanted:,} images of {split.fingerprint}")
   histogram = palette_fit.ColorHistogram()

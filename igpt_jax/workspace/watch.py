@@ -19,7 +19,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
-from igpt_jax.workspace import branches, provenance, rollbacks, weights
+from igpt_jax.workspace import branches, checkpoint_tokens, provenance, rollbacks
 from igpt_jax.workspace import workdir as workdir_lib
 
 MADE_FROM = "made_from.json"
@@ -188,7 +188,7 @@ class _Watch:
     """Returns what the step's results will be made from; None: it has been deleted."""
     try:
       info = checkpoint.describe(checkpoint.path_of(self._watched, step))
-      info = weights.with_palette(info, self._settings)
+      info = checkpoint_tokens.with_palette(info, self._settings)
       return {
         "checkpoint": provenance.of_checkpoint(info),
         "run": provenance.of_run(info),

@@ -25,6 +25,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats, hub, packaged
 from igpt_jax.pretrained.leaves import Report, placer
 from igpt_jax.training.state import param_shardings
+from igpt_jax.workspace import checkpoint_tokens
 from igpt_jax.workspace import workdir as workdir_lib
 
 
@@ -69,7 +70,7 @@ def describe(path: str, settings: Settings) -> CheckpointInfo:
     }
     step = int(named[1]) if named else 0
     info = CheckpointInfo(where, step, config, clusters, run, kind)
-  return with_palette(info, settings)
+  return checkpoint_tokens.with_palette(info, settings)
 
 
 def _in_bucket(path: str) -> tuple[str, str]:
@@ -94,34 +95,6 @@ def _holds_foreign(folder: str) -> bool:
   """Returns True for a folder with weights beside their description, False for a workdir or a checkpoint."""
   weights = (".index", ".safetensors", ".bin")
   return any(name.endswith(weights) for name in files.names(folder))
-
-
-def with_palette(info: CheckpointInfo, settings: Settings) -> CheckpointInfo:
-  """Returns the checkpoint with the palette of `palette.path`, if it has none of its own."""
-  if info.palette is not None or not settings.palette.path:
-    return info
-  return dataclasses.replace(info, palette=_given_palette(info, settings).centers)
-
-
-def _given_palette(info: CheckpointInfo, settings: Settings) -> Palette:
-  palette = Palette.from_setting(settings.palette.path)
-  if palette.size != info.config.n_vocab:
-    raise UserError(
-      f"palette.path: {settings.palette.path} has {palette.size} colours; the checkpoint {info.path} "
-      f"has {info.config.n_vocab}; fix: the palette that it was trained with"
-    )
-  return palette
-
-
-def check_palette(settings: Settings, info: CheckpointInfo, fix: str) -> None:
-  """Raises UserError if `palette.path` has other colours than the checkpoint's palette."""
-  path = settings.palette.path
-  if path and info.palette is not None:
-    if not np.array_equal(_given_palette(info, settings).centers, info.palette):
-      raise UserError(
-        f"palette.path: {path} has other colours than those of the checkpoint {info.path}, which its "
-        f"parameters stand for; fix: {fix}"
-      )
 
 
 def read(info: CheckpointInfo, mesh: Mesh, report: Report) -> Params:
@@ -170,7 +143,7 @@ def of_job(settings: Settings, workdir: str) -> CheckpointInfo:
   path = path_of_job(settings, workdir)
   if path:
     return describe(path, settings)
-  return with_palette(checkpoint.describe(workdir), settings)
+  return checkpoint_tokens.with_palette(checkpoint.describe(workdir), settings)
 
 
 def say_packaged(another: str) -> None:
@@ -235,12 +208,12 @@ def of_run(settings: Settings, workdir: str) -> Start:
   if own is None and settings.init_from:
     fix, info = "--config.palette.path=", describe(settings.init_from, settings)
     _check_same_model(settings, info)
-    if info.palette is None and settings.data.name != "tokens":
-      raise no_palette(info, "init_from")
+    if settings.data.name != "tokens":
+      checkpoint_tokens.check_tokens_known(info, "init_from")
   if info is None:
     return Start(choices.settle(settings))
-  check_palette(settings, info, fix)
-  palette = None if info.palette is None else palette_of(info)
+  checkpoint_tokens.check_palette(settings, info, fix)
+  palette = None if info.palette is None else checkpoint_tokens.palette_of(info)
   settled = choices.settle(settings, info.config if settings.init_from else None)
   return Start(settled, info if own is None else None, palette)
 
@@ -267,6 +240,8 @@ def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
     theirs = getattr(info.config, name)
     compare(f"model.{name}", value, theirs, f"model.{name}={theirs}")
   n_vocab, resolution = info.config.n_vocab, info.run["resolution"]
+  ours, theirs = settings.data.token_kind, info.config.token_kind
+  compare("data.token_kind", ours, theirs, f"data.token_kind={theirs}")
   compare("palette.size", settings.palette.size, n_vocab, f"palette.size={n_vocab}")
   compare("objective", settings.objective, info.run["objective"], "objective=")
   if info.config.positions != "rope2d":
@@ -281,43 +256,25 @@ def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
     )
 
 
-def no_palette(
-  info: CheckpointInfo,
-  setting: str = "checkpoint",
-  fix: str = "--config.palette.path=FILE.npy",
-) -> UserError:
-  """Returns the error about a checkpoint whose palette is needed and not known."""
-  why = {
-    "orbax": "it was trained on bare tokens",
-    "safetensors": "it was trained on bare tokens",
-    "openai": "no kmeans_centers.npy lies beside it",
-    "huggingface": "it has no preprocessor_config.json",
-  }[info.format]
-  return UserError(
-    f"{setting}: {info.path} carries no palette ({why}); expected the {info.config.n_vocab} colours "
-    f"that its tokens stand for; fix: {fix}"
-  )
-
-
 def load_model(
   settings: Settings,
   workdir: str,
   mesh: Mesh,
   *,
-  needs_palette: bool,
+  needs_images: bool,
   check: Callable[[CheckpointInfo], object] = lambda info: None,
 ) -> checkpoint.LoadedModel:
   """Reads the model of `checkpoint`, or the workdir's newest, onto the mesh.
 
-  `check` may refuse it before its weights are read.
+  `check` may refuse it before its weights are read. `needs_images`: its tokens must stand for images.
 
   Raises:
     UserError, before the weights are read: there is none, it is of another resolution than the
-      data, or it needs a palette and has none.
+      data or of other tokens, or it needs a palette and has none.
   """
   info = at_resolution(settings, of_job(settings, workdir))
-  if needs_palette:
-    palette_of(info)
+  if needs_images:
+    checkpoint_tokens.check_tokens_known(info)
   check(info)
   say(f"checkpoint: {info.path}")
   return read_model(settings, info, mesh)
@@ -336,12 +293,17 @@ def read_to_draw(settings: Settings, info: CheckpointInfo, mesh: Mesh) -> checkp
   return dataclasses.replace(model, params=to_compute_dtypes(model.config, model.params))
 
 
-def at_resolution(settings: Settings, info: CheckpointInfo) -> CheckpointInfo:
+def at_resolution(
+  settings: Settings, info: CheckpointInfo, *, any_kind: bool = False
+) -> CheckpointInfo:
   """Returns the checkpoint's description at the data's resolution.
 
   Raises:
-    UserError: that isn't the checkpoint's, and its positions are tables of its own resolution.
+    UserError: that isn't the checkpoint's, and its positions are tables of its own resolution; or
+      `check_kind`'s, unless its tokens may be of `any_kind`.
   """
+  if not any_kind:
+    checkpoint_tokens.check_kind(settings, info)
   ours, theirs = settings.data.resolution, info.run["resolution"]
   if ours == theirs:
     return info
@@ -349,20 +311,9 @@ def at_resolution(settings: Settings, info: CheckpointInfo) -> CheckpointInfo:
     say(
       f"checkpoint: {info.path} was trained at {theirs}×{theirs} pixels, and is used at {ours}×{ours}"
     )
-    config = dataclasses.replace(info.config, n_positions=ours**2)
+    config = dataclasses.replace(info.config, n_positions=info.config.tokens.n_positions(ours))
     return dataclasses.replace(info, config=config, run={**info.run, "resolution": ours})
   raise UserError(
     f"data.resolution: {ours}; the checkpoint {info.path} was trained at {theirs}, and has no positions "
     f"beyond that (model.positions=rope2d would); fix: --config.data.resolution={theirs}"
   )
-
-
-def palette_of(info: CheckpointInfo) -> Palette:
-  """Returns the colours that the model's tokens stand for.
-
-  Raises:
-    UserError: the checkpoint has none.
-  """
-  if info.palette is None:
-    raise no_palette(info)
-  return Palette(np.asarray(info.palette), name=f"palette of {info.path}")

@@ -19,6 +19,7 @@ from PIL import Image
 from igpt_jax.data import sources, transforms
 from igpt_jax.data.palette import Palette
 from igpt_jax.timing.input import throughput
+from igpt_jax.tokens import TokenSpec
 
 
 class PillowSplit(sources.Split):
@@ -51,11 +52,11 @@ def main() -> None:
     name=options.name, data_dir=options.data_dir, resolution=options.resolution, augment="paper",
     threads=1,
   )  # fmt: skip
-  split, palette = sources.open_split(config, "train"), Palette.default()
+  split, spec = sources.open_split(config, "train"), TokenSpec(palette=Palette.default())
   pillow = PillowSplit(split, options.resolution), dataclasses.replace(config, augment="none")
   for _ in range(options.repeats):  # taking turns
     for name, (records, settings) in {"pipeline": (split, config), "Pillow": pillow}.items():
-      cost = throughput(records, settings, palette)
+      cost = throughput(records, settings, spec)
       print(f"{name}: {cost.cpu_ms:.3f} CPU ms an image, {cost.images_per_second:,.0f} images/s")
 
 

@@ -6,6 +6,9 @@ import pytest
 
 from igpt_jax.data import palette, sources, tfds_source
 from igpt_jax.timing import input
+from igpt_jax.tokens import TokenSpec
+
+TOKENS = TokenSpec(palette=palette.Palette.default())
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def patches(tmp_path_factory):
 
 def test_every_stage_is_measured(patches):
   split, config = patches
-  costs = input.stages(split, config, palette.Palette.default(), n_images=20, repeats=1)
+  costs = input.stages(split, config, TOKENS, n_images=20, repeats=1)
   names = [c.stage for c in costs]
   assert names[:2] == ["read", "decode"] and names[-1] == "encode"
   assert "augment (paper, fused)" in names
@@ -38,6 +41,6 @@ def test_throughput_of_both_forms(patches):
   split, config = patches
   for form in ("fused", "literal"):
     settings = dataclasses.replace(config, resample=form)
-    found = input.throughput(split, settings, palette.Palette.default(), batch_size=16, n_batches=2)
+    found = input.throughput(split, settings, TOKENS, batch_size=16, n_batches=2)
     assert found.pipeline == f"paper, {form}"
     assert found.cpu_ms > 0 and found.images_per_second > 0 and found.workers == 0

@@ -21,6 +21,7 @@ from igpt_jax.jobs import evaluate, pretrain, probe, sample
 from igpt_jax.jobs import fit_palette as fit_palette_job
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.training import compilation
 from igpt_jax.workspace import streams, training_palette
 from support.lives import Lives
@@ -181,7 +182,9 @@ def test_evaluate_tokens_of_a_file(trained, tmp_path):
   config = shrunk()
   data_config = config.data
   palette = Palette.load(trained / "palette.npy")
-  tokens = streams.tokens_of(open_split(data_config, "test"), data_config, palette)
+  tokens = streams.tokens_of(
+    open_split(data_config, "test"), data_config, TokenSpec(n_vocab=17, palette=palette)
+  )
   np.save(tmp_path / "test.npy", tokens.astype(np.int64))
   config = shrunk(**{
     "data.name": "tokens", "data.path": str(tmp_path / "test.npy"), "checkpoint": str(trained)

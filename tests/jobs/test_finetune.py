@@ -19,7 +19,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop, saving
 from igpt_jax.training import compilation
 from igpt_jax.training import joint as finetune_lib
-from igpt_jax.workspace import streams, weights
+from igpt_jax.workspace import checkpoint_tokens, streams, weights
 from support.quickstart import shrunk
 from support.tiny import on_one_device
 
@@ -117,8 +117,8 @@ def test_test_is_scored_once_with_the_best(tuned):
   params = params_of(values["checkpoint"])
   params["clf"] = params.pop("head")
   classifier = finetune_lib.Classifier(found.config, mesh(), layer=2)
-  palette = weights.palette_of(found)
-  with streams.eval_stream(split, data_config, palette, mesh(), 25, 50) as stream:
+  spec = checkpoint_tokens.tokens_of(found)
+  with streams.eval_stream(split, data_config, spec, mesh(), 25, 50) as stream:
     scores = classifier(params, stream)
   assert scores.accuracy == pytest.approx(values["test_accuracy"])
   assert scores.nats_per_token == pytest.approx(values["test_nats_per_token"], rel=1e-5)

@@ -31,6 +31,7 @@ from igpt_jax.data.sources import open_split
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import data_order
+from igpt_jax.tokens import TokenSpec
 from igpt_jax.training import optimizer, state
 from igpt_jax.workspace import workdir
 from support.frozen import FROZEN, SETTINGS, config_of
@@ -78,7 +79,8 @@ def order_from(folder, step, batches) -> list[list[int]]:
     str(folder), open_split(data, "train"), batch_size=config.train.batch_size, seed=config.seed
   )
   palette = Palette.load(str(folder / "palette.npy"))
-  with order.batches(step, data, palette, mesh()) as stream:
+  spec = TokenSpec(n_vocab=palette.size, palette=palette)
+  with order.batches(step, data, spec, mesh()) as stream:
     return [next(stream)["index"].tolist() for _ in range(batches)]
 
 

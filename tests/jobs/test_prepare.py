@@ -13,6 +13,7 @@ from PIL import Image
 
 from igpt_jax import errors
 from igpt_jax.data import image_decoding, palette, pipeline, sources, tfds_prepare
+from igpt_jax.tokens import TokenSpec
 
 
 @pytest.fixture
@@ -95,8 +96,8 @@ def test_imagenet_by_its_real_builder(tmp_path, shim):
   assert len(sources.open_split(config, "validation")) == 1
   values = sorted(round(image_decoding.decode(test[i]["image"]).mean()) for i in range(4))
   assert values == [30, 60, 90, 120]
-  colors = palette.Palette.default()
-  with pipeline.train_batches(train, config, colors, batch_size=8, seed=0) as batches:
+  spec = TokenSpec(palette=palette.Palette.default())
+  with pipeline.train_batches(train, config, spec, batch_size=8, seed=0) as batches:
     batch = next(batches)
   assert batch["tokens"].shape == (8, 1024)
   assert (np.ptp(batch["tokens"], axis=1) == 0).all()  # each image is of one colour

@@ -48,7 +48,8 @@ def drawer(folder, mesh, *, causal=True, **overrides):
   made = dataclasses.replace(state.make_state(model, tx, 0, mesh), step=np.int32(7))
   grey = np.repeat(np.linspace(-1, 1, 17, dtype=np.float32)[:, None], 3, 1)
   held_out = open_split(settings.data, "validation")
-  draw = ProgressImages(settings, str(folder), held_out, Palette(grey), model, mesh)
+  spec = dataclasses.replace(model.tokens, palette=Palette(grey))
+  draw = ProgressImages(settings, str(folder), held_out, spec, model, mesh)
   return draw, made
 
 

@@ -87,7 +87,8 @@ def changed(settings: Settings, changes: dict) -> Settings:
 
 def random_tokens(config: ImageGPTConfig, batch: int, seed: int = 0) -> np.ndarray:
   rng = np.random.default_rng(seed + 1_000)
-  return rng.integers(config.n_vocab, size=(batch, config.n_positions), dtype=np.int32)
+  shape = (batch, *config.tokens.shape(config.n_positions))
+  return rng.integers(config.n_vocab, size=shape, dtype=np.int32)
 
 
 def random_state(abstract: TrainState, step: int, shardings: TrainState) -> TrainState:

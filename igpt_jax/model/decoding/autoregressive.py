@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from igpt_jax.errors import UserError
 from igpt_jax.model.decoding import cache as cache_lib
 from igpt_jax.model.decoding.cache import Cache, put, take
-from igpt_jax.model.decoding.decode_step import decode_step, lay_out
+from igpt_jax.model.decoding.decode_step import code_logits, decode_step, lay_out
 from igpt_jax.model.decoding.draw import (
   Samples,
   SamplingConfig,
   SamplingValues,
   draw,
+  draw_codes,
   filter_logits,
-  nats_of,
 )
 from igpt_jax.model.decoding.masked import fill
 from igpt_jax.model.image_gpt import Params, bind
@@ -45,9 +45,9 @@ class Progress(NamedTuple):
   """Images that are drawn up to a position.
 
   Attributes:
-    tokens: int32 [N, n_positions]; 0 where nothing is drawn yet.
+    tokens: int32 [N, n_positions], or [N, n_positions, codes]; 0 where nothing is drawn yet.
     nll: float32 [N, n_positions], as in `Samples`; 0 where nothing is drawn yet.
-    position: int32, the next pixel to draw; n_positions when all are drawn.
+    position: int32, the next one to draw; n_positions when all are drawn.
     keys: a PRNG key per sample, [N].
     caches: one per layer.
   """
@@ -73,9 +73,9 @@ def begin(
 
   Args:
     config, params: a causal model.
-    prompt_BxP: the first P pixels of B images in raster order; P may be 0 (unconditional). With
+    prompt_BxP: the first P tokens of B images in raster order; P may be 0 (unconditional). With
       `n_given`, whole images.
-    n_given: the number of pixels that are given, traced: one program serves any number of them, but
+    n_given: the number of tokens that are given, traced: one program serves any number of them, but
       its samples share no cache.
     keys: PRNG keys, one per sample [B * samples_per_image]: a sample doesn't depend on the batch that
       it is drawn in.
@@ -97,10 +97,10 @@ def begin(
   dtypes = cache_lib.CACHE_DTYPES
   if cache_dtype and cache_dtype not in dtypes:
     raise UserError(f"cache_dtype: {cache_dtype!r}; expected one of {', '.join(dtypes)}")
-  n_images, n_prompt = prompt_BxP.shape
+  n_images, n_prompt = prompt_BxP.shape[:2]
   n_left = config.n_positions - n_prompt
   if n_left < 0 or (n_given is not None and n_left):
-    raise ValueError(f"{n_prompt} pixels given to a model of {config.n_positions}")
+    raise ValueError(f"{n_prompt} tokens given to a model of {config.n_positions}")
   dtype = cache_dtype or config.dtype
   model = bind(config, params)
   prompt_BxP = prompt_BxP.astype(jnp.int32)
@@ -111,13 +111,18 @@ def begin(
     drawn = cache_lib.empty_cache(model, n_images * samples_per_image, n_left, dtype)
   else:
     # Positions from n_given on are overwritten before they are read.
-    prompt_BxP = jnp.where(jnp.arange(n_prompt) < n_given, prompt_BxP, 0)
+    given = jnp.arange(n_prompt) < n_given
+    if prompt_BxP.ndim > 2:
+      given = given[:, None]
+    prompt_BxP = jnp.where(given, prompt_BxP, 0)
     prompt = cache_lib.empty_cache(model, n_images, 0, dtype)
     drawn = cache_lib.repeat(cache_lib.prefill(model, prompt_BxP, dtype), samples_per_image)
-  tokens = jnp.pad(jnp.repeat(prompt_BxP, samples_per_image, axis=0), ((0, 0), (0, n_left)))
+  of_codes = ((0, 0),) * (prompt_BxP.ndim - 2)
+  tokens = jnp.repeat(prompt_BxP, samples_per_image, axis=0)
+  tokens = jnp.pad(tokens, ((0, 0), (0, n_left), *of_codes))
   return Progress(
     tokens,
-    nll=jnp.zeros(tokens.shape, jnp.float32),
+    nll=jnp.zeros(tokens.shape[:2], jnp.float32),
     position=n_prompt if n_given is None else n_given,
     keys=keys,
     caches=[Cache(*parts) for parts in zip(prompt, drawn, strict=True)],
@@ -128,16 +133,16 @@ def extend(
   config: ImageGPTConfig,
   params: Params,
   progress: Progress,
-  n_pixels: int,
+  n_tokens: int,
   *,
   sampling: SamplingConfig | SamplingValues,
 ) -> Progress:
-  """Draws the next `n_pixels` pixels of every image, or as many as are left.
+  """Draws the next `n_tokens` tokens of every image, or as many as are left.
 
   Args:
     config, params: the model that `progress` was begun with.
     progress: the images so far.
-    n_pixels: static; `progress.position` may be traced, so that one program serves every row of an
+    n_tokens: static; `progress.position` may be traced, so that one program serves every row of an
       image.
     sampling: temperature and truncation.
   """
@@ -147,15 +152,15 @@ def extend(
   position = progress.position
   static = isinstance(position, int)
   maximum, minimum = (max, min) if static else (jnp.maximum, jnp.minimum)
-  end = minimum(position + n_pixels, config.n_positions)
+  end = minimum(position + n_tokens, config.n_positions)
 
   def draw_one(before, position, carry):
     tokens, nll, blocks = carry
     column = jnp.maximum(position - 1, 0)
     last = jax.lax.dynamic_index_in_dim(tokens, column, axis=1, keepdims=False)
-    blocks, logits = decode_step(tables, weights, before, blocks, last, position, config.n_head)
-    token = draw(logits, progress.keys, position, sampling)
-    nats = nats_of(logits, token)
+    blocks, final = decode_step(tables, weights, before, blocks, last, position, config)
+    logits_of = functools.partial(code_logits, tables, config, final)
+    token, nats = draw_codes(logits_of, config.tokens.codes, progress.keys, position, sampling)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
     nll = jax.lax.dynamic_update_slice_in_dim(nll, nats[:, None], position, axis=1)
     return tokens, nll, blocks

@@ -107,7 +107,7 @@ def prefill(model: ImageGPT, prompt_BxP: jax.Array, dtype: str) -> list[KeysValu
   Position 0 is the start vector's, so the last pixel of the prompt is still to be fed.
   """
   config = model.config
-  shape = (*prompt_BxP.shape, config.n_head, config.head_dim)
+  shape = (*prompt_BxP.shape[:2], config.n_head, config.head_dim)
 
   def keep(_, x, qkv_3xBxTxE):
     return store(qkv_3xBxTxE[1].reshape(shape), qkv_3xBxTxE[2].reshape(shape), dtype)

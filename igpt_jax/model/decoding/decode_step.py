@@ -1,15 +1,19 @@
 """Decoding of one position: the weights laid out for it, and one pass through the model's layers."""
 
+import functools
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from igpt_jax.model import layers, options
+from igpt_jax.model import codes, layers, options
 from igpt_jax.model.decoding.attend import attend
 from igpt_jax.model.decoding.cache import KeysValues, keeps_rows, put, store
 from igpt_jax.model.image_gpt import ImageGPT
+from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
 
@@ -31,6 +35,13 @@ class Weights(NamedTuple):
   x0_gain: jax.Array | None
 
 
+class HeadWeights(NamedTuple):
+  """Weights of the heads of a position's codes: matrices [out, in], or [in, out], for each code."""
+
+  hidden: list[jax.Array]
+  seen: jax.Array
+
+
 class Tables(NamedTuple):
   """Weights before and after the layers, likewise; None where the model has none."""
 
@@ -40,6 +51,7 @@ class Tables(NamedTuple):
   sos: jax.Array
   gain: jax.Array
   wtet: jax.Array
+  heads: HeadWeights | None
 
 
 def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
@@ -49,7 +61,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
   def whole(parameter, axes, layer: Any = ...):
     return gather_weight(parameter[...][layer].astype(dtype), *axes)
 
-  def matrix(parameter, product, layer):
+  def matrix(parameter, product, layer: Any = ...):
     weight = whole(parameter, product.weight_axes, layer)
     return weight if keeps_rows() else weight.swapaxes(-1, -2)
 
@@ -76,6 +88,10 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     )
     for layer in range(config.n_layer)
   ]
+  heads = None
+  if config.tokens.codes > 1:
+    hidden = matrix(model.heads.hidden, codes.TO_HIDDEN)
+    heads = HeadWeights(list(hidden), whole(model.heads.seen, ("vocab", "embed")))
   tables = Tables(
     wte=whole(model.wte, ("vocab", "embed")),
     wpe=None if positions is None else positions.astype(dtype),
@@ -83,6 +99,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     sos=model.sos[...].astype(dtype),
     gain=model.ln_f.g[...],
     wtet=whole(model.wtet, ("vocab", "embed")),
+    heads=heads,
   )
   if keeps_rows():
     return tables, per_layer
@@ -97,19 +114,21 @@ def decode_step(
   blocks: list[KeysValues],
   token_N: jax.Array,
   position: jax.Array,
-  n_head: int,
+  config: ImageGPTConfig,
 ) -> tuple[list[KeysValues], jax.Array]:
-  """Feeds the pixel before `position`; returns the blocks with it, and the logits there [N, n_vocab].
+  """Feeds the token before `position`; returns the blocks with it, and the final norm's output there.
+
+  That is [D, N] on a CPU and [N, D] elsewhere, for `code_logits`.
 
   Args:
     tables, weights: from `lay_out`.
     before: every layer's prompt, and positions drawn before the block.
     blocks: every layer's positions after those, filled before `position`, which is one of them.
-    token_N: the pixels before `position`; at position 0 the start vector replaces them.
-    position: that of the pixel to predict, beyond the prompt.
-    n_head: the model's.
+    token_N: the tokens before `position`, [N] or [N, codes]; at position 0 the start vector replaces them.
+    position: that of the token to predict, beyond the prompt.
+    config: the model's.
   """
-  embedded = jnp.where(position == 0, tables.sos, tables.wte[token_N])
+  embedded = jnp.where(position == 0, tables.sos, _rows_of(config, tables.wte, token_N))
   if tables.wpe is not None:
     embedded = embedded + tables.wpe[position]
   stream = x0 = _stream(_from_rows(embedded))
@@ -121,9 +140,9 @@ def decode_step(
       gain = layer.x0_gain if keeps_rows() else layer.x0_gain[:, None]
       stream = stream + (gain * x0.astype(jnp.float32)).astype(stream.dtype)
     qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
-    qkv = qkv.reshape(n, 3, n_head, -1).swapaxes(0, 1)
+    qkv = qkv.reshape(n, 3, config.n_head, -1).swapaxes(0, 1)
     if layer.value_embed is not None:
-      added = jnp.where(position == 0, 0, layer.value_embed[token_N])
+      added = jnp.where(position == 0, 0, _rows_of(config, layer.value_embed, token_N))
       qkv = options.add_to_values(qkv, added.reshape(qkv.shape[1:]))
     if layer.qk_gains is not None:
       qkv = options.norm_queries_and_keys(qkv[:, :, None], layer.qk_gains)[:, :, 0]
@@ -137,8 +156,38 @@ def decode_step(
     hidden = layers.activation(_dot(_norm(stream, layer.gain_2), layer.fc))
     stream = _stream(_dot(hidden, layer.mlp_proj) + stream)
     updated.append(block)
-  wtet = tables.wtet.T if keeps_rows() else tables.wtet
-  return updated, _to_rows(_dot(_norm(stream, tables.gain), wtet, jnp.float32))
+  return updated, _norm(stream, tables.gain)
+
+
+def code_logits(
+  tables: Tables, config: ImageGPTConfig, final: jax.Array, earlier: Sequence[jax.Array]
+) -> jax.Array:
+  """Returns the logits of a position's next code, float32 [N, n_vocab].
+
+  Args:
+    tables: from `lay_out`.
+    config: the model's.
+    final: of `decode_step`.
+    earlier: the position's codes before it, int32 [N] each.
+  """
+  wtet = tables.wtet
+  if tables.heads is not None:
+    spec, code = config.tokens, len(earlier)
+    made = _dot(final, tables.heads.hidden[code])
+    if earlier:
+      rows = [tables.heads.seen[row] for row in codes.rows_of_earlier(spec, earlier)]
+      made = _from_rows(functools.reduce(operator.add, rows)) + made
+    final = layers.activation(made)
+    wtet = wtet[code * spec.n_vocab : (code + 1) * spec.n_vocab]
+  return _to_rows(_dot(final, wtet.T if keeps_rows() else wtet, jnp.float32))
+
+
+def _rows_of(config: ImageGPTConfig, table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Returns the sums of the rows of tokens' codes, [N, D] of tokens [N] or [N, codes]."""
+  if config.tokens.codes == 1:
+    return table[tokens]
+  rows = [table[row] for row in layers.rows_of_codes(config.tokens, tokens)]
+  return functools.reduce(operator.add, rows)
 
 
 # The residual stream of one position is [D, N] on a CPU, and [N, D] elsewhere (see `Weights`).

@@ -1,6 +1,9 @@
-"""Drawing of colours from the model's logits: temperature, top-k, top-p, and a key per sample."""
+"""Drawing of codes, such as colours, from the model's logits: temperature, top-k, top-p, and a key per sample."""
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -84,7 +87,7 @@ class Samples(NamedTuple):
   """Images that were drawn.
 
   Attributes:
-    tokens: int32 [B, n_positions], the prompt included.
+    tokens: int32 [B, n_positions], or [B, n_positions, codes], the prompt included.
     nll: float32 [B, n_positions], nats per token under the model itself (temperature 1, no
       truncation); 0 in the prompt.
   """
@@ -133,6 +136,32 @@ def draw(
   # The likeliest after Gumbel noise is a draw; without noise it is the likeliest.
   noisy = filter_logits(logits, values) + jax.vmap(noise)(keys_B)
   return jnp.argmax(jnp.where(values.greedy, logits, noisy), axis=-1).astype(jnp.int32)
+
+
+def draw_codes(
+  logits_of: Callable[[Sequence[jax.Array]], jax.Array],
+  codes: int,
+  keys_B: jax.Array,
+  turn: jax.Array,
+  sampling: SamplingConfig | SamplingValues,
+) -> tuple[jax.Array, jax.Array]:
+  """Draws the codes of positions, one after the other.
+
+  Args:
+    logits_of: maps the codes drawn so far, int32 [B, ...] each, to the next one's logits [B, ..., V].
+    codes: codes of a position.
+    keys_B, turn, sampling: as for `draw`; temperature and truncation are for each code by itself.
+
+  Returns:
+    Tokens, int32 [B, ...], or [B, ..., codes] of several; their nats, float32 [B, ...].
+  """
+  drawn, nats = [], []
+  for code in range(codes):
+    logits = logits_of(drawn)
+    drawn.append(draw(logits, keys_B, turn if codes == 1 else turn * codes + code, sampling))
+    nats.append(nats_of(logits, drawn[-1]))
+  tokens = drawn[0] if codes == 1 else jnp.stack(drawn, axis=-1)
+  return tokens, functools.reduce(operator.add, nats)
 
 
 def nats_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:

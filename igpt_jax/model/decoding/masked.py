@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from igpt_jax.errors import UserError
-from igpt_jax.model.decoding.draw import Samples, SamplingConfig, SamplingValues, draw, nats_of
+from igpt_jax.model.decoding.draw import Samples, SamplingConfig, SamplingValues, draw_codes
 from igpt_jax.model.image_gpt import Params, bind
 from igpt_jax.model.model_config import ImageGPTConfig
+from igpt_jax.tokens import over_codes
 
 
 class Filling(NamedTuple):
@@ -21,7 +22,7 @@ class Filling(NamedTuple):
 
   Attributes:
     done: int32, the number of passes so far.
-    tokens: int32 [B, T]; 0 where a pixel is still unknown.
+    tokens: int32 [B, T], or [B, T, codes]; 0 where a pixel is still unknown.
     settled: bool [B, T], True where a pixel is known or drawn.
     nll: float32 [B, T], as in `Samples`; 0 where nothing is drawn yet.
     n_unknown: int32 [B], the number of unknown pixels at the start.
@@ -39,9 +40,9 @@ def begin(tokens_BxT: jax.Array, known_BxT: jax.Array) -> Filling:
   known_BxT = known_BxT.astype(bool)
   return Filling(
     jnp.int32(0),
-    jnp.where(known_BxT, tokens_BxT, 0).astype(jnp.int32),
+    jnp.where(over_codes(known_BxT, tokens_BxT), tokens_BxT, 0).astype(jnp.int32),
     known_BxT,
-    jnp.zeros(tokens_BxT.shape, jnp.float32),
+    jnp.zeros(known_BxT.shape, jnp.float32),
     jnp.sum(~known_BxT, axis=1),
   )
 
@@ -66,22 +67,30 @@ def extend(
       "can't condition on what lies below or to the right; fix: give it the rows above, or take a "
       "BERT checkpoint (objective=masked) to fill any region"
     )
-  model = bind(config, params)
+  model, codes = bind(config, params), config.tokens.codes
   end = jnp.minimum(filling.done + n_passes, steps)
 
   def one_pass(filling):
     _, tokens, settled, nll, n_unknown = filling
     done = filling.done + 1
-    logits = model(tokens, settled)
-    proposed = draw(logits, keys_B, done, sampling)
-    nats = nats_of(logits, proposed)
+    final, _ = model.hidden(model.embed(tokens, settled))
+
+    def logits_of(earlier):
+      if codes == 1:
+        return model.logits(final, tokens)
+      # A code's logits depend on those before it alone, so that the others may be anything.
+      so_far = jnp.stack([*earlier, *[tokens[..., 0]] * (codes - len(earlier))], axis=-1)
+      return model.logits(final, so_far)[:, :, len(earlier)]
+
+    proposed, nats = draw_codes(logits_of, codes, keys_B, done, sampling)
     # The most confident first, in raster order where equal, and settled pixels last.
     order = jnp.argsort(jnp.where(settled, jnp.inf, nats), axis=1, stable=True)
     rank = jnp.argsort(order, axis=1)
     unknown = jnp.sum(~settled, axis=1)
     left = jnp.minimum(_left(n_unknown, done, steps), unknown - 1)
     new = ~settled & (rank < (unknown - left)[:, None])
-    tokens, nll = jnp.where(new, proposed, tokens), jnp.where(new, nats, nll)
+    tokens = jnp.where(over_codes(new, tokens), proposed, tokens)
+    nll = jnp.where(new, nats, nll)
     return Filling(done, tokens, settled | new, nll, n_unknown)
 
   return jax.lax.while_loop(

@@ -167,8 +167,8 @@ MUTATIONS = (
   Mutation(
     "augmented-evaluation",
     "data/pipeline.py",
-    "Loader(split, config, palette, train=False, images=images or palette is None)",
-    "Loader(split, config, palette, train=True, images=images or palette is None)",
+    "Loader(split, config, spec, train=False, images=images or spec is None)",
+    "Loader(split, config, spec, train=True, images=images or spec is None)",
     f"{_PIPELINE}::test_evaluation_does_not_augment",
   ),
   Mutation(

@@ -1,5 +1,6 @@
 """Every config resolves, builds its abstract state and says what it is for."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -38,18 +39,24 @@ def test_config_builds_its_abstract_state(path):
   module = load(path)
   config = module.get_config()
   config = choices.settle(settings_of(config))
-  model = choices.model_config(config, n_vocab=choices.palette_size(config))
+  model = choices.model_config(config)
   tx = optimizer.make_optimizer(choices.optimizer_config(config))
   abstract = state.abstract_state(model, tx)
   assert sum(leaf.size for leaf in jax.tree.leaves(abstract.params)) == count_params(model)
-  assert model.n_positions == config.data.resolution**2
+  assert model.n_positions == model.tokens.n_positions(config.data.resolution)
   if model.positions == "learned":
     assert abstract.params["wpe"].shape == (model.n_positions, model.n_embd)
   assert ("sos" in abstract.params) == (config.objective == "autoregressive")
   size = path.stem.split("_")[1] if path.stem.startswith("imagenet32") else None
   if size in PUBLISHED and model.causal and not path.stem.endswith("_modern"):
     assert count_params(model) == PUBLISHED[size]
-  if path.stem.startswith("imagenet"):
+  if path.stem.endswith("_rgb"):
+    assert model.token_kind == "channels" and config.data.augment == "none"
+    of_subpixels = dataclasses.replace(config.data, token_kind="subpixels")
+    other = choices.model_config(dataclasses.replace(config, data=of_subpixels))
+    assert other.n_positions == 3 * model.n_positions
+    assert count_params(other) < count_params(model)  # tables of one code, and no heads
+  elif path.stem.startswith("imagenet"):
     epochs = 2_000_000 * 64 if size == "xl" else 1_000_000 * 128
     if path.stem.startswith("imagenet32"):
       assert config.train.steps * config.train.batch_size == epochs

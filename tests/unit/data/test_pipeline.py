@@ -15,12 +15,14 @@ from igpt_jax import errors
 from igpt_jax.data import image_decoding, own_images, pipeline, sources, transforms
 from igpt_jax.data import palette as palette_lib
 from igpt_jax.data.loader import Loader, tolerance
+from igpt_jax.tokens import TokenSpec
 from support import icc
 from support.paths import ROOT
 
 PALETTE = palette_lib.Palette.from_uint8(
   np.random.default_rng(0).integers(0, 256, (200, 3), np.uint8)
 )
+TOKENS = TokenSpec(n_vocab=PALETTE.size, palette=PALETTE)
 N = 53  # shares no factor with any batch size below
 
 
@@ -42,9 +44,9 @@ def _config(root, **changes):
   return sources.DataConfig(name="folder", path=str(root), **changes)
 
 
-def _take(n, split, config, palette=PALETTE, **options):
+def _take(n, split, config, spec=TOKENS, **options):
   options = {"batch_size": 8, "seed": 5} | options
-  with pipeline.train_batches(split, config, palette, **options) as batches:
+  with pipeline.train_batches(split, config, spec, **options) as batches:
     return list(itertools.islice(batches, n))
 
 
@@ -243,7 +245,7 @@ def test_evaluation_sees_every_picture_once(pictures, hosts, batch_size):
   parts = []
   for host in range(hosts):
     with pipeline.eval_batches(
-      split, config, PALETTE, batch_size=batch_size, process_index=host, process_count=hosts
+      split, config, TOKENS, batch_size=batch_size, process_index=host, process_count=hosts
     ) as batches:
       parts.append(list(batches))
   joined = _joined(parts)
@@ -280,8 +282,8 @@ def test_tokens_pass_through(tmp_path):
   np.save(tmp_path / "train.npy", rows)
   config = sources.DataConfig(name="tokens", path=str(tmp_path), validation=0.0)
   split = sources.open_split(config, "train")
-  for palette in (PALETTE, None):
-    batch = _take(1, split, config, palette)[0]
+  for spec in (TOKENS, None):
+    batch = _take(1, split, config, spec)[0]
     np.testing.assert_array_equal(batch["tokens"], rows[batch["index"]])
     assert batch["tokens"].dtype == np.uint16 and "image" not in batch
   with pipeline.eval_batches(split, config, None, batch_size=8) as batches:
@@ -313,9 +315,7 @@ def damaged(tmp_path):
 
 def test_damaged_records_are_replaced_by_the_next_named_and_counted(damaged, caplog):
   split = sources.open_split(damaged, "train")
-  with pipeline.train_batches(
-    split, damaged, PALETTE, batch_size=8, seed=0, images=True
-  ) as batches:
+  with pipeline.train_batches(split, damaged, TOKENS, batch_size=8, seed=0, images=True) as batches:
     taken = list(itertools.islice(batches, 10))
     bad = dict(batches.bad)
   assert set(bad) == {"train[10]", "train[11]"}
@@ -332,7 +332,7 @@ def test_damaged_records_are_replaced_by_the_next_named_and_counted(damaged, cap
 
 def test_damaged_records_are_masked_in_evaluation(damaged):
   split = sources.open_split(damaged, "test")
-  with pipeline.eval_batches(split, damaged, PALETTE, batch_size=16) as batches:
+  with pipeline.eval_batches(split, damaged, TOKENS, batch_size=16) as batches:
     taken = list(batches)
     assert len(batches.bad) == 2
   mask = np.concatenate([b["mask"] for b in taken])
@@ -349,7 +349,7 @@ def test_too_much_damage_is_an_error_that_names_it(damaged, split_name):
     if split_name == "train":
       _take(10, split, config)
     else:
-      with pipeline.eval_batches(split, config, PALETTE, batch_size=16) as batches:
+      with pipeline.eval_batches(split, config, TOKENS, batch_size=16) as batches:
         list(batches)
   assert any(split[index]["id"] in str(caught.value) for index in (10, 11))
 
@@ -383,7 +383,7 @@ def test_the_last_readable_record_is_not_outvoted(tmp_path):
 def test_closed_batches_say_so(pictures):
   config = _config(pictures)
   batches = pipeline.train_batches(
-    sources.open_split(config, "train"), config, PALETTE, batch_size=8, seed=0
+    sources.open_split(config, "train"), config, TOKENS, batch_size=8, seed=0
   )
   next(batches)
   batches.close()
@@ -417,7 +417,7 @@ def test_batch_that_hosts_cannot_share_is_refused(pictures):
   config = _config(pictures)
   split = sources.open_split(config, "train")
   with pytest.raises(errors.UserError, match=r"batch size: 8.*3 hosts"):
-    pipeline.train_batches(split, config, PALETTE, batch_size=8, seed=0, process_count=3)
+    pipeline.train_batches(split, config, TOKENS, batch_size=8, seed=0, process_count=3)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
@@ -431,10 +431,12 @@ WORKERS = """
 import dataclasses, itertools, sys
 import numpy as np
 from igpt_jax.data import palette, pipeline, sources
+from igpt_jax.tokens import TokenSpec
 
 def main():
   config = sources.DataConfig(name="folder", path=sys.argv[1], augment="cifar", validation=0.0)
   colors = palette.Palette.from_uint8(np.random.default_rng(0).integers(0, 256, (200, 3), np.uint8))
+  spec = TokenSpec(n_vocab=200, palette=colors)
   split = sources.open_split(config, "train")
 
   def take(n, hosts, workers, start):
@@ -442,7 +444,7 @@ def main():
     parts = []
     for host in range(hosts):
       with pipeline.train_batches(
-        split, settings, colors, batch_size=8, seed=5, start_step=start,
+        split, settings, spec, batch_size=8, seed=5, start_step=start,
         process_index=host, process_count=hosts,
       ) as batches:
         parts.append(list(itertools.islice(batches, n)))
@@ -456,7 +458,7 @@ def main():
         np.testing.assert_array_equal(a[key], b[key])
   global left_open  # whoever forgets to close hears nothing of it either
   left_open = pipeline.train_batches(
-    split, dataclasses.replace(config, workers=1), colors, batch_size=8, seed=5
+    split, dataclasses.replace(config, workers=1), spec, batch_size=8, seed=5
   )
   next(left_open)
   print("same")

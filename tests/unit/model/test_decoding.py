@@ -63,9 +63,10 @@ def test_cached_logits_are_those_of_the_full_forward(n_given, n_done):
     tables, weights = decode_step.lay_out(bind(CONFIG, params))
 
     def body(before, blocks, position):
-      return decode_step.decode_step(
-        tables, weights, before, blocks, tokens[:, position - 1], position, CONFIG.n_head
+      blocks, final = decode_step.decode_step(
+        tables, weights, before, blocks, tokens[:, position - 1], position, CONFIG
       )
+      return blocks, decode_step.code_logits(tables, CONFIG, final, [])
 
     given, drawn = zip(*begun.caches, strict=True)
     found = []
@@ -97,7 +98,7 @@ def test_blocks_of_any_length_make_the_same_samples(block, per_image, monkeypatc
   np.testing.assert_array_equal(run(params, given, keys).tokens, whole.tokens)
   begun = tiny.jit(functools.partial(autoregressive.begin, CONFIG, **settings))(params, given, keys)
   draw_chunk = tiny.jit(
-    functools.partial(autoregressive.extend, CONFIG, n_pixels=5, sampling=PLAIN)
+    functools.partial(autoregressive.extend, CONFIG, n_tokens=5, sampling=PLAIN)
   )
   for _ in range(3):
     begun = draw_chunk(params, begun)
@@ -112,7 +113,7 @@ def test_chunks_of_any_size_make_the_same_samples(chunk):
   params = tiny.random_params(CONFIG)
   begun = tiny.jit(functools.partial(autoregressive.begin, CONFIG))(params, given, keys)
   draw_chunk = tiny.jit(
-    functools.partial(autoregressive.extend, CONFIG, n_pixels=chunk, sampling=PLAIN)
+    functools.partial(autoregressive.extend, CONFIG, n_tokens=chunk, sampling=PLAIN)
   )
   whole = complete(given, keys)
   drawn = begun
@@ -137,7 +138,7 @@ def test_one_program_serves_any_number_of_given_pixels(per_image, dtype, monkeyp
   tokens, keys = tiny.random_tokens(CONFIG, 2), make_keys(2 * per_image)
   params = tiny.random_params(CONFIG)
   read = tiny.jit(functools.partial(autoregressive.begin, CONFIG, **options))
-  draw = tiny.jit(functools.partial(autoregressive.extend, CONFIG, n_pixels=16, sampling=PLAIN))
+  draw = tiny.jit(functools.partial(autoregressive.extend, CONFIG, n_tokens=16, sampling=PLAIN))
   run = functools.partial(autoregressive.complete, CONFIG, sampling=PLAIN, **options)
   for n_given in (0, 1, 6, 9, 15):
     hidden = np.where(np.arange(16) < n_given, tokens, (tokens + 3) % CONFIG.n_vocab)
@@ -251,7 +252,7 @@ def test_samples_on_a_mesh_are_those_of_one_device(shape):
       placed, given, keys
     )
     draw_chunk = tiny.jit(
-      functools.partial(autoregressive.extend, config, n_pixels=6, sampling=PLAIN)
+      functools.partial(autoregressive.extend, config, n_tokens=6, sampling=PLAIN)
     )
     for _ in range(2):
       drawn = draw_chunk(placed, drawn)

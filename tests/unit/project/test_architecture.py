@@ -31,6 +31,7 @@ FLOORS = (
     "history.py",
     "scratch.py",
     "stopping.py",
+    "tokens.py",
     "units.py",
     "watchdog.py",
     "config/",
@@ -71,6 +72,7 @@ ONLY_IN = {
 }
 
 MESH_AXES = {"fsdp", "tensor"}
+TOKEN_KINDS = {"palette", "channels", "subpixels"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 100
 # Kernels' bodies, one function each.
@@ -278,6 +280,28 @@ def the_sharding_table_alone_names_mesh_axes(sources: Sources) -> list[str]:
   ]
 
 
+def kinds_of_tokens_are_asked_not_compared(sources: Sources) -> list[str]:
+  """Rooms ask a TokenSpec what they need to know: a further kind is a matter of tokens.py alone."""
+  broken = []
+  for name, node in nodes_of(sources, ast.Compare, ast.match_case):
+    if isinstance(node, ast.match_case):
+      compared = list(ast.walk(node.pattern))
+    else:
+      # `"palette" in items` looks for a name, not for a kind.
+      one = [node.left] if isinstance(node.ops[0], ast.In | ast.NotIn) else []
+      compared = [part for side in [node.left, *node.comparators] for part in ast.walk(side)]
+      compared = [part for part in compared if part not in one]
+    if name != "tokens.py" and any(_is_kind(part) for part in compared):
+      broken.append(f"{name}:{getattr(node, 'lineno', '')}: {ast.unparse(node)}")
+  return broken
+
+
+def _is_kind(node: ast.AST) -> bool:
+  if isinstance(node, ast.Constant):
+    return isinstance(node.value, str) and node.value in TOKEN_KINDS
+  return getattr(node, "attr", getattr(node, "id", "")) == "PALETTE"
+
+
 def nothing_loads_pickles(sources: Sources) -> list[str]:
   broken = []
   for name, node in nodes_of(sources, ast.Call):
@@ -388,6 +412,12 @@ RULES = {
   ],
   main_alone_reads_flags: [{"jobs/new.py": "from absl import flags"}],
   the_sharding_table_alone_names_mesh_axes: [{"model/new.py": "size = mesh.shape['fsdp']"}],
+  kinds_of_tokens_are_asked_not_compared: [
+    {"model/new.py": "if config.token_kind == 'channels': pass"},
+    {"jobs/new.py": "found = [x for x in y if spec.kind in ('channels', 'subpixels')]"},
+    {"data/new.py": "same = spec.kind != tokens.PALETTE"},
+    {"data/new.py": "match spec.kind:\n  case 'subpixels': pass"},
+  ],
   nothing_loads_pickles: [
     {"data/new.py": "np.load(path)"},
     {"data/new.py": "np.load(path, allow_pickle=True)"},

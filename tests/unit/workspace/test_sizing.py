@@ -49,7 +49,7 @@ def sized(settings, folder):
 
 def flops(settings):
   settled = choices.settle(settings)
-  model = choices.model_config(settled, n_vocab=choices.palette_size(settled))
+  model = choices.model_config(settled)
   return compilation.flops_per_image(model)
 
 
