@@ -33,8 +33,8 @@ MUTATIONS = (
   Mutation(
     "first-pixel-without-start",
     "model/decoding/decode_step.py",
-    "jnp.where(position == 0, tables.sos, tables.wte[token_N])",
-    "jnp.where(position < 0, tables.sos, tables.wte[token_N])",
+    "jnp.where(position == 0, tables.sos, _rows_of(config, tables.wte, token_N))",
+    "jnp.where(position < 0, tables.sos, _rows_of(config, tables.wte, token_N))",
     _CACHED,
   ),
   Mutation(
@@ -124,8 +124,8 @@ MUTATIONS = (
   Mutation(
     "settled-pixels-unseen",
     "model/decoding/masked.py",
-    "logits = model(tokens, settled)",
-    "logits = model(tokens, settled & (nll == 0))",
+    "model.hidden(model.embed(tokens, settled))",
+    "model.hidden(model.embed(tokens, settled & (nll == 0)))",
     _LITERAL,
   ),
   Mutation(
@@ -166,14 +166,14 @@ MUTATIONS = (
   Mutation(
     "sample-nats-with-prompts",
     "jobs/sample.py",
-    "completed_nll = completions.nll[:, rows_given * resolution :]",
+    "completed_nll = completions.nll[:, completer.reader.positions(rows_given) :]",
     "completed_nll = completions.nll",
     f"{_NATS}::test_of_samples_and_completions",
   ),
   Mutation(
     "quality-nats-with-prompts",
     "jobs/quality.py",
-    "float(of_completions[:, rows_given * resolution :].mean())",
+    "float(of_completions[:, reader.positions(rows_given) :].mean())",
     "float(of_completions.mean())",
     f"{_NATS}::test_of_quality",
   ),

@@ -116,8 +116,8 @@ MUTATIONS = (
   Mutation(
     "cast-before-lookup",
     "model/image_gpt.py",
-    "lookup(table, tokens_BxT, layers.STREAM).astype(dtype)",
-    "lookup(table.astype(dtype), tokens_BxT, layers.STREAM)",
+    "layers.lookup_codes(self.config.tokens, table, tokens_BxT, layers.STREAM).astype(dtype)",
+    "layers.lookup_codes(self.config.tokens, table.astype(dtype), tokens_BxT, layers.STREAM)",
     "unit/training/test_bfloat16.py::test_each_gradient_is_near_float32s",
   ),
   Mutation(
@@ -186,22 +186,22 @@ MUTATIONS = (
   Mutation(
     "value-embeddings-of-the-token-itself",
     "model/image_gpt.py",
-    "      tokens_BxT = jnp.pad(tokens_BxT, ((0, 0), (1, 0)))[:, :-1]",
+    "      tokens_BxT = jnp.pad(tokens_BxT, ((0, 0), (1, 0), *of_codes))[:, :-1]",
     "      pass",
     f"{_OPTIONS}::test_every_option_is_seen_and_only_by_what_comes_after",
   ),
   Mutation(
     "start-has-a-value-embedding-when-drawing",
     "model/decoding/decode_step.py",
-    "jnp.where(position == 0, 0, layer.value_embed[token_N])",
-    "layer.value_embed[token_N]",
+    "jnp.where(position == 0, 0, _rows_of(config, layer.value_embed, token_N))",
+    "_rows_of(config, layer.value_embed, token_N)",
     f"{_OPTIONS}::test_cached_decoding_is_the_full_forward_pass",
   ),
   Mutation(
     "columns-before-rows",
     "model/image_gpt.py",
-    "whole(self.wpe_row)[:, None] + whole(self.wpe_column)",
-    "whole(self.wpe_row) + whole(self.wpe_column)[:, None]",
+    'tables["wpe_row"][:, None] + tables["wpe_column"]',
+    'tables["wpe_row"] + tables["wpe_column"][:, None]',
     f"{_OPTIONS}::test_axial_positions_are_the_sum_of_the_rows_and_the_columns",
   ),
   Mutation(
