@@ -167,7 +167,7 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
   "more, message",
   [
-    ({"resolution": 7}, "its resolution is 7; expected the side of 16 pixels"),
+    ({"resolution": 7}, "its resolution is 7; expected the side of an image of 16 positions"),
     ({"resolution": None}, "its resolution is None"),
     ({"objective": "masked"}, "its objective is 'masked'; expected autoregressive"),
     ({"mask_probability": "some"}, "its mask_probability is 'some'; expected a number within"),

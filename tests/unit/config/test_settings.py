@@ -83,7 +83,7 @@ def test_what_decides_a_runs_numbers():
   both = deciding["pretraining"] & deciding["finetuning"]
   assert both == {
     "seed", "init_from", "objective", "mask_probability", "data.name", "data.resolution",
-    "data.augment", "data.validation", "data.validation_split", "data.resample", "palette.size",
+    "data.augment", "data.token_kind", "data.validation", "data.validation_split", "data.resample", "palette.size",
     "palette.images", "model.size", "model.n_layer", "model.n_head", "model.n_embd", "train.b1",
     "train.b2", "train.weight_decay", "train.clip_norm", "train.optimizer", "model.positions",
     "model.qk_norm", "model.value_embeddings", "model.x0_skip", "model.parametrisation",

@@ -204,7 +204,7 @@ def test_all_but_one_and_all_pixels_given():
   whole = complete(tokens, make_keys(3))
   np.testing.assert_array_equal(whole.tokens, tokens)
   assert not np.any(whole.nll)
-  with pytest.raises(ValueError, match="17 pixels given to a model of 16"):
+  with pytest.raises(ValueError, match="17 tokens given to a model of 16"):
     complete(np.zeros((1, 17), np.int32), make_keys(1))
 
 

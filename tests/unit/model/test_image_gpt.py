@@ -201,7 +201,7 @@ def test_scan_is_the_loop_over_layers(causal, options):
     for layer in range(config.n_layer):
       block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
       x, _ = block(block.enter(x, embedded), embedded)
-    return model.logits(model.ln_f(x))
+    return model.logits(model.ln_f(x), tokens)
 
   logits = apply(config, params, tokens, keep)
   np.testing.assert_allclose(logits, loop(params), rtol=0, atol=2e-5)

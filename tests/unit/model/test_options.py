@@ -263,7 +263,7 @@ def test_features_are_of_what_enters_each_block():
   [
     ({"positions": "polar"}, "model.positions: 'polar'; expected one of learned, axial, rope2d"),
     ({"positions": "rope2d", "n_head": 8}, r"rope2d takes heads of 4 channels, 8, 12, …, not .* 2"),
-    ({"positions": "axial", "n_positions": 18}, "axial is for square images, not 18 pixels"),
+    ({"positions": "axial", "n_positions": 18}, "axial is for square images, not 18 positions"),
   ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -102,7 +102,7 @@ def changes(config, optimizer):
   def activations(params):
     model = bind(config, params)
     final, streams = model.hidden(model.embed(tokens), collect=lambda block, x, _: x)
-    return streams[-1], final, model.logits(final)
+    return streams[-1], final, model.logits(final, tokens)
 
   both = zip(activations(after), activations(before), strict=True)
   return [np.sqrt(np.mean(np.square(new - old))) for new, old in both]

@@ -12,7 +12,7 @@ from igpt_jax import checkpoint
 from igpt_jax.checkpoint import folders
 from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
-from igpt_jax.workspace import provenance, rollbacks, watch, weights
+from igpt_jax.workspace import checkpoint_tokens, provenance, rollbacks, watch
 from support.tiny import settings_of
 
 
@@ -32,7 +32,7 @@ def whole(monkeypatch):
     folders, "is_whole", lambda folder: os.path.exists(os.path.join(folder, "whole"))
   )
   monkeypatch.setattr(checkpoint, "describe", describe)
-  monkeypatch.setattr(weights, "with_palette", lambda found, config: found)
+  monkeypatch.setattr(checkpoint_tokens, "with_palette", lambda found, config: found)
   monkeypatch.setattr(provenance, "of_checkpoint", lambda found: {"parameters": found})
   monkeypatch.setattr(provenance, "of_run", lambda found: "a run")
   monkeypatch.setattr(provenance, "seeds_of", lambda found: (0, 0))
