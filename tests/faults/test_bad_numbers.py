@@ -27,7 +27,7 @@ from igpt_jax.training.objectives import make_objective
 from support import tiny
 from support.paths import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 
 SMALL = {

@@ -31,7 +31,7 @@ from igpt_jax.training import compilation
 from igpt_jax.workspace import weights
 from support.paths import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 
 LONG = os.environ.get("IGPT_JAX_FAULTS") == "long"

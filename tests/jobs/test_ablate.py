@@ -23,7 +23,7 @@ from igpt_jax.workspace import weights
 from support.quickstart import load_config, shrunk
 from support.tiny import Killed, changed, mesh_of, on_one_device, settings_of
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 RUNS = ("original:", "short: train.steps=3 train.warmup_steps=1")
 

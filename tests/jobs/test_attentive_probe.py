@@ -17,7 +17,7 @@ from igpt_jax.runner import loop
 from support import own_checkpoint
 from support.quickstart import shrunk
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile", "one_device")]
 
 
 def config_of(pooling="attentive", **overrides):

@@ -12,7 +12,7 @@ from igpt_jax.jobs import evaluate, probe
 from igpt_jax.probing import sets
 from support.quickstart import shrunk
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile", "one_device")]
 
 RUN = "gs://bucket/run"
 

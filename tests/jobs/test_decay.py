@@ -15,7 +15,7 @@ from igpt_jax.workspace import branches, provenance, watch
 from support.quickstart import shrunk, stop_at
 from support.tiny import Killed, on_one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 
 def wsd(**changes):

@@ -73,6 +73,7 @@ def load(path):
 # --- from begin to end -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_study_ends_with_the_same_numbers(done, tmp_path):
   """Killed in a run that goes on from a trunk, and again before the run held out begins."""
   workdir = shutil.copytree(done, tmp_path / "study")
@@ -108,6 +109,7 @@ def test_a_killed_study_ends_with_the_same_numbers(done, tmp_path):
     assert (workdir / name).read_text() == (done / name).read_text()
 
 
+@pytest.mark.slow
 def test_budgets_are_met_and_trunks_shared(done):
   rows, before = rows_of(done), {}
   assert [row["shape"] for row in rows[:6]] == [*SHAPES, *SHAPES]
@@ -127,6 +129,7 @@ def test_budgets_are_met_and_trunks_shared(done):
     assert row["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_config_of_the_run_held_out_is_that_run(done, tmp_path):
   """Job pretrain makes of it, from step 0, what the study has made by branches from two trunks, bit for bit."""
   values, row = json.loads((done / report.NUMBERS).read_text()), rows_of(done)[-1]
@@ -145,6 +148,7 @@ def test_the_config_of_the_run_held_out_is_that_run(done, tmp_path):
   assert ours["params"] == theirs["params"] and ours["training"] == theirs["training"]
 
 
+@pytest.mark.slow
 def test_the_page_and_the_pictures(done):
   text, values = (done / report.PAGE).read_text(), json.loads((done / report.NUMBERS).read_text())
   for part in ("## How to spend a budget", "## The run held out", "Chinchilla", "200 to 400"):
@@ -156,6 +160,7 @@ def test_the_page_and_the_pictures(done):
     assert (done / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_same_command_trains_nothing_and_writes_the_config_of_a_budget(
   done, tmp_path, monkeypatch, capsys
 ):
@@ -181,6 +186,7 @@ def test_a_signal_stops_it_and_is_told(tmp_path, monkeypatch, capsys):
 # --- what is refused, or isn't fitted --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("changes", "expected"),
   [
@@ -200,6 +206,7 @@ def test_another_study_in_its_workdir_is_refused(done, tmp_path, monkeypatch, ch
   assert (workdir / report.RUNS).read_text() == (done / report.RUNS).read_text()
 
 
+@pytest.mark.slow
 def test_a_budget_more_uses_what_is_there(done, tmp_path, monkeypatch):
   """One between two others goes on from the smaller one's trunk; a second seed begins by itself."""
   workdir, began = shutil.copytree(done, tmp_path / "study"), []
@@ -219,6 +226,7 @@ def test_a_budget_more_uses_what_is_there(done, tmp_path, monkeypatch):
   assert seeded == "2x16/1/1e9" and start is None
 
 
+@pytest.mark.slow
 def test_results_stay_until_a_study_that_goes_on_tells_as_much(done, tmp_path, monkeypatch):
   """With a seed more, the first run that ends leaves those of the other budgets in the results."""
   workdir = shutil.copytree(done, tmp_path / "study")
@@ -240,6 +248,7 @@ def test_results_stay_until_a_study_that_goes_on_tells_as_much(done, tmp_path, m
   assert statuses.count("diverged at step 7") == 1 and statuses.count("finished") == 7
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_is_marked_and_not_fitted(done, tmp_path, capsys):
   workdir = shutil.copytree(done, tmp_path / "study")
   row = rows_of(done)[2]

@@ -22,7 +22,7 @@ from igpt_jax.workspace import provenance
 from support.quickstart import shrunk
 from support.tiny import changed, make_config, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile", "one_device")]
 
 
 SGD = {
@@ -74,7 +74,6 @@ def train_anew(run, **overrides):
 # --- features --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_more_images_and_fewer_in_any_order(trained, run, tmp_path):
   """Probe, watch with fewer images, probe with another number (docs/results.md): each as in a fresh workdir."""
   asked = (
@@ -219,8 +218,8 @@ def test_the_same_classifiers_are_tested_on_more_images(trained, tmp_path):
   "job, kind, name",
   [
     (evaluate, "evaluate", "evaluation.json"),
-    pytest.param(sample, "sample", "sample.json", marks=pytest.mark.slow),
-    pytest.param(quality, "quality", "quality.json", marks=pytest.mark.slow),
+    (sample, "sample", "sample.json"),
+    (quality, "quality", "quality.json"),
     (probe, "probe", "probe.json"),
   ],
 )
@@ -272,7 +271,6 @@ def test_other_data_at_one_path_are_other_numbers(run, tmp_path):
   assert read(run / "evaluate" / "12" / "evaluation.json")["images"] == 9
 
 
-@pytest.mark.slow
 def test_one_picture_compares_only_what_is_comparable(run):
   """Of one run, with one way of probing."""
 

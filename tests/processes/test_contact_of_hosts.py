@@ -6,6 +6,8 @@ import pytest
 
 from support.hosts import hosts
 
+pytestmark = pytest.mark.slow
+
 CONTACT = {
   "job": "first_contact", "benchmark.repeats": 2, "benchmark.images": 16, "benchmark.samples": 4,
 }  # fmt: skip

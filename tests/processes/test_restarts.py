@@ -10,6 +10,8 @@ from igpt_jax.reporting import metrics
 from support.hosts import HOSTS, hosts
 from support.paths import TESTS
 
+pytestmark = pytest.mark.slow
+
 FAULTY = str(TESTS / "support" / "faulty_main.py")
 ENDLESS = {
   "train.steps": 100_000, "train.warmup_steps": 2, "train.eval_every": 2, "train.progress_images": 2,
@@ -58,7 +60,6 @@ def test_a_restart_compiles_nothing_on_any_host(tmp_path):
   assert goodput["leaving"]["step_seconds"] > 0 and goodput["leaving"]["save_seconds"] > 0
 
 
-@pytest.mark.slow
 def test_jax_names_the_process_in_a_cpus_keys(tmp_path):
   """What makes hosts without accelerators compile at every start; if it changes, `of_hosts` is to tell."""
   workdir = tmp_path / "run"
@@ -67,7 +68,6 @@ def test_jax_names_the_process_in_a_cpus_keys(tmp_path):
   assert "jit_train_step" not in again[0]["missed"] and "jit_train_step" in again[1]["missed"]
 
 
-@pytest.mark.slow
 def test_hosts_leave_an_evaluation_together(tmp_path):
   """One of them is told, in the middle of it; both save that step, and evaluate it when they go on."""
   workdir = tmp_path / "run"

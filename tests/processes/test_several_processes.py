@@ -23,7 +23,7 @@ from igpt_jax.runner import loop
 from support import own_checkpoint, tiny
 from support.hosts import HOSTS, ROOT, SMALL, hosts
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 CLOSE = 1e-5  # relative; float32, added up in another order
 
@@ -106,7 +106,6 @@ def test_two_processes_train_as_one(of_two, of_one):
   assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=CLOSE)
 
 
-@pytest.mark.slow
 def test_two_slices_of_a_process_each_train_as_one(of_one, tmp_path):
   """Whichever host reads a row; the batch in two parts, whose gradients are exchanged once."""
   settings = {"mesh.slices": 2, "train.accumulate": 2}
@@ -172,7 +171,6 @@ def test_two_processes_evaluate_as_one(of_two, tmp_path):
   assert found == expected
 
 
-@pytest.mark.slow
 def test_two_processes_watch_as_one(of_two, tmp_path):
   """They agree on what is done, and on what is to be done again."""
   workdir = shutil.copytree(of_two[0], tmp_path / "run")
@@ -184,7 +182,6 @@ def test_two_processes_watch_as_one(of_two, tmp_path):
       assert values["images"] == images and values["step"] == step
 
 
-@pytest.mark.slow
 def test_two_processes_sample_as_one(of_two, tmp_path):
   workdir, _ = of_two
   run_job("sample", workdir, tmp_path)
@@ -213,9 +210,7 @@ def assert_same_numbers(found, expected, rel=CLOSE):
   jax.tree.map(same, found, expected)
 
 
-@pytest.mark.parametrize(
-  "objective", ["autoregressive", pytest.param("bert", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("objective", ["autoregressive", "bert"])
 def test_two_processes_complete_as_one(of_two, tmp_path, objective):
   rng = np.random.default_rng(0)
   (tmp_path / "images").mkdir()
@@ -236,7 +231,6 @@ def test_two_processes_complete_as_one(of_two, tmp_path, objective):
     np.testing.assert_array_equal(Image.open(two / name), Image.open(one / name), str(name))
 
 
-@pytest.mark.slow
 def test_two_processes_tell_quality_as_one(of_two, tmp_path):
   settings = {"quality.images": 20, "sample.batch_size": 8}
   two, one = run_both(quality, of_two, tmp_path, settings)
@@ -262,7 +256,6 @@ def test_two_processes_probe_as_one(of_two, tmp_path):
       assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_two_processes_probe_by_sgd_as_one(of_two, tmp_path, cached):
   sgd = {"probe.method": "sgd", "probe.steps": 6, "probe.eval_every": 3, "probe.batch_size": 16}
@@ -320,7 +313,6 @@ def test_a_signal_stops_both_at_one_step_and_the_run_goes_on(tmp_path, monkeypat
   assert_same_run(workdir, tmp_path / "uninterrupted")
 
 
-@pytest.mark.slow
 def test_a_signal_to_both_before_they_train_ends_them_at_once(tmp_path):
   """jax has taken SIGTERM by then, and gets it back only when there is something to save."""
   with hosts(tmp_path / "said", tmp_path / "run", {}) as started:
