@@ -216,6 +216,7 @@ def told(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_full_disk(tmp_path, monkeypatch, capsys):
   """Full from step 4 on, until a save has failed: numbers and metrics are those of a run with room."""
   pretrain.run(config_of(), str(tmp_path / "roomy"))

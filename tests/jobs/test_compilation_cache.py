@@ -15,6 +15,7 @@ def as_before(monkeypatch):
   yield from own_cache(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_training_is_the_same_to_the_bit(tmp_path, capsys):
   """Donated arrays, the evaluation, and the run's parameters: compiled, kept, read, and without a cache."""

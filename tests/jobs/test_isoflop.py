@@ -176,6 +176,7 @@ def test_the_same_command_trains_nothing_and_writes_the_config_of_a_budget(
   assert (workdir / report.RUNS).read_text() == (done / report.RUNS).read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_stops_it_and_is_told(tmp_path, monkeypatch, capsys):
   stop_at(monkeypatch, 20)
   on_one_device(isoflop, study(), str(tmp_path))

@@ -14,7 +14,7 @@ from support import tiny
 from support.quickstart import assert_same, params_of, shrunk, stop_at
 from support.tiny import on_one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_device")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile", "one_device")]
 
 OPTIONS = {f"model.{name}": value for name, value in tiny.ALL_OPTIONS.items()}
 

@@ -189,6 +189,7 @@ def test_sgd_on_eight_devices_is_as_on_one(trained, tmp_path, monkeypatch):
   np.testing.assert_allclose(one, eight, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_watching_probes_every_checkpoint(trained, tmp_path):
   run = tmp_path / "run"
   shutil.copytree(trained, run, ignore=shutil.ignore_patterns("features", "probe*"))

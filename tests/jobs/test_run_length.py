@@ -106,6 +106,7 @@ def test_a_run_may_end_where_it_was_stopped_and_is_evaluated_there_once(tmp_path
   assert "validation_loss" in json.loads((tmp_path / "training.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_b2_that_is_left_open_is_chosen_by_the_batch_said_and_recorded(tmp_path, capsys):
   """Half of what an average of squares holds is forgotten after as many images as in batches of 128."""
   chosen = 0.95 ** (16 / 128)
