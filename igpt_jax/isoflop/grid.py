@@ -16,7 +16,7 @@ from igpt_jax.config.fields import Settings
 from igpt_jax.errors import UserError
 from igpt_jax.isoflop import surface
 from igpt_jax.isoflop.frontier import Frontier, vertex_curve, vertex_of
-from igpt_jax.isoflop.ladder import Costs, Shape
+from igpt_jax.isoflop.ladder import LADDER, Costs, Shape
 
 TOLERANCE = 0.01  # by which a run's FLOPs may miss the budget
 
@@ -85,6 +85,11 @@ def middle(cells: Sequence[Cell]) -> Cell:
 def nearest(rungs: Sequence[Shape], costs: Costs, size: float) -> int:
   """Returns the index of the shape whose N is nearest to a size, by its logarithm."""
   return min(range(len(rungs)), key=lambda i: abs(math.log(costs.size(rungs[i]) / size)))
+
+
+def best_shape(costs: Costs, size: float) -> Shape:
+  """Returns the shape of the whole ladder whose N is nearest to a size."""
+  return LADDER[nearest(LADDER, costs, size)]
 
 
 def expected_size(budget: float, points: Sequence[Point], costs: Costs, ratio: float) -> float:

@@ -12,7 +12,6 @@ from igpt_jax.isoflop import grid, pictures
 from igpt_jax.isoflop.findings import Findings, Run
 from igpt_jax.isoflop.frontier import BEYOND, Estimate, Optimum
 from igpt_jax.isoflop.grid import compact
-from igpt_jax.isoflop.ladder import LADDER
 from igpt_jax.isoflop.surface import LEVEL, interval
 from igpt_jax.reporting import summary
 from igpt_jax.reporting.tables import csv_table, markdown_table
@@ -176,7 +175,7 @@ def _frontier(found: Findings) -> str:
   for each in found.optima:
     shape = total = ratio = epochs = OUT_OF_RANGE
     if each.n and each.d:
-      nearest = LADDER[grid.nearest(LADDER, found.costs, each.n.value)]
+      nearest = grid.best_shape(found.costs, each.n.value)
       shape, total = nearest.name, f"{found.costs.parameters(nearest)[0]:,}"
       ratio = _text(_ratio(each), ",.0f")
       epochs = f"{each.d.value / found.costs.tokens_per_image / found.images:.2f}"

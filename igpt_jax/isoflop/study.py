@@ -8,6 +8,7 @@ follows from finished runs alone, so that a study that was killed goes on as if 
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ from igpt_jax.isoflop import config_file, findings, grid, report
 from igpt_jax.isoflop.findings import Findings, HeldOut, Run, trunk_ends
 from igpt_jax.isoflop.frontier import BEYOND, Estimate
 from igpt_jax.isoflop.grid import Cell, compact
-from igpt_jax.isoflop.ladder import LADDER, Costs, Shape, rungs
+from igpt_jax.isoflop.ladder import Costs, Shape, rungs
 from igpt_jax.isoflop.speeds import Speeds
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -62,7 +63,6 @@ class Study:
     for name in ("held_out", "budget"):  # refused now, not when all budgets have been trained
       if budget := getattr(self._own, name):
         self._best_cell(budget, self._expected_size(budget), f"isoflop.{name}")
-    self._added: list[float] = []
     for budget in self._own.budgets:  # those that have ended, by which the next ones are planned
       self._add(budget)
       if not all(run.result.ended for run in self._runs):
@@ -74,17 +74,18 @@ class Study:
     If nothing has been trained yet, some steps of the smallest and of the largest shape are timed for it.
     """
     unit, name = flop_unit(max(self._own.budgets))
+    planned = {budget: self._planned(budget) for budget in self._budgets()}
     rows = [
       (
         compact(budget), f"{cells[0].shape.name} to {cells[-1].shape.name}",
         f"{self.costs.size(cells[0].shape):,} to {self.costs.size(cells[-1].shape):,}",
         f"{cells[0].steps:,} to {cells[-1].steps:,}", f"{cells[0].epochs:.2f} to {cells[-1].epochs:.2f}",
-        f"{sum(each.flops for each in self._planned(budget)) / unit:.3g}",
+        f"{sum(each.flops for each in planned[budget]) / unit:.3g}",
       )
       for budget, cells in self._expected.items()
     ]  # fmt: skip
     head = ("budget", "shapes", "parameters without tables", "steps", "epochs", name)
-    runs = [each for budget in self._budgets() for each in self._planned(budget)]
+    runs = list(itertools.chain(*planned.values()))
     self._measure()
     left = sum(self._speeds.seconds(each.shape, each.flops) for each in runs if not each.ended)
     seconds = progress.format_seconds(left)
@@ -99,8 +100,9 @@ class Study:
   def train(self) -> str | None:
     """Trains what isn't trained yet; returns the signal that stopped it, None: all is trained."""
     budgets = self._budgets()
+    added = {run.cell.budget for run in self._runs}
     for i, budget in enumerate(self._own.budgets):
-      if budget not in self._added:
+      if budget not in added:
         self._add(budget)
       if stopped_by := self._train(budgets[i + 1 :]):
         return stopped_by
@@ -193,12 +195,11 @@ class Study:
 
   def _best_cell(self, budget: float, size: float, name: str) -> Cell:
     """Returns a budget spent on that shape of the whole ladder whose N is nearest to a size."""
-    return self._cell(LADDER[grid.nearest(LADDER, self.costs, size)], budget, name)
+    return self._cell(grid.best_shape(self.costs, size), budget, name)
 
   def _add(self, budget: float) -> None:
     """Plans the runs of a budget: every shape with the first seed, the middle one with all."""
     cells = self._expected[budget] = self._cells(budget)
-    self._added.append(budget)
     for cell in cells:
       self._warn(cell)
       for seed in self._own.seeds if cell is grid.middle(cells) else self._own.seeds[:1]:

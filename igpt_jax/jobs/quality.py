@@ -217,9 +217,7 @@ def open_network(
   per_pass = sharding.round_up_batch(mesh, _PER_PASS)
 
   def network(images: np.ndarray) -> np.ndarray:
-    padded = np.zeros((per_pass, *images.shape[1:]), np.uint8)
-    padded[: len(images)] = images
-    tokens = spec.encode(padded).astype(np.int32)
+    tokens = spec.encode(sharding.pad_rows(images, per_pass)).astype(np.int32)
     with jax.set_mesh(mesh):
       features = extract(params, sharding.put_global(tokens, mesh))
     return jax.device_get(features)[: len(images)]

@@ -263,6 +263,11 @@ def round_up_batch(mesh: Mesh, n: int) -> int:
   return -(-n // shards) * shards
 
 
+def pad_rows(rows: np.ndarray, n: int) -> np.ndarray:
+  """Returns rows [m, ...] with zeros after them, [n, ...]."""
+  return np.pad(rows, [(0, n - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
+
+
 def batch_size_per_shard(
   mesh: Mesh, batch_size: int, what: str = "train.batch_size", accumulate: int = 1
 ) -> int:

@@ -132,11 +132,8 @@ class ProgressImages(NoImages):
     per_image, sampling = settings.sample.per_image, choices.sampling_config(settings)
     self._tokens = streams.tokens_of(self._images, settings.data, self._spec)
     n, n_given = len(self._tokens), self._rows_given * self._side * self._spec.per_pixel
-    rest = sharding.round_up_batch(mesh, n) - n
-    padded = n + rest
-    tokens = np.concatenate([self._tokens, np.zeros((rest, *self._tokens.shape[1:]))]).astype(
-      np.int32
-    )
+    padded = sharding.round_up_batch(mesh, n)
+    tokens = sharding.pad_rows(self._tokens.astype(np.int32), padded)
     images = [InputImage("", image, stream=i) for i, image in enumerate(tokens)]
     keys = sample_keys(images, np.arange(per_image), padded * per_image, settings.seed)
 

@@ -130,7 +130,7 @@ class Reader:
 
   def paint(self, tokens: np.ndarray) -> np.ndarray:
     """Converts tokens of images to images uint8 [B, H, W, 3]."""
-    return self.spec.decode(tokens).reshape(-1, self.resolution, self.resolution, 3)
+    return self.spec.decode(tokens)
 
   def positions(self, rows: int) -> int:
     """Returns the number of positions of so many upper rows."""
@@ -225,9 +225,7 @@ class Completer:
     given = np.stack([image.tokens[:n_given] for image in images]).astype(np.int32)
     given = given.reshape(len(images), *self.reader.spec.shape(n_given))  # of `NOTHING`, too
     given = np.repeat(given, n // shared, axis=0)
-    padded = np.zeros((sharding.round_up_batch(self._mesh, len(given)), *given.shape[1:]), np.int32)
-    padded[: len(given)] = given
-    return shared, padded
+    return shared, sharding.pad_rows(given, sharding.round_up_batch(self._mesh, len(given)))
 
   def _program(self, shape: tuple[int, ...], per_image: int, n_tokens: int) -> _Program:
     """Returns the program from a least-recently-used cache."""
@@ -281,8 +279,7 @@ def sample_keys(
   """PRNG keys [padded]: one per sample, determined by seed, image and the sample's number."""
   identities = np.asarray([[image.identity] for image in images], np.uint32)
   pairs = np.broadcast_arrays(identities, np.asarray(numbers, np.uint32))
-  pairs_Nx2 = np.stack(pairs, -1).reshape(-1, 2)
-  pairs_Nx2 = np.pad(pairs_Nx2, ((0, padded - len(pairs_Nx2)), (0, 0)))
+  pairs_Nx2 = sharding.pad_rows(np.stack(pairs, -1).reshape(-1, 2), padded)
   return _keys(jax.random.key(seed), *pairs_Nx2.T)
 
 

@@ -10,8 +10,6 @@ from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
 from igpt_jax.tokens import TokenSpec
 
-_PALETTE_FIX = "--config.palette.path=FILE.npy"
-
 
 def check_kind(settings: Settings, info: CheckpointInfo) -> None:
   """Raises UserError if the checkpoint's tokens are of another kind than `data.token_kind`."""
@@ -56,30 +54,24 @@ def check_palette(settings: Settings, info: CheckpointInfo, fix: str) -> None:
       )
 
 
-def no_palette(
+def check_tokens_known(
   info: CheckpointInfo,
   setting: str = "checkpoint",
-  fix: str = _PALETTE_FIX,
-) -> UserError:
-  """Returns the error about a checkpoint whose palette is needed and not known."""
+  fix: str = "--config.palette.path=FILE.npy",
+) -> None:
+  """Raises UserError if the tokens are a palette's that isn't known."""
+  if info.palette is not None or not info.config.tokens.needs_palette:
+    return
   why = {
     "orbax": "it was trained on bare tokens",
     "safetensors": "it was trained on bare tokens",
     "openai": "no kmeans_centers.npy lies beside it",
     "huggingface": "it has no preprocessor_config.json",
   }[info.format]
-  return UserError(
+  raise UserError(
     f"{setting}: {info.path} carries no palette ({why}); expected the {info.config.n_vocab} colours "
     f"that its tokens stand for; fix: {fix}"
   )
-
-
-def check_tokens_known(
-  info: CheckpointInfo, setting: str = "checkpoint", fix: str = _PALETTE_FIX
-) -> None:
-  """Raises `no_palette`'s error if the tokens are a palette's that isn't known; arguments are its."""
-  if info.config.tokens.needs_palette and info.palette is None:
-    raise no_palette(info, setting, fix)
 
 
 def palette_of(info: CheckpointInfo) -> Palette:

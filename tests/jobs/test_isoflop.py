@@ -229,7 +229,7 @@ def test_a_budget_more_uses_what_is_there(done, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_results_stay_until_a_study_that_goes_on_tells_as_much(done, tmp_path, monkeypatch):
-  """With a seed more, the first run that ends leaves those of the other budgets in the results."""
+  """The first run that ends of a study with a seed more leaves those of the other budgets in the results."""
   workdir = shutil.copytree(done, tmp_path / "study")
 
   def diverges(settings, folder, *others, **named):

@@ -27,6 +27,7 @@ from igpt_jax.model.decoding.masked import fill
 from igpt_jax.model.image_gpt import Params, bind
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware
+from igpt_jax.tokens import over_codes
 
 __all__ = [
   "Progress", "Samples", "SamplingConfig", "SamplingValues", "begin", "complete", "draw", "extend", "fill",
@@ -111,10 +112,8 @@ def begin(
     drawn = cache_lib.empty_cache(model, n_images * samples_per_image, n_left, dtype)
   else:
     # Positions from n_given on are overwritten before they are read.
-    given = jnp.arange(n_prompt) < n_given
-    if prompt_BxP.ndim > 2:
-      given = given[:, None]
-    prompt_BxP = jnp.where(given, prompt_BxP, 0)
+    given_1xP = jnp.arange(n_prompt)[None] < n_given
+    prompt_BxP = jnp.where(over_codes(given_1xP, prompt_BxP), prompt_BxP, 0)
     prompt = cache_lib.empty_cache(model, n_images, 0, dtype)
     drawn = cache_lib.repeat(cache_lib.prefill(model, prompt_BxP, dtype), samples_per_image)
   of_codes = ((0, 0),) * (prompt_BxP.ndim - 2)

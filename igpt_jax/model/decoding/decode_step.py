@@ -175,8 +175,7 @@ def code_logits(
     spec, code = config.tokens, len(earlier)
     made = _dot(final, tables.heads.hidden[code])
     if earlier:
-      rows = [tables.heads.seen[row] for row in codes.rows_of_earlier(spec, earlier)]
-      made = _from_rows(functools.reduce(operator.add, rows)) + made
+      made = _from_rows(_sum(tables.heads.seen, codes.rows_of_earlier(spec, earlier))) + made
     final = layers.activation(made)
     wtet = wtet[code * spec.n_vocab : (code + 1) * spec.n_vocab]
   return _to_rows(_dot(final, wtet.T if keeps_rows() else wtet, jnp.float32))
@@ -186,8 +185,11 @@ def _rows_of(config: ImageGPTConfig, table: jax.Array, tokens: jax.Array) -> jax
   """Returns the sums of the rows of tokens' codes, [N, D] of tokens [N] or [N, codes]."""
   if config.tokens.codes == 1:
     return table[tokens]
-  rows = [table[row] for row in layers.rows_of_codes(config.tokens, tokens)]
-  return functools.reduce(operator.add, rows)
+  return _sum(table, layers.rows_of_codes(config.tokens, tokens))
+
+
+def _sum(table: jax.Array, rows: Sequence[jax.Array]) -> jax.Array:
+  return functools.reduce(operator.add, (table[row] for row in rows))
 
 
 # The residual stream of one position is [D, N] on a CPU, and [N, D] elsewhere (see `Weights`).

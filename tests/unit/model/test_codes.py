@@ -130,7 +130,7 @@ def test_the_likeliest_codes_are_taken_in_turn(config):
 @pytest.mark.parametrize("config", [CHANNELS, SUBPIXELS], ids=name_of)
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_rows_drawn_by_one_program_are_the_same(config, chunk):
-  """With the number of given tokens traced, as the page draws."""
+  """The number of given tokens is traced, as where the page draws."""
   params, tokens = params_of(config), tiny.random_tokens(config, 2)
   keys, given = jax.random.split(jax.random.key(1), 2), 2
   whole = tiny.jit(functools.partial(autoregressive.complete, config, sampling=PLAIN))(
@@ -146,7 +146,7 @@ def test_rows_drawn_by_one_program_are_the_same(config, chunk):
 
 
 def test_the_draws_of_a_pixels_codes_are_independent():
-  """Of a new model all levels are equally likely: the same random numbers would give grey."""
+  """A new model has all levels equally likely: the same random numbers would give grey."""
   config = rgb("channels", side=1)
   params, keys = init_params(config, jax.random.key(0)), jax.random.split(jax.random.key(0), 2_000)
   prompt = np.zeros((2_000, 0, 3), np.int32)
@@ -198,7 +198,7 @@ def test_filling_draws_a_pixels_codes_from_each_other():
 
 @over_kinds
 def test_features_are_means_over_blocks_of_pixels(config):
-  """Of a pixel's three positions, too."""
+  """A pixel's three positions are averaged, too."""
   params, tokens = params_of(config), tiny.random_tokens(config, 2)
   model = bind(config, params)
   final = np.asarray(model.hidden(model.embed(tokens))[0], np.float32)
