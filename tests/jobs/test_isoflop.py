@@ -25,7 +25,7 @@ from support.tiny import Killed, on_one_device
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-SHAPES = ("2x12", "2x16", "2x20")
+SHAPES = ("2x12", "2x16", "3x16")
 BUDGETS = (1e9, 2e9)
 
 
