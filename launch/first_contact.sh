@@ -21,6 +21,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+. "$LAUNCH_DIR/environment.sh"
 
 # Starts, at most: a part that ends the process is tried twice, and the others all the same.
 STARTS=10

@@ -15,6 +15,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+. "$LAUNCH_DIR/environment.sh"
 
 answer_help "$@"
 case ${1:-} in

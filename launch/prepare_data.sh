@@ -23,6 +23,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+. "$LAUNCH_DIR/environment.sh"
 
 venv=$REPO_DIR/.venv-prepare python=python3
 read_options --venv= --python= --no-check -- "$@"

@@ -23,6 +23,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+. "$LAUNCH_DIR/environment.sh"
 
 # The published figures have four decimals, and are of 49,984 of the 50,000 images: the original leaves
 # out a last batch that isn't full. Both are worth 0.0001.

@@ -18,6 +18,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+. "$LAUNCH_DIR/environment.sh"
 
 state_dir=$HOME/igpt_jax_run
 venv=$state_dir/venv

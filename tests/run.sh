@@ -10,6 +10,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../launch/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=../launch/environment.sh
+. "$LAUNCH_DIR/environment.sh"
 
 case ${1:-} in
   fast) set -- tests/unit -m "not slow" "${@:2}" ;;

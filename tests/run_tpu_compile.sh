@@ -4,6 +4,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../launch/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=../launch/environment.sh
+. "$LAUNCH_DIR/environment.sh"
 
 cd "$REPO_DIR"
 venv=${VENV:-$REPO_DIR/.venv-tpu}

@@ -41,7 +41,7 @@ SCRIPTS = [
   "xpk.sh",
 ]
 LOCAL = ["local.sh", "photos.sh"]  # run all on this machine, without a dry run
-SOURCED = ["lib.sh", "tpu_slice.sh"]
+SOURCED = ["environment.sh", "lib.sh", "tpu_slice.sh"]
 
 # Every kind of character that a shell could trip over.
 NASTY = '--config.note=it\'s "a"  $HOME `b` \\ & (c) * ~ ; $(d) | ü'
