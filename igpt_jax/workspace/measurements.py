@@ -8,9 +8,11 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from igpt_jax.config import choices
@@ -35,17 +37,22 @@ def ticker(part: str, settings: Settings) -> device.Ticker:
   return progress.Countdown(f"{part}: timings", settings.benchmark.repeats, say, every=1.0).tick
 
 
+def step_of(
+  settings: Settings, model: ImageGPTConfig
+) -> tuple[Callable, optax.GradientTransformation]:
+  """Returns the training step of the settings, and its optimizer."""
+  config = choices.optimizer_config(settings)
+  tx, schedule = optimizer.make_optimizer(config), optimizer.make_schedule(config)
+  kind = "autoregressive" if model.causal else "masked"
+  objective = objectives.make_objective(kind, settings.mask_probability)
+  return step.make_train_step(model, objective, tx, schedule, settings.train.accumulate), tx
+
+
 def compiled_step(
   settings: Settings, model_config: ImageGPTConfig, mesh: Mesh
 ) -> compilation.CompiledStep:
   """Compiles the training step of the settings; allocates nothing."""
-  optimizer_config = choices.optimizer_config(settings)
-  tx, schedule = (
-    optimizer.make_optimizer(optimizer_config), optimizer.make_schedule(optimizer_config),
-  )  # fmt: skip
-  objective = objectives.make_objective(settings.objective, settings.mask_probability)
-  accumulate = settings.train.accumulate
-  train_step = step.make_train_step(model_config, objective, tx, schedule, accumulate=accumulate)
+  train_step, tx = step_of(settings, model_config)
   with progress.doing("training: compiling the step", say, ends=False):
     compiled = device.compile_training_step(
       model_config, train_step, tx, mesh, settings.train.batch_size

@@ -25,8 +25,8 @@ from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.reporting import summary
 from igpt_jax.timing import device
-from igpt_jax.training import compilation, objectives, optimizer, step
-from igpt_jax.workspace import checkpoint_tokens, devices, memory, weights
+from igpt_jax.training import compilation
+from igpt_jax.workspace import checkpoint_tokens, devices, measurements, memory, weights
 from igpt_jax.workspace import workdir as workdir_lib
 
 RECORD = "sizing.json"
@@ -240,9 +240,12 @@ def _chosen(settings: Settings, images: int, start: CheckpointInfo | None, mesh:
   def reaches(size: Candidate, image_seconds: float) -> bool:
     return size.first_images * image_seconds <= settings.sizing.minutes * 60 * _FOR_STEPS
 
+  def timed(plan: _Plan) -> float:
+    return step_seconds(plan.settings, plan.model, mesh)
+
   # A few images fill a CPU's cores, not an accelerator.
   trial = plan(sizes[0], 1.0, _BATCHES[mesh.devices.flat[0].platform != "cpu"])
-  trial_seconds = _timed(trial, mesh)
+  trial_seconds = timed(trial)
   speed = compilation.flops_per_image(trial.model) * trial.batch_size / trial_seconds
   for size in reversed(sizes):
     flops = compilation.flops_per_image(plan(size, 1.0).model)
@@ -251,7 +254,7 @@ def _chosen(settings: Settings, images: int, start: CheckpointInfo | None, mesh:
       continue
     try:
       same = size is sizes[0] and guessed.batch_size == trial.batch_size
-      image_seconds = (trial_seconds if same else _timed(guessed, mesh)) / guessed.batch_size
+      image_seconds = (trial_seconds if same else timed(guessed)) / guessed.batch_size
     except DoesNotFit:
       if size is sizes[0]:
         raise
@@ -306,10 +309,6 @@ def _plan(
   return _Plan(sized, model, images, seconds, max(most_steps, steps))
 
 
-def _timed(plan: _Plan, mesh: Mesh) -> float:
-  return step_seconds(plan.settings, plan.model, mesh)
-
-
 def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh) -> float:
   """Returns the seconds of a compiled training step of a model, the median of some. Collective.
 
@@ -319,12 +318,7 @@ def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh) -> float
   # A rate takes no time, and the plan's steps are a guess that given settings needn't suit.
   settings = with_values(settings, {"train.schedule": "constant", "train.warmup_steps": 0})
   memory.check_state(model, mesh)
-  config = choices.optimizer_config(settings)
-  schedule = optimizer.make_schedule(config)
-  kind = "autoregressive" if model.causal else "masked"
-  objective = objectives.make_objective(kind, settings.mask_probability)
-  tx = optimizer.make_optimizer(config)
-  train_step = step.make_train_step(model, objective, tx, schedule, settings.train.accumulate)
+  train_step, tx = measurements.step_of(settings, model)
   batch = settings.train.batch_size
   compiled = device.compile_training_step(model, train_step, tx, mesh, batch)
   memory.check_step(compiled, mesh)

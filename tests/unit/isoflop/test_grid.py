@@ -72,7 +72,9 @@ def test_flops_are_those_that_run(settings, costs):
     assert flops_per_image(model) > 6 * costs.size(shape) * 256  # attention and head
   sizes = np.array([costs.size(shape) for shape in LADDER], float)
   exact = [costs.flops_per_step(shape) / costs.tokens_per_step for shape in LADDER]
-  assert costs.flops_per_token(sizes) == pytest.approx(np.array(exact), rel=0.07)  # 2x24 is the widest
+  assert costs.flops_per_token(sizes) == pytest.approx(
+    np.array(exact), rel=0.07
+  )  # 2x24 is the widest
   ends = np.array([sizes[0] / 10, sizes[0], sizes[-1], sizes[-1] * 10])
   assert np.ptp(costs.flops_per_token(ends)[:2] / ends[:2]) < 1e-9
   assert np.ptp(costs.flops_per_token(ends)[2:] / ends[2:]) < 1e-9

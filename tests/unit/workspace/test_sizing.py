@@ -33,11 +33,11 @@ def machine(monkeypatch):
   timed = []
 
   def of_speed(speed):
-    def seconds(plan, mesh):
-      timed.append((plan.settings.data.resolution, plan.model.n_embd, plan.batch_size))
-      return compilation.flops_per_image(plan.model) * plan.batch_size / speed
+    def seconds(settings, model, mesh):
+      timed.append((settings.data.resolution, model.n_embd, settings.train.batch_size))
+      return compilation.flops_per_image(model) * settings.train.batch_size / speed
 
-    monkeypatch.setattr(sizing, "_timed", seconds)
+    monkeypatch.setattr(sizing, "step_seconds", seconds)
     return timed
 
   return of_speed
@@ -92,11 +92,11 @@ def test_few_images_are_seen_a_bounded_number_of_times(tmp_path, machine, capsys
 
 
 def test_a_size_that_is_slower_than_extrapolated_is_left(photos, tmp_path, monkeypatch):
-  def seconds(plan, mesh):
-    slower = 10 if plan.settings.data.resolution == 24 else 1
-    return slower * compilation.flops_per_image(plan.model) * plan.batch_size / CPU
+  def seconds(settings, model, mesh):
+    slower = 10 if settings.data.resolution == 24 else 1
+    return slower * compilation.flops_per_image(model) * settings.train.batch_size / CPU
 
-  monkeypatch.setattr(sizing, "_timed", seconds)
+  monkeypatch.setattr(sizing, "step_seconds", seconds)
   found = sized(asking(photos), tmp_path)
   assert (found.data.resolution, found.model.n_embd) == (16, 128)
 
@@ -104,12 +104,12 @@ def test_a_size_that_is_slower_than_extrapolated_is_left(photos, tmp_path, monke
 def refuse(resolution, error, patch):
   """Has the timing of a step at a resolution end with an error."""
 
-  def seconds(plan, mesh):
-    if plan.settings.data.resolution == resolution:
+  def seconds(settings, model, mesh):
+    if settings.data.resolution == resolution:
       raise error
-    return compilation.flops_per_image(plan.model) * plan.batch_size / CPU
+    return compilation.flops_per_image(model) * settings.train.batch_size / CPU
 
-  patch.setattr(sizing, "_timed", seconds)
+  patch.setattr(sizing, "step_seconds", seconds)
 
 
 def test_a_size_that_does_not_fit_the_memory_is_left(photos, tmp_path, monkeypatch):
