@@ -1,11 +1,6 @@
 """launch/first_contact.sh, run against the stand-in for Python of test_launch."""
 
-import os
-import signal
-
 import pytest
-
-from support.launch_world import PATIENCE
 
 
 def starts(world):
@@ -46,18 +41,3 @@ def test_it_installs_what_the_accelerator_needs(world):
   assert any(f"{world.repo}[cuda]" in call for call in world.calls("pip"))
   refused = world.run("first_contact.sh", "--extra=rocm")
   assert refused.returncode == 2 and "expected cuda, tpu or none" in refused.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_job_and_the_script(world, number):
-  """SIGTERM comes to the script alone, Ctrl-C to all of its processes."""
-  world.write_run_of_two_signals()
-  process = world.start("first_contact.sh", "--extra=none")
-  world.wait_for("training.home")
-  if number == signal.SIGINT:
-    os.killpg(process.pid, number)
-  else:
-    process.send_signal(number)
-  assert process.wait(PATIENCE) == 143
-  assert "stopped; the same command goes on from here" in process.stdout.read()
-  assert (world.fake / "saved.home").read_text() == "saved\n" and len(starts(world)) == 1

@@ -74,14 +74,15 @@ def test_a_missing_folder_is_one_line(world, args, named):
   assert len(result.stderr.splitlines()) == 1 and not jobs(world)
 
 
-@pytest.mark.parametrize("script", ["photos.sh", "local.sh"])
+@pytest.mark.parametrize("script", ["photos.sh", "local.sh", "first_contact.sh"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_job_and_the_script(world, photos, script, number):
   """SIGTERM comes to the script alone, Ctrl-C to all of its processes."""
   (world.repo / "configs").mkdir()
   (world.repo / "configs" / "quickstart.py").touch()
   world.write_run_of_two_signals()
-  process = world.start(script, *[str(photos)] * (script == "photos.sh"))
+  arguments = {"photos.sh": [str(photos)], "first_contact.sh": ["--extra=none"]}
+  process = world.start(script, *arguments.get(script, ()))
   world.wait_for("training.home")
   if number == signal.SIGINT:
     os.killpg(process.pid, number)
