@@ -10,7 +10,9 @@ Hardware: as imagenet32_s_modern.py; the heads of the three codes take 1% more F
 Expect: unknown. The likelihood is exact: 256 levels a channel, no palette, no dequantisation.
 Data: TFDS downsampled_imagenet/32x32, the images of van den Oord et al. 2016 ("Pixel Recurrent Neural Networks"), which
 those figures are of. Another downsampling, such as imagenet_resized/32x32 or this program's of imagenet2012, is
-smoother or rougher and its bits aren't comparable. It has no labels: probes need another data set.
+smoother or rougher and its bits aren't comparable. image-net.org no longer has the archives (tensorflow/datasets#4662
+tells where else): job prepare takes them from data.manual_dir and verifies their checksums. There are no labels:
+probes need another data set.
 """
 
 from igpt_jax.config import base

@@ -17,8 +17,18 @@ from igpt_jax import errors, extras
 from igpt_jax.data import tfds_source
 from igpt_jax.parallel.locking import locked
 
-# Archives that must be fetched by hand. TFDS's builder would notice only later that one is missing.
-_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+# Archives that must be fetched by hand, and who has them. TFDS's builder would notice only later that one
+# is missing, or ask a server that no longer has it; it verifies the checksums of the second kind.
+_REGISTERED = "as image-net.org gives them to registered users"
+_GONE = (
+  "of van den Oord et al. 2016, which image-net.org no longer has (see tensorflow/datasets#4662)"
+)
+_ARCHIVES = {
+  "imagenet2012": (("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"), _REGISTERED),
+  "downsampled_imagenet": (("train_32x32.tar", "valid_32x32.tar"), _GONE),
+  "downsampled_imagenet/32x32": (("train_32x32.tar", "valid_32x32.tar"), _GONE),
+  "downsampled_imagenet/64x64": (("train_64x64.tar", "valid_64x64.tar"), _GONE),
+}
 
 
 def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
@@ -79,21 +89,25 @@ def _generate(name: str, directory: str, manual: pathlib.Path) -> str:
     builder.download_and_prepare(download_config=config)
   except AssertionError as error:  # raised by TFDS if manual_dir lacks something
     raise errors.UserError(f"data set {name}: {error}; fix: put it into {manual}") from error
+  except tfds.core.download.download_manager.NonMatchingChecksumError as error:
+    raise errors.UserError(
+      f"data set {name}: {str(error).splitlines()[0].rstrip(':')}; expected the file that TFDS knows; fix: fetch it anew"
+    ) from error
   except (requests.exceptions.RequestException, tfds.download.DownloadError) as error:
     raise errors.UserError(
-      f"data set {name}: download failed ({error}); fix: run again, what is there is kept"
+      f"data set {name}: download failed ({error}); fix: run again, what is there is kept; or fetch the file "
+      f"by other means, and put it into {manual}"
     ) from error
   return str(builder.data_dir)
 
 
 def _check_archives(name: str, manual: pathlib.Path) -> None:
-  wanted = _ARCHIVES.get(name.split("/")[0].split(":")[0], ())
+  wanted, whose = _ARCHIVES.get(name.split(":")[0], ((), ""))
   missing = [archive for archive in wanted if not (manual / archive).is_file()]
   if missing:
     raise errors.UserError(
-      f"data set {name}: {' and '.join(missing)} not in {manual}; expected the archives as "
-      "image-net.org gives them to registered users; fix: download them there, "
-      "or say where they are with data.manual_dir"
+      f"data set {name}: {' and '.join(missing)} not in {manual}; expected the archives {whose}; "
+      "fix: put them there, or say where they are with data.manual_dir"
     )
 
 

@@ -112,6 +112,28 @@ def test_missing_archives_are_named(tmp_path, tensorflow_installed):
   assert not (tmp_path / "data" / "imagenet2012").exists()
 
 
+@pytest.mark.parametrize("side", [32, 64])
+def test_archives_that_no_server_has_are_named_before_it_is_asked(
+  tmp_path, tensorflow_installed, side
+):
+  name = f"downsampled_imagenet/{side}x{side}"
+  (tmp_path / f"train_{side}x{side}.tar").touch()
+  with pytest.raises(errors.UserError) as caught:
+    tfds_prepare.prepare(name, str(tmp_path / "data"), str(tmp_path))
+  assert str(caught.value).startswith(
+    f"data set {name}: valid_{side}x{side}.tar not in {tmp_path};"
+  )
+  assert "image-net.org no longer has" in str(caught.value)
+  assert not (tmp_path / "data").exists()
+
+
+def test_another_archive_of_that_name_is_refused_in_words(tmp_path, tensorflow_installed):
+  for name in ("train_32x32.tar", "valid_32x32.tar"):
+    (tmp_path / name).write_bytes(b"not it")
+  with pytest.raises(errors.UserError, match=r"_32x32\.tar, has wrong checksum; expected the file"):
+    tfds_prepare.prepare("downsampled_imagenet/32x32", str(tmp_path / "data"), str(tmp_path))
+
+
 def test_without_tensorflow_the_extra_is_named(tmp_path, monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(
