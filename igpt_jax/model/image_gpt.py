@@ -262,10 +262,18 @@ def abstract_params(config: ImageGPTConfig) -> Params:
 
 
 def compute_dtypes(config: ImageGPTConfig) -> Params:
-  """Returns the dtype in which each parameter is multiplied: the config's; float32 for gains."""
+  """Returns the dtype in which each parameter is multiplied: the config's.
+
+  float32 for gains, and for tables of which several rows are summed up first: of a position's codes, or of
+  its row and column.
+  """
+  places = position_tables(config)
+  whole = {"g", *(places if len(places) > 1 else ())}
+  if config.tokens.codes > 1:
+    whole |= {"wte", "value_embed", "seen"}
 
   def dtype_of(path, leaf):
-    return leaf.dtype if path[-1].key == "g" else jnp.dtype(config.dtype)
+    return leaf.dtype if path[-1].key in whole else jnp.dtype(config.dtype)
 
   return jax.tree_util.tree_map_with_path(dtype_of, abstract_params(config))
 

@@ -43,7 +43,10 @@ class HeadWeights(NamedTuple):
 
 
 class Tables(NamedTuple):
-  """Weights before and after the layers, likewise; None where the model has none."""
+  """Weights before and after the layers, likewise; None where the model has none.
+
+  Tables of which several rows are summed up, those of a position's codes, are float32.
+  """
 
   wte: jax.Array
   wpe: jax.Array | None
@@ -57,8 +60,10 @@ class Tables(NamedTuple):
 def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
   """Casts, gathers, transposes and unstacks the weights: once, before a loop over positions."""
   dtype = jnp.dtype(model.config.dtype)
+  # Of a position with several codes as many rows are summed up, and rounded after that.
+  of_codes = dtype if model.config.tokens.codes == 1 else jnp.dtype("float32")
 
-  def whole(parameter, axes, layer: Any = ...):
+  def whole(parameter, axes, layer: Any = ..., dtype=dtype):
     return gather_weight(parameter[...][layer].astype(dtype), *axes)
 
   def matrix(parameter, product, layer: Any = ...):
@@ -81,7 +86,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
       fc=matrix(blocks.mlp.fc, layers.TO_INNER, layer),
       mlp_proj=matrix(blocks.mlp.proj, layers.FROM_INNER, layer),
       qk_gains=None if gains is None else (gains[0][layer], gains[1][layer]),
-      value_embed=whole(blocks.attn.value_embed, ("vocab", "heads_rows"), layer)
+      value_embed=whole(blocks.attn.value_embed, ("vocab", "heads_rows"), layer, of_codes)
       if config.value_embeddings
       else None,
       x0_gain=blocks.x0.g[...][layer] if config.x0_skip else None,
@@ -91,9 +96,9 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
   heads = None
   if config.tokens.codes > 1:
     hidden = matrix(model.heads.hidden, codes.TO_HIDDEN)
-    heads = HeadWeights(list(hidden), whole(model.heads.seen, ("vocab", "embed")))
+    heads = HeadWeights(list(hidden), whole(model.heads.seen, ("vocab", "embed"), dtype=of_codes))
   tables = Tables(
-    wte=whole(model.wte, ("vocab", "embed")),
+    wte=whole(model.wte, ("vocab", "embed"), dtype=of_codes),
     wpe=None if positions is None else positions.astype(dtype),
     rotation=options.rotation_of(config, config.n_positions),
     sos=model.sos[...].astype(dtype),
@@ -128,7 +133,8 @@ def decode_step(
     position: that of the token to predict, beyond the prompt.
     config: the model's.
   """
-  embedded = jnp.where(position == 0, tables.sos, _rows_of(config, tables.wte, token_N))
+  embedded = _rows_of(config, tables.wte, token_N).astype(config.dtype)
+  embedded = jnp.where(position == 0, tables.sos, embedded)
   if tables.wpe is not None:
     embedded = embedded + tables.wpe[position]
   stream = x0 = _stream(_from_rows(embedded))
@@ -142,7 +148,8 @@ def decode_step(
     qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
     qkv = qkv.reshape(n, 3, config.n_head, -1).swapaxes(0, 1)
     if layer.value_embed is not None:
-      added = jnp.where(position == 0, 0, _rows_of(config, layer.value_embed, token_N))
+      added = _rows_of(config, layer.value_embed, token_N).astype(qkv.dtype)
+      added = jnp.where(position == 0, 0, added)
       qkv = options.add_to_values(qkv, added.reshape(qkv.shape[1:]))
     if layer.qk_gains is not None:
       qkv = options.norm_queries_and_keys(qkv[:, :, None], layer.qk_gains)[:, :, 0]
@@ -175,7 +182,8 @@ def code_logits(
     spec, code = config.tokens, len(earlier)
     made = _dot(final, tables.heads.hidden[code])
     if earlier:
-      made = _from_rows(_sum(tables.heads.seen, codes.rows_of_earlier(spec, earlier))) + made
+      seen = _sum(tables.heads.seen, codes.rows_of_earlier(spec, earlier)).astype(made.dtype)
+      made = _from_rows(seen) + made
     final = layers.activation(made)
     wtet = wtet[code * spec.n_vocab : (code + 1) * spec.n_vocab]
   return _to_rows(_dot(final, wtet.T if keeps_rows() else wtet, jnp.float32))

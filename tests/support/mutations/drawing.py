@@ -4,6 +4,7 @@ from support.mutations.mutation import Mutation
 
 _DECODING = "unit/model/test_decoding.py"
 _CACHED = f"{_DECODING}::test_cached_logits_are_those_of_the_full_forward"
+_CODES = "unit/model/test_codes.py"
 _FILTERS = f"{_DECODING}::test_filters_against_numpy"
 _LITERAL = "unit/model/test_decoding_masked.py::test_greedy_is_that_of_a_literal_loop"
 _NATS = "jobs/test_drawn_nats.py"
@@ -33,9 +34,16 @@ MUTATIONS = (
   Mutation(
     "first-pixel-without-start",
     "model/decoding/decode_step.py",
-    "jnp.where(position == 0, tables.sos, _rows_of(config, tables.wte, token_N))",
-    "jnp.where(position < 0, tables.sos, _rows_of(config, tables.wte, token_N))",
+    "jnp.where(position == 0, tables.sos, embedded)",
+    "jnp.where(position < 0, tables.sos, embedded)",
     _CACHED,
+  ),
+  Mutation(
+    "codes-rounded-before-they-are-summed",
+    "model/decoding/decode_step.py",
+    'of_codes = dtype if model.config.tokens.codes == 1 else jnp.dtype("float32")',
+    "of_codes = dtype",
+    f"{_CODES}::test_parameters_may_be_kept_as_they_are_multiplied",
   ),
   Mutation(
     "prompt-keys-for-values",

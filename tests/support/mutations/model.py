@@ -9,6 +9,13 @@ _OPTIONS = "unit/model/test_options.py"
 
 MUTATIONS = (
   Mutation(
+    "tables-of-codes-kept-rounded",
+    "model/image_gpt.py",
+    'whole |= {"wte", "value_embed", "seen"}',
+    'whole |= {"seen"}',
+    "unit/model/test_codes.py::test_parameters_may_be_kept_as_they_are_multiplied",
+  ),
+  Mutation(
     "norm-epsilon",
     "model/layers.py",
     "NORM_EPSILON = 1e-5",
@@ -193,8 +200,8 @@ MUTATIONS = (
   Mutation(
     "start-has-a-value-embedding-when-drawing",
     "model/decoding/decode_step.py",
-    "jnp.where(position == 0, 0, _rows_of(config, layer.value_embed, token_N))",
-    "_rows_of(config, layer.value_embed, token_N)",
+    "added = jnp.where(position == 0, 0, added)",
+    "added = added",
     f"{_OPTIONS}::test_cached_decoding_is_the_full_forward_pass",
   ),
   Mutation(
