@@ -79,8 +79,9 @@ ADDED: dict[str, Any] = {
   "first_contact.parts": ["training", "sampling", "input", "forecast"],
 }
 
-# Fields of a checkpoint's model that were added, and aren't settings of that name.
-_ADDED_TO_MODEL: dict[str, Any] = {"model.token_kind": "palette"}
+# Fields of a checkpoint's model that were added when results were already kept by the digest of the others.
+# At these values they stay out of digests, which go on finding what older versions kept.
+ADDED_TO_MODEL: dict[str, Any] = {"token_kind": "palette"}
 
 # Adam's β₂ of a run from before train.b2=0 left it open, which was 0: in float32 this is 0, too.
 _B2_OF_ZERO = 1e-300
@@ -106,9 +107,9 @@ def format_of(values: Mapping[str, Any], where: str) -> int:
 
 def is_default_of_later(name: str, value: Any) -> bool:
   """True if a name is, or ends with, that of an added setting, and `value` is its entry in ADDED."""
-  parts, added = name.split("."), ADDED | _ADDED_TO_MODEL
+  parts = name.split(".")
   endings = (".".join(parts[i:]) for i in range(len(parts)))
-  return any(ending in added and added[ending] == value for ending in endings)
+  return any(ending in ADDED and ADDED[ending] == value for ending in endings)
 
 
 def todays_name(name: str) -> str:

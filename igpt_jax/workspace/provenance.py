@@ -31,7 +31,11 @@ def of_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
   masked = not info.config.causal
   return {
     "parameters": weights.checksum_of(info),
-    "model": {name: value for name, value in model.items() if name not in _HOW_IT_IS_COMPUTED},
+    "model": {
+      name: value
+      for name, value in model.items()
+      if name not in _HOW_IT_IS_COMPUTED and (name, value) not in history.ADDED_TO_MODEL.items()
+    },
     "palette": of_palette(info.palette),
     "mask_probability": info.run["mask_probability"] if masked else None,
   }

@@ -33,7 +33,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.runner import data_order
 from igpt_jax.tokens import TokenSpec
 from igpt_jax.training import optimizer, state
-from igpt_jax.workspace import workdir
+from igpt_jax.workspace import provenance, workdir
 from support.frozen import FROZEN, SETTINGS, config_of
 from support.quickstart import call
 
@@ -119,6 +119,12 @@ def test_its_settings_are_todays():
   """A field that came later needs its default in history.ADDED, one that went or moved an entry in
   history.RENAMED: without them no older workdir would go on."""
   assert workdir.read(str(FROZEN)) == files.flatten(as_json(config_of()))
+
+
+def test_results_that_earlier_versions_kept_are_found(frozen):
+  """They are known by the digest of the checkpoint's provenance: this is what 6fe437e took."""
+  info = checkpoint.describe(str(frozen / "checkpoints" / "40"))
+  assert files.digest(provenance.of_checkpoint(info)) == "71264c13a333d017"
 
 
 def test_its_state_and_its_data_are_read_as_they_were_written(frozen):
