@@ -28,7 +28,7 @@ def with_palette(info: CheckpointInfo, settings: Settings) -> CheckpointInfo:
   if not info.config.tokens.needs_palette:
     raise UserError(
       f"palette.path: {settings.palette.path}; the tokens of {info.path} are raw RGB (data.token_kind="
-      f"{info.config.token_kind}); fix: --config.palette.path="
+      f"{info.config.token_kind}), which takes no palette; fix: leave it out (--config.palette.path=)"
     )
   return dataclasses.replace(info, palette=_given_palette(info, settings).centers)
 

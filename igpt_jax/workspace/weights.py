@@ -242,7 +242,8 @@ def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
   n_vocab, resolution = info.config.n_vocab, info.run["resolution"]
   ours, theirs = settings.data.token_kind, info.config.token_kind
   compare("data.token_kind", ours, theirs, f"data.token_kind={theirs}")
-  compare("palette.size", settings.palette.size, n_vocab, f"palette.size={n_vocab}")
+  colours = n_vocab if info.config.tokens.needs_palette else 0
+  compare("palette.size", settings.palette.size, colours, f"palette.size={colours}")
   compare("objective", settings.objective, info.run["objective"], "objective=")
   if info.config.positions != "rope2d":
     compare(

@@ -176,6 +176,9 @@ def test_kinds_dont_mix(runs, tiny_run, tmp_path):
     sample.run(settings_of("subpixels", checkpoint=str(tiny_run)), str(tmp_path))
   with pytest.raises(UserError, match=r"data.token_kind: palette in the config, channels in the c"):
     on_one_device(pretrain, shrunk(**{"init_from": channels, "palette.size": 0}), str(tmp_path))
+  advised = "--config.data.token_kind=channels --config.palette.size=0"
+  with pytest.raises(UserError, match=rf"fix: {advised}; or another"):
+    on_one_device(pretrain, shrunk(**{"init_from": channels, "palette.size": 17}), str(tmp_path))
   with pytest.raises(UserError, match=r"data\.token_kind: channels there, subpixels here"):
     on_one_device(pretrain, settings_of("subpixels"), channels)
   assert checkpoint.describe(str(tiny_run)).config.token_kind == "palette"
