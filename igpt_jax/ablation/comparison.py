@@ -1,19 +1,14 @@
-"""The comparison of an ablation's runs: seeds paired, losses against FLOPs and against time.
-
-Writes ablate.csv (a row for each run and seed), ablate.md and ablate.png.
-"""
+"""The comparison of an ablation's runs, seeds paired: ablate.csv (a row for each run and seed) and ablate.md."""
 
 import dataclasses
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 
 from igpt_jax import files, units
 from igpt_jax.ablation.entries import Entry, differences
-from igpt_jax.ablation.outcomes import UNFINISHED, Point, Result
+from igpt_jax.ablation.outcomes import Point, Result, in_one_unit
 from igpt_jax.config.fields import as_json
-from igpt_jax.reporting import plots, summary
 from igpt_jax.reporting.tables import csv_table, markdown_table
 
 # Settings that runs of different lengths differ in.
@@ -74,14 +69,19 @@ class Run:
   def name(self) -> str:
     return self.entry.name
 
+  @property
+  def unit(self) -> str:
+    """The unit of its losses."""
+    return self.results[0].unit
+
   def mean(self, field: str) -> Mean:
     return Mean.of([getattr(result, field) for result in self.results])
 
 
 def runs_of(results: Sequence[Result]) -> list[Run]:
-  """Returns the results by run; the first is the baseline's."""
+  """Returns the results by run, their losses in one unit; the first is the baseline's."""
   by_name: dict[str, list[Result]] = {}
-  for result in results:
+  for result in in_one_unit(results):
     by_name.setdefault(result.entry.name, []).append(result)
   return [Run(tuple(of_run)) for of_run in by_name.values()]
 
@@ -168,6 +168,7 @@ _COLUMNS: dict[str, Callable[[Result], object]] = {
       "step_seconds", "train_loss", "validation_loss", "test_loss", "probe_accuracy"
     )
   },
+  "unit": lambda result: result.unit,
   "status": lambda result: result.status,
 }  # fmt: skip
 
@@ -260,7 +261,9 @@ def verdict(runs: Sequence[Run]) -> str:
     return "No run has finished."
   best = min(done, key=_rank)
   loss, seeds = best.mean("validation_loss"), len(best.results)
-  text = f"Best on validation: {best.name}, {loss.text('.4f')} nats/token{_if_fewer(loss.n, seeds)}"
+  text = (
+    f"Best on validation: {best.name}, {loss.text('.4f')} {best.unit}{_if_fewer(loss.n, seeds)}"
+  )
   difference = paired_difference(best, baseline)
   if best is baseline or not difference.n:
     return f"{text}."
@@ -305,7 +308,7 @@ def _reached(run: Run, baseline: Run) -> str:
 
 def _legend(runs: Sequence[Run]) -> str:
   return (
-    "Losses in nats per token, best first; a run with a diverged seed stands last. ±: sample standard "
+    f"Losses in {runs[0].unit}, best first; a run with a diverged seed stands last. ±: sample standard "
     "deviation over the seeds that have finished; differences are of the same seed. s/step: median, beside whatever else the machine did. "
     f"“Baseline's loss at”: the share of {runs[0].name}'s FLOPs in which a run's own curve reaches the "
     "final validation loss of the same seed, by straight lines between its evaluations: an upper bound, "
@@ -335,65 +338,3 @@ def _shown(value: object) -> str:
 def flop_unit(flops: float) -> tuple[float, str]:
   """Returns (FLOPs in one, name) of the unit that an amount is told in."""
   return next(unit for unit in _PREFIXES if flops >= unit[0] or unit[0] == 1)
-
-
-# --- ablate.png ------------------------------------------------------------------------------------
-
-
-def draw(path: str, runs: Sequence[Run]) -> bool:
-  """Plots validation losses against FLOPs and time; returns False if there is none yet."""
-  scale, unit = flop_unit(max(run.entry.flops for run in runs))
-  shown = [run for run in by_loss(runs) if _points(run)]
-  if not shown:
-    return False
-  longest = max(point.seconds for run in shown for point in run.results[0].curve)
-  minutes = longest > 300
-  by_flops, by_time = {}, {}
-  for run in shown:
-    steps = _points(run)
-    losses = [[point.loss for point in points] for points in steps]
-    means = [statistics.fmean(of_step) for of_step in losses]
-    several = len(losses[0]) > 1
-    band = ([min(of) for of in losses], [max(of) for of in losses]) if several else None
-    name = f"{run.name}: {means[-1]:.4f}" + (" (baseline)" if run is runs[0] else "")
-    flops = [points[0].step * run.entry.flops_per_step / scale for points in steps]
-    seconds = [statistics.fmean(point.seconds for point in points) for points in steps]
-    times = [value / 60 if minutes else value for value in seconds]
-    dashed = run is runs[0]
-    by_flops[name] = plots.Curve(flops, means, band=band, dashed=dashed)
-    by_time[name] = plots.Curve(times, means, band=band, dashed=dashed)
-  y_label = "validation loss, nats per token"
-  seeds = sorted({len(_points(run)[0]) for run in shown})
-  over = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-  plots.plot(
-    path,
-    plots.Panel(curves=by_flops, y_label=y_label, x_label=f"training so far, {unit}"),
-    plots.Panel(
-      curves=by_time, y_label=y_label,
-      x_label=f"time in training steps, {'minutes' if minutes else 'seconds'}",
-    ),
-    title="Ablation: validation loss against FLOPs and time",
-    note=f"means over {over} seeds; shaded: lowest to highest" if seeds[-1] > 1 else "one seed",
-  )  # fmt: skip
-  return True
-
-
-def _points(run: Run) -> list[list[Point]]:
-  """Returns, for each step at which all seeds that have an evaluation have one, their points there."""
-  curves = [
-    {point.step: point for point in result.curve if math.isfinite(point.loss)}
-    for result in run.results
-    if result.curve and (result.finished or result.status == UNFINISHED)
-  ]
-  common = sorted(set.intersection(*map(set, curves))) if curves else []
-  return [[curve[step] for curve in curves] for step in common]
-
-
-def write(workdir: str, results: Sequence[Result], notes: Sequence[str] = ()) -> str:
-  """Writes ablate.csv, ablate.md and ablate.png; returns the text of ablate.md."""
-  runs = runs_of(results)
-  text = markdown(runs, notes)
-  summary.write_text(os.path.join(workdir, "ablate.csv"), csv_text(runs))
-  summary.write_text(os.path.join(workdir, "ablate.md"), text)
-  draw(os.path.join(workdir, "ablate.png"), runs)
-  return text

@@ -278,7 +278,7 @@ def _incomparable(
   measured_on = [
     {
       "data": info.run["data"]["fingerprint"],
-      "data.token_kind": info.config.token_kind,
+      "tokens": info.config.token_kind if info.config.tokens.needs_palette else "raw RGB",
       "palette": provenance.of_palette(info.palette),
       "objective": info.run["objective"],
       "preprocessing": provenance.recipe(own.data),

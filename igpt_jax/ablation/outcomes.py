@@ -23,7 +23,7 @@ FINISHED, UNFINISHED = "finished", "unfinished"
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """An evaluation of a run: its step, the seconds of training steps until then, nats per token."""
+  """An evaluation of a run: its step, the seconds of training steps until then, its loss."""
 
   step: int
   seconds: float
@@ -38,10 +38,11 @@ class Result:
     entry: the run.
     status: FINISHED, UNFINISHED, or "diverged at step N".
     step_seconds: median seconds of a training step, its wait for data included; nan: none was timed.
-    train_loss: mean of the last logged losses, in nats per token, as all losses; nan: unknown.
+    train_loss: mean of the last logged losses; nan: unknown.
     validation_loss, test_loss: after the last step; nan: not measured.
     probe_accuracy: test accuracy of the layer that is best on validation; nan: not measured.
     curve: its evaluations.
+    unit: that of all losses.
   """
 
   entry: Entry
@@ -52,6 +53,7 @@ class Result:
   test_loss: float = math.nan
   probe_accuracy: float = math.nan
   curve: tuple[Point, ...] = ()
+  unit: str = "nats/token"
 
   @property
   def finished(self) -> bool:
@@ -97,6 +99,22 @@ def result_of(entry: Entry) -> Result:
   if diverged := _read(os.path.join(entry.folder, DIVERGED)):
     return Result(entry=entry, status=f"diverged at step {diverged['step']}", **values)
   return Result(entry=entry, status=UNFINISHED, **values)
+
+
+def in_one_unit(results: Sequence[Result]) -> list[Result]:
+  """Returns results, with losses in bits per dimension if all are of raw RGB: its kinds differ in their tokens."""
+  if any(result.entry.model.bits_per_dim(1.0) is None for result in results):
+    return list(results)
+  return [_in_bits(result) for result in results]
+
+
+def _in_bits(result: Result) -> Result:
+  bits = result.entry.model.bits_per_dim
+  losses = {
+    name: bits(getattr(result, name)) for name in ("train_loss", "validation_loss", "test_loss")
+  }
+  curve = tuple(dataclasses.replace(point, loss=bits(point.loss)) for point in result.curve)
+  return dataclasses.replace(result, curve=curve, unit="bits/dim", **losses)
 
 
 def step_seconds(records: Sequence[dict[str, Any]], batch_size: int) -> list[tuple[int, float]]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from igpt_jax import units, watchdog
 from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence
+from igpt_jax.ablation import results as results_lib
 from igpt_jax.ablation.entries import Entry
 from igpt_jax.ablation.outcomes import Result
 from igpt_jax.config.fields import Settings
@@ -77,4 +78,4 @@ def _results(planned: Sequence[Entry]) -> list[Result]:
 
 def _write(workdir: str, results: Sequence[Result], notes: Sequence[str] = ()) -> None:
   if hosts.is_main():
-    comparison.write(workdir, results, notes)
+    results_lib.write(workdir, results, notes)

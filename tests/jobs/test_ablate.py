@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from igpt_jax.ablation import comparison, entries, outcomes, sequence
+from igpt_jax.ablation import results as results_lib
 from igpt_jax.ablation.comparison import Run
 from igpt_jax.ablation.outcomes import FINISHED, Point, Result
 from igpt_jax.config import base, choices, overrides
@@ -381,7 +382,8 @@ def test_flops_are_the_models_and_the_optimizers_own():
 
 def make_entry(name, seed, steps=100, **changes):
   settings = changed(study(**{"job": "pretrain"}), {"train.steps": steps, "seed": seed, **changes})
-  model = choices.model_config(settings, n_vocab=8)
+  n_vocab = 8 if choices.token_spec(settings).needs_palette else 256
+  model = choices.model_config(settings, n_vocab=n_vocab)
   return entries.Entry(name=name, seed=seed, settings=settings, folder="", model=model)
 
 
@@ -421,6 +423,25 @@ def test_means_and_paired_differences_by_hand():
   assert "| b2 | 3 |" in text and "| 3.1000 ± 0.1732 | -0.1000 ± 0.1000 |" in text
   assert text.index("| b2 |") < text.index("| original (baseline) |")
   assert "| `train.b2` | `0.95` | `0.9` |" in text
+
+
+def test_losses_of_raw_rgb_are_compared_in_bits_per_dimension():
+  """4 bits a code: 12 ln 2 nats a pixel where it is a position, 4 ln 2 where each code is one."""
+  raw = {"palette.size": 0}
+  first = make_run("whole", 12 * math.log(2), **raw, **{"data.token_kind": "channels"})
+  other = make_run("apart", 4 * math.log(2), **raw, **{"data.token_kind": "subpixels"})
+  runs = comparison.runs_of([*first.results, *other.results])
+  assert [run.mean("validation_loss").mean for run in runs] == pytest.approx([4, 4])
+  assert [run.results[0].curve[-1].loss for run in runs] == pytest.approx([4, 4])
+  assert comparison.paired_difference(runs[1], runs[0]).mean == pytest.approx(0, abs=1e-9)
+  text = comparison.markdown(runs)
+  assert ", 4.0000 bits/dim" in text and "Losses in bits/dim, best first" in text
+  assert "bits/dim" in comparison.csv_text(runs)
+  # A palette's tokens aren't RGB: nothing is converted beside it.
+  palette = make_run("palette", 3.0)
+  runs = comparison.runs_of([*palette.results, *first.results])
+  assert [run.unit for run in runs] == ["nats/token"] * 2
+  assert runs[1].mean("validation_loss").mean == pytest.approx(12 * math.log(2))
 
 
 def test_the_share_of_flops_by_hand():
@@ -514,10 +535,10 @@ def test_a_run_with_diverged_seeds_stands_last():
 
 def test_the_plot_says_over_how_many_seeds_its_means_are(tmp_path, monkeypatch):
   notes = []
-  monkeypatch.setattr(comparison.plots, "plot", lambda *_, note, **__: notes.append(note))
+  monkeypatch.setattr(results_lib.plots, "plot", lambda *_, note, **__: notes.append(note))
   first, other = make_run("original", 3.0, 3.2), make_run("b2", 2.9, **{"train.b2": 0.9})
   for runs in ([first], [first, other], [other]):
-    comparison.draw(str(tmp_path / "ablate.png"), runs)
+    results_lib.draw(str(tmp_path / "ablate.png"), runs)
   shaded = "seeds; shaded: lowest to highest"
   assert notes == [f"means over 2 {shaded}", f"means over 1 to 2 {shaded}", "one seed"]
 
@@ -551,9 +572,9 @@ def test_points_have_the_seconds_until_them(tmp_path):
 def test_the_plot_is_over_the_steps_that_seeds_share():
   run = make_run("a", 3.0, 3.2)
   missing = dataclasses.replace(run.results[1], curve=run.results[1].curve[1:])
-  points = comparison._points(Run((run.results[0], missing)))
+  points = results_lib._points(Run((run.results[0], missing)))
   assert [[point.loss for point in of] for of in points] == [[3.0, 3.2]]
-  assert np.shape(comparison._points(run)) == (2, 2)
+  assert np.shape(results_lib._points(run)) == (2, 2)
 
 
 def test_the_order_is_by_flops_then_seed_then_run():
