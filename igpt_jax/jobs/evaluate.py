@@ -2,7 +2,8 @@
 
 Writes evaluation.json: `nats_per_token`, `bits_per_token`, of raw RGB `bits_per_dim`, and the baselines on
 the same tokens: uniform, unigram (the frequency of colours, or of levels whatever the channel) and
-per-position unigram (their frequency at a pixel, and channel). A BERT model's is the mean over `masks_counted`, the masks that hide at least one pixel.
+per-position unigram (their frequency at a pixel, and channel). A BERT model's is the mean over `masks_counted`,
+the masks that hide at least one pixel.
 """
 
 import functools

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from igpt_jax.reporting import metrics, plots
 
@@ -13,8 +14,9 @@ _MEANS = 20  # windows of the smoothed curve in the whole one
 def draw_curve(workdir: str, path: str) -> bool:
   """Plots a run's losses so far into a PNG; returns False if there are none yet."""
   records = metrics.read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+  unit, scale = _unit(records)
   points = {
-    name: [(record["step"], record[name]) for record in records if name in record]
+    name: [(record["step"], scale * record[name]) for record in records if name in record]
     for name in ("loss", "validation_loss")
   }
   curves, chosen = {}, None
@@ -37,11 +39,19 @@ def draw_curve(workdir: str, path: str) -> bool:
   newest = max(step for of_curve in points.values() for step, _ in of_curve)
   plots.plot(
     path,
-    plots.Panel(curves=curves, y_label="loss, nats per token", chosen=chosen),
+    plots.Panel(curves=curves, y_label=f"loss, {unit}", chosen=chosen),
     title=f"{os.path.basename(os.path.abspath(workdir))}: losses up to step {newest:,}",
     x_label="step",
   )
   return True
+
+
+def _unit(records: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+  """Returns the unit to draw losses in and what of it is a nat per token: bits per dimension where they are told."""
+  for record in records:
+    if bits := record.get("validation_bits_per_dim"):
+      return "bits per dimension", bits / record["validation_loss"]
+  return "nats per token", 1.0
 
 
 def _trailing_means(values: Sequence[float], window: int) -> list[float]:

@@ -45,7 +45,7 @@ _SECTIONS: dict[str, tuple[str, Mapping[str, str | Callable[[Any], str]]]] = {
       "images": "{:,} images",
       "nats_per_token": "model {:.4f} nats/token",
       "bits_per_token": "({:.4f} bits/token)",
-      "bits_per_dim": "{:.4f} bits/dim",
+      "bits_per_dim": "({:.4f} bits/dim)",
       "uniform": "uniform {:.4f}",
       "unigram": "unigram {:.4f}",
       "position_unigram": "per-position unigram {:.4f}",
@@ -110,11 +110,12 @@ def write_summary(workdir: str) -> str:
 
 
 def _numbers(values: Mapping[str, Any], shown: Mapping[str, str | Callable[[Any], str]]) -> str:
-  return ", ".join(
+  numbers = ", ".join(
     form.format(values[key]) if isinstance(form, str) else form(values[key])
     for key, form in shown.items()
     if values.get(key) is not None
   )
+  return numbers.replace(", (", " (")
 
 
 def _whose(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Training objectives: functions from a batch of tokens to negative log-likelihoods.
 
 An objective is a function (model, tokens_BxT, keys_B) -> (nll_BxT, weight_BxT): nats per token, and
-which tokens count. (Tokens may be [B, T, codes]: a token's nats are the sum of its codes'.) There is one PRNG key per image, so that an image's mask doesn't depend on the
-batch it is in. `per_image` reduces the losses as the released code does.
+which tokens count. (Tokens may be [B, T, codes]: a token's nats are the sum of its codes'.) There is one PRNG
+key per image, so that an image's mask doesn't depend on the batch it is in. `per_image` reduces the losses as
+the released code does.
 """
 
 from collections.abc import Callable

@@ -162,6 +162,19 @@ def test_the_best_validation_loss_is_marked(tmp_path, drawn):
   ]  # fmt: skip
 
 
+def test_losses_of_raw_rgb_are_drawn_in_bits_per_dimension(tmp_path, drawn):
+  """Three dimensions a token: 3 ln 2 nats are a bit."""
+  nat = 3 * math.log(2)
+  records = [{"step": 1, "loss": 4 * nat}]
+  records += [{"step": 2, "validation_loss": 3 * nat, "validation_bits_per_dim": 3.0}]
+  assert curves.draw_curve(run_of(tmp_path, records), str(tmp_path / "loss.png"))
+  (axes,) = drawn[0].axes
+  assert axes.get_ylabel() == "loss, bits per dimension"
+  assert "best on validation: 3.0000 at step 2" in legend_of(axes)
+  single, validation = (container.lines[0].get_xydata() for container in axes.containers[:2])
+  np.testing.assert_allclose([single[-1], validation[-1]], [[1, 4], [2, 3]])
+
+
 def test_a_smoothed_loss_says_what_it_is_and_the_batches_stay(tmp_path, drawn):
   losses = np.random.default_rng(0).normal(size=200)
   records = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]

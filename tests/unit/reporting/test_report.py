@@ -17,14 +17,20 @@ def test_summary_gathers_what_there_is(tmp_path):
   )
   summary.write_json(
     str(workdir / "evaluation.json"),
-    {"nats_per_token": 1.2, "images": 360, "below_position_unigram": 0.25, "uniform": None},
+    {
+      "nats_per_token": 1.2,
+      "bits_per_token": 1.7312,
+      "images": 360,
+      "below_position_unigram": 0.25,
+      "uniform": None,
+    },
   )
   text = summary.write_summary(str(workdir))
   assert text.splitlines() == [
     "# digits",
     "",
     "- **Pretraining**: 1,000 steps, last training loss 1.2500 nats/token, 0.25 images/s in the last interval",
-    "- **Likelihood**: 360 images, model 1.2000 nats/token, 25.0% below the per-position unigram",
+    "- **Likelihood**: 360 images, model 1.2000 nats/token (1.7312 bits/token), 25.0% below the per-position unigram",
   ]
   assert (workdir / "summary.md").read_text() == text
   assert sorted(os.listdir(workdir)) == ["evaluation.json", "summary.md", "training.json"]
