@@ -71,6 +71,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> str:
 def _generate(name: str, directory: str, manual: pathlib.Path) -> str:
   import requests
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
   try:
     builder = tfds.builder(name, data_dir=directory, file_format="array_record")
@@ -89,7 +90,7 @@ def _generate(name: str, directory: str, manual: pathlib.Path) -> str:
     builder.download_and_prepare(download_config=config)
   except AssertionError as error:  # raised by TFDS if manual_dir lacks something
     raise errors.UserError(f"data set {name}: {error}; fix: put it into {manual}") from error
-  except tfds.core.download.download_manager.NonMatchingChecksumError as error:
+  except NonMatchingChecksumError as error:
     raise errors.UserError(
       f"data set {name}: {str(error).splitlines()[0].rstrip(':')}; expected the file that TFDS knows; fix: fetch it anew"
     ) from error
