@@ -18,6 +18,7 @@ from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction.forecast import Forecast, Training
 from igpt_jax.prediction.topology import Topology
+from igpt_jax.training import arrangement
 from igpt_jax.training.compilation import flops_per_image
 
 COMPILED = 4  # candidates that are compiled
@@ -25,14 +26,8 @@ _BATCHES_TRIED = 3
 LARGEST_BATCH = 4  # times the config's; one image per device is considered in any case
 _TENSOR = (1, 2, 4)
 
-# Bytes kept per layer, position and channel of bfloat16, measured on compiled programs; and FLOPs
-# recomputed, as a share of the step's.
-_KEPT = {"none": 72.0, "names": 19.0, "full": 2.2}
+# FLOPs recomputed, as a share of the step's.
 _AGAIN = {"none": 0.0, "names": 0.03, "full": 0.3}
-_WORKING = 60.0  # bytes per position and channel of the layer that is being computed
-_STATE = 18  # bytes per parameter: itself, two moments, a gradient (float32), a bfloat16 copy
-_WEIGHTS_SHARE = 0.7  # largest share of a device's memory for weights when sampling
-_CACHE_SHARE = 0.9  # and for weights and cache together
 _EFFICIENCY = 0.7  # share of the matrix units' peak that a step reaches
 
 
@@ -105,7 +100,7 @@ def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
   """Yields the candidates that divide evenly and fit according to arithmetic."""
   devices, slices = list(topology.devices), topology.slices
   n = len(devices) // slices
-  for tensor, remat in itertools.product(_TENSOR, _KEPT):
+  for tensor, remat in itertools.product(_TENSOR, _AGAIN):
     if n % tensor:
       continue
     shards = n // tensor
@@ -133,19 +128,8 @@ def _batches(smallest: int, shards: int) -> list[int]:
 
 def memory(training: Training, mesh: Mesh) -> float:
   """Bytes per device, by arithmetic: within about a fifth of the compiler's figure."""
-  model = training.model
-  per_device = sharding.batch_size_per_shard(
-    mesh, training.batch_size, accumulate=training.accumulate
-  )
-  shares = mesh.size // sharding.batch_shards(mesh)  # a tensor share of activations
-  positions = per_device * model.n_positions * model.n_embd
-  kept = model.n_layer * positions * _KEPT.get(model.remat, _KEPT["full"])
-  logits = per_device * model.n_positions * model.tokens.rows * 10
-  return state_bytes(model, mesh) + (kept + _WORKING * positions) / shares + logits
-
-
-def state_bytes(model: ImageGPTConfig, mesh: Mesh) -> float:
-  return _STATE * count_params(model) / sharding.weight_shards(mesh)
+  images = sharding.batch_size_per_shard(mesh, training.batch_size, accumulate=training.accumulate)
+  return arrangement.step_bytes(training.model, images, mesh)
 
 
 def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
@@ -193,15 +177,11 @@ def sampling_mesh(
     n_images, cache_dtype: size of the cache, which is spread over all devices.
   """
   n, hbm = len(topology.devices) // topology.slices, topology.chip.hbm_bytes
-  held = 4 * count_params(model)  # bfloat16, and each layer taken out of the stack
   item = jnp.dtype(cache_dtype or model.dtype).itemsize
   cache = (
     2 * model.n_layer * model.n_positions * model.n_embd * item * n_images / n / topology.slices
   )
-  possible = [t for t in range(1, n + 1) if n % t == 0 and model.n_head % t == 0]
-  most = min(_WEIGHTS_SHARE * hbm, _CACHE_SHARE * hbm - cache)
-  fitting = [tensor for tensor in possible if held / tensor < most]
-  tensor = fitting[0] if fitting else possible[-1]
+  tensor = arrangement.tensor_for_sampling(model, n, hbm, cache)
   return sharding.make_mesh(n // tensor, 1, tensor, topology.slices, list(topology.devices))
 
 
@@ -243,7 +223,7 @@ def remedies(training: Training, mesh: Mesh) -> list[str]:
     fixes.append(f"--config.model.remat={'names' if model.remat == 'none' else 'full'}")
   weights, most = sharding.weight_shards(mesh), sharding.slice_size(mesh)
   if weights < most and model.n_embd % most == 0:
-    held = state_bytes(model, mesh) / 2**30
+    held = arrangement.state_bytes(model, mesh) / 2**30
     fixes.append(
       f"--config.mesh.data=1 --config.mesh.fsdp=-1 (the state takes about {held:.1f} GiB a device "
       f"now, {held * weights / most:.1f} then)"

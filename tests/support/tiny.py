@@ -119,6 +119,16 @@ def mesh_of(shape: tuple[int, ...] = (1, 1, 1)) -> Mesh:
     return make_mesh(*shape[1:], slices=shape[0], devices=devices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device that isn't here. Its platform is one whose devices may come in any order, whatever its kind."""
+
+  id: int
+  device_kind: str = "TPU v5 lite"
+  platform: str = "gpu"
+  process_index: int = 0
+
+
 @contextlib.contextmanager
 def in_slices(*devices: jax.Device, slices: int = 2):
   """Has devices say that they are in slices: the first of them in slice 0, the last in the last."""

@@ -11,7 +11,7 @@ from igpt_jax.errors import UserError
 from igpt_jax.parallel import hardware, sharding, tpu_types
 from igpt_jax.prediction import forecast, hlo, plan, schedule, topology
 from igpt_jax.prediction.schedule import Links, Network, replica_group
-from igpt_jax.training import compilation
+from igpt_jax.training import arrangement, compilation
 from igpt_jax.training.objectives import make_objective
 from igpt_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from igpt_jax.training.state import abstract_state, state_shardings
@@ -551,9 +551,9 @@ def test_candidates_divide_evenly_and_fit():
 def test_memory_by_arithmetic():
   whole, split = (tiny.mesh_of(shape) for shape in ((8, 1, 1), (1, 8, 1)))
   parameters = 25_952_256 * 3  # of iGPT-S: 24 layers of 12 · 512², tables, gains, nearly
-  state = plan.state_bytes(make_training().model, whole)
-  assert state / parameters == pytest.approx(plan._STATE, rel=0.02)
-  assert plan.state_bytes(make_training().model, split) == pytest.approx(state / 8)
+  state = arrangement.state_bytes(make_training().model, whole)
+  assert state / parameters == pytest.approx(arrangement._STATE, rel=0.02)
+  assert arrangement.state_bytes(make_training().model, split) == pytest.approx(state / 8)
   held = {r: plan.memory(make_training(remat=r), whole) for r in ("none", "names", "full")}
   assert held["none"] > held["names"] > held["full"] > state
   parts = plan.memory(make_training(accumulate=2), whole)
