@@ -27,7 +27,7 @@ from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.runner.pretraining import RESULT
 from igpt_jax.training import compilation
-from igpt_jax.workspace import provenance, training_palette, weights
+from igpt_jax.workspace import devices, provenance, training_palette, weights
 from igpt_jax.workspace import workdir as workdir_lib
 
 FOLDER = "runs"  # in the workdir: FOLDER/NAME/SEED is a pretraining's workdir
@@ -110,7 +110,7 @@ def opened(settings: Settings, workdir: str) -> Opened:
   return Opened(settings=settings, train=train, palette=digest, n_vocab=spec.n_vocab)
 
 
-def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh) -> Entry:
+def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh | None) -> Entry:
   """Returns a run whose model and batch have been checked.
 
   Args:
@@ -118,17 +118,17 @@ def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh) 
     name: its name, without its seed.
     own: its settings, those of job pretrain.
     folder: its workdir.
-    mesh: the mesh that it will train on.
+    mesh: the mesh that it will train on; None: its own settings'.
   """
   settled = weights.of_run(own, folder).settings
   model = choices.model_config(settled, n_vocab=shared.n_vocab)
-  train = settled.train
+  train, mesh = settled.train, mesh or devices.mesh_of(settled, model)
   sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)
   sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
   return Entry(name=name, seed=own.seed, settings=own, folder=folder, model=model)
 
 
-def planned(settings: Settings, workdir: str, mesh: Mesh) -> list[Entry]:
+def planned(settings: Settings, workdir: str, mesh: Mesh | None) -> list[Entry]:
   """Returns the runs of `ablate.runs` with every seed, the baseline's first, all of them checked.
 
   Raises:

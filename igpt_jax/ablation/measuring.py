@@ -26,14 +26,14 @@ from igpt_jax.workspace import likelihood, provenance, weights
 FOLDER = "measured"
 
 
-def measure(settings: Settings, workdir: str, result: Result, mesh: Mesh) -> Result:
+def measure(settings: Settings, workdir: str, result: Result, mesh: Mesh | None) -> Result:
   """Returns a finished run's result with the loss on test and the probe's accuracy, as the settings say.
 
   Args:
     settings: those of job ablate.
     workdir: the job's.
     result: the run's.
-    mesh: the mesh to compute on.
+    mesh: the mesh to compute on; None: the settings'.
   """
   entry = result.entry
   path = checkpoint.path_of(entry.folder, entry.steps)
@@ -87,17 +87,17 @@ def _kept(
   return values
 
 
-def _test_loss(settings: Settings, workdir: str, mesh: Mesh) -> float:
+def _test_loss(settings: Settings, workdir: str, mesh: Mesh | None) -> float:
   """Evaluates nats per token on test."""
   own, split = settings.evaluate, open_split(settings.data, "test")
-  trained = weights.load_model(settings, workdir, mesh, needs_images=not split.is_tokens)
+  trained, mesh = weights.load_model(settings, workdir, mesh, needs_images=not split.is_tokens)
   return likelihood.nats_per_token(
     trained, split, settings.data, mesh,
     batch_size=own.batch_size, images=own.images, masks=own.masks,
   )  # fmt: skip
 
 
-def _probe(settings: Settings, workdir: str, mesh: Mesh) -> dict[str, Any]:
+def _probe(settings: Settings, workdir: str, mesh: Mesh | None) -> dict[str, Any]:
   """Fits logistic regression to every layer's features; returns the row of the best, by validation."""
   source = sets_lib.open_source(settings, workdir, mesh)
   sets = sets_lib.extract(settings, workdir, source, passing=True)

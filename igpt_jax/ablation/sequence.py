@@ -27,7 +27,7 @@ def in_order(planned: Sequence[Entry]) -> list[Entry]:
 
 def train(
   planned: Sequence[Entry],
-  mesh: Mesh,
+  mesh: Mesh | None,
   job: str,
   *,
   after_each: Callable[[], None],
@@ -39,7 +39,7 @@ def train(
 
   Args:
     planned: the runs; those that have ended are left as they are.
-    mesh: the mesh to train on.
+    mesh: the mesh to train on; None: each run's own.
     job: the name that messages begin with.
     after_each: called when a run has ended, to write what is known by then.
     begin: called with each run before it trains.

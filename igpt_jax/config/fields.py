@@ -1,6 +1,6 @@
 """All settings, each declared once. Light: a wrong value is refused before jax is imported.
 
-0 and "" leave a choice to the preset, the data or a checkpoint, as the meanings say. A checkpoint is
+0 and "" leave a choice to the preset, the data, a checkpoint or the devices, as the meanings say. A checkpoint is
 this program's (a workdir, one step of it, a model in one file, or "packaged", which comes with it), OpenAI's
 (model.ckpt-N) or Hugging Face's (a directory).
 A new or renamed setting needs an entry in `history.py`, so that older workdirs can be resumed.

@@ -25,9 +25,6 @@ def imagenet(size: str, resolution: int) -> Any:
   config.train.eval_every = 10_000
   config.train.checkpoint_every = 5_000
   config.train.keep_period = 100_000
-  if size in ("l", "xl"):
-    # Their state doesn't fit one chip: parameters and moments are split over all of them.
-    config.mesh.data, config.mesh.fsdp = 1, -1
   return config
 
 

@@ -106,8 +106,8 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
   n_embd: int = setting(0, "width; 0: the size's", **FROM_0, decides="run")
   dtype: str = setting("", 'dtype of activations; "": bfloat16 on accelerators, float32 on CPU',
     choices=("float32", "bfloat16"), jobs=COMPUTING)
-  remat: str = setting("", "rematerialization in the backward pass: none, names, offload, full; "
-    "\"\": the size's", choices=("none", "names", "offload", "full"))
+  remat: str = setting("", "rematerialization in the backward pass: none, names, offload, full; \"\": names where "
+    "it should fit, else full; on a CPU, or one device, the size's", choices=("none", "names", "offload", "full"))
   attention: str = setting("auto", "implementation of attention", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
   # The following aren't the paper's. A checkpoint that training starts from keeps its own.
@@ -185,10 +185,16 @@ class MeshConfig(Group, prefix="mesh", jobs=COMPUTING):
   """Numbers of devices on the mesh's axes, within a slice; one may be -1: what is left."""
 
   data: int = setting(-1, "groups of devices, with different images")
-  fsdp: int = setting(1, "devices that split parameters, optimizer state and images")
+  fsdp: int = setting(0, "devices that split parameters, optimizer state and images; 0: what is left if data is "
+    "set, else chosen by the model and the devices, and 1 on CPUs")
   tensor: int = setting(1, "devices that split the computation of an image")
   slices: int = setting(1, "slices of accelerators, each with a copy of the state and other images, that "
     "sum gradients over the network; -1: as many as there are")
+
+  def with_fsdp(self, chosen: int) -> "MeshConfig":
+    """Returns it with `fsdp` settled, if that is open: what is left if `data` is set, else as chosen."""
+    left = 1 if self.tensor == -1 else -1
+    return dataclasses.replace(self, fsdp=self.fsdp or (chosen if self.data == -1 else left))
 
 
 @dataclasses.dataclass(frozen=True)

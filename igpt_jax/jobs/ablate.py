@@ -28,7 +28,9 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
   """Trains what isn't trained yet, until all is or until it is asked to stop, and compares."""
   workdir_lib.open_workdir(workdir)
   with lock.held(workdir):
-    mesh, notes = mesh or devices.mesh_of(settings), []
+    notes = []
+    if mesh is None:
+      devices.mesh_of(settings)  # refuses what doesn't suit the devices, before data are opened
     if settings.ablate.workdirs:
       planned, notes = entries.finished(settings)
     else:

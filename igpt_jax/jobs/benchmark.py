@@ -33,11 +33,14 @@ def run(settings: Settings, workdir: str) -> None:
   """Measures `benchmark.parts`; skips a part that can't be measured, unless it is the only one."""
   parts = [part for part in PARTS if part in settings.benchmark.parts]
   workdir_lib.open_workdir(workdir)
-  mesh = devices.mesh_of(settings)
+  train = settings.train
   sharding.batch_size_per_shard(
-    mesh, settings.train.batch_size, accumulate=settings.train.accumulate
+    devices.mesh_of(settings), train.batch_size, accumulate=train.accumulate
   )
   model_config, settings = model_of(settings)
+  model_config, mesh = devices.arranged(
+    settings, model_config, train.batch_size // train.accumulate
+  )
   sharding.check_model_fits(mesh, n_head=model_config.n_head, n_embd=model_config.n_embd)
   skipped: dict[str, str] = {}
   split = None
@@ -76,7 +79,9 @@ def run(settings: Settings, workdir: str) -> None:
   measures = {
     "training": training,
     "attention": lambda: measurements.attention(settings, model_config, mesh),
-    "sampling": lambda: measurements.sampling(settings, model_config, mesh),
+    "sampling": lambda: measurements.sampling(
+      settings, model_config, devices.sampling_mesh(settings, model_config)
+    ),
     "input": lambda: measurements.of_input(settings, cast(Split, split), values.get("training")),
   }
   for part in parts:

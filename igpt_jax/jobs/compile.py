@@ -35,6 +35,7 @@ from igpt_jax.reporting import summary as summary_lib
 from igpt_jax.reporting import versions
 from igpt_jax.training.compilation import flops_per_image, optimizer_flops
 from igpt_jax.training.objectives import make_objective
+from igpt_jax.workspace import devices
 from igpt_jax.workspace import workdir as workdir_lib
 
 METHOD = (
@@ -72,7 +73,9 @@ def run(settings: Settings, workdir: str) -> None:
     chosen, tried = planning.search(training, topology, say)
     training, mesh = chosen.training, chosen.mesh
   else:
-    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh), devices=list(topology.devices))
+    images, chips = training.batch_size // training.accumulate, list(topology.devices)
+    model, mesh = devices.arranged(settings, training.model, images, devices=chips)
+    training = dataclasses.replace(training, model=model)
     sharding.batch_size_per_shard(mesh, training.batch_size, accumulate=training.accumulate)
     sharding.check_model_fits(mesh, n_head=training.model.n_head, n_embd=training.model.n_embd)
   say(f"{describe(training, mesh)} on {topology.title}: compiling the training step")

@@ -47,8 +47,8 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 
 def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
   """Evaluates one checkpoint; results go to `out`."""
-  mesh = mesh or devices.mesh_of(settings)
-  sharding.batch_size_per_shard(mesh, settings.evaluate.batch_size, "evaluate.batch_size")
+  any_mesh = mesh or devices.mesh_of(settings)
+  sharding.batch_size_per_shard(any_mesh, settings.evaluate.batch_size, "evaluate.batch_size")
   own, data_config = settings.evaluate, settings.data
   split = open_split(data_config, own.split)
   train_split = _counted_on(data_config)
@@ -56,7 +56,7 @@ def evaluate(settings: Settings, workdir: str, out: str, mesh: Mesh | None = Non
     say(
       "baselines: counted on the evaluated images themselves, which flatters them: there is no train"
     )
-  trained = weights.load_model(settings, workdir, mesh, needs_images=not split.is_tokens)
+  trained, mesh = weights.load_model(settings, workdir, mesh, needs_images=not split.is_tokens)
   model = trained.config
   spec = model.tokens if split.is_tokens else checkpoint_tokens.tokens_of(trained)
   if split.max_token >= spec.n_vocab:

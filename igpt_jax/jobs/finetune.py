@@ -107,8 +107,8 @@ class FineTuning:
 
   def __init__(self, settings: Settings, workdir: str, folder: str, run: TrainingRun):
     self._run, self._folder, self._own = run, folder, settings.finetune
-    own, mesh = self._own, run.mesh
-    sharding.batch_size_per_shard(mesh, own.batch_size, "finetune.batch_size")
+    own = self._own
+    sharding.batch_size_per_shard(run.mesh, own.batch_size, "finetune.batch_size")
     self._data = dataclasses.replace(settings.data, augment=own.augment or settings.data.augment)
     self._splits = {
       name: sources.open_split(self._data, name) for name in ("train", "validation", "test")
@@ -118,7 +118,8 @@ class FineTuning:
     self.classes = self._split.class_names
     self._start = finetuning.begin(settings, workdir, folder, self._data, self._split)
     self.settings, self.spec = self._start.settings, self._start.spec
-    self.model = choices.model_config(self.settings, n_vocab=self.spec.n_vocab)
+    model = choices.model_config(self.settings, n_vocab=self.spec.n_vocab)
+    self.model, mesh = run.arrange(self.settings, model, own.batch_size), run.mesh
     sharding.check_model_fits(mesh, n_head=self.model.n_head, n_embd=self.model.n_embd)
     memory.check_state(self.model, mesh)
     self.loss = joint.JointLoss(

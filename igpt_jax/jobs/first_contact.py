@@ -61,7 +61,7 @@ class Subject:
   Attributes:
     name: its file's, without the suffix.
     settings: its own, with what the job's settings replace.
-    model, mesh: those of the settings.
+    model, mesh: those of its training.
   """
 
   name: str
@@ -182,7 +182,7 @@ def subjects_of(settings: Settings) -> dict[str, Subject]:
     own = named.settings_of(config, "config.first_contact.configs")
     own = choices.settle(with_values(own, given))
     model = choices.model_config(own)
-    mesh = devices.mesh_of(own)
+    model, mesh = devices.arranged(own, model, own.train.batch_size // own.train.accumulate)
     name = scrubbed(pathlib.Path(config).stem)
     if name in subjects:
       raise UserError(
@@ -307,10 +307,11 @@ def _sampling(subject: Subject, record: Record, until: float) -> Values:
     raise UserError(
       "sampling: objective 'masked' has no left-to-right distribution; expected 'autoregressive'"
     )
-  samples = sharding.round_up_batch(subject.mesh, subject.settings.benchmark.samples)
-  memory.check_cache(subject.model, samples, "", subject.mesh, "a smaller benchmark.samples")
+  mesh = devices.sampling_mesh(subject.settings, subject.model)
+  samples = sharding.round_up_batch(mesh, subject.settings.benchmark.samples)
+  memory.check_cache(subject.model, samples, "", mesh, "a smaller benchmark.samples")
   with progress.doing("sampling: compiling and drawing", say):
-    return measurements.sampling(subject.settings, subject.model, subject.mesh, until)
+    return measurements.sampling(subject.settings, subject.model, mesh, until)
 
 
 def _input(subject: Subject, record: Record, until: float) -> Values:
@@ -344,6 +345,7 @@ def _forecast(subject: Subject, record: Record, until: float) -> Values | None:
     "sample.samples": 0,
     "train.accumulate": trained["accumulate"],
     "model.dtype": subject.model.dtype,
+    "model.remat": subject.model.remat,
   }
   with progress.doing(f"forecast: job compile for {topology}", say):
     forecast = forecast_apart.run_job(with_values(subject.settings, changes), until)

@@ -60,7 +60,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def quality(settings: Settings, workdir: str, out: str) -> None:
   """Measures one checkpoint; results go to `out`."""
   info = weights.at_resolution(settings, completer_lib.describe(settings, workdir))
-  mesh = devices.mesh_of(settings)
+  mesh = devices.sampling_mesh(settings, info.config)
   splits = {name: open_split(settings.data, name) for name in ("train", "test")}
   for split in splits.values():
     _check_enough(split.fingerprint, len(split))

@@ -156,8 +156,8 @@ class ImageGPTConfig:
 class Preset:
   """Shape of a published model and its learning rates (paper, section 3.3 and appendix).
 
-  `remat` is the fastest policy with which the paper's batch fits on 16 chips of the smallest memory
-  (XL: on 256), according to compiled programs; on a CPU it is the fastest of all.
+  `remat` is that of CPUs, where it is the fastest, and of one device; over several accelerators it is chosen
+  (training/arrangement.py).
   """
 
   n_layer: int

@@ -125,6 +125,11 @@ def chip_of(device: Device) -> Chip | None:
   return CHIPS.get(device.device_kind)
 
 
+def kind_of(name: str) -> str:
+  """Returns the `device_kind` of a chip by its short name, such as "v5e"."""
+  return next(kind for kind, chip in CHIPS.items() if chip.name == name)
+
+
 def memory_bytes(mesh: Mesh) -> float | None:
   """Bytes that programs can use of a mesh's device here; a CPU's share of the machine's; None if unknown."""
   # Only the process that a device belongs to may ask it; of another's, the published figure does.

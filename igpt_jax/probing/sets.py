@@ -91,11 +91,11 @@ def open_source(settings: Settings, workdir: str, mesh: Mesh | None = None) -> S
   Raises:
     UserError: no labels, a layer out of range, another resolution, …
   """
-  mesh = mesh or devices.mesh_of(settings)
-  sharding.batch_size_per_shard(mesh, settings.features.batch_size, "features.batch_size")
+  any_mesh = mesh or devices.mesh_of(settings)
+  sharding.batch_size_per_shard(any_mesh, settings.features.batch_size, "features.batch_size")
   splits = {name: open_split(settings.data, name) for name in SPLITS}
   sources.check_labels(splits)
-  trained = weights.load_model(
+  trained, mesh = weights.load_model(
     settings,
     workdir,
     mesh,

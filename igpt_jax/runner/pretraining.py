@@ -76,14 +76,15 @@ def pretrain(
   with TrainingRun(
     settings, workdir, train.steps, mesh=mesh, began=began, listener=listener, keep_steps=trunk_ends
   ) as run:
-    mesh, batch_size = run.mesh, train.batch_size
-    sharding.batch_size_per_shard(mesh, batch_size, accumulate=train.accumulate)
+    batch_size = train.batch_size
+    sharding.batch_size_per_shard(run.mesh, batch_size, accumulate=train.accumulate)
     split = open_split(data, "train")
     held_out = open_split(data, "validation") if has_validation(data) else None
     start = weights.of_run(settings, workdir)
     settings = start.settings
     spec = training_palette.training_tokens(settings, data, split, workdir, start.palette)
     model = choices.model_config(settings, n_vocab=spec.n_vocab)
+    model, mesh = run.arrange(settings, model, batch_size // train.accumulate), run.mesh
     optimizer_config = choices.optimizer_config(settings)
     objective = objectives.make_objective(settings.objective, settings.mask_probability)
     schedule = optimizer.make_schedule(optimizer_config)

@@ -52,7 +52,7 @@ class TrainingRun:
     checkpoints: arguments of `Checkpoints`; those of `settings.train` otherwise.
 
   Attributes:
-    mesh: the mesh of state and batches, once the run is entered.
+    mesh: the mesh of state and batches, once `arrange` has chosen it; before, one with as many parts of a batch.
     settings: as given; from `claim` on with all choices made.
     first_step: the step of the state that `resume_or` returned.
     lengths: changes of the run's number of steps, or of its decay: "at" which step, from how many
@@ -101,6 +101,11 @@ class TrainingRun:
     if kind is not None and not issubclass(kind, SaveFailed) and "checkpoints" in self.__dict__:
       self.checkpoints.let_go()
     self._held.__exit__(kind, *error)
+
+  def arrange(self, settings: Settings, model: ImageGPTConfig, batch_size: int) -> ImageGPTConfig:
+    """Chooses the run's mesh and the model's remat; returns the model with it (`devices.arranged`)."""
+    model, self.mesh = devices.arranged(settings, model, batch_size, self._given_mesh)
+    return model
 
   def claim(self, settled: Settings, spec: TokenSpec) -> None:
     """Writes settings and the tokens' palette into the folder, which makes it this run's."""
@@ -309,6 +314,7 @@ class TrainingRun:
     return {
       "version": __version__,
       "model": dataclasses.asdict(model),
+      "mesh": dict(self.mesh.shape),
       "objective": self.settings.objective,
       "mask_probability": mask_probability,
       "resolution": self.settings.data.resolution,

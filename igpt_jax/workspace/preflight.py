@@ -58,7 +58,8 @@ def here(
   """
   files.place("--workdir", workdir, used=False)
   asked_for = tpu_types.find(asked, "slice") if asked else None
-  mesh = _mesh(settings, asked_for) if asked_for else ()
+  if asked_for:
+    _check_mesh(settings, asked_for)
   if check is not None:
     check(settings)
   left = "" if check else "; what concerns several settings is checked on the slice (no jax here)"
@@ -72,33 +73,33 @@ def here(
   elif check is None:
     yield "time: no forecast without jax here"
   else:
-    yield from _forecast(settings, asked_for, mesh)
+    yield from _forecast(settings, asked_for)
   yield f"price: chip-hours times that of a chip and hour of {asked_for.kind.type}, by region: {_PRICES}"
 
 
-def _mesh(settings: Settings, asked_for: Slice) -> tuple[int, ...]:
-  """Returns the mesh's sizes over each slice.
-
-  Raises:
-    UserError: the mesh or a batch doesn't divide, or the config is for another number of slices.
-  """
+def _check_mesh(settings: Settings, asked_for: Slice) -> None:
+  """Raises UserError if the mesh or a batch doesn't divide, or the config is for another number of slices."""
   slices, count = settings.mesh.slices, asked_for.count
   if slices not in (-1, count):
     raise UserError(
       f"config.mesh.slices: {slices}; {units.counted(count, 'slice')} would be asked for; expected the same; fix: "
       f"--slices={slices} of the launcher, or --config.mesh.slices={count}"
     )
-  own = settings.mesh
-  mesh = sizes.mesh_sizes(own.data, own.fsdp, own.tensor, asked_for.devices, count)
+  mesh = _sizes(settings, asked_for)
   shards = count * mesh[0] * mesh[1]
   for name in _BATCHES.get(settings.job, ()):
     accumulate = settings.train.accumulate if name.startswith("train.") else 1
     if not settings.sizing.minutes:
       sizes.images_per_shard(shards, value_of(settings, name), name, accumulate, count)
-  return mesh
 
 
-def _forecast(settings: Settings, asked_for: Slice, mesh: tuple[int, ...]) -> Iterator[str]:
+def _sizes(settings: Settings, asked_for: Slice, fsdp: int = 1) -> tuple[int, ...]:
+  """Returns the mesh's sizes over each slice; `fsdp` if that is open."""
+  own = settings.mesh.with_fsdp(fsdp)
+  return sizes.mesh_sizes(own.data, own.fsdp, own.tensor, asked_for.devices, asked_for.count)
+
+
+def _forecast(settings: Settings, asked_for: Slice) -> Iterator[str]:
   """Yields the lines on time and grace; needs jax.
 
   Raises:
@@ -107,14 +108,19 @@ def _forecast(settings: Settings, asked_for: Slice, mesh: tuple[int, ...]) -> It
   from jax.sharding import AbstractMesh
 
   from igpt_jax.config import choices
-  from igpt_jax.parallel import sharding
+  from igpt_jax.parallel import hardware, sharding
   from igpt_jax.prediction import forecast_table
+  from igpt_jax.training import arrangement
 
   # The dtype is the slice's, not this machine's.
   compiled = dataclasses.replace(settings.compile, topology=asked_for.topology)
   settled = choices.settle(dataclasses.replace(settings, compile=compiled))
   model = choices.model_config(settled)
   optimizer = choices.optimizer_config(settled)
+  kind, tensor = hardware.kind_of(asked_for.kind.name), max(settings.mesh.tensor, 1)
+  groups = asked_for.devices // tensor
+  fsdp = arrangement.fsdp(model, groups, kind, tensor, asked_for.count)
+  mesh = _sizes(settings, asked_for, fsdp)
   sharding.check_model_fits(
     AbstractMesh(mesh, sizes.MESH_AXES), n_head=model.n_head, n_embd=model.n_embd
   )

@@ -25,7 +25,7 @@ from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import formats, hub, packaged
 from igpt_jax.pretrained.leaves import Report, placer
 from igpt_jax.training.state import param_shardings
-from igpt_jax.workspace import checkpoint_tokens
+from igpt_jax.workspace import checkpoint_tokens, devices
 from igpt_jax.workspace import workdir as workdir_lib
 
 
@@ -260,14 +260,15 @@ def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
 def load_model(
   settings: Settings,
   workdir: str,
-  mesh: Mesh,
+  mesh: Mesh | None,
   *,
   needs_images: bool,
   check: Callable[[CheckpointInfo], object] = lambda info: None,
-) -> checkpoint.LoadedModel:
-  """Reads the model of `checkpoint`, or the workdir's newest, onto the mesh.
+) -> tuple[checkpoint.LoadedModel, Mesh]:
+  """Reads the model of `checkpoint`, or the workdir's newest, onto the mesh, and returns both.
 
-  `check` may refuse it before its weights are read. `needs_images`: its tokens must stand for images.
+  `mesh` None: the settings', or what is chosen for the model. `check` may refuse it before its weights are read.
+  `needs_images`: its tokens must stand for images.
 
   Raises:
     UserError, before the weights are read: there is none, it is of another resolution than the
@@ -278,7 +279,8 @@ def load_model(
     checkpoint_tokens.check_tokens_known(info)
   check(info)
   say(f"checkpoint: {info.path}")
-  return read_model(settings, info, mesh)
+  mesh = mesh or devices.mesh_of(settings, info.config)
+  return read_model(settings, info, mesh), mesh
 
 
 def read_model(settings: Settings, info: CheckpointInfo, mesh: Mesh) -> checkpoint.LoadedModel:

@@ -7,7 +7,6 @@ the first compilation.
 """
 
 import contextlib
-import dataclasses
 import io
 import os
 import random
@@ -26,9 +25,8 @@ from igpt_jax.config.fields import base
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import complete, evaluate, finetune, pretrain, sample
-from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training import compilation
-from igpt_jax.workspace import weights
+from igpt_jax.workspace import devices, weights
 from support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
@@ -72,7 +70,7 @@ class Reached(BaseException):
 
 
 def mesh_of(settings):
-  return make_mesh(**dataclasses.asdict(settings.mesh), devices=jax.devices()[:2])
+  return devices.mesh_of(settings, devices=jax.devices()[:2])
 
 
 def flat(tree, prefix=""):

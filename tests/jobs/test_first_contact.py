@@ -229,7 +229,8 @@ def test_a_forecast_stands_beside_its_measurement(tmp_path, monkeypatch):
   (settings,) = asked
   assert (settings.job, settings.compile.topology) == ("compile", "v5e:2x4")
   assert (settings.train.accumulate, settings.sample.samples) == (4, 0)
-  assert settings.model == dataclasses.replace(subject.settings.model, dtype="float32")
+  computed = {"dtype": "float32", "remat": subject.model.remat}
+  assert settings.model == dataclasses.replace(subject.settings.model, **computed)
   monkeypatch.setattr(contact_parts.contact_tables, "as_markdown", str)
   record.finish(drawn, "measured", values=values)
   ratio = "measured_over_forecast"

@@ -109,7 +109,7 @@ def test_sampling_is_forecast_beside_training(small):
   [
     ("--config.train.batch_size=256", "--config.model.remat=none"),
     # So large that the compiler doesn't begin: its state alone, on every chip.
-    ("--config.train.batch_size=4", "--config.model.n_embd=3072"),
+    ("--config.train.batch_size=4", "--config.model.n_embd=3072", "--config.model.remat=names"),
   ],
   ids=["activations", "state"],
 )

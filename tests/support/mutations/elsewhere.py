@@ -44,6 +44,20 @@ MUTATIONS = (
     f"{_SHARDING}::test_a_batch_is_divided_into_parts_that_divide",
   ),
   Mutation(
+    "mesh-chosen-over-the-set-one",
+    "config/run_fields.py",
+    "fsdp=self.fsdp or (chosen",
+    "fsdp=chosen or (chosen",
+    "unit/workspace/test_devices.py::test_what_is_set_wins_and_needs_no_line",
+  ),
+  Mutation(
+    "remat-that-is-set-replaced",
+    "workspace/devices.py",
+    "if not settings.model.remat:",
+    "if True:",
+    "unit/workspace/test_devices.py::test_what_is_set_wins_and_needs_no_line",
+  ),
+  Mutation(
     "own-rate-ignored",
     "config/choices.py",
     "learning_rate=train.learning_rate or rate,",

@@ -32,7 +32,7 @@ def test_hours_and_grace_are_those_of_the_forecast():
   assert lines["time"].startswith(
     "15.6 hours, 249 chip-hours: 1,000,000 steps of 56 ms, iGPT-S 32²"
   )
-  assert "made with" not in lines["time"]
+  assert "made with batch 128, mesh (16, 1, 1)" in lines["time"]  # (2, 8, 1) is chosen
   assert lines["grace"].startswith("3 s to save when told to stop: two steps and 919 MB by 4 hosts")
   assert "https://cloud.google.com/tpu/pricing" in lines["price"]
   # Another batch and mesh take their share of the forecast's, and say so.
