@@ -7,18 +7,22 @@ from igpt_jax.config.fields import base
 # ILSVRC-2012's training images, and the share of them that the paper trains on while tuning.
 _IMAGENET_TRAIN = 1_281_167
 _IMAGENET_VALIDATION = 0.04
+_IMAGES = 128_000_000  # seen in a run, of any size
 
 
-def imagenet(size: str, resolution: int) -> Any:
-  """The paper's pretraining on ImageNet (section 3): its images, batch, steps and warm-up."""
+def imagenet(size: str, resolution: int, batch_size: int = 0) -> Any:
+  """The paper's pretraining on ImageNet (section 3): its images, batch, steps and warm-up.
+
+  With another batch than the paper's (0) as many images are seen, in all and in the warm-up, in other steps.
+  """
   config = base()
   config.data.name = "imagenet2012"
   config.data.resolution = resolution
   config.data.augment = "paper"
   config.data.validation = _IMAGENET_VALIDATION
   config.model.size = size
-  config.train.batch_size = 64 if size == "xl" else 128
-  config.train.steps = 2_000_000 if size == "xl" else 1_000_000
+  config.train.batch_size = batch_size or (64 if size == "xl" else 128)
+  config.train.steps = _IMAGES // config.train.batch_size
   epoch = _IMAGENET_TRAIN * (1 - _IMAGENET_VALIDATION)
   config.train.warmup_steps = round(epoch / config.train.batch_size)
   config.train.log_every = 100

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from igpt_jax.config import base, choices
+from igpt_jax.config.fields import FIELDS, value_of
 from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import count_params
@@ -32,6 +33,7 @@ def test_the_configs_are_there():
   wanted = {f"imagenet{side}_{size}" for side in (32, 48, 64) for size in PRESETS}
   assert names >= wanted | {"quickstart", "cifar10_small", "cifar10_s", "imagenet32_s_bert"}
   assert names >= {"cifar10_16_modern", "imagenet32_s_modern", "imagenet32_l_modern"}
+  assert names >= {f"imagenet{name}_fast" for name in ("32_s", "32_m", "32_l", "64_xl")}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -63,6 +65,28 @@ def test_config_builds_its_abstract_state(path):
     seen = config.train.warmup_steps * config.train.batch_size
     assert seen == pytest.approx(0.96 * 1_281_167, rel=1e-3)  # one epoch
     assert config.data.augment == "paper"
+
+
+@pytest.mark.parametrize(
+  "path", [path for path in CONFIGS if path.stem.endswith("_fast")], ids=lambda path: path.stem
+)
+def test_a_fast_config_is_the_papers_but_for_batch_and_rate(path):
+  """The square root rule for Adam; as many images in all, and in the warm-up, to within a batch."""
+  paper, fast = (
+    settings_of(load(path.with_name(f"{name}.py")).get_config())
+    for name in (path.stem.removesuffix("_fast"), path.stem)
+  )
+  changed = {name for name in FIELDS if value_of(paper, name) != value_of(fast, name)}
+  own = ("batch_size", "steps", "learning_rate", "warmup_steps")
+  assert changed == {f"train.{name}" for name in own}
+  more = fast.train.batch_size / paper.train.batch_size
+  rates = [choices.optimizer_config(own).learning_rate for own in (paper, fast)]
+  assert more >= 2 and rates[1] == pytest.approx(rates[0] * more**0.5)
+  images = [own.train.steps * own.train.batch_size for own in (paper, fast)]
+  assert images[0] == images[1]
+  warmed = [own.train.warmup_steps * own.train.batch_size for own in (paper, fast)]
+  assert abs(warmed[0] - warmed[1]) <= fast.train.batch_size
+  assert "Departs from the paper" in load(path).__doc__
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
