@@ -25,7 +25,7 @@ _STEP_SHARE = (
 )
 
 _SMALL = 50e6  # parameters; of smaller models nothing was forecast
-_FEW = 8  # devices: with so many, splitting over all takes no longer than over half of them
+_FEW = 8  # devices: with so many, splitting over all takes no more than 1% longer than over half
 _MOST = 32  # parts of a matrix
 _ROWS = 32  # a part's rows are a multiple: others are gathered by a sum of whole matrices
 

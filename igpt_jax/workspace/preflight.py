@@ -132,7 +132,7 @@ def _forecast(settings: Settings, asked_for: Slice) -> Iterator[str]:
     }
   )
   train, step = settings.train, 0.0
-  known = forecast_table.known(name, asked_for.title)
+  known = forecast_table.known(name, asked_for.title, train.batch_size)
   if known is None:
     several = f" --config.mesh.slices={asked_for.count}" if asked_for.count > 1 else ""
     yield (

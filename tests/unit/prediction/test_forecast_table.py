@@ -36,11 +36,22 @@ def test_a_name_tells_what_is_not_the_papers(made, name):
   assert forecast_table.name_of(values_of(**made)) == name
 
 
-def test_another_recipe_has_a_row_of_its_own(tmp_path):
-  for values in (values_of(), values_of("muon"), values_of()):
+def test_another_recipe_or_batch_has_a_row_of_its_own(tmp_path):
+  larger = values_of() | {"batch_size": 256}
+  for values in (values_of(), values_of("muon"), larger, values_of()):
     forecast_table.add(str(tmp_path), values)
-  assert list(json.loads((tmp_path / "scale.json").read_text())) == [
-    "iGPT-S 32², v5e:4x4", "iGPT-S 32² (muon), v5e:4x4"
+  rows = json.loads((tmp_path / "scale.json").read_text())
+  assert list(rows) == [
+    "iGPT-S 32², v5e:4x4, batch 128", "iGPT-S 32² (muon), v5e:4x4, batch 128",
+    "iGPT-S 32², v5e:4x4, batch 256",
+  ]  # fmt: skip
+  # A row of an older version, whose key had no batch, is replaced all the same.
+  older = {"iGPT-S 32², v5e:4x4": rows.pop("iGPT-S 32², v5e:4x4, batch 128")} | rows
+  (tmp_path / "scale.json").write_text(json.dumps(older))
+  forecast_table.add(str(tmp_path), values_of() | {"remat": "full"})
+  now = json.loads((tmp_path / "scale.json").read_text())
+  assert [(key, row["remat"]) for key, row in now.items()] == [
+    ("iGPT-S 32², v5e:4x4, batch 128", "full"), *((key, "names") for key in rows)
   ]  # fmt: skip
   assert "iGPT-S 32² (muon)" in (tmp_path / "scale.md").read_text()
 
@@ -48,28 +59,31 @@ def test_another_recipe_has_a_row_of_its_own(tmp_path):
 def test_a_forecast_of_ones_own_goes_before_the_carried_one(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "runs" / "scale").mkdir(parents=True)
-  assert forecast_table.known("iGPT-S 32²", "v5e:4x4").source == "docs/scale.md"
-  assert forecast_table.known("iGPT-S 32²", "3×v5e:4x4") is None
+  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 128).source == "docs/scale.md"
+  assert forecast_table.known("iGPT-S 32²", "3×v5e:4x4", 128) is None
   forecast_table.add("runs/scale", values_of())  # doesn't fit: no time
-  assert forecast_table.known("iGPT-S 32²", "v5e:4x4").source == "docs/scale.md"
+  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 128).source == "docs/scale.md"
   timed = values_of() | {"step_seconds": 0.5, "mfu": 0.5, "images_per_second": 2.0}
   forecast_table.add("runs/scale", timed | {"days": 1.0, "chip_hours": 1.0})
-  own = forecast_table.known("iGPT-S 32²", "v5e:4x4")
+  own = forecast_table.known("iGPT-S 32²", "v5e:4x4", 128)
   assert own == forecast_table.Known(128, (16, 1, 1), 0.5, "runs/scale/scale.json")
+  # The nearest batch counts more than who has made it.
+  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 1_024).batch_size == 256
+  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 150) == own
 
 
 def test_the_carried_forecasts_are_those_of_the_page():
   """Each is a row of a table in docs/scale.md: its slice, and its step in whole or tenths of milliseconds."""
   page = (ROOT / "docs" / "scale.md").read_text()
-  for name, slices in forecast_table._CARRIED.items():
-    for topology, (_, _, seconds) in slices.items():
-      step = f"{1e3 * seconds:,.0f}|{1e3 * seconds:,.1f}"
-      several, _, size = topology.rpartition("×")
-      model, slices = name, topology
-      if several:
-        model, slices = f"`imagenet32_{name[5].lower()}`", f"{several} × {size}"
-      row = re.compile(rf"^\| {model} \| {slices} \|(.*\|)? ({step}) ms \|", re.MULTILINE)
-      assert row.search(page), (name, topology, seconds)
+  for name, topology, batch, mesh, seconds in forecast_table._CARRIED:
+    several, _, size = topology.rpartition("×")
+    shape, step = " × ".join(map(str, mesh)), f"{1e3 * seconds:,.0f}"
+    model, slices, cells = name, topology, rf"\d+ \| {shape} \| {batch:,} \|.*\| "
+    if several:
+      model, slices = f"`imagenet32_{name[5].lower()}`", f"{several} × {size}"
+      step, cells = f"{1e3 * seconds:,.1f}", ""
+    row = re.compile(rf"^\| {model} \| {slices} \| {cells}{step} ms \|", re.MULTILINE)
+    assert row.search(page), (name, topology, batch, seconds)
 
 
 def test_slices_have_a_row_of_their_own_with_what_crosses_between_them(tmp_path):
@@ -80,7 +94,7 @@ def test_slices_have_a_row_of_their_own_with_what_crosses_between_them(tmp_path)
   several = {"slices": 2, "mesh": mesh, "chips": 32, "between_slices": network}
   forecast_table.add(str(tmp_path), values_of() | several)
   assert list(json.loads((tmp_path / "scale.json").read_text())) == [
-    "iGPT-S 32², v5e:4x4", "iGPT-S 32², 2×v5e:4x4"
+    "iGPT-S 32², v5e:4x4, batch 128", "iGPT-S 32², 2×v5e:4x4, batch 128"
   ]  # fmt: skip
   head, _, one, two = (tmp_path / "scale.md").read_text().splitlines()
   assert head.endswith("| between slices, a chip and step |") and one.endswith("|  |")

@@ -28,17 +28,17 @@ def said(settings, asked, workdir="gs://bucket/run", check=read.check):
 def test_hours_and_grace_are_those_of_the_forecast():
   lines = said(settings_of(), "v5litepod-16")
   assert lines["slice"] == "v5litepod-16 (v5e:4x4): 16 chips, 4 hosts"
-  # 1,000,000 × 56.0 ms, and 12 bytes for each of 76.6 million parameters over 4 hosts.
+  # 1,000,000 × 49.4 ms, and 12 bytes for each of 76.6 million parameters over 4 hosts.
   assert lines["time"].startswith(
-    "15.6 hours, 249 chip-hours: 1,000,000 steps of 56 ms, iGPT-S 32²"
+    "13.7 hours, 219 chip-hours: 1,000,000 steps of 49 ms, iGPT-S 32²"
   )
-  assert "made with batch 128, mesh (16, 1, 1)" in lines["time"]  # (2, 8, 1) is chosen
+  assert "made with" not in lines["time"]  # with the mesh that is chosen
   assert lines["grace"].startswith("3 s to save when told to stop: two steps and 919 MB by 4 hosts")
   assert "https://cloud.google.com/tpu/pricing" in lines["price"]
   # Another batch and mesh take their share of the forecast's, and say so.
-  other = said(settings_of(**{"train.batch_size": 256, "mesh.fsdp": 2}), "v5litepod-16")
-  assert "steps of 112 ms" in other["time"]
-  assert "made with batch 128, mesh (16, 1, 1)" in other["time"]
+  other = said(settings_of(**{"train.batch_size": 512, "mesh.fsdp": 2}), "v5litepod-16")
+  assert "steps of 181 ms" in other["time"]
+  assert "made with batch 256, mesh (2, 8, 1)" in other["time"]
 
 
 def test_where_there_is_no_forecast_it_says_how_to_get_one():
