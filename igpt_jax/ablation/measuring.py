@@ -37,10 +37,10 @@ def measure(settings: Settings, workdir: str, result: Result, mesh: Mesh | None)
   """
   entry = result.entry
   path = checkpoint.path_of(entry.folder, entry.steps)
-  # The run's own data and model; how to measure is the job's.
+  # The run's own data and model; how to measure, and on which devices, is the job's.
   own = dataclasses.replace(
     entry.settings, checkpoint=path, evaluate=settings.evaluate, features=settings.features,
-    probe=settings.probe,
+    probe=settings.probe, mesh=settings.mesh,
   )  # fmt: skip
   own = with_values(own, {"features.baselines": (), "features.cache": ""})
   info = weights.describe(path, own)

@@ -107,7 +107,7 @@ class ModelConfig(Group, prefix="model", jobs=MAKING):
   dtype: str = setting("", 'dtype of activations; "": bfloat16 on accelerators, float32 on CPU',
     choices=("float32", "bfloat16"), jobs=COMPUTING)
   remat: str = setting("", "rematerialization in the backward pass: none, names, offload, full; \"\": names where "
-    "it should fit, else full; on a CPU, or one device, the size's", choices=("none", "names", "offload", "full"))
+    "it should fit, else full; on CPUs the size's", choices=("none", "names", "offload", "full"))
   attention: str = setting("auto", "implementation of attention", jobs=COMPUTING,
     choices=("auto", "xla", "blocked", "cudnn", "tpu", "tpu_interpret"))
   # The following aren't the paper's. A checkpoint that training starts from keeps its own.

@@ -24,7 +24,7 @@ class Speeds:
     if not math.isnan(step_seconds):
       self._known[self._costs.size(shape)] = self._costs.flops_per_step(shape) / step_seconds
 
-  def measure(self, shapes: tuple[Shape, Shape], mesh: Mesh) -> None:
+  def measure(self, shapes: tuple[Shape, Shape], mesh: Mesh | None) -> None:
     """Times some steps of both shapes, unless two are known already. Collective."""
     if len(self._known) < 2:
       for shape in shapes:

@@ -43,13 +43,13 @@ class Study:
   Args:
     settings: of job isoflop.
     workdir: the job's.
-    mesh: the mesh to train on.
+    mesh: the mesh to train on; None: each run's own.
 
   Raises:
     UserError: a budget can't be spent as the settings ask, or data or palette aren't as they must be.
   """
 
-  def __init__(self, settings: Settings, workdir: str, mesh: Mesh):
+  def __init__(self, settings: Settings, workdir: str, mesh: Mesh | None):
     self._rungs = rungs(settings.isoflop.shapes)
     self._shared = entries.opened(settings, workdir)
     self._settings, self._workdir, self._mesh = self._shared.settings, workdir, mesh

@@ -95,7 +95,7 @@ def run(settings: Settings, workdir: str) -> None:
     )
   if training.model.causal and settings.sample.samples and not settings.compile.plan:
     n, cache, model = settings.sample.samples, settings.sample.cache, training.model
-    mesh = planning.sampling_mesh(model, topology, n, cache)
+    mesh = devices.sampling_mesh(settings, model, together=n, devices=list(topology.devices))
     say(f"compiling the sampling of {n} images, mesh ({sizes_of(mesh)})")
     sampling = choices.sampling_config(settings)
     drawn = forecasting.sampling(model, sampling, n, topology, mesh, cache)

@@ -23,7 +23,9 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
   """Trains what isn't trained yet, until all is or until it is asked to stop, and fits the surface."""
   workdir_lib.open_workdir(workdir)
   with lock.held(workdir):
-    study = Study(settings, workdir, mesh or devices.mesh_of(settings))
+    if mesh is None:
+      devices.mesh_of(settings)  # refuses what doesn't suit the devices, before data are opened
+    study = Study(settings, workdir, mesh)
     say(study.plan())
     with watchdog.Watchdog(settings.hang_seconds, "hang_seconds"):
       stopped_by = study.train()

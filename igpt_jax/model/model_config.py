@@ -156,8 +156,7 @@ class ImageGPTConfig:
 class Preset:
   """Shape of a published model and its learning rates (paper, section 3.3 and appendix).
 
-  `remat` is that of CPUs, where it is the fastest, and of one device; over several accelerators it is chosen
-  (training/arrangement.py).
+  `remat` is that of CPUs, where it is the fastest; on accelerators it is chosen (training/arrangement.py).
   """
 
   n_layer: int

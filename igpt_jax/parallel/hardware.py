@@ -126,8 +126,13 @@ def chip_of(device: Device) -> Chip | None:
 
 
 def kind_of(name: str) -> str:
-  """Returns the `device_kind` of a chip by its short name, such as "v5e"."""
-  return next(kind for kind, chip in CHIPS.items() if chip.name == name)
+  """Returns the `device_kind` of a chip by its short name, such as "v5e"; of a TPU without figures, "TPU v3"."""
+  return next((kind for kind, chip in CHIPS.items() if chip.name == name), f"TPU {name}")
+
+
+def has_wide_matrix_unit(kind: str) -> bool:
+  """True if devices of this `device_kind` are TPUs with 256 × 256 matrix units (v6e on), not 128 × 128."""
+  return kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4", "TPU v5"))
 
 
 def memory_bytes(mesh: Mesh) -> float | None:

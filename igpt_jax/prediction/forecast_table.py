@@ -102,13 +102,14 @@ class Known:
   source: str
 
 
-def known(name: str, topology: str, batch_size: int) -> Known | None:
-  """Returns the forecast of the nearest batch, of equal ones that in WORKDIR; None: there is none.
+def known(name: str, topology: str, batch_size: int, mesh: tuple[int, ...]) -> Known | None:
+  """Returns the forecast of the nearest batch, of those the same mesh's, or one in WORKDIR; None: there is none.
 
   Args:
     name: by `name_of`.
     topology: the slice's, such as "v5e:4x4"; of several, "2×v5e:4x4".
     batch_size: images in a batch.
+    mesh: a slice's mesh.
 
   Raises:
     UserError: the table in WORKDIR is damaged.
@@ -128,9 +129,11 @@ def known(name: str, topology: str, batch_size: int) -> Known | None:
     for model, slices, batch, mesh, seconds in _CARRIED
     if (model, slices) == (name, topology)
   ]
-  return min(
-    own + carried, key=lambda row: abs(math.log(row.batch_size / batch_size)), default=None
-  )
+
+  def distance(row: Known) -> tuple[float, bool]:
+    return abs(math.log(row.batch_size / batch_size)), row.mesh != mesh
+
+  return min(own + carried, key=distance, default=None)
 
 
 def name_of(values: dict[str, Any]) -> str:

@@ -8,12 +8,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import count_params
-from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.prediction import forecast as forecasting
 from igpt_jax.prediction.forecast import Forecast, Training
@@ -21,7 +19,7 @@ from igpt_jax.prediction.topology import Topology
 from igpt_jax.training import arrangement
 from igpt_jax.training.compilation import flops_per_image
 
-COMPILED = 4  # candidates that are compiled
+COMPILED = 5  # candidates that are compiled
 _BATCHES_TRIED = 3
 LARGEST_BATCH = 4  # times the config's; one image per device is considered in any case
 _TENSOR = (1, 2, 4)
@@ -67,7 +65,10 @@ def search(
   Raises:
     UserError: nothing fits; it says the least memory that was needed.
   """
-  ordered = sorted(candidates(training, topology), key=lambda c: estimate(c, topology))
+  # What is chosen where nobody plans comes first: the others are to beat it.
+  ordered = sorted(
+    candidates(training, topology), key=lambda c: (not _by_rule(c, topology), estimate(c, topology))
+  )
   report(f"plan: {len(ordered)} candidates on {topology.title}, compiling up to {COMPILED}")
   tried: list[Compiled] = []
 
@@ -119,6 +120,17 @@ def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
         yield Candidate(changed, mesh)
 
 
+def _by_rule(candidate: Candidate, topology: Topology) -> bool:
+  """True for the arrangement that training/arrangement.py chooses for the candidate's batch."""
+  model, mesh = candidate.training.model, candidate.mesh
+  named, batch = dataclasses.replace(model, remat="names"), candidate.training.batch_size
+  in_slice, kind = mesh.size // topology.slices, mesh.devices.flat[0].device_kind
+  fsdp = arrangement.fsdp(named, batch, in_slice, kind, slices=topology.slices)
+  if sharding.weight_shards(mesh) != fsdp or sharding.batch_shards(mesh) != mesh.size:
+    return False
+  return model.remat == arrangement.remat(model, batch // mesh.size, mesh)
+
+
 def _batches(smallest: int, shards: int) -> list[int]:
   """Multiples of the shards by powers of two, from the config's batch up."""
   largest = max(LARGEST_BATCH * smallest, shards)
@@ -129,7 +141,9 @@ def _batches(smallest: int, shards: int) -> list[int]:
 def memory(training: Training, mesh: Mesh) -> float:
   """Bytes per device, by arithmetic: within about a fifth of the compiler's figure."""
   images = sharding.batch_size_per_shard(mesh, training.batch_size, accumulate=training.accumulate)
-  return arrangement.step_bytes(training.model, images, mesh)
+  tensor = mesh.size // sharding.batch_shards(mesh)
+  kind = mesh.devices.flat[0].device_kind
+  return arrangement.step_bytes(training.model, images, kind, sharding.weight_shards(mesh), tensor)
 
 
 def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
@@ -145,10 +159,12 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
   if model.remat == "none":
     flops *= 1.3  # writing and reading all activations costs more than a little recomputing
   seconds = flops / topology.chip.peak_flops / _EFFICIENCY
-  # Nothing hides the sum of gradients. Over all of a slice the compiler sums them whole on every chip,
-  # over a part it scatters them. Rows that don't fill the tiles of memory are gathered by an
-  # all-reduce, which nothing hides either.
-  sums = 1.0 if sharding.weight_shards(mesh) // tensor in (1, len(everyone)) else 0.6
+  # Nothing hides the sum of gradients, which the compiler scatters if weights are split over a part of a
+  # slice, over all of a few chips, or of one of several slices; else it sums them whole on every chip. Rows
+  # that don't fill the tiles of memory are gathered by an all-reduce, which nothing hides either.
+  split = sharding.weight_shards(mesh) // tensor
+  few = len(everyone) <= arrangement.FEW or topology.slices > 1
+  sums = 1.0 if split == 1 or (split == len(everyone) and not few) else 0.6
   if model.n_embd // sharding.weight_shards(mesh) % 32:
     sums = 3.0
   seconds += sums * links.seconds("all-reduce", 2 * parameters / tensor, everyone[::tensor])
@@ -162,27 +178,6 @@ def estimate(candidate: Candidate, topology: Topology) -> tuple[float, float]:
   # Adam reads and writes 28 bytes a parameter; a chip does some 250 FLOPs in the time of a byte.
   seconds += 28 * parameters / sharding.weight_shards(mesh) * 250 / topology.chip.peak_flops
   return seconds / training.batch_size, training.batch_size
-
-
-def sampling_mesh(
-  model: ImageGPTConfig, topology: Topology, n_images: int = 0, cache_dtype: str = ""
-) -> Mesh:
-  """Returns the mesh for sampling: weights split over as few devices as hold them.
-
-  Every pixel reads all weights.
-
-  Args:
-    model: the model to sample from.
-    topology: the slice.
-    n_images, cache_dtype: size of the cache, which is spread over all devices.
-  """
-  n, hbm = len(topology.devices) // topology.slices, topology.chip.hbm_bytes
-  item = jnp.dtype(cache_dtype or model.dtype).itemsize
-  cache = (
-    2 * model.n_layer * model.n_positions * model.n_embd * item * n_images / n / topology.slices
-  )
-  tensor = arrangement.tensor_for_sampling(model, n, hbm, cache)
-  return sharding.make_mesh(n // tensor, 1, tensor, topology.slices, list(topology.devices))
 
 
 def row(candidate: Compiled) -> dict:
@@ -223,7 +218,7 @@ def remedies(training: Training, mesh: Mesh) -> list[str]:
     fixes.append(f"--config.model.remat={'names' if model.remat == 'none' else 'full'}")
   weights, most = sharding.weight_shards(mesh), sharding.slice_size(mesh)
   if weights < most and model.n_embd % most == 0:
-    held = arrangement.state_bytes(model, mesh) / 2**30
+    held = arrangement.state_bytes(model, weights) / 2**30
     fixes.append(
       f"--config.mesh.data=1 --config.mesh.fsdp=-1 (the state takes about {held:.1f} GiB a device "
       f"now, {held * weights / most:.1f} then)"

@@ -1,5 +1,6 @@
 """The benchmark job's results as Markdown: a heading, a table, notes."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,7 +92,9 @@ def _attention_notes(part: Values):
 
 def _sampling_rows(part: Values):
   speed = f"{part['samples_per_second']:,.3f} images/s, {part['tokens_per_second']:,.0f} tokens/s"
-  yield f"sampling {part['samples']} images", part["all_samples"], speed
+  several = math.prod(part["mesh"].values()) > 1
+  on = ", " + " × ".join(f"{axis} {size}" for axis, size in part["mesh"].items()) if several else ""
+  yield f"sampling {part['samples']} images{on}", part["all_samples"], speed
 
 
 def _input_rows(part: Values):

@@ -5,7 +5,7 @@ compute different images.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +19,7 @@ from igpt_jax.parallel import hardware, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.parallel.sharding import make_mesh
 from igpt_jax.training import arrangement
+from igpt_jax.workspace import memory
 
 _COPIES_BYTES = 2**30  # limit of all devices' copies of the weights
 
@@ -26,6 +27,7 @@ _COPIES_BYTES = 2**30  # limit of all devices' copies of the weights
 def mesh_of(
   settings: Settings,
   model: ImageGPTConfig | None = None,
+  batch_size: int = 0,
   devices: Sequence[hardware.Device] | None = None,
 ) -> Mesh:
   """Returns the settings' mesh, with `mesh.fsdp` chosen for a model if it is open.
@@ -34,6 +36,7 @@ def mesh_of(
     settings: of the job.
     model: the model to train, or to pass images through; None: whole copies if it is open, which is all the
       same for what depends on a batch's parts alone.
+    batch_size: images that all devices compute at a time in training; 0: none are trained on.
     devices: the devices, in order; None: all of this run.
 
   Raises:
@@ -42,9 +45,10 @@ def mesh_of(
   own, fsdp = settings.mesh, 1
   devices = jax.devices() if devices is None else devices
   if model is not None:
-    slices, tensor = hardware.by_slice(devices, own.slices), max(own.tensor, 1)
-    kind, groups = devices[0].device_kind, len(slices[0]) // tensor
-    fsdp = arrangement.fsdp(model, groups, kind, tensor, len(slices))
+    if not settings.model.remat:
+      model = dataclasses.replace(model, remat="names")
+    slices, kind = hardware.by_slice(devices, own.slices), devices[0].device_kind
+    fsdp = arrangement.fsdp(model, batch_size, len(slices[0]), kind, own.tensor, len(slices))
   return make_mesh(**dataclasses.asdict(own.with_fsdp(fsdp)), devices=devices)
 
 
@@ -54,6 +58,7 @@ def arranged(
   batch_size: int,
   mesh: Mesh | None = None,
   devices: Sequence[hardware.Device] | None = None,
+  tell: Callable[[str], None] = say,
 ) -> tuple[ImageGPTConfig, Mesh]:
   """Returns the model with its remat, and the mesh, for training; what the settings leave open is chosen, and said.
 
@@ -63,25 +68,28 @@ def arranged(
     batch_size: images that all devices compute at a time.
     mesh: a mesh that has been made; None: `mesh_of`.
     devices: the devices to make it of, in order; None: all of this run.
+    tell: takes the line that says what was chosen.
 
   Raises:
     UserError: the sizes don't suit the devices.
   """
-  chosen = []
+  chosen, own = [], settings.mesh
   if mesh is None:
-    mesh = mesh_of(settings, model, devices)
-    chosen += [] if settings.mesh.fsdp else [f"mesh {hardware.describe_mesh(mesh)}"]
+    mesh = mesh_of(settings, model, batch_size, devices)
+    if mesh.size > 1 and not own.fsdp and own.data == -1:
+      chosen.append(f"mesh {hardware.describe_mesh(mesh)}")
   first = mesh.devices.flat[0]
-  if mesh.size == 1 or first.platform == "cpu":
+  if first.platform == "cpu":
     return model, mesh
-  images = -(-batch_size // sharding.batch_shards(mesh))
+  shards = sharding.batch_shards(mesh)
+  images, together = -(-batch_size // shards), mesh.size // shards
   if not settings.model.remat:
     model = dataclasses.replace(model, remat=arrangement.remat(model, images, mesh))
     chosen.append(f"remat {model.remat}")
   if chosen:
-    say(
+    tell(
       f"{', '.join(chosen)}: chosen for {mesh.size} × {first.device_kind}, {units.counted(images, 'image')} at a "
-      "time on each (others: config.mesh, config.model.remat)"
+      f"time on each{f' {together}' if together > 1 else ''} (others: config.mesh, config.model.remat)"
     )
   return model, mesh
 
@@ -97,7 +105,13 @@ def _is_default(mesh: MeshConfig) -> bool:
   return mesh.with_fsdp(1) == MeshConfig(fsdp=1)
 
 
-def sampling_mesh(settings: Settings, model: ImageGPTConfig, samples: int | None = None) -> Mesh:
+def sampling_mesh(
+  settings: Settings,
+  model: ImageGPTConfig,
+  samples: int | None = None,
+  together: int = 0,
+  devices: Sequence[hardware.Device] | None = None,
+) -> Mesh:
   """Returns the settings' mesh or, if it is open, one that splits the weights no more than memory asks for.
 
   Samples are the same on any mesh. On CPU it has as many devices as divide the samples, each with a copy of
@@ -106,9 +120,11 @@ def sampling_mesh(settings: Settings, model: ImageGPTConfig, samples: int | None
   Args:
     settings: of the job.
     model: the model to sample from.
-    samples: the number of samples drawn at a time; None: on CPU all devices.
+    samples: a number that all numbers of samples drawn at a time are multiples of; None: on CPU all devices.
+    together: samples whose keys and values are held at a time; 0: `sample.batch_size`.
+    devices: the devices, in order; None: all of this run.
   """
-  devices, own = jax.devices(), settings.mesh
+  devices, own = jax.devices() if devices is None else devices, settings.mesh
   if devices[0].platform == "cpu":
     if samples is None or jax.process_count() > 1 or not _is_default(own):
       return mesh_of(settings)
@@ -116,11 +132,13 @@ def sampling_mesh(settings: Settings, model: ImageGPTConfig, samples: int | None
     n = max((n for n in range(1, most + 1) if samples % n == 0), default=1)
     return make_mesh(devices=devices[:n])
   if own != MeshConfig(slices=own.slices):
-    return mesh_of(settings)
+    return mesh_of(settings, devices=devices)
   in_slice = len(hardware.by_slice(devices, own.slices)[0])
   usable = arrangement.usable_bytes(devices[0].device_kind)
-  tensor = arrangement.tensor_for_sampling(model, in_slice, usable)
-  return make_mesh(tensor=tensor, slices=own.slices)
+  together = together or settings.sample.batch_size
+  cache = memory.cache_bytes(model, together, settings.sample.cache, len(devices))
+  tensor = arrangement.tensor_for_sampling(model, in_slice, usable, cache)
+  return make_mesh(tensor=tensor, slices=own.slices, devices=devices)
 
 
 def own_mesh(mesh: Mesh) -> Mesh | None:

@@ -157,6 +157,7 @@ def sampling(
   speed = samples / timing.seconds
   return {
     "samples": samples,
+    "mesh": dict(mesh.shape),
     "all_samples": dataclasses.asdict(timing),
     "samples_per_second": speed,
     "tokens_per_second": speed * model_config.n_positions,

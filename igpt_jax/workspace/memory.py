@@ -42,13 +42,18 @@ def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
     )
 
 
+def cache_bytes(model: ImageGPTConfig, samples: int, cache_dtype: str, devices: int) -> float:
+  """Returns the bytes of a device for the keys and values of so many samples, spread over the devices."""
+  item = np.dtype(cache_dtype or model.dtype).itemsize
+  return 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / devices
+
+
 def check_cache(
   model: ImageGPTConfig, samples: int, cache_dtype: str, mesh: Mesh, fix: str = _SMALLER_CACHE
 ) -> None:
   """Raises DoesNotFit if a device's share of the key-value cache exceeds its memory."""
   available = hardware.memory_bytes(mesh)
-  item = np.dtype(cache_dtype or model.dtype).itemsize
-  need = 2 * model.n_layer * model.n_positions * model.n_embd * item * samples / mesh.size
+  need = cache_bytes(model, samples, cache_dtype, mesh.size)
   if available is not None and need > available:
     raise DoesNotFit(
       f"sampling: keys and values of {samples:,} images take {units.memory(need)} of each device, which has "

@@ -117,9 +117,12 @@ def _forecast(settings: Settings, asked_for: Slice) -> Iterator[str]:
   settled = choices.settle(dataclasses.replace(settings, compile=compiled))
   model = choices.model_config(settled)
   optimizer = choices.optimizer_config(settled)
-  kind, tensor = hardware.kind_of(asked_for.kind.name), max(settings.mesh.tensor, 1)
-  groups = asked_for.devices // tensor
-  fsdp = arrangement.fsdp(model, groups, kind, tensor, asked_for.count)
+  train, step = settings.train, 0.0
+  named = model if settings.model.remat else dataclasses.replace(model, remat="names")
+  fsdp = arrangement.fsdp(
+    named, train.batch_size // train.accumulate, asked_for.devices, hardware.kind_of(asked_for.kind.name),
+    settings.mesh.tensor, asked_for.count,
+  )  # fmt: skip
   mesh = _sizes(settings, asked_for, fsdp)
   sharding.check_model_fits(
     AbstractMesh(mesh, sizes.MESH_AXES), n_head=model.n_head, n_embd=model.n_embd
@@ -131,8 +134,7 @@ def _forecast(settings: Settings, asked_for: Slice) -> Iterator[str]:
       "optimizer": optimizer.optimizer,
     }
   )
-  train, step = settings.train, 0.0
-  known = forecast_table.known(name, asked_for.title, train.batch_size)
+  known = forecast_table.known(name, asked_for.title, train.batch_size, mesh)
   if known is None:
     several = f" --config.mesh.slices={asked_for.count}" if asked_for.count > 1 else ""
     yield (

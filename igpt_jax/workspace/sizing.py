@@ -163,12 +163,12 @@ def size(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Settings
   start = weights.describe(settings.init_from, settings) if settings.init_from else None
   if start is not None:
     checkpoint_tokens.check_kind(settings, start)
-  mesh = mesh or devices.mesh_of(settings)
+  any_mesh = mesh or devices.mesh_of(settings)
   workdir_lib.open_workdir(workdir)
   say(
     f"sizing: timing steps here, for about {settings.sizing.minutes:g} minutes with {images:,} images"
   )
-  return _chosen(settings, images, start, mesh).told(workdir)
+  return _chosen(settings, images, start, any_mesh, mesh).told(workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +226,10 @@ def _in_words(minutes: float) -> str:
   return "a minute" if minutes < 1.5 else f"{minutes:.0f} minutes"
 
 
-def _chosen(settings: Settings, images: int, start: CheckpointInfo | None, mesh: Mesh) -> _Plan:
-  """Returns the plan of the largest size whose first result the minutes allow."""
+def _chosen(
+  settings: Settings, images: int, start: CheckpointInfo | None, any_mesh: Mesh, mesh: Mesh | None
+) -> _Plan:
+  """Returns the plan of the largest size whose first result the minutes allow; `any_mesh` divides batches as `mesh`."""
   if start is not None:
     from_start = {"data.resolution": start.run["resolution"], "train.learning_rate": _TRAINED_RATE}
     sizes = [Candidate(from_start, _TRAINED_IMAGES)]
@@ -235,7 +237,7 @@ def _chosen(settings: Settings, images: int, start: CheckpointInfo | None, mesh:
     sizes = [size for size in _CANDIDATES if size.least_images <= images]
 
   def plan(size: Candidate, image_seconds: float, batch_size: int = 0) -> _Plan:
-    return _plan(settings, size, images, start, mesh, image_seconds, batch_size)
+    return _plan(settings, size, images, start, any_mesh, image_seconds, batch_size)
 
   def reaches(size: Candidate, image_seconds: float) -> bool:
     return size.first_images * image_seconds <= settings.sizing.minutes * 60 * _FOR_STEPS
@@ -244,7 +246,7 @@ def _chosen(settings: Settings, images: int, start: CheckpointInfo | None, mesh:
     return step_seconds(plan.settings, plan.model, mesh)
 
   # A few images fill a CPU's cores, not an accelerator.
-  trial = plan(sizes[0], 1.0, _BATCHES[mesh.devices.flat[0].platform != "cpu"])
+  trial = plan(sizes[0], 1.0, _BATCHES[any_mesh.devices.flat[0].platform != "cpu"])
   trial_seconds = timed(trial)
   speed = compilation.flops_per_image(trial.model) * trial.batch_size / trial_seconds
   for size in reversed(sizes):
@@ -309,14 +311,21 @@ def _plan(
   return _Plan(sized, model, images, seconds, max(most_steps, steps))
 
 
-def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh) -> float:
+def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh | None) -> float:
   """Returns the seconds of a compiled training step of a model, the median of some. Collective.
+
+  Args:
+    settings: of the training.
+    model: its model.
+    mesh: the mesh to train on; None: the settings'.
 
   Raises:
     DoesNotFit: it needs more memory than the devices have.
   """
   # A rate takes no time, and the plan's steps are a guess that given settings needn't suit.
   settings = with_values(settings, {"train.schedule": "constant", "train.warmup_steps": 0})
+  at_a_time = settings.train.batch_size // settings.train.accumulate
+  model, mesh = devices.arranged(settings, model, at_a_time, mesh, tell=lambda _: None)
   memory.check_state(model, mesh)
   train_step, tx = measurements.step_of(settings, model)
   batch = settings.train.batch_size

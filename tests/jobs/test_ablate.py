@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from igpt_jax.ablation import comparison, entries, outcomes, sequence
+from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence
 from igpt_jax.ablation import results as results_lib
 from igpt_jax.ablation.comparison import Run
 from igpt_jax.ablation.outcomes import FINISHED, Point, Result
@@ -191,6 +191,24 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_trained(done, tmp
   config.unlink()
   with pytest.raises(UserError, match=r"runs/short/1 holds checkpoints without config\.json"):
     on_one_device(ablate, study(), str(workdir))
+
+
+def test_it_measures_on_its_own_devices_not_on_those_of_the_run(done, tmp_path, monkeypatch):
+  """A run may have been trained on a mesh that doesn't divide what is here."""
+  workdir = shutil.copytree(done, tmp_path / "study")
+  shutil.rmtree(workdir / measuring.FOLDER)
+  entry = entries.planned(study(), str(workdir), mesh_of())[0]
+  elsewhere = dataclasses.replace(entry, settings=changed(entry.settings, {"mesh.fsdp": 3}))
+  seen = []
+
+  def test_loss(settings, *_):
+    seen.append(settings.mesh)
+    return 1.0
+
+  monkeypatch.setattr(measuring, "_test_loss", test_loss)
+  settings = study(**{"ablate.probe": "none"})
+  measuring.measure(settings, str(workdir), outcomes.result_of(elsewhere), None)
+  assert seen == [settings.mesh]
 
 
 @pytest.mark.parametrize(

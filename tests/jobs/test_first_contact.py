@@ -79,7 +79,7 @@ def test_the_report_says_what_was_measured_on_what(whole):
     read["pictures_per_second"] / trained["images_per_second"]
   )
   for words in (
-    "| quickstart: training step, batch 16 |", "| quickstart: sampling 8 images |",
+    "| quickstart: training step, batch 16 |", "| quickstart: sampling 8 images, data 8 × fsdp 1 × tensor 1 |",
     "to work in per device, as compiled", "64 JPEGs of 109 kB on average, made from random numbers",
   ):  # fmt: skip
     assert words in text
@@ -103,6 +103,7 @@ def stand_ins(monkeypatch):
       asked.append(f"{subject.name} {kind}")
       return {
         "samples": 8,
+        "mesh": {"data": 1},
         "all_samples": TIMES,
         "samples_per_second": 1.0,
         "tokens_per_second": 2.0,

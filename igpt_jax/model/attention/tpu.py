@@ -79,12 +79,7 @@ def wide_matrix_unit() -> bool:
 
   Affects speed alone, never the result.
   """
-  return has_wide_matrix_unit(hardware.target().device_kind)
-
-
-def has_wide_matrix_unit(kind: str) -> bool:
-  """`wide_matrix_unit` of programs for devices of this `device_kind`."""
-  return kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4", "TPU v5"))
+  return hardware.has_wide_matrix_unit(hardware.target().device_kind)
 
 
 def make_plan(

@@ -53,8 +53,8 @@ MUTATIONS = (
   Mutation(
     "remat-that-is-set-replaced",
     "workspace/devices.py",
-    "if not settings.model.remat:",
-    "if True:",
+    "if not settings.model.remat:\n    model = dataclasses.replace(model, remat=arrangement.remat",
+    "if True:\n    model = dataclasses.replace(model, remat=arrangement.remat",
     "unit/workspace/test_devices.py::test_what_is_set_wins_and_needs_no_line",
   ),
   Mutation(

@@ -59,17 +59,22 @@ def test_another_recipe_or_batch_has_a_row_of_its_own(tmp_path):
 def test_a_forecast_of_ones_own_goes_before_the_carried_one(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "runs" / "scale").mkdir(parents=True)
-  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 128).source == "docs/scale.md"
-  assert forecast_table.known("iGPT-S 32²", "3×v5e:4x4", 128) is None
+
+  def known(batch_size, mesh=(16, 1, 1), topology="v5e:4x4"):
+    return forecast_table.known("iGPT-S 32²", topology, batch_size, mesh)
+
+  assert known(128).source == "docs/scale.md"
+  assert known(128, topology="3×v5e:4x4") is None
   forecast_table.add("runs/scale", values_of())  # doesn't fit: no time
-  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 128).source == "docs/scale.md"
+  assert known(128).source == "docs/scale.md"
   timed = values_of() | {"step_seconds": 0.5, "mfu": 0.5, "images_per_second": 2.0}
   forecast_table.add("runs/scale", timed | {"days": 1.0, "chip_hours": 1.0})
-  own = forecast_table.known("iGPT-S 32²", "v5e:4x4", 128)
+  own = known(128)
   assert own == forecast_table.Known(128, (16, 1, 1), 0.5, "runs/scale/scale.json")
-  # The nearest batch counts more than who has made it.
-  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 1_024).batch_size == 256
-  assert forecast_table.known("iGPT-S 32²", "v5e:4x4", 150) == own
+  # The nearest batch counts more than who has made it, and of those the same mesh.
+  assert known(1_024).batch_size == 256
+  assert known(150) == own == known(128, (4, 4, 1))
+  assert known(128, (2, 8, 1)).source == "docs/scale.md"
 
 
 def test_the_carried_forecasts_are_those_of_the_page():

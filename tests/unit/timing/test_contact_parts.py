@@ -12,7 +12,13 @@ MACHINE = {"device": "TPU v5 lite", "devices": 8, "hosts": 1, "processor": "a CP
 ABOUT = {"machine": MACHINE, "versions": {"jax": "0.10.2"}, "environment": {}}
 S, M = Part("training", "s"), Part("training", "m")
 TIMES = {"seconds": 0.25, "fastest": 0.2, "slowest": 0.5, "repeats": 5, "calls": 1}
-SAMPLED = {"samples": 8, "all_samples": TIMES, "samples_per_second": 32.0, "tokens_per_second": 9.0}
+SAMPLED = {
+  "samples": 8,
+  "mesh": {"data": 1},
+  "all_samples": TIMES,
+  "samples_per_second": 32.0,
+  "tokens_per_second": 9.0,
+}
 DRAWN = Part("sampling", "s")
 
 

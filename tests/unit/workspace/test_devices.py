@@ -1,5 +1,7 @@
 """The mesh and remat that a job uses: as set, or chosen where the settings leave them open."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -31,10 +33,8 @@ def test_what_is_open_is_chosen_and_said_in_one_line(capsys):
     "(others: config.mesh, config.model.remat)\n"
   )
   assert arranged(small(model__size="xl"))[1] == "full"  # where the size's own would be full, too
-  assert arranged(small(model__size="m"), CHIPS[:2]) == (
-    (1, 2, 1),
-    "full",
-  )  # where it would be names
+  # Where the size's own would be names.
+  assert arranged(small(model__size="m"), CHIPS[:2]) == ((1, 2, 1), "full")
 
 
 def test_what_is_set_wins_and_needs_no_line(capsys):
@@ -56,8 +56,11 @@ def test_what_is_set_wins_and_needs_no_line(capsys):
     ({"data": 1, "fsdp": -1}, (1, 16, 1)),  # as the paper's large configs were
   ],
 )
-def test_some_sizes_may_be_set(given, shape):
+def test_some_sizes_may_be_set(given, shape, capsys):
   assert arranged(small(**{f"mesh__{axis}": size for axis, size in given.items()}))[0] == shape
+  said = capsys.readouterr().out
+  assert said.startswith("mesh ") == (given == {"tensor": 4})  # what is left isn't chosen
+  assert ("images at a time on each 4 (" in said) == ("tensor" in given and shape[2] == 4)
 
 
 @pytest.mark.parametrize("given", [{"data": 3}, {"tensor": 3}, {"tensor": 32}, {"fsdp": 5}])
@@ -66,11 +69,16 @@ def test_what_does_not_divide_is_refused(given):
     arranged(small(**{f"mesh__{axis}": size for axis, size in given.items()}))
 
 
-def test_cpus_and_one_device_are_as_ever(capsys):
+def test_one_accelerator_recomputes_where_it_must(capsys):
+  assert arranged(small(), CHIPS[:1]) == ((1, 1, 1), "full")
+  assert capsys.readouterr().out.startswith("remat full: chosen for 1 × TPU v5 lite, 128 images")
+  assert arranged(small(), CHIPS[:1], batch_size=16) == ((1, 1, 1), "names")
+
+
+def test_cpus_are_as_ever(capsys):
   tiny.mesh_of((8, 1, 1))
   assert arranged(small(), jax.devices()[:8]) == ((8, 1, 1), "names")
   assert arranged(small(model__size="xl"), jax.devices()[:8]) == ((8, 1, 1), "full")
-  assert arranged(small(model__size="xl"), CHIPS[:1]) == ((1, 1, 1), "full")
   model = tiny.make_config()
   # An older version's config.json has its default: one.
   for settings in (small(), small(mesh__fsdp=1)):
@@ -87,4 +95,8 @@ def test_sampling_splits_weights_no_more_than_memory_asks_for(monkeypatch):
   assert tuple(devices.sampling_mesh(small(), xl, 6).shape.values()) == (4, 1, 4)  # 27 GB of 16
   assert tuple(devices.sampling_mesh(small(), large, 6).shape.values()) == (16, 1, 1)
   assert tuple(devices.sampling_mesh(small(mesh__fsdp=8), xl, 6).shape.values()) == (2, 8, 1)
+  # Keys and values of 64 images of 4,096 positions leave the weights less.
+  wide = dataclasses.replace(xl, n_positions=4_096)
+  assert tuple(devices.sampling_mesh(small(), wide, together=1).shape.values()) == (4, 1, 4)
+  assert tuple(devices.sampling_mesh(small(), wide, together=64).shape.values()) == (2, 1, 8)
   assert tuple(devices.mesh_of(small(), large).shape.values()) == (2, 8, 1)

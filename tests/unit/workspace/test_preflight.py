@@ -12,6 +12,7 @@ from igpt_jax import buckets as buckets_lib
 from igpt_jax import files
 from igpt_jax.config import fields, read
 from igpt_jax.errors import UserError
+from igpt_jax.parallel import tpu_types
 from igpt_jax.workspace import places, preflight
 
 
@@ -39,6 +40,14 @@ def test_hours_and_grace_are_those_of_the_forecast():
   other = said(settings_of(**{"train.batch_size": 512, "mesh.fsdp": 2}), "v5litepod-16")
   assert "steps of 181 ms" in other["time"]
   assert "made with batch 256, mesh (2, 8, 1)" in other["time"]
+
+
+@pytest.mark.parametrize("kind", tpu_types.KINDS)
+def test_every_kind_of_slice_has_its_lines(kind):
+  """Also those whose chips have no published figures here (v2, v3)."""
+  shape = "2x2x2" if kind in ("v4", "v5p", "tpu7x") else "4x4"
+  lines = said(settings_of(), f"{kind}:{shape}")
+  assert lines["slice"].endswith("hosts") and {"time", "grace", "price"} <= lines.keys()
 
 
 def test_where_there_is_no_forecast_it_says_how_to_get_one():
