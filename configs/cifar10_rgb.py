@@ -9,7 +9,8 @@ PixelCNN++ 2.92, Image Transformer 2.90, PixelSNAIL 2.85): 58M here, 32 layers i
 a third of the positions. It has dropout of 0.25, and there is none here: expect to overfit, and keep the
 checkpoint with the best validation. Modern recipe as in imagenet32_s_modern.py, without value_embeddings, whose
 tables would be 9M more parameters; its learning rate wasn't tuned at this size.
-Hardware: one accelerator, to measure; `--config.job=compile` says what fits.
+Hardware: one accelerator; by forecast one v5e chip takes 1.08 s a step, 14 hours in all, and 9.3 GiB
+(`--config.job=compile --config.compile.topology=v5e:1x1`).
 Expect: unknown. The likelihood is exact: 256 levels a channel, no palette, no dequantisation.
 Data: TFDS cifar10; images re-encoded as JPEG have another likelihood. No augmentation: a flip or a crop would be
 another distribution than the test images'.

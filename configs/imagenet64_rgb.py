@@ -6,7 +6,8 @@
 Reproduces: nothing; stands beside the Sparse Transformer's 152M parameters at 3.44 bits/dim (Child et al. 2019),
 Perceiver AR and MEGABYTE 3.40, Jet 3.66: 48 layers of 512 as the first has, `channels`: 4,096 positions of dense
 attention, where it has 12,288 of sparse. `--config.data.token_kind=subpixels` has those 12,288 as well.
-Hardware: `--config.job=compile --config.compile.topology=v5e:4x4` says what fits and how long a step takes.
+Hardware: by forecast 16 chips of v5e take 0.70 s a step, 4.1 days in all, and 2.9 GiB a chip
+(`--config.job=compile --config.compile.topology=v5e:4x4`).
 Expect: unknown. The likelihood is exact: 256 levels a channel, no palette, no dequantisation.
 Data: TFDS downsampled_imagenet/64x64, the images of van den Oord et al. 2016; see imagenet32_rgb.py.
 """
