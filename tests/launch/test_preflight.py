@@ -125,7 +125,7 @@ def test_a_dry_run_tells_chips_hours_and_where_prices_are(real, script):
   result = real.run(script, *place, *where, "--dry-run", *MAIN)
   assert result.returncode == 0, result.stderr
   assert "v5litepod-16 (v5e:4x4): 16 chips, 4 hosts" in result.stderr
-  assert "15.6 hours, 249 chip-hours" in result.stderr
+  assert "13.7 hours, 219 chip-hours" in result.stderr
   assert "https://cloud.google.com/tpu/pricing" in result.stderr
   assert not requests(real)
 
