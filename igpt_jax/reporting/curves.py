@@ -49,7 +49,8 @@ def draw_curve(workdir: str, path: str) -> bool:
 def _unit(records: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
   """Returns the unit to draw losses in and what of it is a nat per token: bits per dimension where they are told."""
   for record in records:
-    if bits := record.get("validation_bits_per_dim"):
+    bits = record.get("validation_bits_per_dim")
+    if bits and math.isfinite(bits):
       return "bits per dimension", bits / record["validation_loss"]
   return "nats per token", 1.0
 

@@ -166,6 +166,7 @@ def test_losses_of_raw_rgb_are_drawn_in_bits_per_dimension(tmp_path, drawn):
   """Three dimensions a token: 3 ln 2 nats are a bit."""
   nat = 3 * math.log(2)
   records = [{"step": 1, "loss": 4 * nat}]
+  records += [{"step": 1, "validation_loss": math.nan, "validation_bits_per_dim": math.nan}]
   records += [{"step": 2, "validation_loss": 3 * nat, "validation_bits_per_dim": 3.0}]
   assert curves.draw_curve(run_of(tmp_path, records), str(tmp_path / "loss.png"))
   (axes,) = drawn[0].axes
