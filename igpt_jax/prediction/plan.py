@@ -122,10 +122,9 @@ def candidates(training: Training, topology: Topology) -> Iterator[Candidate]:
 
 def _by_rule(candidate: Candidate, topology: Topology) -> bool:
   """True for the arrangement that training/arrangement.py chooses for the candidate's batch."""
-  model, mesh = candidate.training.model, candidate.mesh
-  named, batch = dataclasses.replace(model, remat="names"), candidate.training.batch_size
+  model, mesh, batch = candidate.training.model, candidate.mesh, candidate.training.batch_size
   in_slice, kind = mesh.size // topology.slices, mesh.devices.flat[0].device_kind
-  fsdp = arrangement.fsdp(named, batch, in_slice, kind, slices=topology.slices)
+  fsdp = arrangement.fsdp(model, batch, in_slice, kind, slices=topology.slices)
   if sharding.weight_shards(mesh) != fsdp or sharding.batch_shards(mesh) != mesh.size:
     return False
   return model.remat == arrangement.remat(model, batch // mesh.size, mesh)

@@ -61,7 +61,13 @@ def step_bytes(
 
 
 def fsdp(
-  model: ImageGPTConfig, batch_size: int, devices: int, kind: str, tensor: int = 1, slices: int = 1
+  model: ImageGPTConfig,
+  batch_size: int,
+  devices: int,
+  kind: str,
+  tensor: int = 1,
+  slices: int = 1,
+  remat: str = "",
 ) -> int:
   """Returns the number of a slice's devices that split each matrix of a model.
 
@@ -71,16 +77,17 @@ def fsdp(
   the fewest that hold the state. On CPUs 1.
 
   Args:
-    model: with the remat of a step that should fit.
+    model: the model, with any remat.
     batch_size: images that all devices compute at a time; 0: no step is to fit, the state alone.
     devices: devices of a slice.
     kind: the devices' `device_kind`.
     tensor: devices that compute an image together; -1: all that are left.
     slices: number of slices, each of which holds a whole state.
+    remat: that of the step that is to fit; "": names.
   """
   if kind == "cpu":
     return 1
-  tensor = max(tensor, 1)
+  model, tensor = dataclasses.replace(model, remat=remat or "names"), max(tensor, 1)
   groups = devices // tensor  # of devices with different images
   powers = [2**n for n in range(groups.bit_length())]
   possible = [

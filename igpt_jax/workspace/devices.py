@@ -45,10 +45,10 @@ def mesh_of(
   own, fsdp = settings.mesh, 1
   devices = jax.devices() if devices is None else devices
   if model is not None:
-    if not settings.model.remat:
-      model = dataclasses.replace(model, remat="names")
     slices, kind = hardware.by_slice(devices, own.slices), devices[0].device_kind
-    fsdp = arrangement.fsdp(model, batch_size, len(slices[0]), kind, own.tensor, len(slices))
+    fsdp = arrangement.fsdp(
+      model, batch_size, len(slices[0]), kind, own.tensor, len(slices), settings.model.remat
+    )
   return make_mesh(**dataclasses.asdict(own.with_fsdp(fsdp)), devices=devices)
 
 

@@ -118,10 +118,9 @@ def _forecast(settings: Settings, asked_for: Slice) -> Iterator[str]:
   model = choices.model_config(settled)
   optimizer = choices.optimizer_config(settled)
   train, step = settings.train, 0.0
-  named = model if settings.model.remat else dataclasses.replace(model, remat="names")
   fsdp = arrangement.fsdp(
-    named, train.batch_size // train.accumulate, asked_for.devices, hardware.kind_of(asked_for.kind.name),
-    settings.mesh.tensor, asked_for.count,
+    model, train.batch_size // train.accumulate, asked_for.devices, hardware.kind_of(asked_for.kind.name),
+    settings.mesh.tensor, asked_for.count, settings.model.remat,
   )  # fmt: skip
   mesh = _sizes(settings, asked_for, fsdp)
   sharding.check_model_fits(

@@ -27,7 +27,7 @@ def meshes(workdir):
 
 
 def test_a_chosen_mesh_is_recorded_and_decides_nothing(tiny_run, tmp_path, monkeypatch):
-  """As if CPUs had a rule: the run begins on 4 × 2 × 1, and goes on where the rule chooses 1 × 8 × 1."""
+  """CPUs are given a rule: the run begins on 4 × 2 × 1, and goes on where the rule chooses 1 × 8 × 1."""
   tiny.mesh_of((8, 1, 1))
   settings = shrunk()
   monkeypatch.setattr(arrangement, "fsdp", lambda model, *sizes: 2)
