@@ -41,7 +41,7 @@ def sharded_einsum(product: Einsum, x: jax.Array, weight: jax.Array) -> jax.Arra
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sharded_einsum(product, x, weight):
   whole = gather_weight(weight.astype(x.dtype), *product.weight_axes)
-  out = jnp.einsum(product.formula, x, whole, preferred_element_type=product.dtype)
+  out = _einsum(product.formula, x, whole, dtype=product.dtype)
   return constrain(out, *product.out_axes)
 
 
@@ -57,23 +57,49 @@ def sharded_einsum_gradients(
   x_axes, weight_axes, out_axes = product.x_axes, product.weight_axes, product.out_axes
   of_x, of_weight, of_out = product.formula.replace("->", ",").split(",")
   whole = gather_weight(weight.astype(x.dtype), *weight_axes)
-  dx = constrain(jnp.einsum(f"{of_out},{of_weight}->{of_x}", dout, whole), *x_axes)
-  outer = functools.partial(_outer, of_x, of_out, of_weight)
+  dx = constrain(_einsum(f"{of_out},{of_weight}->{of_x}", dout, whole), *x_axes)
+  # Float32, and yet to be summed over devices.
+  outer = functools.partial(_einsum, f"{of_x},{of_out}->{of_weight}", dtype="float32")
   dweight = sum_of_batch(outer, (x_axes, out_axes), weight_axes)(x, dout)
   return dx, dweight.astype(weight.dtype)
 
 
-def _outer(of_x: str, of_out: str, of_weight: str, x: jax.Array, dout: jax.Array) -> jax.Array:
-  """Σ x dout over images and positions, float32; yet to be summed over devices.
+def _einsum(formula: str, *factors: jax.Array, dtype: str | None = None) -> jax.Array:
+  """jnp.einsum, of matrices alone on a CPU.
 
-  XLA on a CPU transposes the first factor by a slow copy. Where x is the larger one, the factors are
-  swapped and the result is transposed instead (the barrier keeps XLA from undoing that).
+  There XLA transposes a factor of three axes by a slow copy and reads a matrix either way: so the rows
+  are all positions of all images, and stacked weights are multiplied one after the other.
   """
-  if hardware.platform() != "cpu" or x.size <= dout.size:
-    return jnp.einsum(f"{of_x},{of_out}->{of_weight}", x, dout, preferred_element_type="float32")
-  formula = f"{of_out},{of_x}->{of_weight[::-1]}"
-  transposed = jnp.einsum(formula, dout, x, preferred_element_type="float32")
-  return jax.lax.optimization_barrier(transposed).T
+  if hardware.platform() != "cpu":
+    return jnp.einsum(formula, *factors, preferred_element_type=dtype)
+  *of_factors, of_out = formula.replace("->", ",").split(",")
+  stack = next((letter for letter in "sc" if letter in formula), None)
+  if stack is None:
+    return _matrix_product(formula, *factors, dtype=dtype)
+  axes = [of.find(stack) for of in of_factors]
+  n = max(x.shape[axis] for x, axis in zip(factors, axes, strict=True) if axis >= 0)
+
+  def product(at: int, dtype: str | None) -> jax.Array:
+    parts = [
+      x if axis < 0 else jax.lax.index_in_dim(x, at, axis, keepdims=False)
+      for x, axis in zip(factors, axes, strict=True)
+    ]
+    return _matrix_product(formula.replace(stack, ""), *parts, dtype=dtype)
+
+  if stack in of_out:
+    return jnp.stack([product(at, dtype) for at in range(n)], of_out.index(stack))
+  summed = functools.reduce(jnp.add, (product(at, "float32") for at in range(n)))
+  return summed.astype(dtype or factors[0].dtype)
+
+
+def _matrix_product(formula: str, *factors: jax.Array, dtype: str | None) -> jax.Array:
+  """jnp.einsum whose images and positions, "bt", are one axis."""
+  *of_factors, of_out = formula.replace("->", ",").split(",")
+  terms = list(zip(of_factors, factors, strict=True))
+  size = {letter: n for of, x in terms for letter, n in zip(of, x.shape, strict=True)}
+  matrices = [x.reshape(-1, x.shape[-1]) if "bt" in of else x for of, x in terms]
+  out = jnp.einsum(formula.replace("bt", "n"), *matrices, preferred_element_type=dtype)
+  return out.reshape([size[letter] for letter in of_out])
 
 
 def _backward(product, residuals, dout):
