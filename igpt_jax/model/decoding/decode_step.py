@@ -17,15 +17,14 @@ from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
 
-class Weights(NamedTuple):
-  """Weights of one layer, in the compute dtype, gathered over the batch's devices.
+_STREAM = ("batch", "channels")  # of one position
 
-  On a CPU matrices are [out, in]: with a column per sample, a matrix is the product's left factor and
-  is read once, in order. Accelerators take them as they are stored, [in, out], and a row per sample.
-  """
+
+class Weights(NamedTuple):
+  """Weights of one layer, in the compute dtype, gathered over the batch's devices; matrices [in, out]."""
 
   gain_1: jax.Array
-  qkv: jax.Array  # [3, E, D], or [D, 3, E]
+  qkv: jax.Array  # [D, 3, E]
   attn_proj: jax.Array
   gain_2: jax.Array
   fc: jax.Array
@@ -36,7 +35,7 @@ class Weights(NamedTuple):
 
 
 class HeadWeights(NamedTuple):
-  """Weights of the heads of a position's codes: matrices [out, in], or [in, out], for each code."""
+  """Weights of the heads of a position's codes: matrices [in, out] for each code."""
 
   hidden: list[jax.Array]
   seen: jax.Array
@@ -58,7 +57,7 @@ class Tables(NamedTuple):
 
 
 def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
-  """Casts, gathers, transposes and unstacks the weights: once, before a loop over positions."""
+  """Casts, gathers and unstacks the weights: once, before a loop over positions."""
   dtype = jnp.dtype(model.config.dtype)
   # Of a position with several codes as many rows are summed up, and rounded after that.
   of_codes = dtype if model.config.tokens.codes == 1 else jnp.dtype("float32")
@@ -67,12 +66,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
     return gather_weight(parameter[...][layer].astype(dtype), *axes)
 
   def matrix(parameter, product, layer: Any = ...):
-    weight = whole(parameter, product.weight_axes, layer)
-    return weight if keeps_rows() else weight.swapaxes(-1, -2)
-
-  def qkv(layer):
-    weight = matrix(blocks.attn.qkv, layers.TO_QKV, layer)
-    return weight.swapaxes(0, 1) if keeps_rows() else weight
+    return whole(parameter, product.weight_axes, layer)
 
   blocks, config = model.blocks, model.config
   gains = options.qk_gains(config, nnx.to_pure_dict(nnx.state(blocks.attn, nnx.Param)))
@@ -80,7 +74,7 @@ def lay_out(model: ImageGPT) -> tuple[Tables, list[Weights]]:
   per_layer = [
     Weights(
       gain_1=blocks.ln_1.g[...][layer],
-      qkv=qkv(layer),
+      qkv=matrix(blocks.attn.qkv, layers.TO_QKV, layer).swapaxes(0, 1),
       attn_proj=matrix(blocks.attn.proj, layers.FROM_HEADS, layer),
       gain_2=blocks.ln_2.g[...][layer],
       fc=matrix(blocks.mlp.fc, layers.TO_INNER, layer),
@@ -121,9 +115,7 @@ def decode_step(
   position: jax.Array,
   config: ImageGPTConfig,
 ) -> tuple[list[KeysValues], jax.Array]:
-  """Feeds the token before `position`; returns the blocks with it, and the final norm's output there.
-
-  That is [D, N] on a CPU and [N, D] elsewhere, for `code_logits`.
+  """Feeds the token before `position`; returns the blocks with it, and the final norm's output [N, D].
 
   Args:
     tables, weights: from `lay_out`.
@@ -137,15 +129,14 @@ def decode_step(
   embedded = jnp.where(position == 0, tables.sos, embedded)
   if tables.wpe is not None:
     embedded = embedded + tables.wpe[position]
-  stream = x0 = _stream(_from_rows(embedded))
+  stream = x0 = constrain(embedded, *_STREAM)
   n = len(token_N)
   rotation = None if tables.rotation is None else tables.rotation.at(position)
   updated = []
   for layer, (prompt, done), block in zip(weights, before, blocks, strict=True):
     if layer.x0_gain is not None:
-      gain = layer.x0_gain if keeps_rows() else layer.x0_gain[:, None]
-      stream = stream + (gain * x0.astype(jnp.float32)).astype(stream.dtype)
-    qkv = _qkv(_norm(stream, layer.gain_1), layer.qkv)
+      stream = stream + (layer.x0_gain * x0.astype(jnp.float32)).astype(stream.dtype)
+    qkv = _qkv(layers.rms_norm(stream, layer.gain_1), layer.qkv)
     qkv = qkv.reshape(n, 3, config.n_head, -1).swapaxes(0, 1)
     if layer.value_embed is not None:
       added = _rows_of(config, layer.value_embed, token_N).astype(qkv.dtype)
@@ -159,11 +150,11 @@ def decode_step(
     at = position - prompt.length - done.length
     block = put(block, store(k[:, None], v[:, None], block.k.dtype.name), at)
     heads_NxHxK = attend(q, prompt, done, block, at).astype(stream.dtype)
-    stream = _dot(_from_rows(heads_NxHxK.reshape(n, -1)), layer.attn_proj) + stream
-    hidden = layers.activation(_dot(_norm(stream, layer.gain_2), layer.fc))
-    stream = _stream(_dot(hidden, layer.mlp_proj) + stream)
+    stream = _dot(heads_NxHxK.reshape(n, -1), layer.attn_proj) + stream
+    hidden = layers.activation(_dot(layers.rms_norm(stream, layer.gain_2), layer.fc))
+    stream = constrain(_dot(hidden, layer.mlp_proj) + stream, *_STREAM)
     updated.append(block)
-  return updated, _norm(stream, tables.gain)
+  return updated, layers.rms_norm(stream, tables.gain)
 
 
 def code_logits(
@@ -183,10 +174,10 @@ def code_logits(
     made = _dot(final, tables.heads.hidden[code])
     if earlier:
       seen = _sum(tables.heads.seen, codes.rows_of_earlier(spec, earlier)).astype(made.dtype)
-      made = _from_rows(seen) + made
+      made = seen + made
     final = layers.activation(made)
     wtet = wtet[code * spec.n_vocab : (code + 1) * spec.n_vocab]
-  return _to_rows(_dot(final, wtet.T if keeps_rows() else wtet, jnp.float32))
+  return _dot(final, wtet.T, jnp.float32)
 
 
 def _rows_of(config: ImageGPTConfig, table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -200,36 +191,15 @@ def _sum(table: jax.Array, rows: Sequence[jax.Array]) -> jax.Array:
   return functools.reduce(operator.add, (table[row] for row in rows))
 
 
-# The residual stream of one position is [D, N] on a CPU, and [N, D] elsewhere (see `Weights`).
-def _stream(x: jax.Array) -> jax.Array:
-  axes = ("batch", "channels")
-  return constrain(x, *(axes if keeps_rows() else axes[::-1]))
-
-
 def _qkv(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """Queries, keys and values, [N, 3, E] or [N, 3 E]."""
+  """Queries, keys and values, [N, 3, E]."""
   if keeps_rows():
     return jnp.einsum("nd,dse->nse", x, weight)
-  return _to_rows(_dot(x, weight.reshape(-1, weight.shape[-1])))
+  return _dot(x, weight.reshape(len(weight), -1))
 
 
 def _dot(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
   if keeps_rows():
     return jnp.matmul(x, weight, preferred_element_type=dtype)
-  # XLA on a CPU has products of bfloat16 with float32 sums, and casts all others to float32; also
-  # those of a transposed x, such as a sum whose first term was transposed: so add the stream last.
-  return jnp.matmul(weight, x, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
-
-
-def _from_rows(rows: jax.Array) -> jax.Array:
-  return rows if keeps_rows() else rows.T
-
-
-def _to_rows(x: jax.Array) -> jax.Array:
-  """Transposes columns; the barrier keeps XLA from transposing the product before, which is slower."""
-  return x if keeps_rows() else jax.lax.optimization_barrier(x).T
-
-
-def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-  """The model's RMS norm over the channels of a residual stream."""
-  return layers.rms_norm(x, gain) if keeps_rows() else layers.rms_norm(x, gain[:, None], axis=0)
+  # XLA on a CPU has products of bfloat16 with float32 sums, and casts all others to float32.
+  return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
