@@ -1,12 +1,14 @@
 """Attention of one query per sample over the cached positions before it."""
 
 import itertools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from igpt_jax.model.decoding.cache import KeysValues
-from igpt_jax.parallel.sharding import parts_around
+from igpt_jax.parallel.sharding import axis_share, parts_around
 
 
 def attend(
@@ -28,8 +30,9 @@ def attend(
   scores[-1] = jnp.where(jnp.arange(block.length) <= last, scores[-1], -jnp.inf)
   ends = list(itertools.accumulate(part.length for part in parts[:-1]))
   scores = jnp.concatenate(scores, axis=-1)
-  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-  total = jnp.sum(weights, axis=-1, keepdims=True)
+  at_once = block.in_rows
+  weights = jnp.exp(scores - _over_positions(jnp.max, scores, at_once))
+  total = _over_positions(jnp.sum, weights, at_once)
   weights = jnp.split(weights, ends, axis=-1)
   return sum(_mix(*pair, dtype) for pair in zip(weights, parts, strict=True)) / total
 
@@ -42,11 +45,10 @@ def _scores(q_NxHxK: jax.Array, kv: KeysValues, dtype) -> jax.Array:
     scores = jnp.einsum("bgme,btge->bgmt", q, k, preferred_element_type="float32")
     scores = _by_head(scores, q_NxHxK.shape[1])
     return scores if kv.k_scale is None else _scaled(scores, kv.k_scale.swapaxes(1, 2))
-  k, n_images = kv.k.astype(jnp.float32), len(kv.k)
-  if n_images < len(q_NxHxK):
-    scores = _by_sample(jnp.einsum("bhsk,bhkt->bhst", _by_image(q_NxHxK, n_images), k))
+  k = kv.k.astype(jnp.float32)
+  if _multiplies(q_NxHxK, kv):
+    scores = _by_sample(jnp.einsum("bhsk,bhkt->bhst", _by_image(q_NxHxK, len(k)), k))
   else:
-    # For a product of one row, a plain sum reads keys faster, and int8 ones in place.
     scores = jnp.sum(q_NxHxK[..., None] * k, axis=2)
   return scores if kv.k_scale is None else _scaled(scores, kv.k_scale)
 
@@ -61,11 +63,42 @@ def _mix(weights_NxHxT: jax.Array, kv: KeysValues, dtype) -> jax.Array:
     weights = _by_group(weights_NxHxT, len(v)).astype(v.dtype)
     mixed = jnp.einsum("bgmt,btge->bgme", weights, v, preferred_element_type="float32")
     return _from_places(_by_head(mixed, weights_NxHxT.shape[1]))
-  v, n_images = kv.v.astype(jnp.float32), len(kv.v)
-  if n_images < len(weights_NxHxT):
-    weights = _by_image(weights_NxHxT, n_images)
+  v = kv.v.astype(jnp.float32)
+  if _multiplies(weights_NxHxT, kv):
+    weights = _by_image(weights_NxHxT, len(v))
     return _by_sample(jnp.einsum("bhst,bhtk->bhsk", weights, v))
-  return jnp.sum(weights_NxHxT[..., None] * v, axis=2)
+  products = _split(weights_NxHxT, 8)[..., None] * _split(v, 8)
+  return jnp.sum(jax.lax.optimization_barrier(jnp.sum(products, axis=3)), axis=2)
+
+
+def _multiplies(x_NxHxA: jax.Array, kv: KeysValues) -> bool:
+  """True if XLA on a CPU is to multiply matrices; False: to sum up, which casts each number as it reads it.
+
+  Before a product it would write out a whole cast, and of a device's only sample or head a whole copy.
+  """
+  n, n_head, _ = x_NxHxA.shape
+  alone = 1 in (axis_share("batch", n), axis_share("heads", n_head))
+  return len(kv.k) < n or (kv.k.dtype == jnp.float32 and not alone)
+
+
+# XLA on a CPU writes out all numbers that a long sum is of, and reduces an innermost axis number by number.
+# In two steps, kept apart by a barrier, it computes vectors of what it reads: the first step is over a few
+# positions (`_mix`), or over those so many apart.
+
+
+def _over_positions(
+  reduce: Callable[..., jax.Array], x_NxHxT: jax.Array, at_once: bool
+) -> jax.Array:
+  """Maximum or sum, [N, H, 1]."""
+  if not at_once:
+    x_NxHxT = jax.lax.optimization_barrier(reduce(_split(x_NxHxT, 32), axis=2))
+  return reduce(x_NxHxT, axis=-1, keepdims=True)
+
+
+def _split(x_NxHxT: jax.Array, most: int) -> jax.Array:
+  """[N, H, T, ...] -> [N, H, T / n, n, ...], n being the largest divisor of both T and `most`."""
+  n, n_head, length, *rest = x_NxHxT.shape
+  return x_NxHxT.reshape(n, n_head, -1, math.gcd(length, most), *rest)
 
 
 def _scaled(x_NxHxT: jax.Array, scale_BxHxT: jax.Array) -> jax.Array:

@@ -35,8 +35,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-# Positions of the block that a loop writes into; those before it are only read. Shorter blocks read
-# less of what isn't filled yet, but more blocks take longer to compile.
+# Positions that a loop fills. Shorter blocks read less of what isn't filled yet, but more blocks take longer
+# to compile.
 _BLOCK = 128
 _MAX_BLOCKS = {"cpu": 8}
 _MAX_BLOCKS_ELSEWHERE = 2
@@ -165,7 +165,7 @@ def extend(
     return tokens, nll, blocks
 
   def draw_block(start, stop, first, last, carry):
-    """Positions first..last-1, which lie within the block of drawn positions start..stop-1."""
+    """Positions first..last-1, by a loop that writes into drawn positions start..stop-1."""
     tokens, nll, drawn = carry
     before = [
       (cache.prompt, take(kv, 0, start)) for cache, kv in zip(progress.caches, drawn, strict=True)
@@ -182,7 +182,10 @@ def extend(
   for start in range(0, n_left, block):
     stop = min(start + block, n_left)
     first, last = maximum(position, n_prompt + start), minimum(end, n_prompt + stop)
-    once = functools.partial(draw_block, start, stop, first, last)
+    # On a CPU the loop may write into all positions so far. Those before a block would be constants of the
+    # loop, of which XLA keeps casts instead: as large as without a smaller dtype of the cache.
+    begins = start if cache_lib.keeps_rows() else 0
+    once = functools.partial(draw_block, begins, stop, first, last)
     if not static:
       # A loop of one turn or none, not a branch: it leaves the caches where they are.
       turns = jnp.asarray(first < last, jnp.int32)

@@ -1,8 +1,8 @@
 """Cache of keys and values: its layout, parts and dtypes.
 
 A layer's cache has two parts: the prompt's, once per image however many samples continue it, and the
-drawn positions', once per sample. A loop over positions writes into a short block of the latter and
-reads the positions before it unchanged: only that block is sliced and masked in the loop.
+drawn positions', once per sample. On an accelerator a loop over positions writes into a short block of the
+latter and reads the positions before it unchanged: only that block is sliced and masked in the loop.
 """
 
 from collections.abc import Callable

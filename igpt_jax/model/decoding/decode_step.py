@@ -16,7 +16,6 @@ from igpt_jax.model.image_gpt import ImageGPT
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel.sharding import constrain, gather_weight
 
-
 _STREAM = ("batch", "channels")  # of one position
 
 

@@ -51,15 +51,16 @@ def make_keys(n, seed=0):
 
 @pytest.mark.parametrize("n_given", [0, 5, 15])
 @pytest.mark.parametrize("n_done", [0, 4])
-def test_cached_logits_are_those_of_the_full_forward(n_given, n_done):
+@pytest.mark.parametrize("n", [1, 3])
+def test_cached_logits_are_those_of_the_full_forward(n_given, n_done, n):
   """Every position's, the true pixels fed: after no pixel, some, and all but one."""
   room = CONFIG.n_positions - n_given
   n_done = min(n_done, room - 1)
-  tokens = jnp.asarray(tiny.random_tokens(CONFIG, 3))
+  tokens = jnp.asarray(tiny.random_tokens(CONFIG, n))
 
   @tiny.jit
   def decode(params, tokens):
-    begun = autoregressive.begin(CONFIG, params, tokens[:, :n_given], make_keys(3))
+    begun = autoregressive.begin(CONFIG, params, tokens[:, :n_given], make_keys(n))
     tables, weights = decode_step.lay_out(bind(CONFIG, params))
 
     def body(before, blocks, position):
