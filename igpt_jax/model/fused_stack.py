@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from igpt_jax.model import layers, options
+from igpt_jax.model.around_attention import around_attention
 from igpt_jax.model.attention import tpu
 from igpt_jax.model.attention.dispatch import attention
 from igpt_jax.model.model_config import ImageGPTConfig
@@ -72,21 +73,22 @@ class _Residuals(NamedTuple):
   """Stacks of every layer's residuals; everything else is cheap to recompute in the backward pass.
 
   Attributes:
-    inputs: the embeddings, followed by the blocks' outputs, [L + 1, B, T, D].
-    scales: inverse RMS at both norms, float32 [L, 2, B, T, 1].
+    inputs: the embeddings, followed by the blocks' outputs, [L + 1, B, T, D]. With `block_tpu`'s kernels
+      a block's input is what `options.enter` makes of it.
+    scales: inverse RMS at both norms, float32 [L, 2, B, T, 1]; None with `block_tpu`'s kernels.
     attention: stacks that the kernels read and write.
     hidden: the MLP's hidden units before the activation, [L, B, T, 4D]; None on 256 × 256 matrix
       units, where recomputing them is cheaper than laying them out for the backward pass.
   """
 
   inputs: jax.Array
-  scales: jax.Array
+  scales: jax.Array | None
   attention: tpu.Stacks
   hidden: jax.Array | None
 
 
-def _empty_stacks(config: ImageGPTConfig, blocks: dict, x: jax.Array) -> _Residuals:
-  """Allocates stacks for `_forward` to write; their contents are undefined."""
+def _empty_stacks(config: ImageGPTConfig, blocks: dict, x: jax.Array, around: bool) -> _Residuals:
+  """Allocates stacks for `_forward` to write; their contents are undefined. `around`: for kernels around attention."""
   n_layer, n_head, width = config.n_layer, config.n_head, config.n_embd
   batch, length, _ = x.shape
 
@@ -100,7 +102,9 @@ def _empty_stacks(config: ImageGPTConfig, blocks: dict, x: jax.Array) -> _Residu
   hidden = (batch, length, blocks["mlp"]["fc"].shape[-1])
   return _Residuals(
     inputs=stack(x.shape, layers.STREAM, depth=n_layer + 1),
-    scales=stack((2, batch, length, 1), (None, *layers.STREAM), dtype=jnp.float32),
+    scales=None
+    if around
+    else stack((2, batch, length, 1), (None, *layers.STREAM), dtype=jnp.float32),
     attention=tpu.Stacks(
       qkv=stack(qkv, layers.QKV),
       out=stack(x.shape, layers.HEADS),
@@ -120,6 +124,23 @@ def _forward(config, blocks, embedded, interpret):
   attend = sharding.per_device(
     lambda layer, *stacks: kernel(layer, tpu.Stacks(*stacks)), ((), *_STACKS), _STACKS[1:]
   )
+
+  around = around_attention(config, embedded.stream, interpret)
+
+  def body_of_kernels(carry, scanned):
+    _, residuals = carry
+    layer, block = scanned
+    inputs = residuals.inputs
+    if config.x0_skip:
+      inputs = _put(inputs, options.enter(config, block, _get(inputs, layer), embedded), layer)
+    qkv_stack = around.qkv(layer, block, inputs, residuals.attention.qkv)
+    if options.changes_qkv(config):
+      qkv = options.change_qkv(config, block["attn"], _get(qkv_stack, layer), embedded)
+      qkv_stack = _put(qkv_stack, qkv, layer)
+    out, lse = attend(layer, qkv_stack, *residuals.attention[1:])
+    inputs = around.finish(layer, block, inputs, out)
+    residuals = _Residuals(inputs, None, tpu.Stacks(qkv_stack, out, lse), None)
+    return (None, residuals), None
 
   def body(carry, scanned):
     x, residuals = carry
@@ -147,10 +168,14 @@ def _forward(config, blocks, embedded, interpret):
     )
     return (x, residuals), None
 
-  residuals = _empty_stacks(config, blocks, embedded.stream)
+  residuals = _empty_stacks(config, blocks, embedded.stream, around is not None)
   residuals = residuals._replace(inputs=_put(residuals.inputs, embedded.stream, 0))
-  carry = embedded.stream, residuals
-  (x, residuals), _ = jax.lax.scan(body, carry, (jnp.arange(config.n_layer), blocks))
+  layers_of = jnp.arange(config.n_layer), blocks
+  if around:
+    (_, residuals), _ = jax.lax.scan(body_of_kernels, (None, residuals), layers_of)
+    x = constrain(residuals.inputs[-1], *layers.STREAM)
+  else:
+    (x, residuals), _ = jax.lax.scan(body, (embedded.stream, residuals), layers_of)
   return x, (blocks, embedded, residuals)
 
 
@@ -162,6 +187,26 @@ def _backward(config, interpret, saved, dx):
     ((), layers.HEADS, *_STACKS),
     layers.QKV,
   )
+
+  around = around_attention(config, embedded.stream, interpret)
+
+  def body_of_kernels(carry, scanned):
+    dx, dembedded = carry
+    layer, block = scanned
+    inputs = residuals.inputs
+    # The skip is a sum: its gradient doesn't depend on what it is added to.
+    _, pull_entry = _vjp_of_entry(config, block, _get(inputs, layer), embedded)
+    dx, dout, gradients = around.finish_gradients(layer, block, inputs, residuals.attention.out, dx)
+    dqkv = attention_gradient(layer, dout, *residuals.attention)
+    if options.changes_qkv(config):
+      normed = layers.rms_norm(_get(inputs, layer), block["ln_1"]["g"])
+      dqkv, dattn = _gradients_of_change(config, block["attn"], normed, embedded, dqkv)
+      gradients["attn"] |= dattn
+    dx, of_qkv = around.qkv_gradients(layer, block, inputs, dqkv, dx)
+    gradients["attn"] |= of_qkv["attn"]
+    dx, dstream, dentry = pull_entry(constrain(dx, *layers.STREAM))
+    gradients |= {"ln_1": of_qkv["ln_1"], **dentry}
+    return (dx, jax.tree.map(jnp.add, dembedded, dstream)), gradients
 
   def body(carry, scanned):
     dx, dembedded = carry
@@ -209,6 +254,7 @@ def _backward(config, interpret, saved, dx):
   # The embeddings enter every block by their skips, if there are any: a float32 sum over layers.
   carry = dx, jnp.zeros(dx.shape, jnp.float32) if config.x0_skip else None
   layers_of = jnp.arange(config.n_layer), blocks
+  body = body_of_kernels if around else body
   (dx, dembedded), gradients = jax.lax.scan(body, carry, layers_of, reverse=True)
   dx = dx if dembedded is None else (dx + dembedded).astype(dx.dtype)
   no_gradient: Any = None  # of tokens

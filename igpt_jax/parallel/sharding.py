@@ -141,7 +141,12 @@ def gather_weight(weight: jax.Array, *axes: str) -> jax.Array:
   Used on every layer's weight inside the scan, in its compute dtype, this is fully sharded data
   parallelism. Without it the partitioner moves the activations instead, which are larger.
   """
-  return constrain(constrain(weight, *axes), *(_WHOLE.get(axis, axis) for axis in axes))
+  return constrain(constrain(weight, *axes), *whole_axes(axes))
+
+
+def whole_axes(axes: Sequence[str]) -> tuple[str, ...]:
+  """Returns a weight's logical axes after `gather_weight`."""
+  return tuple(_WHOLE.get(axis, axis) for axis in axes)
 
 
 def lookup(table: jax.Array, rows: jax.Array, out_axes: Sequence[str | None]) -> jax.Array:
@@ -174,16 +179,27 @@ def sum_of_batch(
     in_axes: logical axes of the arguments.
     weight_axes: logical axes of the result.
   """
+  total = sum_of_shares(weight_axes)
+  return per_device(lambda *shares: total(function(*shares)), in_axes, weight_axes)
+
+
+def sum_of_shares(weight_axes: Sequence[str]) -> Callable[[jax.Array], jax.Array]:
+  """Returns what maps devices' summands to a device's part of their sum, as `sum_of_batch` has it.
+
+  Ask for it outside of `per_device`, and call it within.
+
+  Args:
+    weight_axes: logical axes of the summands, which are whole but for what is split over tensor.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return function
+    return lambda total: total
   batch_axes = mesh_axes(mesh, "batch")
   # Together, so that the compiler scatters the sum within a slice before it crosses the network.
   copies = tuple(axis for axis in batch_axes if axis in COPIES)
   scattered = [at for at, axis in enumerate(weight_axes) if axis in _WHOLE]
 
-  def summed(*shares):
-    total = function(*shares)
+  def summed(total: jax.Array) -> jax.Array:
     if "fsdp" in batch_axes:
       if scattered:
         # The TPU's compiler scatters along the first axis; along another it sums the whole array.
@@ -196,7 +212,7 @@ def sum_of_batch(
       total = jax.lax.psum(total, copies)
     return total
 
-  return per_device(summed, in_axes, weight_axes)
+  return summed
 
 
 def axis_parts(mesh: Mesh | AbstractMesh, logical: str) -> int:

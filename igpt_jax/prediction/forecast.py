@@ -148,7 +148,7 @@ def _forecast(compile_it, model: ImageGPTConfig, topology: Topology, mesh: Mesh)
         raise
       return Forecast(memory, None, 0.0)
     program, generation = hlo.parse(compiled.executable.as_text()), topology.generation
-    cycles = bundles.attention_cycles(
+    cycles = bundles.kernel_cycles(
       topology.dump, topology.limits, head_dim=model.head_dim, causal=model.causal,
       narrow=generation.narrow,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import jax
 from igpt_jax import units
 from igpt_jax.model.image_gpt import abstract_params
 from igpt_jax.model.model_config import ImageGPTConfig
-from igpt_jax.parallel import compilation_cache
+from igpt_jax.parallel import compilation_cache, hardware
 from igpt_jax.training import muon
 from igpt_jax.training.optimizer import OptimizerConfig
 from igpt_jax.training.state import TrainState
@@ -59,6 +59,29 @@ class CompiledStep:
     return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
 
+# Options of XLA for chips whose SparseCores can move data beside the cores that compute. By default weights are
+# gathered and gradients summed while nothing else runs, or within one of XLA's own products, of which the
+# kernels around attention (model/block_tpu.py) leave none. Left to the SparseCores, and moved to the turn of the
+# loop over layers before or after their own, they run behind the kernels.
+_COLLECTIVES_ON_SPARSE_CORES = {
+  **{
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+  },
+  **{
+    f"xla_tpu_enable_async_collective_fusion_fuse_{kind}": False
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+  },
+  "xla_tpu_enable_ici_ag_pipelining": True,
+  "xla_tpu_enable_ici_rs_pipelining": True,
+}
+
+
+def step_options(kind: str) -> dict[str, bool]:
+  """Returns the options of XLA's compiler with which a step is compiled for devices of this `device_kind`."""
+  return _COLLECTIVES_ON_SPARSE_CORES if hardware.has_wide_matrix_unit(kind) else {}
+
+
 def compile_step(
   train_step: Callable,
   abstract: TrainState,
@@ -73,7 +96,7 @@ def compile_step(
     abstract: shapes of the state.
     shardings: those of its leaves.
     batch: arrays, or shapes with shardings.
-    options: those of XLA's compiler that differ from its defaults.
+    options: those of XLA's compiler that differ from its defaults, beside `step_options`.
   """
   jitted = jax.jit(
     train_step,
@@ -81,6 +104,8 @@ def compile_step(
     in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, batch)),
     out_shardings=(shardings, None),
   )
+  (device, *_) = jax.tree.leaves(batch)[0].sharding.device_set
+  options = {**step_options(device.device_kind), **(options or {})}
   return timed(lambda: jitted.lower(abstract, batch).compile(options))
 
 

@@ -42,6 +42,8 @@ def value_and_grad(config):
     (False, (1, 1, 1), True, {}),
     (True, (1, 1, 1), False, tiny.ALL_OPTIONS),
     (False, (2, 2, 2), True, tiny.ALL_OPTIONS),
+    (True, (2, 2, 1), True, {}),
+    (True, (2, 2, 1), True, tiny.ALL_OPTIONS),
     (True, (1, 1, 1), False, {"positions": "rope2d"}),
   ],
   ids=str,

@@ -95,7 +95,7 @@ def costed(tmp_path):
 
   def cycles(moved, cores=1, bandwidth=1e9):
     limits = bundles.Limits(clock=1e9, cores=cores, bandwidth=bandwidth)
-    count = bundles.attention_cycles(Written(), limits, head_dim=128, causal=True, narrow=True)
+    count = bundles.kernel_cycles(Written(), limits, head_dim=128, causal=True, narrow=True)
     return count(kernel(moved))
 
   return cycles

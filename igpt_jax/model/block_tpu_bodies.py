@@ -1,0 +1,171 @@
+"""Plan and bodies of the kernels around attention (`block_tpu`): a tile of rows at a time, rows being positions.
+
+Bodies take the references of operands, results and scratch in the order of their calls.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from igpt_jax.model import layers
+from igpt_jax.model.attention.tpu_plan import LANES, ROWS_BY_COLUMNS, ROWS_BY_ROWS, matmul
+
+COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # aᵀ b
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Static configuration of the kernels of a block.
+
+  Attributes:
+    rows: positions of all images of a device.
+    width, inner: channels of the stream, and hidden units.
+    tile: rows that are worked on at a time.
+    chunk: hidden units (or channels) that are worked on at a time.
+    parts: number of calls that the hidden units are divided over in the backward pass.
+    interpret: run on the CPU, for tests.
+  """
+
+  rows: int
+  width: int
+  inner: int
+  tile: int
+  chunk: int
+  parts: int
+  interpret: bool
+
+  def vmem_bytes(self, dtype, backward: bool) -> int:
+    """Bytes of VMEM that the larger kernel of one direction takes, by arithmetic."""
+    item = jnp.dtype(dtype).itemsize
+    weights = self.width * (self.width + 2 * self.inner // self.parts)
+    # Operands and results have two buffers each, so that their transfers are hidden.
+    streamed = 2 * (5 if backward else 3) * item + (16 if self.parts > 1 else 0)
+    worked_on = item + 4 + 3 * 4
+    rows = self.width * (streamed + worked_on) + self.chunk * 4 * 4
+    return weights * (item + (4 if backward else 0)) + self.tile * rows
+
+
+def _dot(a, b, form=ROWS_BY_COLUMNS):
+  return matmul(a, b, form)
+
+
+def _slope(dtype) -> float:
+  """1.702 of `layers.activation`, as it is rounded there."""
+  return float(np.asarray(1.702, dtype))
+
+
+def _sigmoid(hidden, dtype):
+  # A tanh takes half of the vector unit's work for an exponential and a reciprocal.
+  return 0.5 + 0.5 * jnp.tanh(0.5 * _slope(dtype) * hidden)
+
+
+def _chunk(at, size: int):
+  return pl.ds(pl.multiple_of(at * size, LANES), size)
+
+
+def _middle(x_ref, heads_ref, attn_ref):
+  """The stream between attention and MLP."""
+  attended = _dot(heads_ref[...], attn_ref[...])
+  return (x_ref[...].astype(jnp.float32) + attended).astype(x_ref.dtype)
+
+
+def finish_body(
+  plan: Plan, layer_ref, x_ref, heads_ref, attn_ref, gain_ref, fc_ref, proj_ref, *refs
+):
+  *_, y_ref, normed_ref, sum_ref = refs
+  dtype = x_ref.dtype
+  middle = _middle(x_ref, heads_ref, attn_ref)
+  normed_ref[...] = layers.scaled_norm(middle, layers.inverse_rms(middle), gain_ref[...])
+  sum_ref[...] = middle.astype(jnp.float32)
+
+  @pl.loop(0, plan.inner // plan.chunk)
+  def _(at):
+    units = _chunk(at, plan.chunk)
+    hidden = _dot(normed_ref[...], fc_ref[:, units])
+    activated = (hidden * _sigmoid(hidden, dtype)).astype(dtype)
+    sum_ref[...] += _dot(activated, proj_ref[units, :])
+
+  y_ref[...] = sum_ref[...].astype(dtype)
+
+
+def _norm_gradient(x, gain, dnormed):
+  """Gradient of the norm's input, float32, and a tile's summands of the gain's, of one that is summed in float32."""
+  scale = layers.inverse_rms(x)
+  unit = x.astype(jnp.float32) * scale
+  dunit = dnormed * gain
+  dx = scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True))
+  return dx, jnp.sum(dnormed * unit, axis=0, keepdims=True)
+
+
+def finish_backward_body(plan: Plan, layer_ref, *refs, first: bool, last: bool):
+  x_ref, heads_ref, attn_ref, gain_ref, fc_ref, proj_ref, dy_ref, *refs = refs
+  if not first:
+    so_far_ref, _, _, *refs = refs  # the others are where the outputs are
+  dfc_ref, dproj_ref, *results, normed_ref, dnormed_ref = refs
+  summed = [dfc_ref, dproj_ref, *results[2:]]
+  dtype = x_ref.dtype
+
+  @pl.when(pl.program_id(0) == 0)
+  def _():
+    for ref in summed:
+      ref[...] = jnp.zeros_like(ref)
+
+  middle = _middle(x_ref, heads_ref, attn_ref)
+  normed_ref[...] = layers.scaled_norm(middle, layers.inverse_rms(middle), gain_ref[...])
+  dnormed_ref[...] = jnp.zeros_like(dnormed_ref) if first else so_far_ref[...]
+
+  @pl.loop(0, plan.inner // plan.parts // plan.chunk)
+  def _(at):
+    units = _chunk(at, plan.chunk)
+    normed, dy, fc = normed_ref[...], dy_ref[...], fc_ref[:, units]
+    hidden = _dot(normed, fc)
+    dactivated = _dot(dy, proj_ref[units, :], ROWS_BY_ROWS)
+    sigmoid = _sigmoid(hidden, dtype)
+    activated = hidden * sigmoid
+    dproj_ref[units, :] += _dot(activated.astype(dtype), dy, COLUMNS_BY_COLUMNS)
+    slope = sigmoid + _slope(dtype) * activated * (1 - sigmoid)
+    dhidden = (dactivated * slope).astype(dtype)
+    dfc_ref[:, units] += _dot(normed, dhidden, COLUMNS_BY_COLUMNS)
+    dnormed_ref[...] += _dot(dhidden, fc, ROWS_BY_ROWS)
+
+  if not last:
+    results[0][...] = dnormed_ref[...]
+    return
+  dx_ref, dheads_ref, dattn_ref, dgain_ref = results
+  dmiddle, dgain = _norm_gradient(middle, gain_ref[...], dnormed_ref[...])
+  dx = (dy_ref[...].astype(jnp.float32) + dmiddle).astype(dtype)
+  dgain_ref[...] += dgain
+  dx_ref[...] = dx
+  dheads_ref[...] = _dot(dx, attn_ref[...], ROWS_BY_ROWS).astype(dtype)
+  dattn_ref[...] += _dot(heads_ref[...], dx, COLUMNS_BY_COLUMNS)
+
+
+def qkv_body(plan: Plan, layer_ref, x_ref, gain_ref, weight_ref, *refs):
+  *_, qkv_ref, normed_ref = refs
+  x = x_ref[...]
+  normed_ref[...] = layers.scaled_norm(x, layers.inverse_rms(x), gain_ref[...])
+  for which in range(3):
+    qkv_ref[which] = _dot(normed_ref[...], weight_ref[which]).astype(qkv_ref.dtype)
+
+
+def qkv_backward_body(plan: Plan, layer_ref, x_ref, gain_ref, weight_ref, dqkv_ref, dy_ref, *refs):
+  dx_ref, dweight_ref, dgain_ref = refs
+  x = x_ref[...]
+  normed = layers.scaled_norm(x, layers.inverse_rms(x), gain_ref[...])
+
+  @pl.when(pl.program_id(0) == 0)
+  def _():
+    dweight_ref[...] = jnp.zeros_like(dweight_ref)
+    dgain_ref[...] = jnp.zeros_like(dgain_ref)
+
+  dnormed: Any = 0.0
+  for which in range(3):
+    dqkv = dqkv_ref[which]
+    dweight_ref[which] += _dot(normed, dqkv, COLUMNS_BY_COLUMNS)
+    dnormed = dnormed + _dot(dqkv, weight_ref[which], ROWS_BY_ROWS)
+  dinput, dgain = _norm_gradient(x, gain_ref[...], dnormed)
+  dx_ref[...] = (dy_ref[...].astype(jnp.float32) + dinput).astype(x.dtype)
+  dgain_ref[...] += dgain
