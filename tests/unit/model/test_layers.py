@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from igpt_jax.model.around_attention import around_attention
 from igpt_jax.model.attention import tpu
 from igpt_jax.model.image_gpt import bind
 from igpt_jax.parallel import sharding
@@ -44,6 +45,7 @@ def value_and_grad(config):
     (False, (2, 2, 2), True, tiny.ALL_OPTIONS),
     (True, (2, 2, 1), True, {}),
     (True, (2, 2, 1), True, tiny.ALL_OPTIONS),
+    (True, (1, 1, 1), True, {}),
     (True, (1, 1, 1), False, {"positions": "rope2d"}),
   ],
   ids=str,
@@ -53,11 +55,14 @@ def test_values_and_gradients_are_those_of_the_blocks(causal, shape, wide, optio
   monkeypatch.setattr(tpu, "wide_matrix_unit", lambda: wide)
   plain, stacked = configs(causal, n_head=4 if shape[2] > 1 else 2, n_embd=128, **options)
   params = tiny.random_params(plain)
-  tokens = tiny.random_tokens(plain, 4)
+  tokens = tiny.random_tokens(plain, 8)
   keep = None if causal else np.random.default_rng(0).random(tokens.shape) > 0.3
   expected, expected_grads = value_and_grad(plain)(params, tokens, keep)
   mesh = tiny.mesh_of(shape)
   with jax.set_mesh(mesh):
+    stream = jax.ShapeDtypeStruct((*tokens.shape, stacked.n_embd), jnp.float32)
+    # Kernels around attention, too, where nothing splits hidden units.
+    assert bool(around_attention(stacked, stream, True)) == (wide and shape[2] == 1)
     placed = sharding.put_global(tokens, mesh)
     seen = None if keep is None else sharding.put_global(keep, mesh)
     found, grads = value_and_grad(stacked)(params, placed, seen)
