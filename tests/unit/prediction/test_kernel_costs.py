@@ -123,6 +123,32 @@ def test_two_cores_share_a_grid_and_one_memory(costed):
   )  # an odd step is one core's
 
 
+def test_a_kernel_around_attention_costs_what_its_name_says(tmp_path):
+  """Steps of its grid and, in each, turns of its loop over hidden units."""
+  (tmp_path / "code.txt").write_text(BUNDLES)
+
+  class Written(bundles.Dump):
+    def kernel(self, name):
+      return bundles.read(str(tmp_path / "code.txt"))
+
+  def cycles(name, moved):
+    cost = f'{{"flops":"1","bytes_accessed":"{moved}"}}'
+    line = (
+      f'%{name} = bf16[25,8192,512]{{2,1,0}} custom-call(%x), custom_call_target="tpu_custom_call", '
+      f'backend_config={{"custom_call_config":{{"cost_estimate":{cost}}}}}'
+    )
+    (operation,) = hlo.parse(entry(line)).computations["main"]
+    limits = bundles.Limits(clock=1e9, cores=1, bandwidth=1e9)
+    return bundles.kernel_cycles(Written(), limits, head_dim=64, causal=True, narrow=False)(
+      operation
+    )
+
+  # Three bundles with a product in every step, two with two in every turn; a product takes 4 cycles.
+  assert cycles("block_finish_8_4.1", 0) == 8 * 4 * (1 + 4 * 2)
+  assert cycles("block_qkv_backward_16_1", 0) == 16 * 4 * (1 + 1 * 2)
+  assert cycles("block_finish_8_4.2", 10**6) == 10**6
+
+
 def test_a_kernel_that_hides_its_memory_is_refused(costed):
   with pytest.raises(
     ValueError, match=r"fused_attention_forward\.1: a kernel without a cost_estimate"
