@@ -39,7 +39,7 @@ from igpt_jax.workspace import devices
 from igpt_jax.workspace import workdir as workdir_lib
 
 METHOD = (
-  "compiler's estimated cycles of the scheduled program, attention kernels by their bundles, "
+  "compiler's estimated cycles of the scheduled program, kernels by their bundles, "
   "collectives by bytes over link bandwidth less what work hides; within 25-30% of a chip's clock, "
   "closer between versions of one program"
 )
@@ -182,7 +182,7 @@ def summary(
       "step_seconds": predicted.seconds,
       "step_parts": {
         "compute": predicted.compute,
-        "attention_kernels": predicted.kernels,
+        "kernels": predicted.kernels,
         "communication_not_hidden": predicted.exposed,
       },
       "mfu": flops / predicted.seconds / (topology.chip.peak_flops * mesh.size),
@@ -291,7 +291,7 @@ def table(values: dict[str, Any]) -> str:
     parts = values["step_parts"]
     lines += [
       f"  step, predicted    {1e3 * values['step_seconds']:.1f} ms: compute "
-      f"{1e3 * parts['compute']:.1f} (attention kernels {1e3 * parts['attention_kernels']:.1f}), "
+      f"{1e3 * parts['compute']:.1f} (kernels {1e3 * parts['kernels']:.1f}), "
       f"communication not hidden {1e3 * parts['communication_not_hidden']:.1f}",
       f"  MFU                {values['mfu']:.1%}",
       f"  images/s           {units.significant(values['images_per_second'])}",

@@ -73,9 +73,18 @@ def _middle(x_ref, heads_ref, attn_ref):
 
 
 def finish_body(
-  plan: Plan, layer_ref, x_ref, heads_ref, attn_ref, gain_ref, fc_ref, proj_ref, *refs
+  plan: Plan,
+  layer_ref,
+  x_ref,
+  heads_ref,
+  attn_ref,
+  gain_ref,
+  fc_ref,
+  proj_ref,
+  y_ref,
+  normed_ref,
+  sum_ref,
 ):
-  *_, y_ref, normed_ref, sum_ref = refs
   dtype = x_ref.dtype
   middle = _middle(x_ref, heads_ref, attn_ref)
   normed_ref[...] = layers.scaled_norm(middle, layers.inverse_rms(middle), gain_ref[...])
@@ -92,7 +101,7 @@ def finish_body(
 
 
 def _norm_gradient(x, gain, dnormed):
-  """Gradient of the norm's input, float32, and a tile's summands of the gain's, of one that is summed in float32."""
+  """Returns the gradient of the norm's input, and the tile's part of the gain's; all are float32 but x."""
   scale = layers.inverse_rms(x)
   unit = x.astype(jnp.float32) * scale
   dunit = dnormed * gain
@@ -103,7 +112,7 @@ def _norm_gradient(x, gain, dnormed):
 def finish_backward_body(plan: Plan, layer_ref, *refs, first: bool, last: bool):
   x_ref, heads_ref, attn_ref, gain_ref, fc_ref, proj_ref, dy_ref, *refs = refs
   if not first:
-    so_far_ref, _, _, *refs = refs  # the others are where the outputs are
+    so_far_ref, refs = refs[0], refs[3:]  # the other two are where the outputs are
   dfc_ref, dproj_ref, *results, normed_ref, dnormed_ref = refs
   summed = [dfc_ref, dproj_ref, *results[2:]]
   dtype = x_ref.dtype
@@ -144,7 +153,7 @@ def finish_backward_body(plan: Plan, layer_ref, *refs, first: bool, last: bool):
 
 
 def qkv_body(plan: Plan, layer_ref, x_ref, gain_ref, weight_ref, *refs):
-  *_, qkv_ref, normed_ref = refs
+  qkv_ref, normed_ref = refs[1:]  # the first is where the result is
   x = x_ref[...]
   normed_ref[...] = layers.scaled_norm(x, layers.inverse_rms(x), gain_ref[...])
   for which in range(3):

@@ -128,6 +128,7 @@ def _forward(config, blocks, embedded, interpret):
   around = around_attention(config, embedded.stream, interpret)
 
   def body_of_kernels(carry, scanned):
+    assert around is not None
     _, residuals = carry
     layer, block = scanned
     inputs = residuals.inputs
@@ -191,6 +192,7 @@ def _backward(config, interpret, saved, dx):
   around = around_attention(config, embedded.stream, interpret)
 
   def body_of_kernels(carry, scanned):
+    assert around is not None
     dx, dembedded = carry
     layer, block = scanned
     inputs = residuals.inputs

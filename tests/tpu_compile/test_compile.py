@@ -76,12 +76,12 @@ def test_the_figures_agree_with_each_other(small):
     == values["images_per_second"]
     == 500 * read["cores_of_a_host"]
   )
-  assert 0 < parts["attention_kernels"] < parts["compute"]
+  assert 0 < parts["kernels"] < parts["compute"]
   named = values["compute_by_origin"]
   assert {"fused_attention_forward", "fused_attention_backward"} <= set(named)
   # Not one cycle of the kernels is free: the matrix units' peak bounds them from below.
   attention = 32 / 4 * 3 * 12 * 256**2 * 256 / 2
-  assert parts["attention_kernels"] > attention / hardware.CHIPS["TPU v5 lite"].peak_flops
+  assert parts["kernels"] > attention / hardware.CHIPS["TPU v5 lite"].peak_flops
 
 
 def test_the_collectives_of_a_slice(small):
