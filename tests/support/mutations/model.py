@@ -218,4 +218,18 @@ MUTATIONS = (
     "dx",
     "unit/model/test_layers.py::test_values_and_gradients_are_those_of_the_blocks",
   ),
+  Mutation(
+    "kernel-norm-gradient-without-its-mean",
+    "model/block_tpu_bodies.py",
+    "scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True))",
+    "scale * dunit",
+    "unit/model/test_block_tpu.py::test_the_gradients_of_queries_keys_and_values",
+  ),
+  Mutation(
+    "kernel-parts-begin-anew",
+    "model/block_tpu_bodies.py",
+    "jnp.zeros_like(dnormed_ref) if first else so_far_ref[...]",
+    "jnp.zeros_like(dnormed_ref)",
+    "unit/model/test_block_tpu.py::test_the_gradients_of_the_rest_of_a_block",
+  ),
 )
