@@ -10,7 +10,7 @@ from igpt_jax.model import block_tpu, layers
 from igpt_jax.model.attention import tpu
 from igpt_jax.model.block_tpu_bodies import Plan
 from igpt_jax.model.model_config import ImageGPTConfig
-from igpt_jax.parallel import sharding
+from igpt_jax.parallel import hardware, sharding
 
 _NORM = ("norm",)
 _STREAMS = (None, *layers.STREAM)  # logical axes of a stack
@@ -115,11 +115,12 @@ def around_attention(
   batch = sharding.axis_share("batch", x.shape[0])
   if not tpu.wide_matrix_unit() or not batch or sharding.parts_around("mlp") > 1:
     return None
-  plans = [
+  vmem = hardware.vmem_bytes(hardware.target().device_kind)
+  forward, backward = (
     block_tpu.make_plan(
-      batch * x.shape[1], config.n_embd, 4 * config.n_embd, x.dtype, backward=backward, interpret=interpret
+      batch * x.shape[1], config.n_embd, 4 * config.n_embd, x.dtype,
+      backward=backward, vmem=vmem, interpret=interpret,
     )
     for backward in (False, True)
-  ]  # fmt: skip
-  forward, backward = plans
+  )  # fmt: skip
   return AroundAttention(x.dtype, forward, backward) if forward and backward else None

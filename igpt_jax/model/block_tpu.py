@@ -28,16 +28,18 @@ from igpt_jax.model.block_tpu_bodies import (
 
 _TILES = (1024, 512, 256, 128)
 _CHUNK = 512
-_VMEM = 112 * 2**20  # of v6e's 128 MiB
+_VMEM_SHARE = 7 / 8  # of a core's VMEM; the compiler needs some of it, too
 
 
 def make_plan(
-  rows: int, width: int, inner: int, dtype, *, backward: bool, interpret: bool = False
+  rows: int, width: int, inner: int, dtype, *, backward: bool, vmem: int, interpret: bool = False
 ) -> Plan | None:
   """Returns the plan of the kernels of one direction for a device's shapes; None: they don't take them.
 
-  In the backward pass hidden units are divided over as many calls as let weights and gradients fit VMEM.
+  In the backward pass hidden units are divided over as many calls as let weights and gradients fit VMEM, of
+  which a core has `vmem` bytes.
   """
+  usable = int(_VMEM_SHARE * vmem)
   units = [n for n in (_CHUNK, _CHUNK // 2, LANES) if inner % n == 0]
   tiles = [n for n in _TILES if rows % n == 0]
   if width % LANES or not units or not tiles:
@@ -45,8 +47,8 @@ def make_plan(
   chunk = units[0]
   for parts in range(1, inner // chunk + 1 if backward else 2):
     for tile in tiles[:2]:
-      plan = Plan(rows, width, inner, tile, chunk, parts, interpret)
-      if inner % (parts * chunk) == 0 and plan.vmem_bytes(dtype, backward) <= _VMEM:
+      plan = Plan(rows, width, inner, tile, chunk, parts, usable, interpret)
+      if inner % (parts * chunk) == 0 and plan.vmem_bytes(dtype, backward) <= usable:
         return plan
   return None
 
@@ -112,7 +114,7 @@ def _call(
     input_output_aliases={1 + at: result for at, result in (aliases or {}).items()},
     # Weights' gradients are sums over the steps, which therefore run in order.
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM
+      dimension_semantics=("arbitrary",), vmem_limit_bytes=plan.vmem_limit
     ),
     cost_estimate=pl.CostEstimate(
       flops=2 * plan.rows * products, transcendentals=0, bytes_accessed=moved

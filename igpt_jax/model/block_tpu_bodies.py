@@ -26,6 +26,7 @@ class Plan:
     tile: rows that are worked on at a time.
     chunk: hidden units (or channels) that are worked on at a time.
     parts: number of calls that the hidden units are divided over in the backward pass.
+    vmem_limit: bytes of VMEM that a kernel may take.
     interpret: run on the CPU, for tests.
   """
 
@@ -35,6 +36,7 @@ class Plan:
   tile: int
   chunk: int
   parts: int
+  vmem_limit: int
   interpret: bool
 
   def vmem_bytes(self, dtype, backward: bool) -> int:

@@ -135,6 +135,11 @@ def has_wide_matrix_unit(kind: str) -> bool:
   return kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4", "TPU v5"))
 
 
+def vmem_bytes(kind: str) -> int:
+  """Bytes of a TPU core's vector memory by its `device_kind`, as the compiler states it; of unknown ones the least."""
+  return (128 if kind in ("TPU v6 lite", "TPU v6e") else 64) * 2**20
+
+
 def memory_bytes(mesh: Mesh) -> float | None:
   """Bytes that programs can use of a mesh's device here; a CPU's share of the machine's; None if unknown."""
   # Only the process that a device belongs to may ask it; of another's, the published figure does.
