@@ -130,8 +130,8 @@ MUTATIONS = (
   Mutation(
     "weights-summed-in-bfloat16",
     "model/projection.py",
-    '{of_weight}", x, dout, preferred_element_type="float32")',
-    '{of_weight}", x, dout)',
+    '->{of_weight}", dtype="float32")',
+    '->{of_weight}")',
     "unit/training/test_bfloat16.py::test_weight_gradients_are_summed_over_devices_in_float32",
   ),
   Mutation(
@@ -140,6 +140,13 @@ MUTATIONS = (
     "jnp.where(key <= query, scores, -jnp.inf)",
     "jnp.where(key <= query + 1, scores, -jnp.inf)",
     f"{_ATTENTION}::test_against_numpy",
+  ),
+  Mutation(
+    "large-scores-not-shifted",
+    "model/attention/blocked.py",
+    "((False, len(q) * is_safe), (True, len(q) * ~is_safe))",
+    "((False, len(q)),)",
+    f"{_ATTENTION}::test_scores_of_any_size",
   ),
   Mutation(
     "scores-scaled-twice",
