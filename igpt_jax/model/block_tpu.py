@@ -28,6 +28,7 @@ from igpt_jax.model.block_tpu_bodies import (
 
 _TILES = (1024, 512, 256, 128)
 _CHUNK = 512
+_MOST_PARTS = 4  # each reads the stream anew and multiplies by attention's matrix again
 _VMEM_SHARE = 7 / 8  # of a core's VMEM; the compiler needs some of it, too
 
 
@@ -45,7 +46,7 @@ def make_plan(
   if width % LANES or not units or not tiles:
     return None
   chunk = units[0]
-  for parts in range(1, inner // chunk + 1 if backward else 2):
+  for parts in range(1, _MOST_PARTS + 1 if backward else 2):
     for tile in tiles[:2]:
       plan = Plan(rows, width, inner, tile, chunk, parts, usable, interpret)
       if inner % (parts * chunk) == 0 and plan.vmem_bytes(dtype, backward) <= usable:
@@ -205,6 +206,8 @@ def finish_gradients(
   part = plan.inner // plan.parts
   so_far: list = []
   for at in range(plan.parts):
+    # Kernels that differ have names that do: a forecast finds a kernel's code by its name.
+    role = "last" if at == plan.parts - 1 else "middle" if at else "first"
     fc_block, proj_block = (
       blocks.whole(plan.width, part, at=(0, at)), blocks.whole(part, plan.width, at=(at, 0)),
     )  # fmt: skip
@@ -225,8 +228,8 @@ def finish_gradients(
       results.append((_like(flat, jnp.float32), blocks.tile()))
     products = attn.size + 5 * (fc.size // plan.parts) + (2 * attn.size if last else 0)
     done = _call(
-      plan, functools.partial(finish_backward_body, first=first, last=last), "block_finish_backward",
-      layer, operands, results, products, [dy.dtype, jnp.float32], {} if first else {8: 0, 9: 1},
+      plan, functools.partial(finish_backward_body, first=first, last=last),
+      f"block_finish_backward_{role}", layer, operands, results, products, [dy.dtype, jnp.float32], {} if first else {8: 0, 9: 1},
     )  # fmt: skip
     so_far = [(done[2], blocks.tile()), (done[0], _UNREAD), (done[1], _UNREAD)]
   dfc, dproj, dx, dheads, dattn, dgain = done

@@ -40,14 +40,19 @@ class Plan:
   interpret: bool
 
   def vmem_bytes(self, dtype, backward: bool) -> int:
-    """Bytes of VMEM that the larger kernel of one direction takes, by arithmetic."""
-    item = jnp.dtype(dtype).itemsize
-    weights = self.width * (self.width + 2 * self.inner // self.parts)
-    # Operands and results have two buffers each, so that their transfers are hidden.
-    streamed = 2 * (5 if backward else 3) * item + (16 if self.parts > 1 else 0)
-    worked_on = item + 4 + 3 * 4
-    rows = self.width * (streamed + worked_on) + self.chunk * 4 * 4
-    return weights * (item + (4 if backward else 0)) + self.tile * rows
+    """Bytes of VMEM that the larger of one direction's two kernels takes, by arithmetic."""
+    item, width = jnp.dtype(dtype).itemsize, self.width
+
+    def needed(weights: int, streams: int, so_far: int = 0) -> int:
+      # Operands and results have two buffers each, so that their transfers are hidden.
+      worked_on = item + 4 + 3 * 4
+      row = width * (2 * streams * item + so_far + worked_on) + self.chunk * 4 * 4
+      return weights * (item + (4 if backward else 0)) + self.tile * row
+
+    finish = needed(
+      width * (width + 2 * self.inner // self.parts), 5 if backward else 3, 16 if self.parts > 1 else 0
+    )  # fmt: skip
+    return max(finish, needed(3 * width * width, 6 if backward else 4))
 
 
 def _dot(a, b, form=ROWS_BY_COLUMNS):
@@ -103,7 +108,7 @@ def finish_body(
 
 
 def _norm_gradient(x, gain, dnormed):
-  """Returns the gradient of the norm's input, and the tile's part of the gain's; all are float32 but x."""
+  """Returns the gradient of the norm's input, and the tile's part of the gain's, float32, as `dnormed` is."""
   scale = layers.inverse_rms(x)
   unit = x.astype(jnp.float32) * scale
   dunit = dnormed * gain

@@ -78,7 +78,7 @@ class _Residuals(NamedTuple):
     scales: inverse RMS at both norms, float32 [L, 2, B, T, 1]; None with `block_tpu`'s kernels.
     attention: stacks that the kernels read and write.
     hidden: the MLP's hidden units before the activation, [L, B, T, 4D]; None on 256 × 256 matrix
-      units, where recomputing them is cheaper than laying them out for the backward pass.
+      units, where computing them again is cheaper than laying them out for the backward pass.
   """
 
   inputs: jax.Array

@@ -29,15 +29,15 @@ def activation(hidden: jax.Array) -> jax.Array:
   return hidden * jax.nn.sigmoid(1.702 * hidden)
 
 
-def inverse_rms(x: jax.Array, axis: int = -1) -> jax.Array:
+def inverse_rms(x: jax.Array) -> jax.Array:
   """rsqrt(mean(x²) + 1e-5) over channels, float32 [..., 1]."""
   squares = jnp.square(x.astype(jnp.float32))
-  return jax.lax.rsqrt(jnp.mean(squares, axis=axis, keepdims=True) + NORM_EPSILON)
+  return jax.lax.rsqrt(jnp.mean(squares, axis=-1, keepdims=True) + NORM_EPSILON)
 
 
-def rms_norm(x: jax.Array, gain: jax.Array, axis: int = -1) -> jax.Array:
-  """x · rsqrt(mean(x²) + 1e-5) · gain, computed in float32, returned in x's dtype; channels on `axis`."""
-  return scaled_norm(x, inverse_rms(x, axis), gain)
+def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+  """x · rsqrt(mean(x²) + 1e-5) · gain, computed in float32, returned in x's dtype."""
+  return scaled_norm(x, inverse_rms(x), gain)
 
 
 def scaled_norm(x: jax.Array, scale: jax.Array, gain: jax.Array) -> jax.Array:

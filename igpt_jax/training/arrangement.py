@@ -17,8 +17,11 @@ from igpt_jax.parallel import hardware, sharding
 _STATE = 18  # bytes per parameter: itself, two moments, a gradient (float32), a bfloat16 copy
 # Bytes kept per layer, position and channel in bfloat16, measured on compiled programs.
 _KEPT = {"none": 72.0, "names": 19.0, "full": 2.2}
-_HIDDEN = 8.0  # of "names": the MLP's hidden units, which 256 × 256 matrix units recompute
+_HIDDEN = 8.0  # of "names": the MLP's hidden units, which aren't kept for 256 × 256 matrix units
 _WORKING = 60.0  # bytes per position and channel of the layer that is being computed
+# Bytes per D² of whole weights and gradients that are on their way, measured on a compiled program of XL:
+# collectives on SparseCores run a layer ahead of the one that is computed, or behind it (compilation.py).
+_ON_THEIR_WAY = 160.0
 _STATE_SHARE = 1 / 3  # largest share of a device's memory for a training state, beside activations
 # And for a step with "names": the arithmetic may be a little below the compiler's figure.
 _STEP_SHARE = 0.95
@@ -52,12 +55,14 @@ def step_bytes(
     tensor: devices that compute an image together.
   """
   kept = _KEPT.get(model.remat, _KEPT["full"])
-  if model.remat == "names" and hardware.has_wide_matrix_unit(kind):
-    kept -= _HIDDEN
+  whole = 0.0
+  if hardware.has_wide_matrix_unit(kind):
+    whole = _ON_THEIR_WAY * model.n_embd**2 / tensor
+    kept -= _HIDDEN if model.remat == "names" else 0
   item = jnp.dtype(model.dtype).itemsize / 2
   activations = item * (model.n_layer * kept + _WORKING) * model.n_embd / tensor
   logits = 10 * model.tokens.rows
-  return state_bytes(model, shards) + images * model.n_positions * (activations + logits)
+  return state_bytes(model, shards) + whole + images * model.n_positions * (activations + logits)
 
 
 def fsdp(

@@ -12,6 +12,7 @@ from igpt_jax import units
 from igpt_jax.model.image_gpt import abstract_params
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import compilation_cache, hardware
+from igpt_jax.parallel.hosts import say
 from igpt_jax.training import muon
 from igpt_jax.training.optimizer import OptimizerConfig
 from igpt_jax.training.state import TrainState
@@ -61,8 +62,9 @@ class CompiledStep:
 
 # Options of XLA for chips whose SparseCores can move data beside the cores that compute. By default weights are
 # gathered and gradients summed while nothing else runs, or within one of XLA's own products, of which the
-# kernels around attention (model/block_tpu.py) leave none. Left to the SparseCores, and moved to the turn of the
-# loop over layers before or after their own, they run behind the kernels.
+# kernels around attention (model/block_tpu.py) leave none in the loops over layers. Left to the SparseCores, and
+# moved to the turn of the loop before or after their own, they run behind the kernels. (XL, which is too wide for
+# these kernels, gains by it as well: docs/scale.md.)
 _COLLECTIVES_ON_SPARSE_CORES = {
   **{
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True
@@ -79,7 +81,8 @@ _COLLECTIVES_ON_SPARSE_CORES = {
 
 def step_options(kind: str) -> dict[str, bool]:
   """Returns the options of XLA's compiler with which a step is compiled for devices of this `device_kind`."""
-  return _COLLECTIVES_ON_SPARSE_CORES if hardware.has_wide_matrix_unit(kind) else {}
+  known = kind in hardware.CHIPS and hardware.has_wide_matrix_unit(kind)
+  return _COLLECTIVES_ON_SPARSE_CORES if known else {}
 
 
 def compile_step(
@@ -106,7 +109,21 @@ def compile_step(
   )
   (device, *_) = jax.tree.leaves(batch)[0].sharding.device_set
   options = {**step_options(device.device_kind), **(options or {})}
-  return timed(lambda: jitted.lower(abstract, batch).compile(options))
+  return timed(lambda: _compile(jitted.lower(abstract, batch), options))
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
+  """Compiles with these options or, if the compiler that is installed lacks one, with none of them."""
+  try:
+    return lowered.compile(options)
+  except jax.errors.JaxRuntimeError as error:
+    unknown = [name for name in options if name in str(error)]
+    if not unknown:
+      raise
+    say(
+      f"{unknown[0]}: not an option of this machine's compiler; compiling without, which may be slower"
+    )
+    return lowered.compile()
 
 
 def timed(compile_it: Callable[[], jax.stages.Compiled]) -> CompiledStep:

@@ -166,7 +166,7 @@ def kernels(program):
 
 
 ATTENTION = {"fused_attention_forward", "fused_attention_backward"}
-AROUND = {"block_qkv", "block_finish", "block_finish_backward", "block_qkv_backward"}
+AROUND = {"block_qkv", "block_finish", "block_finish_backward_last", "block_qkv_backward"}
 
 
 TOPOLOGIES = {"v5e:2x2": (1, 4, 1), "v5p:2x2x1": (2, 2, 1), "v6e:2x2": (1, 2, 2), "tpu7x:2x2x1": (2, 4, 1)}  # fmt: skip
@@ -184,6 +184,12 @@ def test_the_step_compiles_with_kernels_that_work_in_place(topology, n_head, hea
   run = collectives.count(program)
   assert set(run) <= {"all-gather", "all-reduce", "reduce-scatter"}
   assert run["all-gather"] == 3 * 8 + 3
+
+
+def test_weights_that_vmem_has_no_room_for_at_once_are_worked_on_in_parts():
+  """iGPT-L's, in the backward pass."""
+  program = compiled("v6e:2x4", (1, 8, 1), n_head=16, n_embd=1536, n_positions=1024)
+  assert kernels(program) == ATTENTION | AROUND | {"block_finish_backward_first"}
 
 
 def in_loops(program):

@@ -38,9 +38,9 @@ def fsdp_of(size, chip, devices, tensor=1, slices=1):
     ("l", 32, "v5e", 2, 8, 128, "names", 14.02), ("l", 32, "v5e", 1, 4, 128, "full", 14.60),
     ("l", 48, "v5e", 8, 8, 128, "names", 9.5), ("xl", 64, "v5e", 8, 32, 256, "full", 7.2),
     ("xl", 64, "v5p", 2, 32, 64, "names", 18.08), ("xl", 64, "v5p", 1, 64, 64, "full", 5.14),
-    ("xl", 64, "v5p", 2, 32, 256, "names", 57.8), ("s", 32, "v6e", 2, 8, 256, "names", 2.5),
-    ("m", 32, "v6e", 16, 1, 128, "names", 12.60), ("l", 32, "v6e", 2, 8, 256, "names", 16.3),
-    ("xl", 64, "v6e", 8, 32, 512, "names", 20.5),
+    ("xl", 64, "v5p", 2, 32, 256, "names", 57.8), ("s", 32, "v6e", 2, 8, 128, "names", 1.3),
+    ("m", 32, "v6e", 2, 8, 128, "names", 4.4), ("l", 32, "v6e", 2, 8, 128, "names", 10.1),
+    ("xl", 64, "v6e", 8, 32, 256, "names", 14.0),
   ],
 )  # fmt: skip
 def test_memory_by_arithmetic_is_near_the_compilers(
