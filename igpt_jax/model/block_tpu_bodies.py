@@ -39,6 +39,11 @@ class Plan:
   vmem_limit: int
   interpret: bool
 
+  @property
+  def turns(self) -> int:
+    """Turns of the loop over hidden units, for a tile."""
+    return self.inner // self.parts // self.chunk
+
   def vmem_bytes(self, dtype, backward: bool) -> int:
     """Bytes of VMEM that the larger of one direction's two kernels takes, by arithmetic."""
     item, width = jnp.dtype(dtype).itemsize, self.width
@@ -133,7 +138,7 @@ def finish_backward_body(plan: Plan, layer_ref, *refs, first: bool, last: bool):
   normed_ref[...] = layers.scaled_norm(middle, layers.inverse_rms(middle), gain_ref[...])
   dnormed_ref[...] = jnp.zeros_like(dnormed_ref) if first else so_far_ref[...]
 
-  @pl.loop(0, plan.inner // plan.parts // plan.chunk)
+  @pl.loop(0, plan.turns)
   def _(at):
     units = _chunk(at, plan.chunk)
     normed, dy, fc = normed_ref[...], dy_ref[...], fc_ref[:, units]

@@ -162,7 +162,7 @@ def kernels(program):
     for o in operations
     if o.target == "tpu_custom_call"
   }
-  return {re.sub(r"_\d+_\d+$", "", name) for name in names}
+  return {re.sub(r"(_\d+){2,3}$", "", name) for name in names}
 
 
 ATTENTION = {"fused_attention_forward", "fused_attention_backward"}

@@ -124,8 +124,9 @@ def test_two_cores_share_a_grid_and_one_memory(costed):
 
 
 def test_a_kernel_around_attention_costs_what_its_name_says(tmp_path):
-  """Steps of its grid and, in each, turns of its loop over hidden units."""
-  (tmp_path / "code.txt").write_text(BUNDLES)
+  """Steps of its grid, turns of its loop over hidden units in each, and bytes that nothing hides."""
+  two_loops = "".join(line for line in BUNDLES.splitlines(True) if ">>>" not in line)
+  (tmp_path / "code.txt").write_text(two_loops)
 
   class Written(bundles.Dump):
     def kernel(self, name):
@@ -144,9 +145,13 @@ def test_a_kernel_around_attention_costs_what_its_name_says(tmp_path):
     )
 
   # Three bundles with a product in every step, two with two in every turn; a product takes 4 cycles.
-  assert cycles("block_finish_8_4.1", 0) == 8 * 4 * (1 + 4 * 2)
-  assert cycles("block_qkv_backward_16_1", 0) == 16 * 4 * (1 + 1 * 2)
-  assert cycles("block_finish_8_4.2", 10**6) == 10**6
+  assert cycles("block_finish_8_4_0.1", 0) == 8 * 4 * (1 + 4 * 2)
+  assert cycles("block_qkv_backward_16_1_0", 0) == 16 * 4 * (1 + 1 * 2)
+  assert cycles("block_finish_8_4_1000.1", 1000) == pytest.approx(8 * 4 * (1 + 4 * 2) + 1000)
+  assert cycles("block_finish_8_4_1000.2", 10**6) == pytest.approx(10**6)
+  (tmp_path / "code.txt").write_text(BUNDLES)
+  with pytest.raises(KeyError):  # nobody knows how often a third loop turns
+    cycles("block_finish_8_4_0.3", 0)
 
 
 def test_a_kernel_that_hides_its_memory_is_refused(costed):
