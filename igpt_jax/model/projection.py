@@ -68,14 +68,16 @@ def _einsum(formula: str, *factors: jax.Array, dtype: str | None = None) -> jax.
   """jnp.einsum, of matrices alone on a CPU.
 
   There XLA transposes a factor of three axes by a slow copy and reads a matrix either way: so the rows
-  are all positions of all images, and stacked weights are multiplied one after the other.
+  are all positions of all images, and stacked weights are multiplied one after the other. Not so on
+  several devices: there each product would have its own collectives, of which XLA runs several at a
+  time, and its CPU devices, with one thread each, then wait for each other for ever.
   """
   if hardware.platform() != "cpu":
     return jnp.einsum(formula, *factors, preferred_element_type=dtype)
   *of_factors, of_out = formula.replace("->", ",").split(",")
   stack = next((letter for letter in "sc" if letter in formula), None)
-  if stack is None:
-    return _matrix_product(formula, *factors, dtype=dtype)
+  if stack is None or jax.sharding.get_abstract_mesh().size > 1:
+    return _flat_einsum(formula, *factors, dtype=dtype)
   axes = [of.find(stack) for of in of_factors]
   n = max(x.shape[axis] for x, axis in zip(factors, axes, strict=True) if axis >= 0)
 
@@ -84,7 +86,7 @@ def _einsum(formula: str, *factors: jax.Array, dtype: str | None = None) -> jax.
       x if axis < 0 else jax.lax.index_in_dim(x, at, axis, keepdims=False)
       for x, axis in zip(factors, axes, strict=True)
     ]
-    return _matrix_product(formula.replace(stack, ""), *parts, dtype=dtype)
+    return _flat_einsum(formula.replace(stack, ""), *parts, dtype=dtype)
 
   if stack in of_out:
     return jnp.stack([product(at, dtype) for at in range(n)], of_out.index(stack))
@@ -92,13 +94,17 @@ def _einsum(formula: str, *factors: jax.Array, dtype: str | None = None) -> jax.
   return summed.astype(dtype or factors[0].dtype)
 
 
-def _matrix_product(formula: str, *factors: jax.Array, dtype: str | None) -> jax.Array:
+def _flat_einsum(formula: str, *factors: jax.Array, dtype: str | None) -> jax.Array:
   """jnp.einsum whose images and positions, "bt", are one axis."""
   *of_factors, of_out = formula.replace("->", ",").split(",")
   terms = list(zip(of_factors, factors, strict=True))
   size = {letter: n for of, x in terms for letter, n in zip(of, x.shape, strict=True)}
-  matrices = [x.reshape(-1, x.shape[-1]) if "bt" in of else x for of, x in terms]
-  out = jnp.einsum(formula.replace("bt", "n"), *matrices, preferred_element_type=dtype)
+  rows = size["b"] * size["t"]
+  flat = [
+    x.reshape([rows if letter == "b" else size[letter] for letter in of if letter != "t"])
+    for of, x in terms
+  ]
+  out = jnp.einsum(formula.replace("bt", "n"), *flat, preferred_element_type=dtype)
   return out.reshape([size[letter] for letter in of_out])
 
 

@@ -10,6 +10,7 @@ import pytest
 from igpt_jax.model import codes, layers
 from igpt_jax.model.projection import Einsum, sharded_einsum
 from igpt_jax.parallel import hardware
+from support import tiny
 
 BATCH, LENGTH = 3, 5
 SIZES = {"b": BATCH, "t": LENGTH, "d": 8, "e": 12, "s": 3, "c": 3, "v": 7}
@@ -47,6 +48,20 @@ def test_a_gradient_over_stacked_weights_is_summed_in_float32(monkeypatch):
   _, pull = jax.vjp(lambda of: sharded_einsum(layers.TO_QKV, of, weight), x)
   exact = jnp.einsum("sbte,sde->btd", dout, weight, preferred_element_type="float32")
   np.testing.assert_array_equal(pull(dout)[0], exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("devices, products", [(1, 9), (2, 3)])
+def test_stacked_weights_are_multiplied_together_on_several_devices(devices, products, monkeypatch):
+  """A product each had its own collectives, and XLA's CPU devices waited for each other for ever."""
+  monkeypatch.setattr(hardware, "platform", lambda: "cpu")
+  x, weight, _ = factors(layers.TO_QKV)
+
+  def loss(x, weight):
+    return jnp.sum(jnp.square(sharded_einsum(layers.TO_QKV, x[:2], weight)))
+
+  with jax.set_mesh(tiny.mesh_of((devices, 1, 1))):
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, weight))
+  assert program.count("dot_general[") == products
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
