@@ -101,8 +101,10 @@ def _call(
   for array, spec in (*operands, *results):
     if spec.block_shape is not None:
       size = math.prod(n for n in spec.block_shape if n is not None) * array.dtype.itemsize
-      streamed += size * steps if spec.pipeline_mode is None else 0
-      once += size if spec.pipeline_mode is not None else 0
+      if spec.pipeline_mode is None:
+        streamed += size * steps
+      else:
+        once += size
   return pl.pallas_call(
     functools.partial(body, plan),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -208,12 +210,12 @@ def finish_gradients(
   part = plan.inner // plan.parts
   so_far: list = []
   for at in range(plan.parts):
-    # Kernels that differ have names that do: a forecast finds a kernel's code by its name.
-    role = "last" if at == plan.parts - 1 else "middle" if at else "first"
     fc_block, proj_block = (
       blocks.whole(plan.width, part, at=(0, at)), blocks.whole(part, plan.width, at=(at, 0)),
     )  # fmt: skip
     first, last = at == 0, at == plan.parts - 1
+    # Kernels that differ have names that do: a forecast finds a kernel's code by its name.
+    role = "last" if last else "first" if first else "middle"
     operands = [
       (_rows(inputs, 1), blocks.layer()), (_rows(heads, 1), blocks.layer()),
       (attn, blocks.whole(*attn.shape)), (gain[None], blocks.whole(1, plan.width)),
@@ -231,8 +233,8 @@ def finish_gradients(
     products = attn.size + 5 * (fc.size // plan.parts) + (2 * attn.size if last else 0)
     done = _call(
       plan, functools.partial(finish_backward_body, first=first, last=last),
-      f"block_finish_backward_{role}", layer, operands, results, products, [dy.dtype, jnp.float32], {} if first else {8: 0, 9: 1},
-      plan.turns,
+      f"block_finish_backward_{role}", layer, operands, results, products,
+      [dy.dtype, jnp.float32], {} if first else {8: 0, 9: 1}, plan.turns,
     )  # fmt: skip
     so_far = [(done[2], blocks.tile()), (done[0], _UNREAD), (done[1], _UNREAD)]
   dfc, dproj, dx, dheads, dattn, dgain = done

@@ -102,7 +102,7 @@ def finish_body(
   normed_ref[...] = layers.scaled_norm(middle, layers.inverse_rms(middle), gain_ref[...])
   sum_ref[...] = middle.astype(jnp.float32)
 
-  @pl.loop(0, plan.inner // plan.chunk)
+  @pl.loop(0, plan.turns)
   def _(at):
     units = _chunk(at, plan.chunk)
     hidden = _dot(normed_ref[...], fc_ref[:, units])
@@ -113,12 +113,9 @@ def finish_body(
 
 
 def _norm_gradient(x, gain, dnormed):
-  """Returns the gradient of the norm's input, and the tile's part of the gain's, float32, as `dnormed` is."""
-  scale = layers.inverse_rms(x)
-  unit = x.astype(jnp.float32) * scale
-  dunit = dnormed * gain
-  dx = scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True))
-  return dx, jnp.sum(dnormed * unit, axis=0, keepdims=True)
+  """Returns the gradient of the norm's input, and the tile's part of the gain's, float32."""
+  dx, dgain = layers.norm_gradients(x, layers.inverse_rms(x), gain, dnormed)
+  return dx, jnp.sum(dgain, axis=0, keepdims=True)
 
 
 def finish_backward_body(plan: Plan, layer_ref, *refs, first: bool, last: bool):

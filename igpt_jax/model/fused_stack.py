@@ -27,12 +27,9 @@ _STACKS = ((None, *layers.QKV), (None, *layers.HEADS), (None, *_LSE))
 
 
 def _norm_gradients(x, scale, gain, dout) -> tuple[jax.Array, jax.Array]:
-  """Gradients of `rms_norm` with respect to x and gain, float32; `scale` is x's inverse RMS."""
-  unit = x.astype(jnp.float32) * scale
-  dout = dout.astype(jnp.float32)
-  dgain = jnp.sum(dout * unit, axis=(0, 1))
-  dunit = dout * gain
-  return scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True)), dgain
+  """`layers.norm_gradients`, the gain's summed up."""
+  dx, dgain = layers.norm_gradients(x, scale, gain, dout)
+  return dx, jnp.sum(dgain, axis=(0, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -135,8 +132,9 @@ def _forward(config, blocks, embedded, interpret):
     if config.x0_skip:
       inputs = _put(inputs, options.enter(config, block, _get(inputs, layer), embedded), layer)
     qkv_stack = around.qkv(layer, block, inputs, residuals.attention.qkv)
-    if options.changes_qkv(config):
-      qkv = options.change_qkv(config, block["attn"], _get(qkv_stack, layer), embedded)
+    made = _get(qkv_stack, layer)
+    qkv = options.change_qkv(config, block["attn"], made, embedded)
+    if qkv is not made:
       qkv_stack = _put(qkv_stack, qkv, layer)
     out, lse = attend(layer, qkv_stack, *residuals.attention[1:])
     inputs = around.finish(layer, block, inputs, out)
@@ -200,12 +198,10 @@ def _backward(config, interpret, saved, dx):
     _, pull_entry = _vjp_of_entry(config, block, _get(inputs, layer), embedded)
     dx, dout, gradients = around.finish_gradients(layer, block, inputs, residuals.attention.out, dx)
     dqkv = attention_gradient(layer, dout, *residuals.attention)
-    if options.changes_qkv(config):
-      normed = layers.rms_norm(_get(inputs, layer), block["ln_1"]["g"])
-      dqkv, dattn = _gradients_of_change(config, block["attn"], normed, embedded, dqkv)
-      gradients["attn"] |= dattn
+    normed = layers.rms_norm(_get(inputs, layer), block["ln_1"]["g"])
+    dqkv, dattn = _gradients_of_change(config, block["attn"], normed, embedded, dqkv)
     dx, of_qkv = around.qkv_gradients(layer, block, inputs, dqkv, dx)
-    gradients["attn"] |= of_qkv["attn"]
+    gradients["attn"] |= of_qkv["attn"] | dattn
     dx, dstream, dentry = pull_entry(constrain(dx, *layers.STREAM))
     gradients |= {"ln_1": of_qkv["ln_1"], **dentry}
     return (dx, jax.tree.map(jnp.add, dembedded, dstream)), gradients

@@ -40,6 +40,23 @@ def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
   return scaled_norm(x, inverse_rms(x), gain)
 
 
+def norm_gradients(
+  x: jax.Array, scale: jax.Array, gain: jax.Array, dout: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Gradients of `scaled_norm` through its scale, float32: of x, and of the gain, yet to be summed over positions.
+
+  Args:
+    x: the norm's input; channels last.
+    scale: its inverse RMS.
+    gain: [D].
+    dout: the gradient of the norm's output.
+  """
+  unit = x.astype(jnp.float32) * scale
+  dout = dout.astype(jnp.float32)
+  dunit = dout * gain
+  return scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True)), dout * unit
+
+
 def scaled_norm(x: jax.Array, scale: jax.Array, gain: jax.Array) -> jax.Array:
   """`rms_norm` of x with a precomputed inverse RMS `scale`."""
   return (x.astype(jnp.float32) * scale * gain).astype(x.dtype)

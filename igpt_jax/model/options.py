@@ -108,15 +108,10 @@ def enter(config: ImageGPTConfig, block: dict, x: jax.Array, embedded: Embedded)
   return x + (block["x0"]["g"] * embedded.stream.astype(jnp.float32)).astype(x.dtype)
 
 
-def changes_qkv(config: ImageGPTConfig) -> bool:
-  """True if `change_qkv` changes anything."""
-  return config.value_embeddings or config.qk_norm or config.positions == "rope2d"
-
-
 def change_qkv(
   config: ImageGPTConfig, attn: dict, qkv_3xBxTxE: jax.Array, embedded: Embedded
 ) -> jax.Array:
-  """Returns queries, keys and values as attention takes them, from those of the matmul.
+  """Returns queries, keys and values as attention takes them, from those of the matmul; these, if nothing changes.
 
   Args:
     config: the model's.

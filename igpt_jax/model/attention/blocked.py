@@ -55,8 +55,9 @@ def _attention_bwd(n_head: int, causal: bool, residuals, dout_BxTxE: jax.Array):
   q, k, v, dout = (_split(x, n_head, _GROUP) for x in (*qkv, dout_BxTxE))
   of_queries = (*q.shape[:2], 1, length)
   lse, delta = lse.reshape(of_queries), delta_BxTxH.swapaxes(1, 2).reshape(of_queries)
-  gradients = _over_groups(
-    functools.partial(_backward_of_group, causal=causal), (q, k, v, dout, lse, delta)
+  groups = q, k, v, dout, lse, delta
+  _, gradients = jax.lax.scan(
+    lambda _, group: (None, _backward_of_group(*group, causal=causal)), None, groups
   )
   return (jnp.stack([_merge(gradient, batch, n_head) for gradient in gradients]),)
 
@@ -78,7 +79,6 @@ def _forward(qkv: jax.Array, n_head: int, causal: bool) -> tuple[jax.Array, jax.
       _forward_of_head(pair[0][n], pair[1][n], pair[2][n], causal, shift) for n in range(q.shape[1])
     ]
     parts = map(jnp.stack, zip(*heads, strict=True))
-    # (`at[].set` is a scatter, on which XLA 0.11.2 crashes in shard_map.)
     put = jax.lax.dynamic_update_index_in_dim
     return tuple(put(x, part, at, 0) for x, part in zip(results, parts, strict=True))
 
@@ -87,10 +87,6 @@ def _forward(qkv: jax.Array, n_head: int, causal: bool) -> tuple[jax.Array, jax.
     results = jax.lax.fori_loop(0, pairs, functools.partial(of_pair, shift=shift), results)
   out, lse = results
   return _merge(out, qkv.shape[1], n_head), lse.reshape(-1, lse.shape[-1])
-
-
-def _over_groups(function, groups):
-  return jax.lax.scan(lambda _, group: (None, function(*group)), None, groups)[1]
 
 
 def _split(x_BxTxE: jax.Array, n_head: int, most: int) -> jax.Array:

@@ -226,8 +226,8 @@ MUTATIONS = (
     "unit/model/test_layers.py::test_values_and_gradients_are_those_of_the_blocks",
   ),
   Mutation(
-    "kernel-norm-gradient-without-its-mean",
-    "model/block_tpu_bodies.py",
+    "norm-gradient-without-its-mean",
+    "model/layers.py",
     "scale * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True))",
     "scale * dunit",
     "unit/model/test_block_tpu.py::test_the_gradients_of_queries_keys_and_values",
