@@ -3,7 +3,7 @@
   python -m igpt_jax.main --config configs/imagenet48_m.py --workdir runs/imagenet48_m
 
 Reproduces: its recipe at another size and resolution; 456,468,480 parameters.
-Hardware: 9.5e+20 FLOPs in all; 2.2 days of a v5e-64 slice at 40% of its peak (arithmetic, not a run).
+Hardware: 9.5e+20 FLOPs in all; 2.2 days of 64 v5e chips at 40% of their peak (arithmetic, not a run).
 Expect: nothing published: the paper has no such row.
 Data: TFDS imagenet2012, prepared once (launch/prepare_data.sh).
 """

@@ -48,7 +48,7 @@ choose_extra() {
   case $extra in
     cuda | tpu) ;;
     none) extra="" ;;
-    *) die "--extra=$extra; expected cuda, tpu or none" ;;
+    *) die "--extra=$extra (or EXTRA); expected cuda, tpu or none" ;;
   esac
 }
 
@@ -67,13 +67,16 @@ make_venv() {
   [ -n "$dry_run" ] || printf '%s\n' "$wanted" >"$stamp"
 }
 
-# install_venv DIR: makes the environment of a script that runs the whole of a config on this machine,
-# and says how long that takes.
+# install_venv DIR: makes the environment of a script that runs the whole of a config on this machine, with
+# the extra of EXTRA or else of its accelerator, and says how long that takes.
 install_venv() {
-  if [ ! -f "$1/igpt_jax.stamp" ]; then
-    say "installing into $1 (about a gigabyte, a minute or two)"
+  local extra=${EXTRA:-} takes="about a gigabyte, a minute or two"
+  choose_extra
+  [ -z "$extra" ] || takes="with the $extra extra: some gigabytes, several minutes"
+  if [ ! -f "$1/igpt_jax${extra:+-$extra}.stamp" ]; then
+    say "installing into $1 ($takes)"
   fi
-  make_venv "$1" "$(find_python)"
+  make_venv "$1" "$(find_python)" "$extra"
 }
 
 # stage JOB ARG…: runs one job of such a script in the environment `venv`. A stop signal is handed on,

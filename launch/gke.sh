@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submits a run to a GKE cluster with nothing but kubectl and JobSet: fills in gke_jobset.yaml.
 #
-#   launch/gke.sh --name=igpt-l --accelerator=tpu-v5p-slice --topology=4x4x4 --image=IMAGE \
+#   launch/gke.sh --name=igpt-l --accelerator=tpu-v5p-slice --topology=2x2x4 --image=IMAGE \
 #     --service-account=SERVICE_ACCOUNT --mount=BUCKET:/mnt/bucket -- \
 #     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l \
 #     --config.data.data_dir=/mnt/bucket/data

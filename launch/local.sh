@@ -7,6 +7,7 @@
 # VENV         the environment (default: .venv in the repository)
 # WORKDIR      where everything goes (default: runs/CONFIG)
 # PYTHON       the interpreter that makes the environment (default: the first of 3.11 or later)
+# EXTRA        cuda, tpu or none (default: that of the accelerator that is here)
 # CONSTRAINTS  the releases to install (default: constraints/ of this Python; empty: the newest)
 #
 # Ctrl-C saves; running it again goes on where it stopped.

@@ -9,6 +9,7 @@
 # VENV     the environment (default: .venv in the repository)
 # WORKDIR  where everything goes (default: runs/NAME of the folder)
 # PYTHON   the interpreter that makes the environment (default: the first of 3.11 or later)
+# EXTRA    cuda, tpu or none (default: that of the accelerator that is here)
 #
 # While it trains, WORKDIR/progress/STEP.png shows what it makes of photos that are held out. Ctrl-C
 # stops it; the same command goes on where it stopped.

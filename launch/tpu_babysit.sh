@@ -2,7 +2,7 @@
 # Keeps a run on a Cloud TPU slice going until it has ended: after a preemption it makes the machines
 # again and goes on in the same --workdir.
 #
-#   launch/tpu_babysit.sh --name=igpt-l --zone=ZONE --type=v5p-128 --capacity=spot \
+#   launch/tpu_babysit.sh --name=igpt-l --zone=ZONE --type=v5p-32 --capacity=spot \
 #     --mount=BUCKET:/mnt/bucket -- \
 #     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l \
 #     --config.data.data_dir=/mnt/bucket/data

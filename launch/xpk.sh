@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submits a run to a GKE cluster that xpk manages (https://github.com/AI-Hypercomputer/xpk).
 #
-#   launch/xpk.sh --name=igpt-l --cluster=CLUSTER --type=v5p-128 --image=IMAGE \
+#   launch/xpk.sh --name=igpt-l --cluster=CLUSTER --type=v5p-32 --image=IMAGE \
 #     --storage=STORAGE:/mnt/storage -- \
 #     --config=configs/imagenet32_l.py --workdir=gs://BUCKET/igpt-l \
 #     --config.data.data_dir=/mnt/storage/data

@@ -107,3 +107,29 @@ def test_a_failure_ends_the_script_with_its_status(world, photos, status):
   world.write("train.sh", f"exit {status}")
   assert world.run("photos.sh", str(photos)).returncode == status
   assert len(jobs(world)) == 1
+
+
+@pytest.mark.parametrize(
+  ("seen", "given", "installed"),
+  [
+    ("", "", ""),
+    ("nvidia-smi", "", "[cuda]"),
+    ("nvidia-smi", "none", ""),
+    ("", "tpu", "[tpu]"),
+  ],
+)
+def test_it_installs_what_the_accelerator_needs(world, photos, seen, given, installed):
+  world.write("train.sh", TRAIN)
+  if seen:
+    tool = world.fake.parent / "bin" / seen
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+  result = world.run("photos.sh", str(photos), EXTRA=given)
+  assert result.returncode == 0, result.stderr
+  asked = [call[-1] for call in world.calls("pip") if "--editable" in call]
+  assert asked == [f"{world.repo}{installed}"]
+
+
+def test_an_unknown_extra_is_refused(world, photos):
+  result = world.run("photos.sh", str(photos), EXTRA="rocm")
+  assert result.returncode == 2 and "rocm (or EXTRA); expected cuda, tpu or none" in result.stderr

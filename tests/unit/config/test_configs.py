@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import pytest
@@ -12,7 +13,9 @@ from igpt_jax.config.read import settings_of
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import count_params
 from igpt_jax.model.model_config import PRESETS
+from igpt_jax.parallel import hardware
 from igpt_jax.training import optimizer, state
+from igpt_jax.training.compilation import flops_per_image
 from support.paths import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -97,6 +100,29 @@ def test_config_says_what_it_is(path):
     return
   assert "Hardware" in doc
   assert "Expect" in doc or path.stem == "quickstart"
+
+
+PAPERS = [path for path in CONFIGS if " FLOPs in all; " in load(path).__doc__]
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_the_days_that_a_config_tells_are_those_of_its_flops(path):
+  """On chips over which its batch divides."""
+  module = load(path)
+  told = re.search(r"(\S+) FLOPs in all; (\S+) days of (\d+) (\S+) chips at 40%", module.__doc__)
+  flops, days, chips, name = told.groups()
+  config = module.get_config()
+  images = config.train.batch_size * config.train.steps
+  total = flops_per_image(choices.model_config(settings_of(config))) * images
+  per_day = 0.4 * 86_400 * int(chips) * hardware.CHIPS[hardware.kind_of(name)].peak_flops
+  assert (flops, days) == (f"{total:.1e}", f"{total / per_day:.1f}")
+  assert config.train.batch_size % int(chips) == 0
+
+
+def test_each_of_the_papers_configs_tells_days():
+  assert {path.stem for path in PAPERS} == {
+    f"imagenet{side}_{size}" for side in (32, 48, 64) for size in PRESETS
+  }
 
 
 @pytest.mark.parametrize(
