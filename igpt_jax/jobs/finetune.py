@@ -79,6 +79,7 @@ def run(
         scores=lambda step: tuning.best.scores_of(step),
         flops=compilation.flops_per_image(model),
         shown=_SHOWN,
+        job="finetune",
       ),
     )
     steps, stopped_by = outcome.step, outcome.stopped_by
@@ -121,7 +122,8 @@ class FineTuning:
     model = choices.model_config(self.settings, n_vocab=self.spec.n_vocab)
     self.model, mesh = run.arrange(self.settings, model, own.batch_size), run.mesh
     sharding.check_model_fits(mesh, n_head=self.model.n_head, n_embd=self.model.n_embd)
-    memory.check_state(self.model, mesh)
+    adam = optimizer.make_optimizer(choices.finetuning_optimizer_config(self.settings))
+    memory.check_state(self.model, adam, mesh)
     self.loss = joint.JointLoss(
       layer=joint.check_layer(own.layer, self.model.n_layer, self._start.head),
       generative=own.generative,

@@ -146,7 +146,8 @@ def norm_queries_and_keys(
   # Values are multiplied by ones rather than taken apart: that would copy all three.
   is_value = (jnp.arange(3) == 2).reshape(3, 1, 1, 1, 1)
   scale = jnp.where(is_value, 1.0, layers.inverse_rms(x))
-  per_channel = jnp.stack([*gains, jnp.ones_like(gains[0])])
+  # (Not `ones_like`, which takes the gain's mesh: another than the one here in a part of a slice's batch.)
+  per_channel = jnp.stack([*gains, jnp.ones(gains[0].shape, gains[0].dtype)])
   return (x * scale * per_channel[:, None, None, None]).astype(qkv_3xBxTxHxK.dtype)
 
 

@@ -145,6 +145,7 @@ def _run(
     evaluate=evaluate,
     kept=_probes,
     shown=_SHOWN,
+    job="probe",
   )
   outcome = training.train(_joined(saved, whole), work)
   if outcome.stopped_by:

@@ -28,6 +28,11 @@ from igpt_jax.workspace import rollbacks
 FOLDER = "incidents"
 _SPIKE_WINDOW = 20  # logged losses that the median is taken over
 _MIN_LOSSES = 5  # without so many, no loss is a spike
+_FIXES = {
+  "pretrain": "a lower train.learning_rate, train.clip_norm=1, or model.dtype=float32",
+  "finetune": "a lower finetune.learning_rate, train.clip_norm=1, or model.dtype=float32",
+  "probe": "lower probe.learning_rates, or model.dtype=float32",
+}
 
 
 class Guard:
@@ -36,10 +41,11 @@ class Guard:
   Args:
     config: how to react.
     folder: the run's folder; None: nothing is recorded.
+    job: whose settings an error names.
   """
 
-  def __init__(self, config: GuardConfig, folder: str | None):
-    self._config, self._folder = config, folder
+  def __init__(self, config: GuardConfig, folder: str | None, job: str = "pretrain"):
+    self._config, self._folder, self._job = config, folder, job
     self._losses: collections.deque[float] = collections.deque(maxlen=_SPIKE_WINDOW)
     self._spiking_since: int | None = None
     self._well: int | None = None
@@ -123,8 +129,7 @@ class Guard:
         summary.write_json(os.path.join(dump, "diagnosis.json"), diagnosis)
       rollbacks.record(self._folder, {"step": step, "what": kind, **_numbers(values)})
       message += f"; wrote {dump}"
-    fix = "a lower train.learning_rate, train.clip_norm=1, or float32"
-    raise BadNumbers(f"{message}; fix: {fix}", step, since, then == "rollback")
+    raise BadNumbers(f"{message}; fix: {_FIXES[self._job]}", step, since, then == "rollback")
 
 
 def describe(params: Params) -> dict[str, dict[str, float]]:

@@ -73,6 +73,7 @@ class Work:
     scores: step -> metrics by which the best checkpoint is kept; None: that step has none.
     flops: FLOPs of training on one image; 0: unknown.
     shown: the metrics in a line of the log, in order, with their formats.
+    job: whose settings an error names.
   """
 
   train_step: Callable
@@ -91,6 +92,7 @@ class Work:
   flops: float = 0.0
   shown: Sequence[tuple[str, str]] = Progress.PRETRAINING
   images: NoImages = dataclasses.field(default_factory=NoImages)
+  job: str = "pretrain"
 
   def evaluates_at(self, step: int, steps: int) -> bool:
     """Returns True if a run of `steps` is to be evaluated at this step."""
@@ -270,7 +272,7 @@ def run(
       if compiled is None:
         agreement.check(at_step, batches.place)
         with clock.phase("compile"):
-          compiled = _compiled(work.train_step, train_state, batch, mesh)
+          compiled = _compiled(work, train_state, batch, mesh)
         stop.begin(at_step)
         instruments.progress.start(first_step, batches.wait_seconds)
       if profiler.due(at_step):
@@ -317,17 +319,17 @@ def _agree_and_save(
   instruments.save(at, at_step, instruments.writers.sync)
 
 
-def _compiled(train_step: Callable, train_state: TrainState, batch: dict, mesh: Mesh):
+def _compiled(work: Work, train_state: TrainState, batch: dict, mesh: Mesh):
   """Compiles the step for these arrays' shardings; raises UserError if it doesn't fit the devices."""
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train_state)
   shardings = jax.tree.map(lambda x: x.sharding, train_state)
   with doing("compiling the training step", say, ends=False):
-    compiled = compilation.compile_step(train_step, abstract, shardings, batch)
+    compiled = compilation.compile_step(work.train_step, abstract, shardings, batch)
   say(f"{compiled.took}; {compiled.memory}")
   from_cache = hosts.gathered(np.int32(compiled.from_cache), "the compiled training step")
   if told := compilation_cache.of_hosts(from_cache):
     say(told)
-  memory.check_step(compiled, mesh)
+  memory.check_step(compiled, mesh, work.job)
   return compiled
 
 

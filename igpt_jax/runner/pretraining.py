@@ -90,7 +90,7 @@ def pretrain(
     schedule = optimizer.make_schedule(optimizer_config)
     tx = optimizer.make_optimizer(optimizer_config)
     sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
-    memory.check_state(model, mesh)
+    memory.check_state(model, tx, mesh)
     run.claim(settings, spec)  # only now: a UserError above must leave it unclaimed
 
     order = DataOrder(workdir, split, batch_size=batch_size, seed=settings.seed)

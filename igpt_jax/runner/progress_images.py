@@ -29,6 +29,7 @@ from igpt_jax.reporting.metrics import Writers
 from igpt_jax.sampling.completer import InputImage, prompt_rows, sample_keys
 from igpt_jax.tokens import TokenSpec
 from igpt_jax.training import compilation
+from igpt_jax.training.optimizer import make_optimizer
 from igpt_jax.training.state import TrainState
 from igpt_jax.workspace import memory, streams
 from igpt_jax.workspace.workdir import PROGRESS
@@ -158,7 +159,8 @@ class ProgressImages(NoImages):
       placed = [sharding.put_global(np.ascontiguousarray(array), mesh) for array in given]
       jitted = jax.jit(draw, out_shardings=sharding.replicated(mesh))
       compiled = compilation.timed(lambda: jitted.lower(params, keys, *placed).compile())
-    lack = memory.lacking_beside_state(compiled, model, mesh)
+    optimizer = make_optimizer(choices.optimizer_config(self._settings))
+    lack = memory.lacking_beside_state(compiled, model, optimizer, mesh)
     self._fits = not hosts.on_any(bool(lack), "the memory to draw progress images")
     if not self._fits:
       say(

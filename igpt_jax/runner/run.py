@@ -267,7 +267,7 @@ class TrainingRun:
       ),
       clock=self._clock,
       profiler=Profiler(window, os.path.join(self._folder, "profile"), say),
-      guard=guard.Guard(settings.guard, self._folder),
+      guard=guard.Guard(settings.guard, self._folder, work.job),
     )
     self._clock.save_seconds = lambda: instruments.save.seconds
     try:

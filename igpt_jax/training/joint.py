@@ -139,7 +139,7 @@ def make_finetune_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds train_step(state, batch) -> (state, metrics).
 
-  `batch["tokens"]` is [B, T], any integer type, `batch["label"]` int32 [B]. The metrics are float32
+  `batch["tokens"]` is [B, T] or [B, T, codes], any integer type, `batch["label"]` int32 [B]. The metrics are float32
   scalars of the state the step started from: `loss`, the parts of `joint_loss`, `grad_norm`,
   `learning_rate`. Masks are drawn as in pretraining, from the step and the row.
   """

@@ -30,7 +30,7 @@ class OptimizerConfig:
     decay_shape: the rate falls with 1 - x or 1 - √x of the decay's share x that is done; Hägele et al.
       (2024, arXiv:2405.18392) found 1 - √x better, and a fifth of the steps enough.
     b1, b2, eps: Adam's.
-    weight_decay: decoupled, on matrices only; 0 in the paper.
+    weight_decay: decoupled, on matrices and tables only; 0 in the paper.
     clip_norm: global gradient norm to clip to; 0 for no clipping.
     optimizer: "adam", or "muon": the blocks' matrices by Muon, all else by Adam.
     scale: the model's, by which rates of single parameters and ε differ (model/parametrisation.py).
@@ -126,7 +126,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     scaled = optax.partition({"muon": muon.scale_by_muon(), "adam": scaled}, _optimizer_of)
   parts.append(scaled if config.scale == STANDARD else _parametrised(scaled, config))
   if config.weight_decay:
-    # Gains, and everything else that isn't a matrix per layer, don't decay.
+    # Gains and the start vector don't decay; tables of embeddings do, as matrices.
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
   parts.append(optax.scale_by_learning_rate(make_schedule(config)))
   return optax.chain(*parts)

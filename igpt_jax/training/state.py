@@ -68,6 +68,12 @@ def abstract_state(
   return jax.eval_shape(lambda: init_state(config, optimizer, 0, n_classes))
 
 
+def state_bytes(config: ImageGPTConfig, optimizer: optax.GradientTransformation) -> int:
+  """Returns the bytes of a training state: parameters and the optimizer's moments."""
+  leaves = jax.tree.leaves(abstract_state(config, optimizer))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def state_shardings(
   config: ImageGPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, n_classes: int = 0
 ) -> TrainState:

@@ -26,7 +26,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Builds train_step(state, batch) -> (state, metrics).
 
-  `batch["tokens"]` is [B, T], any integer type. The metrics are float32 scalars of the state the
+  `batch["tokens"]` is [B, T] or [B, T, codes], any integer type. The metrics are float32 scalars of the state the
   step started from: `loss` in nats per token, the mean over the images that have a predicted token,
   and those of `update`. If nothing is predicted in the whole batch (BERT masks may hide nothing), loss
   and gradient are 0, and the optimizer continues on its moments. The batch is split into `accumulate`
@@ -83,7 +83,8 @@ def update(
   """Updates the state with these gradients.
 
   If the loss or a gradient isn't finite, parameters and moments stay as they were; that is decided
-  and counted on the device.
+  and counted on the device. The learning rate is that of the step, whichever updates were left out:
+  a schedule ends with the run.
 
   Args:
     state: the state before the step.
@@ -99,7 +100,8 @@ def update(
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
   def updated():
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    opt_state = _at_step(state.opt_state, state.step)
+    updates, opt_state = optimizer.update(grads, opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state
 
   params, opt_state = jax.lax.cond(finite, updated, lambda: (state.params, state.opt_state))
@@ -108,8 +110,7 @@ def update(
   new_state = TrainState(
     step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng, skipped=skipped
   )
-  # The optimizer counts its updates alone.
-  rate = jnp.asarray(schedule(state.step - in_all), jnp.float32)
+  rate = jnp.asarray(schedule(state.step), jnp.float32)
   return new_state, {
     **metrics,
     "grad_norm": norm,
@@ -117,6 +118,19 @@ def update(
     "skipped_updates": skipped[1].astype(jnp.float32),
     "skipped_in_row": skipped[0].astype(jnp.float32),
   }
+
+
+def _at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+  """Returns the optimizer's state with its schedule at `step`: of itself it counts updates alone."""
+
+  def is_schedules(part) -> bool:
+    return isinstance(part, optax.ScaleByScheduleState)
+
+  return jax.tree.map(
+    lambda part: optax.ScaleByScheduleState(step) if is_schedules(part) else part,
+    opt_state,
+    is_leaf=is_schedules,
+  )
 
 
 def make_eval_step(

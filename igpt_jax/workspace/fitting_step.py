@@ -8,13 +8,14 @@ import jax
 from jax.sharding import Mesh
 
 from igpt_jax import units
+from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings, with_values
 from igpt_jax.errors import DoesNotFit
-from igpt_jax.model.image_gpt import count_params
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, hosts, sharding
 from igpt_jax.parallel.hosts import say
 from igpt_jax.training import compilation
+from igpt_jax.training.optimizer import make_optimizer
 from igpt_jax.workspace import measurements, memory
 from igpt_jax.workspace.forecast_apart import OutOfTime
 
@@ -45,7 +46,8 @@ def compile_fitting(
     DoesNotFit: the state, or the step in the smallest parts, needs more memory than a device has.
     OutOfTime: it is later than `until` (`time.monotonic`), by the main process' clock, before a compile.
   """
-  memory.check_state(model, mesh)
+  optimizer = make_optimizer(choices.optimizer_config(settings))
+  memory.check_state(model, optimizer, mesh)
   available = hardware.memory_bytes(mesh)
   notes: list[str] = []
   while True:
@@ -91,7 +93,8 @@ def _compiled(
 
   None in the step's place: the compiler refused it for its size.
   """
-  state = round(memory.STATE_BYTES * count_params(model) / sharding.weight_shards(mesh))
+  optimizer = make_optimizer(choices.optimizer_config(settings))
+  state = round(memory.training_bytes(model, optimizer, mesh))
   try:
     compiled = measurements.compiled_step(settings, model, mesh)
   except jax.errors.JaxRuntimeError as error:

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from igpt_jax import units
@@ -10,8 +11,7 @@ from igpt_jax.model.image_gpt import count_params
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hardware, sharding
 from igpt_jax.training.compilation import CompiledStep
-
-STATE_BYTES = 16  # per parameter in training: float32 value, gradient, two moments
+from igpt_jax.training.state import state_bytes
 
 _KNOBS = {
   "sample": "a smaller sample.samples or sample.completions, sample.cache='int8'",
@@ -29,10 +29,17 @@ _SMALLER_CACHE = f"{_KNOBS['sample']}, sample.batch_size in job complete"
 _OTHERS = "a smaller batch_size of that job"
 
 
-def check_state(model: ImageGPTConfig, mesh: Mesh) -> None:
+def training_bytes(
+  model: ImageGPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> float:
+  """Returns the bytes of a device's share of a training state and its gradients, which are float32."""
+  held = state_bytes(model, optimizer) + 4 * count_params(model)
+  return held / sharding.weight_shards(mesh)
+
+
+def check_state(model: ImageGPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
   """Raises DoesNotFit if a device's share of the training state exceeds its memory."""
-  parameters = count_params(model)
-  need = STATE_BYTES * parameters / sharding.weight_shards(mesh)
+  parameters, need = count_params(model), training_bytes(model, optimizer, mesh)
   available = hardware.memory_bytes(mesh)
   if available is not None and need > available:
     raise DoesNotFit(
@@ -61,20 +68,25 @@ def check_cache(
     )
 
 
-def check_step(compiled: CompiledStep, mesh: Mesh) -> None:
-  """Raises DoesNotFit if a compiled step needs more memory than a device has."""
+def check_step(compiled: CompiledStep, mesh: Mesh, job: str = "pretrain") -> None:
+  """Raises DoesNotFit if a job's compiled training step needs more memory than a device has."""
   available, need = hardware.memory_bytes(mesh), compiled.needed_bytes
   if available is not None and need > available:
     raise DoesNotFit(
-      f"training: a step needs {units.memory(need)} of each device, which has {units.memory(available)}; fix: {_TRAINING}"
+      f"training: a step needs {units.memory(need)} of each device, which has "
+      f"{units.memory(available)}; fix: {_knobs(job)}"
     )
 
 
-def lacking_beside_state(compiled: CompiledStep, model: ImageGPTConfig, mesh: Mesh) -> str:
+def lacking_beside_state(
+  compiled: CompiledStep,
+  model: ImageGPTConfig,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+) -> str:
   """Returns in words what a program lacks on a device that holds a training state, too; "": it fits."""
   available = hardware.memory_bytes(mesh)
-  state = STATE_BYTES * count_params(model) / sharding.weight_shards(mesh)
-  need = compiled.needed_bytes + state
+  need = compiled.needed_bytes + training_bytes(model, optimizer, mesh)
   if available is None or need <= available:
     return ""
   return f"need {units.memory(need)} of each device beside the training state, which has {units.memory(available)}"
@@ -88,6 +100,10 @@ def in_words(error: Exception, job: str) -> UserError | None:
   if not exhausted and not isinstance(error, MemoryError):
     return None
   first = str(error).strip().splitlines()[0][:300] if str(error).strip() else "MemoryError"
+  return UserError(f"out of memory ({first}); fix: {_knobs(job)}")
+
+
+def _knobs(job: str) -> str:
+  """Returns the settings that make a job need less memory, in words."""
   training = job in ("pretrain", "ablate", "isoflop", "lowdata")
-  knobs = _KNOBS.get(job, _TRAINING if training else _OTHERS)
-  return UserError(f"out of memory ({first}); fix: {knobs}")
+  return _KNOBS.get(job, _TRAINING if training else _OTHERS)

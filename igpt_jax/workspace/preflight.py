@@ -12,7 +12,6 @@ checks of its settings, too. `machine` uses no accelerator: those of other hosts
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from igpt_jax import files, units
 from igpt_jax.config.declare import MAKING, OPENING, READING
@@ -20,10 +19,6 @@ from igpt_jax.config.fields import Settings, value_of
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import sizes, tpu_types
 from igpt_jax.parallel.tpu_types import Slice
-
-if TYPE_CHECKING:
-  from igpt_jax.model.model_config import ImageGPTConfig
-  from igpt_jax.training.optimizer import OptimizerConfig
 
 MACHINE = "machine"
 _PRICES = "https://cloud.google.com/tpu/pricing"
@@ -110,7 +105,8 @@ def _forecast(settings: Settings, asked_for: Slice) -> Iterator[str]:
   from igpt_jax.config import choices
   from igpt_jax.parallel import hardware, sharding
   from igpt_jax.prediction import forecast_table
-  from igpt_jax.training import arrangement
+  from igpt_jax.training import arrangement, state
+  from igpt_jax.training.optimizer import make_optimizer
 
   # The dtype is the slice's, not this machine's.
   compiled = dataclasses.replace(settings.compile, topology=asked_for.topology)
@@ -150,24 +146,13 @@ def _forecast(settings: Settings, asked_for: Slice) -> Iterator[str]:
       f"{train.steps:,} steps of {1e3 * step:,.0f} ms, {name} (forecast in {known.source}{made}; not a "
       "measurement, expect up to 30% more)"
     )
-  n_bytes = _state_bytes(model, optimizer)
+  n_bytes = state.state_bytes(model, make_optimizer(optimizer))
   seconds = math.ceil(2 * step + n_bytes / (asked_for.hosts * _SAVE_RATE))
   steps = "two steps and " if step else "besides two steps, whose time isn't known, "
   yield (
     f"grace: {seconds} s to save when told to stop: {steps}{units.data_size(n_bytes)} by "
     f"{units.counted(asked_for.hosts, 'host')} at {_SAVE_RATE / 1e6:.0f} MB/s each (assumed)"
   )
-
-
-def _state_bytes(model: "ImageGPTConfig", optimizer: "OptimizerConfig") -> int:
-  """Returns the bytes of a training state: parameters and the optimizer's moments."""
-  import jax
-
-  from igpt_jax.training import state
-  from igpt_jax.training.optimizer import make_optimizer
-
-  leaves = jax.tree.leaves(state.abstract_state(model, make_optimizer(optimizer)))
-  return sum(math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 4) for leaf in leaves)
 
 
 def machine(settings: Settings, workdir: str) -> Iterator[str]:

@@ -326,8 +326,8 @@ def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh | None) -
   settings = with_values(settings, {"train.schedule": "constant", "train.warmup_steps": 0})
   at_a_time = settings.train.batch_size // settings.train.accumulate
   model, mesh = devices.arranged(settings, model, at_a_time, mesh, tell=lambda _: None)
-  memory.check_state(model, mesh)
   train_step, tx = measurements.step_of(settings, model)
+  memory.check_state(model, tx, mesh)
   batch = settings.train.batch_size
   compiled = device.compile_training_step(model, train_step, tx, mesh, batch)
   memory.check_step(compiled, mesh)

@@ -82,6 +82,8 @@ def _unsupported(
     return f"{n_head} heads, which don't divide over the mesh"
   if implementation == "blocked":
     return None
+  if implementation == "tpu" and hardware.platform() != "tpu":
+    return f"{hardware.target().device_kind}: expected a TPU"
   return tpu.supports(local, head_dim, qkv.shape[2], qkv.dtype)
 
 

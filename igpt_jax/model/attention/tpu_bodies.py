@@ -70,7 +70,7 @@ def forward_body(
       head, q0, q1 = unit
       query = queries(q_span, head, q0, q1)
       scores = []
-      for k0, k1 in plan.keys_of(q0, q1, on_diagonal):
+      for k0, k1 in plan.keys_of(q1, on_diagonal):
         heads.once("k", k0, k1, lambda b0, b1: heads.copy(qkv_ref, k_span, b0, b1))
         key = heads.operand(qkv_ref, 1, head, heads.at(k_span, k0, k1))
         s_KxQ = matmul(key, query, ROWS_BY_ROWS)
@@ -90,7 +90,7 @@ def forward_body(
         top = jnp.maximum(top, max_ref[row, q0:q1])
       total: Any = None
       out: Any = None
-      for (k0, k1), s_KxQ in zip(plan.keys_of(q0, q1, on_diagonal), scores, strict=True):
+      for (k0, k1), s_KxQ in zip(plan.keys_of(q1, on_diagonal), scores, strict=True):
         heads.once("v", k0, k1, lambda b0, b1: fill_values(k_span, b0, b1))
         p_KxQ = jnp.exp2(s_KxQ - top)
         part = p_KxQ.sum(axis=0, keepdims=True)

@@ -95,8 +95,8 @@ class Plan:
     """The span cut into tiles' edges."""
     return [(at, min(at + self.tile, self.span)) for at in range(0, self.span, self.tile)]
 
-  def keys_of(self, q0: int, q1: int, on_diagonal: bool) -> list[tuple[int, int]]:
-    """The blocks of keys that queries q0..q1 see."""
+  def keys_of(self, q1: int, on_diagonal: bool) -> list[tuple[int, int]]:
+    """The blocks of keys that queries up to q1 see."""
     return [(k0, k1) for k0, k1 in self.blocks() if not on_diagonal or k0 < q1]
 
   def tiles(self, on_diagonal: bool) -> Iterator[Tile]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from igpt_jax.errors import UserError
 
-# Logits divided by a smaller temperature overflow float32, and a smaller probability rounds to 0.
+# Far below any use, and far above where float32 overflows or rounds to 0.
 _LEAST = 1e-6
 
 

@@ -81,10 +81,10 @@ MUTATIONS = (
     f"{_STEP}::test_images_without_a_mask_are_in_no_mean",
   ),
   Mutation(
-    "rate-told-by-steps",
+    "rate-by-updates",
     "training/step.py",
-    "schedule(state.step - in_all)",
-    "schedule(state.step)",
+    "_at_step(state.opt_state, state.step)",
+    "state.opt_state",
     f"{_STEP}::test_the_learning_rate_told_is_the_one_applied",
   ),
   Mutation(

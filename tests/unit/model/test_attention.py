@@ -223,6 +223,12 @@ def test_what_gpu_it_is(monkeypatch):
     assert hardware.cuda_capability() == expected
 
 
+def test_a_kernel_of_another_device_is_refused(monkeypatch):
+  monkeypatch.setattr(hardware, "platform", lambda: "cpu")
+  with pytest.raises(UserError, match=r"model.attention: 'tpu' doesn't take .*expected a TPU"):
+    attention(jnp.asarray(make_qkv()), n_head=N_HEAD, causal=True, implementation="tpu")
+
+
 def test_shapes_the_kernel_does_not_take_are_refused():
   qkv = jnp.asarray(make_qkv())
   with pytest.raises(UserError, match=r"model.attention: 'tpu_interpret'.*head dim 6.*'xla'"):

@@ -93,3 +93,17 @@ def test_going_back_ends(folder):
   assert not bad.value.back
   with pytest.raises(BadNumbers, match="no checkpoint of step 3 or before"):
     guard.go_back(BadNumbers("bad", 5, 3, True), GuardConfig(rollbacks=9), str(folder))
+
+
+@pytest.mark.parametrize(
+  ("job", "named"),
+  [
+    ("pretrain", "a lower train.learning_rate"),
+    ("finetune", "a lower finetune.learning_rate"),
+    ("probe", "lower probe.learning_rates"),
+  ],
+)
+def test_the_fix_names_the_jobs_own_rate(job, named):
+  watching = guard.Guard(GuardConfig(in_row=1), None, job)
+  with pytest.raises(BadNumbers, match=f"fix: {named}"):
+    look(watching, 1, math.nan, in_row=1, in_all=1)

@@ -42,8 +42,8 @@ def compiler(monkeypatch):
     return types.SimpleNamespace(needed_bytes=100 + 10 * images)
 
   monkeypatch.setattr(measurements, "compiled_step", compiled_step)
-  monkeypatch.setattr(memory, "check_state", lambda model, mesh: None)
-  monkeypatch.setattr(memory, "STATE_BYTES", 0)
+  monkeypatch.setattr(memory, "check_state", lambda *of: None)
+  monkeypatch.setattr(memory, "training_bytes", lambda *of: 0)
 
   def with_memory(n_bytes):
     monkeypatch.setattr(hardware, "memory_bytes", lambda device: n_bytes)

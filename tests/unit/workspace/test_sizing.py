@@ -5,6 +5,7 @@ import math
 import types
 
 import jax
+import optax
 import pytest
 
 from igpt_jax.config import choices
@@ -127,7 +128,7 @@ def test_what_is_too_large_is_told_from_other_mistakes(monkeypatch):
   monkeypatch.setattr(hardware, "memory_bytes", lambda device: 1)
   model, mesh = choices.model_config(choices.settle(asking("any")), n_vocab=9), mesh_of()
   with pytest.raises(DoesNotFit, match="parameters"):
-    memory.check_state(model, mesh)
+    memory.check_state(model, optax.sgd(0.1), mesh)
   with pytest.raises(DoesNotFit, match="a step needs"):
     memory.check_step(types.SimpleNamespace(needed_bytes=2), mesh)
 
