@@ -164,7 +164,7 @@ def summary(
     "largest_buffers": [
       {"bytes": size, "shape": shape, "origin": origin} for size, shape, origin in memory.largest
     ],
-    "flops_per_step": flops,
+    "model_flops_per_step": flops,
     "optimizer_flops_per_step": optimizer_flops(model, training.optimizer),
     "schedule_images": images,
     "compile_seconds": round(step.compile_seconds, 1),
@@ -284,7 +284,7 @@ def table(values: dict[str, Any]) -> str:
     for buffer in values["largest_buffers"][:5]
   ]
   lines.append(f"  blocks             {values['blocks']}")
-  lines.append(f"  model FLOPs        {values['flops_per_step']:.3e} a step")
+  lines.append(f"  model FLOPs        {values['model_flops_per_step']:.3e} a step")
   if own := values["optimizer_flops_per_step"]:
     lines.append(f"  optimizer's FLOPs  {own:.3e} a step, not in MFU")
   if "step_seconds" in values:

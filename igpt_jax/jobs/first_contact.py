@@ -78,7 +78,7 @@ class Subject:
       **{name: getattr(self.model, name) for name in names},
       "mesh": dict(self.mesh.shape),
       "batch_size": self.settings.train.batch_size,
-      "flops_per_step": flops,
+      "model_flops_per_step": flops,
     }
 
 

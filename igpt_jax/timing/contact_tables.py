@@ -41,7 +41,7 @@ def described(model: Values) -> str:
   return (
     f"{model['parameters']:,} parameters, {model['n_layer']} layers of {model['n_embd']}, "
     f"{model['n_positions']:,} positions, {model['dtype']}, remat {model['remat']}; batch "
-    f"{model['batch_size']}, {mesh}; {model['flops_per_step']:.3g} FLOPs a step"
+    f"{model['batch_size']}, {mesh}; {model['model_flops_per_step']:.3g} FLOPs a step"
   )
 
 

@@ -69,7 +69,7 @@ def test_the_report_says_what_was_measured_on_what(whole):
   assert (of_it["batch_size"], of_it["dtype"]) == (16, "float32")
   assert report["note"] == "CPU: relative use only" and "relative use only" in text
   trained = report["parts"]["quickstart: training"]["values"]
-  assert of_it["flops_per_step"] == 16 * trained["flops_per_image"]
+  assert of_it["model_flops_per_step"] == 16 * trained["flops_per_image"]
   assert trained["images_per_second"] == pytest.approx(16 / trained["step"]["seconds"])
   assert trained["step"]["repeats"] == 2 and trained["mfu"] is None
   assert report["parts"]["quickstart: sampling"]["values"]["samples"] == 8  # eight devices
@@ -344,6 +344,6 @@ def test_on_accelerators_the_papers_configs_are_measured(monkeypatch):
   assert model.dtype == "bfloat16" and found["imagenet32_l"].settings.train.batch_size == 128
   described = found["imagenet32_s"].described()
   assert described["parameters"] == 76_571_648
-  assert described["flops_per_step"] == 128 * flops_per_image(found["imagenet32_s"].model)
+  assert described["model_flops_per_step"] == 128 * flops_per_image(found["imagenet32_s"].model)
   kinds = first_contact.kinds_here(settings_of(changes={"job": "first_contact"}))
   assert kinds == ["training", "sampling", "input"]

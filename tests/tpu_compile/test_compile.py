@@ -59,7 +59,7 @@ def test_the_figures_of_a_slice(small):
 def test_the_figures_agree_with_each_other(small):
   values, _ = small
   flops = compilation.flops_per_image(SMALL_MODEL) * 32
-  assert values["flops_per_step"] == flops
+  assert values["model_flops_per_step"] == flops
   seconds = values["step_seconds"]
   peak = 4 * hardware.CHIPS["TPU v5 lite"].peak_flops
   assert values["mfu"] == pytest.approx(flops / seconds / peak) and 0 < values["mfu"] < 1

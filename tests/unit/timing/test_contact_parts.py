@@ -95,7 +95,7 @@ def test_a_report_of_another_machine_or_version_is_set_aside(tmp_path, part):
 def test_what_was_measured_of_other_configs_stays_in_the_report(tmp_path):
   described = {
     "parameters": 7, "n_layer": 1, "n_embd": 2, "n_positions": 3, "dtype": "bfloat16",
-    "remat": "none", "mesh": {"data": 1}, "batch_size": 4, "flops_per_step": 1e9,
+    "remat": "none", "mesh": {"data": 1}, "batch_size": 4, "model_flops_per_step": 1e9,
   }  # fmt: skip
   first = Record(str(tmp_path), ABOUT, {DRAWN: "drawn"}, {"configs": {"s": described}})
   first.finish(DRAWN, MEASURED, values=SAMPLED)
