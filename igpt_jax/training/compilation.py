@@ -78,11 +78,15 @@ _COLLECTIVES_ON_SPARSE_CORES = {
   "xla_tpu_enable_ici_rs_pipelining": True,
 }
 
+# tpu7x' compiler would lay out 16-bit matrices in tiles of 16 rows, and kernels take tiles of 8: where XLA writes
+# into a stack of all layers and a kernel reads it, the whole stack would be copied for every layer.
+_TILES_OF_KERNELS = {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}
+
 
 def step_options(kind: str) -> dict[str, bool]:
   """Returns the options of XLA's compiler with which a step is compiled for devices of this `device_kind`."""
   known = kind in hardware.CHIPS and hardware.has_wide_matrix_unit(kind)
-  return _COLLECTIVES_ON_SPARSE_CORES if known else {}
+  return {**_COLLECTIVES_ON_SPARSE_CORES, **_TILES_OF_KERNELS} if known else {}
 
 
 def compile_step(
