@@ -1,5 +1,6 @@
 """Job `compile`, and the training step through the TPU's own compiler, without a TPU."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -224,6 +225,14 @@ def test_wide_matrix_units_work_on_layers_in_kernels_alone():
   narrow = compiled("v5e:2x4", (1, 8, 1), **layer)
   assert kernels(narrow) == ATTENTION
   assert [o.name for o in in_loops(narrow) if o.opcode == "convolution"]
+
+
+def test_xla_and_kernels_lay_stacks_out_alike():
+  """Where XLA writes queries, keys and values, and in tiles of 16 rows, the whole stack was copied in every layer."""
+  config = dataclasses.replace(SMALL_MODEL, n_embd=512)
+  text = step_text(config, "tpu7x:2x2x1", (1, 4, 2))
+  assert kernels(hlo.parse(text)) == ATTENTION  # the others aren't for a split model
+  assert "T(8,128)(2,1)" in text and "T(16,128)(2,1)" not in text
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 1), (2, 8, 1)], ids=str)
