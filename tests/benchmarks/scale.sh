@@ -38,4 +38,8 @@ row imagenet32_l v6e:4x4
 row imagenet32_l_fast v6e:4x4
 row imagenet48_l v6e:4x4
 row imagenet64_xl_fast v6e:16x16
+row imagenet32_s tpu7x:2x2x2
+row imagenet32_m tpu7x:2x2x2
+row imagenet32_l tpu7x:2x2x2
+row imagenet64_xl_fast tpu7x:4x4x4
 cat "$workdir/scale.md"
