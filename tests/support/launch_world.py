@@ -218,7 +218,7 @@ class World:
     self.wait_until(lambda: all(self.exists(name) for name in names))
 
   def wait_until(self, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not holds():
       assert time.monotonic() < deadline, "waited in vain"
       time.sleep(0.02)
