@@ -208,11 +208,18 @@ def _flat(images: np.ndarray) -> np.ndarray:
 
 
 def fit_pca(images: np.ndarray, components: int):
-  """Fits scikit-learn's PCA to images uint8 [N, H, W, 3]."""
+  """Fits scikit-learn's PCA to images uint8 [N, H, W, 3].
+
+  Components beyond the images' rank, which is low where channels are equal or borders constant, are 0: the
+  probe scales every feature to unit variance, and would learn their rounding errors.
+  """
   from sklearn.decomposition import PCA as SklearnPCA
 
   flat = _flat(images)
-  return SklearnPCA(min(components, *flat.shape), random_state=0).fit(flat)
+  pca = SklearnPCA(min(components, *flat.shape), random_state=0).fit(flat)
+  rounding = pca.singular_values_[0] * max(flat.shape) * np.finfo(np.float32).eps
+  pca.components_[pca.singular_values_ <= rounding] = 0
+  return pca
 
 
 def _pca_set(stores: Stores, components: int) -> FeatureSet:

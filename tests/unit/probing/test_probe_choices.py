@@ -51,6 +51,20 @@ def test_principal_axes_are_those_of_training_images(config, tmp_path):
     np.testing.assert_allclose(alike, np.eye(16), rtol=0, atol=1e-3)
 
 
+def test_components_beyond_the_images_rank_are_none():
+  """Their rounding errors, scaled to unit variance, were features: other ones on every machine."""
+  grey = np.random.default_rng(0).integers(0, 256, (200, 4, 4, 1)).astype(np.uint8)
+  grey[:, 0] = 255
+  images = np.repeat(grey, 3, axis=-1)
+  pca = sets_lib.fit_pca(images, 16)
+  norms = np.linalg.norm(pca.components_, axis=1)
+  np.testing.assert_allclose(norms[:12], 1, rtol=1e-5)
+  assert not norms[12:].any()
+  features = pca.transform(sets_lib._flat(images))
+  np.testing.assert_allclose(features[:, :12].var(0), pca.explained_variance_[:12], rtol=1e-2)
+  assert not features[:, 12:].any()
+
+
 def test_the_best_layer_is_validations(config, tmp_path, monkeypatch):
   """In the JSON, the table, the verdict, and among its neighbours; of random weights, too."""
   config = changed(config, {"features.baselines": ("random",), "probe.around_best": 1})
