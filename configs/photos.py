@@ -3,7 +3,7 @@
   python -m igpt_jax.main --config configs/photos.py --config.data.path=DIR --workdir runs/photos
   … --config.sizing.minutes=50         # trains longer; before the first start: a larger model, too
   … --config.init_from=CHECKPOINT      # goes on from trained weights: their resolution, palette and model
-  … --config.init_from=packaged        # from the model that comes with igpt_jax
+  … --config.init_from=packaged --config.data.resolution=32   # from the model that comes with igpt_jax: best for few
   … --config.data.resolution=32        # what is given is kept, the rest is chosen around it
 
 Whatever has its default here is chosen at the first start, from the time of a step and the number of

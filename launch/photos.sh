@@ -4,7 +4,8 @@
 #
 #   bash launch/photos.sh DIR                             any folder of 20 images or more
 #   bash launch/photos.sh DIR --config.sizing.minutes=50  a longer training; any flags of igpt_jax.main
-#   bash launch/photos.sh DIR --config.init_from=packaged from the model that comes with igpt_jax
+#   bash launch/photos.sh DIR --config.init_from=packaged --config.data.resolution=32
+#                                                         from the model that comes with igpt_jax: best for few photos
 #
 # VENV     the environment (default: .venv in the repository)
 # WORKDIR  where everything goes (default: runs/NAME of the folder)
