@@ -218,7 +218,7 @@ def fit_pca(images: np.ndarray, components: int):
   flat = _flat(images)
   pca = SklearnPCA(min(components, *flat.shape), random_state=0).fit(flat)
   rounding = pca.singular_values_[0] * max(flat.shape) * np.finfo(np.float32).eps
-  pca.components_[pca.singular_values_ <= rounding] = 0
+  np.asarray(pca.components_)[pca.singular_values_ <= rounding] = 0  # in place
   return pca
 
 

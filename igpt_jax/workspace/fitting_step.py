@@ -48,19 +48,20 @@ def compile_fitting(
   """
   optimizer = make_optimizer(choices.optimizer_config(settings))
   memory.check_state(model, optimizer, mesh)
+  held = round(memory.training_bytes(model, optimizer, mesh))
   available = hardware.memory_bytes(mesh)
   notes: list[str] = []
   while True:
     if hosts.from_main(time.monotonic() > until, "a look at the clock"):
       raise OutOfTime
-    found, failure = (None, 0, 0), None
+    found, failure = (None, 0), None
     try:
       found = _compiled(settings, model, mesh)
     except Exception as error:  # agreed on below: one host alone would leave the others waiting
       failure = error
     if hosts.on_any(failure is not None, "whether the step compiles"):
       raise failure or RuntimeError("the step doesn't compile on another host; its log says why")
-    compiled, needed, held = found
+    compiled, needed = found
     lacks = compiled is None or (available is not None and needed > available)
     if not hosts.on_any(lacks, "whether the step fits") and compiled is not None:
       return FittingStep(settings, compiled, notes)
@@ -88,20 +89,18 @@ def _in_parts(settings: Settings) -> str:
 
 def _compiled(
   settings: Settings, model: ImageGPTConfig, mesh: Mesh
-) -> tuple[compilation.CompiledStep | None, int, int]:
-  """Returns the step, the bytes that it needs on a device, and those of them that its state takes.
+) -> tuple[compilation.CompiledStep | None, int]:
+  """Returns the step, and the bytes that it needs on a device.
 
   None in the step's place: the compiler refused it for its size.
   """
-  optimizer = make_optimizer(choices.optimizer_config(settings))
-  state = round(memory.training_bytes(model, optimizer, mesh))
   try:
     compiled = measurements.compiled_step(settings, model, mesh)
   except jax.errors.JaxRuntimeError as error:
     if (needed := compilation.refused_bytes(str(error))) is None:
       raise
-    return None, needed, state
-  return compiled, compiled.needed_bytes, state
+    return None, needed
+  return compiled, compiled.needed_bytes
 
 
 def more_parts(settings: Settings, mesh: Mesh, needed: int, held: int, available: float) -> int:
