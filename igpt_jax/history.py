@@ -40,6 +40,7 @@ ADDED: dict[str, Any] = {
   "model.base_embd": 0,
   "model.base_layer": 0,
   "sizing.minutes": 0.0,
+  "sizing.packaged": False,
   "train.decay_steps": 0,
   "train.decay_shape": "1-sqrt",
   "compilation_cache": "user",

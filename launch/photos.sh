@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains a small model on a folder of your own photos, sized to them and to this machine, and completes
-# photos that it hasn't seen.
+# photos that it hasn't seen. It begins as the model that comes with igpt_jax, unless another is asked for or many
+# photos and a fast machine allow a larger one.
 #
 #   bash launch/photos.sh DIR                             any folder of 20 images or more
 #   bash launch/photos.sh DIR --config.sizing.minutes=50  a longer training; any flags of igpt_jax.main
-#   bash launch/photos.sh DIR --config.init_from=packaged --config.data.resolution=32
-#                                                         from the model that comes with igpt_jax: best for few photos
+#   bash launch/photos.sh DIR --config.sizing.packaged=False   from random values, however few the photos
 #
 # VENV     the environment (default: .venv in the repository)
 # WORKDIR  where everything goes (default: runs/NAME of the folder)
@@ -42,4 +42,4 @@ for job in evaluate sample; do
 done
 printf '\n%s\n\n' "$(cat "$workdir/summary.md")"
 printf '%s\n' "Look at $workdir/completions.png (held-out photos: given, completed, original), completions.gif," \
-  "samples.png, loss.png and progress/. From few photos a small model learns colours and light, not things."
+  "samples.png, loss.png and progress/. A small model knows colours, light and edges, few things."

@@ -178,6 +178,8 @@ class SizingConfig(Group, prefix="sizing", jobs=("pretrain",)):
   minutes: float = setting(0.0, "minutes that training may take here: resolution, model, palette, batch, "
     "steps and cadence are chosen for it, once, where they have the program's defaults; more of them "
     "later: more steps; 0: all as given", **FROM_0)
+  packaged: bool = setting(False, "with minutes: begin with the model that comes with igpt_jax, unless something "
+    "that is given contradicts it, or the minutes and images allow a larger model from random values")
 
 
 @dataclasses.dataclass(frozen=True)

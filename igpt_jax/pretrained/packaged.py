@@ -20,6 +20,6 @@ def path() -> str:
   if not FILE.is_file():
     raise UserError(
       f"checkpoint: {NAME}: this installation lacks {FILE}; fix: install igpt_jax again, or name a "
-      "checkpoint, such as runs/quickstart or openai/imagegpt-small"
+      "checkpoint, such as runs/quickstart or openai/imagegpt-small (photos: --config.sizing.packaged=False)"
     )
   return str(FILE)

@@ -15,7 +15,6 @@ import jax
 from jax.sharding import Mesh
 
 from igpt_jax import files
-from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
 from igpt_jax.config.fields import FIELDS, Settings, value_of, with_values
 from igpt_jax.data.sources import open_split
@@ -23,60 +22,16 @@ from igpt_jax.errors import DoesNotFit, UserError
 from igpt_jax.model.model_config import ImageGPTConfig
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
+from igpt_jax.pretrained import packaged
 from igpt_jax.reporting import summary
 from igpt_jax.timing import device
 from igpt_jax.training import compilation
-from igpt_jax.workspace import checkpoint_tokens, devices, measurements, memory, weights
+from igpt_jax.workspace import candidates, devices, measurements, memory
 from igpt_jax.workspace import workdir as workdir_lib
+from igpt_jax.workspace.candidates import Candidate
 
 RECORD = "sizing.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-  """One size of a run.
-
-  Attributes:
-    choices: settings that it decides -> value.
-    first_images: images, seen again counted again, of a first result; four times as many of a good one.
-    least_images: images of train below which it learns them by heart too soon.
-  """
-
-  choices: dict[str, Any]
-  first_images: int
-  least_images: int = 0
-
-
-def _candidate(
-  resolution: int, layers: int, heads: int, width: int, colours: int, rate: float, *images: int
-) -> Candidate:
-  made = {
-    "data.resolution": resolution,
-    "model.n_layer": layers,
-    "model.n_head": heads,
-    "model.n_embd": width,
-    "palette.size": colours,
-    "train.learning_rate": rate,
-  }
-  return Candidate(made, *images)
-
-
-# From small to large. Those that cost the most in FLOPs per image come last.
-_CANDIDATES = (
-  _candidate(16, 4, 4, 64, 128, 3e-3, 6_000),
-  _candidate(16, 4, 4, 128, 256, 3e-3, 5_000),
-  _candidate(24, 4, 4, 128, 256, 3e-3, 7_000, 100),
-  _candidate(32, 4, 4, 128, 256, 3e-3, 8_000, 100),
-  _candidate(32, 8, 4, 128, 512, 2e-3, 16_000, 150),
-  _candidate(32, 8, 8, 256, 512, 1e-3, 64_000, 2_000),
-  _candidate(32, 24, 8, 512, 512, 1e-3, 1_000_000, 100_000),
-)
 _GOOD = 4  # first results' images in a good one
-_MOST_PASSES = 120  # over the training images: more only learn them by heart
-_TRAINED_RATE, _TRAINED_IMAGES = (
-  3e-4,
-  2_000,
-)  # learning rate and first images from a trained model on
 _FOR_STEPS = (
   0.8  # share of the time that is left for steps by input, evaluation, images, checkpoints
 )
@@ -90,7 +45,7 @@ _CADENCE = (
   "train.batch_size", "train.steps", "train.warmup_steps", "train.log_every", "train.eval_every",
   "train.eval_images", "train.checkpoint_every",
 )  # fmt: skip
-_CHOSEN = (*_CANDIDATES[0].choices, *_CADENCE)
+_CHOSEN = (*candidates.CHOSEN, *_CADENCE)
 
 
 def _open(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
@@ -108,16 +63,23 @@ def _as_begun(settings: Settings, theirs: dict[str, Any], workdir: str) -> Setti
   With more `sizing.minutes` than the run was sized for, `train.steps` grows by the measured time.
   """
   kept = {name: theirs[name] for name in _CHOSEN}
+  asked, begun = settings.sizing.packaged, theirs["init_from"] == packaged.NAME
+  if asked not in (theirs["sizing.packaged"], begun):
+    say(
+      f"sizing.packaged: {asked} changes nothing: the run was begun from {theirs['init_from'] or 'random values'}; "
+      "fix: another --workdir"
+    )
   minutes, before = settings.sizing.minutes, theirs["sizing.minutes"]
   if minutes > before:
-    steps = kept["train.steps"] = max(_longer(settings, workdir), theirs["train.steps"])
-    change = f"{steps:,} steps instead of {theirs['train.steps']:,}"
-    if steps == theirs["train.steps"]:
-      change = (
-        f"{steps:,} steps, as before: with so few images, more would only learn them by heart "
-        f"(--config.train.steps={2 * steps} does)"
-      )
-    say(f"sizing: {minutes:g} minutes instead of {before:g}: {change}")
+    run = with_values(settings, {name: kept[name] for name in ("init_from", "train.batch_size")})
+    seconds, images = _recorded(workdir, minutes)
+    most = _most_steps(run, images)
+    steps = kept["train.steps"] = max(_steps(minutes, seconds, most), theirs["train.steps"])
+    same = steps == theirs["train.steps"]
+    change = ", as before" if same else f" instead of {theirs['train.steps']:,}"
+    if steps >= most:
+      change += f": with so few images, more would only learn them by heart (--config.train.steps={2 * steps} does)"
+    say(f"sizing: {minutes:g} minutes instead of {before:g}: {steps:,} steps{change}")
   elif minutes < before:
     say(
       f"sizing.minutes: {minutes:g} changes nothing: the run was sized for {before:g} and keeps its "
@@ -126,18 +88,22 @@ def _as_begun(settings: Settings, theirs: dict[str, Any], workdir: str) -> Setti
   return with_values(settings, _open(settings, kept))
 
 
-def _longer(settings: Settings, workdir: str) -> int:
-  """Returns the steps of a sized run for the settings' minutes."""
+def _recorded(workdir: str, minutes: float) -> tuple[float, int]:
+  """Returns the seconds of a sized run's step, and the images that it was sized for."""
   path = os.path.join(workdir, RECORD)
   try:
     record = files.read_json(path)
-    seconds, most = float(record["step_seconds"]), int(record["most_steps"])
+    return float(record["step_seconds"]), int(record["images"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(
-      f"sizing.minutes: {settings.sizing.minutes:g}; {path} can't be read ({error}), which has the time of "
+      f"sizing.minutes: {minutes:g}; {path} can't be read ({error}), which has the time of "
       "a step; fix: --config.train.steps="
     ) from None
-  return _steps(settings.sizing.minutes, seconds, most)
+
+
+def _most_steps(settings: Settings, images: int) -> int:
+  """Returns the steps beyond which a run of these settings only learns so many images by heart."""
+  return max(-(-candidates.passes(settings) * images // settings.train.batch_size), _LEAST_STEPS)
 
 
 def _steps(minutes: float, step_seconds: float, most: int) -> int:
@@ -160,15 +126,13 @@ def size(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Settings
   if (theirs := workdir_lib.read(workdir)) is not None and workdir_lib.has_begun(workdir):
     return _as_begun(settings, theirs, workdir) if theirs.get("sizing.minutes") else settings
   images = len(open_split(settings.data, "train"))
-  start = weights.describe(settings.init_from, settings) if settings.init_from else None
-  if start is not None:
-    checkpoint_tokens.check_kind(settings, start)
+  sizes = candidates.of_run(settings, images, workdir)
   any_mesh = mesh or devices.mesh_of(settings)
   workdir_lib.open_workdir(workdir)
   say(
     f"sizing: timing steps here, for about {settings.sizing.minutes:g} minutes with {images:,} images"
   )
-  return _chosen(settings, images, start, any_mesh, mesh).told(workdir)
+  return _chosen(settings, images, sizes, any_mesh, mesh).told(workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +144,7 @@ class _Plan:
     model: its model.
     images: images of train.
     step_seconds: time of a step, extrapolated or measured.
+    good_steps: steps of a good result.
     most_steps: steps beyond which there is little to gain.
   """
 
@@ -187,6 +152,7 @@ class _Plan:
   model: ImageGPTConfig
   images: int
   step_seconds: float
+  good_steps: int
   most_steps: int
 
   @property
@@ -201,20 +167,23 @@ class _Plan:
     """Says what was chosen, writes it into sizing.json, and returns the run's settings."""
     settings, model, steps = self.settings, self.model, self.settings.train.steps
     side, passes = settings.data.resolution, steps * self.batch_size / self.images
-    first, good = self.minutes(steps), self.minutes(self.most_steps)
+    took, good = self.minutes(steps), self.minutes(self.good_steps)
+    begun = f", begun from {settings.init_from}" if settings.init_from else ""
     say(
-      f"sizing: {side}×{side} pixels of {model.tokens.values}, {model.n_layer} layers of {model.n_embd}; "
+      f"sizing: {side}×{side} pixels of {model.tokens.values}, {model.n_layer} layers of {model.n_embd}{begun}; "
       f"a step of {self.batch_size} images takes {self.step_seconds:.2g} s here: {steps:,} steps, "
       f"{passes:,.3g} times each image"
     )
-    about = f"sizing: about {_in_words(first)} on this machine for a first result"
-    if good > first + 1:
-      say(f"{about}, {good:.0f} for a good one (--config.sizing.minutes={math.ceil(good)})")
-    else:
-      say(f"{about}; with so few images, more steps would only learn them by heart")
+    result = "good" if steps >= self.good_steps else "first"
+    about = f"sizing: about {_in_words(took)} on this machine for a {result} result"
+    if steps >= self.most_steps:
+      about += "; with so few images, more steps would only learn them by heart"
+    elif good > took + 1:
+      about += f", {good:.0f} for a good one (--config.sizing.minutes={math.ceil(good)})"
+    say(about)
     values = {
       "minutes": settings.sizing.minutes, "images": self.images, "step_seconds": self.step_seconds,
-      "most_steps": self.most_steps, "first_minutes": first, "good_minutes": good,
+      "first_minutes": took, "good_minutes": max(took, good),
       "chosen": {name: value_of(settings, name) for name in _CHOSEN},
     }  # fmt: skip
     if hosts.is_main():
@@ -227,17 +196,12 @@ def _in_words(minutes: float) -> str:
 
 
 def _chosen(
-  settings: Settings, images: int, start: CheckpointInfo | None, any_mesh: Mesh, mesh: Mesh | None
+  settings: Settings, images: int, sizes: list[Candidate], any_mesh: Mesh, mesh: Mesh | None
 ) -> _Plan:
   """Returns the plan of the largest size whose first result the minutes allow; `any_mesh` divides batches as `mesh`."""
-  if start is not None:
-    from_start = {"data.resolution": start.run["resolution"], "train.learning_rate": _TRAINED_RATE}
-    sizes = [Candidate(from_start, _TRAINED_IMAGES)]
-  else:
-    sizes = [size for size in _CANDIDATES if size.least_images <= images]
 
   def plan(size: Candidate, image_seconds: float, batch_size: int = 0) -> _Plan:
-    return _plan(settings, size, images, start, any_mesh, image_seconds, batch_size)
+    return _plan(settings, size, images, any_mesh, image_seconds, batch_size)
 
   def reaches(size: Candidate, image_seconds: float) -> bool:
     return size.first_images * image_seconds <= settings.sizing.minutes * 60 * _FOR_STEPS
@@ -272,7 +236,6 @@ def _plan(
   settings: Settings,
   size: Candidate,
   images: int,
-  start: CheckpointInfo | None,
   mesh: Mesh,
   image_seconds: float,
   batch_size: int,
@@ -281,10 +244,8 @@ def _plan(
   kept = dict(size.choices)
   if settings.model.size:
     kept = {name: kept[name] for name in ("data.resolution", "palette.size") if name in kept}
-  if settings.palette.path or not choices.token_spec(settings).needs_palette:
-    kept.pop("palette.size", None)
   sized = with_values(settings, _open(settings, kept))
-  most_images = min(_GOOD * size.first_images, _MOST_PASSES * images)
+  most_images = candidates.passes(sized) * images
   seen = min(settings.sizing.minutes * 60 * _FOR_STEPS / image_seconds, most_images)
   if not batch_size:
     batch_size = _BATCHES[0]
@@ -292,8 +253,10 @@ def _plan(
       batch_size *= 2
   batch_size = sharding.round_up_batch(mesh, batch_size)
   sized = with_values(sized, _open(settings, {"train.batch_size": batch_size}))
-  seconds = image_seconds * sized.train.batch_size
-  most_steps = max(-(-most_images // sized.train.batch_size), _LEAST_STEPS)
+  batch_size = sized.train.batch_size
+  seconds = image_seconds * batch_size
+  most_steps = _most_steps(sized, images)
+  good_steps = min(_GOOD * size.first_images // batch_size, most_steps)
   steps = _steps(settings.sizing.minutes, seconds, most_steps)
   steps = _open(settings, {"train.steps": steps}).get("train.steps", settings.train.steps)
   every = min(max(round(_EVAL_SECONDS / seconds), 1), max(steps // 5, 1))
@@ -306,9 +269,9 @@ def _plan(
     "train.checkpoint_every": every,
   }
   sized = with_values(sized, _open(settings, cadence))
-  settled = choices.settle(sized, None if start is None else start.config)
+  settled = choices.settle(sized, None if size.start is None else size.start.config)
   model = choices.model_config(settled)
-  return _Plan(sized, model, images, seconds, max(most_steps, steps))
+  return _Plan(sized, model, images, seconds, good_steps, most_steps)
 
 
 def step_seconds(settings: Settings, model: ImageGPTConfig, mesh: Mesh | None) -> float:

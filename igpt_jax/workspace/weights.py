@@ -210,6 +210,13 @@ def of_run(settings: Settings, workdir: str) -> Start:
     _check_same_model(settings, info)
     if settings.data.name != "tokens":
       checkpoint_tokens.check_tokens_known(info, "init_from")
+    kept = workdir_lib.own_palette(workdir)
+    if kept and info.palette is not None:
+      if not np.array_equal(Palette.load(kept).centers, info.palette):
+        raise UserError(
+          f"init_from: {info.path} has other colours than {kept}, which job fit_palette or a person has put "
+          "there; fix: another --workdir, or remove that file"
+        )
   if info is None:
     return Start(choices.settle(settings))
   checkpoint_tokens.check_palette(settings, info, fix)
@@ -220,12 +227,22 @@ def of_run(settings: Settings, workdir: str) -> Start:
 
 def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
   """Raises UserError if the checkpoint's model differs: the fields, both values, and the flags to set."""
-  differing, fixes = [], {}  # fixes: an ordered set
+  if differing := differences(settings, info):
+    lines = "".join(f"  {line}\n" for line in differing)
+    raise UserError(
+      f"init_from: {info.path} is another model than the config's:\n{lines}"
+      f"fix: {' '.join(dict.fromkeys(differing.values()))}; or another checkpoint"
+    )
+
+
+def differences(settings: Settings, info: CheckpointInfo) -> dict[str, str]:
+  """Returns what is given otherwise than the checkpoint's model has it: field and both values -> the flag to set."""
+  differing = {}
 
   def compare(field: str, ours, theirs, fix: str, source: str = "config") -> None:
     if ours and ours != theirs:
-      differing.append(f"  {field}: {ours} in the {source}, {theirs} in the checkpoint")
-      fixes[f"--config.{fix}"] = None
+      line = f"{field}: {ours} in the {source}, {theirs} in the checkpoint"
+      differing[line] = f"--config.{fix}"
 
   size = PRESETS.get(settings.model.size)
   for name in choices.MODEL_SHAPE:
@@ -249,12 +266,7 @@ def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
     compare(
       "data.resolution", settings.data.resolution, resolution, f"data.resolution={resolution}"
     )
-  if differing:
-    raise UserError(
-      f"init_from: {info.path} is another model than the config's:\n"
-      + "\n".join(differing)
-      + f"\nfix: {' '.join(fixes)}; or another checkpoint"
-    )
+  return differing
 
 
 def load_model(

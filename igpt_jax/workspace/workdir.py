@@ -157,6 +157,12 @@ def _palette_of_run(workdir: str) -> tuple[str, ...]:
   return ()
 
 
+def own_palette(workdir: str) -> str:
+  """Returns the path of the palette that job fit_palette or a person has put into a workdir; "": there is none."""
+  path = os.path.join(workdir, "palette.npy")
+  return path if files.exists(path) and not _palette_of_run(workdir) else ""
+
+
 def open_workdir(workdir: str) -> None:
   """Makes the workdir and checks that it can be written to.
 

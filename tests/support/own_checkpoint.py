@@ -10,9 +10,11 @@ from igpt_jax.checkpoint import CheckpointInfo
 from support.tiny import make_config, random_params
 
 
-def write(path, *, palette: bool = True, causal: bool = True, resolution: int = 4, seed: int = 0):
-  """Writes one into `path`, which doesn't exist; returns it as a string."""
-  config = make_config(n_positions=resolution**2, n_vocab=11, causal=causal)
+def write(
+  path, *, palette: bool = True, causal: bool = True, resolution: int = 4, seed: int = 0, **options
+):
+  """Writes one, with options of the model, into `path`, which doesn't exist; returns it as a string."""
+  config = make_config(n_positions=resolution**2, n_vocab=11, causal=causal, **options)
   params = random_params(config, seed)
   if not causal:
     params = {name: leaf for name, leaf in params.items() if name != "sos"}

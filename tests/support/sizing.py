@@ -5,7 +5,12 @@ import json
 import numpy as np
 from PIL import Image
 
-from support.tiny import settings_of
+from igpt_jax.config import named
+from igpt_jax.config.fields import with_values
+from igpt_jax.workspace import sizing, workdir
+from support.tiny import mesh_of, settings_of
+
+CPU = 6e10  # FLOP/s of two cores
 
 
 def folder_of(path, images: int):
@@ -26,3 +31,25 @@ def asking(photos, minutes=12.0, **changes):
 
 def record(folder):
   return json.loads((folder / "sizing.json").read_text())
+
+
+def photos_config(folder, **changes):
+  """The settings of configs/photos.py."""
+  given = {"data.path": str(folder), "data.validation": 0.0}
+  return with_values(named.settings_of("photos", "config"), {**given, **changes})
+
+
+def sized(settings, folder):
+  return sizing.size(settings, str(folder), mesh_of())
+
+
+def begin(settings, folder):
+  """Claims the folder, as a run does that begins there and comes to a checkpoint."""
+  found = sized(settings, folder)
+  claim(found, folder)
+  return found
+
+
+def claim(settings, folder):
+  workdir.claim(settings, str(folder))
+  (folder / "checkpoints" / "10").mkdir(parents=True)

@@ -15,37 +15,10 @@ from igpt_jax.parallel import hardware
 from igpt_jax.training import compilation
 from igpt_jax.workspace import memory, sizing, workdir
 from support import own_checkpoint
-from support.sizing import asking, folder_of, record
+from support.sizing import CPU, asking, begin, claim, folder_of, record, sized
 from support.tiny import mesh_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-CPU = 6e10  # FLOP/s of two cores
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-  return folder_of(tmp_path_factory.mktemp("data"), 200)
-
-
-@pytest.fixture
-def machine(monkeypatch):
-  """Makes the machine one of so many FLOP/s; returns the sizes that are timed on it."""
-  timed = []
-
-  def of_speed(speed):
-    def seconds(settings, model, mesh):
-      timed.append((settings.data.resolution, model.n_embd, settings.train.batch_size))
-      return compilation.flops_per_image(model) * settings.train.batch_size / speed
-
-    monkeypatch.setattr(sizing, "step_seconds", seconds)
-    return timed
-
-  return of_speed
-
-
-def sized(settings, folder):
-  return sizing.size(settings, str(folder), mesh_of())
 
 
 def flops(settings):
@@ -174,24 +147,12 @@ def test_without_minutes_nothing_is_chosen(photos, tmp_path, machine):
 def test_trained_weights_keep_their_model(photos, tmp_path, machine):
   """Their resolution is taken, their shape and palette left to them, and batch and steps chosen."""
   timed = machine(CPU)
-  weights = own_checkpoint.write(tmp_path / "weights")
-  found = sized(asking(photos, init_from=weights), tmp_path / "run")
+  start = own_checkpoint.write(tmp_path / "weights")
+  found = sized(asking(photos, init_from=start), tmp_path / "run")
   assert found.data.resolution == 4 and found.train.steps > 20
   assert (found.model.n_layer, found.palette.size) == (0, 0)
   assert {width for _, width, _ in timed} == {16}
-  assert found.train.learning_rate < 1e-3
-
-
-def begin(settings, folder):
-  """Claims the folder, as a run does that begins there and comes to a checkpoint."""
-  found = sized(settings, folder)
-  claim(found, folder)
-  return found
-
-
-def claim(settings, folder):
-  workdir.claim(settings, str(folder))
-  (folder / "checkpoints" / "10").mkdir(parents=True)
+  assert found.train.learning_rate == 1e-3
 
 
 def test_a_run_is_sized_once(photos, tmp_path, machine, capsys):
