@@ -196,6 +196,7 @@ class _Baselines:
       "layers": list(source.features.layers),
       "baselines": list(source.baselines),
       "max_iterations": settings.probe.max_iterations,
+      "pca": sets_lib.PCA_VERSION,
     }
     self._path = os.path.join(workdir, "probe", "baselines.json")
 

@@ -33,6 +33,7 @@ from igpt_jax.workspace import checkpoint_tokens, devices, provenance, streams, 
 
 SPLITS = ("train", "validation", "test")
 PIXELS, PCA, RANDOM = "pixels", "pca", "random"
+PCA_VERSION = 2  # of `fit_pca`: what was kept of another one is fitted again
 BASELINES = (PIXELS, PCA, RANDOM)
 
 Parts = tuple[Labelled, Labelled, Labelled]  # train, validation, test

@@ -166,6 +166,20 @@ def test_damaged_baselines_are_fitted_again(run):
     assert read(run / "probe.json")["rows"] == expected, text
 
 
+def test_baselines_that_an_older_program_fitted_otherwise_are_fitted_again(run):
+  """Before PCA_VERSION was kept, components beyond the images' rank were rounding errors."""
+  probe.run(config_of(), str(run))
+  expected = read(run / "probe.json")["rows"]
+  path = run / "probe" / "baselines.json"
+  older = read(path)
+  del older["depends_on"]["pca"]
+  for row in older["rows"]:
+    row["test"] = -1.0
+  path.write_text(json.dumps(older))
+  probe.run(config_of(), str(run))
+  assert read(run / "probe.json")["rows"] == expected
+
+
 # --- the SGD probe ---------------------------------------------------------------------------------
 
 
