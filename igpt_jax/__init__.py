@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 _LAZY = ("Model", "load")  # what reads a model isn't imported before it is asked for
 
 cpu_compiler.avoid_wrong_fusions()
+cpu_compiler.keep_collectives_in_order()
 
 
 def __getattr__(name: str) -> Any:

@@ -29,9 +29,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which would
 import jax
 import pytest
 
-import igpt_jax  # noqa: F401 - before any device is asked for: it sets the compiler's flags
+from igpt_jax import cpu_compiler  # before any device is asked for: it sets the compiler's flags
 
 jax.config.update("jax_num_cpu_devices", 8)
+cpu_compiler.keep_collectives_in_order()
 kept_programs.use()
 
 # What data is known by, and TFDS' data sets, are kept here, not in the home of who runs the tests.

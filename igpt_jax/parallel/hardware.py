@@ -11,7 +11,7 @@ from typing import TypeAlias
 import jax
 from jax.sharding import Mesh
 
-from igpt_jax import extras, units
+from igpt_jax import cpu_compiler, extras, units
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import tpu_types
 
@@ -116,6 +116,7 @@ def split_cpu(n_devices: int) -> None:
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return  # the user has set their number
+  cpu_compiler.keep_collectives_in_order(n_devices)
   with contextlib.suppress(RuntimeError):  # devices are in use: they stay as they are
     jax.config.update("jax_num_cpu_devices", n_devices)
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from igpt_jax import stopping, watchdog
+from igpt_jax import cpu_compiler, stopping, watchdog
 from igpt_jax.errors import UserError
 
 # Hosts of one run start at different times. After this one gives up, and its launcher starts it again.
@@ -64,6 +64,7 @@ def join(host_seconds: int, trains: bool) -> None:
       "num_processes": int(environment["JAX_NUM_PROCESSES"]),
       "process_id": int(environment["JAX_PROCESS_ID"]),
     }
+  cpu_compiler.keep_collectives_in_order(devices=2)  # or more: one or more of each process
   joined = threading.Event()
   threading.Thread(target=_tell_of_joining, args=(joined,), name="joining", daemon=True).start()
   try:

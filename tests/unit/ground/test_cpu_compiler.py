@@ -1,6 +1,7 @@
 """Programs compiled for a CPU compute what they say, whatever XLA_FLAGS a user has."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from igpt_jax import cpu_compiler
+from igpt_jax.model.image_gpt import bind
+from igpt_jax.parallel import sharding
+from igpt_jax.training.state import param_shardings
+from support import tiny
 
 ROWS = 32_769  # one more than what the faulty fusion takes at a time
 SQUARES = float((ROWS - 1) ** 2)
@@ -76,3 +81,36 @@ def test_importing_too_late_is_told(monkeypatch):
   jax.devices()
   with pytest.warns(UserWarning, match="fix: import igpt_jax first"):
     cpu_compiler.avoid_wrong_fusions({})
+
+
+ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+@pytest.mark.parametrize(
+  ("environment", "devices", "ordered"),
+  [
+    ({"JAX_NUM_CPU_DEVICES": "2"}, 0, True),
+    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 0, True),
+    ({}, 3, True),
+    ({}, 1, False),
+    ({"JAX_NUM_CPU_DEVICES": "1"}, 1, False),
+    ({"XLA_FLAGS": f"{ORDERED[:-5]}true"}, 8, False),
+  ],
+)
+def test_collectives_of_several_devices_are_kept_in_order(environment, devices, ordered):
+  cpu_compiler.keep_collectives_in_order(devices, environment)
+  assert (ORDERED in environment.get("XLA_FLAGS", "").split()) == ordered
+
+
+def test_the_head_is_gathered_after_the_layers():
+  """Beside them, as XLA puts it otherwise, devices may do either first, and wait for each other for ever."""
+  assert ORDERED in os.environ["XLA_FLAGS"]  # of the process that runs the tests, by its 8 devices
+  mesh, config = tiny.mesh_of((2, 2, 2)), tiny.make_config(n_layer=3)
+  params = tiny.random_params(config)
+  tokens = sharding.put_batch({"tokens": tiny.random_tokens(config, 8)}, mesh)["tokens"]
+  whole = jax.device_put(params, param_shardings(config, mesh))
+  with jax.set_mesh(mesh):
+    text = jax.jit(lambda p, t: bind(config, p)(t)).lower(whole, tokens).compile().as_text()
+  entry = text[text.index("ENTRY") :]
+  order = re.findall(r" (while|all-gather)\(", entry)
+  assert order.index("while") < len(order) - 1 - order[::-1].index("all-gather"), order
