@@ -3,12 +3,9 @@
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from igpt_jax.checkpoint import CheckpointInfo
 from igpt_jax.config import choices
 from igpt_jax.config.fields import Settings, value_of
-from igpt_jax.data.palette import Palette
 from igpt_jax.parallel.hosts import say
 from igpt_jax.pretrained import packaged
 from igpt_jax.workspace import checkpoint_tokens, weights
@@ -33,7 +30,14 @@ class Candidate:
 
 
 def _candidate(
-  resolution: int, layers: int, heads: int, width: int, colours: int, rate: float, *images: int
+  resolution: int,
+  layers: int,
+  heads: int,
+  width: int,
+  colours: int,
+  rate: float,
+  first: int,
+  least: int = 0,
 ) -> Candidate:
   made = {
     "data.resolution": resolution,
@@ -43,14 +47,13 @@ def _candidate(
     "palette.size": colours,
     "train.learning_rate": rate,
   }
-  first, least = images
   return Candidate(made, first, least)
 
 
 # From small to large: those that cost the most in FLOPs per image come last.
 _SMALL = (
-  _candidate(16, 4, 4, 64, 128, 3e-3, 6_000, 0),
-  _candidate(16, 4, 4, 128, 256, 3e-3, 5_000, 0),
+  _candidate(16, 4, 4, 64, 128, 3e-3, 6_000),
+  _candidate(16, 4, 4, 128, 256, 3e-3, 5_000),
   _candidate(24, 4, 4, 128, 256, 3e-3, 7_000, 100),
   _candidate(32, 4, 4, 128, 256, 3e-3, 8_000, 100),
   _candidate(32, 8, 4, 128, 512, 2e-3, 16_000, 150),
@@ -81,24 +84,26 @@ def of_run(settings: Settings, images: int, workdir: str) -> list[Candidate]:
   Raises:
     UserError: the trained model, or a palette that is given, can't be read or doesn't suit the settings.
   """
-  sizes = [size for size in _of_start(settings, workdir) if size.least_images <= images]
-  if not _given_palette(settings, workdir) and choices.token_spec(settings).needs_palette:
-    return sizes
-  return [dataclasses.replace(size, choices=_but_colours(size.choices)) for size in sizes]
+  palette = settings.palette.path or workdir_lib.own_palette(workdir)  # which the run has to take
+  sizes = [size for size in _of_start(settings, palette) if size.least_images <= images]
+  if palette or not choices.token_spec(settings).needs_palette:
+    return [_but_colours(size) for size in sizes]
+  return sizes
 
 
-def _but_colours(made: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in made.items() if name != "palette.size"}
+def _but_colours(size: Candidate) -> Candidate:
+  made = {name: value for name, value in size.choices.items() if name != "palette.size"}
+  return dataclasses.replace(size, choices=made)
 
 
-def _of_start(settings: Settings, workdir: str) -> list[Candidate]:
+def _of_start(settings: Settings, palette: str) -> list[Candidate]:
   if settings.init_from:
     start = weights.describe(settings.init_from, settings)
     checkpoint_tokens.check_kind(settings, start)
     return _trained(start, {})
   if settings.sizing.packaged:
     start = weights.describe(packaged.NAME, settings)
-    if not (reason := _unsuited(settings, start, workdir)):
+    if not (reason := _unsuited(settings, start, palette)):
       # A shape that is given is that model's: no larger one is asked for.
       given = any(value_of(settings, f"model.{name}") for name in choices.MODEL_SHAPE)
       return _trained(start, {"init_from": packaged.NAME}) + ([] if given else list(_LARGER))
@@ -115,18 +120,12 @@ def _trained(start: CheckpointInfo, begun: dict[str, Any]) -> list[Candidate]:
   return [Candidate(values, _TRAINED_IMAGES, start=start) for values in made]
 
 
-def _given_palette(settings: Settings, workdir: str) -> str:
-  """Returns the path of the palette that a run here has to take; "": the choice is open."""
-  return settings.palette.path or workdir_lib.own_palette(workdir)
-
-
-def _unsuited(settings: Settings, start: CheckpointInfo, workdir: str) -> str:
+def _unsuited(settings: Settings, start: CheckpointInfo, palette: str) -> str:
   """Returns what is given that a training from `start` couldn't keep; "": nothing."""
   if settings.data.name == "tokens":
     return "data.name: tokens, whose colours aren't known"
-  path = _given_palette(settings, workdir)
-  if path and not np.array_equal(Palette.from_setting(path).centers, np.asarray(start.palette)):
-    return f"palette: {path} has other colours than the checkpoint"
+  if palette and not checkpoint_tokens.has_colours(start, palette):
+    return f"palette: {palette} has other colours than the checkpoint"
   if settings.model.size:
     return f"model.size: {settings.model.size} in the config"
   # `differences` takes a default for a choice that was left open; this one a config has made.

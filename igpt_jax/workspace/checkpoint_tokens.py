@@ -43,6 +43,11 @@ def _given_palette(info: CheckpointInfo, settings: Settings) -> Palette:
   return palette
 
 
+def has_colours(info: CheckpointInfo, path: str) -> bool:
+  """Returns True if the palette of a checkpoint that has one is that of `path`, as `palette.path` names it."""
+  return np.array_equal(Palette.from_setting(path).centers, np.asarray(info.palette))
+
+
 def check_palette(settings: Settings, info: CheckpointInfo, fix: str) -> None:
   """Raises UserError if `palette.path` has other colours than the checkpoint's palette."""
   path = settings.palette.path

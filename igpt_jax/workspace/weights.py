@@ -211,12 +211,11 @@ def of_run(settings: Settings, workdir: str) -> Start:
     if settings.data.name != "tokens":
       checkpoint_tokens.check_tokens_known(info, "init_from")
     kept = workdir_lib.own_palette(workdir)
-    if kept and info.palette is not None:
-      if not np.array_equal(Palette.load(kept).centers, info.palette):
-        raise UserError(
-          f"init_from: {info.path} has other colours than {kept}, which job fit_palette or a person has put "
-          "there; fix: another --workdir, or remove that file"
-        )
+    if kept and info.palette is not None and not checkpoint_tokens.has_colours(info, kept):
+      raise UserError(
+        f"init_from: {info.path} has other colours than {kept}, which job fit_palette or a person has put "
+        "there; fix: another --workdir, or remove that file"
+      )
   if info is None:
     return Start(choices.settle(settings))
   checkpoint_tokens.check_palette(settings, info, fix)
