@@ -26,7 +26,7 @@ from igpt_jax.pretrained import packaged
 from igpt_jax.reporting import summary
 from igpt_jax.timing import device
 from igpt_jax.training import compilation
-from igpt_jax.workspace import candidates, devices, measurements, memory
+from igpt_jax.workspace import candidates, devices, measurements, memory, weights
 from igpt_jax.workspace import workdir as workdir_lib
 from igpt_jax.workspace.candidates import Candidate
 
@@ -46,6 +46,7 @@ _CADENCE = (
   "train.eval_images", "train.checkpoint_every",
 )  # fmt: skip
 _CHOSEN = (*candidates.CHOSEN, *_CADENCE)
+_BESIDE_SHAPE = ("data.resolution", "model.positions", "palette.size")  # chosen beside `model.size`
 
 
 def _open(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +119,8 @@ def size(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Settings
   they time steps together, and the main one's times decide.
 
   Raises:
-    UserError: the smallest size doesn't fit, or the steps of the chosen one don't suit what is given.
+    UserError: the smallest size doesn't fit, the steps of the chosen one don't suit what is given, or
+      `init_from` is of another model than what is given.
   """
   if not settings.sizing.minutes:
     return settings
@@ -211,6 +213,8 @@ def _chosen(
 
   # A few images fill a CPU's cores, not an accelerator.
   trial = plan(sizes[0], 1.0, _BATCHES[any_mesh.devices.flat[0].platform != "cpu"])
+  if sizes[0].start is not None:
+    weights.check_same_model(trial.settings, sizes[0].start)
   trial_seconds = timed(trial)
   speed = compilation.flops_per_image(trial.model) * trial.batch_size / trial_seconds
   for size in reversed(sizes):
@@ -243,7 +247,7 @@ def _plan(
   """Returns the run of a size at this speed; `batch_size` 0: chosen."""
   kept = dict(size.choices)
   if settings.model.size:
-    kept = {name: kept[name] for name in ("data.resolution", "palette.size") if name in kept}
+    kept = {name: kept[name] for name in _BESIDE_SHAPE if name in kept}
   sized = with_values(settings, _open(settings, kept))
   most_images = candidates.passes(sized) * images
   seen = min(settings.sizing.minutes * 60 * _FOR_STEPS / image_seconds, most_images)

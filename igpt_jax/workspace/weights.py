@@ -207,7 +207,7 @@ def of_run(settings: Settings, workdir: str) -> Start:
     )
   if own is None and settings.init_from:
     fix, info = "--config.palette.path=", describe(settings.init_from, settings)
-    _check_same_model(settings, info)
+    check_same_model(settings, info)
     if settings.data.name != "tokens":
       checkpoint_tokens.check_tokens_known(info, "init_from")
     kept = workdir_lib.own_palette(workdir)
@@ -224,7 +224,7 @@ def of_run(settings: Settings, workdir: str) -> Start:
   return Start(settled, info if own is None else None, palette)
 
 
-def _check_same_model(settings: Settings, info: CheckpointInfo) -> None:
+def check_same_model(settings: Settings, info: CheckpointInfo) -> None:
   """Raises UserError if the checkpoint's model differs: the fields, both values, and the flags to set."""
   if differing := differences(settings, info):
     lines = "".join(f"  {line}\n" for line in differing)

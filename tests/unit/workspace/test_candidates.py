@@ -36,6 +36,28 @@ def test_weights_without_a_table_of_positions_go_on_at_larger_images(photos, tmp
   assert sized(asking(photos, init_from=large), tmp_path / "of_40").data.resolution == 40
 
 
+def test_trained_weights_keep_their_positions(photos, tmp_path, machine):
+  """Whatever photos have from random values; and what contradicts them is told before a step is timed."""
+  timed = machine(CPU)
+  start = own_checkpoint.write(tmp_path / "weights", positions="learned")
+  found = begin(photos_config(photos, init_from=start), tmp_path / "run")
+  assert weights.of_run(found, str(tmp_path / "other")).settings.model.positions == "learned"
+  again = sized(photos_config(photos, init_from=start), tmp_path / "run")
+  workdir.check(again, str(tmp_path / "run"))
+  timed.clear()
+  given = {"init_from": start, "model.positions": "axial"}
+  with pytest.raises(UserError, match=r"positions: axial in the config, learned in the checkpoint"):
+    sized(photos_config(photos, **given), tmp_path / "axial")
+  assert not timed
+
+
+@pytest.mark.parametrize("given", [{}, {"model.size": "s"}, {"data.resolution": 12}])
+def test_photos_from_random_values_have_rotary_positions(photos, tmp_path, machine, given):
+  machine(CPU)
+  asked = {"sizing.packaged": False, **given}
+  assert sized(photos_config(photos, **asked), tmp_path).model.positions == "rope2d"
+
+
 def flops_of_packaged():
   """FLOPs of an image of 32×32 pixels."""
   config = weights.describe("packaged", photos_config("any")).config
@@ -91,7 +113,6 @@ def test_a_run_of_an_older_version_goes_on_from_its_random_values(
     ({"model.size": "s"}, "model.size: s in the config"),
     ({"model.size": "s", "model.n_layer": 6}, "model.size: s in the config"),
     ({"palette.size": 32}, "palette.size: 32 in the config, 512 in the checkpoint"),
-    ({"model.positions": "learned"}, "model.positions: learned in the config, rope2d in the"),
     ({"model.qk_norm": True}, "model.qk_norm: True in the config, False in the checkpoint"),
     (
       {"model.positions": "axial"},
