@@ -6,7 +6,7 @@
 
 Reproduces: nothing of the paper's; each line's gain is that of 500 steps of 16 images, one seed, on this very
 task (docs/results.md, "A modern recipe"), in nats per token of validation.
-Hardware: two CPU cores, about an hour. Expect: docs/results.md.
+Hardware: one CPU core, an hour and a half. Expect: docs/results.md.
 """
 
 from igpt_jax.config import base

@@ -1,4 +1,4 @@
-"""The model that comes with igpt_jax: CIFAR-10 at 16×16, 6 layers of 128, the modern recipe.
+"""The model that comes with igpt_jax: CIFAR-10 at 16×16, 6 layers of 128, the modern recipe but for one option.
 
   python -m igpt_jax.main --config configs/cifar10_16_packaged.py --workdir runs/packaged
   … --config.data.name=folder --config.data.path=DIR        # the same from DIR/{train,test}/CLASS/*.jpg
@@ -7,8 +7,9 @@
     --config.convert.format=safetensors --config.convert.dtype=bfloat16
 
 With more train.steps a finished run trains longer in place, from before its decay.
-Reproduces: nothing of the paper's; Muon and rotary positions gained most in docs/results.md.
-Hardware: one CPU core, about two hours. Expect: docs/results.md.
+Reproduces: nothing of the paper's; Muon and rotary positions gained most in docs/results.md. Without value_embeddings,
+which gained least and whose tables would be a third of the file.
+Hardware: one CPU core, about four hours; beside other work it took 5.7. Expect: docs/results.md.
 """
 
 from igpt_jax.config import base
