@@ -20,6 +20,7 @@ from igpt_jax.config.fields import (
   with_values,
 )
 from igpt_jax.data import sources
+from igpt_jax.data.palette import Palette
 from igpt_jax.data.sources import Split, open_split
 from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import count_params
@@ -75,20 +76,20 @@ class Opened:
   """What all runs of a job share, opened once.
 
   Attributes:
-    settings: the job's; `palette.path` is that of the palette, which is kept in the workdir.
     train: the training images.
-    palette: digest of the colours; None: the tokens are raw RGB, or data without any.
+    palette: the colours; None: the tokens are raw RGB, or data without any.
+    palette_path: the runs' `palette.path`: the job's or, if it names none, that of `keep_palette`.
     n_vocab: the number of colours, or of levels.
   """
 
-  settings: Settings
   train: Split
-  palette: str | None
+  palette: Palette | None
+  palette_path: str
   n_vocab: int
 
 
 def opened(settings: Settings, workdir: str) -> Opened:
-  """Opens the data, and chooses the palette, or fits it, once for all runs: it is kept in the workdir.
+  """Opens the data, and chooses the palette, or fits it, once for all runs; nothing is written.
 
   Raises:
     UserError: data, palette or initial parameters aren't as they must be.
@@ -98,33 +99,41 @@ def opened(settings: Settings, workdir: str) -> Opened:
   spec = training_palette.training_tokens(
     start.settings, settings.data, train, workdir, start.palette
   )
-  palette = spec.palette
-  digest = None if palette is None else provenance.of_palette(palette.centers)
-  if palette is not None:
+  kept = "" if spec.palette is None else os.path.join(workdir, training_palette.PALETTE)
+  path = settings.palette.path or kept
+  return Opened(train=train, palette=spec.palette, palette_path=path, n_vocab=spec.n_vocab)
+
+
+def keep_palette(shared: Opened, workdir: str) -> None:
+  """Keeps the palette in the workdir; only once all has been checked: what is refused changes nothing there."""
+  if shared.palette is not None:
     if hosts.is_main():
-      training_palette.keep_palette(palette, workdir)
+      training_palette.keep_palette(shared.palette, workdir)
     hosts.wait_for_all("palette kept")
-    if not settings.palette.path:
-      kept = os.path.join(workdir, training_palette.PALETTE)
-      settings = with_values(settings, {"palette.path": kept})
-  return Opened(settings=settings, train=train, palette=digest, n_vocab=spec.n_vocab)
 
 
 def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh | None) -> Entry:
-  """Returns a run whose model and batch have been checked.
+  """Returns a run whose model, colours and batch have been checked.
 
   Args:
     shared: what it shares with the others.
     name: its name, without its seed.
-    own: its settings, those of job pretrain.
+    own: its settings, those of job pretrain, with the job's `palette.path`.
     folder: its workdir.
     mesh: the mesh that it will train on; None: its own settings'.
   """
-  settled = weights.of_run(own, folder).settings
+  start = weights.of_run(own, folder)
+  if None not in (start.palette, shared.palette) and start.palette != shared.palette:
+    raise UserError(
+      f"init_from: {own.init_from}, of {name}, has other colours than the palette that all runs share; fix: "
+      "--config.palette.path=, the palette of that checkpoint"
+    )
+  settled = start.settings
   model = choices.model_config(settled, n_vocab=shared.n_vocab)
   train, mesh = settled.train, mesh or devices.mesh_of(settled, model)
   sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)
   sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
+  own = with_values(own, {"palette.path": shared.palette_path})
   return Entry(name=name, seed=own.seed, settings=own, folder=folder, model=model)
 
 
@@ -141,17 +150,18 @@ def planned(settings: Settings, workdir: str, mesh: Mesh | None) -> list[Entry]:
       splits = {name: open_split(data, name) for name in ("train", "validation")}
       sources.check_labels({**splits, "test": test})
   shared = opened(settings, workdir)
-  entries, runs = [], overrides.named_runs(shared.settings)
+  entries, runs = [], overrides.named_runs(settings)
   # A run keeps the others' overrides at the base's values, which may have been others when it began.
   varied = {name for run in runs for name in run.values}
   for run in runs:
     for seed in ablate.seeds:
       folder = os.path.join(workdir, FOLDER, run.name, str(seed))
-      own = run.settings(shared.settings, seed)
+      own = run.settings(settings, seed)
       check_folder(
         own, folder, shared, varied, "remove it, another name in ablate.runs, or --workdir"
       )
       entries.append(entry_of(shared, run.name, own, folder, mesh))
+  keep_palette(shared, workdir)
   return entries
 
 
@@ -197,7 +207,8 @@ def check_folder(
       "data": info.run["data"]["fingerprint"],
       "palette": provenance.of_palette(info.palette),
     }
-    ours |= {"data": shared.train.fingerprint, "palette": shared.palette}
+    colours = None if shared.palette is None else shared.palette.centers
+    ours |= {"data": shared.train.fingerprint, "palette": provenance.of_palette(colours)}
   files.check_same("workdir", f"{folder} holds another run", theirs, ours, fix)
 
 

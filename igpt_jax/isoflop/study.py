@@ -18,7 +18,7 @@ from igpt_jax import checkpoint, files, units
 from igpt_jax.ablation import entries, sequence
 from igpt_jax.ablation.comparison import flop_unit
 from igpt_jax.ablation.entries import Entry
-from igpt_jax.config.fields import Settings
+from igpt_jax.config.fields import Settings, with_values
 from igpt_jax.errors import UserError
 from igpt_jax.isoflop import config_file, findings, grid, report
 from igpt_jax.isoflop.findings import Findings, HeldOut, Run, trunk_ends
@@ -52,7 +52,7 @@ class Study:
   def __init__(self, settings: Settings, workdir: str, mesh: Mesh | None):
     self._rungs = rungs(settings.isoflop.shapes)
     self._shared = entries.opened(settings, workdir)
-    self._settings, self._workdir, self._mesh = self._shared.settings, workdir, mesh
+    self._settings, self._workdir, self._mesh = settings, workdir, mesh
     self._images, self._own = len(self._shared.train), settings.isoflop
     self.costs = Costs(self._settings, self._shared.n_vocab)
     self._runs: list[Run] = []
@@ -67,6 +67,7 @@ class Study:
       self._add(budget)
       if not all(run.result.ended for run in self._runs):
         break
+    entries.keep_palette(self._shared, workdir)
 
   def plan(self) -> str:
     """Returns a table of the budgets with the shapes that are expected, and a forecast of the time of all.
@@ -135,6 +136,7 @@ class Study:
     self._warn(forecast.cell)
     path = os.path.join(self._workdir, config_file.name_of(budget))
     own = self.costs.settings(forecast.cell.shape, forecast.cell.steps, self._own.seeds[0])
+    own = with_values(own, {"palette.path": self._shared.palette_path})
     if hosts.is_main():
       config_file.write(path, own, forecast)
     low, high = forecast.forecast.low, forecast.forecast.high

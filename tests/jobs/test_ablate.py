@@ -17,7 +17,7 @@ from igpt_jax.ablation.outcomes import FINISHED, Point, Result
 from igpt_jax.config import base, choices, overrides
 from igpt_jax.config.fields import FIELDS
 from igpt_jax.errors import UserError
-from igpt_jax.jobs import ablate, pretrain
+from igpt_jax.jobs import ablate, fit_palette, pretrain
 from igpt_jax.runner import loop
 from igpt_jax.training.compilation import flops_per_image, optimizer_flops
 from igpt_jax.workspace import weights
@@ -269,6 +269,34 @@ def test_a_run_on_other_images_is_refused(done, tmp_path, monkeypatch):
   monkeypatch.setattr(entries.checkpoint, "newest", elsewhere)
   with pytest.raises(UserError, match=r"another run:\n  data: other there, digits/.* here"):
     entries.planned(study(), str(workdir), mesh_of())
+
+
+@pytest.mark.parametrize(
+  ("run", "expected"),
+  [
+    ("original:", r"data\.validation: 0\.1 there, 0\.2 here"),
+    ("new: train.accumulate=3", r"train\.batch_size: 16"),
+    ("new: init_from={folder}", r"init_from: .*runs/original/0, of new, has other colours than the palette"),
+  ],
+)  # fmt: skip
+def test_what_is_refused_leaves_the_palette(tmp_path, run, expected):
+  """On other images, to which another one is fitted: afterwards the first command still goes on."""
+  one = {
+    "ablate.runs": ("original:",), "ablate.seeds": (0,), "ablate.probe": "none", "palette.size": 8,
+    "ablate.test": False, "train.steps": 2, "train.eval_every": 2, "train.warmup_steps": 1,
+  }  # fmt: skip
+  fit_palette.run(study(**{**one, "job": "fit_palette", "palette.images": 7}), str(tmp_path))
+  on_one_device(ablate, study(**one), str(tmp_path))
+  before = {path: path.read_bytes() for path in tmp_path.rglob("[!.]*") if path.is_file()}
+  run = run.format(folder=tmp_path / "runs/original/0")
+  with pytest.raises(UserError, match=expected):
+    on_one_device(
+      ablate, study(**{**one, "ablate.runs": (run,), "data.validation": 0.2}), str(tmp_path)
+    )
+  assert before == {path: path.read_bytes() for path in tmp_path.rglob("[!.]*") if path.is_file()}
+  (entry,) = entries.planned(study(**one), str(tmp_path), mesh_of())
+  assert outcomes.result_of(entry).finished
+  assert entry.settings.palette.path == str(tmp_path / "palette.npy")
 
 
 # --- finished workdirs -----------------------------------------------------------------------------

@@ -199,12 +199,13 @@ def test_a_signal_stops_it_and_is_told(tmp_path, monkeypatch, capsys):
   ],
 )  # fmt: skip
 def test_another_study_in_its_workdir_is_refused(done, tmp_path, monkeypatch, changes, expected):
-  """Nothing that was made otherwise is reported as this study's."""
+  """Nothing that was made otherwise is reported as this study's, or changed: the palette neither."""
   workdir = shutil.copytree(done, tmp_path / "study")
   monkeypatch.setattr(sequence, "pretrain", None)
+  before = {path: path.read_bytes() for path in workdir.rglob("[!.]*") if path.is_file()}
   with pytest.raises(UserError, match=expected):
     on_one_device(isoflop, study(**changes), str(workdir))
-  assert (workdir / report.RUNS).read_text() == (done / report.RUNS).read_text()
+  assert before == {path: path.read_bytes() for path in workdir.rglob("[!.]*") if path.is_file()}
 
 
 @pytest.mark.slow
