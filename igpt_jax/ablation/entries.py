@@ -304,11 +304,24 @@ def _incomparable(
   ]
 
 
+def compared(settings: Settings) -> dict[str, Any]:
+  """Returns the settings that runs are told apart by: job pretrain's but for the seed, and for those of a host.
+
+  A host's own that decides the numbers is among them: the checkpoint that a run begins from.
+  """
+  return {
+    name: value_of(settings, name)
+    for name, declaration in FIELDS.items()
+    if "pretrain" in declaration.jobs and name != "seed"
+    if not declaration.host or decides(name, "pretraining")
+  }
+
+
 def differences(entries: Sequence[Entry]) -> dict[str, list[Any]]:
   """Returns the settings in which runs differ, and the value of each run; its first seed stands for it."""
+  settings = [compared(entry.settings) for entry in entries]
   return {
     name: values
-    for name, declaration in FIELDS.items()
-    if "pretrain" in declaration.jobs and not declaration.host and name != "seed"
-    if len(set(map(repr, values := [value_of(entry.settings, name) for entry in entries]))) > 1
+    for name in settings[0]
+    if len(set(map(repr, values := [own[name] for own in settings]))) > 1
   }

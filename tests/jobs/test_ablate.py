@@ -490,6 +490,17 @@ def test_losses_of_raw_rgb_are_compared_in_bits_per_dimension():
   assert runs[1].mean("validation_loss").mean == pytest.approx(12 * math.log(2))
 
 
+def test_where_a_run_begins_is_told():
+  """Not where its images lie, which are known by their contents, nor how they are read."""
+  first, other = (
+    make_run("random", 3.0),
+    make_run("on", 2.9, **{"init_from": "packaged", "data.path": "photos", "data.threads": 3}),
+  )
+  assert comparison.overrides([first, other]) == {"random": "", "on": "init_from=packaged"}
+  text = comparison.markdown([first, other])
+  assert "| `init_from` | `''` | `'packaged'` |" in text and text.count("\n| `") == 1
+
+
 def test_the_share_of_flops_by_hand():
   """From 4.0 at step 50 to 2.5 at step 100: the baseline's 3.0 is reached two thirds of the way."""
   first, other = make_run("original", 3.0), make_run("b2", 2.5, **{"train.b2": 0.9})
