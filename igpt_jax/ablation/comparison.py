@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from igpt_jax import files, units
-from igpt_jax.ablation.entries import Entry, differences
+from igpt_jax.ablation.entries import Entry, compared, differences
 from igpt_jax.ablation.outcomes import Point, Result, in_one_unit
-from igpt_jax.config.fields import as_json
 from igpt_jax.reporting.tables import csv_table, markdown_table
 
 # Settings that runs of different lengths differ in.
@@ -132,8 +131,8 @@ def with_shorter(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
   """
   kinds: dict[str, list[Run]] = {}
   for run in runs:
-    flat = files.flatten(as_json(run.entry.settings))
-    kept = {name: value for name, value in flat.items() if name not in ("seed", *_OF_LENGTH)}
+    own = compared(run.entry.settings)
+    kept = {name: value for name, value in own.items() if name not in _OF_LENGTH}
     kinds.setdefault(files.digest(kept), []).append(run)
   beside: dict[str, list[Run]] = {}  # of each run that isn't beside another
   for kind in kinds.values():

@@ -13,7 +13,6 @@ from igpt_jax.config import choices, overrides, saved
 from igpt_jax.config.fields import (
   FIELDS,
   Settings,
-  as_json,
   decides,
   from_config,
   value_of,
@@ -228,7 +227,7 @@ def finished(settings: Settings) -> tuple[list[Entry], list[str]]:
       "other; fix: gcloud storage cp -r gs://BUCKET/RUN ."
     )
   runs = [_read(folder) for folder in folders]
-  keys = [_without_seed(own) for own, _ in runs]
+  keys = [_without_seed(own, info) for own, info in runs]
   names: dict[str, str] = {}  # key -> name
   for folder, (own, _), key in zip(folders, runs, keys, strict=True):
     names.setdefault(key, _name_of(folder, own.seed))
@@ -269,12 +268,10 @@ def _read(folder: str) -> tuple[Settings, checkpoint.CheckpointInfo]:
   return own, checkpoint.describe(folder)
 
 
-def _without_seed(settings: Settings) -> str:
-  """Returns the digest of all settings, but the seed, that decide a pretraining's numbers."""
-  flat = files.flatten(as_json(settings))
-  return files.digest(
-    {name: flat[name] for name in flat if name != "seed" and decides(name, "pretraining")}
-  )
+def _without_seed(own: Settings, info: checkpoint.CheckpointInfo) -> str:
+  """Returns the digest of all but the seed that tells a run from others."""
+  data, palette = info.run["data"]["fingerprint"], provenance.of_palette(info.palette)
+  return files.digest({**compared(own), "data": data, "palette": palette})
 
 
 def _name_of(folder: str, seed: int) -> str:

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
+from igpt_jax import checkpoint
 from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence
 from igpt_jax.ablation import results as results_lib
 from igpt_jax.ablation.comparison import Run
@@ -345,6 +346,42 @@ def test_workdirs_that_can_not_be_compared(done, tmp_path):
   (copy / "training.json").unlink()
   with pytest.raises(UserError, match=r"copy has made 6 of 6 steps; expected a finished run"):
     entries.finished(compare(original, copy))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("model.dtype", "bfloat16"), ("train.accumulate", 2), ("model.attention", "blocked"),
+    ("model.remat", "full"),
+  ],
+)  # fmt: skip
+def test_workdirs_that_compute_otherwise_are_other_runs(done, tmp_path, seed, name, value):
+  """Neither seeds of one run, over which a mean would be taken, nor the same run twice."""
+  other = shutil.copytree(done / "runs/original" / str(seed), tmp_path / "other" / str(seed))
+  config, (group, field) = json.loads((other / "config.json").read_text()), name.split(".")
+  config[group][field] = value
+  (other / "config.json").write_text(json.dumps(config))
+  folders = str(done / "runs/original/0"), str(other)
+  found, _ = entries.finished(study(**{"ablate.runs": (), "ablate.workdirs": folders}))
+  assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("other", seed)]
+  assert entries.differences(found) == {name: [FIELDS[name].default, value]}
+
+
+def test_workdirs_of_other_images_are_other_runs(done, monkeypatch):
+  """Though their settings are the same: a path, or what lies there, has changed."""
+  folders, describe = [str(done / "runs/original" / seed) for seed in "01"], checkpoint.describe
+
+  def elsewhere(folder):
+    info = describe(folder)
+    data = {**info.run["data"], "fingerprint": f"images of {folder}"}
+    return dataclasses.replace(info, run={**info.run, "data": data})
+
+  monkeypatch.setattr(checkpoint, "describe", elsewhere)
+  settings = study(**{"ablate.runs": (), "ablate.workdirs": tuple(folders)})
+  found, notes = entries.finished(settings)
+  assert [(entry.name, entry.seed) for entry in found] == [("0", 0), ("1", 1)]
+  assert notes == [f"data: images of {folders[0]}, images of {folders[1]}"]
 
 
 # --- settings --------------------------------------------------------------------------------------
