@@ -98,22 +98,15 @@ def paired_difference(run: Run, baseline: Run, field: str = "validation_loss") -
 
 
 def step_reaching(curve: Sequence[Point], loss: float) -> float:
-  """Returns the step at which a curve first reaches a loss, by straight lines between evaluations.
+  """Returns the step of the first evaluation at or below a loss; nan if there is none.
 
-  nan if it doesn't. A falling loss is convex: the line lies above it, and the step is an upper bound.
+  Nothing is interpolated: where a decay begins, a curve lies above the straight line between its evaluations.
   """
-  for i, point in enumerate(curve):
-    if point.loss <= loss:
-      if not i:
-        return point.step
-      before = curve[i - 1]
-      share = (before.loss - loss) / (before.loss - point.loss)
-      return before.step + share * (point.step - before.step)
-  return math.nan
+  return next((point.step for point in curve if point.loss <= loss), math.nan)
 
 
 def share_of_flops(run: Run, baseline: Run) -> Mean:
-  """Returns, of the baseline's FLOPs, those in which the run reaches its final validation loss.
+  """Returns, of the baseline's FLOPs, those until the run's first evaluation at or below its final validation loss.
 
   Seed by seed; those that don't reach it are left out of the mean and of its n.
   """
@@ -309,9 +302,8 @@ def _legend(runs: Sequence[Run]) -> str:
   return (
     f"Losses in {runs[0].unit}, best first; a run with a diverged seed stands last. ±: sample standard "
     "deviation over the seeds that have finished; differences are of the same seed. s/step: median, beside whatever else the machine did. "
-    f"“Baseline's loss at”: the share of {runs[0].name}'s FLOPs in which a run's own curve reaches the "
-    "final validation loss of the same seed, by straight lines between its evaluations: an upper bound, "
-    "because the learning rate isn't low yet in the middle of a schedule."
+    f"“Baseline's loss at”: the share of {runs[0].name}'s FLOPs until a run's first evaluation at or below the "
+    "final validation loss of the same seed; what lies between evaluations isn't known."
   )
 
 

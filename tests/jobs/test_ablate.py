@@ -539,18 +539,31 @@ def test_where_a_run_begins_is_told():
 
 
 def test_the_share_of_flops_by_hand():
-  """From 4.0 at step 50 to 2.5 at step 100: the baseline's 3.0 is reached two thirds of the way."""
+  """4.0 at step 50, 2.5 at step 100: the baseline's 3.0 is reached at step 100; its own 4.0 at step 50."""
   first, other = make_run("original", 3.0), make_run("b2", 2.5, **{"train.b2": 0.9})
-  share = comparison.share_of_flops(other, first)
-  assert share.mean == pytest.approx((50 + 50 * 2 / 3) / 100)
+  assert comparison.share_of_flops(other, first).mean == 1
+  assert comparison.share_of_flops(other, make_run("original", 4.0)).mean == 0.5
   wide = make_run("wide", 2.5, **{"model.n_embd": 32})
   ratio = wide.entry.flops / first.entry.flops
-  assert comparison.share_of_flops(wide, first).mean == pytest.approx(share.mean * ratio)
+  assert comparison.share_of_flops(wide, first).mean == pytest.approx(ratio)
   assert ratio > 2 and f"| {ratio:.3f} |" in comparison.markdown([first, wide])
   never = comparison.share_of_flops(make_run("slow", 3.1, **{"train.b2": 0.9}), first)
   assert never.n == 0 and math.isnan(never.mean)
-  assert "not reached" in comparison.markdown([first, make_run("slow", 3.1, **{"train.b2": 0.9})])
+  text = comparison.markdown([first, make_run("slow", 3.1, **{"train.b2": 0.9})])
+  assert "not reached" in text and "first evaluation at or below the final validation loss" in text
   assert comparison.step_reaching([Point(10, 1, 2.0)], 2.5) == 10
+
+
+@pytest.mark.parametrize(
+  ("every", "step"), [(250, 500), (100, 500), (50, 450), (25, 450), (1, 426)]
+)
+def test_a_loss_is_reached_at_an_evaluation(every, step):
+  """By wsd 2.953 is passed at step 426; between 250 and 500 a straight line would say 327."""
+  loss = [3.02 - 1e-4 * (at - 250) - 1.92e-3 * max(0, at - 400) for at in range(501)]
+  assert loss[425] > 2.953 >= loss[426]
+  curve = [Point(at, at / 10, loss[at]) for at in range(every, 501, every)]
+  assert comparison.step_reaching(curve, 2.953) == step
+  assert math.isnan(comparison.step_reaching(curve, 2.8))
 
 
 def test_a_shorter_run_stands_beside_the_longer_one():
@@ -584,17 +597,17 @@ def test_a_shorter_run_stands_beside_one_of_two_equally_long_ones():
 
 
 def test_the_verdict_says_which_seeds_a_mean_is_over():
-  """Seeds 1 and 2 end at 3.1, above the baseline's 3.0; seed 0 reaches that on its way to 2.0."""
+  """Seeds 1 and 2 end at 3.1, above the baseline's 3.0; seed 0 is below it at its last evaluation alone."""
   first, other = (
     make_run("original", 3.0, 3.0, 3.0),
     make_run("b2", 2.0, 3.1, 3.1, **{"train.b2": 0.9}),
   )
   text = comparison.markdown([first, other])
   assert (
-    "against original (3 seeds); original's final loss at 75.0% of its FLOPs (1 of 3 seeds)."
+    "against original (3 seeds); original's final loss at 100.0% of its FLOPs (1 of 3 seeds)."
     in text
   )
-  assert "| 75.0% (1 of 3 seeds) |" in text
+  assert "| 100.0% (1 of 3 seeds) |" in text
   fewer = Run(
     (*first.results[:1], *(without_end(each, "unfinished") for each in first.results[1:]))
   )
