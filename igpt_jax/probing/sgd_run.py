@@ -1,9 +1,9 @@
 """The probe by gradient descent: all classifiers are trained at once, on images or stored features.
 
 Linear ones by SGD are for large data sets, attentive ones (probing/attentive.py) by AdamW for any. Their
-state is checkpointed in OUT/probe_sgd or OUT/probe_adamw, so that the same command resumes; validation
-accuracy goes to metrics.jsonl there. Learning rates are chosen on validation, per layer; test is
-evaluated once.
+state is checkpointed in OUT/probe_sgd/DIGEST or OUT/probe_adamw/DIGEST, a digest of all that decides it, so
+that the same command resumes, and another checkpoint's begins beside it; validation accuracy goes to
+metrics.jsonl there. Learning rates are chosen on validation, per layer; test is evaluated once.
 """
 
 import dataclasses
@@ -61,10 +61,31 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
     plan = _Plan("adamw", attentive.make_optimizer, probe.attention_rates, steps)
   else:
     plan = _Plan("sgd", sgd.make_optimizer, probe.learning_rates, probe.steps)
-  folder = os.path.join(out, f"probe_{plan.method}")
+  identity = _identity_of(settings, plan, source)
+  every, name = os.path.join(out, f"probe_{plan.method}"), files.digest(identity)[:8]
+  folder = os.path.join(every, name)
+  if others := sorted({*files.names(every)} - {name}):
+    say(
+      f"probe: kept in {folder}, beside those of other checkpoints or settings: {', '.join(others)}"
+    )
   keeping: dict[str, Any] = {"keep": 1, "keep_every": 0}
   with TrainingRun(settings, folder, plan.steps, None, mesh=source.mesh, **keeping) as training:
-    return _run(settings, workdir, folder, plan, source, training)
+    return _run(settings, workdir, folder, plan, source, training, identity)
+
+
+def _identity_of(settings: Settings, plan: _Plan, source: Source) -> dict[str, Any]:
+  """Returns everything that determines the classifiers; JSON."""
+  return {
+    "features_of": sets.identity_of(settings, source, "train", source.checksum),
+    "random_weights": source.random_checksum if RANDOM in source.baselines else None,
+    "images": source.rows("train"),
+    "batch_size": settings.probe.batch_size,
+    "seed": settings.seed,
+    "learning_rates": [float(rate) for rate in plan.rates],
+    "groups": {name: list(group) for name, group in feeds.groups_of(settings, source).items()},
+    "steps": plan.steps,
+    "layers": list(source.features.layers),
+  }
 
 
 def _run(
@@ -74,32 +95,14 @@ def _run(
   plan: _Plan,
   source: Source,
   training: TrainingRun,
+  identity: dict[str, Any],
 ) -> list[dict[str, Any]]:
   mesh = source.mesh
   batch_size = settings.probe.batch_size
   sharding.batch_size_per_shard(mesh, batch_size, "probe.batch_size")
   rates = tuple(float(rate) for rate in plan.rates)
   groups = feeds.groups_of(settings, source)
-  identity = {
-    "features_of": sets.identity_of(settings, source, "train", source.checksum),
-    "random_weights": source.random_checksum if RANDOM in source.baselines else None,
-    "images": source.rows("train"),
-    "learning_rates": list(rates),
-    "groups": {name: list(group) for name, group in groups.items()},
-    "steps": plan.steps,
-    "layers": list(source.features.layers),
-  }
   order = DataOrder(folder, source.splits["train"], batch_size=batch_size, seed=settings.seed)
-
-  def check(at: int, run: dict[str, Any]) -> None:
-    what = f"{folder} holds another probe, begun before"
-    fix = "its settings, another --workdir, or remove that folder"
-    files.check_same("probe", what, run["probe"], identity, fix)
-    order.check(at, run)
-
-  latest = training.checkpoints.latest()
-  if latest is not None:  # before features are computed
-    check(latest, training.checkpoints.read_run(latest))
   feed = feeds.open_feed(settings, workdir, source)
   optimizer = plan.make_optimizer(rates, plan.steps)
 
@@ -111,7 +114,9 @@ def _run(
     frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, feed.frozen)
     shardings = sgd.state_shardings(abstract, mesh, frozen_shardings)
     whole = jax.jit(fresh, out_shardings=shardings)(feed.frozen)
-  saved = training.resume_or(lambda: _probes(whole), _probes(abstract), _probes(shardings), check)
+  saved = training.resume_or(
+    lambda: _probes(whole), _probes(abstract), _probes(shardings), order.check
+  )
 
   evaluate_step = jax.jit(
     sgd.make_eval_step(feed.extract, groups), out_shardings=sharding.replicated(mesh)

@@ -16,6 +16,7 @@ from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop
 from support import own_checkpoint
 from support.quickstart import shrunk
+from support.tiny import changed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile", "one_device")]
 
@@ -35,9 +36,10 @@ def read(path):
   return json.loads(path.read_text())
 
 
-def losses_of(workdir):
-  records = metrics.read_jsonl(workdir / "probe_adamw" / "metrics.jsonl")
-  return {r["step"]: r["probe_loss"] for r in records if "probe_loss" in r}
+def losses_of(workdir, fit="*"):
+  """By step, of an attentive probe, or of the only one in the workdir."""
+  (path,) = workdir.glob(f"probe_adamw/{fit}/metrics.jsonl")
+  return {r["step"]: r["probe_loss"] for r in metrics.read_jsonl(path) if "probe_loss" in r}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,10 @@ def test_poolings_lie_beside_each_other(trained, whole, tmp_path):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_it_goes_on_where_it_was_stopped(trained, whole, tmp_path, cached, monkeypatch):
-  """To the same bits on stored features; computed anew they are the same but for rounding."""
+  """To the same bits on stored features; computed anew they are the same but for rounding.
+
+  Though another probe was made in between, which is done beside it.
+  """
   config = config_of(checkpoint=str(trained), probe__cached=cached)
   ask = loop.StopSignal.asked
   monkeypatch.setattr(
@@ -94,21 +99,18 @@ def test_it_goes_on_where_it_was_stopped(trained, whole, tmp_path, cached, monke
   with pytest.raises(UserError, match=r"stopped by SIGTERM at step 5"):
     probe.run(config, str(tmp_path))
   monkeypatch.setattr(loop.StopSignal, "asked", ask)
+  (fit,) = os.listdir(tmp_path / "probe_adamw")
+  probe.run(changed(config, {"probe.attention_rates": (1e-2,)}), str(tmp_path))
+  rates = {row["learning_rate"] for row in read(tmp_path / "probe_attentive.json")["rows"]}
+  assert rates == {1e-2}
   probe.run(config, str(tmp_path))
   assert bool(list(tmp_path.glob("features"))) == cached
-  found, expected = losses_of(tmp_path), losses_of(whole)
+  found, expected = losses_of(tmp_path, fit), losses_of(whole)
   assert list(found) == list(range(1, 9))
   if cached:
     assert found == expected
     assert read(tmp_path / "probe_attentive.json") == read(whole / "probe_attentive.json")
   np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
-  with pytest.raises(
-    UserError, match=r"another probe.*\n.*learning_rates: \[0\.01, 0\.001\] there"
-  ):
-    probe.run(
-      config_of(checkpoint=str(trained), probe__attention_rates=(1e-2,), probe__cached=cached),
-      str(tmp_path),
-    )
 
 
 def test_eight_devices_are_as_one(trained, whole, tmp_path, monkeypatch):

@@ -125,9 +125,17 @@ def test_few_labels(trained):
   )
 
 
+def losses_of(workdir, fit="*"):
+  """By step, of a probe by SGD, or of the only one in the workdir."""
+  (path,) = workdir.glob(f"probe_sgd/{fit}/metrics.jsonl")
+  return {r["step"]: r["probe_loss"] for r in metrics.read_jsonl(path) if "probe_loss" in r}
+
+
 @pytest.mark.parametrize("cached", [True, False])
-def test_sgd_goes_on_where_it_was_stopped(trained, tmp_path, cached, monkeypatch):
-  config = with_sgd(checkpoint=str(trained), probe__cached=cached)
+def test_sgd_goes_on_where_it_was_stopped(trained, tmp_path, cached, monkeypatch, capsys):
+  """Though another checkpoint was probed in between, which is done beside it."""
+  few = {"features.images": 64, "features.eval_images": 32, "probe.cached": cached}
+  config = with_sgd(checkpoint=str(trained), **few)
   probe.run(config, str(tmp_path / "whole"))
   whole = read(tmp_path / "whole" / "probe.json")
   assert [row["name"] for row in whole["rows"] if row["kind"] == "layer"] == [
@@ -147,18 +155,19 @@ def test_sgd_goes_on_where_it_was_stopped(trained, tmp_path, cached, monkeypatch
   with pytest.raises(UserError, match=r"stopped by SIGTERM at step 5 .*goes on from here"):
     probe.run(config, str(tmp_path / "parts"))
   monkeypatch.setattr(loop.StopSignal, "asked", ask)
+  (fit,) = os.listdir(tmp_path / "parts" / "probe_sgd")
+  capsys.readouterr()
+  probe.run(
+    dataclasses.replace(config, checkpoint=str(trained / "checkpoints" / "8")),
+    str(tmp_path / "parts"),
+  )
+  assert f"beside those of other checkpoints or settings: {fit}\n" in capsys.readouterr().out
+  assert read(tmp_path / "parts" / "probe.json")["step"] == 8
   probe.run(config, str(tmp_path / "parts"))
   parts = read(tmp_path / "parts" / "probe.json")
   assert parts["rows"] == whole["rows"]
-  told = [
-    {r["step"]: r.get("probe_loss") for r in metrics.read_jsonl(tmp_path / name / "probe_sgd" / "metrics.jsonl")
-     if "probe_loss" in r}
-    for name in ("whole", "parts")
-  ]  # fmt: skip
+  told = [losses_of(tmp_path / name, fit) for name in ("whole", "parts")]
   assert told[0] == told[1] and list(told[0]) == list(range(1, 9))
-  other = changed(config, {"probe.learning_rates": (1.0,)})
-  with pytest.raises(UserError, match=r"another probe.*\n.*learning_rates: \[3\.0, 0\.3\] there"):
-    probe.run(other, str(tmp_path / "parts"))
 
 
 def test_stored_features_and_pictures_give_the_same_curve(trained, tmp_path):
@@ -167,8 +176,7 @@ def test_stored_features_and_pictures_give_the_same_curve(trained, tmp_path):
   for cached in (True, False):
     workdir = tmp_path / str(cached)
     probe.run(with_sgd(checkpoint=str(trained), probe__cached=cached), str(workdir))
-    records = metrics.read_jsonl(workdir / "probe_sgd" / "metrics.jsonl")
-    curves.append([r["probe_loss"] for r in records if "probe_loss" in r])
+    curves.append(list(losses_of(workdir).values()))
   assert len(curves[0]) == 8
   np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
 
@@ -178,14 +186,7 @@ def test_sgd_on_eight_devices_is_as_on_one(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *args, n=devices: jax.local_devices()[:n])
     config = with_sgd(checkpoint=str(trained), mesh__fsdp=2 if devices == 8 else 1)
     probe.run(config, str(tmp_path / name))
-  one, eight = (
-    [
-      r["probe_loss"]
-      for r in metrics.read_jsonl(tmp_path / name / "probe_sgd" / "metrics.jsonl")
-      if "probe_loss" in r
-    ]
-    for name in ("one", "eight")
-  )
+  one, eight = (list(losses_of(tmp_path / name).values()) for name in ("one", "eight"))
   np.testing.assert_allclose(one, eight, rtol=1e-4)
 
 
