@@ -46,8 +46,10 @@ def test_the_figures_of_a_slice(small):
   parameters = 3 * 12 * 256**2 + (2 * 512 + 256) * 256
   assert held["arguments"] == pytest.approx(12 * parameters / 4, rel=0.1)
   assert values["largest_buffers"][0]["bytes"] < values["bytes_per_chip"]
+  assert values["blocks"] == "hand-written stack"
   for line in (
     "fits               yes",
+    "blocks             hand-written stack",
     "MFU",
     "images/s",
     "images/s a host",
