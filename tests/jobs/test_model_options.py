@@ -1,4 +1,4 @@
-"""A run whose model has every option the paper's hasn't: trained, resumed, read by the other jobs."""
+"""A run whose model has every option the paper's hasn't, by CompleteP: trained, resumed, read by other jobs."""
 
 import json
 
@@ -9,6 +9,7 @@ from igpt_jax import checkpoint
 from igpt_jax.config import choices
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import convert, evaluate, finetune, pretrain, probe, sample
+from igpt_jax.model.parametrisation import Scale
 from igpt_jax.reporting import metrics
 from support import tiny
 from support.quickstart import assert_same, params_of, shrunk, stop_at
@@ -16,7 +17,10 @@ from support.tiny import on_one_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile", "one_device")]
 
-OPTIONS = {f"model.{name}": value for name, value in tiny.ALL_OPTIONS.items()}
+STANDARD = {f"model.{name}": value for name, value in tiny.ALL_OPTIONS.items()}
+OPTIONS = STANDARD | {
+  "model.parametrisation": "complete_p", "model.base_embd": 4, "model.base_layer": 1
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +31,15 @@ def run(tmp_path_factory):
 
 
 def test_it_is_recorded_and_resumed_bit_for_bit(run, tmp_path, monkeypatch):
-  assert checkpoint.describe(str(run)).config.options == tiny.ALL_OPTIONS
+  config = checkpoint.describe(str(run)).config
+  assert config.options == tiny.ALL_OPTIONS and config.scale == Scale(width=4.0, depth=2.0)
   with monkeypatch.context() as patch:
     stop_at(patch, 7)
     on_one_device(pretrain, shrunk(**OPTIONS), str(tmp_path))
   with pytest.raises(UserError, match=r"model\.qk_norm: True there, False here"):
     on_one_device(pretrain, shrunk(**{**OPTIONS, "model.qk_norm": False}), str(tmp_path))
+  with pytest.raises(UserError, match=r"model\.parametrisation: complete_p there, standard here"):
+    on_one_device(pretrain, shrunk(**STANDARD), str(tmp_path))
   on_one_device(pretrain, shrunk(**OPTIONS), str(tmp_path))
   assert_same(params_of(tmp_path), params_of(run))
   losses = [
@@ -50,13 +57,18 @@ def test_other_jobs_take_it(run, tmp_path):
   sample.run(shrunk(**at), str(tmp_path))
   assert (tmp_path / "samples.png").exists()
   probe.run(shrunk(**at, **{"features.layers": (1,)}), str(tmp_path))
-  layers = json.loads((tmp_path / "probe.json").read_text())["rows"]
-  assert any(row["layer"] == 1 for row in layers)
+  probed = json.loads((tmp_path / "probe.json").read_text())
+  assert any(row["layer"] == 1 for row in probed["rows"])
+  # As likely as in training, of the same images.
+  measured = metrics.read_jsonl(run / "metrics.jsonl")
+  nats = [r["validation_loss"] for r in measured if "validation_loss" in r]
+  assert probed["validation_nats_per_token"] == pytest.approx(nats[-1], abs=1e-5)
   assert 0 < exact["nats_per_token"] < np.log(17) + 0.5
   tuned = tmp_path / "tuned"
   few = {"finetune.steps": 2, "finetune.eval_every": 2, "finetune.images": 32}
   finetune.run(shrunk(**at, **few), str(tuned))
-  assert checkpoint.describe(str(tuned / "finetune")).config.options == tiny.ALL_OPTIONS
+  made = checkpoint.describe(str(tuned / "finetune")).config
+  assert made.options == tiny.ALL_OPTIONS and made.scale == Scale(width=4.0, depth=2.0)
 
 
 def test_rotary_positions_are_evaluated_and_sampled_at_another_size(

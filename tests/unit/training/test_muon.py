@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from igpt_jax.model.image_gpt import abstract_params
+from igpt_jax.model.parametrisation import STANDARD, Scale
 from igpt_jax.parallel import sharding
 from igpt_jax.training import compilation, muon
 from igpt_jax.training.joint import JointLoss, make_finetune_step
@@ -187,10 +188,10 @@ def begin(seed=0):
 
 
 @functools.cache
-def run_steps(shape, accumulate=1):
+def run_steps(shape, accumulate=1, scale=STANDARD):
   """Parameters and momentum after a few steps of pretraining, and every step's loss."""
   mesh = tiny.mesh_of(shape)
-  config = dataclasses.replace(RECIPE, clip_norm=1.0, weight_decay=0.1)
+  config = dataclasses.replace(RECIPE, clip_norm=1.0, weight_decay=0.1, scale=scale)
   optimizer = make_optimizer(config)
   shardings = state_shardings(CONFIG, optimizer, mesh)
   objective = make_objective("autoregressive", 0.0)
@@ -222,6 +223,20 @@ def test_every_mesh_trains_as_one_device_does(shape):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_a_batch_in_parts_trains_as_a_whole_one(shape):
   assert_same_training(run_steps(shape, accumulate=2), run_steps((1, 1, 1)))
+
+
+def test_complete_p_on_a_mesh_trains_as_on_one_device():
+  """Its factors are those of Adam's parameters and of Muon's."""
+  scale = Scale(width=2.0, depth=1.5)
+  found, expected = (run_steps(shape, scale=scale) for shape in ((2, 2, 2), (1, 1, 1)))
+  assert_same_training(found, expected)
+  plain = run_steps((1, 1, 1))[1]
+  for name in OWN:
+    moved, of_plain = (
+      np.abs(run[f"params/{name}"] - tiny.leaf_names(begin())[name]).mean()
+      for run in (expected[1], plain)
+    )
+    assert moved < 0.9 * of_plain, name
 
 
 def assert_same_training(found, expected):

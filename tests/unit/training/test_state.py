@@ -1,5 +1,6 @@
 """The training state: where every leaf lives, and that it is made there."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from support import tiny
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIG = tiny.make_config(n_vocab=16)
+COMPLETE_P = dataclasses.replace(CONFIG, parametrisation="complete_p", base_embd=4, base_layer=1)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, steps=10, warmup_steps=2))
 
 # Where the parameters lie, and with them Adam's moments.
@@ -44,8 +46,8 @@ GOLDEN = {
 
 
 @functools.cache
-def state_on(shape):
-  return make_state(CONFIG, OPTIMIZER, 3, tiny.mesh_of(shape))
+def state_on(shape, config=CONFIG):
+  return make_state(config, OPTIMIZER, 3, tiny.mesh_of(shape))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -84,9 +86,10 @@ def test_state_is_made_in_its_place():
 
 
 def test_initial_values_do_not_depend_on_the_mesh():
-  one, many = (tiny.leaf_names(state_on(shape)) for shape in ((1, 1, 1), (2, 2, 2)))
-  for name, leaf in one.items():
-    np.testing.assert_array_equal(leaf, many[name], err_msg=name)
+  for config in (COMPLETE_P, CONFIG):
+    one, many = (tiny.leaf_names(state_on(shape, config)) for shape in ((1, 1, 1), (2, 2, 2)))
+    for name, leaf in one.items():
+      np.testing.assert_array_equal(leaf, many[name], err_msg=name)
   assert not any(np.any(one[name]) for name in one if name.startswith("opt_state"))
   assert int(one["step"]) == 0
   other = tiny.leaf_names(make_state(CONFIG, OPTIMIZER, 4, tiny.mesh_of()))
