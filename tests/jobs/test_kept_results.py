@@ -16,7 +16,7 @@ from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import evaluate, finetune, fit_palette, lowdata, pretrain, probe, quality, sample
 from igpt_jax.pretrained import formats
-from igpt_jax.probing import sets
+from igpt_jax.probing import sgd_run
 from igpt_jax.probing.features import FeatureExtractor
 from igpt_jax.workspace import provenance
 from support.quickstart import shrunk
@@ -191,28 +191,44 @@ def classified(trained, tmp_path_factory):
   return workdir
 
 
+class Begun(Exception):
+  """Raised where classifiers would be trained, with the name of their folder."""
+
+
 @pytest.mark.parametrize(
-  "change, message",
+  "change, same",
   [
-    ({"features.images": 48}, "images: 60 there, 48 here"),
-    ({"features.images": 48, "probe.cached": False}, "images: 60 there, 48 here"),
-    ({"data.augment": "paper"}, "recipe: square, version 2 there, paper, version 2 here"),
-    ({"features.layers": (1, 2)}, r"layers: \[0, 2\] there"),
-    ({"features.grid": 2}, "grid: 1 there, 2 here"),
-    ({"model.dtype": "bfloat16"}, "dtype: float32 there, bfloat16 here"),
-    ({"checkpoint": "checkpoints/8"}, r"checkpoint: \w{16} there, \w{16} here"),
+    ({}, True),
+    ({"features.eval_images": 8, "probe.eval_every": 1, "probe.cached": False}, True),
+    ({"features.images": 48}, False),
+    ({"data.augment": "paper"}, False),
+    ({"features.layers": (1, 2)}, False),
+    ({"features.grid": 2}, False),
+    ({"features.baselines": ("pixels",)}, False),
+    ({"model.dtype": "bfloat16"}, False),
+    ({"checkpoint": "checkpoints/8"}, False),
+    ({"probe.learning_rates": (3.0, 0.1)}, False),
+    ({"probe.steps": 5}, False),
+    ({"probe.batch_size": 32}, False),
+    ({"seed": 1}, False),
   ],
+  ids=str,
 )
-def test_classifiers_of_something_else_are_not_told_as_these(
-  trained, classified, monkeypatch, change, message
+def test_classifiers_of_something_else_are_kept_apart(
+  trained, classified, monkeypatch, change, same
 ):
-  monkeypatch.setattr(sets, "compute", lambda *args: pytest.fail("features are computed"))
-  before = (classified / "probe.json").read_bytes()
+  """In a folder of their own, so that neither goes on as the other."""
+  (kept,) = os.listdir(classified / "probe_sgd")
+
+  def begun(settings, folder, *args, **kwargs):
+    raise Begun(os.path.basename(folder))
+
+  monkeypatch.setattr(sgd_run, "TrainingRun", begun)
+  monkeypatch.setattr(probe, "validation_loss", lambda *args: 0.0)
   place = str(trained / change.get("checkpoint", ""))
-  config = changed(config_of(**SGD), change | {"checkpoint": place})
-  with pytest.raises(UserError, match=rf"holds another probe, begun before:\n(.*\n)*.*{message}"):
-    probe.run(config, str(classified))
-  assert (classified / "probe.json").read_bytes() == before
+  with pytest.raises(Begun) as stopped:
+    probe.run(changed(config_of(**SGD), change | {"checkpoint": place}), str(classified))
+  assert (str(stopped.value) == kept) == same
 
 
 def test_the_same_classifiers_are_tested_on_more_images(trained, tmp_path):
