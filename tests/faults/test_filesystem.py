@@ -171,12 +171,13 @@ def test_it_ends_in_words_after_the_time_given(tmp_path, capsys):
     files_limited(0),
     pytest.raises(
       SaveFailed,
-      match=r"step 2 can't be written to .*checkpoints \(File too large\); tried \d+ times",
+      match=r"step 2 can't be written to .*checkpoints \(File too large\)",
     ) as error,
   ):
     save(saver, 2)
   assert "save_retry_seconds: 0.5" in str(error.value) and error.value.status == 1
-  assert capsys.readouterr().out.count("NOT SAVED") >= 2
+  again = capsys.readouterr().out.count("NOT SAVED")  # as often as a loaded machine manages
+  assert again >= 1 and f"tried {again + 1} times" in str(error.value)
   assert_good(tmp_path, 1)
 
 
