@@ -62,7 +62,7 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
   else:
     plan = _Plan("sgd", sgd.make_optimizer, probe.learning_rates, probe.steps)
   identity = _identity_of(settings, plan, source)
-  every, name = os.path.join(out, f"probe_{plan.method}"), files.digest(identity)[:8]
+  every, name = os.path.join(out, f"probe_{plan.method}"), files.digest(identity)
   folder = os.path.join(every, name)
   if others := sorted({*files.names(every)} - {name}):
     say(
