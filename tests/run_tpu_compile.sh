@@ -13,4 +13,6 @@ python=$(find_python)
 make_venv "$venv" "$python" tpu
 make_venv "$venv" "$python" test
 export TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost
-exec "$venv/bin/python" -m pytest -m tpu_compile tests/tpu_compile tests/unit/model/test_attention_tpu.py "$@"
+# Two processes: the TPU's compiler keeps one core busy.
+exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile -m tpu_compile \
+  tests/tpu_compile tests/unit/model/test_attention_tpu.py "$@"
