@@ -103,12 +103,38 @@ def opened(settings: Settings, workdir: str) -> Opened:
   return Opened(train=train, palette=spec.palette, palette_path=path, n_vocab=spec.n_vocab)
 
 
-def keep_palette(shared: Opened, workdir: str) -> None:
-  """Keeps the palette in the workdir; only once all has been checked: what is refused changes nothing there."""
-  if shared.palette is not None:
-    if hosts.is_main():
-      training_palette.keep_palette(shared.palette, workdir)
-    hosts.wait_for_all("palette kept")
+def keep_palette(shared: Opened, workdir: str, folder: str) -> None:
+  """Keeps the palette in the workdir; called once runs have been checked: what is refused changes nothing there.
+
+  Args:
+    shared: the palette, and what else runs share.
+    workdir: the job's.
+    folder: the folder in it that holds the runs.
+
+  Raises:
+    UserError: runs are there, and the palette kept beside them, which theirs is, has other colours.
+  """
+  if shared.palette is None:
+    return
+  kept = os.path.join(workdir, training_palette.PALETTE)
+  if files.exists(kept) and Palette.load(kept) != shared.palette:
+    if _has_runs(os.path.join(workdir, folder)):
+      raise UserError(
+        f"workdir: the runs in {workdir} have other colours, those of {kept}; fix: another --workdir, or "
+        f"--config.palette.path={kept}"
+      )
+  hosts.wait_for_all("kept palette compared")
+  if hosts.is_main():
+    training_palette.keep_palette(shared.palette, workdir)
+  hosts.wait_for_all("palette kept")
+
+
+def _has_runs(folder: str) -> bool:
+  """True if this folder, or one in it, is the workdir of a run that has made a checkpoint."""
+  if not files.is_folder(folder):
+    return False
+  inside = (os.path.join(folder, name) for name in files.names(folder))
+  return workdir_lib.has_begun(folder) or any(map(_has_runs, inside))
 
 
 def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh | None) -> Entry:
@@ -125,7 +151,8 @@ def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh |
   if None not in (start.palette, shared.palette) and start.palette != shared.palette:
     raise UserError(
       f"init_from: {own.init_from}, of {name}, has other colours than the palette that all runs share; fix: "
-      "--config.palette.path=, the palette of that checkpoint"
+      "--config.palette.path=FILE, the palette.npy of that checkpoint (packaged's: default), in another --workdir "
+      "if runs have begun here"
     )
   settled = start.settings
   model = choices.model_config(settled, n_vocab=shared.n_vocab)
@@ -160,7 +187,7 @@ def planned(settings: Settings, workdir: str, mesh: Mesh | None) -> list[Entry]:
         own, folder, shared, varied, "remove it, another name in ablate.runs, or --workdir"
       )
       entries.append(entry_of(shared, run.name, own, folder, mesh))
-  keep_palette(shared, workdir)
+  keep_palette(shared, workdir, FOLDER)
   return entries
 
 
@@ -265,13 +292,25 @@ def _read(folder: str) -> tuple[Settings, checkpoint.CheckpointInfo]:
       f"config.ablate.workdirs: {folder} has made {made or 0:,} of {own.train.steps:,} steps; expected "
       f"a finished run; fix: igpt_jax --workdir {folder} goes on with it"
     )
-  return own, checkpoint.describe(folder)
+  info = checkpoint.describe(folder)
+  return with_values(own, {"model.dtype": info.config.dtype}), info  # "": it was the machine's
+
+
+# They decide no run's numbers but by rounding, or which images losses are of.
+_BESIDE_NUMBERS = (
+  "model.dtype", "model.attention", "model.remat", "train.accumulate", "train.eval_images"
+)  # fmt: skip
 
 
 def _without_seed(own: Settings, info: checkpoint.CheckpointInfo) -> str:
-  """Returns the digest of all but the seed that tells a run from others."""
+  """Returns the digest of all but the seed that decides a run's losses."""
+  deciding = {
+    name: value
+    for name, value in compared(own).items()
+    if decides(name, "pretraining") or name in _BESIDE_NUMBERS
+  }
   data, palette = info.run["data"]["fingerprint"], provenance.of_palette(info.palette)
-  return files.digest({**compared(own), "data": data, "palette": palette})
+  return files.digest({**deciding, "data": data, "palette": palette})
 
 
 def _name_of(folder: str, seed: int) -> str:

@@ -67,7 +67,7 @@ class Study:
       self._add(budget)
       if not all(run.result.ended for run in self._runs):
         break
-    entries.keep_palette(self._shared, workdir)
+    entries.keep_palette(self._shared, workdir, FOLDER)
 
   def plan(self) -> str:
     """Returns a table of the budgets with the shapes that are expected, and a forecast of the time of all.

@@ -17,11 +17,13 @@ from igpt_jax.ablation.comparison import Run
 from igpt_jax.ablation.outcomes import FINISHED, Point, Result
 from igpt_jax.config import base, choices, overrides
 from igpt_jax.config.fields import FIELDS
+from igpt_jax.data.palette import Palette
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import ablate, fit_palette, pretrain
 from igpt_jax.runner import loop
 from igpt_jax.training.compilation import flops_per_image, optimizer_flops
 from igpt_jax.workspace import weights
+from support import own_checkpoint
 from support.quickstart import load_config, shrunk
 from support.tiny import Killed, changed, mesh_of, on_one_device, settings_of
 
@@ -300,6 +302,27 @@ def test_what_is_refused_leaves_the_palette(tmp_path, run, expected):
   assert entry.settings.palette.path == str(tmp_path / "palette.npy")
 
 
+def test_runs_of_other_colours_are_not_added(done, tmp_path):
+  """The first runs' palette would be written over, and what they were trained on be lost."""
+  workdir = shutil.copytree(done, tmp_path / "study")
+  before = (workdir / "palette.npy").read_bytes()
+  add = {"ablate.runs": ("new:",), "ablate.probe": "none", "palette.size": 0}
+  other = str(tmp_path / "other.npy")
+  Palette(np.linspace(-1, 1, 96, dtype=np.float32).reshape(32, 3)).save(other)
+  shutil.rmtree(workdir / "runs/short")
+  with pytest.raises(UserError, match=r"other\.npy has other colours than .*palette\.npy"):
+    entries.planned(study(**add, **{"palette.path": other}), str(workdir), mesh_of())
+  begun = {
+    "init_from": own_checkpoint.write(tmp_path / "weights", resolution=8),
+    "data.resolution": 8,
+  }
+  begun |= {"model.n_layer": 0, "model.n_head": 0, "model.n_embd": 0}
+  with pytest.raises(UserError, match=r"the runs in .*study have other colours"):
+    entries.planned(study(**add, **begun), str(workdir), mesh_of())
+  assert (workdir / "palette.npy").read_bytes() == before
+  entries.planned(study(), str(workdir), mesh_of())
+
+
 # --- finished workdirs -----------------------------------------------------------------------------
 
 
@@ -348,24 +371,65 @@ def test_workdirs_that_can_not_be_compared(done, tmp_path):
     entries.finished(compare(original, copy))
 
 
+def beside(done, folder, seed, **values):
+  """Settings that compare a seed of the finished run with a copy of one that had other settings."""
+  other = shutil.copytree(done / "runs/original" / str(seed), folder / str(seed))
+  config = json.loads((other / "config.json").read_text())
+  for name, value in values.items():
+    group, _, field = name.rpartition(".")
+    (config[group] if group else config)[field] = value
+  (other / "config.json").write_text(json.dumps(config))
+  folders = str(done / "runs/original/0"), str(other)
+  return study(**{"ablate.runs": (), "ablate.workdirs": folders})
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
   ("name", "value"),
   [
-    ("model.dtype", "bfloat16"), ("train.accumulate", 2), ("model.attention", "blocked"),
-    ("model.remat", "full"),
+    ("train.accumulate", 2), ("model.attention", "blocked"), ("model.remat", "full"),
   ],
 )  # fmt: skip
 def test_workdirs_that_compute_otherwise_are_other_runs(done, tmp_path, seed, name, value):
   """Neither seeds of one run, over which a mean would be taken, nor the same run twice."""
-  other = shutil.copytree(done / "runs/original" / str(seed), tmp_path / "other" / str(seed))
-  config, (group, field) = json.loads((other / "config.json").read_text()), name.split(".")
-  config[group][field] = value
-  (other / "config.json").write_text(json.dumps(config))
-  folders = str(done / "runs/original/0"), str(other)
-  found, _ = entries.finished(study(**{"ablate.runs": (), "ablate.workdirs": folders}))
+  found, _ = entries.finished(beside(done, tmp_path / "other", seed, **{name: value}))
   assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("other", seed)]
   assert entries.differences(found) == {name: [FIELDS[name].default, value]}
+
+
+@pytest.mark.parametrize("given", ["", "float32"])
+def test_a_dtype_is_that_of_the_machine_if_none_was_given(done, tmp_path, given, monkeypatch):
+  """Settings that are the same may have been computed otherwise, and others alike."""
+  settings, describe = (
+    beside(done, tmp_path / "other", 1, **{"model.dtype": given}),
+    checkpoint.describe,
+  )
+  found, _ = entries.finished(settings)
+  assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("original", 1)]
+
+  def on_a_gpu(folder):
+    info = describe(folder)
+    there = folder.startswith(str(tmp_path))
+    return (
+      dataclasses.replace(info, config=dataclasses.replace(info.config, dtype="bfloat16"))
+      if there
+      else info
+    )
+
+  monkeypatch.setattr(checkpoint, "describe", on_a_gpu)
+  found, _ = entries.finished(settings)
+  assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("other", 1)]
+  assert entries.differences(found) == {"model.dtype": ["float32", "bfloat16"]}
+
+
+@pytest.mark.parametrize(
+  ("name", "value"), [("train.log_every", 7), ("hang_seconds", 99.0), ("train.max_to_keep", 4)]
+)
+def test_what_changes_no_number_leaves_seeds_of_one_run(done, tmp_path, name, value):
+  found, _ = entries.finished(beside(done, tmp_path / "other", 1, **{name: value}))
+  assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("original", 1)]
+  with pytest.raises(UserError, match=r"0: the same settings and seed as"):
+    entries.finished(beside(done, tmp_path / "again", 0, **{name: value}))
 
 
 def test_workdirs_of_other_images_are_other_runs(done, monkeypatch):
