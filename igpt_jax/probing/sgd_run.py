@@ -55,6 +55,7 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
       "with sgd; fix: config.probe.method=lbfgs"
     )
   probe = settings.probe
+  sharding.batch_size_per_shard(source.mesh, probe.batch_size, "probe.batch_size")
   if probe.pooling == "attentive":
     source = feeds.by_position(source)
     steps = -(-probe.epochs * source.rows("train") // probe.batch_size)
@@ -66,7 +67,8 @@ def run(settings: Settings, workdir: str, out: str, source: Source) -> list[dict
   folder = os.path.join(every, name)
   if others := sorted({*files.names(every)} - {name}):
     say(
-      f"probe: kept in {folder}, beside those of other checkpoints or settings: {', '.join(others)}"
+      f"probe: kept in {folder}; {every} holds those of other checkpoints or settings, too, which may be removed: "
+      f"{', '.join(others)}"
     )
   keeping: dict[str, Any] = {"keep": 1, "keep_every": 0}
   with TrainingRun(settings, folder, plan.steps, None, mesh=source.mesh, **keeping) as training:
@@ -78,6 +80,7 @@ def _identity_of(settings: Settings, plan: _Plan, source: Source) -> dict[str, A
   return {
     "features_of": sets.identity_of(settings, source, "train", source.checksum),
     "random_weights": source.random_checksum if RANDOM in source.baselines else None,
+    "pca": sets.PCA_VERSION if PCA in source.baselines else None,
     "images": source.rows("train"),
     "batch_size": settings.probe.batch_size,
     "seed": settings.seed,
@@ -99,7 +102,6 @@ def _run(
 ) -> list[dict[str, Any]]:
   mesh = source.mesh
   batch_size = settings.probe.batch_size
-  sharding.batch_size_per_shard(mesh, batch_size, "probe.batch_size")
   rates = tuple(float(rate) for rate in plan.rates)
   groups = feeds.groups_of(settings, source)
   order = DataOrder(folder, source.splits["train"], batch_size=batch_size, seed=settings.seed)

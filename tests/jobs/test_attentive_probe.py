@@ -37,7 +37,7 @@ def read(path):
 
 
 def losses_of(workdir, fit="*"):
-  """By step, of an attentive probe, or of the only one in the workdir."""
+  """By step, of the attentive probe that is kept as `fit`, or of the only one there."""
   (path,) = workdir.glob(f"probe_adamw/{fit}/metrics.jsonl")
   return {r["step"]: r["probe_loss"] for r in metrics.read_jsonl(path) if "probe_loss" in r}
 

@@ -126,7 +126,7 @@ def test_few_labels(trained):
 
 
 def losses_of(workdir, fit="*"):
-  """By step, of a probe by SGD, or of the only one in the workdir."""
+  """By step, of the probe by SGD that is kept as `fit`, or of the only one there."""
   (path,) = workdir.glob(f"probe_sgd/{fit}/metrics.jsonl")
   return {r["step"]: r["probe_loss"] for r in metrics.read_jsonl(path) if "probe_loss" in r}
 
@@ -161,7 +161,8 @@ def test_sgd_goes_on_where_it_was_stopped(trained, tmp_path, cached, monkeypatch
     dataclasses.replace(config, checkpoint=str(trained / "checkpoints" / "8")),
     str(tmp_path / "parts"),
   )
-  assert f"beside those of other checkpoints or settings: {fit}\n" in capsys.readouterr().out
+  said = f"those of other checkpoints or settings, too, which may be removed: {fit}\n"
+  assert said in capsys.readouterr().out
   assert read(tmp_path / "parts" / "probe.json")["step"] == 8
   probe.run(config, str(tmp_path / "parts"))
   parts = read(tmp_path / "parts" / "probe.json")
@@ -188,6 +189,23 @@ def test_sgd_on_eight_devices_is_as_on_one(trained, tmp_path, monkeypatch):
     probe.run(config, str(tmp_path / name))
   one, eight = (list(losses_of(tmp_path / name).values()) for name in ("one", "eight"))
   np.testing.assert_allclose(one, eight, rtol=1e-4)
+
+
+def test_a_batch_that_devices_do_not_divide_leaves_no_probe(trained, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda *args: jax.local_devices()[:8])
+  config = changed(with_sgd(checkpoint=str(trained), mesh__fsdp=2), {"probe.batch_size": 12})
+  with pytest.raises(UserError, match=r"probe\.batch_size: 12"):
+    probe.run(config, str(tmp_path))
+  assert not (tmp_path / "probe_sgd").exists()
+
+
+def test_classifiers_of_other_principal_components_are_trained_anew(trained, tmp_path, monkeypatch):
+  """Those of a version that fitted the components otherwise would be tested on axes that they haven't seen."""
+  few = {"features.images": 64, "features.eval_images": 32}
+  for version in (sets.PCA_VERSION, sets.PCA_VERSION + 1):
+    monkeypatch.setattr(sets, "PCA_VERSION", version)
+    probe.run(with_sgd(checkpoint=str(trained), **few), str(tmp_path))
+  assert len(os.listdir(tmp_path / "probe_sgd")) == 2
 
 
 @pytest.mark.slow
