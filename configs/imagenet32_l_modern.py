@@ -4,7 +4,7 @@
 
 Reproduces: nothing of the paper's; 1,398,426,624 parameters. Each line's gain is that of 500 steps on CIFAR-10 at
 16×16, 1.7M parameters, one seed (docs/results.md, "A modern recipe"), in nats per token of validation; at this
-size nothing was measured. The learning rate is the paper's; in small Muon was given twice Adam's.
+size nothing was measured. The learning rate is the paper's; at the small size Muon had twice Adam's.
 Hardware: a step of 672.9 ms on v5e:4x4 and 241.1 ms on v6e:4x4 by forecast (the paper's recipe: 540.9
 and 164.2).
 Expect: unknown; below imagenet32_l.py's test likelihood if what holds in small holds here.

@@ -8,7 +8,8 @@
 
 It begins with the model that comes with igpt_jax, unless a setting asks for another one (layers, colours, …) or
 many photos and a fast machine allow a larger one. Whatever has its default here is chosen at the first start, from the
-time of a step and the number of photos: resolution, model, positions, colours, batch, steps. progress/STEP.png shows
+time of a step and the number of photos: resolution, model, positions, colours, batch, steps (so that the default
+positions, learned, come with sizing.minutes=0 only, which chooses nothing). progress/STEP.png shows
 held-out photos as the model completes them, the first within a minute of the first step.
 Hardware: any; on two CPU cores 12 minutes. Expect: from 200 photos, colours, light and edges that go on
 in a likely way, few things: these need more photos, or larger weights.

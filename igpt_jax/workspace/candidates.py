@@ -86,7 +86,7 @@ def of_run(settings: Settings, images: int, workdir: str) -> list[Candidate]:
     UserError: the trained model, or a palette that is given, can't be read or doesn't suit the settings.
   """
   palette = settings.palette.path or workdir_lib.own_palette(workdir)  # which the run has to take
-  sizes = [size for size in _of_start(settings, palette) if size.least_images <= images]
+  sizes = [size for size in _of_start(settings, palette, workdir) if size.least_images <= images]
   if palette or not choices.token_spec(settings).needs_palette:
     return [_but_colours(size) for size in sizes]
   return sizes
@@ -97,10 +97,11 @@ def _but_colours(size: Candidate) -> Candidate:
   return dataclasses.replace(size, choices=made)
 
 
-def _of_start(settings: Settings, palette: str) -> list[Candidate]:
+def _of_start(settings: Settings, palette: str, workdir: str) -> list[Candidate]:
   if settings.init_from:
     start = weights.describe(settings.init_from, settings)
     checkpoint_tokens.check_kind(settings, start)
+    weights.check_colours(settings, start, workdir)
     return _trained(start, {})
   if settings.sizing.packaged:
     start = weights.describe(packaged.NAME, settings)

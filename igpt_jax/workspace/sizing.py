@@ -172,9 +172,9 @@ class _Plan:
     took, good = self.minutes(steps), self.minutes(self.good_steps)
     begun = f", begun from {settings.init_from}" if settings.init_from else ""
     say(
-      f"sizing: {side}×{side} pixels of {model.tokens.values}, {model.n_layer} layers of {model.n_embd}{begun}; "
-      f"a step of {self.batch_size} images takes {self.step_seconds:.2g} s here: {steps:,} steps, "
-      f"{passes:,.3g} times each image"
+      f"sizing: {side}×{side} pixels of {model.tokens.values}, {model.n_layer} layers of {model.n_embd}, "
+      f"{model.positions} positions{begun}; a step of {self.batch_size} images takes {self.step_seconds:.2g} s here: "
+      f"{steps:,} steps, {passes:,.3g} times each image"
     )
     result = "good" if steps >= self.good_steps else "first"
     about = f"sizing: about {_in_words(took)} on this machine for a {result} result"
@@ -249,6 +249,11 @@ def _plan(
   if settings.model.size:
     kept = {name: kept[name] for name in _BESIDE_SHAPE if name in kept}
   sized = with_values(settings, _open(settings, kept))
+  shape = sized.model
+  if (
+    size.start is None and shape.n_head and shape.n_embd // shape.n_head % 4
+  ):  # given: rope2d takes no such heads
+    sized = with_values(sized, {"model.positions": settings.model.positions})
   most_images = candidates.passes(sized) * images
   seen = min(settings.sizing.minutes * 60 * _FOR_STEPS / image_seconds, most_images)
   if not batch_size:

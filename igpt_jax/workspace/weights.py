@@ -199,29 +199,36 @@ def of_run(settings: Settings, workdir: str) -> Start:
       images; or the workdir holds parameters that no run has trained there.
   """
   own = info = checkpoint.newest(workdir)
-  fix = f"put those colours back, which {workdir}/palette.npy holds"
   if own is not None and "data" not in own.run:
     raise UserError(
       f"workdir: {workdir} holds an imported checkpoint, without a training state to go on from; "
       f"fix: another --workdir, with --config.init_from={workdir}"
     )
-  if own is None and settings.init_from:
-    fix, info = "--config.palette.path=", describe(settings.init_from, settings)
+  if own is not None:
+    fix = f"put those colours back, which {workdir}/palette.npy holds"
+    checkpoint_tokens.check_palette(settings, own, fix)
+  elif settings.init_from:
+    info = describe(settings.init_from, settings)
     check_same_model(settings, info)
-    if settings.data.name != "tokens":
-      checkpoint_tokens.check_tokens_known(info, "init_from")
-    kept = workdir_lib.own_palette(workdir)
-    if kept and info.palette is not None and not checkpoint_tokens.has_colours(info, kept):
-      raise UserError(
-        f"init_from: {info.path} has other colours than {kept}, which job fit_palette or a person has put "
-        "there; fix: another --workdir, or remove that file"
-      )
+    check_colours(settings, info, workdir)
   if info is None:
     return Start(choices.settle(settings))
-  checkpoint_tokens.check_palette(settings, info, fix)
   palette = None if info.palette is None else checkpoint_tokens.palette_of(info)
   settled = choices.settle(settings, info.config if settings.init_from else None)
   return Start(settled, info if own is None else None, palette)
+
+
+def check_colours(settings: Settings, info: CheckpointInfo, workdir: str) -> None:
+  """Raises UserError if `init_from` has no colours for images, or others than are given or put into the workdir."""
+  if settings.data.name != "tokens":
+    checkpoint_tokens.check_tokens_known(info, "init_from")
+  kept = workdir_lib.own_palette(workdir)
+  if kept and info.palette is not None and not checkpoint_tokens.has_colours(info, kept):
+    raise UserError(
+      f"init_from: {info.path} has other colours than {kept}, which job fit_palette or a person has put "
+      "there; fix: another --workdir, or remove that file"
+    )
+  checkpoint_tokens.check_palette(settings, info, "--config.palette.path=")
 
 
 def check_same_model(settings: Settings, info: CheckpointInfo) -> None:

@@ -58,6 +58,15 @@ def test_photos_from_random_values_have_rotary_positions(photos, tmp_path, machi
   assert sized(photos_config(photos, **asked), tmp_path).model.positions == "rope2d"
 
 
+def test_heads_that_rotary_positions_do_not_take_keep_the_table(photos, tmp_path, machine, capsys):
+  """Given ones, of 6 channels: an option that nobody gave isn't what they are refused for."""
+  machine(CPU)
+  given = {"sizing.packaged": False, "model.n_embd": 72, "model.n_head": 12}
+  found = sized(photos_config(photos, **given), tmp_path)
+  assert (found.model.n_embd, found.model.positions) == (72, "learned")
+  assert "of 72, learned positions; a step of" in capsys.readouterr().out
+
+
 def flops_of_packaged():
   """FLOPs of an image of 32×32 pixels."""
   config = weights.describe("packaged", photos_config("any")).config
@@ -72,7 +81,7 @@ def test_photos_begin_with_the_packaged_model(photos, tmp_path, machine, capsys,
   assert (first.init_from, first.data.resolution) == ("packaged", resolution)
   assert (first.model.n_layer, first.palette.size) == (0, 0)
   assert (
-    f"{resolution}×{resolution} pixels of 512 colours, 6 layers of 128, begun from packaged"
+    f"{resolution}×{resolution} pixels of 512 colours, 6 layers of 128, rope2d positions, begun from packaged"
     in (capsys.readouterr().out)
   )
   assert first.train.learning_rate == 1e-3
@@ -165,6 +174,25 @@ def test_a_palette_decides_what_a_run_begins_with(photos, tmp_path, machine, cap
     assert (f"palette: {path} has other colours" in capsys.readouterr().out) == (not init_from)
   with pytest.raises(UserError, match=r"missing\.npy: No such file"):
     sized(photos_config(photos, **{"palette.path": str(tmp_path / "missing.npy")}), tmp_path)
+
+
+def test_other_colours_than_the_checkpoints_are_told_before_a_step_is_timed(
+  photos, tmp_path, machine
+):
+  timed = machine(CPU)
+  others, run = (
+    Palette(np.linspace(-1, 1, 1536, dtype=np.float32).reshape(512, 3)),
+    tmp_path / "run",
+  )
+  others.save(tmp_path / "mine.npy")
+  given = {"init_from": "packaged", "palette.path": str(tmp_path / "mine.npy")}
+  with pytest.raises(UserError, match=r"mine\.npy has other colours than those of the checkpoint"):
+    sized(photos_config(photos, **given), run)
+  run.mkdir(exist_ok=True)
+  others.save(run / "palette.npy")
+  with pytest.raises(UserError, match=r"other colours than .*palette\.npy, which job fit_palette"):
+    sized(photos_config(photos, init_from="packaged"), run)
+  assert not timed and not (run / "sizing.json").exists()
 
 
 def test_colours_that_somebody_put_there_are_not_written_over(tmp_path):

@@ -50,7 +50,10 @@ def test_two_cores_and_200_photos(photos, tmp_path, machine, capsys):
   assert train.eval_every == train.checkpoint_every and train.steps // train.eval_every >= 5
   assert 0 < train.warmup_steps < train.steps / 5 and 1 <= train.log_every <= 50
   said = capsys.readouterr().out
-  assert "sizing: 24×24 pixels of 256 colours, 4 layers of 128; a step of 16 images takes" in said
+  assert (
+    "sizing: 24×24 pixels of 256 colours, 4 layers of 128, rope2d positions; a step of 16 images takes"
+    in said
+  )
   good = math.ceil(record(tmp_path)["good_minutes"])
   assert "sizing: about 12 minutes on this machine for a first result" in said
   assert f"for a good one (--config.sizing.minutes={good})" in said and good > 12
