@@ -1,4 +1,4 @@
-"""CIFAR-10 at 16×16, 1.7M parameters, 80,000 images seen: what an hour of two CPU cores allows.
+"""CIFAR-10 at 16×16, 1.7M parameters, 80,000 images seen: what 75 minutes of two CPU cores allow.
 
   python -m igpt_jax.main --config configs/cifar10_16.py --workdir runs/cifar10_16
   … --config.job=probe         # accuracy against layer, beside raw pixels, PCA and random weights
@@ -6,7 +6,7 @@
 
 Reproduces: the shape of the paper's figures 2 and 3, in small: features get better with the loss, and
 are best between the first and the last layer.
-Hardware: two CPU cores, about an hour. Expect: docs/results.md.
+Hardware: two CPU cores, about an hour and a quarter. Expect: docs/results.md.
 """
 
 from igpt_jax.config import base

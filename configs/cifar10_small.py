@@ -31,4 +31,5 @@ def get_config():
   config.train.progress_images = 8
   config.evaluate.images = 1_000
   config.features.images = 2_000
+  config.lowdata.labels_per_class = (1, 4, 25, 100)  # 2,000 images have about 200 of each class
   return config

@@ -37,7 +37,8 @@
 #   --dry-run               read the config, print the commands, run nothing
 #
 # Ctrl-C stops the run, which saves a checkpoint, and deletes the machines; with --keep it only
-# detaches, and ends what --watch started; so it does after the run, while that goes on. Run it in tmux or the like: closing the terminal counts as Ctrl-C.
+# detaches, and ends what --watch started. Once the run has ended, while jobs of --watch go on, it ends
+# these. Run it in tmux or the like: closing the terminal counts as Ctrl-C.
 #
 # Exit status: 0 the run ended; 2 a mistake in the arguments or the config; 75 the machines were
 # preempted or lost; 143 the run was told to stop; anything else is the failed run's own.
