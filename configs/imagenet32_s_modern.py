@@ -18,5 +18,5 @@ def get_config():
   config.model.positions = "rope2d"  # -0.260 alone, -0.151 after 1,500; -0.100 beside Muon
   config.model.value_embeddings = True  # -0.054 alone, -0.020 after 1,500; -0.011 beside both
   config.train.optimizer = "muon"  # -0.539 alone, -0.191 after 1,500 steps
-  config.train.schedule = "wsd"  # -0.296 alone, -0.021 after 1,500; -0.043 beside the other three
+  config.train.schedule = "wsd"  # -0.296 alone, -0.030 after 1,500; -0.043 beside the other three
   return config
