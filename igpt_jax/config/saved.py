@@ -58,7 +58,7 @@ def read(path: str, flag: str) -> dict[str, Any] | None:
     flag: the option that names it, for errors.
 
   Raises:
-    UserError: it can't be read, or is of a newer format.
+    UserError: it can't be read, holds no settings, or is of a newer format.
   """
   try:
     with files.opened(path, "r") as file:
@@ -71,11 +71,11 @@ def read(path: str, flag: str) -> dict[str, Any] | None:
     raise UserError(
       f"{flag}: {path} is damaged ({error}); expected JSON; fix: another one"
     ) from None
-  if not isinstance(saved, dict):
+  number = history.format_of(saved, f"{flag}: {path}") if isinstance(saved, dict) else 0
+  if not number or not saved.keys() - {history.KEY}:
     raise UserError(
       f"{flag}: {path} is damaged: it holds no settings; expected the config.json of a workdir"
     )
-  number = history.format_of(saved, f"{flag}: {path}")
   try:
     return files.flatten(history.upgraded(saved, number))
   except AttributeError:  # a value in place of a group of settings

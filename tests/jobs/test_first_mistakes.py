@@ -72,6 +72,8 @@ MISTAKES = {
   ),
   "damaged settings": (["--config={damaged}"], "--config: .*damaged.json is damaged .*; expected JSON"),
   "settings of no run": (["--config={listed}"], "holds no settings; expected the config.json of a"),
+  "no settings": (["--config={empty}"], "--config: .*empty.json is damaged: it holds no settings"),
+  "a format alone": (["--config={bare}"], "--config: .*bare.json is damaged: it holds no settings"),
   "settings in no parts": (["--config={flat}"], "--config: .*flat.json is damaged; expected the config"),
   "settings of a newer format": (["--config={format}"], "--config: .*: written in format 99 by a newer"),
   "newer settings": (["--config={newer}"], "doesn't know: train.speed, x.y; fix: the version of"),
@@ -98,6 +100,8 @@ def given(tmp_path_factory):
   for name, text in (
     ("damaged.json", '{"seed": 1'),
     ("listed.json", "[1]"),
+    ("empty.json", "{}"),
+    ("bare.json", '{"format_version": 3}'),
     ("flat.json", '{"data": [1]}'),
     ("format.json", '{"format_version": 99}'),
     ("newer.json", '{"seed": 1, "train": {"speed": 2}, "x": {"y": 1}}'),
