@@ -45,8 +45,9 @@ def find(images: str) -> list[File]:
   else:
     paths, left_out = _matching(path)
     if not paths and not left_out:
+      where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
       raise UserError(
-        f"config.complete.images: {images!r} matches no file in {os.getcwd()}; expected a file, a folder, or a "
+        f"config.complete.images: {images!r} matches no file{where}; expected a file, a folder, or a "
         "glob in quotes, such as 'my/*.jpg'"
       )
   others = f"left out {image_files.in_words(left_out)}" if left_out else ""

@@ -494,7 +494,8 @@ def test_a_run_of_its_own_gets_a_folder_for_it(photos, tmp_path):
     ({"sample.temperature": 1e-38}, "temperature: 1e-38"),
     ({"seed": 2**32}, "config.seed: 4294967296"),
     ({"sample.batch_size": 0}, "config.sample.batch_size"),
-    ({"images": "nowhere/*.jpg"}, "matches no file"),
+    ({"images": "nowhere/*.jpg"}, "matches no file in .*; expected"),
+    ({"images": "/nowhere/x.jpg"}, "'/nowhere/x.jpg' matches no file; expected"),
   ],
 )
 def test_mistakes_are_told_before_weights_are_read(
