@@ -2,7 +2,7 @@
 # Installs into a virtual environment and runs a config whole: pretrain, evaluate, probe, complete.
 #
 #   bash launch/local.sh                             configs/quickstart.py
-#   bash launch/local.sh configs/cifar10_small.py    any config; what follows goes to igpt_jax.main
+#   bash launch/local.sh cifar10_small               any config, by path or name; what follows goes to igpt_jax.main
 #
 # VENV         the environment (default: .venv in the repository)
 # WORKDIR      where everything goes (default: runs/CONFIG)
@@ -23,7 +23,8 @@ config=${1:-configs/quickstart.py}
 case $config in --*) die "$config: expected a config file first, such as configs/quickstart.py" ;; esac
 need_checkout
 cd "$REPO_DIR"
-[ -f "$config" ] || die "$config: no such config; see configs/"
+[ -f "$config" ] || [ ! -f "configs/$config.py" ] || config=configs/$config.py
+[ -f "$config" ] || die "$config: no such config; expected a path, or the name of one in configs/"
 name=$(basename "$config" .py)
 workdir=${WORKDIR:-runs/$name}
 venv=${VENV:-$REPO_DIR/.venv}

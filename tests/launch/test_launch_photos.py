@@ -74,6 +74,20 @@ def test_a_missing_folder_is_one_line(world, args, named):
   assert len(result.stderr.splitlines()) == 1 and not jobs(world)
 
 
+@pytest.mark.parametrize("config", ["small", "configs/small.py"])
+def test_a_config_is_named_or_found_by_its_path(world, config):
+  (world.repo / "configs").mkdir()
+  (world.repo / "configs" / "small.py").touch()
+  world.write("train.sh", TRAIN)
+  result = world.run("local.sh", config)
+  assert result.returncode == 0, result.stderr
+  assert jobs(world)[0][:2] == ["--config=configs/small.py", "--workdir=runs/small"]
+  result = world.run("local.sh", "smal")
+  assert (
+    result.returncode == 2 and "smal: no such config; expected a path, or the name" in result.stderr
+  )
+
+
 @pytest.mark.parametrize("script", ["photos.sh", "local.sh", "first_contact.sh"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_job_and_the_script(world, photos, script, number):
