@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -52,6 +53,7 @@ _CHECK = flags.DEFINE_string(
   "2xv5p-128), or with the data, palette, checkpoint and workdir of the machine (--check=machine).",
 )
 
+_A_FILE = "expected a function of that name that returns the settings; fix: begin with a copy of one in configs/"
 # The config file whose argument is the path of a config.json.
 _SAVED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "saved.py:")
 
@@ -75,10 +77,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     # config's fields are flags once a config is there.
     unread = error.flagname.startswith("config.")
-    raise SystemExit(_fail(_no_config(argv) if unread else _shortened(error))) from None
+    raise SystemExit(_fail(_no_config(argv) if unread else _unknown(error))) from None
+  except flags.IllegalFlagValueError as error:
+    raise SystemExit(_fail(_shortened(_illegal(error)))) from None
   except (flags.Error, TypeError, ValueError, OSError) as error:
     raise SystemExit(_fail(_shortened(error))) from None
   except Exception as error:  # a config file is a program: it may raise anything
+    made_by = getattr(error, "obj", None)
+    if isinstance(made_by, types.ModuleType) and getattr(error, "name", "") == "get_config":
+      raise SystemExit(
+        _fail(f"--config: {made_by.__file__} has no get_config(); {_A_FILE}")
+      ) from None
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
     raise SystemExit(
@@ -87,6 +96,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
         "as in configs/, or the config.json of a workdir"
       )
     ) from None
+
+
+def _unknown(error: flags.UnrecognizedFlagError) -> str:
+  """Returns the message about an option that there isn't, with the setting that has its name, if any."""
+  meant = fields.todays_name(error.flagname)
+  name = f"--{error.flagname}: there is no such option; did you mean --config.{meant}?"
+  return name if meant else _shortened(error)
+
+
+def _illegal(error: flags.IllegalFlagValueError) -> object:
+  """Returns the message about a flag whose text isn't of its type, a setting's by what is declared of it."""
+  flag, _, text = str(error).removesuffix(f": {error.__context__}").partition("=")
+  name = flag.removeprefix("flag --config.")
+  if name not in FIELDS or error.__context__ is None:
+    return error
+  return FIELDS[name].of_another_type(f"config.{name}", text)
 
 
 def _with_config_first(argv: list[str]) -> list[str]:

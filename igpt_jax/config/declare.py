@@ -19,9 +19,18 @@ Decides = Literal["nothing", "run", "pretraining", "finetuning"]
 
 MAX_INT = 2**31 - 1  # steps, tokens and records are counted in 32 bits
 
+# What is expected of each type, and how it is written.
 _KINDS = {
-  bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"
-}  # fmt: skip
+  bool: ("True or False", "one of these words"),
+  int: ("a whole number", "digits alone, such as 1000"),
+  float: ("a number", "one such as 0.5 or 1e-3"),
+  str: ("text", "quotes around it"),
+}
+_TUPLES = {
+  int: ("a tuple of whole numbers", "one such as (0, 1)"),
+  float: ("a tuple of numbers", "one such as (0.5, 1e-3)"),
+  str: ("a tuple of texts", "each in quotes, such as ('a', 'b')"),
+}
 _BOUNDS = {"least": operator.ge, "most": operator.le, "above": operator.gt, "below": operator.lt}
 
 # Modules of igpt_jax.jobs, each with run(settings, workdir).
@@ -82,6 +91,7 @@ class Declaration:
     path: True if it names a local file or folder.
     bucket: True if it may also be the address of one in a bucket.
     empty: True if a tuple may be empty.
+    items: the type of a tuple's items, if its default has none.
     jobs: the jobs that read it.
   """
 
@@ -97,6 +107,7 @@ class Declaration:
   path: bool = False
   bucket: bool = False
   empty: bool = True
+  items: type = str
   jobs: tuple[str, ...] = ()
 
   def expected(self) -> str:
@@ -113,14 +124,25 @@ class Declaration:
       return f"{self.least:g} to below {self.below:g}"
     return f"{self.least:,} or more" if self.most is None else f"{self.least:,} to {self.most:,}"
 
+  @property
+  def item(self) -> type:
+    """The type of the value, or of the items of a tuple."""
+    if not isinstance(self.default, tuple):
+      return type(self.default)
+    return type(self.default[0]) if self.default else self.items
+
+  def of_another_type(self, name: str, value: Any) -> UserError:
+    """Returns the error that a value, or a text that stands for one, isn't of the setting's type."""
+    what, fix = (_TUPLES if isinstance(self.default, tuple) else _KINDS)[self.item]
+    bounds = f", {self.expected()}" if self.expected() else ""
+    return UserError(f"{name}: {value!r:.200}; expected {what}{bounds}; fix: {fix}")
+
   def check(self, name: str, value: Any) -> None:
     """Raises UserError, naming the setting, if the value isn't allowed."""
-    kind = type(self.default)
-    # A whole number is a number, but True isn't.
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-      raise UserError(f"{name}: {value!r:.200}; expected {_KINDS[kind]}")
-    items = value if isinstance(value, tuple) else (value,)
+    is_tuple = isinstance(self.default, tuple)
+    items = value if is_tuple and isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) != is_tuple or not all(map(self._is_of_type, items)):
+      raise self.of_another_type(name, value)
     for item in items:
       self._check_number(name, item)
     if value == self.default:
@@ -131,6 +153,11 @@ class Declaration:
       if not self._allows(item):
         shown = repr(item) if isinstance(item, str) else item
         raise UserError(f"{name}: {shown}; expected {self.expected()}")
+
+  def _is_of_type(self, item: Any) -> bool:
+    # A whole number is a number, but True isn't.
+    kinds = (int, float) if self.item is float else self.item
+    return isinstance(item, kinds) and not (isinstance(item, bool) and self.item is not bool)
 
   def _check_number(self, name: str, value: Any) -> None:
     """Whole numbers must fit 32 bits (the seed: unsigned ones), others must be finite."""

@@ -114,12 +114,23 @@ def decides(name: str, kind: str) -> bool:
 
 
 def no_such(name: str) -> str:
-  """Returns the message about a name that no setting has, with the most similar name."""
-  known = [*FIELDS, *(old for names in history.RENAMED.values() for old in names)]
+  """Returns the message about a name that no setting has, with the one of that field, or else the most similar."""
   same_field = [other for other in FIELDS if other.rpartition(".")[2] == name.rpartition(".")[2]]
-  meant = [name] if name in known else difflib.get_close_matches(name, known, 1) or same_field
-  suggestion = f"; did you mean config.{history.todays_name(meant[0])}?" if meant else ""
+  close = difflib.get_close_matches(name, same_field, 1, 0) or difflib.get_close_matches(
+    name, _known(), 1
+  )
+  meant = todays_name(name) or (history.todays_name(close[0]) if close else "")
+  suggestion = f"; did you mean config.{meant}?" if meant else ""
   return f"config.{name}: there is no such setting{suggestion}"
+
+
+def todays_name(name: str) -> str:
+  """Returns the name of the setting that has this name, or had it in an older version; "": none."""
+  return history.todays_name(name) if name in _known() else ""
+
+
+def _known() -> list[str]:
+  return [*FIELDS, *(old for names in history.RENAMED.values() for old in names)]
 
 
 def base() -> Any:

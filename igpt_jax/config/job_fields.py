@@ -102,7 +102,7 @@ class EvaluateConfig(Group, prefix="evaluate", jobs=("evaluate", "ablate")):
 class FeaturesConfig(Group, prefix="features", jobs=("probe", "lowdata", "ablate")):
   """Features that linear classifiers are fitted to."""
 
-  layers: tuple[int, ...] = setting((), "layers, 0 to n_layer; (): all")
+  layers: tuple[int, ...] = setting((), "layers, 0 to n_layer; (): all", items=int)
   grid: int = setting(1, "concatenate means over grid × grid blocks of pixels; 1: mean over all",
     **COUNT)
   masks: int = setting(0, "BERT: masked inputs to average features over; 0: nothing is masked",
@@ -126,7 +126,8 @@ class ProbeConfig(Group, prefix="probe", jobs=("probe",)):
   heads: int = setting(0, "attentive: heads of the attention; 0: as many as the model has", **FROM_0)
   method: str = setting("", "mean: lbfgs, sgd (ImageNet's size); \"\": by the number of images",
     choices=("lbfgs", "sgd"))
-  concatenate: tuple[int, ...] = setting((), "layers to concatenate, as one more set of features")
+  concatenate: tuple[int, ...] = setting((), "layers to concatenate, as one more set of features",
+    items=int)
   around_best: int = setting(0, "layers around the best to concatenate, likewise; 5 in the paper",
     **FROM_0)
   max_iterations: int = setting(1_000, "iterations of L-BFGS", **COUNT,

@@ -81,6 +81,7 @@ MISTAKES = {
   "empty settings": (["--config={null}"], "train.steps is None; expected as in 1000000"),
   "settings nowhere": (["--config=nowhere.json"], "--config: nowhere.json: No such file"),
   "a config that is none": (["--config=README.md"], "--config: SyntaxError: .*expected a config file"),
+  "a config that makes none": (["--config={made}"], r"--config: \S*made.py has no get_config\(\); expected"),
   "a config that fails": (["--config={failing}"], "--config: ZeroDivisionError: .*failing.py, line 2"),
 }  # fmt: skip
 for job in ("pretrain", "complete", "convert"):
@@ -107,6 +108,7 @@ def given(tmp_path_factory):
     ("newer.json", '{"seed": 1, "train": {"speed": 2}, "x": {"y": 1}}'),
     ("typed.json", '{"train": {"steps": "many"}}'),
     ("null.json", '{"train": {"steps": null}}'),
+    ("made.py", "x = 1\n"),
     ("failing.py", "def get_config():\n  return 1 / 0\n"),
     ("file", ""),
   ):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_every_setting_is_declared():
 )  # fmt: skip
 def test_choices_are_those_of_the_rooms(name, table):
   assert sorted(FIELDS[name].choices) == sorted(table)
+
+
+def test_items_are_declared_as_they_are_annotated():
+  for group in (field.default for field in dataclasses.fields(Settings)):
+    for field in dataclasses.fields(group) if isinstance(group, Group) else ():
+      if isinstance(field.default, tuple):
+        declaration = FIELDS[f"{type(group).prefix}{field.name}"]
+        assert typing.get_args(field.type) == (declaration.item, ...), field.name
 
 
 def test_defaults_are_one():
@@ -117,7 +126,16 @@ def test_what_decides_a_runs_numbers():
     ("profile.start", 1.5, "expected a whole number"),
     ("watch", 1, "expected True or False"),
     ("checkpoint", None, "expected text"),
-    ("features.layers", 3, "expected a tuple"),
+    ("features.layers", 3, "expected a tuple of whole numbers"),
+    (
+      "features.layers",
+      ("four",),
+      r"\('four',\); expected a tuple of whole numbers; fix: one such as \(0, 1\)",
+    ),
+    ("probe.concatenate", (0, 1.5), "expected a tuple of whole numbers"),
+    ("lowdata.labels_per_class", (True,), "expected a tuple of whole numbers, 1 or more"),
+    ("isoflop.budgets", ("much",), "expected a tuple of numbers"),
+    ("ablate.workdirs", (2024,), "expected a tuple of texts; fix: each in quotes"),
     ("lowdata.labels_per_class", (), r"expected 1 or more, such as \(1, 4"),
     ("lowdata.labels_per_class", (4, 0), "0; expected 1 or more"),
     ("probe.learning_rates", (1.0, -1.0), r"-1\.0; expected more than 0"),
@@ -184,8 +202,15 @@ def test_every_former_name_leads_to_todays():
     for old, new in names.items():
       assert old not in FIELDS and new in FIELDS
       assert fields.no_such(old).endswith(f"did you mean config.{new}?")
-  for wrong, right in (("trian.steps", "train.steps"), ("batch_size", "batch_size")):
-    assert right in fields.no_such(wrong)
+  for wrong, right in (
+    ("trian.steps", "train.steps"),
+    ("batch_size", "batch_size"),
+    ("train.batch_sise", "train.batch_size"),
+    ("fintune.steps", "finetune.steps"),
+    ("train.watch", "watch"),
+    ("probe.layers", "features.layers"),
+  ):
+    assert fields.no_such(wrong).endswith(f"{right}?")
   assert fields.no_such("xyzzy") == "config.xyzzy: there is no such setting"
 
 
@@ -250,6 +275,29 @@ def test_help_lists_what_a_job_reads():
     ("--config.train.keep=2", "there is no such setting; did you mean config.train.max_to_keep?"),
     ("--config.trian.steps=2", "there is no such setting; did you mean config.train.steps?"),
     ("--config.job=fly", "config.job: 'fly'; expected one of pretrain"),
+    (
+      "--train.steps=3",
+      "--train.steps: there is no such option; did you mean --config.train.steps?",
+    ),
+    ("--images=x", "--images: there is no such option; did you mean --config.complete.images?"),
+    ("--nothing=x", "Unknown command line flag 'nothing'"),
+    (
+      "--config.train.steps=1e3",
+      "config.train.steps: '1e3'; expected a whole number, 1 or more; fix: digits alone, such as 1000",
+    ),
+    (
+      "--config.train.learning_rate=fast",
+      "config.train.learning_rate: 'fast'; expected a number, more than 0; fix: one such as 0.5 or 1e-3",
+    ),
+    ("--config.sizing.packaged=yes", "config.sizing.packaged: 'yes'; expected True or False"),
+    (
+      "--config.features.layers=(4",
+      "config.features.layers: ('(4',); expected a tuple of whole numbers",
+    ),
+    (
+      "--config.features.layers=(4, 5",
+      "config.features.layers: '(4, 5'; expected a tuple of whole",
+    ),
   ],
 )
 def test_a_mistaken_flag_is_one_line(flag, expected):
