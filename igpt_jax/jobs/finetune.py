@@ -27,7 +27,7 @@ from igpt_jax.runner.data_order import DataOrder
 from igpt_jax.runner.loop import Through, Work
 from igpt_jax.runner.run import TrainingRun
 from igpt_jax.training import compilation, joint, optimizer, state
-from igpt_jax.workspace import finetuning, memory, provenance, streams
+from igpt_jax.workspace import finetuning, memory, provenance, streams, weights
 
 RESULT = "finetune.json"
 SCORE = "validation_accuracy"  # the best checkpoint is kept by it
@@ -39,10 +39,13 @@ def run(
   """Fine-tunes `checkpoint` (or the workdir's newest, or `init_from`) on the configured data."""
   own = settings.finetune
   folder = os.path.join(workdir, "finetune_scratch" if own.scratch else "finetune")
+  begins = not own.scratch and checkpoint.latest_step(folder) is None
+  # One that isn't there is refused before a folder is made.
+  start = weights.of_job(settings, workdir) if begins else None
   with TrainingRun(
     settings, folder, own.steps, "finetuning", mesh=mesh, began=began, keep_best=SCORE
   ) as run:
-    tuning = FineTuning(settings, workdir, folder, run)
+    tuning = FineTuning(settings, workdir, folder, run, start)
     model, n_classes = tuning.model, len(tuning.classes)
     optimizer_config = choices.finetuning_optimizer_config(tuning.settings)
     schedule = optimizer.make_schedule(optimizer_config)
@@ -101,12 +104,20 @@ class FineTuning:
     workdir: the job's.
     folder: the fine-tuning's.
     run: the entered run.
+    start: the checkpoint that it begins from, if that is opened.
 
   Raises:
     UserError: the settings, the data or the checkpoint have a mistake.
   """
 
-  def __init__(self, settings: Settings, workdir: str, folder: str, run: TrainingRun):
+  def __init__(
+    self,
+    settings: Settings,
+    workdir: str,
+    folder: str,
+    run: TrainingRun,
+    start: checkpoint.CheckpointInfo | None = None,
+  ):
     self._run, self._folder, self._own = run, folder, settings.finetune
     own = self._own
     sharding.batch_size_per_shard(run.mesh, own.batch_size, "finetune.batch_size")
@@ -117,7 +128,7 @@ class FineTuning:
     sources.check_labels(self._splits)
     self._split = sources.subset(self._splits["train"], own.images, settings.seed)
     self.classes = self._split.class_names
-    self._start = finetuning.begin(settings, workdir, folder, self._data, self._split)
+    self._start = finetuning.begin(settings, workdir, folder, self._data, self._split, start)
     self.settings, self.spec = self._start.settings, self._start.spec
     model = choices.model_config(self.settings, n_vocab=self.spec.n_vocab)
     self.model, mesh = run.arrange(self.settings, model, own.batch_size), run.mesh

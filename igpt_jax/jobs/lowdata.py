@@ -21,14 +21,12 @@ from igpt_jax.probing.linear import FewLabelsResult
 from igpt_jax.probing.sets import FeatureSet
 from igpt_jax.reporting import figures, plots, progress, summary
 from igpt_jax.reporting.tables import markdown_table
-from igpt_jax.workspace import workdir as workdir_lib
 
 _OURS = "best layer"
 
 
 def run(settings: Settings, workdir: str) -> None:
   """Fits to few labels, on features of `checkpoint` (or the workdir's newest)."""
-  workdir_lib.open_workdir(workdir)
   if settings.probe.pooling != "mean":
     say(
       f"few labels: linear classifiers of mean features; config.probe.pooling={settings.probe.pooling} is "

@@ -29,6 +29,7 @@ from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling import frechet
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, prompt_rows
 from igpt_jax.workspace import checkpoint_tokens, devices, provenance, watch, weights
+from igpt_jax.workspace import workdir as workdir_lib
 
 # Function of at most _PER_PASS images: uint8 [N, H, W, 3] -> features [N, D].
 Network = Callable[[np.ndarray], np.ndarray]
@@ -60,6 +61,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def quality(settings: Settings, workdir: str, out: str) -> None:
   """Measures one checkpoint; results go to `out`."""
   info = weights.at_resolution(settings, completer_lib.describe(settings, workdir))
+  workdir_lib.open_workdir(out)
   mesh = devices.sampling_mesh(settings, info.config)
   splits = {name: open_split(settings.data, name) for name in ("train", "test")}
   for split in splits.values():

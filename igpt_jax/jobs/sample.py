@@ -22,6 +22,7 @@ from igpt_jax.sampling import completer as completer_lib
 from igpt_jax.sampling.completer import NOTHING, Completer, InputImage, PartialSamples, prompt_rows
 from igpt_jax.tokens import TokenSpec
 from igpt_jax.workspace import devices, memory, provenance, streams, watch, weights
+from igpt_jax.workspace import workdir as workdir_lib
 
 _ANIMATED = 8  # images whose completions are animated, at most
 
@@ -44,6 +45,7 @@ def sample(settings: Settings, workdir: str, out: str) -> None:
   """Samples from one checkpoint; images go to `out`."""
   sampling = choices.sampling_config(settings)
   info = weights.at_resolution(settings, completer_lib.describe(settings, workdir))
+  workdir_lib.open_workdir(out)
   say(f"checkpoint: {info.path}")
   n_samples, per_image = settings.sample.samples, settings.sample.per_image
   n_completions = settings.sample.completions

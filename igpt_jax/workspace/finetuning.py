@@ -49,9 +49,16 @@ class Begin:
 
 
 def begin(
-  settings: Settings, workdir: str, folder: str, data_config: DataConfig, split: Split
+  settings: Settings,
+  workdir: str,
+  folder: str,
+  data_config: DataConfig,
+  split: Split,
+  start: CheckpointInfo | None = None,
 ) -> Begin:
   """Returns the start of a fine-tuning in `folder`, checked except for the head's layer.
+
+  `start` is the checkpoint that it begins from, unless it has its own; None: that of the settings.
 
   Raises:
     UserError: there is no checkpoint, or it is of another resolution, has a head of other classes, or
@@ -64,7 +71,7 @@ def begin(
     settings = choices.settle(settings, batch_size=settings.finetune.batch_size)
     spec = training_palette.training_tokens(settings, data_config, split, folder)
     return Begin(settings, spec, settings.mask_probability)
-  info = own or weights_lib.of_job(settings, workdir)
+  info = own or start or weights_lib.of_job(settings, workdir)
   if own is not None and not scratch:
     _check_same_start(settings, workdir, own)
   elif own is not None and not named:

@@ -45,7 +45,8 @@ def run(
     settings: the job's.
     workdir: the job's.
     result: the name of the JSON file that the job writes last.
-    one: called with settings that name a checkpoint, the workdir, and the folder of results.
+    one: called with settings that name a checkpoint, the workdir, and the folder of results, which it
+      makes once the checkpoint is found, unless it watches.
     decisive: returns all that decides the results except the checkpoint, as JSON.
     folder: the workdir's folder of the watched checkpoints' results; "": the job's name.
 
@@ -56,7 +57,6 @@ def run(
     UserError: there is nothing to watch.
   """
   if not settings.watch:
-    workdir_lib.open_workdir(workdir)
     one(settings, workdir, workdir)
     return None
   watched = files.place("config.checkpoint", settings.checkpoint or workdir)

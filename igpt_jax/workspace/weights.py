@@ -285,7 +285,8 @@ def load_model(
 ) -> tuple[checkpoint.LoadedModel, Mesh]:
   """Reads the model of `checkpoint`, or the workdir's newest, onto the mesh, and returns both.
 
-  `mesh` None: the settings', or what is chosen for the model. `check` may refuse it before its weights are read.
+  `mesh` None: the settings', or what is chosen for the model. `check` may refuse it before its weights are read,
+  and before the workdir is made: a job that is refused leaves none.
   `needs_images`: its tokens must stand for images.
 
   Raises:
@@ -296,6 +297,7 @@ def load_model(
   if needs_images:
     checkpoint_tokens.check_tokens_known(info)
   check(info)
+  workdir_lib.open_workdir(workdir)
   say(f"checkpoint: {info.path}")
   mesh = mesh or devices.mesh_of(settings, info.config)
   return read_model(settings, info, mesh), mesh

@@ -17,7 +17,16 @@ from igpt_jax.config.job_fields import CompleteConfig
 from igpt_jax.config.read import settings_of
 from igpt_jax.config.run_fields import DataConfig
 from igpt_jax.errors import NoSuchSplit, UserError
-from igpt_jax.jobs import evaluate, finetune, fit_palette, pretrain
+from igpt_jax.jobs import (
+  evaluate,
+  finetune,
+  fit_palette,
+  lowdata,
+  pretrain,
+  probe,
+  quality,
+  sample,
+)
 from igpt_jax.probing import sets
 from igpt_jax.reporting import metrics
 from igpt_jax.workspace import places, weights
@@ -146,6 +155,15 @@ def test_a_mistake_is_one_short_line(name, answers):
   assert re.search(MISTAKES[name][1], err), err
   assert "compil" not in out
   assert [path.name for path in left if path.name != ".lock"] == []
+
+
+@pytest.mark.parametrize("job", [evaluate, finetune, lowdata, probe, quality, sample])
+@pytest.mark.parametrize("named", ["", "{here}/nowhere"])
+def test_without_a_checkpoint_a_job_leaves_no_folder(tmp_path, job, named):
+  settings = shrunk(job=job.__name__.rpartition(".")[2], checkpoint=named.format(here=tmp_path))
+  with pytest.raises(UserError, match=r"no checkpoint in|nowhere"):
+    job.run(settings, str(tmp_path / "new"))
+  assert not (tmp_path / "new").exists()
 
 
 def test_without_jax_platforms_it_takes_what_there_is(tmp_path):
