@@ -80,9 +80,20 @@ def check(settings: Settings) -> None:
       )
 
 
+def check_concatenated(settings: Settings, layers: tuple[int, ...]) -> None:
+  """Raises UserError if a layer is to be concatenated that isn't one of these, the computed ones."""
+  for layer in settings.probe.concatenate:
+    if layer not in layers:
+      raise UserError(
+        f"config.probe.concatenate: layer {layer}; expected some of {', '.join(map(str, layers))}"
+      )
+
+
 def probe(settings: Settings, workdir: str, out: str, mesh: Mesh | None = None) -> None:
   """Probes one checkpoint; features are stored in `workdir`, results go to `out`."""
-  source = sets_lib.open_source(settings, workdir, mesh)
+  source = sets_lib.open_source(
+    settings, workdir, mesh, lambda _, features: check_concatenated(settings, features.layers)
+  )
   features_folder = sets_lib.folder_of(settings, workdir, source)
   own_features = not bucket_stores.exists(features_folder)
   pooling, heads = settings.probe.pooling, None

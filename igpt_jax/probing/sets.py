@@ -19,7 +19,6 @@ from igpt_jax.checkpoint.checksum import checksum
 from igpt_jax.config.fields import Settings
 from igpt_jax.data import sources
 from igpt_jax.data.sources import Split, open_split
-from igpt_jax.errors import UserError
 from igpt_jax.model.image_gpt import Params, init_params
 from igpt_jax.parallel import hosts, sharding
 from igpt_jax.parallel.hosts import say
@@ -86,8 +85,15 @@ class Source:
       return checksum(self.random_params)
 
 
-def open_source(settings: Settings, workdir: str, mesh: Mesh | None = None) -> Source:
+def open_source(
+  settings: Settings,
+  workdir: str,
+  mesh: Mesh | None = None,
+  check: Callable[[dict[str, Split], FeatureConfig], object] = lambda splits, features: None,
+) -> Source:
   """Opens data and checkpoint, and checks both before the weights are read.
+
+  `check` is the job's own, of the splits and of the features asked for.
 
   Raises:
     UserError: no labels, a layer out of range, another resolution, …
@@ -101,7 +107,7 @@ def open_source(settings: Settings, workdir: str, mesh: Mesh | None = None) -> S
     workdir,
     mesh,
     needs_images=True,
-    check=lambda info: features_asked_for(settings, info),
+    check=lambda info: check(splits, features_asked_for(settings, info)),
   )
   limits = dict.fromkeys(SPLITS, settings.features.eval_images) | {
     "train": settings.features.images
@@ -176,17 +182,8 @@ def folder_of(settings: Settings, workdir: str, source: Source) -> str:
 
 
 def side_by_side(sets: Sequence[FeatureSet], layers: Sequence[int]) -> FeatureSet:
-  """Concatenates several layers' features (paper, section 4.3: five for iGPT-XL).
-
-  Raises:
-    UserError: a layer wasn't computed.
-  """
+  """Concatenates several layers' features (paper, section 4.3: five for iGPT-XL)."""
   by_layer = {feature_set.layer: feature_set for feature_set in sets if feature_set.kind == "layer"}
-  for layer in layers:
-    if layer not in by_layer:
-      raise UserError(
-        f"config.probe.concatenate: layer {layer}; expected some of {', '.join(map(str, by_layer))}"
-      )
 
   def parts() -> Parts:
     by_split = zip(*(by_layer[layer].parts() for layer in layers), strict=True)

@@ -251,6 +251,7 @@ def test_mistakes_are_named(trained, tmp_path, overrides, message):
     config = config_of(checkpoint=str(trained), **overrides)
     probe.run(config, str(tmp_path / "out"))
   assert not (tmp_path / "out" / "probe.json").exists()
+  assert not (tmp_path / "out" / "features").exists()
 
 
 def test_a_cache_of_another_checkpoint_is_refused(trained, tmp_path):
