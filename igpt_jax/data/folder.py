@@ -76,6 +76,10 @@ class FolderRecords:
     """Paths of the images below the folder, in the order of the records."""
     return [name for name, _ in self._files]
 
+  def label(self, index: int) -> int:
+    """Returns a record's label without reading its file."""
+    return self._files[index][1]
+
   def __len__(self) -> int:
     return len(self._files)
 

@@ -72,6 +72,11 @@ class Split:
       raise IndexError(f"{index} is not in 0..{len(self) - 1}")
     return self.records[int(self.indices[index])]
 
+  def label(self, index: int) -> int:
+    """Returns a record's label; raises BadRecord if it can't be read."""
+    records, stored = self.records, int(self.indices[index])
+    return records.label(stored) if isinstance(records, FolderRecords) else records[stored]["label"]
+
   def select(self, indices: np.ndarray) -> Split:
     """Returns a split of the records at these indices of this one, in this order."""
     return Split(self.records, self.indices[np.asarray(indices)], self.name)

@@ -5,6 +5,8 @@ fitted to the subset's labels alone; layer and strength of the regularisation ar
 which the paper doesn't specify; test is evaluated after all choices.
 """
 
+import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,6 +14,8 @@ import os
 import numpy as np
 
 from igpt_jax.config.fields import Settings
+from igpt_jax.data.image_decoding import BadRecord
+from igpt_jax.data.sources import Split
 from igpt_jax.errors import UserError
 from igpt_jax.parallel import hosts
 from igpt_jax.parallel.hosts import say
@@ -32,7 +36,9 @@ def run(settings: Settings, workdir: str) -> None:
       f"few labels: linear classifiers of mean features; config.probe.pooling={settings.probe.pooling} is "
       "for job probe"
     )
-  source = sets_lib.open_source(settings, workdir)
+  source = sets_lib.open_source(
+    settings, workdir, check=lambda splits, _: check_enough(settings, splits["train"])
+  )
   sets = sets_lib.extract(settings, workdir, source)
   if not hosts.is_main():
     return
@@ -102,6 +108,26 @@ def run(settings: Settings, workdir: str) -> None:
   summary.write_summary(workdir)
   say(text.rstrip())
   say(values["verdict"])
+
+
+def check_enough(settings: Settings, train: Split) -> None:
+  """Raises UserError if a class has fewer of the training images that are used than labels are wanted."""
+  most, counts = max(settings.lowdata.labels_per_class), collections.Counter()
+  used, enough = min(len(train), settings.features.images or len(train)), 0
+  with progress.doing("few labels: counting those of each class", say, after=3.0):
+    for i in range(used):
+      with contextlib.suppress(BadRecord):
+        if (label := train.label(i)) >= 0:
+          counts[label] += 1
+          enough += counts[label] == most
+      if enough == train.n_classes:
+        return
+  label, count = min(counts.items(), key=lambda item: item[1], default=(0, most))
+  if count < most:
+    raise UserError(
+      f"config.lowdata.labels_per_class: {most}; class {train.class_names[label]} has {count} of the "
+      f"{used:,} training images that are used (features.images); expected at most {count}"
+    )
 
 
 def draw(settings: Settings, labels: np.ndarray, per_class: int) -> list[np.ndarray]:

@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 
 from igpt_jax import checkpoint
+from igpt_jax.data import sources
 from igpt_jax.errors import UserError
 from igpt_jax.jobs import evaluate, lowdata, pretrain, probe
 from igpt_jax.probing import sets
 from igpt_jax.probing.features import FeatureExtractor
 from igpt_jax.reporting import metrics
 from igpt_jax.runner import loop
+from support.images import make_images
 from support.quickstart import shrunk
 from support.tiny import changed
 
@@ -295,10 +297,31 @@ def test_labels_are_needed(trained, tmp_path):
       job.run(config_of(**overrides), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("asked", [(), (0,), (2, 10_000)])
+@pytest.mark.parametrize("asked", [(), (0,), (2, 10_000), (2, 40)])
 def test_too_many_labels_or_none(trained, tmp_path, asked):
-  with pytest.raises(UserError, match=r"lowdata\.labels_per_class"):
+  with pytest.raises(UserError, match=r"config\.lowdata\.labels_per_class: .*expected"):
     lowdata.run(config_of(checkpoint=str(trained), lowdata__labels_per_class=asked), str(tmp_path))
+  assert not (tmp_path / "features").exists()
+
+
+def test_labels_of_a_folder_are_counted_without_reading_it(tmp_path):
+  for name, count in (("cat", 3), ("dog", 5)):
+    make_images(tmp_path / "train" / name, count)
+  config = config_of(
+    data__name="folder",
+    data__path=str(tmp_path),
+    data__validation=0.0,
+    lowdata__labels_per_class=(3,),
+  )
+  train = sources.open_split(config.data, "train")
+  for path in (tmp_path / "train").rglob("*.*"):
+    path.unlink()
+  lowdata.check_enough(config, train)
+  config = changed(config, {"lowdata.labels_per_class": (1, 4)})
+  with pytest.raises(
+    UserError, match=r"4; class cat has 3 of the 8 training images .* expected at most 3"
+  ):
+    lowdata.check_enough(config, train)
 
 
 def test_around_the_best():
