@@ -27,6 +27,7 @@ from igpt_jax.reporting import figures, plots, progress, summary
 from igpt_jax.reporting.tables import markdown_table
 
 _OURS = "best layer"
+_COUNTED = 100_000  # images whose labels are counted first; more may have to be read from far away, one by one
 
 
 def run(settings: Settings, workdir: str) -> None:
@@ -111,9 +112,14 @@ def run(settings: Settings, workdir: str) -> None:
 
 
 def check_enough(settings: Settings, train: Split) -> None:
-  """Raises UserError if a class has fewer of the training images that are used than labels are wanted."""
+  """Raises UserError if a class has fewer of the training images that are used than labels are wanted.
+
+  Beyond `_COUNTED` images that is told once their features are there.
+  """
   most, counts = max(settings.lowdata.labels_per_class), collections.Counter()
   used, enough = min(len(train), settings.features.images or len(train)), 0
+  if used > _COUNTED:
+    return
   with progress.doing("few labels: counting those of each class", say, after=3.0):
     for i in range(used):
       with contextlib.suppress(BadRecord):
