@@ -250,9 +250,8 @@ def _plan(
     kept = {name: kept[name] for name in _BESIDE_SHAPE if name in kept}
   sized = with_values(settings, _open(settings, kept))
   shape = sized.model
-  if (
-    size.start is None and shape.n_head and shape.n_embd // shape.n_head % 4
-  ):  # given: rope2d takes no such heads
+  # Given heads that rope2d doesn't take keep the positions that are set.
+  if size.start is None and shape.n_head and shape.n_embd // shape.n_head % 4:
     sized = with_values(sized, {"model.positions": settings.model.positions})
   most_images = candidates.passes(sized) * images
   seen = min(settings.sizing.minutes * 60 * _FOR_STEPS / image_seconds, most_images)

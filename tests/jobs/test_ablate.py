@@ -400,21 +400,15 @@ def test_workdirs_that_compute_otherwise_are_other_runs(done, tmp_path, seed, na
 @pytest.mark.parametrize("given", ["", "float32"])
 def test_a_dtype_is_that_of_the_machine_if_none_was_given(done, tmp_path, given, monkeypatch):
   """Settings that are the same may have been computed otherwise, and others alike."""
-  settings, describe = (
-    beside(done, tmp_path / "other", 1, **{"model.dtype": given}),
-    checkpoint.describe,
-  )
+  settings = beside(done, tmp_path / "other", 1, **{"model.dtype": given})
+  describe = checkpoint.describe
   found, _ = entries.finished(settings)
   assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("original", 1)]
 
   def on_a_gpu(folder):
     info = describe(folder)
-    there = folder.startswith(str(tmp_path))
-    return (
-      dataclasses.replace(info, config=dataclasses.replace(info.config, dtype="bfloat16"))
-      if there
-      else info
-    )
+    dtype = "bfloat16" if folder.startswith(str(tmp_path)) else info.config.dtype
+    return dataclasses.replace(info, config=dataclasses.replace(info.config, dtype=dtype))
 
   monkeypatch.setattr(checkpoint, "describe", on_a_gpu)
   found, _ = entries.finished(settings)

@@ -180,10 +180,8 @@ def test_other_colours_than_the_checkpoints_are_told_before_a_step_is_timed(
   photos, tmp_path, machine
 ):
   timed = machine(CPU)
-  others, run = (
-    Palette(np.linspace(-1, 1, 1536, dtype=np.float32).reshape(512, 3)),
-    tmp_path / "run",
-  )
+  run = tmp_path / "run"
+  others = Palette(np.linspace(-1, 1, 1536, dtype=np.float32).reshape(512, 3))
   others.save(tmp_path / "mine.npy")
   given = {"init_from": "packaged", "palette.path": str(tmp_path / "mine.npy")}
   with pytest.raises(UserError, match=r"mine\.npy has other colours than those of the checkpoint"):
