@@ -14,7 +14,6 @@ from igpt_jax.config.fields import (
   FIELDS,
   Settings,
   decides,
-  from_config,
   value_of,
   with_values,
 )
@@ -31,6 +30,8 @@ from igpt_jax.workspace import devices, provenance, training_palette, weights
 from igpt_jax.workspace import workdir as workdir_lib
 
 FOLDER = "runs"  # in the workdir: FOLDER/NAME/SEED is a pretraining's workdir
+# Settings that decide no run's numbers, but what is compared: a finished run must have the job's.
+COMPARED = ("train.eval_images", "model.dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class Entry:
     settings: those of job pretrain.
     folder: its workdir.
     model: its model.
+    made_from: the digest of its settings, seed, data and colours; "" if it has ended.
   """
 
   name: str
@@ -50,6 +52,7 @@ class Entry:
   settings: Settings
   folder: str
   model: ImageGPTConfig
+  made_from: str = ""
 
   @property
   def steps(self) -> int:
@@ -75,13 +78,14 @@ class Opened:
   """What all runs of a job share, opened once.
 
   Attributes:
-    train: the training images.
+    train, validation: the images trained on, and those that losses are of.
     palette: the colours; None: the tokens are raw RGB, or data without any.
     palette_path: the runs' `palette.path`: the job's or, if it names none, that of `keep_palette`.
     n_vocab: the number of colours, or of levels.
   """
 
   train: Split
+  validation: Split
   palette: Palette | None
   palette_path: str
   n_vocab: int
@@ -93,14 +97,16 @@ def opened(settings: Settings, workdir: str) -> Opened:
   Raises:
     UserError: data, palette or initial parameters aren't as they must be.
   """
-  train, _ = (open_split(settings.data, name) for name in ("train", "validation"))
+  train, validation = (open_split(settings.data, name) for name in ("train", "validation"))
   start = weights.of_run(settings, workdir)
   spec = training_palette.training_tokens(
     start.settings, settings.data, train, workdir, start.palette
   )
   kept = "" if spec.palette is None else os.path.join(workdir, training_palette.PALETTE)
   path = settings.palette.path or kept
-  return Opened(train=train, palette=spec.palette, palette_path=path, n_vocab=spec.n_vocab)
+  return Opened(
+    train=train, validation=validation, palette=spec.palette, palette_path=path, n_vocab=spec.n_vocab
+  )  # fmt: skip
 
 
 def keep_palette(shared: Opened, workdir: str, folder: str) -> None:
@@ -159,8 +165,15 @@ def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh |
   train, mesh = settled.train, mesh or devices.mesh_of(settled, model)
   sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)
   sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
+  colours = None if shared.palette is None else shared.palette.centers
+  made_from = files.digest({
+    **compared(own), "model.dtype": choices.compute_dtype(own), "palette.path": "", "seed": own.seed,
+    "data": shared.train.fingerprint, "palette": provenance.of_palette(colours),
+  })  # fmt: skip
   own = with_values(own, {"palette.path": shared.palette_path})
-  return Entry(name=name, seed=own.seed, settings=own, folder=folder, model=model)
+  return Entry(
+    name=name, seed=own.seed, settings=own, folder=folder, model=model, made_from=made_from
+  )
 
 
 def planned(settings: Settings, workdir: str, mesh: Mesh | None) -> list[Entry]:
@@ -178,7 +191,7 @@ def planned(settings: Settings, workdir: str, mesh: Mesh | None) -> list[Entry]:
   shared = opened(settings, workdir)
   entries, runs = [], overrides.named_runs(settings)
   # A run keeps the others' overrides at the base's values, which may have been others when it began.
-  varied = {name for run in runs for name in run.values}
+  varied = {name for run in runs for name in run.values}.union(COMPARED)
   for run in runs:
     for seed in ablate.seeds:
       folder = os.path.join(workdir, FOLDER, run.name, str(seed))
@@ -226,6 +239,8 @@ def check_folder(
   if branched and not files.exists(os.path.join(folder, RESULT)):
     lengths = ()
   ours = {name: value_of(settings, name) for name in sorted({*lengths, *varied})}
+  if measured_on := read_json(os.path.join(folder, RESULT)).get("validation"):
+    theirs["validation"], ours["validation"] = measured_on, shared.validation.fingerprint
   info = checkpoint.newest(folder)
   if info is not None:
     begun = {} if branched else provenance.begun_with(info)
@@ -233,111 +248,28 @@ def check_folder(
       "data": info.run["data"]["fingerprint"],
       "palette": provenance.of_palette(info.palette),
     }
+    if "model.dtype" in ours:  # "" is the machine's
+      theirs["model.dtype"] = info.config.dtype
+      ours["model.dtype"] = choices.compute_dtype(settings)
     colours = None if shared.palette is None else shared.palette.centers
     ours |= {"data": shared.train.fingerprint, "palette": provenance.of_palette(colours)}
   files.check_same("workdir", f"{folder} holds another run", theirs, ours, fix)
 
 
-def finished(settings: Settings) -> tuple[list[Entry], list[str]]:
-  """Returns the runs in `ablate.workdirs`, and in words what keeps their losses from being compared.
-
-  Runs that differ in nothing but their seeds share a name: that of the folder, or of the one above if the
-  folder is named after the seed.
+def read_json(path: str) -> dict[str, Any]:
+  """Reads a run's JSON file; {} if there is none.
 
   Raises:
-    UserError: one isn't a finished pretraining, or is there twice.
+    UserError: it is damaged.
   """
-  folders = [files.place("config.ablate.workdirs", path) for path in settings.ablate.workdirs]
-  if len({files.is_remote(folder) for folder in folders}) > 1:
+  try:
+    return files.read_json(path)
+  except FileNotFoundError:
+    return {}
+  except ValueError as error:
     raise UserError(
-      f"config.ablate.workdirs: {', '.join(folders)}: local ones and such of buckets; expected the one or the "
-      "other; fix: gcloud storage cp -r gs://BUCKET/RUN ."
-    )
-  runs = [_read(folder) for folder in folders]
-  keys = [_without_seed(own, info) for own, info in runs]
-  names: dict[str, str] = {}  # key -> name
-  for folder, (own, _), key in zip(folders, runs, keys, strict=True):
-    names.setdefault(key, _name_of(folder, own.seed))
-  if len(set(names.values())) < len(names):
-    above = os.path.commonpath(folders)
-    names = {key: os.path.relpath(folders[keys.index(key)], above) for key in names}
-  entries: list[Entry] = []
-  for folder, (own, info), key in zip(folders, runs, keys, strict=True):
-    for other in entries:
-      if (other.name, other.seed) == (names[key], own.seed):
-        raise UserError(
-          f"config.ablate.workdirs: {folder}: the same settings and seed as {other.folder}; expected "
-          "each run once"
-        )
-    entries.append(
-      Entry(name=names[key], seed=own.seed, settings=own, folder=folder, model=info.config)
-    )
-  first = overrides.baseline(settings, list(names.values()))
-  entries.sort(key=lambda entry: entry.name != first)
-  return entries, _incomparable([info for _, info in runs], [own for own, _ in runs])
-
-
-def _read(folder: str) -> tuple[Settings, checkpoint.CheckpointInfo]:
-  """Returns the settings and the last checkpoint of a finished pretraining."""
-  theirs = workdir_lib.read(folder)
-  if theirs is None or theirs["job"] != "pretrain":
-    what = "no config.json" if theirs is None else f"a run of job {theirs['job']}"
-    raise UserError(
-      f"config.ablate.workdirs: {folder} has {what}; expected the workdir of a finished run of job pretrain"
-    )
-  own = from_config(saved.get_config(os.path.join(folder, saved.NAME)))
-  made = checkpoint.latest_step(folder)
-  if made != own.train.steps or not files.exists(os.path.join(folder, "training.json")):
-    raise UserError(
-      f"config.ablate.workdirs: {folder} has made {made or 0:,} of {own.train.steps:,} steps; expected "
-      f"a finished run; fix: igpt_jax --workdir {folder} goes on with it"
-    )
-  info = checkpoint.describe(folder)
-  return with_values(own, {"model.dtype": info.config.dtype}), info  # "": it was the machine's
-
-
-# They decide no run's numbers but by rounding, or which images losses are of.
-_BESIDE_NUMBERS = (
-  "model.dtype", "model.attention", "model.remat", "train.accumulate", "train.eval_images"
-)  # fmt: skip
-
-
-def _without_seed(own: Settings, info: checkpoint.CheckpointInfo) -> str:
-  """Returns the digest of all but the seed that decides a run's losses."""
-  deciding = {
-    name: value
-    for name, value in compared(own).items()
-    if decides(name, "pretraining") or name in _BESIDE_NUMBERS
-  }
-  data, palette = info.run["data"]["fingerprint"], provenance.of_palette(info.palette)
-  return files.digest({**deciding, "data": data, "palette": palette})
-
-
-def _name_of(folder: str, seed: int) -> str:
-  above, name = os.path.split(folder)
-  return os.path.basename(above) if name == str(seed) else name
-
-
-def _incomparable(
-  infos: Sequence[checkpoint.CheckpointInfo], settings: Sequence[Settings]
-) -> list[str]:
-  """Returns in words what differs of the tokens that losses were measured on."""
-  measured_on = [
-    {
-      "data": info.run["data"]["fingerprint"],
-      "tokens": info.config.token_kind if info.config.tokens.needs_palette else "raw RGB",
-      "palette": provenance.of_palette(info.palette),
-      "objective": info.run["objective"],
-      "preprocessing": provenance.recipe(own.data),
-      **{name: value_of(own, name) for name in ("data.resolution", "train.eval_images")},
-    }
-    for info, own in zip(infos, settings, strict=True)
-  ]
-  return [
-    f"{name}: {', '.join(map(str, values))}"
-    for name in measured_on[0]
-    if len(values := list(dict.fromkeys(each[name] for each in measured_on))) > 1
-  ]
+      f"workdir: {path} is damaged ({error}); expected JSON; fix: remove it"
+    ) from None
 
 
 def compared(settings: Settings) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from igpt_jax import checkpoint, files
-from igpt_jax.ablation.entries import Entry
-from igpt_jax.errors import UserError
+from igpt_jax import checkpoint
+from igpt_jax.ablation.entries import Entry, read_json
 from igpt_jax.parallel import hosts
 from igpt_jax.reporting import metrics, summary
 from igpt_jax.runner import pretraining
@@ -36,7 +35,7 @@ class Result:
 
   Attributes:
     entry: the run.
-    status: FINISHED, UNFINISHED, or "diverged at step N".
+    status: FINISHED, UNFINISHED, or in words why there is no loss: "diverged at step N".
     step_seconds: median seconds of a training step, its wait for data included; nan: none was timed.
     train_loss: mean of the last logged losses; nan: unknown.
     validation_loss, test_loss: after the last step; nan: not measured.
@@ -87,16 +86,19 @@ def result_of(entry: Entry) -> Result:
       if "validation_loss" in record
     ),
   }
-  trained = _read(os.path.join(entry.folder, pretraining.RESULT))
+  trained = read_json(os.path.join(entry.folder, pretraining.RESULT))
   if trained.get("step") == entry.steps == checkpoint.latest_step(entry.folder):
-    loss = trained.get("validation_loss", math.nan)
+    if "validation_loss" not in trained:
+      return Result(entry=entry, status="without a loss on validation", **values)
+    loss = trained["validation_loss"]
     if not math.isfinite(loss):
       return Result(entry=entry, status=f"diverged at step {entry.steps}", **values)
     return Result(
       entry=entry, status=FINISHED, validation_loss=loss,
       train_loss=loss - trained.get("validation_gap", math.nan), **values,
     )  # fmt: skip
-  if diverged := _read(os.path.join(entry.folder, DIVERGED)):
+  diverged = read_json(os.path.join(entry.folder, DIVERGED))
+  if diverged and diverged.get("made_from") == entry.made_from:
     return Result(entry=entry, status=f"diverged at step {diverged['step']}", **values)
   return Result(entry=entry, status=UNFINISHED, **values)
 
@@ -131,20 +133,8 @@ def step_seconds(records: Sequence[dict[str, Any]], batch_size: int) -> list[tup
 
 
 def mark_diverged(entry: Entry, bad: BadNumbers) -> None:
-  """Notes that bad numbers have ended a run, so that the job doesn't train it again."""
+  """Notes that bad numbers have ended a run, so that the job doesn't train it again, unless by other settings."""
   if hosts.is_main():
-    values = {"step": bad.step, "what": str(bad)}
+    values = {"step": bad.step, "what": str(bad), "made_from": entry.made_from}
     summary.write_json(os.path.join(entry.folder, DIVERGED), values)
   hosts.wait_for_all("diverged")
-
-
-def _read(path: str) -> dict[str, Any]:
-  """Reads a run's JSON file; {} if there is none."""
-  try:
-    return files.read_json(path)
-  except FileNotFoundError:
-    return {}
-  except ValueError as error:
-    raise UserError(
-      f"workdir: {path} is damaged ({error}); expected JSON; fix: remove it"
-    ) from None

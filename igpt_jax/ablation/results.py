@@ -27,7 +27,7 @@ def draw(path: str, runs: Sequence[Run]) -> bool:
   shown = [run for run in comparison.by_loss(runs) if _points(run)]
   if not shown:
     return False
-  longest = max(point.seconds for run in shown for point in run.results[0].curve)
+  longest = max(point.seconds for run in shown for points in _points(run) for point in points)
   minutes = longest > 300
   by_flops, by_time = {}, {}
   for run in shown:

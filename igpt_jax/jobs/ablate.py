@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from igpt_jax import units, watchdog
-from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence
+from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence, workdirs
 from igpt_jax.ablation import results as results_lib
 from igpt_jax.ablation.entries import Entry
 from igpt_jax.ablation.outcomes import Result
@@ -32,7 +32,7 @@ def run(settings: Settings, workdir: str, mesh: Mesh | None = None) -> None:
     if mesh is None:
       devices.mesh_of(settings)  # refuses what doesn't suit the devices, before data are opened
     if settings.ablate.workdirs:
-      planned, notes = entries.finished(settings)
+      planned, notes = workdirs.finished(settings)
     else:
       planned = entries.planned(settings, workdir, mesh)
       say(plan(planned))

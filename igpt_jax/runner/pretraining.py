@@ -129,9 +129,10 @@ def pretrain(
     )
     newest = _newest(os.path.join(workdir, "metrics.jsonl")) if hosts.is_main() else {}
     if outcome.stopped_by is None and hosts.is_main():
+      measured_on = {} if held_out is None else {"validation": held_out.fingerprint}
       _finish(workdir, {
         "step": outcome.step, "parameters": count_params(model), "elapsed_seconds": run.elapsed(),
-        **newest, **run.spent,
+        **newest, **measured_on, **run.spent,
       })  # fmt: skip
   losses = {name: newest[name] for name in ("loss", "validation_loss") if name in newest}
   return Outcome(outcome.step, outcome.stopped_by, losses, workdir, outcome.asked_by)

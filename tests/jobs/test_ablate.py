@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from igpt_jax import checkpoint
-from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence
+from igpt_jax.ablation import comparison, entries, measuring, outcomes, sequence, workdirs
 from igpt_jax.ablation import results as results_lib
 from igpt_jax.ablation.comparison import Run
 from igpt_jax.ablation.outcomes import FINISHED, Point, Result
@@ -357,18 +357,18 @@ def test_workdirs_that_can_not_be_compared(done, tmp_path):
     (compare(original, copy), rf"{copy}: the same settings and seed as {original}"),
   ):
     with pytest.raises(UserError, match=expected):
-      entries.finished(settings)
-  _, notes = entries.finished(compare(original, done / "runs/short/0"))
+      workdirs.finished(settings)
+  _, notes = workdirs.finished(compare(original, done / "runs/short/0"))
   assert notes == []  # the same images, tokens and limits
   (copy / "config.json").write_text(
     (copy / "config.json").read_text().replace('"eval_images": 32', '"eval_images": 31')
     .replace('"learning_rate": 0.01', '"learning_rate": 0.02')
   )  # fmt: skip
-  _, notes = entries.finished(compare(original, copy))
+  _, notes = workdirs.finished(compare(original, copy))
   assert notes == ["train.eval_images: 32, 31"]
   (copy / "training.json").unlink()
   with pytest.raises(UserError, match=r"copy has made 6 of 6 steps; expected a finished run"):
-    entries.finished(compare(original, copy))
+    workdirs.finished(compare(original, copy))
 
 
 def beside(done, folder, seed, **values):
@@ -392,7 +392,7 @@ def beside(done, folder, seed, **values):
 )  # fmt: skip
 def test_workdirs_that_compute_otherwise_are_other_runs(done, tmp_path, seed, name, value):
   """Neither seeds of one run, over which a mean would be taken, nor the same run twice."""
-  found, _ = entries.finished(beside(done, tmp_path / "other", seed, **{name: value}))
+  found, _ = workdirs.finished(beside(done, tmp_path / "other", seed, **{name: value}))
   assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("other", seed)]
   assert entries.differences(found) == {name: [FIELDS[name].default, value]}
 
@@ -402,7 +402,7 @@ def test_a_dtype_is_that_of_the_machine_if_none_was_given(done, tmp_path, given,
   """Settings that are the same may have been computed otherwise, and others alike."""
   settings = beside(done, tmp_path / "other", 1, **{"model.dtype": given})
   describe = checkpoint.describe
-  found, _ = entries.finished(settings)
+  found, _ = workdirs.finished(settings)
   assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("original", 1)]
 
   def on_a_gpu(folder):
@@ -411,7 +411,7 @@ def test_a_dtype_is_that_of_the_machine_if_none_was_given(done, tmp_path, given,
     return dataclasses.replace(info, config=dataclasses.replace(info.config, dtype=dtype))
 
   monkeypatch.setattr(checkpoint, "describe", on_a_gpu)
-  found, _ = entries.finished(settings)
+  found, _ = workdirs.finished(settings)
   assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("other", 1)]
   assert entries.differences(found) == {"model.dtype": ["float32", "bfloat16"]}
 
@@ -420,10 +420,10 @@ def test_a_dtype_is_that_of_the_machine_if_none_was_given(done, tmp_path, given,
   ("name", "value"), [("train.log_every", 7), ("hang_seconds", 99.0), ("train.max_to_keep", 4)]
 )
 def test_what_changes_no_number_leaves_seeds_of_one_run(done, tmp_path, name, value):
-  found, _ = entries.finished(beside(done, tmp_path / "other", 1, **{name: value}))
+  found, _ = workdirs.finished(beside(done, tmp_path / "other", 1, **{name: value}))
   assert [(entry.name, entry.seed) for entry in found] == [("original", 0), ("original", 1)]
   with pytest.raises(UserError, match=r"0: the same settings and seed as"):
-    entries.finished(beside(done, tmp_path / "again", 0, **{name: value}))
+    workdirs.finished(beside(done, tmp_path / "again", 0, **{name: value}))
 
 
 def test_workdirs_of_other_images_are_other_runs(done, monkeypatch):
@@ -437,7 +437,7 @@ def test_workdirs_of_other_images_are_other_runs(done, monkeypatch):
 
   monkeypatch.setattr(checkpoint, "describe", elsewhere)
   settings = study(**{"ablate.runs": (), "ablate.workdirs": tuple(folders)})
-  found, notes = entries.finished(settings)
+  found, notes = workdirs.finished(settings)
   assert [(entry.name, entry.seed) for entry in found] == [("0", 0), ("1", 1)]
   assert notes == [f"data: images of {folders[0]}, images of {folders[1]}"]
 
