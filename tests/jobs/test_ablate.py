@@ -253,7 +253,7 @@ def test_a_run_that_another_differs_from_keeps_its_own_settings(done, tmp_path):
   workdir = shutil.copytree(done, tmp_path / "study")
   settings = study(**{"model.dtype": "bfloat16", "ablate.runs": (*RUNS, "w: model.dtype=float32")})
   with pytest.raises(
-    UserError, match=r"original/0 holds .*\n  model\.dtype:  there, bfloat16 here"
+    UserError, match=r"original/0 holds .*\n  model\.dtype: float32 there, bfloat16 here"
   ):
     entries.planned(settings, str(workdir), mesh_of())
 
