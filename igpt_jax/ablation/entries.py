@@ -31,7 +31,7 @@ from igpt_jax.workspace import workdir as workdir_lib
 
 FOLDER = "runs"  # in the workdir: FOLDER/NAME/SEED is a pretraining's workdir
 # Settings that decide no run's numbers, but what is compared: a finished run must have the job's.
-COMPARED = ("train.eval_images", "model.dtype")
+_MEASURED_BY = ("train.eval_images", "model.dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,12 @@ class Opened:
   palette: Palette | None
   palette_path: str
   n_vocab: int
+
+  @property
+  def made_from(self) -> dict[str, str | None]:
+    """The fingerprint of the training images, and the colours' digest."""
+    colours = None if self.palette is None else self.palette.centers
+    return {"data": self.train.fingerprint, "palette": provenance.of_palette(colours)}
 
 
 def opened(settings: Settings, workdir: str) -> Opened:
@@ -165,10 +171,9 @@ def entry_of(shared: Opened, name: str, own: Settings, folder: str, mesh: Mesh |
   train, mesh = settled.train, mesh or devices.mesh_of(settled, model)
   sharding.batch_size_per_shard(mesh, train.batch_size, accumulate=train.accumulate)
   sharding.check_model_fits(mesh, n_head=model.n_head, n_embd=model.n_embd)
-  colours = None if shared.palette is None else shared.palette.centers
   made_from = files.digest({
     **compared(own), "model.dtype": choices.compute_dtype(own), "palette.path": "", "seed": own.seed,
-    "data": shared.train.fingerprint, "palette": provenance.of_palette(colours),
+    **shared.made_from,
   })  # fmt: skip
   own = with_values(own, {"palette.path": shared.palette_path})
   return Entry(
@@ -191,13 +196,13 @@ def planned(settings: Settings, workdir: str, mesh: Mesh | None) -> list[Entry]:
   shared = opened(settings, workdir)
   entries, runs = [], overrides.named_runs(settings)
   # A run keeps the others' overrides at the base's values, which may have been others when it began.
-  varied = {name for run in runs for name in run.values}.union(COMPARED)
+  varied = {name for run in runs for name in run.values}
   for run in runs:
     for seed in ablate.seeds:
       folder = os.path.join(workdir, FOLDER, run.name, str(seed))
       own = run.settings(settings, seed)
       check_folder(
-        own, folder, shared, varied, "remove it, another name in ablate.runs, or --workdir"
+        own, folder, shared, "remove it, another name in ablate.runs, or --workdir", varied
       )
       entries.append(entry_of(shared, run.name, own, folder, mesh))
   keep_palette(shared, workdir, FOLDER)
@@ -208,21 +213,22 @@ def check_folder(
   settings: Settings,
   folder: str,
   shared: Opened,
-  varied: Collection[str],
   fix: str,
+  varied: Collection[str] = (),
   branched: bool = False,
 ) -> None:
   """Raises UserError if a folder holds a run that these settings, data and palette didn't make.
 
   What a resumed run may change is compared as it was when the run began, and so are the settings that are
-  `varied` between runs, whether or not they decide a run's numbers: the comparison is about them.
+  `varied` between runs, whether or not they decide a run's numbers: the comparison is about them. What losses
+  are measured by (`_MEASURED_BY`) and on is compared, too.
 
   Args:
     settings: the run's.
     folder: its workdir.
     shared: the data and the palette.
-    varied: settings to compare beside those that decide a run's numbers.
     fix: what to do about another run, in words.
+    varied: settings to compare beside those that decide a run's numbers.
     branched: True for a run that may have begun from another's trunk, with that one's length: it is compared
       as it is to end, once it has ended.
   """
@@ -238,7 +244,7 @@ def check_folder(
   lengths = workdir_lib.LENGTH["pretraining"]
   if branched and not files.exists(os.path.join(folder, RESULT)):
     lengths = ()
-  ours = {name: value_of(settings, name) for name in sorted({*lengths, *varied})}
+  ours = {name: value_of(settings, name) for name in sorted({*lengths, *varied, *_MEASURED_BY})}
   if measured_on := read_json(os.path.join(folder, RESULT)).get("validation"):
     theirs["validation"], ours["validation"] = measured_on, shared.validation.fingerprint
   info = checkpoint.newest(folder)
@@ -247,12 +253,9 @@ def check_folder(
     theirs |= {name: begun[name] for name in lengths if name in begun} | {
       "data": info.run["data"]["fingerprint"],
       "palette": provenance.of_palette(info.palette),
+      "model.dtype": info.config.dtype,  # "" is the machine's
     }
-    if "model.dtype" in ours:  # "" is the machine's
-      theirs["model.dtype"] = info.config.dtype
-      ours["model.dtype"] = choices.compute_dtype(settings)
-    colours = None if shared.palette is None else shared.palette.centers
-    ours |= {"data": shared.train.fingerprint, "palette": provenance.of_palette(colours)}
+    ours |= {**shared.made_from, "model.dtype": choices.compute_dtype(settings)}
   files.check_same("workdir", f"{folder} holds another run", theirs, ours, fix)
 
 

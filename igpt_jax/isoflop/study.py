@@ -219,7 +219,7 @@ class Study:
     folder = os.path.join(self._workdir, FOLDER, *parts)
     own = self.costs.settings(cell.shape, cell.steps, seed)
     fix = "the settings that it was begun with, another --workdir, or remove it"
-    entries.check_folder(own, folder, self._shared, entries.COMPARED, fix, branched=True)
+    entries.check_folder(own, folder, self._shared, fix, branched=True)
     name = f"{cell.shape.name} at {compact(cell.budget)}"
     entry = entries.entry_of(self._shared, name, own, folder, self._mesh)
     run = Run(cell=cell, entry=entry, n=self.costs.size(cell.shape), held_out=held_out)

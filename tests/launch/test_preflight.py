@@ -426,9 +426,7 @@ def test_evaluation_that_goes_on_after_the_training_can_be_stopped(world, number
   def has_ended():
     process.send_signal(number)  # it may come before the wait for the evaluation begins
     with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(
-        1
-      )  # signals that come faster than a busy machine answers them are never all answered
+      process.wait(1)  # nobody presses Ctrl-C faster
     return process.poll() is not None
 
   world.wait_until(has_ended)
